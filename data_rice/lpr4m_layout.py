@@ -1,0 +1,276 @@
+"""The published files of LPR4M: names, ids, annotation rows and where the media lie (LPR750K tree)."""
+
+import glob
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from . import parsing
+
+TEST_FILES = {
+    "relevant": "test_videoid_to_gtimage*.json",
+    "gallery": "test_liveid_to_gallery*.json",
+    "boxes": "test_frameid2gtbox*.json",
+    "asr": "test_videoid_asr*.txt",
+    "title": "test_image_title*.txt",
+}
+ATTRIBUTES_FILE = "test_videoid_attributes*.txt"
+MAIN_IMAGES_FILE = "gallery_main.txt"
+_UUID_FIELDS = 5
+
+
+def live_id_of(clip_id: str) -> str:
+    """Return the livestream of a clip id ``<uuid>-<start_ms>-<end_ms>``: its first five dash-separated fields.
+
+    Raises:
+        ValueError: the id does not have that form (without file and line, which the caller adds).
+    """
+    fields = parsing.check_name(clip_id, "clip id").split("-")
+    if len(fields) != _UUID_FIELDS + 2 or not all(fields):
+        raise ValueError(f"the clip id {clip_id!r} is not of the form <live uuid>-<start_ms>-<end_ms>")
+    return "-".join(fields[:_UUID_FIELDS])
+
+
+def shot_number(image_id: str) -> str | None:
+    """Return what follows the five fields of the image id's UUID, ``"0"`` for a product's main image, else None."""
+    fields = image_id.split("-")
+    return fields[-1] if len(fields) == _UUID_FIELDS + 1 and fields[-1].isdigit() else None
+
+
+def product_id_of(image_id: str) -> str:
+    """Return the image id without its shot number: ``<uuid>-0`` and ``<uuid>-3`` show one product."""
+    return image_id if shot_number(image_id) is None else image_id.rpartition("-")[0]
+
+
+def frame_order(frame_name: str) -> tuple[int, int, str]:
+    """Sort key of frame files and ids: by the index after the last dash, then by name."""
+    index = os.path.splitext(frame_name)[0].rpartition("-")[2]
+    return (0, int(index), frame_name) if index.isascii() and index.isdigit() else (1, 0, frame_name)
+
+
+def annotation_files(root: str, pattern: str) -> list[str]:
+    """Return the files of ``ROOT/annotations`` that match ``pattern``, sorted by name."""
+    return sorted(glob.glob(os.path.join(glob.escape(os.path.join(root, "annotations")), pattern)))
+
+
+def one_annotation_file(root: str, pattern: str) -> str:
+    """Return the one file of ``ROOT/annotations`` that matches ``pattern``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: there are several.
+    """
+    found = annotation_files(root, pattern)
+    if not found:
+        wanted = os.path.join(root, "annotations", pattern)
+        raise FileNotFoundError(f"{wanted} does not exist; put LPR4M's annotation file there.")
+    if len(found) > 1:
+        names = ", ".join(os.path.basename(path) for path in found)
+        raise ValueError(f"{os.path.join(root, 'annotations')} holds {names}; keep one of them.")
+    return found[0]
+
+
+@dataclass(slots=True)
+class TrainingRow:
+    """One row of a training list; ``boxes`` are pixels of the frame, [] where the list gives none."""
+
+    clip_id: str
+    live_id: str
+    frame_ids: list[str]
+    boxes: list[list[float]]
+    image_id: str
+    title: str
+    category: str
+    asr: str
+    product_scale: str
+    visible_duration: str
+    product_number: str
+
+
+def parse_training_row(columns: Sequence[str]) -> TrainingRow:
+    """Parse the eleven columns of a training list.
+
+    Raises:
+        ValueError: a column is malformed (without file and line, which the caller adds).
+    """
+    clip_id, frames, boxes, image_id, title, category_id, category, asr, scale, duration, number = columns
+    live_id = live_id_of(clip_id)
+    try:
+        frame_ids = [parsing.check_name(frame_id, "frame id") for frame_id in parsing.parse_string_list(frames)]
+        pixel_boxes = parsing.parse_box_list(boxes)
+    except ValueError as error:
+        raise ValueError(f"clip {clip_id}: {error}") from None
+    if pixel_boxes and len(pixel_boxes) != len(frame_ids):
+        raise ValueError(f"clip {clip_id} lists {len(frame_ids)} frames but {len(pixel_boxes)} boxes")
+    return TrainingRow(
+        clip_id,
+        live_id,
+        frame_ids,
+        pixel_boxes,
+        parsing.check_name(image_id, "image id"),
+        title,
+        category or category_id,
+        asr,
+        scale,
+        duration,
+        number,
+    )
+
+
+def read_training_rows(files: Sequence[str]) -> Iterator[tuple[str, int, TrainingRow]]:
+    """Yield ``(file, line, row)`` of training lists.
+
+    Raises:
+        ValueError: a row is malformed, or a clip id appears twice; the message names the file and the line.
+    """
+    # Hashes instead of ids: the full list has four million of them, and only their presence matters.
+    seen: set[int] = set()
+    for path in files:
+        for line, columns in parsing.read_table(path, 11):
+            try:
+                row = parse_training_row(columns)
+            except ValueError as error:
+                raise parsing.row_error(path, line, f"{error}; repair or remove the row.") from None
+            key = hash(row.clip_id)
+            if key in seen:
+                raise parsing.row_error(
+                    path,
+                    line,
+                    f"the clip id {row.clip_id} appears a second time; remove the row, or name one list with "
+                    "train_files when the folder holds overlapping lists.",
+                )
+            seen.add(key)
+            yield path, line, row
+
+
+def products_of_livestreams(files: Sequence[str]) -> dict[str, set[str]]:
+    """Return the products of each livestream of the training lists, livestreams in file order."""
+    products: dict[str, set[str]] = {}
+    for path in files:
+        description = f"Listing livestreams of {os.path.basename(path)}"
+        for line, columns in parsing.read_table(path, 11, description):
+            try:
+                live_id = live_id_of(columns[0])
+            except ValueError as error:
+                raise parsing.row_error(path, line, f"{error}; repair or remove the row.") from None
+            products.setdefault(live_id, set()).add(product_id_of(columns[3]))
+    return products
+
+
+def choose_livestreams(live_ids: Sequence[str], count: int) -> frozenset[str]:
+    """Choose ``count`` livestreams by a hash of their ids, so that the choice depends on nothing but the ids."""
+    return frozenset(sorted(live_ids, key=lambda live_id: hashlib.sha256(live_id.encode()).hexdigest())[:count])
+
+
+class TrainingMedia:
+    """Paths of training frames and images; the ``training_video_*`` folders are listed once.
+
+    Args:
+        root: the data folder.
+    """
+
+    def __init__(self, root: str):
+        self.root = root
+        self._folder_of_clip: dict[str, str] = {}
+        self.video_folders = training_video_folders(root)
+        for folder in self.video_folders:
+            for clip_id in parsing.list_names(folder, folders=True):
+                self._folder_of_clip.setdefault(clip_id, folder)
+
+    def has_clip(self, clip_id: str) -> bool:
+        """Return whether some ``training_video_*`` folder holds the clip."""
+        return clip_id in self._folder_of_clip
+
+    def frames(self, clip_id: str, frame_ids: Sequence[str]) -> list[str]:
+        """Return the paths of a clip's frames, whether or not the files exist."""
+        fallback = self.video_folders[0] if self.video_folders else os.path.join(self.root, "training_video_00")
+        folder = os.path.join(self._folder_of_clip.get(clip_id, fallback), clip_id)
+        return [f"{folder}{os.sep}{frame_id}.jpg" for frame_id in frame_ids]
+
+    def image(self, image_id: str) -> str:
+        """Return the path of a training image."""
+        return os.path.join(self.root, "training_image", f"{image_id}.jpg")
+
+
+def training_video_folders(root: str) -> list[str]:
+    """Return the ``training_video*`` folders of the data folder, sorted by name."""
+    found = glob.glob(os.path.join(glob.escape(root), "training_video*"))
+    return sorted(folder for folder in found if os.path.isdir(folder))
+
+
+def image_size(paths: Sequence[str]) -> tuple[int, int] | None:
+    """Return (width, height) of the first of ``paths`` whose header can be read, or None."""
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                return image.size
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def read_id_table(path: str, num_columns: int, what: str) -> dict[str, list[str]]:
+    """Read a tab-separated table whose first column is a unique id.
+
+    Returns:
+        id -> the other columns.
+
+    Raises:
+        ValueError: a row is malformed or an id appears twice; the message names the file and the line.
+    """
+    table: dict[str, list[str]] = {}
+    for line, (key, *values) in parsing.read_table(path, num_columns, f"Reading {os.path.basename(path)}"):
+        if key in table:
+            raise parsing.row_error(path, line, f"the {what} {key} appears a second time; remove one of the rows.")
+        table[key] = values
+    return table
+
+
+def read_id_lists(path: str, what: str) -> dict[str, list[str]]:
+    """Read ``{id: [image_id, ...]}``; every id must be a plain name.
+
+    Raises:
+        ValueError: an entry is malformed; the message names the file and the key.
+    """
+    table = parsing.read_json_object(path)
+    for key, values in table.items():
+        try:
+            parsing.check_name(key, what)
+            if not isinstance(values, list):
+                raise ValueError("expected a list of image ids")
+            for value in values:
+                parsing.check_name(value, "image id")
+        except ValueError as error:
+            raise ValueError(f"{path}, {what} {key!r}: {error}; repair the entry.") from None
+    return table
+
+
+def read_test_boxes(path: str) -> dict[str, dict[str, list[float] | None]]:
+    """Read ``{frame_id: [[l, t, r, b], ...]}`` (fractions of the frame) as clip id -> frame id -> enclosing box.
+
+    Raises:
+        ValueError: an entry is malformed; the message names the file and the frame.
+    """
+    clips: dict[str, dict[str, list[float] | None]] = {}
+    for frame_id, boxes in parsing.read_json_object(path).items():
+        try:
+            parsing.check_name(frame_id, "frame id")
+            if not isinstance(boxes, list):
+                raise ValueError("expected a list of boxes")
+            checked = [parsing.check_box(box) for box in boxes]
+            if any(abs(value) > 2 for box in checked for value in box):
+                raise ValueError("the boxes are not fractions of the frame (0 to 1)")
+        except ValueError as error:
+            raise ValueError(f"{path}, frame {frame_id!r}: {error}; repair the entry.") from None
+        box = parsing.enclosing_box([parsing.clip_box(box) for box in checked])
+        clips.setdefault(frame_id.rpartition("-")[0], {})[frame_id] = box
+    return clips
+
+
+def read_main_images(path: str) -> set[str]:
+    """Read the list of main images: one image id per line, or a path that ends in it."""
+    names = (text.strip().replace("\\", "/").rpartition("/")[2] for _, text in parsing.read_lines(path))
+    return {name.removesuffix(".jpg") for name in names}

@@ -1,0 +1,270 @@
+"""Strict readers for annotation files: every value is checked, and every error names the file and the line.
+
+Nothing here evaluates text as code. Lists that were written as Python literals are translated to JSON where that is
+unambiguous, and refused otherwise.
+"""
+
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+# Below this size a file is read in less than a few seconds, and a progress bar would only be noise.
+_PROGRESS_BYTES = 64 * 1024 * 1024
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+
+
+def row_error(path: str | os.PathLike, line: int, message: str) -> ValueError:
+    """Build the error for a bad row of an annotation file; ``line`` counts from 1."""
+    return ValueError(f"{path}, line {line}: {message}")
+
+
+def read_lines(path: str | os.PathLike, description: str | None = None) -> Iterator[tuple[int, str]]:
+    """Yield ``(line number, text)`` of the non-blank lines of a UTF-8 file.
+
+    Lines end at a line feed only, because titles and speech may hold other separators of Unicode.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: a line is not UTF-8 or holds a NUL character.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} does not exist; put the annotation file there.")
+    size = os.path.getsize(path)
+    progress = tqdm(
+        total=size,
+        unit="B",
+        unit_scale=True,
+        desc=description or f"Reading {os.path.basename(path)}",
+        disable=description is None or size < _PROGRESS_BYTES,
+    )
+    with open(path, "rb") as file, progress:
+        for number, raw in enumerate(file, start=1):
+            progress.update(len(raw))
+            if number == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            raw = raw.rstrip(b"\r\n")
+            if not raw.strip():
+                continue
+            if b"\0" in raw:
+                raise row_error(path, number, "the line holds a NUL character; the file is damaged, restore it.")
+            try:
+                yield number, raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise row_error(path, number, f"the line is not UTF-8 ({error.reason}); convert the file.") from None
+
+
+def read_table(
+    path: str | os.PathLike, num_columns: int, description: str | None = None
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield ``(line number, columns)`` of a tab-separated file without a header.
+
+    Raises:
+        ValueError: a row does not have ``num_columns`` columns.
+    """
+    for number, text in read_lines(path, description):
+        columns = text.split("\t")
+        if len(columns) != num_columns:
+            raise row_error(
+                path,
+                number,
+                f"expected {num_columns} tab-separated columns, found {len(columns)}; repair or remove the row.",
+            )
+        yield number, columns
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {duplicate!r} appears twice; keep one of the entries")
+    return result
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not a number; write null or remove the entry")
+
+
+def _loads(text: str) -> object:
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("the value is nested too deeply") from None
+    if "\\ud" in text.lower():
+        # An escaped half of a surrogate pair is valid JSON, but neither a file name nor Arrow can hold it.
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("a text holds half of a surrogate pair; write the whole character") from None
+    return value
+
+
+def read_json_object(path: str | os.PathLike) -> dict:
+    """Read a JSON file that holds one object; a key that appears twice is an error.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not UTF-8 JSON, or not an object.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} does not exist; put the annotation file there.")
+    try:
+        value = _loads(Path(path).read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise row_error(path, error.lineno, f"not valid JSON ({error.msg}); restore the file.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; restore the file.") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found a {type(value).__name__}; restore the file.")
+    return value
+
+
+def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
+    """Yield ``(line number, object)`` of a file with one JSON object per line.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: a line is not a JSON object.
+    """
+    for number, text in read_lines(path):
+        try:
+            value = _loads(text)
+        except json.JSONDecodeError as error:
+            raise row_error(path, number, f"not valid JSON ({error.msg}, column {error.colno}).") from None
+        except ValueError as error:
+            raise row_error(path, number, f"{error}.") from None
+        if not isinstance(value, dict):
+            raise row_error(path, number, f"expected a JSON object, found a {type(value).__name__}.")
+        yield number, value
+
+
+def parse_string_list(text: str) -> list[str]:
+    """Parse ``['a', 'b']`` or ``["a", "b"]``; strings hold neither quotes nor backslashes.
+
+    Raises:
+        ValueError: the text is anything else (without file and line, which the caller adds).
+    """
+    if "\\" in text or ("'" in text and '"' in text):
+        raise ValueError("expected a list of plain quoted strings such as ['a', 'b']")
+    try:
+        value = _loads(text.replace("'", '"'))
+    except ValueError:
+        value = None
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError("expected a list of quoted strings such as ['a', 'b']")
+    return value
+
+
+def is_number(value: object) -> bool:
+    """Return whether ``value`` is a finite int or float (a bool is not a number here)."""
+    # Integers of any length come out of JSON; those beyond a float's range are not finite as a float.
+    if type(value) is int:
+        return abs(value) <= sys.float_info.max
+    return type(value) is float and math.isfinite(value)
+
+
+def check_box(value: object) -> list[float]:
+    """Return ``value`` as ``[left, top, right, bottom]`` floats.
+
+    Raises:
+        ValueError: it is not a list of four finite numbers (without file and line, which the caller adds).
+    """
+    if not isinstance(value, list) or len(value) != 4 or not all(is_number(item) for item in value):
+        raise ValueError("expected a box as four finite numbers [left, top, right, bottom]")
+    return [float(item) for item in value]
+
+
+def parse_box_list(text: str) -> list[list[float]]:
+    """Parse ``[[l, t, r, b], ...]`` as floats, in the unit in which it was written.
+
+    Raises:
+        ValueError: the text is anything else (without file and line, which the caller adds).
+    """
+    try:
+        value = _loads(text)
+    except ValueError:
+        raise ValueError("expected a list of boxes such as [[0, 0, 10, 20]]") from None
+    if not isinstance(value, list):
+        raise ValueError("expected a list of boxes such as [[0, 0, 10, 20]]")
+    return [check_box(item) for item in value]
+
+
+def clip_box(box: list[float], width: float = 1.0, height: float = 1.0) -> list[float] | None:
+    """Scale a box by the frame size and cut it at the frame's border.
+
+    Returns:
+        ``[left, top, right, bottom]`` in 0 to 1, or None when no area is left, which is what "no box" is.
+    """
+    left, top, right, bottom = (
+        min(max(value / size, 0.0), 1.0) for value, size in zip(box, (width, height, width, height))
+    )
+    return [left, top, right, bottom] if right > left and bottom > top else None
+
+
+def enclosing_box(boxes: list[list[float]]) -> list[float] | None:
+    """Return the smallest box around all ``boxes`` that have an area, or None when there is none."""
+    real = [box for box in boxes if box is not None]
+    if not real:
+        return None
+    lefts, tops, rights, bottoms = zip(*real)
+    return [min(lefts), min(tops), max(rights), max(bottoms)]
+
+
+def check_name(value: object, what: str) -> str:
+    """Return ``value`` if it can be the name of one file or folder.
+
+    Raises:
+        ValueError: it is empty, not a string, or would lead elsewhere (without file and line, which the caller adds).
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"the {what} is empty")
+    if value in (".", "..") or any(character in value for character in "/\\\0"):
+        raise ValueError(f"the {what} {value!r} is not a plain name, and would lead out of the data folder")
+    return value
+
+
+def check_relative_path(value: object, what: str) -> str:
+    """Return ``value`` if it is a path that stays below the folder it is relative to.
+
+    Raises:
+        ValueError: it is empty, absolute or climbs up (without file and line, which the caller adds).
+    """
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise ValueError(f"the {what} must be a non-empty path relative to the data folder")
+    parts = value.replace("\\", "/").split("/")
+    if os.path.isabs(value) or parts[0] == "" or parts[0].endswith(":") or ".." in parts:
+        raise ValueError(f"the {what} {value!r} leads out of the data folder; write it relative to that folder")
+    return value
+
+
+def fingerprint(paths: Iterable[str | os.PathLike]) -> str:
+    """Hash the real names, sizes and modification times of files and folders; a missing one counts as missing."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            status = os.stat(path)
+            state = f"{status.st_size}:{status.st_mtime_ns}"
+        except OSError:
+            state = "missing"
+        digest.update(f"{os.path.realpath(path)}\0{state}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def list_names(folder: str | os.PathLike, *, folders: bool = False) -> list[str]:
+    """Return the sorted names of the image files (or of the folders) right inside ``folder``, [] if it is missing."""
+    try:
+        with os.scandir(folder) as entries:
+            if folders:
+                return sorted(entry.name for entry in entries if entry.is_dir())
+            return sorted(entry.name for entry in entries if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES)
+    except (FileNotFoundError, NotADirectoryError):
+        return []

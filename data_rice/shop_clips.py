@@ -1,0 +1,246 @@
+"""`datasets` builder of the bring-your-own format: ``gallery.jsonl``, ``clips_{train,val,test}.jsonl``, media files.
+
+docs/data.md describes the format with an example; every key that is not named there is ignored.
+"""
+
+from dataclasses import dataclass
+from os import path as osp
+
+import datasets
+
+from . import parsing
+from .builder import ProblemLog, ViewBuilder, ViewConfig
+from .features import clip_row
+
+GALLERY_FILE = "gallery.jsonl"
+CLIP_FILES = {"train": "clips_train.jsonl", "validation": "clips_val.jsonl", "test": "clips_test.jsonl"}
+SPLITS = {"train": datasets.Split.TRAIN, "validation": datasets.Split.VALIDATION, "test": datasets.Split.TEST}
+
+# Boxes are drawn by people and tools that overshoot a little; beyond this they are in another unit.
+_BOX_TOLERANCE = 0.1
+
+
+@dataclass(eq=False)
+class ShopClipsConfig(ViewConfig):
+    """`ShopClips` has no options of its own."""
+
+    def source_paths(self) -> list[str]:
+        """See `ViewConfig.source_paths`."""
+        return [osp.join(self.data_dir, name) for name in (GALLERY_FILE, *CLIP_FILES.values())]
+
+
+class ShopClips(ViewBuilder):
+    """A shop's images and clips of its products as pairs, queries and gallery (train, validation, test).
+
+    The gallery is the same in all splits. A clip's product is the first of its ``gt_gallery_ids``. Where gallery rows
+    carry ``live_id``, a clip is searched in its own livestream's images, and every row must carry one.
+
+    Example:
+        >>> builder = ShopClips("queries", data_dir="data/grocerystore")
+        >>> builder.download_and_prepare()
+        >>> test = builder.as_dataset(split="test")
+    """
+
+    BUILDER_CONFIG_CLASS = ShopClipsConfig
+    BUILDER_CONFIGS = [ShopClipsConfig(name=view) for view in ("pairs", "queries", "gallery")]
+
+    def _split_generators(self, dl_manager):
+        root = self.config.data_dir
+        splits = [split for split, name in CLIP_FILES.items() if osp.isfile(osp.join(root, name))]
+        if self.view == "gallery":
+            splits = list(CLIP_FILES)
+        if not splits:
+            raise FileNotFoundError(
+                f"{root} has none of {', '.join(CLIP_FILES.values())}; write the clips of each split there."
+            )
+        gallery = read_gallery(root)
+        return [
+            datasets.SplitGenerator(name=SPLITS[split], gen_kwargs={"split": split, "gallery": gallery})
+            for split in splits
+        ]
+
+    def missing_split_reason(self, split: str) -> str:
+        """See `ViewBuilder.missing_split_reason`."""
+        file = osp.join(self.config.data_dir, CLIP_FILES[split])
+        return f"{file} does not exist, so there is no {split} split; write its clips there."
+
+    def generate_rows(self, split: str, problems: ProblemLog, gallery: dict[str, dict]):
+        """See `ViewBuilder.generate_rows`."""
+        if self.view == "gallery":
+            for image in gallery.values():
+                yield {name: image[name] for name in ("image_id", "live_id", "image", "title")}
+            return
+        file = osp.join(self.config.data_dir, CLIP_FILES[split])
+        for line, clip, relevant in _read_clips(self.config.data_dir, file, gallery):
+            empty = not clip["frames"] and not clip["video"]
+            if self.view == "queries":
+                if empty:
+                    problems.add(clip["clip_id"], file, line, "kept without frames, so they count as misses")
+                if not relevant:
+                    problems.add(clip["clip_id"], file, line, "kept without a relevant image, so they count as misses")
+                yield {**clip, "relevant": relevant}
+            elif empty:
+                problems.add(clip["clip_id"], file, line, "left out because they have no frames")
+            elif not relevant:
+                problems.add(clip["clip_id"], file, line, "left out because gt_gallery_ids is empty")
+            else:
+                image = gallery[relevant[0]]
+                yield {**clip, "image_id": relevant[0], "image": image["image"], "title": image["title"]}
+
+
+def carries_live_ids(root: str) -> bool:
+    """Return whether the first row of ``gallery.jsonl`` carries a ``live_id``, and so all rows must."""
+    return any(bool(row.get("live_id")) for _, row in _first(parsing.read_json_lines(osp.join(root, GALLERY_FILE))))
+
+
+def _first(items):
+    for item in items:
+        yield item
+        return
+
+
+def _text(row: dict, name: str) -> str:
+    """Return a text value; "" when absent or null, numbers as they are written."""
+    value = row.get(name)
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if parsing.is_number(value):
+        return str(value)
+    raise ValueError(f"{name} must be text, found a {type(value).__name__}")
+
+
+def read_gallery(root: str) -> dict[str, dict]:
+    """Read ``gallery.jsonl`` as image id -> row (image_id, live_id, image, title, category), in file order.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: a row is malformed, an id appears twice, or the gallery is empty.
+    """
+    file = osp.join(root, GALLERY_FILE)
+    gallery: dict[str, dict] = {}
+    with_live_ids = None
+    for line, row in parsing.read_json_lines(file):
+        try:
+            image_id = _text(row, "gallery_id")
+            if not image_id:
+                raise ValueError("gallery_id is missing or empty")
+            if image_id in gallery:
+                raise ValueError(f"the gallery_id {image_id!r} appears a second time")
+            live_id = _text(row, "live_id")
+            if with_live_ids is None:
+                with_live_ids = bool(live_id)
+            if bool(live_id) != with_live_ids:
+                raise ValueError("some gallery rows have a live_id and some have none; give one to all or to none")
+            gallery[image_id] = {
+                "image_id": image_id,
+                "live_id": live_id,
+                "image": osp.join(root, parsing.check_relative_path(row.get("image"), "image path")),
+                "title": _text(row, "title") or _text(row, "name"),
+                "category": _text(row, "category"),
+            }
+        except ValueError as error:
+            raise parsing.row_error(file, line, f"{error}; repair the row.") from None
+    if not gallery:
+        raise ValueError(f"{file} holds no image; write one JSON object per shop image.")
+    return gallery
+
+
+def _read_clips(root: str, file: str, gallery: dict[str, dict]):
+    """Yield ``(line, clip columns, relevant image ids)`` of a clip file."""
+    lives = {image["live_id"] for image in gallery.values()}
+    seen: set[str] = set()
+    for line, row in parsing.read_json_lines(file):
+        try:
+            clip_id = _text(row, "query_id")
+            if not clip_id:
+                raise ValueError("query_id is missing or empty")
+            if clip_id in seen:
+                raise ValueError(f"the query_id {clip_id!r} appears a second time")
+            seen.add(clip_id)
+            live_id = _check_live_id(_text(row, "live_id"), lives)
+            relevant = _check_relevant(row.get("gt_gallery_ids"), live_id, gallery)
+            frames, boxes = _frames_and_boxes(root, row)
+            video, start, end = _video(root, row)
+            if video and frames:
+                raise ValueError("the clip has both frames and a video; keep one")
+            clip = clip_row(
+                clip_id=clip_id,
+                live_id=live_id,
+                product_id=relevant[0] if relevant else "",
+                frames=frames,
+                boxes=boxes,
+                video=video,
+                start=start,
+                end=end,
+                asr=_text(row, "asr"),
+                category=_text(row, "category") or (gallery[relevant[0]]["category"] if relevant else ""),
+                product_scale=_text(row, "product_scale"),
+                visible_duration=_text(row, "visible_duration"),
+                product_number=_text(row, "product_number"),
+            )
+        except ValueError as error:
+            raise parsing.row_error(file, line, f"{error}; repair the row.") from None
+        yield line, clip, relevant
+
+
+def _check_live_id(live_id: str, lives: set[str]) -> str:
+    if lives == {""}:
+        return live_id
+    if not live_id:
+        raise ValueError("live_id is missing, and the gallery's images belong to livestreams")
+    if live_id not in lives:
+        raise ValueError(f"the livestream {live_id!r} has an empty gallery")
+    return live_id
+
+
+def _check_relevant(value: object, live_id: str, gallery: dict[str, dict]) -> list[str]:
+    if not isinstance(value, list):
+        raise ValueError("gt_gallery_ids must be a list of gallery ids")
+    relevant = [str(item) if parsing.is_number(item) else item for item in value]
+    for image_id in relevant:
+        if not isinstance(image_id, str) or image_id not in gallery:
+            raise ValueError(f"the relevant image {image_id!r} is not in {GALLERY_FILE}")
+        if gallery[image_id]["live_id"] not in ("", live_id):
+            raise ValueError(f"the relevant image {image_id!r} is not in the gallery of the livestream {live_id!r}")
+    return relevant
+
+
+def _frames_and_boxes(root: str, row: dict) -> tuple[list[str], list[list[float] | None]]:
+    """Return absolute frame paths and one box or None per frame."""
+    frames, boxes = row.get("frames"), row.get("boxes")
+    if frames is None and row.get("video") is None:
+        raise ValueError("the clip has neither frames nor a video")
+    frames = [] if frames is None else frames
+    if not isinstance(frames, list):
+        raise ValueError("frames must be a list of paths")
+    paths = [osp.join(root, parsing.check_relative_path(frame, "frame path")) for frame in frames]
+    if boxes is None:
+        return paths, [None] * len(paths)
+    if not isinstance(boxes, list) or len(boxes) != len(paths):
+        raise ValueError(f"boxes must be a list with one entry per frame ({len(paths)})")
+    return paths, [None if box is None else _fraction_box(box) for box in boxes]
+
+
+def _fraction_box(value: object) -> list[float]:
+    box = parsing.check_box(value)
+    if not all(-_BOX_TOLERANCE <= item <= 1 + _BOX_TOLERANCE for item in box):
+        raise ValueError(f"the box {value} is not in fractions of the frame (0 to 1)")
+    clipped = parsing.clip_box(box)
+    if clipped is None:
+        raise ValueError(f"the box {value} has no area; write null where there is no box")
+    return clipped
+
+
+def _video(root: str, row: dict) -> tuple[str, float, float]:
+    """Return the absolute video path and its time range in seconds; ("", -1, -1) for a clip of frames."""
+    start, end = row.get("start"), row.get("end")
+    if row.get("video") is None:
+        return "", -1.0, -1.0
+    video = osp.join(root, parsing.check_relative_path(row["video"], "video path"))
+    if start is None and end is None:
+        return video, -1.0, -1.0
+    if not parsing.is_number(start) or not parsing.is_number(end) or not 0 <= start < end:
+        raise ValueError("start and end must be seconds with 0 <= start < end")
+    return video, float(start), float(end)

@@ -1,0 +1,286 @@
+"""R@k of a checkpoint under one protocol.
+
+    python eval_rice.py --model runs/demo --dataset mini_lpr4m --data_dir data/mini_lpr4m --output_dir runs/demo/eval
+
+writes results.json, rankings.jsonl, matches.png and a model card (README.md) into --output_dir, and prints the recall
+beside a colour histogram and chance. docs/protocol.md says what is measured and how.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from evaluation_rice.protocol import RetrievalTask, breakdown
+
+KINDS = ("embedding", "matching", "fused")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """The parser, whose `error` ends with one sentence and status 2, and the options."""
+    from evaluation_rice.baselines import BASELINE_NAMES
+
+    parser = argparse.ArgumentParser(description="R@k of a RICE checkpoint under one protocol (docs/protocol.md).")
+    add = parser.add_argument
+    add("--model", required=True, help="checkpoint folder, or the id of a published model")
+    add("--dataset", required=True, help="mini_lpr4m, lpr4m, shop_clips, or a folder in one of their layouts")
+    add("--data_dir", help="folder of the data set's files")
+    add("--split", default="test", choices=("validation", "test"))
+    add("--output_dir", required=True, help="folder for results.json, rankings.jsonl, matches.png and README.md")
+    add("--rank_by", choices=KINDS, help="score of rankings.jsonl; default fused, or embedding without a decoder")
+    add("--batch_size", type=_positive, default=32, help="clips or images per batch")
+    add("--num_workers", type=_not_negative, default=min(2, os.cpu_count() or 1), help="processes that decode images")
+    add("--device", help="such as cpu or cuda; default: cuda where there is one")
+    add("--boxes", default="none", choices=("none", "ground_truth"), help="boxes of the intended product at test time")
+    add("--num_frames", type=_positive, help="frames per clip; default: as the checkpoint's processor says")
+    add("--fusion_weight", type=_weight, default="auto", help="number above 0, or auto: the checkpoint's own weight, "
+        "else fitted on the validation split, else 1")  # fmt: skip
+    add("--baselines", nargs="*", default=["color_histogram", "chance"], choices=BASELINE_NAMES)
+    add("--gallery_images", choices=("main", "all"), help="LPR4M: one image per product (default), or every image")
+    add("--cache_dir", help="where the data set's tables are cached")
+    return parser, parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
+
+
+def _not_negative(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 0")
+    return number
+
+
+def _weight(text: str) -> float | str:
+    from evaluation_rice.fusion import check_weight
+
+    if text == "auto":
+        return text
+    try:
+        return check_weight(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number above 0") from error
+
+
+def check_checkpoint(path: str) -> None:
+    """Refuses a folder that is no whole checkpoint; a name that is no folder is left to the Hub.
+
+    Raises:
+        FileNotFoundError: config.json or the weights are not there.
+        ValueError: a file is damaged or cut short.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(path)
+    if not folder.is_dir():
+        if folder.exists():
+            raise ValueError(f"{path} is a file: --model takes the folder that holds config.json and the weights.")
+        if path.count("/") != 1 or path.startswith((".", "/", "~")):
+            raise FileNotFoundError(f"there is no checkpoint folder {path}: train one with train_rice.py.")
+        return
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{path} is no checkpoint: it has no config.json.")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        index = folder / "model.safetensors.index.json"
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else None
+    except (ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is a half-written checkpoint: its JSON cannot be read ({error}).") from error
+    for name in sorted(names or {"model.safetensors"}):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{path} is a half-written checkpoint: {name} is missing, so save it again.")
+        try:
+            with safe_open(str(folder / name), framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{folder / name} is cut short or damaged ({error}): save it again.") from error
+
+
+def load_checkpoint(path: str, device: str | None, num_frames: int | None):
+    """Model in eval mode on its device, and processor.
+
+    Raises:
+        OSError: no such checkpoint.
+        ValueError: the checkpoint is not whole, is of another kind, or has no processor.
+    """
+    check_checkpoint(path)
+    import torch
+    from transformers import AutoModel, AutoProcessor
+
+    import modeling_rice  # noqa: F401  (registers the model with AutoModel)
+    import processing_rice  # noqa: F401  (registers the processor with AutoProcessor)
+
+    model, loading = AutoModel.from_pretrained(path, output_loading_info=True)
+    missing = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} weights of its model, such as {missing[0]}: save it again.")
+    if not hasattr(model, "encode_gallery"):
+        raise ValueError(f"{path} holds a {model.config.model_type} model, which retrieves nothing: name a RICE one.")
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} has no processor that can be loaded ({_one_line(error)}).") from error
+    if num_frames is not None:
+        processor.video_processor.num_frames = num_frames
+    try:
+        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {_one_line(error)}") from error
+
+
+def load_views(options: argparse.Namespace, split: str):
+    """Queries and gallery of a split."""
+    from data_rice import load_dataset_view
+
+    settings = {"data_dir": options.data_dir, "cache_dir": options.cache_dir, "gallery_images": options.gallery_images}
+    return [load_dataset_view(options.dataset, view, split, **settings) for view in ("queries", "gallery")]
+
+
+def choose_fusion(options, retriever, scope: str, loading) -> tuple[float, dict]:
+    """The fusion weight, and for results.json where it comes from."""
+    from evaluation_rice.retrieval import fit_fusion
+
+    if options.fusion_weight != "auto":
+        return options.fusion_weight, {"source": "argument", "source_words": "the weight was given by hand"}
+    own = getattr(retriever.model.config, "fusion_weight", None)
+    if own is not None and own > 0:
+        words = "the weight is the checkpoint's own, fitted when it was trained"
+        return float(own), {"source": "checkpoint", "source_words": words}
+    try:
+        if options.split == "validation":
+            raise ValueError("the split to evaluate is the validation split itself")
+        queries, gallery = load_views(options, "validation")
+        task = RetrievalTask.from_datasets(queries, gallery, scope)
+    except (ValueError, OSError) as error:
+        print(f"fusion weight 1: the checkpoint has none, and it cannot be fitted ({_one_line(error)})")
+        return 1.0, {"source": "default", "source_words": "the weight is the default, not fitted"}
+    weight, curve = fit_fusion(retriever, task, queries, gallery, loading=loading)
+    words = f"the weight was fitted on the validation split ({len(queries)} clips)"
+    return weight, {"source": "validation", "source_words": words, "curve": curve}
+
+
+def describe_protocol(options, task: RetrievalTask, scope: str, rank_by: str, num_frames, depth: int) -> dict:
+    """The `protocol` entry of results.json."""
+    return {
+        "split": options.split,
+        "gallery_scope": scope,
+        "gallery_images": options.gallery_images or "as the data set's default",
+        "num_galleries": len(set(task.query_scopes)),
+        "num_gallery_images": len({image for name in set(task.query_scopes) for image in task.scopes.get(name, [])}),
+        "duplicate_gallery_rows": task.num_duplicate_rows,
+        "queries_without_relevant_in_gallery": task.num_unreachable(),
+        "hit": "any relevant image among the first k",
+        "denominator": "every query; one that could not be read is a miss",
+        "tie_order": "gallery order",
+        "boxes": options.boxes,
+        "num_frames": num_frames,
+        "rank_by": rank_by,
+        "ranking_depth": depth,
+        "interval": "percentile bootstrap over queries, 10000 resamples, seed 0",
+    }
+
+
+def evaluate(options: argparse.Namespace, command: str) -> dict:
+    """Loads, runs and reports; returns the results. Bad input raises `ValueError` or `OSError` with one sentence."""
+    started = time.perf_counter()
+    model, processor = load_checkpoint(options.model, options.device, options.num_frames)
+    queries, gallery = load_views(options, options.split)
+
+    from data_rice import gallery_scope
+    from data_rice.collator import RiceCollator
+    from evaluation_rice import report
+    from evaluation_rice.baselines import run_baselines
+    from evaluation_rice.matches import draw_matches
+    from evaluation_rice.model_card import gallery_words, write_model_card
+    from evaluation_rice.retrieval import Loading, ModelRetriever, has_decoder, retrieve
+
+    scope = gallery_scope(options.dataset, options.data_dir)
+    task = RetrievalTask.from_datasets(queries, gallery, scope)
+    if options.rank_by in ("matching", "fused") and not has_decoder(model):
+        raise ValueError(f"--rank_by {options.rank_by} needs a matching decoder, which {options.model} does not have.")
+    rank_by = options.rank_by or ("fused" if has_decoder(model) else "embedding")
+    collator = RiceCollator(processor, use_boxes=options.boxes == "ground_truth")
+    retriever, loading = ModelRetriever(model, collator), Loading(options.batch_size, options.num_workers)
+    weight, fusion = choose_fusion(options, retriever, scope, loading) if has_decoder(model) else (None, None)
+    books, failures = retrieve(retriever, task, queries, gallery, loading=loading, fusion_weight=weight)
+    num_frames = getattr(getattr(processor, "video_processor", None), "num_frames", None)
+    baselines, failed = run_baselines(
+        options.baselines, task, queries, gallery, loading=loading, num_frames=num_frames or 10
+    )
+    known = {(failure["kind"], failure["id"]) for failure in failures}
+    failures = [{"method": "model", **failure} for failure in failures]
+    failures += [failure for failure in failed if (failure["kind"], failure["id"]) not in known]
+    results = {
+        "protocol": describe_protocol(options, task, scope, rank_by, num_frames, books["embedding"].depth),
+        "num_queries": len(task.query_ids),
+        "gallery_size": task.gallery_size(),
+        "scores": {kind: books[kind].summary() for kind in KINDS if kind in books},
+        "fusion_weight": weight,
+        "baselines": baselines,
+        "by": breakdown(queries, {kind: books[kind] for kind in KINDS if kind in books}),
+        "model": options.model,
+        "dataset": options.dataset,
+        "seconds": time.perf_counter() - started,
+        "failures": failures,
+        "ties": {kind: books[kind].tie_summary() for kind in KINDS if kind in books},
+        "versions": report.library_versions(),
+        "command": command,
+    }
+    if fusion is not None:
+        results["protocol"]["fusion"] = {"rule": "z(embedding) + weight * z(matching), per query", **fusion}
+    output = Path(options.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    shown = books.get(rank_by) or books["embedding"]
+    report.write_rankings(output, task, shown)
+    draw_matches(output / "matches.png", task, shown, queries, gallery, rank_by)
+    write_model_card(output, results)
+    report.write_results(output, results)
+    print_report(results, gallery_words(results), output)
+    return results
+
+
+def print_report(results: dict, gallery: str, output: Path) -> None:
+    """The table, and all that a reader must know to read it."""
+    from evaluation_rice.report import format_table
+
+    print(f"\n{results['num_queries']} clips of {results['dataset']} ({results['protocol']['split']}); {gallery}")
+    print(f"boxes at test time: {results['protocol']['boxes']}; recall in percent\n")
+    print(format_table({**results["scores"], **results["baselines"]}))
+    if results["fusion_weight"] is not None:
+        print(f"\nfusion weight {results['fusion_weight']:g}: {results['protocol']['fusion']['source_words']}")
+    for kind, tie in results["ties"].items():
+        if tie["share"] > 0:
+            random = 100 * tie["R@1_ties_at_random"]
+            print(f"{100 * tie['share']:.1f} % of the clips are tied by {kind}; R@1 with ties at random: {random:.1f}")
+    unreachable = results["protocol"]["queries_without_relevant_in_gallery"]
+    if unreachable:
+        print(f"{unreachable} clips have no relevant image in their gallery: misses for any method")
+    for failure in results["failures"][:5]:
+        print(f"not read: {failure['kind']} {failure['id']} {failure['file']} ({failure['reason']})")
+    if len(results["failures"]) > 5:
+        print(f"... {len(results['failures'])} failures in all, listed in results.json")
+    print(f"\nwritten to {output}: results.json, rankings.jsonl, matches.png, README.md")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser, options = parse_arguments(arguments)
+    command = shlex.join(["python", "eval_rice.py", *(sys.argv[1:] if arguments is None else arguments)])
+    try:
+        evaluate(options, command)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {_one_line(error)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Fusing embedding and matching scores: z-scores per query, and the weight fitted on a validation split."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+DEFAULT_WEIGHTS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
+
+
+def z_scores(scores: np.ndarray) -> np.ndarray:
+    """Scores of one query over its gallery, shifted to mean 0 and scaled to standard deviation 1.
+
+    A row without spread becomes zeros, so that it leaves a fused ranking to the other score. Images whose score is
+    not finite take no part in mean and deviation and stay NaN.
+
+    Args:
+        scores: float array of shape `(num_images,)`.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    finite = np.isfinite(scores)
+    result = np.full(scores.shape, np.nan)
+    if not finite.any():
+        return result
+    known = scores[finite]
+    spread = known.std()
+    # Equal float32 scores can differ by rounding after the mean is taken away; such a spread carries no order.
+    level = max(np.abs(known).max(), np.finfo(np.float64).tiny)
+    result[finite] = (known - known.mean()) / spread if spread > 1e-9 * level else 0.0
+    return result
+
+
+def fuse(embedding: np.ndarray, matching: np.ndarray, weight: float) -> np.ndarray:
+    """`z(embedding) + weight * z(matching)` of one query over its gallery, shape `(num_images,)`."""
+    return z_scores(embedding) + weight * z_scores(matching)
+
+
+def check_weight(weight: float) -> float:
+    """`weight` as a float; raises `ValueError` unless it is finite and above 0."""
+    weight = float(weight)
+    if not np.isfinite(weight) or weight <= 0:
+        raise ValueError(f"fusion weight is {weight!r}: it must be a number above 0.")
+    return weight
+
+
+def first_relevant_rank(scores: np.ndarray, relevant: Sequence[int]) -> np.ndarray:
+    """Rank (from 1) of the best relevant image; ties keep the gallery order; 0 where none can be retrieved.
+
+    Args:
+        scores: float array `(..., num_images)`; an image with a score that is not finite cannot be retrieved.
+        relevant: gallery positions of the relevant images.
+    """
+    scores = np.where(np.isfinite(scores), scores, -np.inf)
+    relevant = np.asarray(sorted(relevant), dtype=int)
+    if relevant.size == 0:
+        return np.zeros(scores.shape[:-1], dtype=int)
+    best = relevant[scores[..., relevant].argmax(-1)]
+    score = np.take_along_axis(scores, np.asarray(best)[..., None], -1)
+    before = np.arange(scores.shape[-1]) < np.asarray(best)[..., None]
+    rank = 1 + (scores > score).sum(-1) + ((scores == score) & before).sum(-1)
+    return np.where(np.isfinite(score[..., 0]), rank, 0)
+
+
+def fit_fusion_weight(
+    embedding_scores: Sequence[np.ndarray],
+    matching_scores: Sequence[np.ndarray],
+    relevant: Sequence[Sequence[int]],
+    weights: Sequence[float] = DEFAULT_WEIGHTS,
+) -> tuple[float, list[dict[str, float]]]:
+    """The weight with the best R@1 on a validation split; ties: best mean reciprocal rank, then the smallest weight.
+
+    Args:
+        embedding_scores: per query a float array `(num_images,)` over its own gallery; galleries may differ in size.
+        matching_scores: the same for the matching scores.
+        relevant: per query the gallery positions of its relevant images; a query without any counts as a miss.
+        weights: the candidates, each above 0.
+
+    Returns:
+        the weight, and the validation curve `[{"weight": w, "R@1": ..., "MRR": ...}, ...]` in ascending weight.
+
+    Raises:
+        ValueError: no queries, sequences of different lengths, or a weight that is not above 0.
+    """
+    weights = np.array(sorted({check_weight(weight) for weight in weights}))
+    if weights.size == 0:
+        raise ValueError("weights is empty: name at least one candidate above 0.")
+    if not len(embedding_scores) == len(matching_scores) == len(relevant):
+        raise ValueError(
+            f"embedding_scores, matching_scores and relevant must have one entry per query each, but have "
+            f"{len(embedding_scores)}, {len(matching_scores)} and {len(relevant)}."
+        )
+    if not len(relevant):
+        raise ValueError("there are no validation queries: a fusion weight needs at least one.")
+    hits, reciprocal = np.zeros(weights.size), np.zeros(weights.size)
+    for embedding, matching, wanted in zip(embedding_scores, matching_scores, relevant):
+        fused = z_scores(embedding) + weights[:, None] * z_scores(matching)
+        rank = first_relevant_rank(fused, wanted)
+        hits += rank == 1
+        reciprocal += np.where(rank > 0, 1 / np.maximum(rank, 1), 0.0)
+    # Sums of reciprocals in another order differ in the last digits, which must not choose the weight.
+    best = min(range(weights.size), key=lambda i: (-hits[i], -round(reciprocal[i], 9), weights[i]))
+    curve = [
+        {"weight": float(w), "R@1": float(h / len(relevant)), "MRR": float(r / len(relevant))}
+        for w, h, r in zip(weights, hits, reciprocal)
+    ]
+    return float(weights[best]), curve

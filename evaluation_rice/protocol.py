@@ -1,0 +1,255 @@
+"""Who searches what, and how a ranking is scored: one protocol for the model and every baseline.
+
+Gallery scope per query is its livestream's shop or the whole gallery; a query hits when any relevant image is among
+the first k; ties keep the gallery order and are counted; every query stays in the denominator. See docs/protocol.md.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from .recall import DEFAULT_KS, bootstrap_interval, check_ks, expected_hit, recall_at_k
+
+SCOPES = ("live", "all")
+BREAKDOWN_COLUMNS = ("category", "product_scale", "visible_duration", "product_number")
+MAX_GROUPS = 12
+"""A numeric attribute with more distinct values than this is grouped by its quartiles."""
+
+
+@dataclass(frozen=True)
+class RetrievalTask:
+    """Queries, the unique images they search, and the scope of each query; built by `from_datasets`.
+
+    Attributes:
+        query_ids: clip ids in file order.
+        relevant: query id -> image ids that count as a hit.
+        query_scopes: per query the name of its gallery (its livestream, or "" for the whole gallery).
+        image_ids: unique image ids in file order.
+        image_rows: per unique image the gallery rows that hold it, in file order.
+        scopes: gallery name -> positions in `image_ids`, in gallery order (the order that breaks ties).
+        num_duplicate_rows: gallery rows that repeat an image within one gallery, and are counted once.
+    """
+
+    query_ids: list[str]
+    relevant: dict[str, list[str]]
+    query_scopes: list[str]
+    image_ids: list[str]
+    image_rows: list[list[int]]
+    scopes: dict[str, list[int]]
+    num_duplicate_rows: int = 0
+
+    @classmethod
+    def from_datasets(cls, queries, gallery, scope: str) -> "RetrievalTask":
+        """Reads the id columns of a queries view and a gallery view; no image is opened.
+
+        Args:
+            queries: dataset with `clip_id`, `live_id` and `relevant`.
+            gallery: dataset with `image_id` and `live_id`.
+            scope: "live" (a query searches its livestream's images) or "all" (it searches every image).
+
+        Raises:
+            ValueError: no queries, an empty gallery, a clip id that occurs twice, or an unknown scope.
+        """
+        if scope not in SCOPES:
+            raise ValueError(f"scope is {scope!r}: choose one of {', '.join(SCOPES)}.")
+        if len(queries) == 0:
+            raise ValueError("the queries view has no rows: there is nothing to evaluate.")
+        if len(gallery) == 0:
+            raise ValueError("the gallery is empty: it needs at least one image to retrieve.")
+        query_ids = list(queries["clip_id"])
+        relevant = dict(zip(query_ids, queries["relevant"]))
+        if len(relevant) != len(query_ids):
+            seen: set[str] = set()
+            twice = next(q for q in query_ids if q in seen or seen.add(q))
+            raise ValueError(f"clip id {twice!r} occurs twice in the queries view: clip ids must be unique.")
+        by_live = scope == "live"
+        query_scopes = list(queries["live_id"]) if by_live else [""] * len(query_ids)
+        positions: dict[str, int] = {}
+        image_rows: list[list[int]] = []
+        members: dict[str, dict[int, None]] = {}
+        for row, (image_id, live_id) in enumerate(zip(gallery["image_id"], gallery["live_id"])):
+            position = positions.setdefault(image_id, len(positions))
+            if position == len(image_rows):
+                image_rows.append([])
+            image_rows[position].append(row)
+            members.setdefault(live_id if by_live else "", {})[position] = None
+        scopes = {name: list(images) for name, images in members.items()}
+        if not any(name in scopes for name in query_scopes):
+            raise ValueError(
+                f"the gallery is empty for every query: no gallery image has the live_id of a query, such as "
+                f"{query_scopes[0]!r}."
+            )
+        return cls(
+            query_ids=query_ids,
+            relevant={query: list(ids) for query, ids in relevant.items()},
+            query_scopes=query_scopes,
+            image_ids=list(positions),
+            image_rows=image_rows,
+            scopes=scopes,
+            num_duplicate_rows=len(gallery) - sum(map(len, scopes.values())),
+        )
+
+    @cached_property
+    def _places(self) -> dict[str, dict[str, int]]:
+        return {name: {self.image_ids[i]: place for place, i in enumerate(m)} for name, m in self.scopes.items()}
+
+    def gallery_of(self, query: int) -> list[int]:
+        """Positions in `image_ids` of the images that query number `query` searches; empty when it has no gallery."""
+        return self.scopes.get(self.query_scopes[query], [])
+
+    def relevant_positions(self, query: int) -> list[int]:
+        """Positions, within the query's own gallery, of its relevant images."""
+        places = self._places.get(self.query_scopes[query], {})
+        return sorted({places[image] for image in self.relevant[self.query_ids[query]] if image in places})
+
+    def gallery_size(self) -> dict[str, float]:
+        """Smallest, median and largest gallery among those that at least one query searches."""
+        sizes = [len(self.scopes.get(name, [])) for name in dict.fromkeys(self.query_scopes)]
+        return {"min": int(min(sizes)), "median": float(np.median(sizes)), "max": int(max(sizes))}
+
+    def num_unreachable(self) -> int:
+        """Queries none of whose relevant images is in their gallery: misses for any method."""
+        return sum(not self.relevant_positions(i) for i in range(len(self.query_ids)))
+
+    def without_gallery(self) -> list[dict[str, str]]:
+        """Failure entries of the queries whose livestream has no gallery image."""
+        return [
+            {"kind": "query", "id": query, "file": "", "reason": f"no gallery image has its live_id {name!r}"}
+            for query, name in zip(self.query_ids, self.query_scopes)
+            if name not in self.scopes
+        ]
+
+
+@dataclass
+class Rankings:
+    """The rankings of one kind of score, filled query by query; scores are dropped as soon as they are ranked.
+
+    Args:
+        task: the queries and their galleries.
+        ks: cut-offs of the recall.
+        depth: entries kept per ranking; raised to the largest k.
+    """
+
+    task: RetrievalTask
+    ks: tuple[int, ...] = DEFAULT_KS
+    depth: int = 100
+    rankings: dict[str, list[str]] = field(default_factory=dict)
+    top_scores: dict[str, list[float]] = field(default_factory=dict)
+    tied: set[str] = field(default_factory=set)
+    tie_hits: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.ks = check_ks(self.ks)
+        self.depth = max(self.depth, *self.ks)
+
+    def add(self, query: int, scores: np.ndarray) -> None:
+        """Ranks the gallery of query number `query`.
+
+        Args:
+            query: position of the query in the task.
+            scores: float array `(gallery size,)`, higher is better. An image with a score that is not finite is left
+                out of the ranking: it can be neither a hit nor in the way of one.
+        """
+        gallery, query_id = self.task.gallery_of(query), self.task.query_ids[query]
+        scores = np.asarray(scores)
+        if scores.shape != (len(gallery),):
+            raise ValueError(f"query {query_id!r} searches {len(gallery)} images but has scores {scores.shape}.")
+        order = np.argsort(-np.where(np.isfinite(scores), scores, -np.inf), kind="stable")
+        order = order[np.isfinite(scores[order])]
+        kept = order[: self.depth]
+        self.rankings[query_id] = [self.task.image_ids[gallery[i]] for i in kept]
+        self.top_scores[query_id] = [float(scores[i]) for i in kept[:5]]
+        self._count_ties(query, query_id, scores)
+
+    def _count_ties(self, query: int, query_id: str, scores: np.ndarray) -> None:
+        relevant = [i for i in self.task.relevant_positions(query) if np.isfinite(scores[i])]
+        if not relevant:
+            return
+        best = scores[relevant].max()
+        equal = int((scores == best).sum())
+        if equal > 1:
+            self.tied.add(query_id)
+        above = int((scores[np.isfinite(scores)] > best).sum())
+        self.tie_hits[query_id] = expected_hit(equal, int((scores[relevant] == best).sum()), 1 - above)
+
+    def complete(self) -> "Rankings":
+        """Gives every query that was never added an empty ranking, and puts them all in file order."""
+        self.rankings = {query: self.rankings.get(query, []) for query in self.task.query_ids}
+        return self
+
+    def hits_at_1(self) -> np.ndarray:
+        """1.0 for each query whose first image is relevant and 0.0 for the others, in file order."""
+        relevant = self.task.relevant
+        return np.array([float(r[:1] != [] and r[0] in relevant[q]) for q, r in self.complete().rankings.items()])
+
+    def recall(self, query_ids: Iterable[str] | None = None) -> dict[str, float]:
+        """R@k over all queries, or over those of `query_ids`."""
+        chosen = self.task.query_ids if query_ids is None else list(query_ids)
+        relevant = {query: self.task.relevant[query] for query in chosen}
+        return recall_at_k({query: self.rankings.get(query, []) for query in chosen}, relevant, self.ks)
+
+    def summary(self) -> dict[str, float | list[float]]:
+        """R@k over all queries and `R@1_ci95`, the bootstrap interval of R@1 over queries."""
+        return {**self.recall(), "R@1_ci95": bootstrap_interval(self.hits_at_1())}
+
+    def tie_summary(self) -> dict[str, float]:
+        """Share of tied queries, and the R@1 to expect if ties were broken at random and not by gallery order.
+
+        A query is tied when its best relevant image shares its score with another image.
+        """
+        total = len(self.task.query_ids)
+        return {"share": len(self.tied) / total, "R@1_ties_at_random": sum(self.tie_hits.values()) / total}
+
+
+def chance_recall(task: RetrievalTask, ks: Iterable[int] = DEFAULT_KS) -> dict[str, float]:
+    """Expected R@k of a random order of each query's own gallery, exact (hypergeometric)."""
+    ks = check_ks(ks)
+    shapes = [(len(task.gallery_of(i)), len(task.relevant_positions(i))) for i in range(len(task.query_ids))]
+    return {f"R@{k}": float(np.mean([expected_hit(size, wanted, k) for size, wanted in shapes])) for k in ks}
+
+
+def group_values(values: Sequence[str]) -> list[str]:
+    """Group name of each row: its value, "unknown" for an empty one, a quartile where many numbers occur."""
+    known = [value for value in values if value not in (None, "")]
+    if len(set(known)) > MAX_GROUPS:
+        try:
+            numbers = np.array([float(value) for value in known])
+        except ValueError:
+            numbers = np.array([np.nan])
+        if np.isfinite(numbers).all():
+            edges = np.unique(np.quantile(numbers, [0, 0.25, 0.5, 0.75, 1]))
+            names = [f"{low:g} to {high:g}" for low, high in zip(edges, edges[1:])]
+            return [
+                "unknown" if value in (None, "") else names[np.searchsorted(edges[1:-1], float(value), side="left")]
+                for value in values
+            ]
+    return ["unknown" if value in (None, "") else str(value) for value in values]
+
+
+def breakdown(queries, rankings: dict[str, Rankings]) -> dict[str, dict[str, dict]]:
+    """Recall by category, product scale, visible duration and product number, where the rows know them.
+
+    Args:
+        queries: the queries view.
+        rankings: score name -> its rankings.
+
+    Returns:
+        `{column: {group: {"num_queries": n, score name: {"R@1": ...}}}}`; a column without any value is left out.
+    """
+    result = {}
+    ids = list(queries["clip_id"])
+    for column in BREAKDOWN_COLUMNS:
+        values = list(queries[column]) if column in queries.column_names else []
+        if not any(values):
+            continue
+        members: dict[str, list[str]] = {}
+        groups = [value or "unknown" for value in values] if column == "category" else group_values(values)
+        for query_id, group in zip(ids, groups):
+            members.setdefault(group, []).append(query_id)
+        result[column] = {
+            group: {"num_queries": len(chosen), **{name: book.recall(chosen) for name, book in rankings.items()}}
+            for group, chosen in sorted(members.items())
+        }
+    return result

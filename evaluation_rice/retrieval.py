@@ -1,0 +1,350 @@
+"""Runs a model or a baseline over queries and galleries: decode in workers, encode once, score each query's gallery.
+
+The gallery is encoded once per unique image and kept; clips are encoded in batches, scored and dropped, so memory
+grows with the gallery and not with the number of clips.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+
+from .fusion import check_weight, fit_fusion_weight, fuse
+from .protocol import Rankings, RetrievalTask
+from .recall import DEFAULT_KS
+
+GALLERY_CHUNK = 2048
+"""Gallery images scored against one batch of clips at a time, which bounds the memory of matching."""
+
+
+class Retriever(Protocol):
+    """What `retrieve` needs of a method. `load_*` run in the loader's workers and must be picklable.
+
+    `load_*` take a list of dataset rows and return `(inputs, positions of the rows that loaded, failures)`, each
+    failure a dict with `id`, `file` and `reason`. `encode_*` turn inputs into an object with `len` and slices, `cat`
+    joins such objects, and `scores` gives one `(num_clips, num_images)` array per kind of score.
+    """
+
+    def load_gallery(self, rows: list[dict]) -> tuple[Any, list[int], list[dict]]: ...
+
+    def load_clips(self, rows: list[dict]) -> tuple[Any, list[int], list[dict]]: ...
+
+    def encode_gallery(self, inputs: Any) -> Any: ...
+
+    def encode_clips(self, inputs: Any) -> Any: ...
+
+    def cat(self, parts: list[Any]) -> Any: ...
+
+    def scores(self, clips: Any, gallery: Any) -> dict[str, np.ndarray]: ...
+
+
+class ModelRetriever:
+    """Any model with `encode_gallery`, `encode_clips`, `similarity` and, where it has a decoder, `match`.
+
+    Args:
+        model: the model; `model.config.use_decoder` False means that it has no `match`.
+        collator: object whose `encode_gallery(rows)` and `encode_queries(rows)` decode rows into model inputs.
+        matching: also score with `match`; by default when the model has a decoder.
+    """
+
+    def __init__(self, model, collator, matching: bool | None = None):
+        self.model = model
+        self.collator = collator
+        self.device = next(model.parameters()).device
+        self.matching = has_decoder(model) if matching is None else matching
+
+    def load_gallery(self, rows):
+        return self.collator.encode_gallery(rows)
+
+    def load_clips(self, rows):
+        return self.collator.encode_queries(rows)
+
+    def _to_device(self, inputs):
+        return {name: value.to(self.device) if hasattr(value, "to") else value for name, value in inputs.items()}
+
+    def encode_gallery(self, inputs):
+        return self.model.encode_gallery(**self._to_device(inputs))
+
+    def encode_clips(self, inputs):
+        return self.model.encode_clips(**self._to_device(inputs))
+
+    def cat(self, parts):
+        return type(parts[0]).cat(parts)
+
+    def scores(self, clips, gallery):
+        result = {"embedding": self.model.similarity(clips, gallery)}
+        if self.matching:
+            result["matching"] = self.model.match(clips, gallery)
+        return {name: value.float().cpu().numpy() for name, value in result.items()}
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How rows are read: `batch_size` rows at a time, in `num_workers` processes, with or without progress bars."""
+
+    batch_size: int = 32
+    num_workers: int = 0
+    quiet: bool = False
+
+    def batches(self, dataset, rows: list[int], load, title: str) -> Iterator[tuple[list[int], Any, list[dict]]]:
+        """Yields `(row numbers that loaded, inputs, failures)` for each batch of `rows`, in order."""
+        loader = DataLoader(
+            Subset(dataset, rows), self.batch_size, shuffle=False, num_workers=self.num_workers, collate_fn=load
+        )
+        done = 0
+        with tqdm(total=len(rows), desc=title, unit="row", disable=self.quiet or not rows) as bar:
+            for inputs, loaded, failures in loader:
+                asked = rows[done : done + self.batch_size]
+                done += len(asked)
+                yield [asked[i] for i in loaded], inputs, failures
+                bar.update(len(asked))
+
+
+@contextmanager
+def _evaluating(model):
+    """The model in eval mode without gradients, its former mode restored afterwards, so that training can go on."""
+    training = getattr(model, "training", False)
+    if training:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if training:
+            model.train()
+
+
+def has_decoder(model) -> bool:
+    """Whether the model can match: it has `match`, and its config does not switch the decoder off."""
+    return hasattr(model, "match") and getattr(getattr(model, "config", None), "use_decoder", True)
+
+
+def _encode_gallery(retriever, task: RetrievalTask, gallery, loading: Loading):
+    """Encodes every unique image once; returns encodings, image position -> encoding position, and failures.
+
+    An image that several livestreams show is read from the first row that can be read.
+    """
+    parts, places, failures = [], {}, []
+    attempt = 0
+    while True:
+        waiting = {
+            rows[attempt]: i for i, rows in enumerate(task.image_rows) if i not in places and attempt < len(rows)
+        }
+        if not waiting:
+            break
+        for loaded, inputs, failed in loading.batches(gallery, list(waiting), retriever.load_gallery, "gallery"):
+            failures += [{"kind": "gallery", **failure} for failure in failed]
+            if loaded:
+                parts.append(retriever.encode_gallery(inputs))
+                places.update((waiting[row], len(places)) for row in loaded)
+        attempt += 1
+    return retriever.cat(parts) if parts else None, places, failures
+
+
+def _take(retriever, encodings, positions: list[int]):
+    """The encodings at `positions`: joined slices, since encodings promise slices and not index lists."""
+    runs: list[list[int]] = []
+    for position in positions:
+        if runs and position == runs[-1][1]:
+            runs[-1][1] += 1
+        else:
+            runs.append([position, position + 1])
+    slices = [encodings[start:stop] for start, stop in runs]
+    return retriever.cat(slices) if len(slices) > 1 else slices[0]
+
+
+def iter_scores(
+    retriever: Retriever, task: RetrievalTask, queries, gallery, loading: Loading, failures: list[dict]
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Yields `(query number, {score name: array over the query's gallery})`, livestream by livestream.
+
+    An image that could not be read has NaN for a score, a query with a frame that could not be read is not yielded,
+    and both are appended to `failures`. Raises `ValueError` when not one gallery image could be read.
+    """
+    encodings, places, failed = _encode_gallery(retriever, task, gallery, loading)
+    failures += failed
+    failures += task.without_gallery()
+    if encodings is None:
+        reason = failed[0].get("reason", "") if failed else "the gallery is empty"
+        raise ValueError(f"not one of the {len(task.image_ids)} gallery images could be read; the first: {reason}.")
+    scope_order = {name: i for i, name in enumerate(task.scopes)}
+    rows = [i for i, name in enumerate(task.query_scopes) if name in scope_order]
+    rows.sort(key=lambda i: scope_order[task.query_scopes[i]])
+    current, shop, kept = None, None, []
+    for loaded, inputs, failed in loading.batches(queries, rows, retriever.load_clips, "clips"):
+        failures += [{"kind": "query", **failure} for failure in failed]
+        if not loaded:
+            continue
+        clips, start = retriever.encode_clips(inputs), 0
+        # A collator may go on with the frames that it could read; the protocol calls such a clip a miss.
+        damaged = {failure["id"] for failure in failed}
+        for name, group in groupby(loaded, key=lambda i: task.query_scopes[i]):
+            group = list(group)
+            if name != current:
+                current = name
+                kept = [i for i, image in enumerate(task.scopes[name]) if image in places]
+                shop = _take(retriever, encodings, [places[task.scopes[name][i]] for i in kept]) if kept else None
+            block = clips[start : start + len(group)]
+            start += len(group)
+            scores = _score(retriever, block, shop, kept, len(task.scopes[name]))
+            for row, query in enumerate(group):
+                if task.query_ids[query] in damaged:
+                    continue
+                failures += _not_finite(task.query_ids[query], {k: v[row, kept] for k, v in scores.items()})
+                yield query, {kind: values[row] for kind, values in scores.items()}
+
+
+def _score(retriever, clips, shop, kept: list[int], size: int) -> dict[str, np.ndarray]:
+    """Scores over the whole gallery of a scope, `(num_clips, size)`, NaN where an image could not be read."""
+    if shop is None:
+        return {"embedding": np.full((len(clips), size), np.nan)}
+    parts = [retriever.scores(clips, shop[i : i + GALLERY_CHUNK]) for i in range(0, len(kept), GALLERY_CHUNK)]
+    result = {}
+    for kind in parts[0]:
+        values = np.concatenate([part[kind] for part in parts], axis=1)
+        if len(kept) < size:
+            full = np.full((len(values), size), np.nan, dtype=values.dtype)
+            full[:, kept] = values
+            values = full
+        result[kind] = values
+    return result
+
+
+def _not_finite(query_id: str, scores: dict[str, np.ndarray]) -> list[dict]:
+    failures = []
+    for kind, values in scores.items():
+        bad = int((~np.isfinite(values)).sum())
+        if bad:
+            reason = f"{bad} of {len(values)} {kind} scores are not finite: those images cannot be retrieved"
+            failures.append({"kind": "query", "id": query_id, "file": "", "reason": reason})
+    return failures
+
+
+def retrieve(
+    retriever: Retriever,
+    task: RetrievalTask,
+    queries,
+    gallery,
+    *,
+    loading: Loading = Loading(),
+    fusion_weight: float | None = None,
+    ks=DEFAULT_KS,
+    depth: int = 100,
+) -> tuple[dict[str, Rankings], list[dict]]:
+    """Ranks every query's gallery by each score that the method has.
+
+    Args:
+        retriever: a model or a baseline.
+        task: who searches what, from `RetrievalTask.from_datasets(queries, gallery, scope)`.
+        queries: the queries view.
+        gallery: the gallery view.
+        loading: batch size, workers and progress.
+        fusion_weight: also rank by z(embedding) + weight * z(matching), where there are matching scores.
+        ks: cut-offs of the recall.
+        depth: entries kept per ranking.
+
+    Returns:
+        score name -> rankings of every query (empty for one that failed), and the list of failures: dicts with
+        `kind` ("query" or "gallery"), `id`, `file` and `reason`.
+
+    Raises:
+        ValueError: not one gallery image could be read, or the fusion weight is not above 0.
+    """
+    books: dict[str, Rankings] = {}
+    failures: list[dict] = []
+    if fusion_weight is not None:
+        fusion_weight = check_weight(fusion_weight)
+    with _evaluating(getattr(retriever, "model", None)):
+        for query, scores in iter_scores(retriever, task, queries, gallery, loading, failures):
+            if fusion_weight is not None and "matching" in scores:
+                scores["fused"] = fuse(scores["embedding"], scores["matching"], fusion_weight)
+            for kind, values in scores.items():
+                books.setdefault(kind, Rankings(task, ks, depth)).add(query, values)
+    if not books:
+        books["embedding"] = Rankings(task, ks, depth)
+    return {kind: book.complete() for kind, book in books.items()}, failures
+
+
+def _default_collator(processor, use_boxes: bool):
+    from data_rice.collator import RiceCollator
+
+    return RiceCollator(processor, use_boxes=use_boxes)
+
+
+def evaluate_retrieval(
+    model,
+    processor,
+    queries,
+    gallery,
+    *,
+    scope: str = "live",
+    fusion_weight: float | None = None,
+    use_boxes: bool = False,
+    collator=None,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    matching: bool | None = None,
+    ks=DEFAULT_KS,
+    quiet: bool = False,
+) -> dict[str, dict[str, float | list[float]]]:
+    """R@k of a model, for instance on a validation split during training; the model's mode is restored afterwards.
+
+    Args:
+        model: object with `encode_gallery`, `encode_clips`, `similarity` and, with a decoder, `match`.
+        processor: turns images and clips into model inputs.
+        queries: queries view of a dataset.
+        gallery: gallery view of the same dataset.
+        scope: "live" (each query searches its livestream's images) or "all".
+        fusion_weight: also report fused scores with this weight.
+        use_boxes: hand the clips' boxes to the processor (intended product detection at test time).
+        collator: decodes rows; by default `data_rice.collator.RiceCollator`.
+        batch_size: rows per batch.
+        num_workers: loader processes that decode.
+        matching: False leaves the decoder out.
+        ks: cut-offs of the recall.
+        quiet: no progress bars.
+
+    Returns:
+        `{"embedding": {"R@1": ..., "R@1_ci95": [low, high]}, "matching": {...}, "fused": {...}}`, fractions, with the
+        scores that the model has.
+
+    Raises:
+        ValueError: no queries, an empty gallery, or an argument out of range.
+    """
+    task = RetrievalTask.from_datasets(queries, gallery, scope)
+    retriever = ModelRetriever(model, collator or _default_collator(processor, use_boxes), matching)
+    loading = Loading(batch_size, num_workers, quiet)
+    books, _ = retrieve(retriever, task, queries, gallery, loading=loading, fusion_weight=fusion_weight, ks=ks)
+    return {kind: book.summary() for kind, book in books.items()}
+
+
+def fit_fusion(
+    retriever: Retriever, task: RetrievalTask, queries, gallery, *, loading: Loading = Loading(), **options
+) -> tuple[float, list[dict[str, float]]]:
+    """Scores a validation split and fits the fusion weight on it; see `fit_fusion_weight` for rule and result.
+
+    A query that could not be read or has no gallery counts as a miss at every weight. Raises `ValueError` when the
+    method has no matching scores.
+    """
+    kinds: dict[str, dict[int, np.ndarray]] = {"embedding": {}, "matching": {}}
+    with _evaluating(getattr(retriever, "model", None)):
+        for query, scores in iter_scores(retriever, task, queries, gallery, loading, []):
+            for kind, values in scores.items():
+                kinds[kind][query] = values
+    if not kinds["matching"]:
+        raise ValueError("the model gives no matching scores, so there is no fusion weight to fit.")
+    everyone = range(len(task.query_ids))
+    nothing = np.zeros(0)
+    scored = [i in kinds["matching"] for i in everyone]
+    return fit_fusion_weight(
+        [kinds["embedding"].get(i, nothing) for i in everyone],
+        [kinds["matching"].get(i, nothing) for i in everyone],
+        [task.relevant_positions(i) if scored[i] else [] for i in everyone],
+        **options,
+    )

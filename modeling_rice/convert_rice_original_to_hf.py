@@ -1,0 +1,267 @@
+"""Converts checkpoints of the two official RICE code bases.
+
+    python -m modeling_rice.convert_rice_original_to_hf CHECKPOINT OUTPUT_DIR
+
+The layout is recognised from keys, all sizes from shapes. A part that is wholly absent (decoder, reconstruction head,
+text projections) is switched off; a partly present one, or a key nobody asked for, is an error with a list.
+"""
+
+import argparse
+import math
+import re
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CLIPVisionConfig
+
+from .configuration_rice import RiceConfig
+from .modeling_rice import RiceModel
+
+_BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+_STEM = {
+    "class_embedding": "vision_model.embeddings.class_embedding",
+    "positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "ln_pre.weight": "vision_model.pre_layrnorm.weight",
+    "ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "ln_post.weight": "vision_model.post_layernorm.weight",
+    "ln_post.bias": "vision_model.post_layernorm.bias",
+}
+# Prefixes of each layout: (official, ours). A trailing name (weight, bias) is kept.
+_CLIP4CLIP_DECODER = {
+    "cross.embeddings.position_embeddings": "decoder.position_embedding",
+    "cross.pooler.ln_pool": "decoder.head.layer_norm",
+    "cross.pooler.dense": "decoder.head.dense",
+    "similarity_dense": "decoder.head.score",
+}
+_MMF_DECODER = {
+    "transformer.transformer.pooler.layer_norm": "decoder.head.layer_norm",
+    "transformer.transformer.pooler.dense": "decoder.head.dense",
+    "transformer.heads.vim": "decoder.head.score",
+}
+_IGNORED = {
+    "clip4clip": (
+        r"clip\.(positional_embedding|text_projection|logit_scale|token_embedding\..*|ln_final\..*|transformer\..*)",
+        r"clip\.(input_resolution|context_length|vocab_size)",
+        r"cross\.(embeddings\.position_ids)",
+    ),
+    "mmf": (r"transformer\.transformer\.embeddings\..*",),
+}
+
+
+class _Source:
+    """An official state dict that remembers which keys were asked for."""
+
+    def __init__(self, state_dict: dict[str, Tensor], prefix: str):
+        self.tensors = {key.removeprefix("module."): value for key, value in state_dict.items()}
+        self.prefix = prefix
+        self.used: set[str] = set()
+        self.missing: list[str] = []
+
+    def take(self, key: str) -> Tensor | None:
+        self.used.add(key)
+        if key not in self.tensors:
+            self.missing.append(key)
+            return None
+        return self.tensors[key].float()
+
+    def has(self, *prefixes: str) -> bool:
+        return any(key.startswith(prefixes) for key in self.tensors)
+
+    def count(self, pattern: str) -> int:
+        found = [int(match[1]) for key in self.tensors if (match := re.match(pattern, key))]
+        return max(found, default=-1) + 1
+
+
+def convert_original_checkpoint(state_dict: dict[str, Tensor]) -> RiceModel:
+    """
+    Builds the model of an official checkpoint, as it was: the faithful preset of its code base, fp32, eval mode.
+
+    Args:
+        state_dict: Of the older (CLIP4Clip-based) or the newer (mmf-based) official code; both layouts are
+            recognised, with or without a leading `module.`.
+
+    Returns:
+        A [`RiceModel`]. Encoder heads are width / 64 and decoder heads 8, as in both code bases.
+
+    Raises:
+        ValueError: for another layout, or with a list of the keys that are missing or left over.
+    """
+    keys = [key.removeprefix("module.") for key in state_dict]
+    if "clip.visual.conv1.weight" in keys:
+        layout, source = "clip4clip", _Source(state_dict, "clip.visual.")
+    elif "image_encoder.model.conv1.weight" in keys:
+        layout, source = "mmf", _Source(state_dict, "image_encoder.model.")
+    else:
+        raise ValueError(
+            "The checkpoint is of neither official layout: it has no `clip.visual.conv1.weight` (older code) and no "
+            "`image_encoder.model.conv1.weight` (newer code)."
+        )
+    weights, overrides = _convert_encoder(source)
+    convert_rest = _convert_clip4clip if layout == "clip4clip" else _convert_mmf
+    convert_rest(source, weights, overrides)
+    _refuse_leftovers(source, _IGNORED[layout])
+
+    model = RiceModel(RiceConfig.from_preset(layout, **overrides))
+    result = model.load_state_dict(weights, strict=False)
+    if result.missing_keys or result.unexpected_keys:
+        raise ValueError(
+            f"The checkpoint does not fill the model: missing {result.missing_keys}, left over {result.unexpected_keys}."
+        )
+    return model.float().eval()
+
+
+def _convert_encoder(source: _Source) -> tuple[dict[str, Tensor | None], dict]:
+    prefix = source.prefix
+    weights = {ours: source.take(prefix + theirs) for theirs, ours in _STEM.items()}
+    projection = source.take(prefix + "proj")
+    layers = source.count(re.escape(prefix) + r"transformer\.resblocks\.(\d+)\.")
+    for i in range(layers):
+        _convert_block(source, weights, f"{prefix}transformer.resblocks.{i}", f"vision_model.encoder.layers.{i}", "self_attn")
+    if source.missing:
+        _raise_keys("misses", source.missing)
+    weights["visual_projection.weight"] = projection.T.contiguous()
+    patches = weights["vision_model.embeddings.patch_embedding.weight"]
+    width, _, patch_size, _ = patches.shape
+    grid = math.isqrt(len(weights["vision_model.embeddings.position_embedding.weight"]) - 1)
+    vision_config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=source.tensors[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        image_size=grid * patch_size,
+        patch_size=patch_size,
+        projection_dim=projection.shape[1],
+    )
+    return weights, {"vision_config": vision_config, "projection_dim": projection.shape[1]}
+
+
+def _convert_block(source: _Source, weights: dict, theirs: str, ours: str, attention: str = "attention") -> None:
+    """A pre-norm block whose attention packs query, key and value in one matrix."""
+    for kind in ("weight", "bias"):
+        packed = source.take(f"{theirs}.attn.in_proj_{kind}")
+        if packed is not None:
+            for name, part in zip(("q_proj", "k_proj", "v_proj"), packed.chunk(3), strict=True):
+                weights[f"{ours}.{attention}.{name}.{kind}"] = part.clone()
+        weights[f"{ours}.{attention}.out_proj.{kind}"] = source.take(f"{theirs}.attn.out_proj.{kind}")
+    _convert_linears(source, weights, {f"{theirs}.{a}": f"{ours}.{b}" for a, b in _BLOCK.items()})
+
+
+def _convert_linears(source: _Source, weights: dict, names: dict[str, str], kinds=("weight", "bias")) -> None:
+    for theirs, ours in names.items():
+        for kind in kinds:
+            weights[f"{ours}.{kind}"] = source.take(f"{theirs}.{kind}")
+
+
+def _convert_reconstruction(source: _Source, weights: dict, overrides: dict, prefix: str) -> None:
+    overrides["use_reconstruction"] = source.has(prefix)
+    if overrides["use_reconstruction"]:
+        _convert_linears(
+            source, weights, {f"{prefix}0": "reconstruction_head.conv1", f"{prefix}2": "reconstruction_head.conv2"}
+        )
+
+
+def _convert_clip4clip(source: _Source, weights: dict, overrides: dict) -> None:
+    weights["logit_scale"] = torch.tensor(math.log(100.0))
+    overrides["use_decoder"] = source.has("cross.", "similarity_dense.")
+    if overrides["use_decoder"]:
+        layers = source.count(r"cross\.transformer\.resblocks\.(\d+)\.")
+        overrides["decoder_num_self_layers"] = layers
+        for i in range(layers):
+            _convert_block(source, weights, f"cross.transformer.resblocks.{i}", f"decoder.self_layers.{i}")
+        theirs, ours = "cross.transformer.cross_attention", "decoder.cross_layer"
+        names = {f"{theirs}.{a}": f"{ours}.{b}" for a, b in _BLOCK.items()}
+        names |= {f"{theirs}.attn.{name}": f"{ours}.attention.{name[0]}_proj" for name in ("query", "key", "value")}
+        _convert_linears(source, weights, names)
+        for theirs, ours in _CLIP4CLIP_DECODER.items():
+            kinds = ("weight",) if theirs.endswith("embeddings") else ("weight", "bias")
+            _convert_linears(source, weights, {theirs: ours}, kinds)
+        positions = weights["decoder.position_embedding.weight"]
+        if positions is not None:
+            overrides["decoder_max_position_embeddings"] = len(positions)
+    if source.has("fc_title.", "fc_asr."):
+        _convert_linears(
+            source, weights, {"fc_title": "decoder.title_projection", "fc_asr": "decoder.asr_projection"}
+        )
+        if weights["decoder.title_projection.weight"] is not None:
+            overrides["text_embed_dim"] = weights["decoder.title_projection.weight"].shape[1]
+    _convert_reconstruction(source, weights, overrides, "recons_weights.conv.")
+
+
+def _convert_mmf(source: _Source, weights: dict, overrides: dict) -> None:
+    # Both embeddings are multiplied by the stored scalar, so the logits carry its square.
+    name = "transformer.contrastive_norm.norm_s"
+    if not source.has(name):
+        name = "transformer.logit_scale"
+    scalar = source.take(name)
+    weights["logit_scale"] = None if scalar is None else 2 * scalar.reshape(()).abs().log()
+    source.used |= {"transformer.logit_scale", "transformer.contrastive_norm.norm_s"}
+    prefix = "transformer.transformer.transformer.layers"
+    overrides["use_decoder"] = source.has(prefix, "transformer.transformer.pooler.", "transformer.heads.vim.")
+    if overrides["use_decoder"]:
+        if source.count(re.escape(prefix) + r"\.(\d+)\.") > 2:
+            raise ValueError(
+                "The checkpoint's decoder has more than one pair of self- and cross-attention blocks; only one "
+                "cross-attention block, the last, can be scored exactly from cached keys and values."
+            )
+        overrides["decoder_num_self_layers"] = 1
+        _convert_block(source, weights, f"{prefix}.0", "decoder.self_layers.0")
+        _convert_block(source, weights, f"{prefix}.1", "decoder.cross_layer")
+        for theirs, ours in _MMF_DECODER.items():
+            _convert_linears(source, weights, {theirs: ours}, ("weight", "bias") if theirs.endswith("norm") else ("weight",))
+    _convert_reconstruction(source, weights, overrides, "transformer.heads.rec.")
+
+
+def _refuse_leftovers(source: _Source, ignored: tuple[str, ...]) -> None:
+    if source.missing:
+        _raise_keys("misses", source.missing)
+    leftovers = [
+        key
+        for key in source.tensors
+        if key not in source.used and not any(re.fullmatch(pattern, key) for pattern in ignored)
+    ]
+    if leftovers:
+        _raise_keys("holds unknown", leftovers)
+
+
+def _raise_keys(verb: str, keys: list[str]) -> None:
+    raise ValueError(f"The checkpoint {verb} {len(keys)} key(s): {', '.join(sorted(keys))}.")
+
+
+def load_original_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Reads a `.safetensors` file, or a torch file of plain tensors (optionally under `model` or `state_dict`)."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint file {path}.")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("model", "state_dict"):
+        if isinstance(state_dict.get(key), dict):
+            state_dict = state_dict[key]
+    return {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", help="file of an official code base (.pth, .bin, .pt or .safetensors)")
+    parser.add_argument("output_dir", help="folder to write config.json and model.safetensors to")
+    options = parser.parse_args(arguments)
+    try:
+        model = convert_original_checkpoint(load_original_state_dict(options.checkpoint))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    model.save_pretrained(options.output_dir)
+    print(f"Wrote {options.output_dir} ({sum(p.numel() for p in model.parameters()):,} parameters).")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""The pairwise matching decoder (PMD) and the patch feature reconstruction head (PFR).
+
+A pair's score reads only the class-token row of the last block, the image's states do not depend on the clip, and the
+clip's keys and values do not depend on the image. So the decoder is three functions: `encode_images` once per image,
+`encode_clips` once per clip, and `score_pairs`, one query row per pair against cached keys and values. Images play the
+part of query positions there, so that all pairs of a clip are one attention call. With dropout inactive this equals
+the full computation exactly.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_rice import RiceConfig
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Plain attention: query `(B, H, L, h)`, key and value `(B, H, S, h)` -> context `(B, L, H, h)`, weights `(B, H, L, S)`."""
+    weights = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    context = nn.functional.dropout(weights, p=dropout, training=module.training) @ value
+    return context.transpose(1, 2).contiguous(), weights
+
+
+def additive_mask(keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """`(B, S)` bool, `True` = attend -> `(B, 1, 1, S)` additive mask."""
+    bias = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
+    return bias.masked_fill(~keep, torch.finfo(dtype).min)[:, None, None, :]
+
+
+class RiceDecoderAttention(nn.Module):
+    """Multi-head attention with its projections apart, so that keys and values can be computed once and kept."""
+
+    def __init__(self, config: RiceConfig, output_projection: bool, dropout: float):
+        super().__init__()
+        width = config.decoder_hidden_size
+        self.config = config
+        self.num_heads = config.decoder_num_heads
+        self.head_dim = width // self.num_heads
+        self.scaling = self.head_dim**-0.5
+        self.dropout = dropout
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width) if output_projection else nn.Identity()
+
+    def split_heads(self, states: Tensor) -> Tensor:
+        """`(B, L, d)` -> `(B, H, L, d / H)`."""
+        return states.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Attention of split heads; returns the context `(B, L, d)` before the output projection."""
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        context, _ = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.dropout if self.training else 0.0,
+            is_causal=False,
+        )
+        return context.flatten(-2)
+
+
+class RiceDecoderMLP(nn.Module):
+    def __init__(self, config: RiceConfig):
+        super().__init__()
+        width = config.decoder_hidden_size
+        self.fc1 = nn.Linear(width, config.decoder_intermediate_size or 4 * width)
+        self.activation = ACT2FN[config.decoder_hidden_act]
+        self.fc2 = nn.Linear(self.fc1.out_features, width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class RiceDecoderLayer(nn.Module):
+    """Pre-norm block. The self-attention blocks run it whole; the cross-attention block uses its parts."""
+
+    def __init__(self, config: RiceConfig, cross_attention: bool):
+        super().__init__()
+        width, eps = config.decoder_hidden_size, config.decoder_layer_norm_eps
+        self.layer_norm1 = nn.LayerNorm(width, eps=eps)
+        self.attention = RiceDecoderAttention(
+            config,
+            output_projection=config.decoder_output_projection or not cross_attention,
+            dropout=config.decoder_dropout if cross_attention else 0.0,
+        )
+        self.layer_norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = RiceDecoderMLP(config)
+
+    def finish(self, hidden_states: Tensor, context: Tensor) -> Tensor:
+        """Everything after the attention: residual, norm, MLP, residual."""
+        hidden_states = hidden_states + self.attention.out_proj(context)
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        normed, attention = self.layer_norm1(hidden_states), self.attention
+        query, key, value = (
+            attention.split_heads(project(normed)) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        return self.finish(hidden_states, attention.attend(query, key, value))
+
+
+class RiceMatchingHead(nn.Module):
+    """Class-token state -> score: norm, linear layer, activation, then a linear or a cosine score."""
+
+    def __init__(self, config: RiceConfig):
+        super().__init__()
+        width = config.decoder_hidden_size
+        self.cosine = config.matching_score == "cosine"
+        self.layer_norm = nn.LayerNorm(width, eps=config.decoder_layer_norm_eps)
+        self.dense = nn.Linear(width, width, bias=config.pooler_bias)
+        self.activation = ACT2FN[config.pooler_act]
+        self.score = nn.Linear(width, 1, bias=not self.cosine)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        pooled = self.activation(self.dense(self.layer_norm(hidden_states)))
+        if self.cosine:
+            pooled = nn.functional.normalize(pooled, dim=-1)
+            return (pooled @ nn.functional.normalize(self.score.weight, dim=-1).T).squeeze(-1)
+        return self.score(pooled).squeeze(-1)
+
+
+class RiceDecoder(nn.Module):
+    """
+    Pairwise matching decoder (paper section 4.2).
+
+    Shapes below: n images, c clips, L image tokens (class token first, a title token last), S clip tokens (frame by
+    frame, class token first in each, an ASR token last), d the decoder's width.
+    """
+
+    def __init__(self, config: RiceConfig):
+        super().__init__()
+        width = config.decoder_hidden_size
+        self.config = config
+        self.position_embedding = None
+        if config.decoder_position_embeddings:
+            self.position_embedding = nn.Embedding(self._num_positions(config), width)
+        self.dropout = nn.Dropout(config.decoder_dropout)
+        self.self_layers = nn.ModuleList(
+            RiceDecoderLayer(config, cross_attention=False) for _ in range(config.decoder_num_self_layers)
+        )
+        self.cross_layer = RiceDecoderLayer(config, cross_attention=True)
+        self.head = RiceMatchingHead(config)
+        if config.text_embed_dim is not None:
+            self.title_projection = nn.Linear(config.text_embed_dim, width)
+            self.asr_projection = nn.Linear(config.text_embed_dim, width)
+
+    @staticmethod
+    def _num_positions(config: RiceConfig) -> int:
+        if config.decoder_max_position_embeddings is not None:
+            return config.decoder_max_position_embeddings
+        if config.num_patches is None:
+            raise ValueError(
+                f"The vision model {config.vision_config.model_type!r} does not tell its number of patches; set "
+                f"`decoder_max_position_embeddings` or `decoder_position_embeddings=False`."
+            )
+        return config.num_patches + 1 + (config.text_embed_dim is not None)
+
+    def _text_token(self, projection: str, text_embeds: Tensor, argument: str) -> Tensor:
+        if self.config.text_embed_dim is None:
+            raise ValueError(f"`{argument}` was given, but the model has no `text_embed_dim`; set it in the config.")
+        return getattr(self, projection)(text_embeds)[:, None]
+
+    def encode_images(self, tokens: Tensor, title_embeds: Tensor | None = None) -> Tensor:
+        """Image tokens `(n, 1 + P, d)` -> states `(n, L, d)` before the cross-attention block."""
+        if title_embeds is not None:
+            tokens = torch.cat([tokens, self._text_token("title_projection", title_embeds, "title_embeds")], dim=1)
+        if self.position_embedding is not None:
+            length = tokens.shape[1]
+            if length > self.position_embedding.num_embeddings:
+                raise ValueError(
+                    f"An image has {length} tokens but the decoder {self.position_embedding.num_embeddings} positions; "
+                    f"raise `decoder_max_position_embeddings`."
+                )
+            tokens = tokens + self.position_embedding.weight[:length]
+        states = self.dropout(tokens)
+        for layer in self.self_layers:
+            states = layer(states)
+        return states
+
+    def encode_clips(
+        self, tokens: Tensor, mask: Tensor, asr_embeds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Clip tokens `(c, S, d)`, mask `(c, S)` bool -> keys and values `(c, S', d)` and their mask `(c, S')`."""
+        if asr_embeds is not None:
+            tokens = torch.cat([tokens, self._text_token("asr_projection", asr_embeds, "asr_embeds")], dim=1)
+            mask = nn.functional.pad(mask, (0, 1), value=True)
+        if self.config.decoder_normalize_key_value:
+            tokens = self.cross_layer.layer_norm1(tokens)
+        attention = self.cross_layer.attention
+        return attention.k_proj(tokens), attention.v_proj(tokens), mask
+
+    def _query(self, states: Tensor) -> Tensor:
+        return self.cross_layer.attention.q_proj(self.cross_layer.layer_norm1(states))
+
+    def pair_contexts(self, image_states: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """
+        Cross-attention context of every pair.
+
+        Args:
+            image_states (`(n, d)`): Class-token row of `encode_images`.
+            keys, values (`(c, S, d)`), mask (`(c, S)` bool): From `encode_clips`.
+
+        Returns:
+            `(c, n, d)`.
+        """
+        attention = self.cross_layer.attention
+        query = attention.split_heads(self._query(image_states)[None]).expand(len(keys), -1, -1, -1)
+        return attention.attend(
+            query, attention.split_heads(keys), attention.split_heads(values), additive_mask(mask, query.dtype)
+        )
+
+    def finish_pairs(self, image_states: Tensor, contexts: Tensor) -> Tensor:
+        """States `(..., d)` and contexts `(..., d)` of pairs -> scores `(...)`."""
+        return self.head(self.cross_layer.finish(image_states, contexts))
+
+    def score_pairs(self, image_states: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """Scores of every pair, `(c, n)`: the head's raw output, no temperature. Arguments as `pair_contexts`."""
+        return self.finish_pairs(image_states, self.pair_contexts(image_states, keys, values, mask))
+
+    def positive_attention(self, image_states: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+        """Cross-attention probabilities `(n, H, L, S)` of image i with clip i, before dropout, with gradient."""
+        attention = self.cross_layer.attention
+        query, key = attention.split_heads(self._query(image_states)), attention.split_heads(keys)
+        scores = query @ key.transpose(-1, -2) * attention.scaling + additive_mask(mask, query.dtype)
+        return nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+
+
+class RiceHeadMixing(nn.Conv2d):
+    """A 1x1 convolution over heads; a class of its own because it starts as their mean."""
+
+
+class RiceReconstructionHead(nn.Module):
+    """Mixes attention heads into one map of reconstruction weights by two 1x1 convolutions (paper section 4.3)."""
+
+    def __init__(self, config: RiceConfig):
+        super().__init__()
+        heads = config.decoder_num_heads
+        self.config = config
+        self.attention_factor = (
+            (config.decoder_hidden_size / heads) ** 0.5 if config.reconstruction_scale_attention else 1.0
+        )
+        self.conv1 = RiceHeadMixing(heads, heads // 2, kernel_size=1)
+        self.conv2 = RiceHeadMixing(heads // 2, 1, kernel_size=1)
+
+    def forward(self, attention: Tensor, mask: Tensor) -> Tensor:
+        """Attention `(B, H, P, S)`, mask `(B, S)` bool -> weights `(B, P, S)`."""
+        mixed = nn.functional.relu(self.conv1(attention * self.attention_factor))
+        weights = nn.functional.relu(self.conv2(mixed)).squeeze(1)
+        if self.config.reconstruction_softmax:
+            if not self.config.reconstruction_softmax_over_padding:
+                weights = weights.masked_fill(~mask[:, None, :], torch.finfo(weights.dtype).min)
+            weights = nn.functional.softmax(weights, dim=-1)
+        return weights

@@ -1,0 +1,121 @@
+"""What a shop's images and a set of clips leave behind once encoded: enough to be compared and matched for ever."""
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+class _RiceFeatures:
+    """A few tensors with one row per item; the first field is always there, the others may be `None`."""
+
+    fields: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, **tensors: Tensor | None):
+        for name in self.fields:
+            setattr(self, name, tensors.get(name))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.fields if getattr(self, name) is not None}
+
+    def _map(self, function) -> "_RiceFeatures":
+        return type(self)(**{name: function(tensor) for name, tensor in self._tensors().items()})
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    def __getitem__(self, index) -> "_RiceFeatures":
+        """Rows by slice, index tensor or list; a single integer keeps the row dimension."""
+        if isinstance(index, int):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"Row {index} is outside the {len(self)} rows.")
+            index = slice(index, index + 1 or None)
+        return self._map(lambda tensor: tensor[index])
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name}={tuple(tensor.shape)}" for name, tensor in self._tensors().items())
+        return f"{type(self).__name__}({shapes})"
+
+    def to(self, *args, **kwargs) -> "_RiceFeatures":
+        """Moves or casts as `Tensor.to` does (e.g. `.to(torch.float16)` halves the storage); masks stay bool."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = tensor.to(*args, **kwargs)
+            return moved if tensor.is_floating_point() else moved.to(tensor.dtype)
+
+        return self._map(move)
+
+    @classmethod
+    def cat(cls, parts: list["_RiceFeatures"]) -> "_RiceFeatures":
+        """
+        Concatenates along rows; clips of unequal length are padded and masked.
+
+        Raises:
+            ValueError: for an empty list, or parts that hold different fields.
+        """
+        if not parts:
+            raise ValueError(f"{cls.__name__}.cat needs at least one part, got an empty list.")
+        names = parts[0]._tensors().keys()
+        if any(part._tensors().keys() != names for part in parts):
+            raise ValueError(f"The parts given to {cls.__name__}.cat hold different fields; encode them alike.")
+        return cls(**{name: _cat_padded([getattr(part, name) for part in parts]) for name in names})
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file."""
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self._tensors().items()}
+        save_file(tensors, str(path), metadata={"rice": json.dumps({"type": type(self).__name__})})
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "_RiceFeatures":
+        """
+        Reads a file written by `save`.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: when the file holds something else.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"There is no feature file {path}; write one with {cls.__name__}.save.")
+        with safe_open(str(path), framework="pt", device=str(device)) as file:
+            kind = json.loads((file.metadata() or {}).get("rice", "{}")).get("type")
+            if kind != cls.__name__:
+                raise ValueError(f"{path} holds {kind or 'no RICE features'}, not {cls.__name__}.")
+            return cls(**{name: file.get_tensor(name) for name in file.keys()})
+
+
+def _cat_padded(tensors: list[Tensor]) -> Tensor:
+    if tensors[0].dim() > 1 and len({tensor.shape[1] for tensor in tensors}) > 1:
+        length = max(tensor.shape[1] for tensor in tensors)
+        tensors = [
+            nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, length - tensor.shape[1])) for tensor in tensors
+        ]
+    return torch.cat(tensors)
+
+
+class RiceGallery(_RiceFeatures):
+    """
+    Encoded shop images.
+
+    Attributes:
+        embeds (`(n, D)`): L2-normalised embeddings.
+        states (`(n, d)`, *optional*): Class-token rows before the decoder's cross-attention block.
+    """
+
+    fields = ("embeds", "states")
+
+
+class RiceClips(_RiceFeatures):
+    """
+    Encoded clips.
+
+    Attributes:
+        embeds (`(c, D)`): L2-normalised embeddings.
+        keys, values (`(c, S, d)`, *optional*): Projected clip tokens of the cross-attention block.
+        mask (`(c, S)` bool, *optional*): `True` = real token.
+    """
+
+    fields = ("embeds", "keys", "values", "mask")

@@ -1,0 +1,27 @@
+"""Processing for RICE. Importing this package registers the processors with transformers' Auto classes."""
+
+from transformers import AutoProcessor, AutoVideoProcessor, PreTrainedConfig
+
+from .processing_rice import RiceProcessor, build_processor
+from .tokenization_rice import train_tokenizer
+from .video_processing_rice import RiceVideoProcessor, boxes_to_patch_mask, read_video, sample_frame_indices
+
+
+class _RegistryKey(PreTrainedConfig):
+    """The Auto classes keep processors under a config class but find them by name; the model's is out of reach here."""
+
+    model_type = "rice_processor"
+
+
+AutoProcessor.register(_RegistryKey, RiceProcessor, exist_ok=True)
+AutoVideoProcessor.register(_RegistryKey, RiceVideoProcessor, exist_ok=True)
+
+__all__ = [
+    "RiceProcessor",
+    "RiceVideoProcessor",
+    "boxes_to_patch_mask",
+    "build_processor",
+    "read_video",
+    "sample_frame_indices",
+    "train_tokenizer",
+]

@@ -1,0 +1,123 @@
+"""One processor for everything RICE reads: shop images, clips with boxes, titles and ASR text."""
+
+import os
+
+from transformers import BatchFeature, CLIPImageProcessor, PreTrainedTokenizerBase
+from transformers.processing_utils import ProcessorMixin
+
+from .video_processing_rice import RiceVideoProcessor
+
+_TEXT_ARGUMENTS = ("truncation", "max_length", "add_special_tokens")
+
+
+class RiceProcessor(ProcessorMixin):
+    """
+    Args:
+        image_processor: For shop images, e.g. `CLIPImageProcessor` (see [`build_processor`]).
+        video_processor: A [`RiceVideoProcessor`].
+        tokenizer: For titles and ASR, e.g. from `processing_rice.train_tokenizer`.
+    """
+
+    def __init__(self, image_processor=None, video_processor=None, tokenizer=None, **kwargs):
+        super().__init__(image_processor, video_processor, tokenizer, **kwargs)
+
+    def __call__(
+        self,
+        images=None,
+        text=None,
+        videos=None,
+        titles: list[str] | str | None = None,
+        asr: list[str] | str | None = None,
+        boxes: list | None = None,
+        return_tensors: str | None = "pt",
+        **kwargs,
+    ) -> BatchFeature:
+        """
+        Args:
+            images: One or several shop images (PIL, array, tensor, path).
+            text: Plain text, tokenised to `input_ids`.
+            videos: One or several clips, see [`RiceVideoProcessor`].
+            titles, asr: One string per image or clip; an empty one is a text that is not there.
+            boxes: Boxes of the intended product, see [`RiceVideosKwargs`].
+            return_tensors: `"pt"`, `"np"` or `None`.
+            kwargs: Settings of the video processor for this call (`num_frames`, `sampling`, `padding`), `truncation`
+                and `max_length` of the tokenizer, or `images_kwargs`, `videos_kwargs`, `text_kwargs` as dictionaries.
+
+        Returns:
+            `pixel_values` `(n, 3, H, W)`; `pixel_values_videos`, `frame_mask`, `patch_mask`; `title_input_ids`,
+            `asr_input_ids` and their `_attention_mask` `(n, L)`; whichever was asked for.
+
+        Raises:
+            ValueError: when nothing was given, when counts do not fit, or for an unknown argument.
+        """
+        if all(value is None for value in (images, text, videos, titles, asr)):
+            raise ValueError("Nothing to process: give `images`, `videos`, `titles`, `asr` or `text`.")
+        if boxes is not None and videos is None:
+            raise ValueError("`boxes` belong to the frames of `videos`, which were not given.")
+        images_kwargs = dict(kwargs.pop("images_kwargs", {}))
+        videos_kwargs = dict(kwargs.pop("videos_kwargs", {}))
+        text_kwargs = dict(kwargs.pop("text_kwargs", {})) | {
+            name: kwargs.pop(name) for name in _TEXT_ARGUMENTS if name in kwargs
+        }
+        kwargs.pop("common_kwargs", None)
+        videos_kwargs |= kwargs
+        if kwargs and videos is None:
+            # `padding` is what generic callers always pass along; images have nothing to pad.
+            unknown = [name for name in kwargs if name not in RiceVideoProcessor.valid_kwargs.__annotations__]
+            if unknown:
+                raise ValueError(f"Unknown argument {unknown[0]!r} for {type(self).__name__}.")
+
+        data = {}
+        if images is not None:
+            images = self.image_processor.fetch_images(_paths_to_strings(images))
+            data |= self.image_processor(images, return_tensors=return_tensors, **images_kwargs)
+        if videos is not None:
+            data |= self.video_processor(videos, boxes=boxes, return_tensors=return_tensors, **videos_kwargs)
+        for prefix, strings in (("", text), ("title_", titles), ("asr_", asr)):
+            if strings is not None:
+                encoded = self._tokenize(strings, return_tensors, text_kwargs)
+                data |= {prefix + name: encoded[name] for name in ("input_ids", "attention_mask")}
+        return BatchFeature(data)
+
+    def _tokenize(self, strings: list[str] | str, return_tensors: str | None, text_kwargs: dict):
+        strings = [strings] if isinstance(strings, str) else [string or "" for string in strings]
+        return self.tokenizer(strings, return_tensors=return_tensors, **{"padding": True, "truncation": True, **text_kwargs})
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Every key this processor can give."""
+        text = [f"{kind}_{name}" for kind in ("title", "asr") for name in ("input_ids", "attention_mask")]
+        return ["pixel_values", *self.video_processor.model_input_names, *text]
+
+
+def _paths_to_strings(images):
+    if isinstance(images, os.PathLike):
+        return os.fspath(images)
+    if isinstance(images, (list, tuple)):
+        return [_paths_to_strings(image) for image in images]
+    return images
+
+
+def build_processor(
+    tokenizer: PreTrainedTokenizerBase, image_size: int = 224, patch_size: int = 32, num_frames: int = 10
+) -> RiceProcessor:
+    """
+    A processor that fits an encoder: images and frames are stretched to a square, as published.
+
+    Args:
+        tokenizer: For titles and ASR.
+        image_size: Side of the square in pixels.
+        patch_size: Side of the encoder's patches in pixels.
+        num_frames: Frames sampled per clip at most.
+    """
+    size = {"height": image_size, "width": image_size}
+    return RiceProcessor(
+        image_processor=CLIPImageProcessor(size=size, do_center_crop=False),
+        video_processor=RiceVideoProcessor(size=size, patch_size=patch_size, num_frames=num_frames),
+        tokenizer=tokenizer,
+    )
+
+
+RiceProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = ["RiceProcessor", "build_processor"]

@@ -1,0 +1,318 @@
+"""From a clip's frames, or a video file, to what RICE takes: sampled frames, frame mask, patch mask."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as tvF
+from PIL import Image, ImageOps
+from transformers import BatchFeature
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
+from transformers.processing_utils import VideosKwargs
+from transformers.utils import is_torchcodec_available
+from transformers.video_processing_utils import BaseVideoProcessor
+from transformers.video_utils import load_video
+
+Frame = Any  # PIL image, (H, W, 3) or (3, H, W) array or tensor, or a path
+Box = Sequence[float] | Sequence[Sequence[float]] | None
+
+
+def sample_frame_indices(num_frames: int, max_frames: int, mode: Literal["train", "eval"] = "eval") -> list[int]:
+    """
+    Which frames of a clip are used, as both official code bases choose them.
+
+    Args:
+        num_frames: Frames the clip has, >= 1.
+        max_frames: Frames to keep at most, >= 1.
+        mode: `"train"` spreads over the whole clip with both ends included; `"eval"` leaves the end out.
+
+    Returns:
+        Ascending indices; all of them when `num_frames <= max_frames`.
+
+    Raises:
+        ValueError: for numbers below 1 or an unknown mode.
+    """
+    if num_frames < 1:
+        raise ValueError(f"`num_frames` must be at least 1, got {num_frames}: a clip without frames cannot be sampled.")
+    if max_frames < 1:
+        raise ValueError(f"`max_frames` must be at least 1, got {max_frames}.")
+    if mode not in ("train", "eval"):
+        raise ValueError(f'`mode` must be "train" or "eval", got {mode!r}.')
+    if num_frames <= max_frames:
+        return list(range(num_frames))
+    if mode == "train":
+        return np.linspace(0, num_frames - 1, max_frames).astype(int).tolist()
+    return np.linspace(0, num_frames, max_frames, endpoint=False).astype(int).tolist()
+
+
+def boxes_to_patch_mask(
+    boxes: Sequence[Sequence[float]] | np.ndarray | torch.Tensor,
+    image_size: int = 224,
+    patch_size: int = 32,
+    iou_threshold: float = 0.02,
+) -> torch.Tensor:
+    """
+    Patches that show the intended product (IPD, paper section 4.4): those whose IoU with any box reaches the threshold.
+
+    The IoU counts both end pixels of an interval, boxes are not clipped to the image, and a frame in which no patch
+    passes keeps all, all as in the official code.
+
+    Args:
+        boxes (`(n, 4)`): Left, top, right, bottom in pixels of the resized image; none means no restriction.
+        image_size, patch_size: Side of the square image and of a patch, in pixels.
+        iou_threshold: 0..1.
+
+    Returns:
+        `(P,)` bool, row-major, `True` = keep; P = (image_size // patch_size) ** 2.
+
+    Raises:
+        ValueError: for boxes that are not `(n, 4)`.
+    """
+    boxes = torch.as_tensor(np.asarray(boxes, dtype=np.float64))
+    side = image_size // patch_size
+    if boxes.numel() == 0:
+        return torch.ones(side * side, dtype=torch.bool)
+    if boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"`boxes` must be (n, 4) left-top-right-bottom, got shape {tuple(boxes.shape)}.")
+    starts = torch.arange(side, dtype=torch.float64) * patch_size
+    top, left = (grid.flatten() for grid in torch.meshgrid(starts, starts, indexing="ij"))
+    cells = torch.stack([left, top, left + patch_size, top + patch_size], dim=1)
+
+    corner_min = torch.maximum(cells[:, None, :2], boxes[None, :, :2])
+    corner_max = torch.minimum(cells[:, None, 2:], boxes[None, :, 2:])
+    intersection = (corner_max - corner_min + 1).clamp(min=0).prod(dim=-1)
+    cell_area, box_area = ((b[:, 2:] - b[:, :2] + 1).prod(dim=-1) for b in (cells, boxes))
+    iou = intersection / (cell_area[:, None] + box_area[None] - intersection)
+    keep = (iou >= iou_threshold).any(dim=1)
+    return keep if keep.any() else torch.ones_like(keep)
+
+
+class RiceVideosKwargs(VideosKwargs, total=False):
+    """
+    boxes: Per clip, per listed frame: `None`, one box or several, left-top-right-bottom in 0..1 of the frame.
+    sampling: `"eval"` or `"train"`, see [`sample_frame_indices`].
+    padding: `"longest"` pads clips to the longest of the batch, `"max_length"` to `num_frames`.
+    patch_size: Side of the encoder's patches in pixels, for the patch mask.
+    box_iou_threshold: See [`boxes_to_patch_mask`].
+    """
+
+    boxes: list
+    sampling: str
+    padding: str
+    patch_size: int
+    box_iou_threshold: float
+
+
+class RiceVideoProcessor(BaseVideoProcessor):
+    """
+    Samples, resizes (a plain stretch to the square the encoder takes), normalises and pads the frames of clips.
+
+    A clip is a list of frames (PIL images, arrays, tensors, paths; sizes may differ), a `(T, H, W, 3)` or
+    `(T, 3, H, W)` array or tensor, the path of a video file, or `{"path", "start", "end"}` with seconds. Arrays and
+    tensors are uint8, or floats in 0..1. Frames are chosen before they are decoded.
+    """
+
+    resample = PILImageResampling.BICUBIC
+    size = {"height": 224, "width": 224}
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    do_sample_frames = True
+    num_frames = 10
+    sampling = "eval"
+    padding = "longest"
+    patch_size = 32
+    box_iou_threshold = 0.02
+    boxes = None
+    valid_kwargs = RiceVideosKwargs
+    model_input_names = ["pixel_values_videos", "frame_mask", "patch_mask"]
+
+    def preprocess(self, videos, boxes: list[list[Box]] | None = None, **kwargs) -> BatchFeature:
+        """
+        Args:
+            videos: One clip or a list of clips, see the class.
+            boxes: See [`RiceVideosKwargs`]; one list per clip, one entry per frame listed (before sampling).
+            kwargs: Any attribute of this processor, for this call only, and `return_tensors`.
+
+        Returns:
+            `pixel_values_videos` `(B, T, 3, H, W)`, zero where padded; `frame_mask` `(B, T)` bool, `True` = real;
+            with boxes also `patch_mask` `(B, T, P)` bool, `True` = keep.
+
+        Raises:
+            ValueError: for a clip without frames, boxes that do not fit, or an unreadable frame (named).
+            FileNotFoundError: for a missing file.
+        """
+        settings = self._settings(kwargs)
+        clips = make_clips(videos)
+        if boxes is not None and len(boxes) != len(clips):
+            raise ValueError(f"`boxes` has {len(boxes)} entries for {len(clips)} clips; give one per clip.")
+        loaded = [self._load_clip(i, clip, boxes[i] if boxes else None, settings) for i, clip in enumerate(clips)]
+        length = max(len(frames) for frames, _ in loaded)
+        if settings["padding"] == "max_length":
+            length = max(length, settings["num_frames"])
+        height, width = settings["size"]["height"], settings["size"]["width"]
+        pixels = torch.zeros(len(clips), length, 3, height, width)
+        frame_mask = torch.zeros(len(clips), length, dtype=torch.bool)
+        for row, (frames, _) in enumerate(loaded):
+            pixels[row, : len(frames)] = self._to_pixels(frames, settings)
+            frame_mask[row, : len(frames)] = True
+        data = {"pixel_values_videos": pixels, "frame_mask": frame_mask}
+        if boxes is not None:
+            data["patch_mask"] = self._patch_mask([clip_boxes for _, clip_boxes in loaded], length, settings)
+        return BatchFeature(data, tensor_type=settings["return_tensors"])
+
+    def _settings(self, kwargs: dict) -> dict:
+        names = (*self.valid_kwargs.__annotations__, *VideosKwargs.__annotations__, "return_tensors")
+        unknown = [name for name in kwargs if name not in names]
+        if unknown:
+            raise ValueError(f"Unknown argument {unknown[0]!r} for {type(self).__name__}; see its attributes.")
+        settings = {name: getattr(self, name, None) for name in names} | {
+            name: value for name, value in kwargs.items() if value is not None
+        }
+        if settings["padding"] not in ("longest", "max_length", True, False):
+            raise ValueError(f'`padding` must be "longest" or "max_length", got {settings["padding"]!r}.')
+        size = settings["size"]
+        if isinstance(size, int):
+            size = {"height": size, "width": size}
+        settings["size"] = {"height": size["height"], "width": size["width"]}
+        return settings
+
+    def _load_clip(self, index: int, clip, boxes: Sequence[Box] | None, settings: dict) -> tuple[list, list | None]:
+        max_frames = settings["num_frames"] if settings["do_sample_frames"] else None
+        if isinstance(clip, (str, os.PathLike, dict)):
+            if boxes is not None:
+                raise ValueError(f"Clip {index} is a video file; boxes need a list of frames to belong to.")
+            return list(torch.from_numpy(read_video(clip, max_frames, settings["sampling"])).movedim(-1, 1)), None
+        if len(clip) == 0:
+            raise ValueError(f"Clip {index} has no frames; a clip needs at least one.")
+        if boxes is not None and len(boxes) != len(clip):
+            raise ValueError(f"Clip {index} has {len(clip)} frames but {len(boxes)} entries in `boxes`.")
+        chosen = sample_frame_indices(len(clip), max_frames or len(clip), settings["sampling"])
+        return [load_frame(clip[i]) for i in chosen], None if boxes is None else [boxes[i] for i in chosen]
+
+    @staticmethod
+    def _to_pixels(frames: list[torch.Tensor], settings: dict) -> torch.Tensor:
+        """Resizes frames of one size together, since a clip nearly always has one."""
+        size = [settings["size"]["height"], settings["size"]["width"]]
+        interpolation = tvF.InterpolationMode.BICUBIC
+        if settings["resample"] is not None:
+            interpolation = tvF.InterpolationMode(PILImageResampling(settings["resample"]).name.lower())
+        output = torch.empty(len(frames), 3, *size)
+        groups: dict[tuple, list[int]] = {}
+        for i, frame in enumerate(frames):
+            groups.setdefault((frame.shape, frame.dtype), []).append(i)
+        for (_, dtype), rows in groups.items():
+            batch = torch.stack([frames[i] for i in rows])
+            if settings["do_resize"] and list(batch.shape[-2:]) != size:
+                batch = tvF.resize(batch, size, interpolation=interpolation, antialias=True)
+            batch = batch.float()
+            if settings["do_rescale"] and dtype == torch.uint8:
+                batch = batch * (settings["rescale_factor"] or 1 / 255)
+            output[rows] = batch
+        if settings["do_normalize"]:
+            output = tvF.normalize(output, list(settings["image_mean"]), list(settings["image_std"]), inplace=True)
+        return output
+
+    @staticmethod
+    def _patch_mask(clips: list[list[Box] | None], length: int, settings: dict) -> torch.Tensor:
+        size, patch_size = settings["size"]["height"], settings["patch_size"]
+        mask = torch.ones(len(clips), length, (size // patch_size) ** 2, dtype=torch.bool)
+        for row, boxes in enumerate(clips):
+            for column, box in enumerate(boxes or []):
+                if box is None or len(box) == 0:
+                    continue
+                pixels = np.asarray(box, dtype=np.float64).reshape(-1, 4) * size
+                mask[row, column] = boxes_to_patch_mask(pixels, size, patch_size, settings["box_iou_threshold"])
+        return mask
+
+
+def make_clips(videos) -> list:
+    """One clip or several -> a list of clips."""
+    if isinstance(videos, (str, os.PathLike, dict)):
+        return [videos]
+    if isinstance(videos, (np.ndarray, torch.Tensor)):
+        return [videos] if videos.ndim == 4 else list(videos)
+    if len(videos) == 0:
+        raise ValueError("`videos` is empty; give at least one clip.")
+    first = videos[0]
+    is_frame = isinstance(first, Image.Image) or (isinstance(first, (np.ndarray, torch.Tensor)) and first.ndim == 3)
+    return [list(videos)] if is_frame else list(videos)
+
+
+def load_frame(frame: Frame) -> torch.Tensor:
+    """
+    One frame as a `(3, H, W)` tensor, uint8 or float in 0..1.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file that is missing or cannot be decoded.
+    """
+    if isinstance(frame, (str, os.PathLike)):
+        frame = _open_image(Path(frame))
+    if isinstance(frame, Image.Image):
+        return tvF.pil_to_tensor(frame.convert("RGB"))
+    frame = torch.as_tensor(frame)
+    if frame.dim() == 2:
+        frame = frame[None].expand(3, -1, -1)
+    if frame.dim() != 3 or 3 not in (frame.shape[0], frame.shape[-1]):
+        raise ValueError(f"A frame must be (H, W, 3) or (3, H, W), got shape {tuple(frame.shape)}.")
+    return frame if frame.shape[0] == 3 else frame.movedim(-1, 0)
+
+
+def _open_image(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no image file {path}.") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"The image file {path} cannot be decoded ({error}); replace it or leave it out.") from error
+
+
+def read_video(clip, max_frames: int | None = None, sampling: str = "eval") -> np.ndarray:
+    """
+    Frames of a video file, or of its range of seconds; only the chosen ones are decoded.
+
+    Args:
+        clip: Path, or `{"path", "start", "end"}` in seconds, where a missing or negative end means the whole rest.
+        max_frames: Frames to sample at most, all by default.
+        sampling: See [`sample_frame_indices`].
+
+    Returns:
+        `(T, H, W, 3)` uint8, RGB.
+
+    Raises:
+        FileNotFoundError, ValueError: for a missing or undecodable file, or a range without a frame.
+    """
+    entry = clip if isinstance(clip, dict) else {"path": clip}
+    path = str(entry["path"])
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no video file {path}.")
+
+    def choose(metadata, **_) -> np.ndarray:
+        first, last = 0, metadata.total_num_frames
+        if entry.get("end") is not None and entry["end"] >= 0:
+            last = min(last, max(int(np.ceil(entry["end"] * metadata.fps)), 1))
+        if entry.get("start") is not None and entry["start"] > 0:
+            first = int(entry["start"] * metadata.fps)
+        if first >= last:
+            raise ValueError(f"The range {entry.get('start')}..{entry.get('end')} s of {path} holds no frame.")
+        return np.array(sample_frame_indices(last - first, max_frames or last - first, sampling)) + first
+
+    try:
+        frames, _ = load_video(
+            path, backend="torchcodec" if is_torchcodec_available() else "pyav", sample_indices_fn=choose
+        )
+    except (RuntimeError, OSError, IndexError, StopIteration) as error:
+        raise ValueError(f"The video file {path} cannot be decoded ({error}); replace it or leave it out.") from error
+    return frames.numpy() if isinstance(frames, torch.Tensor) else np.asarray(frames)
+
+
+RiceVideoProcessor.register_for_auto_class("AutoVideoProcessor")
+
+__all__ = ["RiceVideoProcessor", "boxes_to_patch_mask", "read_video", "sample_frame_indices"]

@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+
+from evaluation_rice.fusion import first_relevant_rank, fit_fusion_weight, fuse, z_scores
+
+
+def test_z_scores_are_standardised_and_guard_flat_rows():
+    scores = z_scores(np.array([1.0, 2.0, 6.0], dtype=np.float32))
+    assert scores.mean() == pytest.approx(0) and scores.std() == pytest.approx(1)
+    assert np.array_equal(z_scores(np.full(5, 0.1, dtype=np.float32)), np.zeros(5))
+    assert np.array_equal(z_scores(np.zeros(3)), np.zeros(3))
+
+
+def test_flat_matching_leaves_the_order_to_the_embedding():
+    embedding = np.array([0.3, 0.9, 0.1])
+    assert np.argmax(fuse(embedding, np.full(3, 7.0), 5.0)) == 1
+
+
+def test_a_score_that_is_not_finite_stays_out():
+    fused = fuse(np.array([0.1, np.nan, 0.5, 0.2]), np.array([1.0, 9.0, 2.0, np.inf]), 1.0)
+    assert np.isnan(fused[[1, 3]]).all() and np.isfinite(fused[[0, 2]]).all()
+    assert np.isnan(z_scores(np.full(2, np.nan))).all()
+
+
+def test_first_relevant_rank_keeps_gallery_order_among_ties():
+    assert first_relevant_rank(np.array([0.5, 0.5, 0.5]), [1]) == 2
+    assert first_relevant_rank(np.array([0.5, 0.9, 0.5]), [0, 2]) == 2
+    assert first_relevant_rank(np.array([np.nan, 0.1]), [0]) == 0
+    assert first_relevant_rank(np.array([1.0, 0.0]), []) == 0
+
+
+def test_rank_agrees_with_a_stable_sort():
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 4, size=(50, 20)).astype(float)
+    relevant = [3, 11]
+    for row, rank in zip(scores, first_relevant_rank(scores, relevant)):
+        order = np.argsort(-row, kind="stable")
+        assert rank == 1 + min(int(np.where(order == i)[0][0]) for i in relevant)
+
+
+def plain_fit(embedding, matching, relevant, weights):
+    best = None
+    for weight in sorted(weights):
+        ranks = [first_relevant_rank(fuse(e, m, weight), r) for e, m, r in zip(embedding, matching, relevant)]
+        key = (sum(rank == 1 for rank in ranks), round(sum(1 / rank for rank in ranks if rank), 9))
+        if best is None or key > best[0]:
+            best = (key, weight)
+    return best[1]
+
+
+def test_fit_finds_the_weight_of_a_plain_search():
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(5, 12, size=60)
+    relevant = [[int(rng.integers(size))] for size in sizes]
+    embedding = [rng.normal(size=size) for size in sizes]
+    matching = [rng.normal(size=size) for size in sizes]
+    for e, m, (r,) in zip(embedding, matching, relevant):
+        e[r] += 1
+        m[r] += 2
+    weights = (0.1, 0.5, 1.0, 2.0, 4.0)
+    weight, curve = fit_fusion_weight(embedding, matching, relevant, weights)
+    assert weight == plain_fit(embedding, matching, relevant, weights)
+    assert [point["weight"] for point in curve] == list(weights)
+    assert max(curve, key=lambda point: point["R@1"])["R@1"] == next(
+        point["R@1"] for point in curve if point["weight"] == weight
+    )
+
+
+def test_fit_breaks_ties_by_reciprocal_rank_then_by_the_smaller_weight():
+    flat = [np.zeros(3)]
+    assert fit_fusion_weight([np.array([1.0, 0.0, 0.5])], flat, [[0]], (2.0, 0.5, 1.0))[0] == 0.5
+    # Wrong at rank 1 with any weight, but a large one lifts the relevant image from rank 3 to rank 2.
+    embedding, matching = [np.array([3.0, 2.0, 0.0])], [np.array([3.0, 0.0, 2.0])]
+    assert fit_fusion_weight(embedding, matching, [[2]], (0.1, 5.0))[0] == 5.0
+
+
+@pytest.mark.parametrize("weights", [(0.0,), (-1.0,), (float("nan"),), ()])
+def test_fit_refuses_weights_that_are_not_positive(weights):
+    with pytest.raises(ValueError):
+        fit_fusion_weight([np.zeros(2)], [np.zeros(2)], [[0]], weights)
+
+
+def test_fit_refuses_nothing_and_unequal_lengths():
+    with pytest.raises(ValueError, match="no validation queries"):
+        fit_fusion_weight([], [], [])
+    with pytest.raises(ValueError, match="one entry per query"):
+        fit_fusion_weight([np.zeros(2)], [], [[0]])

@@ -1,0 +1,143 @@
+import numpy as np
+import pytest
+import torch
+
+from evaluation_rice import retrieval
+from evaluation_rice.protocol import RetrievalTask
+from evaluation_rice.retrieval import Loading, ModelRetriever, evaluate_retrieval, fit_fusion, retrieve
+
+
+def run(model, collator, shop, scope="live", batch_size=2, num_workers=0, **options):
+    queries, gallery = shop.queries, shop.gallery
+    task = RetrievalTask.from_datasets(queries, gallery, scope)
+    loading = Loading(batch_size, num_workers, quiet=True)
+    return retrieve(ModelRetriever(model, collator), task, queries, gallery, loading=loading, **options)
+
+
+def test_ranks_the_own_gallery_and_encodes_each_image_once(model, collator, shop):
+    books, failures = run(model, collator, shop, fusion_weight=1.0)
+    assert failures == [] and set(books) == {"embedding", "matching", "fused"}
+    assert [ranking[0] for ranking in books["matching"].rankings.values()] == ["x0", "y1", "shared", "shared", "x2"]
+    assert sorted(books["matching"].rankings["b"]) == ["shared", "y0", "y1"]
+    assert list(books["matching"].rankings) == list("abcde")
+    assert model.images_encoded == 6
+
+
+@pytest.mark.parametrize("scope", ["live", "all"])
+def test_batches_workers_and_chunks_change_nothing(model, collator, shop, scope, monkeypatch):
+    plain, _ = run(model, collator, shop, scope, batch_size=100)
+    monkeypatch.setattr(retrieval, "GALLERY_CHUNK", 2)
+    chunked, _ = run(model, collator, shop, scope, batch_size=1, num_workers=2)
+    for kind in plain:
+        assert chunked[kind].rankings == plain[kind].rankings
+        assert chunked[kind].top_scores == plain[kind].top_scores
+
+
+def test_scores_equal_one_plain_call(model, collator, shop):
+    model.eval()
+    books, _ = run(model, collator, shop, "all")
+    with torch.no_grad():
+        gallery = model.encode_gallery(**collator.encode_gallery(list(shop.gallery.select([0, 1, 2, 3, 4, 6])))[0])
+        clips = model.encode_clips(**collator.encode_queries(list(shop.queries))[0])
+        scores = model.match(clips, gallery).numpy()
+    images = ["x0", "x1", "x2", "shared", "y0", "y1"]
+    expected = [[images[i] for i in np.argsort(-row, kind="stable")] for row in scores]
+    assert list(books["matching"].rankings.values()) == expected
+
+
+def test_an_unreadable_clip_is_a_listed_miss(model, collator, shop):
+    (shop.folder / "c1.png").write_bytes(b"no image")
+    books, failures = run(model, collator, shop)
+    assert books["embedding"].rankings["c"] == [] and books["matching"].rankings["c"] == []
+    assert books["matching"].recall()["R@10"] == pytest.approx(4 / 5)
+    assert [(failure["kind"], failure["id"]) for failure in failures] == [("query", "c")]
+
+
+def test_a_clip_with_one_damaged_frame_is_a_miss_even_if_the_collator_goes_on(model, collator, shop):
+    class Forgiving(type(collator)):
+        def encode_queries(self, rows):
+            inputs, loaded, _ = super().encode_queries(rows)
+            return inputs, loaded, [{"id": row["clip_id"], "file": "f", "reason": "r"} for row in rows[:1]]
+
+    books, failures = run(model, Forgiving(), shop, batch_size=5)
+    assert books["matching"].rankings["a"] == [] and len(books["matching"].rankings["c"]) == 4
+    assert len(failures) == 1
+
+
+def test_an_unreadable_image_cannot_be_retrieved(model, collator, shop):
+    (shop.folder / "x" / "x2.png").write_bytes(b"no image")
+    books, failures = run(model, collator, shop, fusion_weight=1.0)
+    assert "x2" not in books["fused"].rankings["e"] and len(books["fused"].rankings["e"]) == 3
+    assert [(failure["kind"], failure["id"]) for failure in failures] == [("gallery", "x2")]
+    assert books["matching"].recall()["R@10"] == pytest.approx(4 / 5)
+
+
+def test_a_shared_image_is_read_from_the_livestream_where_it_is_whole(model, collator, shop):
+    (shop.folder / "x" / "shared.png").unlink()
+    books, failures = run(model, collator, shop)
+    assert books["matching"].rankings["c"][0] == "shared"
+    assert [failure["id"] for failure in failures] == ["shared"]
+
+
+def test_a_gallery_without_a_readable_image_is_refused(model, collator, shop):
+    for image, live in shop.rows:
+        (shop.folder / live / f"{image}.png").unlink()
+    with pytest.raises(ValueError, match="not one of the 6 gallery images"):
+        run(model, collator, shop)
+
+
+def test_all_clips_unreadable_is_all_misses(model, collator, shop):
+    for clip, _, _ in shop.clips:
+        (shop.folder / f"{clip}0.png").unlink()
+    books, failures = run(model, collator, shop)
+    assert len(failures) == 5 and books["embedding"].recall()["R@1"] == 0.0
+
+
+def test_nan_scores_are_listed_and_never_win(model, collator, shop):
+    plain = model.match
+
+    def match(clips, gallery):
+        scores = plain(clips, gallery).clone()
+        scores[:, 0] = float("nan")
+        return scores
+
+    model.match = match
+    books, failures = run(model, collator, shop, fusion_weight=1.0)
+    assert all("x0" not in books[kind].rankings["a"] for kind in ("matching", "fused"))
+    assert books["embedding"].rankings["a"][0] == "x0"
+    assert len(failures) == 5 and "1 of 4 matching scores" in failures[0]["reason"]
+
+
+def test_a_model_without_decoder_has_embedding_scores_only(model, collator, shop):
+    model.config.use_decoder = False
+    books, _ = run(model, collator, shop, fusion_weight=1.0)
+    assert list(books) == ["embedding"]
+
+
+def test_evaluate_retrieval_restores_training_mode_and_stays_quiet(model, collator, shop, capsys):
+    model.train()
+    scores = evaluate_retrieval(model, None, shop.queries, shop.gallery, collator=collator, quiet=True)
+    assert model.training and torch.is_grad_enabled()
+    assert scores["matching"]["R@1"] == 1.0 and len(scores["embedding"]["R@1_ci95"]) == 2
+    assert capsys.readouterr().err == ""
+    only = evaluate_retrieval(model, None, shop.queries, shop.gallery, collator=collator, matching=False, quiet=True)
+    assert list(only) == ["embedding"]
+
+
+def test_refuses_a_fusion_weight_that_is_not_positive(model, collator, shop):
+    with pytest.raises(ValueError, match="above 0"):
+        run(model, collator, shop, fusion_weight=0.0)
+
+
+def test_fit_fusion_counts_unreadable_clips_as_misses(model, collator, shop):
+    queries, gallery = shop.queries, shop.gallery
+    task = RetrievalTask.from_datasets(queries, gallery, "live")
+    loading = Loading(2, quiet=True)
+    (shop.folder / "c1.png").unlink()
+    weight, curve = fit_fusion(
+        ModelRetriever(model, collator), task, queries, gallery, loading=loading, weights=(0.5, 1)
+    )
+    assert weight == 0.5 and [point["R@1"] for point in curve] == [0.8, 0.8]
+    model.config.use_decoder = False
+    with pytest.raises(ValueError, match="no matching scores"):
+        fit_fusion(ModelRetriever(model, collator), task, queries, gallery, loading=loading)

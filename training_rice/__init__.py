@@ -1,0 +1,1 @@
+"""Training RICE with transformers' Trainer: arguments, exact gather, trainer."""
