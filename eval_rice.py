@@ -117,7 +117,10 @@ def load_checkpoint(path: str, device: str | None, num_frames: int | None):
     import modeling_rice  # noqa: F401  (registers the model with AutoModel)
     import processing_rice  # noqa: F401  (registers the processor with AutoProcessor)
 
-    model, loading = AutoModel.from_pretrained(path, output_loading_info=True)
+    try:
+        model, loading = AutoModel.from_pretrained(path, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {path} cannot be loaded: {_one_line(error)}") from error
     missing = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} weights of its model, such as {missing[0]}: save it again.")

@@ -164,9 +164,7 @@ class RiceCollator:
         ready = [clip[0] for clip in clips]
         boxes = [clip[1] or [None] * len(clip[0]) for clip in clips] if self.use_boxes else None
         inputs = dict(
-            self.processor(
-                videos=ready, boxes=boxes, num_frames=num_frames, do_sample_frames=False, padding=padding
-            )
+            self.processor(videos=ready, boxes=boxes, num_frames=num_frames, do_sample_frames=False, padding=padding)
         )
         if self.use_text:
             inputs |= self.processor(asr=[row["asr"] for row in rows])

@@ -11,7 +11,9 @@ import argparse
 import numpy as np
 from PIL import Image
 
-from .frames import clip_frames, open_image
+from data_rice.collator import decode_image
+
+from .frames import clip_frames
 from .protocol import RetrievalTask, chance_recall
 from .recall import DEFAULT_KS
 from .report import format_table
@@ -66,14 +68,13 @@ class Baseline:
             try:
                 features.append(describe(row))
                 loaded.append(i)
-            # Pillow answers damaged files with many kinds of error; each is recorded and none ends the evaluation.
-            except Exception as error:
-                failures.append({"id": row[key], "file": _file_of(row), "reason": f"{type(error).__name__}: {error}"})
+            except (ValueError, OSError) as error:
+                failures.append({"id": row[key], "file": _file_of(row), "reason": str(error)})
         return (np.stack(features).astype(np.float32) if features else np.zeros((0, 0), np.float32)), loaded, failures
 
     def encode_gallery(self, rows: list[dict]) -> tuple[np.ndarray, list[int], list[dict]]:
         """Descriptors of gallery rows, positions of the rows that could be read, and a failure for each other row."""
-        return self._encode(rows, "image_id", lambda row: self.describe(open_image(row["image"])))
+        return self._encode(rows, "image_id", lambda row: self.describe(decode_image(row["image"])))
 
     def encode_clips(self, rows: list[dict]) -> tuple[np.ndarray, list[int], list[dict]]:
         """The same for query rows."""
@@ -86,8 +87,8 @@ def _file_of(row: dict) -> str:
         return row["video"]
     for entry in row["frames"] if "frames" in row else [row["image"]]:
         try:
-            open_image(entry)
-        except Exception:
+            decode_image(entry)
+        except ValueError:
             return entry.get("path") or ""
     return ""
 

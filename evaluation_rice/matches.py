@@ -6,7 +6,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .frames import clip_frames, open_image
+from data_rice.collator import decode_image
+
+from .frames import clip_frames
 from .protocol import Rankings, RetrievalTask
 
 TILE = 112
@@ -33,7 +35,7 @@ def _read(load: Callable, *arguments):
     """What `load` gives, or None: a damaged file is among the failures already and becomes a tile that says so."""
     try:
         return load(*arguments)
-    except Exception:
+    except (ValueError, OSError):
         return None
 
 
@@ -101,7 +103,7 @@ class _Row:
 
 def _framed(canvas, draw, corner, entry, colour, label, font) -> None:
     x, y = corner
-    canvas.paste(_tile(_read(open_image, entry) if entry else None), corner)
+    canvas.paste(_tile(_read(decode_image, entry) if entry else None), corner)
     draw.rectangle((x - 3, y - 3, x + TILE + 2, y + TILE + 2), outline=colour, width=1 if colour == PLAIN else 4)
     draw.text((x + TILE // 2, y + TILE + 5), label, INK if colour == PLAIN else colour, font, "ma")
 

@@ -29,7 +29,7 @@ def gallery_words(results: Mapping) -> str:
     size, protocol = results["gallery_size"], results["protocol"]
     sizes = f"{size['min']} to {size['max']} images, median {size['median']:g}"
     if size["min"] == size["max"]:
-        sizes = f"{size['min']} images each"
+        sizes = f"{size['min']} images" + (" each" if protocol["num_galleries"] > 1 else "")
     return (
         f"{SCOPE_WORDS[protocol['gallery_scope']]}: {protocol['num_galleries']} "
         f"{'gallery' if protocol['num_galleries'] == 1 else 'galleries'} of {sizes}, "

@@ -125,7 +125,9 @@ def _convert_encoder(source: _Source) -> tuple[dict[str, Tensor | None], dict]:
     projection = source.take(prefix + "proj")
     layers = source.count(re.escape(prefix) + r"transformer\.resblocks\.(\d+)\.")
     for i in range(layers):
-        _convert_block(source, weights, f"{prefix}transformer.resblocks.{i}", f"vision_model.encoder.layers.{i}", "self_attn")
+        _convert_block(
+            source, weights, f"{prefix}transformer.resblocks.{i}", f"vision_model.encoder.layers.{i}", "self_attn"
+        )
     if source.missing:
         _raise_keys("misses", source.missing)
     weights["visual_projection.weight"] = projection.T.contiguous()
@@ -188,9 +190,7 @@ def _convert_clip4clip(source: _Source, weights: dict, overrides: dict) -> None:
         if positions is not None:
             overrides["decoder_max_position_embeddings"] = len(positions)
     if source.has("fc_title.", "fc_asr."):
-        _convert_linears(
-            source, weights, {"fc_title": "decoder.title_projection", "fc_asr": "decoder.asr_projection"}
-        )
+        _convert_linears(source, weights, {"fc_title": "decoder.title_projection", "fc_asr": "decoder.asr_projection"})
         if weights["decoder.title_projection.weight"] is not None:
             overrides["text_embed_dim"] = weights["decoder.title_projection.weight"].shape[1]
     _convert_reconstruction(source, weights, overrides, "recons_weights.conv.")
@@ -216,7 +216,9 @@ def _convert_mmf(source: _Source, weights: dict, overrides: dict) -> None:
         _convert_block(source, weights, f"{prefix}.0", "decoder.self_layers.0")
         _convert_block(source, weights, f"{prefix}.1", "decoder.cross_layer")
         for theirs, ours in _MMF_DECODER.items():
-            _convert_linears(source, weights, {theirs: ours}, ("weight", "bias") if theirs.endswith("norm") else ("weight",))
+            _convert_linears(
+                source, weights, {theirs: ours}, ("weight", "bias") if theirs.endswith("norm") else ("weight",)
+            )
     _convert_reconstruction(source, weights, overrides, "transformer.heads.rec.")
 
 

@@ -31,9 +31,14 @@ def eager_attention_forward(
     weights = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = _softmax(weights)
     context = nn.functional.dropout(weights, p=dropout, training=module.training) @ value
     return context.transpose(1, 2).contiguous(), weights
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension, in at least single precision."""
+    return nn.functional.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
 
 
 def additive_mask(keep: Tensor, dtype: torch.dtype) -> Tensor:
@@ -115,7 +120,8 @@ class RiceDecoderLayer(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         normed, attention = self.layer_norm1(hidden_states), self.attention
         query, key, value = (
-            attention.split_heads(project(normed)) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            attention.split_heads(project(normed))
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         return self.finish(hidden_states, attention.attend(query, key, value))
 
@@ -243,7 +249,7 @@ class RiceDecoder(nn.Module):
         attention = self.cross_layer.attention
         query, key = attention.split_heads(self._query(image_states)), attention.split_heads(keys)
         scores = query @ key.transpose(-1, -2) * attention.scaling + additive_mask(mask, query.dtype)
-        return nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        return _softmax(scores)
 
 
 class RiceHeadMixing(nn.Conv2d):

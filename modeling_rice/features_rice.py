@@ -91,7 +91,8 @@ def _cat_padded(tensors: list[Tensor]) -> Tensor:
     if tensors[0].dim() > 1 and len({tensor.shape[1] for tensor in tensors}) > 1:
         length = max(tensor.shape[1] for tensor in tensors)
         tensors = [
-            nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, length - tensor.shape[1])) for tensor in tensors
+            nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, length - tensor.shape[1]))
+            for tensor in tensors
         ]
     return torch.cat(tensors)
 

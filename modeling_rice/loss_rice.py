@@ -110,4 +110,5 @@ def reconstruction_loss(weights: Tensor, clip_tokens: Tensor, image_tokens: Tens
         image_tokens (`(B, P, d)`): Image patches.
     """
     reconstruction = weights @ clip_tokens.detach().to(weights.dtype)
-    return nn.functional.mse_loss(reconstruction.float(), image_tokens.detach().float())
+    precision = torch.promote_types(reconstruction.dtype, torch.float32)
+    return nn.functional.mse_loss(reconstruction.to(precision), image_tokens.detach().to(precision))

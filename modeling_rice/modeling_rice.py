@@ -128,8 +128,6 @@ class RiceModel(RicePreTrainedModel):
         """
         self._gather = gather
 
-
-
     def _encode_pixels(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> Tensor:
         """Images `(n, 3, H, W)`, mask `(n, P)` -> last hidden states `(n, 1 + P, W)`, global feature first."""
         kwargs = {}
@@ -239,8 +237,6 @@ class RiceModel(RicePreTrainedModel):
             )
         return frame_mask.bool()
 
-
-
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """
         Args:
@@ -319,8 +315,6 @@ class RiceModel(RicePreTrainedModel):
             rows = slice(start, start + batch_size)
             yield [None if tensor is None else tensor[rows].to(self.device) for tensor in tensors]
 
-
-
     def similarity(self, clips: RiceClips, gallery: RiceGallery) -> Tensor:
         """Cosine of every clip with every image, `(num_clips, num_images)`, in -1..1."""
         return clips.embeds.float() @ gallery.embeds.float().T
@@ -366,8 +360,6 @@ class RiceModel(RicePreTrainedModel):
         images = max(1, min(num_images, max_memory // (2 * bytes_per_pair)))
         clips = max(1, min(num_clips, max_memory // (images * bytes_per_pair + bytes_per_clip)))
         return clips, images
-
-
 
     def _decoder_clips(self, clips: _EncodedClips, asr_embeds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         return self.decoder.encode_clips(clips.tokens.flatten(1, 2), clips.mask.flatten(1), asr_embeds)

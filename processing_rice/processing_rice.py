@@ -81,7 +81,9 @@ class RiceProcessor(ProcessorMixin):
 
     def _tokenize(self, strings: list[str] | str, return_tensors: str | None, text_kwargs: dict):
         strings = [strings] if isinstance(strings, str) else [string or "" for string in strings]
-        return self.tokenizer(strings, return_tensors=return_tensors, **{"padding": True, "truncation": True, **text_kwargs})
+        return self.tokenizer(
+            strings, return_tensors=return_tensors, **{"padding": True, "truncation": True, **text_kwargs}
+        )
 
     @property
     def model_input_names(self) -> list[str]:

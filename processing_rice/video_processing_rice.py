@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,6 @@ from PIL import Image, ImageOps
 from transformers import BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 from transformers.processing_utils import VideosKwargs
-from transformers.utils import is_torchcodec_available
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import load_video
 
@@ -36,7 +36,9 @@ def sample_frame_indices(num_frames: int, max_frames: int, mode: Literal["train"
         ValueError: for numbers below 1 or an unknown mode.
     """
     if num_frames < 1:
-        raise ValueError(f"`num_frames` must be at least 1, got {num_frames}: a clip without frames cannot be sampled.")
+        raise ValueError(
+            f"`num_frames` must be at least 1, got {num_frames}: a clip without frames cannot be sampled."
+        )
     if max_frames < 1:
         raise ValueError(f"`max_frames` must be at least 1, got {max_frames}.")
     if mode not in ("train", "eval"):
@@ -160,8 +162,8 @@ class RiceVideoProcessor(BaseVideoProcessor):
         pixels = torch.zeros(len(clips), length, 3, height, width)
         frame_mask = torch.zeros(len(clips), length, dtype=torch.bool)
         for row, (frames, _) in enumerate(loaded):
-            pixels[row, : len(frames)] = self._to_pixels(frames, settings)
             frame_mask[row, : len(frames)] = True
+        pixels[frame_mask] = self._to_pixels([frame for frames, _ in loaded for frame in frames], settings)
         data = {"pixel_values_videos": pixels, "frame_mask": frame_mask}
         if boxes is not None:
             data["patch_mask"] = self._patch_mask([clip_boxes for _, clip_boxes in loaded], length, settings)
@@ -198,7 +200,7 @@ class RiceVideoProcessor(BaseVideoProcessor):
 
     @staticmethod
     def _to_pixels(frames: list[torch.Tensor], settings: dict) -> torch.Tensor:
-        """Resizes frames of one size together, since a clip nearly always has one."""
+        """Frames of one size, which those of a batch mostly have, are resized together."""
         size = [settings["size"]["height"], settings["size"]["width"]]
         interpolation = tvF.InterpolationMode.BICUBIC
         if settings["resample"] is not None:
@@ -274,6 +276,20 @@ def _open_image(path: Path) -> Image.Image:
         raise ValueError(f"The image file {path} cannot be decoded ({error}); replace it or leave it out.") from error
 
 
+@cache
+def _video_backend() -> str:
+    # torchcodec can be installed without the FFmpeg libraries it loads at first use; PyAV brings its own.
+    try:
+        from torchcodec.decoders import VideoDecoder
+
+        VideoDecoder(b"")
+    except (ImportError, OSError):
+        return "pyav"
+    except (RuntimeError, ValueError) as error:
+        return "pyav" if "libtorchcodec" in str(error) else "torchcodec"
+    return "torchcodec"
+
+
 def read_video(clip, max_frames: int | None = None, sampling: str = "eval") -> np.ndarray:
     """
     Frames of a video file, or of its range of seconds; only the chosen ones are decoded.
@@ -305,9 +321,7 @@ def read_video(clip, max_frames: int | None = None, sampling: str = "eval") -> n
         return np.array(sample_frame_indices(last - first, max_frames or last - first, sampling)) + first
 
     try:
-        frames, _ = load_video(
-            path, backend="torchcodec" if is_torchcodec_available() else "pyav", sample_indices_fn=choose
-        )
+        frames, _ = load_video(path, backend=_video_backend(), sample_indices_fn=choose)
     except (RuntimeError, OSError, IndexError, StopIteration) as error:
         raise ValueError(f"The video file {path} cannot be decoded ({error}); replace it or leave it out.") from error
     return frames.numpy() if isinstance(frames, torch.Tensor) else np.asarray(frames)

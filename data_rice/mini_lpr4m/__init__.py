@@ -2,5 +2,4 @@
 
 from .writer import RENDERER_VERSION, render_mini_lpr4m
 
-
 __all__ = ["RENDERER_VERSION", "render_mini_lpr4m"]

@@ -6,7 +6,6 @@ import sys
 
 from .writer import render_mini_lpr4m
 
-
 _HELP = {
     "seed": "seed of everything that is drawn",
     "num_train_lives": "training livestreams",

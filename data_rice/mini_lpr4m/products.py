@@ -16,7 +16,6 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from .silhouettes import SILHOUETTES, Silhouette
 
-
 COLORS = {
     "red": (206, 48, 52),
     "orange": (236, 134, 42),
@@ -137,8 +136,8 @@ def draw_room(seed: int, split: str, index: int, num_products: int) -> Room:
         )
     tone = rng.uniform(0.45, 1.0)
     skin = tuple(int(value * tone) for value in (244, 204, 176))
-    wall = tuple(rng.randint(120, 235) for _ in range(3))
-    table = tuple(rng.randint(70, 200) for _ in range(3))
+    wall = tuple(rng.randint(50, 235) for _ in range(3))
+    table = tuple(rng.randint(40, 220) for _ in range(3))
     clothes = tuple(rng.randint(30, 225) for _ in range(3))
     return Room(live_id, tuple(products), wall, table, skin, clothes)
 
@@ -215,10 +214,18 @@ _EMBLEM_SHAPES = {
     "triangle": (("poly", 0.50, 0.02, 1.0, 0.94, 0.0, 0.94),),
     "star": (_star(5, 0.21),),
     "cross": (("rect", 0.34, 0.0, 0.66, 1.0, 0.0), ("rect", 0.0, 0.34, 1.0, 0.66, 0.0)),
-    "heart": (("oval", 0.0, 0.06, 0.54, 0.58), ("oval", 0.46, 0.06, 1.0, 0.58), ("poly", 0.03, 0.42, 0.97, 0.42, 0.5, 1.0)),
+    "heart": (
+        ("oval", 0.0, 0.06, 0.54, 0.58),
+        ("oval", 0.46, 0.06, 1.0, 0.58),
+        ("poly", 0.03, 0.42, 0.97, 0.42, 0.5, 1.0),
+    ),
     "ring": (("ring", 0.22, 0.0, 0.0, 1.0, 1.0),),
     "bolt": (("poly", 0.66, 0.0, 0.12, 0.58, 0.44, 0.58, 0.30, 1.0, 0.90, 0.38, 0.56, 0.38),),
-    "bars": (("rect", 0.0, 0.04, 1.0, 0.28, 0.0), ("rect", 0.0, 0.40, 1.0, 0.62, 0.0), ("rect", 0.0, 0.74, 1.0, 0.98, 0.0)),
+    "bars": (
+        ("rect", 0.0, 0.04, 1.0, 0.28, 0.0),
+        ("rect", 0.0, 0.40, 1.0, 0.62, 0.0),
+        ("rect", 0.0, 0.74, 1.0, 0.98, 0.0),
+    ),
 }
 
 
@@ -262,7 +269,10 @@ def draw_product(product: Product) -> Image.Image:
     inner = size * (1 - 2 * _MARGIN)
     side = round(diameter * inner)
     plate = _primitives_mask((("oval", -0.04, -0.04, 1.04, 1.04),), round(side * 1.3))
-    corner = (round(size * _MARGIN + x * inner - plate.width / 2), round(size * _MARGIN + y * inner - plate.height / 2))
+    corner = (
+        round(size * _MARGIN + x * inner - plate.width / 2),
+        round(size * _MARGIN + y * inner - plate.height / 2),
+    )
     art.paste(body_color, corner, plate)
     corner = (round(size * _MARGIN + x * inner - side / 2), round(size * _MARGIN + y * inner - side / 2))
     art.paste(_shade(COLORS[product.emblem_color], product.tint), corner, _emblem_mask(product.emblem, side))

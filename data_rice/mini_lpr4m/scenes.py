@@ -45,7 +45,7 @@ class Pose:
 
 
 def _reduced(art: Image.Image, side: float, cache: dict) -> Image.Image:
-    """``art`` shrunk to the smallest of a few sizes that still has ``side`` pixels, so that resampling does not alias."""
+    """``art`` shrunk to the smallest of a few sizes that has ``side`` pixels, so resampling does not alias."""
     for size in (ART_SIZE // 4, ART_SIZE // 2, ART_SIZE * 3 // 4):
         if size >= side:
             key = (id(art), size)
@@ -56,15 +56,13 @@ def _reduced(art: Image.Image, side: float, cache: dict) -> Image.Image:
 
 
 def place(canvas: Image.Image, art: Image.Image, pose: Pose, cache: dict) -> list[int] | None:
-    """Draw ``art`` on ``canvas`` (in place) and return its pixel box inside the canvas, None where nothing is visible."""
+    """Draw ``art`` on ``canvas`` (in place) and return its pixel box on it, None where nothing is visible."""
     size = canvas.width
     side = pose.side * size
     art = _reduced(art, side, cache)
     scale = side / art.width
     cos, sin = math.cos(pose.angle) * scale, math.sin(pose.angle) * scale
-    forward = np.array([[cos, -sin], [sin, cos]]) @ np.array(
-        [[pose.squeeze_x, pose.shear], [0.0, pose.squeeze_y]]
-    )
+    forward = np.array([[cos, -sin], [sin, cos]]) @ np.array([[pose.squeeze_x, pose.shear], [0.0, pose.squeeze_y]])
     (a, b), (d, e) = np.linalg.inv(forward).tolist()
     x, y, half = pose.x * size, pose.y * size, art.width / 2
     layer = art.transform(
@@ -148,10 +146,14 @@ def _draw_hand(canvas: Image.Image, room: Room, rng: random.Random, box: list[in
     y = min(bottom - (bottom - top) * rng.uniform(0.02, 0.12), size - 2)
     width = size * rng.uniform(0.035, 0.05)
     dark = tuple(int(value * 0.7) for value in room.skin)
-    draw.line((x + rng.uniform(-0.2, 0.2) * size, size * 1.05, x, y + width * 2), fill=room.skin, width=round(width * 3))
+    draw.line(
+        (x + rng.uniform(-0.2, 0.2) * size, size * 1.05, x, y + width * 2), fill=room.skin, width=round(width * 3)
+    )
     for finger in (-1.1, 0.0, 1.1):
         center = x + finger * width * 1.3
-        draw.ellipse((center - width * 0.7, y - width * 1.3, center + width * 0.7, y + width * 2), fill=room.skin, outline=dark)
+        draw.ellipse(
+            (center - width * 0.7, y - width * 1.3, center + width * 0.7, y + width * 2), fill=room.skin, outline=dark
+        )
 
 
 def _draw_occluder(canvas: Image.Image, room: Room, rng: random.Random, box: list[int]) -> None:
@@ -214,13 +216,16 @@ def draw_clip(
     shelf = rng.sample(others, min(rng.randint(1, 3), len(others)))
     slots = rng.sample((0.15, 0.38, 0.62, 0.85), len(shelf))
     shelf_poses = [
-        Pose(x=slot, y=rng.choice((0.16, 0.84)) + rng.uniform(-0.04, 0.04), side=rng.uniform(0.22, 0.34)) for slot in slots
+        Pose(x=slot, y=rng.choice((0.16, 0.84)) + rng.uniform(-0.04, 0.04), side=rng.uniform(0.22, 0.34))
+        for slot in slots
     ]
+    side = rng.uniform(0.62, 1.0)
+    reach = (1 - side) / 2 + 0.09  # a large product has less room to be off the centre
     base = Pose(
-        x=0.5 + rng.uniform(-0.13, 0.13),
-        y=0.5 + rng.uniform(-0.1, 0.1),
-        side=rng.uniform(0.62, 1.0),
-        angle=math.radians(rng.gauss(0, 9)),
+        x=0.5 + rng.uniform(-reach, reach),
+        y=0.5 + rng.uniform(-reach, reach),
+        side=side,
+        angle=math.radians(rng.uniform(-25, 25)),
     )
     absent = _absent_frames(rng, num_frames)
     swapped = rng.choice(others) if others else None

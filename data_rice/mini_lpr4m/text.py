@@ -4,24 +4,24 @@ import random
 
 from .products import Product
 
-
 COLORS_ZH = {
     "red": "红色", "orange": "橙色", "yellow": "黄色", "green": "绿色", "teal": "青色", "blue": "蓝色",
     "navy": "藏青色", "purple": "紫色", "pink": "粉色", "brown": "棕色", "white": "白色", "black": "黑色",
 }  # fmt: skip
 PATTERNS_ZH = {
-    "plain": "纯色", "stripes": "横条纹", "pinstripes": "竖条纹", "diagonals": "斜条纹", "checks": "棋盘格", "dots": "波点",
-    "two-tone": "拼色", "zigzag": "锯齿纹", "grid": "格子", "rings": "圆环纹",
+    "plain": "纯色", "stripes": "横条纹", "pinstripes": "竖条纹", "diagonals": "斜条纹", "checks": "棋盘格",
+    "dots": "波点", "two-tone": "拼色", "zigzag": "锯齿纹", "grid": "格子", "rings": "圆环纹",
 }  # fmt: skip
 EMBLEMS_ZH = {
     "disc": "圆点", "square": "方块", "triangle": "三角", "star": "星星", "cross": "十字", "heart": "爱心",
     "ring": "圆圈", "moon": "月亮", "bolt": "闪电", "bars": "横杠",
 }  # fmt: skip
 _SHOP_WORDS_ZH = ("新款", "爆款", "包邮", "网红同款", "百搭", "高级感", "小众设计", "厂家直销", "秋冬", "限时特惠")
-_SHOP_WORDS_EN = ("new", "hot sale", "free shipping", "trendy", "premium", "2026", "best price", "gift idea", "limited")
+_SHOP_WORDS_EN = ("new", "hot sale", "free shipping", "trendy", "premium", "2026", "best price", "limited")
 _SPEECH_ZH = (
-    "宝宝们看一下这款", "来 三二一上链接", "家人们这个真的很好看", "今天直播间给大家福利价", "喜欢的扣一", "还剩最后几件",
-    "主播身上也有同款", "我给大家看一下细节", "点一点右下角小黄车", "库存不多了", "这个面料摸起来特别舒服",
+    "宝宝们看一下这款", "来 三二一上链接", "家人们这个真的很好看", "今天直播间给大家福利价", "喜欢的扣一",
+    "还剩最后几件", "主播身上也有同款", "我给大家看一下细节", "点一点右下角小黄车",
+    "库存不多了", "这个面料摸起来特别舒服",
 )  # fmt: skip
 _SPEECH_EN = (
     "okay guys look at this one", "three two one the link is up", "so pretty right", "only a few left",
@@ -67,8 +67,8 @@ def _garble(sentence: str, rng: random.Random, rate: float = 0.04) -> str:
 
 
 def draw_asr(product: Product, others: list[Product], rng: random.Random) -> str:
-    """What speech recognition made of a clip: small talk around half of the attributes, sometimes another product of the
-    shop, sometimes nothing at all (then "")."""
+    """What speech recognition made of a clip: small talk around half of the attributes, sometimes another product of
+    the shop, sometimes nothing at all (then "")."""
     if rng.random() < 0.08:
         return ""
     chinese = rng.random() < 0.67

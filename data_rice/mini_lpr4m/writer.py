@@ -18,10 +18,9 @@ from .scenes import Clip, draw_clip, draw_shop_image
 from .silhouettes import SILHOUETTES
 from .text import draw_asr, draw_title
 
-
 MANIFEST_NAME = "mini_lpr4m.json"
-# Raised whenever the same parameters give other pictures, so that data of an older renderer is not taken for new.
-RENDERER_VERSION = 1
+# Raised whenever the same parameters give other data, so that data of an older renderer is not taken for new.
+RENDERER_VERSION = 3
 _VIDEO_FOLDERS = 8
 _SECONDS_PER_CLIP = 20
 _JPEG_QUALITY = 92
@@ -47,20 +46,21 @@ class _Settings:
             raise ValueError("num_train_lives and num_test_lives are both 0: nothing to render; raise one of them.")
         if self.products_per_live > MAX_PRODUCTS:
             raise ValueError(
-                f"products_per_live={self.products_per_live} is more than a room can tell apart; use at most {MAX_PRODUCTS}."
+                f"products_per_live={self.products_per_live} is more than a room can tell apart; "
+                f"use at most {MAX_PRODUCTS}."
             )
         if self.image_size < 32:
             raise ValueError(f"image_size={self.image_size} is too small to show a product; use at least 32.")
 
 
 def product_scale(clip: Clip) -> str:
-    """ "small" (< 0.2), "medium" or "large" (> 0.4) by the mean area of the product's boxes as a share of the frame."""
+    """ "small" (< 0.3), "medium" or "large" (> 0.5) by the mean area of the boxes as a share of the frame."""
     shares = []
     for frame, box in zip(clip.frames, clip.boxes):
         if box is not None:
             shares.append((box[2] - box[0]) * (box[3] - box[1]) / (frame.width * frame.height))
     mean = sum(shares) / len(shares)
-    return "small" if mean < 0.2 else "large" if mean > 0.4 else "medium"
+    return "small" if mean < 0.3 else "large" if mean > 0.5 else "medium"
 
 
 def visible_duration(clip: Clip) -> str:
@@ -231,7 +231,12 @@ def _run(tasks: list, num_workers: int, progress: bool) -> list[_Rendered]:
 
 def _write_annotations(root: Path, train: list[_Rendered], test: list[_Rendered]) -> None:
     folder = root / "annotations"
-    texts = {"training_videoinfo": train, "test_videoid_asr": test, "test_image_title": test, "test_videoid_attributes": test}
+    texts = {
+        "training_videoinfo": train,
+        "test_videoid_asr": test,
+        "test_image_title": test,
+        "test_videoid_attributes": test,
+    }
     for name, parts in texts.items():
         (folder / f"{name}.txt").write_text("".join(getattr(part, name) for part in parts), encoding="utf-8")
     for name in ("test_videoid_to_gtimage", "test_frameid2gtbox", "test_liveid_to_gallery"):
@@ -248,7 +253,9 @@ def _check_existing(output_dir: Path, manifest: dict) -> bool:
     path = output_dir / MANIFEST_NAME
     if not path.is_file():
         if any(output_dir.iterdir()):
-            raise ValueError(f"{output_dir} is not empty and is no rendered mini LPR4M; name another folder or empty it.")
+            raise ValueError(
+                f"{output_dir} is not empty and is no rendered mini LPR4M; name another folder or empty it."
+            )
         return False
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["parameters"]
@@ -309,9 +316,15 @@ def render_mini_lpr4m(
     """
     output_dir = Path(output_dir)
     settings = _Settings(
-        seed, num_train_lives, num_test_lives, products_per_live, clips_per_product, test_clips_per_product, num_frames,
-        image_size,
-    )  # fmt: skip
+        seed=seed,
+        num_train_lives=num_train_lives,
+        num_test_lives=num_test_lives,
+        products_per_live=products_per_live,
+        clips_per_product=clips_per_product,
+        test_clips_per_product=test_clips_per_product,
+        num_frames=num_frames,
+        image_size=image_size,
+    )
     manifest = {"renderer_version": RENDERER_VERSION, **asdict(settings)}
     if _check_existing(output_dir, manifest):
         return output_dir
@@ -328,7 +341,9 @@ def render_mini_lpr4m(
         rendered = _run(tasks, num_workers, progress)
         train, test = rendered[:num_train_lives], rendered[num_train_lives:]
         _write_annotations(partial, train, test)
-        counts = Counter(train_clips=sum(live.num_clips for live in train), test_clips=sum(live.num_clips for live in test))
+        counts = Counter(
+            train_clips=sum(live.num_clips for live in train), test_clips=sum(live.num_clips for live in test)
+        )
         summary = {"parameters": manifest, **counts, "categories": [item.name for item in SILHOUETTES]}
         (partial / MANIFEST_NAME).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         partial.chmod(0o755)

@@ -1,5 +1,3 @@
-import io
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,7 +11,7 @@ from evaluation_rice.baselines import (
     crop_to_box,
     run_baselines,
 )
-from evaluation_rice.frames import clip_frames, open_image, spaced
+from evaluation_rice.frames import clip_frames
 from evaluation_rice.protocol import RetrievalTask, chance_recall
 from evaluation_rice.retrieval import Loading
 
@@ -57,18 +55,7 @@ def test_box_baseline_looks_at_boxed_frames_only(tmp_path):
     assert np.array_equal(without, ColorHistogram().describe_clip(row))
 
 
-def test_images_are_read_from_bytes_and_turned_upright():
-    buffer = io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("L", (30, 10)).save(buffer, "JPEG", exif=exif)
-    image = open_image({"path": "gone.jpg", "bytes": buffer.getvalue()})
-    assert image.size == (10, 30) and image.mode == "RGB"
-
-
-def test_frames_are_spread_as_at_test_time():
-    assert spaced(3, 10) == [0, 1, 2]
-    assert spaced(25, 10) == [int(i) for i in np.linspace(0, 25, 10, endpoint=False)]
+def test_a_clip_without_frames_is_refused():
     with pytest.raises(ValueError, match="no frames"):
         clip_frames({"frames": []}, 5)
 

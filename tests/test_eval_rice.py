@@ -1,0 +1,224 @@
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+import eval_rice
+from evaluation_rice.recall import recall_at_k
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 220), "yellow": (230, 220, 20)}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """An untrained RICE of a few thousand weights with its processor, saved."""
+    from modeling_rice import RiceConfig, RiceModel
+    from processing_rice import build_processor, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    vision = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 16}
+    config = RiceConfig(vision_config=vision, projection_dim=32, decoder_num_heads=2)
+    RiceModel(config).save_pretrained(folder)
+    build_processor(train_tokenizer(["a red mug", "blue shoe"] * 20), 32, 16, 3).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model_dir(checkpoint, tmp_path):
+    """A copy of the checkpoint that a test may damage."""
+    return shutil.copytree(checkpoint, tmp_path / "model")
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def shop(tmp_path):
+    """A shop_clips folder with four products, eight test clips and four validation clips of two frames."""
+    root = tmp_path / "shop"
+    (root / "images").mkdir(parents=True)
+    gallery = []
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (40, 40), colour).save(root / "images" / f"{name}.png")
+        gallery.append({"gallery_id": name, "image": f"images/{name}.png", "title": name})
+    write_lines(root / "gallery.jsonl", gallery)
+    for split, count in (("test", 8), ("val", 4)):
+        clips = []
+        for i in range(count):
+            name = list(COLOURS)[i % 4]
+            frames = [f"images/{split}-{i}-{j}.png" for j in range(2)]
+            for j, frame in enumerate(frames):
+                colour = tuple(max(0, value - 10 * (j + 1)) for value in COLOURS[name])
+                Image.new("RGB", (48, 32), colour).save(root / frame)
+            clips.append({"query_id": f"{split}-{i}", "frames": frames, "gt_gallery_ids": [name], "category": name[0]})
+        write_lines(root / f"clips_{split}.jsonl", clips)
+    return root
+
+
+def run(model, dataset, output, *more):
+    arguments = ["--model", model, "--dataset", dataset, "--output_dir", output, "--num_workers", 0, "--device", "cpu"]
+    eval_rice.main([str(argument) for argument in [*arguments, *more]])
+    return json.loads((output / "results.json").read_text())
+
+
+def refusal(capsys, model, dataset, output, *more):
+    """The one sentence with which the script ends."""
+    with pytest.raises(SystemExit) as end:
+        run(model, dataset, output, *more)
+    assert end.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "error: " in line
+    assert not (output / "results.json").exists()
+    return line
+
+
+def test_writes_results_rankings_picture_and_card(model_dir, shop, tmp_path, capsys):
+    output = tmp_path / "out"
+    results = run(model_dir, shop, output)
+    files = {path.name for path in output.iterdir()}
+    assert files == {"README.md", "matches.png", "rankings.jsonl", "results.json"}
+    assert {
+        "protocol", "num_queries", "gallery_size", "scores", "fusion_weight", "baselines", "by", "model", "dataset",
+        "seconds", "failures", "ties", "versions",
+    } <= results.keys()  # fmt: skip
+    assert results["num_queries"] == 8 and results["gallery_size"] == {"min": 4, "median": 4.0, "max": 4}
+    assert list(results["scores"]) == ["embedding", "matching", "fused"]
+    assert list(results["scores"]["fused"]) == ["R@1", "R@3", "R@5", "R@10", "R@1_ci95"]
+    assert results["scores"]["matching"]["R@10"] == 1.0
+    assert results["baselines"]["color_histogram"]["R@1"] >= 0.5
+    assert results["baselines"]["chance"]["R@1"] == pytest.approx(0.25)
+    assert results["fusion_weight"] > 0 and results["protocol"]["fusion"]["source"] == "validation"
+    assert results["protocol"]["gallery_scope"] == "all" and set(results["by"]) == {"category"}
+    printed = capsys.readouterr().out
+    assert "colour histogram" in printed and "chance" in printed and "1 gallery of 4 images," in printed
+    assert str(model_dir) in (output / "README.md").read_text()
+
+
+def test_rankings_file_gives_the_reported_recall(model_dir, shop, tmp_path):
+    for kind in ("embedding", "matching", "fused"):
+        results = run(model_dir, shop, tmp_path / kind, "--rank_by", kind, "--fusion_weight", "0.7", "--baselines")
+        lines = [json.loads(line) for line in (tmp_path / kind / "rankings.jsonl").read_text().splitlines()]
+        rankings = {line["query_id"]: line["ranking"] for line in lines}
+        reported = {name: value for name, value in results["scores"][kind].items() if name != "R@1_ci95"}
+        assert recall_at_k(rankings, {line["query_id"]: line["relevant"] for line in lines}) == reported
+        assert results["fusion_weight"] == 0.7 and results["baselines"] == {}
+
+
+def test_the_same_command_gives_the_same_figures(model_dir, shop, tmp_path):
+    first, second = (run(model_dir, shop, tmp_path / name, "--batch_size", 3) for name in "ab")
+    assert first["scores"] == second["scores"] and first["fusion_weight"] == second["fusion_weight"]
+    assert (tmp_path / "a" / "rankings.jsonl").read_bytes() == (tmp_path / "b" / "rankings.jsonl").read_bytes()
+    assert (tmp_path / "a" / "matches.png").read_bytes() == (tmp_path / "b" / "matches.png").read_bytes()
+
+
+def test_a_damaged_frame_makes_a_listed_miss(model_dir, shop, tmp_path, capsys):
+    (shop / "images" / "test-3-1.png").write_bytes(b"\x89PNG no image")
+    results = run(model_dir, shop, tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "rankings.jsonl").read_text().splitlines()]
+    assert results["num_queries"] == len(lines) == 8
+    assert [line["query_id"] for line in lines if not line["ranking"]] == ["test-3"]
+    assert results["scores"]["fused"]["R@10"] == 7 / 8 == results["baselines"]["color_histogram"]["R@10"]
+    assert [(failure["id"], failure["kind"]) for failure in results["failures"]] == [("test-3", "query")]
+    assert results["failures"][0]["file"].endswith("test-3-1.png")
+    assert "test-3-1.png" in capsys.readouterr().out
+
+
+def test_the_checkpoints_own_fusion_weight_goes_first(model_dir, shop, tmp_path):
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps({**config, "fusion_weight": 0.35}))
+    results = run(model_dir, shop, tmp_path / "out")
+    assert results["fusion_weight"] == 0.35 and results["protocol"]["fusion"]["source"] == "checkpoint"
+
+
+def test_without_a_validation_split_the_weight_is_one_and_said_so(model_dir, shop, tmp_path, capsys):
+    (shop / "clips_val.jsonl").unlink()
+    results = run(model_dir, shop, tmp_path / "out")
+    assert results["fusion_weight"] == 1.0 and results["protocol"]["fusion"]["source"] == "default"
+    assert "fusion weight 1: the checkpoint has none" in capsys.readouterr().out
+
+
+def test_number_of_frames_and_boxes_are_recorded(model_dir, shop, tmp_path):
+    results = run(model_dir, shop, tmp_path / "out", "--num_frames", 1, "--boxes", "ground_truth")
+    assert results["protocol"]["num_frames"] == 1 and results["protocol"]["boxes"] == "ground_truth"
+
+
+def test_refuses_a_missing_checkpoint(shop, tmp_path, capsys):
+    assert "there is no checkpoint folder" in refusal(capsys, tmp_path / "gone", shop, tmp_path / "out")
+    assert "--model nobody/nothing cannot be loaded" in refusal(capsys, "nobody/nothing", shop, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "ri'), "half-written"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+    ],
+)
+def test_refuses_a_half_written_checkpoint(model_dir, shop, tmp_path, capsys, damage, words):
+    damage(model_dir)
+    assert words in refusal(capsys, model_dir, shop, tmp_path / "out")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_refuses_truncated_weights(model_dir, shop, tmp_path, capsys, share):
+    weights = model_dir / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: int(len(data) * share)])
+    assert "model.safetensors is cut short or damaged" in refusal(capsys, model_dir, shop, tmp_path / "out")
+
+
+def test_refuses_weights_that_lack_a_part(model_dir, shop, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model_dir / "model.safetensors")
+    weights.pop("visual_projection.weight")
+    save_file(weights, model_dir / "model.safetensors", metadata={"format": "pt"})
+    assert "lacks 1 weights of its model, such as visual_projection.weight" in refusal(
+        capsys, model_dir, shop, tmp_path / "out"
+    )
+
+
+def test_refuses_a_checkpoint_without_processor(model_dir, shop, tmp_path, capsys):
+    for path in list(model_dir.iterdir()):
+        if path.name not in ("config.json", "model.safetensors"):
+            path.unlink()
+    assert "has no processor" in refusal(capsys, model_dir, shop, tmp_path / "out")
+
+
+def test_refuses_an_unknown_dataset(model_dir, tmp_path, capsys):
+    assert "nowhere" in refusal(capsys, model_dir, "nowhere", tmp_path / "out")
+
+
+def test_refuses_an_empty_gallery(model_dir, shop, tmp_path, capsys):
+    (shop / "gallery.jsonl").write_text("")
+    line = refusal(capsys, model_dir, shop, tmp_path / "out")
+    assert "gallery.jsonl" in line
+
+
+def test_refuses_a_gallery_without_readable_images(model_dir, shop, tmp_path, capsys):
+    for name in COLOURS:
+        (shop / "images" / f"{name}.png").write_bytes(b"")
+    assert "not one of the 4 gallery images" in refusal(capsys, model_dir, shop, tmp_path / "out")
+
+
+def test_refuses_matching_of_a_model_without_decoder(model_dir, shop, tmp_path, capsys):
+    from modeling_rice import RiceConfig, RiceModel
+
+    config = RiceConfig.from_pretrained(model_dir, use_decoder=False)
+    RiceModel(config).save_pretrained(model_dir)
+    line = refusal(capsys, model_dir, shop, tmp_path / "out", "--rank_by", "fused")
+    assert "--rank_by fused needs a matching decoder" in line
+    results = run(model_dir, shop, tmp_path / "out")
+    assert list(results["scores"]) == ["embedding"] and results["fusion_weight"] is None
+    assert results["protocol"]["rank_by"] == "embedding"
+
+
+@pytest.mark.parametrize("option", [("--fusion_weight", "0"), ("--fusion_weight", "much"), ("--batch_size", "0")])
+def test_refuses_options_out_of_range(model_dir, shop, tmp_path, capsys, option):
+    assert option[0] in refusal(capsys, model_dir, shop, tmp_path / "out", *option)

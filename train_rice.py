@@ -1,0 +1,94 @@
+"""Trains RICE.
+
+    python train_rice.py configs/mini_lpr4m.yaml --output_dir runs/mini
+    accelerate launch train_rice.py configs/shop_clips.yaml --data_dir PATH --output_dir runs/shop
+
+A recipe is a flat YAML mapping of the arguments in training_rice/arguments.py plus a `model:` section with fields of
+RiceConfig; `--name value` and `--model.name value` override it. Run the same command again to go on from the last
+whole checkpoint. The output folder ends up with the model, its processor and the arguments.
+"""
+
+import logging
+import os
+import sys
+
+# Threads that spin while they wait slow each other down many times over as soon as loader workers share the cores
+# (measured in docs/LOG.md); the OpenMP runtime reads this when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import transformers
+
+from data_rice.collator import RiceCollator, read_failure_log
+from training_rice.arguments import parse_arguments
+from training_rice.setup import (
+    build_model,
+    build_rice_processor,
+    check_processes,
+    find_checkpoint,
+    load_views,
+    read_texts,
+    record_arguments,
+)
+from training_rice.trainer import RiceTrainer
+
+logger = logging.getLogger("train_rice")
+
+
+def main(argv: list[str] | None = None) -> None:
+    model_arguments, data_arguments, training_arguments = parse_arguments(argv)
+    is_main = training_arguments.process_index == 0
+    logging.basicConfig(format="%(message)s", level=logging.INFO if is_main else logging.ERROR)
+    transformers.logging.set_verbosity_warning()
+    try:
+        train(model_arguments, data_arguments, training_arguments)
+    except (ValueError, FileNotFoundError, OSError) as error:
+        sys.exit(f"train_rice.py: error: {error}")
+
+
+def train(model_arguments, data_arguments, training_arguments) -> None:
+    check_processes(training_arguments)
+    checkpoint = find_checkpoint(training_arguments)
+    record_arguments(model_arguments, data_arguments, training_arguments, resuming=checkpoint is not None)
+    transformers.set_seed(training_arguments.seed)
+
+    with training_arguments.main_process_first(desc="building the data tables"):
+        pairs, validation = load_views(data_arguments, training_arguments)
+    model = build_model(model_arguments)
+    processor = build_rice_processor(model_arguments, data_arguments, model.config, read_texts(pairs, data_arguments))
+    failure_log = f"{training_arguments.output_dir}/unreadable_media.jsonl"
+    collator = RiceCollator(
+        processor,
+        use_boxes=data_arguments.use_boxes,
+        num_frames=data_arguments.train_num_frames or data_arguments.num_frames,
+        sampling=data_arguments.frame_sampling,
+        use_text=data_arguments.use_text,
+        failure_log=failure_log,
+    )
+    trainer = RiceTrainer(
+        model=model,
+        args=training_arguments,
+        train_dataset=pairs,
+        eval_dataset=validation,
+        data_collator=collator,
+        eval_collator=RiceCollator(processor, use_boxes=data_arguments.use_boxes, use_text=data_arguments.use_text),
+        processing_class=processor,
+    )
+    logger.info(trainer.describe())
+    if checkpoint is not None:
+        logger.info("Going on from %s.", checkpoint)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+
+    metrics = dict(result.metrics)
+    if validation is not None:
+        metrics |= trainer.evaluate()
+    if failures := read_failure_log(failure_log):
+        logger.warning("%d unreadable files were left out of training; %s lists them.", len(failures), failure_log)
+    metrics["unreadable_media"] = len(failures)
+    trainer.save_model()
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    logger.info("Saved the model to %s.", training_arguments.output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""transformers' Trainer, taught RICE's losses, its gather, and R@k on a validation split."""
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import speed_metrics
+
+from data_rice.collator import RiceCollator
+from evaluation_rice.protocol import RetrievalTask
+from evaluation_rice.retrieval import Loading, ModelRetriever, fit_fusion, retrieve
+from modeling_rice import RiceModel
+
+from .arguments import RiceTrainingArguments
+from .gather import AllGather
+
+LOSS_TERMS = ("contrastive_loss", "matching_loss", "reconstruction_loss")
+
+
+class RiceTrainer(Trainer):
+    """
+    Args:
+        model: A [`RiceModel`].
+        args: [`RiceTrainingArguments`].
+        train_dataset: Pairs view.
+        eval_dataset: `(queries view, gallery view, gallery scope)`; without it there is no validation.
+        data_collator: For pairs.
+        eval_collator: For queries and gallery.
+        kwargs: As `Trainer`.
+    """
+
+    def __init__(
+        self,
+        model: RiceModel,
+        args: RiceTrainingArguments,
+        train_dataset: Dataset,
+        data_collator: RiceCollator,
+        eval_dataset: tuple[Dataset, Dataset, str] | None = None,
+        eval_collator: RiceCollator | None = None,
+        **kwargs,
+    ):
+        if args.metric_for_best_model in (None, "loss"):
+            args.metric_for_best_model = "eval_fused_R@1" if model.decoder is not None else "eval_embedding_R@1"
+            args.greater_is_better = True
+        self.eval_views = eval_dataset
+        self.eval_collator = eval_collator or data_collator
+        self._loss_sums: dict[str, torch.Tensor] = {}
+        self._loss_count = 0
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset[0] if eval_dataset else None,
+            **kwargs,
+        )
+        if args.freeze_vision:
+            model.vision_model.requires_grad_(False)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            model.set_gather(AllGather())
+
+    @property
+    def negatives_per_query(self) -> int:
+        """Images each clip is contrasted with in one step, besides its own. Accumulated steps do not add to them."""
+        return self.args.per_device_train_batch_size * self.args.world_size - 1
+
+    def describe(self) -> str:
+        """One paragraph on what is about to run, with the numbers people confuse."""
+        args, model = self.args, self.accelerator.unwrap_model(self.model)
+        terms = ["ICL"] + ["PMD"] * (model.decoder is not None) + ["PFR"] * (model.reconstruction_head is not None)
+        lines = [
+            f"{' + '.join(terms)}, {sum(p.numel() for p in model.parameters()):,} parameters, on "
+            f"{len(self.train_dataset):,} pairs",
+            f"{args.world_size} process(es) x batch {args.per_device_train_batch_size}: "
+            f"negatives per query = {self.negatives_per_query}",
+        ]
+        if args.gradient_accumulation_steps > 1:
+            lines.append(
+                f"warning: {args.gradient_accumulation_steps} accumulated steps average gradients; they add no negatives"
+            )
+        return "\n".join(lines)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Groups for encoder and rest, each with and without decay (none on biases and norms)."""
+        if self.optimizer is None and self.args.vision_learning_rate is not None:
+            model = model or self.model
+            decayed = set(self.get_decay_parameter_names(model))
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    groups.setdefault(("vision_model." in name, name in decayed), []).append(parameter)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": parameters,
+                        "lr": self.args.vision_learning_rate if is_vision else self.args.learning_rate,
+                        "weight_decay": self.args.weight_decay if is_decayed else 0.0,
+                    }
+                    for (is_vision, is_decayed), parameters in groups.items()
+                ],
+                **options,
+            )
+        return super().create_optimizer(model)
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        output = model(**inputs, return_loss=True)
+        for name in LOSS_TERMS:
+            if output[name] is not None:
+                # Summed on the device: reading the value here would stall it at every step.
+                self._loss_sums[name] = self._loss_sums.get(name, 0.0) + output[name].detach()
+        self._loss_count += 1
+        return (output.loss, output) if return_outputs else output.loss
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs and self._loss_count:
+            for name, total in self._loss_sums.items():
+                mean = self.accelerator.reduce(total / self._loss_count, reduction="mean")
+                logs[name] = round(mean.item(), 6)
+            logs["logit_scale"] = round(self.accelerator.unwrap_model(self.model).logit_scale.exp().item(), 4)
+            self._loss_sums, self._loss_count = {}, 0
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """
+        R@k on the validation split by the project's protocol, on the first process; the others wait for the figures.
+
+        Returns:
+            `{prefix}_embedding_R@1`, `{prefix}_matching_R@1`, `{prefix}_fused_R@1` and so on, in 0..1, and
+            `{prefix}_fusion_weight`, which is fitted on this very split.
+        """
+        start = time.time()
+        shared: list[dict[str, float] | None] = [None]
+        if self.is_world_process_zero():
+            shared[0] = self._validate(metric_key_prefix)
+        if self.args.world_size > 1:
+            dist.broadcast_object_list(shared, src=0)
+        metrics = shared[0]
+        metrics.update(speed_metrics(metric_key_prefix, start, num_samples=len(self.eval_views[0])))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _validate(self, prefix: str) -> dict[str, float]:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        queries, gallery, scope = self.eval_views
+        limit = self.args.eval_max_queries
+        if limit is not None and limit < len(queries):
+            queries = queries.select([i * len(queries) // limit for i in range(limit)])
+        task = RetrievalTask.from_datasets(queries, gallery, scope)
+        retriever = ModelRetriever(model, self.eval_collator)
+        loading = Loading(self.args.per_device_eval_batch_size, self.args.dataloader_num_workers, quiet=True)
+        metrics = {}
+        if model.decoder is not None:
+            model.config.fusion_weight, _ = fit_fusion(retriever, task, queries, gallery, loading=loading)
+            metrics[f"{prefix}_fusion_weight"] = model.config.fusion_weight
+        books, _ = retrieve(
+            retriever, task, queries, gallery, loading=loading, fusion_weight=model.config.fusion_weight
+        )
+        for kind, rankings in books.items():
+            for name, value in rankings.summary().items():
+                if isinstance(value, float):
+                    metrics[f"{prefix}_{kind}_{name}"] = value
+        return metrics
