@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import transformers
 
+from data_rice.augmentation import ClipAugmentation
 from data_rice.collator import RiceCollator, read_failure_log
 from training_rice.arguments import parse_arguments
 from training_rice.setup import (
@@ -55,9 +56,20 @@ def train(model_arguments, data_arguments, training_arguments) -> None:
         pairs, validation = load_views(data_arguments, training_arguments)
     model = build_model(model_arguments)
     processor = build_rice_processor(model_arguments, data_arguments, model.config, read_texts(pairs, data_arguments))
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(model.config, name, getattr(processor.tokenizer, name))
     failure_log = f"{training_arguments.output_dir}/unreadable_media.jsonl"
+    augmentation = None
+    if data_arguments.augments:
+        augmentation = ClipAugmentation(
+            crop_scale=(data_arguments.augment_crop, 1.0),
+            flip=data_arguments.augment_flip,
+            jitter=data_arguments.augment_jitter,
+            background=data_arguments.augment_background,
+        )
     collator = RiceCollator(
         processor,
+        augmentation=augmentation,
         use_boxes=data_arguments.use_boxes,
         num_frames=data_arguments.train_num_frames or data_arguments.num_frames,
         sampling=data_arguments.frame_sampling,

@@ -1,11 +1,11 @@
-"""From rows to model inputs, in the DataLoader's workers: choose frames, decode, process; count what cannot be read."""
+"""From rows to model inputs, in the DataLoader's workers: choose frames, decode, process; count what is unreadable."""
 
 import hashlib
 import io
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -59,7 +59,9 @@ class RiceCollator:
         processor: A `RiceProcessor`.
         use_boxes: Hand the rows' boxes to the processor (intended product detection).
         num_frames: Frames per clip at most; the processor's own number by default.
-        sampling: `"train"` and `"eval"` as `sample_frame_indices`; `"random"` draws frames anew each time.
+        sampling: `"train"` and `"eval"` as `sample_frame_indices`; `"random"` draws frames anew each time, `"visible"`
+            likewise but frames with a box before others.
+        augmentation: Applied to the frames and the image of training pairs, e.g. `ClipAugmentation`.
         use_text: Tokenise titles and ASR.
         failure_log: File to append one JSON line per unreadable file to.
     """
@@ -67,7 +69,8 @@ class RiceCollator:
     processor: Any
     use_boxes: bool = False
     num_frames: int | None = None
-    sampling: Literal["train", "eval", "random"] = "eval"
+    sampling: Literal["train", "eval", "random", "visible"] = "eval"
+    augmentation: Callable | None = None
     use_text: bool = False
     failure_log: str | Path | None = None
 
@@ -93,6 +96,8 @@ class RiceCollator:
                 f"check the data folder with the files listed in {self.failure_log or 'the log'}."
             )
         filled = [pair or good[i % len(good)] for i, pair in enumerate(loaded)]
+        if self.augmentation is not None:
+            filled = [(row, self._augment(*clip), self._augment([image])[0][0]) for row, clip, image in filled]
         rows, clips, images = zip(*filled, strict=True)
         batch = self._process_clips(rows, clips, padding="max_length")
         batch |= self._process_images(rows, images)
@@ -138,7 +143,7 @@ class RiceCollator:
         if row.get("video"):
             video = {"path": row["video"], "start": row.get("start"), "end": row.get("end")}
             try:
-                return list(read_video(video, num_frames, "eval" if self.sampling == "eval" else "train")), None
+                return list(read_video(video, num_frames, self._choose)), None
             except (ValueError, OSError) as error:
                 failures.append(_failure(row["clip_id"], row["video"], error))
                 return None
@@ -147,17 +152,25 @@ class RiceCollator:
             failures.append(_failure(row["clip_id"], None, "the clip has no frames"))
             return None
         frames, boxes = [], []
-        for i in self._choose(len(entries), num_frames):
+        for i in self._choose(row, num_frames):
             frame = self._load_image(row["clip_id"], entries[i], failures)
             if frame is not None:
                 frames.append(frame)
                 boxes.append(row["boxes"][i] if row.get("boxes") else None)
         return (frames, boxes) if frames else None
 
-    def _choose(self, total: int, num_frames: int) -> list[int]:
-        if self.sampling == "random":
-            return sorted(torch.randperm(total)[:num_frames].tolist())
-        return sample_frame_indices(total, num_frames, self.sampling)
+    def _augment(self, frames: list, boxes: list | None = None) -> tuple[list, list | None]:
+        pictures = [frame if isinstance(frame, Image.Image) else Image.fromarray(frame) for frame in frames]
+        return self.augmentation(pictures, boxes)
+
+    def _choose(self, row: dict[str, Any], num_frames: int) -> list[int]:
+        total = len(row["frames"])
+        if self.sampling in ("train", "eval"):
+            return sample_frame_indices(total, num_frames, self.sampling)
+        order = torch.randperm(total).tolist()
+        if self.sampling == "visible" and row.get("boxes"):
+            order.sort(key=lambda i: row["boxes"][i] is None)
+        return sorted(order[:num_frames])
 
     def _process_clips(self, rows: Iterable[dict], clips: Iterable[tuple], padding: str) -> dict[str, torch.Tensor]:
         num_frames = self.num_frames or self.processor.video_processor.num_frames

@@ -332,19 +332,44 @@ def fit_fusion(
     A query that could not be read or has no gallery counts as a miss at every weight. Raises `ValueError` when the
     method has no matching scores.
     """
-    kinds: dict[str, dict[int, np.ndarray]] = {"embedding": {}, "matching": {}}
+    return _fit(task, _all_scores(retriever, task, queries, gallery, loading), **options)
+
+
+def validate(
+    retriever: Retriever, task: RetrievalTask, queries, gallery, *, loading: Loading = Loading(), ks=DEFAULT_KS
+) -> tuple[dict[str, Rankings], float | None]:
+    """Scores a validation split once, fits the fusion weight on it, and ranks by every score including the fused one.
+
+    Returns:
+        score name -> rankings of every query, and the weight (`None` where the method has no matching scores). The
+        fused figure is an optimistic one, since the weight was chosen on the same queries.
+    """
+    scores = _all_scores(retriever, task, queries, gallery, loading)
+    weight = _fit(task, scores)[0] if any("matching" in values for values in scores.values()) else None
+    books: dict[str, Rankings] = {"embedding": Rankings(task, ks)}
+    for query, values in scores.items():
+        if weight is not None and "matching" in values:
+            values = {**values, "fused": fuse(values["embedding"], values["matching"], weight)}
+        for kind, row in values.items():
+            books.setdefault(kind, Rankings(task, ks)).add(query, row)
+    return {kind: book.complete() for kind, book in books.items()}, weight
+
+
+def _all_scores(
+    retriever, task: RetrievalTask, queries, gallery, loading: Loading
+) -> dict[int, dict[str, np.ndarray]]:
     with _evaluating(getattr(retriever, "model", None)):
-        for query, scores in iter_scores(retriever, task, queries, gallery, loading, []):
-            for kind, values in scores.items():
-                kinds[kind][query] = values
-    if not kinds["matching"]:
+        return dict(iter_scores(retriever, task, queries, gallery, loading, []))
+
+
+def _fit(task: RetrievalTask, scores: dict[int, dict[str, np.ndarray]], **options):
+    if not any("matching" in values for values in scores.values()):
         raise ValueError("the model gives no matching scores, so there is no fusion weight to fit.")
-    everyone = range(len(task.query_ids))
     nothing = np.zeros(0)
-    scored = [i in kinds["matching"] for i in everyone]
+    rows = [scores.get(i, {}) for i in range(len(task.query_ids))]
     return fit_fusion_weight(
-        [kinds["embedding"].get(i, nothing) for i in everyone],
-        [kinds["matching"].get(i, nothing) for i in everyone],
-        [task.relevant_positions(i) if scored[i] else [] for i in everyone],
+        [values.get("embedding", nothing) if "matching" in values else nothing for values in rows],
+        [values.get("matching", nothing) for values in rows],
+        [task.relevant_positions(i) if "matching" in values else [] for i, values in enumerate(rows)],
         **options,
     )

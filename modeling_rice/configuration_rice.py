@@ -1,12 +1,16 @@
-"""Configuration of RICE: one vision encoder for clips and shop images, one matching decoder, one reconstruction head."""
+"""Configuration of RICE: one vision encoder for clips and shop images, a matching decoder, a reconstruction head."""
 
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 # Encoders whose layers were checked to honour a 4-D `attention_mask` keyword (tests/modeling_rice keeps the check).
 PATCH_MASK_ENCODERS = ("clip_vision_model", "siglip_vision_model", "vit", "dinov2", "dinov3_vit")
+
+# Encoders with one flat grid of patches and nothing before it; hierarchical ones are told by their config.
+_NO_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model", "ijepa")
 
 _VIT_B_32 = {"patch_size": 32, "image_size": 224}
 
@@ -153,6 +157,8 @@ class RiceConfig(PreTrainedConfig):
         if getattr(self.vision_config, "vision_config", None) is not None:
             self.vision_config = self.vision_config.vision_config
         super().__post_init__(**kwargs)
+        # Run here too, since the strict dataclass wraps what its own call raises in an error that is no ValueError.
+        self.validate_architecture()
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "RiceConfig":
@@ -189,7 +195,7 @@ class RiceConfig(PreTrainedConfig):
 
     @property
     def num_patches(self) -> int | None:
-        """Patches P of one image at the encoder's native size, `None` where the config does not tell (Swin, ResNet)."""
+        """Patches P of an image at the encoder's native size, `None` where the config does not tell (Swin, ResNet)."""
         size = getattr(self.vision_config, "image_size", None)
         patch = getattr(self.vision_config, "patch_size", None)
         if not isinstance(size, int) or not isinstance(patch, int) or self.vision_hidden_size_is_hierarchical:
@@ -198,8 +204,13 @@ class RiceConfig(PreTrainedConfig):
 
     @property
     def vision_hidden_size_is_hierarchical(self) -> bool:
-        """Whether the encoder shrinks its grid from stage to stage, so that patches are not `image_size/patch_size`."""
+        """Whether the encoder shrinks its grid stage by stage, so that patches are not `image_size/patch_size`."""
         return any(hasattr(self.vision_config, name) for name in ("depths", "hidden_sizes"))
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the encoder's first token is a global one. Encoders that are not known are taken to have it."""
+        return not self.vision_hidden_size_is_hierarchical and self.vision_config.model_type not in _NO_CLASS_TOKEN
 
     @property
     def accepts_patch_mask(self) -> bool:
@@ -218,8 +229,8 @@ class RiceConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
         if self.use_decoder and self.decoder_hidden_size % self.decoder_num_heads:
             raise ValueError(
-                f"The decoder's width {self.decoder_hidden_size} (`decoder_token_source={self.decoder_token_source!r}`) "
-                f"is not a multiple of `decoder_num_heads={self.decoder_num_heads}`."
+                f"The decoder's width {self.decoder_hidden_size} "
+                f"(`decoder_token_source={self.decoder_token_source!r}`) is not a multiple of `decoder_num_heads={self.decoder_num_heads}`."
             )
         if self.reconstruction_softmax_over_padding and not self.reconstruction_softmax:
             raise ValueError(
@@ -228,9 +239,15 @@ class RiceConfig(PreTrainedConfig):
             )
         if self.use_reconstruction and self.use_decoder and self.decoder_num_heads < 2:
             raise ValueError("`use_reconstruction=True` mixes attention heads and needs `decoder_num_heads >= 2`.")
-        if self.vision_pooling == "cls" and self.vision_hidden_size_is_hierarchical:
+        for name in ("decoder_hidden_act", "pooler_act"):
+            if getattr(self, name) not in ACT2FN:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` is no activation that transformers knows.")
+        if not 0 <= self.decoder_dropout < 1:
+            raise ValueError(f"`decoder_dropout` must be in 0..1 (1 excluded), got {self.decoder_dropout}.")
+        if (self.vision_pooling or "cls") == "cls" and not self.has_class_token:
             raise ValueError(
-                f'The vision model {self.vision_config.model_type!r} has no class token; set `vision_pooling="mean"`.'
+                f"The vision model {self.vision_config.model_type!r} has no class token; declare "
+                f'`vision_pooling="mean"` or `"pooler"`.'
             )
 
 

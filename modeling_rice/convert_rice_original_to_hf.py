@@ -114,7 +114,8 @@ def convert_original_checkpoint(state_dict: dict[str, Tensor]) -> RiceModel:
     result = model.load_state_dict(weights, strict=False)
     if result.missing_keys or result.unexpected_keys:
         raise ValueError(
-            f"The checkpoint does not fill the model: missing {result.missing_keys}, left over {result.unexpected_keys}."
+            f"The checkpoint does not fill the model: missing {result.missing_keys}, "
+            f"left over {result.unexpected_keys}."
         )
     return model.float().eval()
 
@@ -123,7 +124,7 @@ def _convert_encoder(source: _Source) -> tuple[dict[str, Tensor | None], dict]:
     prefix = source.prefix
     weights = {ours: source.take(prefix + theirs) for theirs, ours in _STEM.items()}
     projection = source.take(prefix + "proj")
-    layers = source.count(re.escape(prefix) + r"transformer\.resblocks\.(\d+)\.")
+    layers = max(1, source.count(re.escape(prefix) + r"transformer\.resblocks\.(\d+)\."))
     for i in range(layers):
         _convert_block(
             source, weights, f"{prefix}transformer.resblocks.{i}", f"vision_model.encoder.layers.{i}", "self_attn"
@@ -239,13 +240,26 @@ def _raise_keys(verb: str, keys: list[str]) -> None:
 
 
 def load_original_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Reads a `.safetensors` file, or a torch file of plain tensors (optionally under `model` or `state_dict`)."""
+    """
+    Reads a `.safetensors` file, or a torch file of plain tensors (optionally under `model` or `state_dict`).
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it cannot be read as one of the two.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint file {path}.")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    # A file that is no checkpoint can fail inside the unpickler in many ways.
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"The checkpoint {path} cannot be read ({reason}); it must hold plain tensors.") from error
+    if not isinstance(state_dict, dict):
+        raise ValueError(f"The checkpoint {path} holds a {type(state_dict).__name__}, not named tensors.")
     for key in ("model", "state_dict"):
         if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]

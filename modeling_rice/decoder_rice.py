@@ -27,7 +27,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
-    """Plain attention: query `(B, H, L, h)`, key and value `(B, H, S, h)` -> context `(B, L, H, h)`, weights `(B, H, L, S)`."""
+    """Query `(B, H, L, h)`, key and value `(B, H, S, h)` -> context `(B, L, H, h)`, weights `(B, H, L, S)`."""
     weights = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -38,7 +38,8 @@ def eager_attention_forward(
 
 def _softmax(scores: Tensor) -> Tensor:
     """Over the last dimension, in at least single precision."""
-    return nn.functional.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+    precision = torch.promote_types(scores.dtype, torch.float32)
+    return nn.functional.softmax(scores, dim=-1, dtype=precision).to(scores.dtype)
 
 
 def additive_mask(keep: Tensor, dtype: torch.dtype) -> Tensor:
@@ -195,8 +196,8 @@ class RiceDecoder(nn.Module):
             length = tokens.shape[1]
             if length > self.position_embedding.num_embeddings:
                 raise ValueError(
-                    f"An image has {length} tokens but the decoder {self.position_embedding.num_embeddings} positions; "
-                    f"raise `decoder_max_position_embeddings`."
+                    f"An image has {length} tokens but the decoder {self.position_embedding.num_embeddings} positions"
+                    f"; raise `decoder_max_position_embeddings`."
                 )
             tokens = tokens + self.position_embedding.weight[:length]
         states = self.dropout(tokens)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -14,8 +14,13 @@ class _RiceFeatures:
     """A few tensors with one row per item; the first field is always there, the others may be `None`."""
 
     fields: ClassVar[tuple[str, ...]] = ()
+    # Those with one entry per token, of which clips have different numbers.
+    token_fields: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, **tensors: Tensor | None):
+        unknown = tensors.keys() - set(self.fields)
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no field {min(unknown)!r}; it has {', '.join(self.fields)}.")
         for name in self.fields:
             setattr(self, name, tensors.get(name))
 
@@ -56,13 +61,15 @@ class _RiceFeatures:
 
         Raises:
             ValueError: for an empty list, or parts that hold different fields.
+            RuntimeError: for parts of different width, which come from different models.
         """
         if not parts:
             raise ValueError(f"{cls.__name__}.cat needs at least one part, got an empty list.")
         names = parts[0]._tensors().keys()
         if any(part._tensors().keys() != names for part in parts):
             raise ValueError(f"The parts given to {cls.__name__}.cat hold different fields; encode them alike.")
-        return cls(**{name: _cat_padded([getattr(part, name) for part in parts]) for name in names})
+        columns = {name: [getattr(part, name) for part in parts] for name in names}
+        return cls(**{name: torch.cat(_pad(c) if name in cls.token_fields else c) for name, c in columns.items()})
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file."""
@@ -80,21 +87,21 @@ class _RiceFeatures:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no feature file {path}; write one with {cls.__name__}.save.")
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            kind = json.loads((file.metadata() or {}).get("rice", "{}")).get("type")
-            if kind != cls.__name__:
-                raise ValueError(f"{path} holds {kind or 'no RICE features'}, not {cls.__name__}.")
-            return cls(**{name: file.get_tensor(name) for name in file.keys()})
+        try:
+            with safe_open(str(path), framework="pt", device=str(device)) as file:
+                kind = json.loads((file.metadata() or {}).get("rice", "{}")).get("type")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"The feature file {path} cannot be read ({error}); write it anew.") from error
+        if kind != cls.__name__:
+            raise ValueError(f"{path} holds {kind or 'no RICE features'}, not {cls.__name__}.")
+        return cls(**tensors)
 
 
-def _cat_padded(tensors: list[Tensor]) -> Tensor:
-    if tensors[0].dim() > 1 and len({tensor.shape[1] for tensor in tensors}) > 1:
-        length = max(tensor.shape[1] for tensor in tensors)
-        tensors = [
-            nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, length - tensor.shape[1]))
-            for tensor in tensors
-        ]
-    return torch.cat(tensors)
+def _pad(tensors: list[Tensor]) -> list[Tensor]:
+    """Zero-pads the second dimension to the longest."""
+    length = max(tensor.shape[1] for tensor in tensors)
+    return [nn.functional.pad(t, (0, 0) * (t.dim() - 2) + (0, length - t.shape[1])) for t in tensors]
 
 
 class RiceGallery(_RiceFeatures):
@@ -120,3 +127,4 @@ class RiceClips(_RiceFeatures):
     """
 
     fields = ("embeds", "keys", "values", "mask")
+    token_fields = ("keys", "values", "mask")

@@ -48,7 +48,7 @@ class RiceOutput(ModelOutput):
 
 
 class OneProcess:
-    """The gather of a single process: everything is here already. [`RiceModel.set_gather`] says what others must do."""
+    """The gather of a single process: everything is here already. [`RiceModel.set_gather`] says what others do."""
 
     rank = 0
 
@@ -130,6 +130,13 @@ class RiceModel(RicePreTrainedModel):
 
     def _encode_pixels(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> Tensor:
         """Images `(n, 3, H, W)`, mask `(n, P)` -> last hidden states `(n, 1 + P, W)`, global feature first."""
+        # Encoders that interpolate positions would take another size, and patches would be miscounted unnoticed.
+        size = (self.config.vision_config.image_size,) * 2 if self.config.num_patches is not None else None
+        if size is not None and tuple(pixel_values.shape[-2:]) != size:
+            raise ValueError(
+                f"The pictures are {tuple(pixel_values.shape[-2:])} pixels, but the encoder takes {size}; let the "
+                f"processor's size follow the model."
+            )
         kwargs = {}
         if patch_mask is not None:
             kwargs["attention_mask"] = self._encoder_mask(patch_mask, pixel_values)
@@ -150,17 +157,16 @@ class RiceModel(RicePreTrainedModel):
         config = self.config
         if not config.accepts_patch_mask:
             raise ValueError(
-                f"`patch_mask` was given, but no attention mask reaches the layers of {config.vision_config.model_type!r}; "
-                f"use one of {', '.join(PATCH_MASK_ENCODERS)}, or leave the boxes out."
+                f"`patch_mask` was given, but no attention mask reaches the layers of "
+                f"{config.vision_config.model_type!r}; use one of {', '.join(PATCH_MASK_ENCODERS)}, or leave the boxes out."
             )
         if patch_mask.shape[-1] != config.num_patches:
             raise ValueError(
-                f"`patch_mask` has {patch_mask.shape[-1]} patches per frame, but the encoder has {config.num_patches}; "
-                f"let the processor's video size and patch size follow the model."
+                f"`patch_mask` has {patch_mask.shape[-1]} patches per frame, but the encoder has {config.num_patches}"
+                f"; let the processor's video size and patch size follow the model."
             )
         registers = getattr(config.vision_config, "num_register_tokens", 0) or 0
-        has_class_token = config.vision_config.model_type != "siglip_vision_model"
-        keep = nn.functional.pad(patch_mask.bool(), (has_class_token + registers, 0), value=True)
+        keep = nn.functional.pad(patch_mask.bool(), (config.has_class_token + registers, 0), value=True)
         dtype = self.visual_projection.weight.dtype
         if torch.is_autocast_enabled(pixel_values.device.type):
             dtype = torch.get_autocast_dtype(pixel_values.device.type)
@@ -233,7 +239,8 @@ class RiceModel(RicePreTrainedModel):
             )
         if patch_mask is not None and patch_mask.shape[:2] != videos.shape[:2]:
             raise ValueError(
-                f"`patch_mask` must start with (B, T) = {tuple(videos.shape[:2])}, got shape {tuple(patch_mask.shape)}."
+                f"`patch_mask` must start with (B, T) = {tuple(videos.shape[:2])}, "
+                f"got shape {tuple(patch_mask.shape)}."
             )
         return frame_mask.bool()
 
@@ -333,12 +340,14 @@ class RiceModel(RicePreTrainedModel):
             `(num_clips, num_images)` float32, the head's raw output without temperature.
 
         Raises:
-            ValueError: when the model has no decoder, or is in training mode with active dropout.
+            ValueError: when the model or the one that encoded has no decoder, or in training mode with active dropout.
         """
         if self.decoder is None:
             raise ValueError("This model has no matching decoder (`use_decoder=False`); rank by `similarity` instead.")
         if self.training and self.config.decoder_dropout > 0:
             raise ValueError("`match` is exact in eval mode only; call `model.eval()` first.")
+        if gallery.states is None or clips.keys is None:
+            raise ValueError("The features come from a model without a matching decoder; encode them with this one.")
         device, dtype = self.device, self.visual_projection.weight.dtype
         states = gallery.states.to(device, dtype)
         clips_at_once, images_at_once = self._match_chunks(clips.keys.shape[1], len(clips), len(gallery), max_memory)

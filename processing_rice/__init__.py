@@ -8,7 +8,7 @@ from .video_processing_rice import RiceVideoProcessor, boxes_to_patch_mask, read
 
 
 class _RegistryKey(PreTrainedConfig):
-    """The Auto classes keep processors under a config class but find them by name; the model's is out of reach here."""
+    """The Auto classes keep processors under a config class but find them by name; the model's is out of reach."""
 
     model_type = "rice_processor"
 

@@ -70,9 +70,9 @@ class RiceProcessor(ProcessorMixin):
         data = {}
         if images is not None:
             images = self.image_processor.fetch_images(_paths_to_strings(images))
-            data |= self.image_processor(images, return_tensors=return_tensors, **images_kwargs)
+            data |= self.image_processor(images, **{"return_tensors": return_tensors, **images_kwargs})
         if videos is not None:
-            data |= self.video_processor(videos, boxes=boxes, return_tensors=return_tensors, **videos_kwargs)
+            data |= self.video_processor(videos, boxes=boxes, **{"return_tensors": return_tensors, **videos_kwargs})
         for prefix, strings in (("", text), ("title_", titles), ("asr_", asr)):
             if strings is not None:
                 encoded = self._tokenize(strings, return_tensors, text_kwargs)
@@ -81,9 +81,8 @@ class RiceProcessor(ProcessorMixin):
 
     def _tokenize(self, strings: list[str] | str, return_tensors: str | None, text_kwargs: dict):
         strings = [strings] if isinstance(strings, str) else [string or "" for string in strings]
-        return self.tokenizer(
-            strings, return_tensors=return_tensors, **{"padding": True, "truncation": True, **text_kwargs}
-        )
+        settings = {"padding": True, "truncation": True, "return_tensors": return_tensors, **text_kwargs}
+        return self.tokenizer(strings, **settings)
 
     @property
     def model_input_names(self) -> list[str]:

@@ -1,7 +1,8 @@
 """From a clip's frames, or a video file, to what RICE takes: sampled frames, frame mask, patch mask."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -57,7 +58,7 @@ def boxes_to_patch_mask(
     iou_threshold: float = 0.02,
 ) -> torch.Tensor:
     """
-    Patches that show the intended product (IPD, paper section 4.4): those whose IoU with any box reaches the threshold.
+    Patches that show the intended product (IPD, paper section 4.4): those whose IoU with a box reaches the threshold.
 
     The IoU counts both end pixels of an interval, boxes are not clipped to the image, and a frame in which no patch
     passes keeps all, all as in the official code.
@@ -179,9 +180,13 @@ class RiceVideoProcessor(BaseVideoProcessor):
         }
         if settings["padding"] not in ("longest", "max_length", True, False):
             raise ValueError(f'`padding` must be "longest" or "max_length", got {settings["padding"]!r}.')
+        if settings["num_frames"] < 1:
+            raise ValueError(f"`num_frames` must be at least 1, got {settings['num_frames']}.")
         size = settings["size"]
         if isinstance(size, int):
             size = {"height": size, "width": size}
+        if not size.get("height") or not size.get("width"):
+            raise ValueError(f"`size` must be a number or name height and width, got {size}.")
         settings["size"] = {"height": size["height"], "width": size["width"]}
         return settings
 
@@ -216,6 +221,11 @@ class RiceVideoProcessor(BaseVideoProcessor):
             batch = batch.float()
             if settings["do_rescale"] and dtype == torch.uint8:
                 batch = batch * (settings["rescale_factor"] or 1 / 255)
+            # Resizing may overshoot a little; 0..255 and missing numbers are far beyond.
+            elif settings["do_rescale"] and not batch.abs().max() < 2:
+                raise ValueError(
+                    "Frames must be uint8 or floats in 0..1; give 0..255 as uint8, or set `do_rescale=False`."
+                )
             output[rows] = batch
         if settings["do_normalize"]:
             output = tvF.normalize(output, list(settings["image_mean"]), list(settings["image_std"]), inplace=True)
@@ -259,6 +269,8 @@ def load_frame(frame: Frame) -> torch.Tensor:
     if isinstance(frame, Image.Image):
         return tvF.pil_to_tensor(frame.convert("RGB"))
     frame = torch.as_tensor(frame)
+    if frame.dtype != torch.uint8 and not frame.is_floating_point():
+        raise ValueError(f"A frame must hold uint8 or floats, got {frame.dtype}; convert it to uint8.")
     if frame.dim() == 2:
         frame = frame[None].expand(3, -1, -1)
     if frame.dim() != 3 or 3 not in (frame.shape[0], frame.shape[-1]):
@@ -290,14 +302,16 @@ def _video_backend() -> str:
     return "torchcodec"
 
 
-def read_video(clip, max_frames: int | None = None, sampling: str = "eval") -> np.ndarray:
+def read_video(
+    clip, max_frames: int | None = None, sampling: str | Callable[[int, int], Sequence[int]] = "eval"
+) -> np.ndarray:
     """
     Frames of a video file, or of its range of seconds; only the chosen ones are decoded.
 
     Args:
         clip: Path, or `{"path", "start", "end"}` in seconds, where a missing or negative end means the whole rest.
         max_frames: Frames to sample at most, all by default.
-        sampling: See [`sample_frame_indices`].
+        sampling: See [`sample_frame_indices`], or a function of the first two of its arguments.
 
     Returns:
         `(T, H, W, 3)` uint8, RGB.
@@ -318,11 +332,15 @@ def read_video(clip, max_frames: int | None = None, sampling: str = "eval") -> n
             first = int(entry["start"] * metadata.fps)
         if first >= last:
             raise ValueError(f"The range {entry.get('start')}..{entry.get('end')} s of {path} holds no frame.")
-        return np.array(sample_frame_indices(last - first, max_frames or last - first, sampling)) + first
+        sample = sampling if callable(sampling) else partial(sample_frame_indices, mode=sampling)
+        return np.array(sample(last - first, max_frames or last - first)) + first
 
     try:
         frames, _ = load_video(path, backend=_video_backend(), sample_indices_fn=choose)
-    except (RuntimeError, OSError, IndexError, StopIteration) as error:
+    except (RuntimeError, OSError, IndexError, StopIteration, ValueError) as error:
+        # A plain one is a request that was refused above; the decoders raise subclasses.
+        if type(error) is ValueError:
+            raise
         raise ValueError(f"The video file {path} cannot be decoded ({error}); replace it or leave it out.") from error
     return frames.numpy() if isinstance(frames, torch.Tensor) else np.asarray(frames)
 

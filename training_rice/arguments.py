@@ -44,15 +44,32 @@ class DataArguments:
     validation_fraction: float | None = field(
         default=None, metadata={"help": "Share of training livestreams held out as validation split (LPR4M layout)."}
     )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side that pictures are resized to; the encoder's own by default, else 224."}
+    )
     num_frames: int = field(
         default=10, metadata={"help": "Frames per clip at evaluation, and in the saved processor."}
     )
     train_num_frames: int | None = field(
         default=None, metadata={"help": "Frames per clip in training; as num_frames by default."}
     )
-    frame_sampling: Literal["train", "random"] = field(
+    frame_sampling: Literal["train", "random", "visible"] = field(
         default="train",
-        metadata={"help": "Training frames: 'train' spreads evenly as published, 'random' draws anew each time."},
+        metadata={
+            "help": "Training frames: 'train' spreads evenly as published, 'random' draws anew each time, 'visible' "
+            "draws frames with a box before others."
+        },
+    )
+    augment_crop: float = field(
+        default=1.0, metadata={"help": "Smallest area of the random crop of a clip or image; 1 crops nothing."}
+    )
+    augment_flip: float = field(default=0.0, metadata={"help": "Probability of mirroring a whole clip or image."})
+    augment_jitter: float = field(
+        default=0.0, metadata={"help": "Brightness, contrast and saturation change by up to +- this, once per clip."}
+    )
+    augment_background: float = field(
+        default=0.0,
+        metadata={"help": "Probability that a training clip loses everything outside its boxes to one colour."},
     )
     use_boxes: bool = field(
         default=False, metadata={"help": "Intended product detection: mask patches outside the rows' boxes."}
@@ -62,6 +79,19 @@ class DataArguments:
     tokenizer_texts: int = field(
         default=20000, metadata={"help": "Training rows whose title and ASR the tokenizer is trained on."}
     )
+
+
+    def __post_init__(self):
+        ranges = {"augment_crop": (0.05, 1.0), "augment_jitter": (0.0, 0.99)}
+        for name in ("augment_crop", "augment_flip", "augment_jitter", "augment_background"):
+            low, high = ranges.get(name, (0.0, 1.0))
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must lie in {low}..{high}, got {getattr(self, name)}.")
+
+    @property
+    def augments(self) -> bool:
+        """Whether training pictures are changed at all."""
+        return self.augment_crop < 1 or max(self.augment_flip, self.augment_jitter, self.augment_background) > 0
 
 
 @dataclass
@@ -93,6 +123,7 @@ class RiceTrainingArguments(TrainingArguments):
         if not self.dataloader_drop_last:
             raise ValueError("dataloader_drop_last must stay true: the loss needs equal batches on every process.")
         super().__post_init__()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
 
 
 _CLASSES = (ModelArguments, DataArguments, RiceTrainingArguments)

@@ -99,7 +99,7 @@ def build_rice_processor(
         processor.video_processor.num_frames = data.num_frames
         return processor
     vision = config.vision_config
-    image_size = getattr(vision, "image_size", None) or 224
+    image_size = data.image_size or getattr(vision, "image_size", None) or 224
     patch_size = getattr(vision, "patch_size", None) or 32
     tokenizer: PreTrainedTokenizerBase = train_tokenizer(texts or ["rice"], vocab_size=data.vocab_size)
     return build_processor(tokenizer, image_size=image_size, patch_size=patch_size, num_frames=data.num_frames)

@@ -12,7 +12,7 @@ from transformers.trainer_utils import speed_metrics
 
 from data_rice.collator import RiceCollator
 from evaluation_rice.protocol import RetrievalTask
-from evaluation_rice.retrieval import Loading, ModelRetriever, fit_fusion, retrieve
+from evaluation_rice.retrieval import Loading, ModelRetriever, validate
 from modeling_rice import RiceModel
 
 from .arguments import RiceTrainingArguments
@@ -80,7 +80,7 @@ class RiceTrainer(Trainer):
         ]
         if args.gradient_accumulation_steps > 1:
             lines.append(
-                f"warning: {args.gradient_accumulation_steps} accumulated steps average gradients; they add no negatives"
+                f"warning: {args.gradient_accumulation_steps} accumulated steps average gradients and add no negatives"
             )
         return "\n".join(lines)
 
@@ -154,13 +154,11 @@ class RiceTrainer(Trainer):
         task = RetrievalTask.from_datasets(queries, gallery, scope)
         retriever = ModelRetriever(model, self.eval_collator)
         loading = Loading(self.args.per_device_eval_batch_size, self.args.dataloader_num_workers, quiet=True)
+        books, weight = validate(retriever, task, queries, gallery, loading=loading)
         metrics = {}
-        if model.decoder is not None:
-            model.config.fusion_weight, _ = fit_fusion(retriever, task, queries, gallery, loading=loading)
-            metrics[f"{prefix}_fusion_weight"] = model.config.fusion_weight
-        books, _ = retrieve(
-            retriever, task, queries, gallery, loading=loading, fusion_weight=model.config.fusion_weight
-        )
+        if weight is not None:
+            model.config.fusion_weight = weight
+            metrics[f"{prefix}_fusion_weight"] = weight
         for kind, rankings in books.items():
             for name, value in rankings.summary().items():
                 if isinstance(value, float):

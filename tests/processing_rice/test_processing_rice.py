@@ -1,0 +1,154 @@
+"""One call for images, clips and text, the calls generic code makes, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from processing_rice import RiceProcessor, build_processor
+
+
+def test_everything_in_one_call(processor, make_picture):
+    clip = [make_picture(seed=i) for i in range(6)]
+    inputs = processor(
+        images=[Image.fromarray(make_picture()), Image.fromarray(make_picture(50, 20))],
+        videos=[clip, clip[:2]],
+        boxes=[[[0, 0, 0.5, 0.5]] * 6, [None, None]],
+        titles=["a red cup", "红色连衣裙"],
+        asr=["buy this blue cup", ""],
+    )
+    assert inputs["pixel_values"].shape == (2, 3, 32, 32)
+    assert inputs["pixel_values_videos"].shape == (2, 4, 3, 32, 32)
+    assert inputs["frame_mask"].sum(dim=1).tolist() == [4, 2]
+    assert inputs["patch_mask"].shape == (2, 4, 16)
+    assert inputs["title_input_ids"].shape == inputs["title_attention_mask"].shape
+    assert inputs["asr_attention_mask"].sum(dim=1)[0] > inputs["asr_attention_mask"].sum(dim=1)[1]
+    assert set(inputs) <= set(processor.model_input_names)
+
+
+def test_an_image_and_a_clip_of_it_look_alike(processor, make_picture, tmp_path):
+    for size in ((32, 32), (45, 70), (20, 17)):
+        picture = Image.fromarray(make_picture(*size))
+        inputs = processor(images=[picture], videos=[[picture]])
+        torch.testing.assert_close(inputs["pixel_values"], inputs["pixel_values_videos"][:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_images_in_any_form(processor, make_picture, tmp_path):
+    picture = make_picture()
+    path = tmp_path / "shop.png"
+    Image.fromarray(picture).save(path)
+    expected = processor(images=[Image.fromarray(picture)])["pixel_values"]
+    forms = [
+        Image.fromarray(picture),
+        Image.fromarray(picture).convert("RGBA"),
+        path,
+        str(path),
+        [path],
+        [str(path)],
+        picture,
+        [torch.from_numpy(picture).permute(2, 0, 1)],
+    ]
+    for form in forms:
+        assert torch.equal(processor(images=form)["pixel_values"], expected)
+    assert processor(images=[path, picture])["pixel_values"].shape[0] == 2
+
+
+def test_texts_are_tokenised_apart(processor, tokenizer):
+    inputs = processor(text="a cup", titles="a red cup", asr=["a green dress", None])
+    assert inputs["input_ids"].tolist() == [tokenizer("a cup")["input_ids"]]
+    assert inputs["title_input_ids"].tolist() == [tokenizer("a red cup")["input_ids"]]
+    assert inputs["asr_attention_mask"].sum(dim=1).tolist()[1] == len(tokenizer("")["input_ids"])
+    short = processor(titles=["buy this blue cup " * 50], max_length=8)
+    assert short["title_input_ids"].shape == (1, 8)
+
+
+def test_a_title_longer_than_the_limit_is_cut(processor, tokenizer):
+    inputs = processor(titles=["buy this blue cup " * 50])
+    assert inputs["title_input_ids"].shape[1] == tokenizer.model_max_length
+
+
+def test_calls_of_generic_code(processor, make_picture):
+    """What sentence-transformers and pipelines pass along with every modality."""
+    picture, clip = Image.fromarray(make_picture()), np.stack([make_picture(seed=i) for i in range(3)])
+    shared = {"padding": True, "return_tensors": "pt", "truncation": True}
+    assert processor(images=[picture], **shared)["pixel_values"].shape == (1, 3, 32, 32)
+    assert processor(videos=[clip], **shared)["pixel_values_videos"].shape == (1, 3, 3, 32, 32)
+    assert processor(text=["a cup"], **shared)["input_ids"].shape[0] == 1
+    nested = {
+        "text_kwargs": {"padding": True, "truncation": True, "return_tensors": "pt"},
+        "images_kwargs": {"return_tensors": "pt"},
+        "videos_kwargs": {"return_tensors": "pt"},
+        "common_kwargs": {"return_tensors": "pt"},
+    }
+    assert processor(images=[picture], **nested)["pixel_values"].shape == (1, 3, 32, 32)
+    assert processor(videos=[clip, clip], **nested)["pixel_values_videos"].shape == (2, 3, 3, 32, 32)
+    assert processor(text=["a cup"], **nested)["input_ids"].shape[0] == 1
+
+
+def test_settings_reach_their_part(processor, make_picture):
+    clip = [make_picture(seed=i) for i in range(6)]
+    flat = processor(videos=[clip], num_frames=2)
+    nested = processor(videos=[clip], videos_kwargs={"num_frames": 2})
+    assert torch.equal(flat["pixel_values_videos"], nested["pixel_values_videos"])
+    assert flat["pixel_values_videos"].shape[1] == 2
+    raw = processor(images=clip[0], images_kwargs={"do_normalize": False, "do_rescale": False})
+    assert raw["pixel_values"].max() > 10
+
+
+def test_arrays_can_be_returned(processor, make_picture):
+    inputs = processor(images=make_picture(), videos=[make_picture()], titles=["a cup"], return_tensors="np")
+    assert all(isinstance(value, np.ndarray) for value in inputs.values())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({}, "Nothing to process"),
+        ({"images": "picture", "boxes": [[None]]}, "`boxes` belong to the frames of `videos`"),
+        ({"images": "picture", "num_frame": 3}, "Unknown argument 'num_frame'"),
+        ({"titles": ["a"], "colour": "red"}, "Unknown argument 'colour'"),
+        ({"videos": "clip", "num_frame": 3}, "Unknown argument 'num_frame'"),
+        ({"videos": [[]]}, "Clip 0 has no frames"),
+        ({"videos": []}, "`videos` is empty"),
+        ({"videos": "clip", "boxes": [[None]]}, "2 frames but 1 entries in `boxes`"),
+    ],
+)
+def test_bad_calls_get_one_sentence(processor, make_picture, arguments, message):
+    stand_ins = {"picture": make_picture(), "clip": [[make_picture(), make_picture()]]}
+    arguments = {
+        name: stand_ins.get(value, value) if isinstance(value, str) else value for name, value in arguments.items()
+    }
+    with pytest.raises(ValueError, match=message) as error:
+        processor(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_save_and_load(tmp_path, processor, make_picture):
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is RiceProcessor
+    clip = [make_picture(seed=i) for i in range(6)]
+    arguments = {"images": clip[0], "videos": [clip], "boxes": [[[0, 0, 0.3, 0.3]] * 6], "titles": ["a 红色 cup"]}
+    ours, theirs = processor(**arguments), loaded(**arguments)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+@pytest.mark.parametrize("image_size, patch_size, patches", [(32, 8, 16), (48, 16, 9)])
+def test_build_processor_fits_the_encoder(tokenizer, make_picture, image_size, patch_size, patches):
+    processor = build_processor(tokenizer, image_size, patch_size, num_frames=2)
+    frames = [make_picture(seed=i) for i in range(3)]
+    inputs = processor(images=frames[0], videos=[frames], boxes=[[[0, 0, 1, 1]] * 3])
+    assert inputs["pixel_values"].shape == (1, 3, image_size, image_size)
+    assert inputs["pixel_values_videos"].shape == (1, 2, 3, image_size, image_size)
+    assert inputs["patch_mask"].shape == (1, 2, patches)
+
+
+def test_pictures_are_stretched_not_cropped(processor):
+    picture = np.zeros((20, 80, 3), dtype=np.uint8)
+    picture[:, -20:] = 255
+    pixels = processor(images=Image.fromarray(picture))["pixel_values"][0]
+    assert pixels[0, 16, -1] > 1.5 and pixels[0, 16, 0] < -1.5
+    torch.testing.assert_close(pixels[:, 0], pixels[:, -1], rtol=0, atol=0.02)
