@@ -7,13 +7,13 @@ beside a colour histogram and chance. docs/protocol.md says what is measured and
 """
 
 import argparse
-import json
 import os
 import shlex
 import sys
 import time
 from pathlib import Path
 
+from evaluation_rice.checkpoint import check_checkpoint
 from evaluation_rice.protocol import RetrievalTask, breakdown
 
 KINDS = ("embedding", "matching", "fused")
@@ -67,40 +67,6 @@ def _weight(text: str) -> float | str:
         return check_weight(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number above 0") from error
-
-
-def check_checkpoint(path: str) -> None:
-    """Refuses a folder that is no whole checkpoint; a name that is no folder is left to the Hub.
-
-    Raises:
-        FileNotFoundError: config.json or the weights are not there.
-        ValueError: a file is damaged or cut short.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    folder = Path(path)
-    if not folder.is_dir():
-        if folder.exists():
-            raise ValueError(f"{path} is a file: --model takes the folder that holds config.json and the weights.")
-        if path.count("/") != 1 or path.startswith((".", "/", "~")):
-            raise FileNotFoundError(f"there is no checkpoint folder {path}: train one with train_rice.py.")
-        return
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{path} is no checkpoint: it has no config.json.")
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        index = folder / "model.safetensors.index.json"
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else None
-    except (ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is a half-written checkpoint: its JSON cannot be read ({error}).") from error
-    for name in sorted(names or {"model.safetensors"}):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{path} is a half-written checkpoint: {name} is missing, so save it again.")
-        try:
-            with safe_open(str(folder / name), framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{folder / name} is cut short or damaged ({error}): save it again.") from error
 
 
 def load_checkpoint(path: str, device: str | None, num_frames: int | None):

@@ -230,7 +230,8 @@ class RiceConfig(PreTrainedConfig):
         if self.use_decoder and self.decoder_hidden_size % self.decoder_num_heads:
             raise ValueError(
                 f"The decoder's width {self.decoder_hidden_size} "
-                f"(`decoder_token_source={self.decoder_token_source!r}`) is not a multiple of `decoder_num_heads={self.decoder_num_heads}`."
+                f"(`decoder_token_source={self.decoder_token_source!r}`) "
+                f"is not a multiple of `decoder_num_heads={self.decoder_num_heads}`."
             )
         if self.reconstruction_softmax_over_padding and not self.reconstruction_softmax:
             raise ValueError(

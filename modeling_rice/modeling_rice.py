@@ -158,7 +158,8 @@ class RiceModel(RicePreTrainedModel):
         if not config.accepts_patch_mask:
             raise ValueError(
                 f"`patch_mask` was given, but no attention mask reaches the layers of "
-                f"{config.vision_config.model_type!r}; use one of {', '.join(PATCH_MASK_ENCODERS)}, or leave the boxes out."
+                f"{config.vision_config.model_type!r}; use one of {', '.join(PATCH_MASK_ENCODERS)}, "
+                f"or leave the boxes out."
             )
         if patch_mask.shape[-1] != config.num_patches:
             raise ValueError(

@@ -2,8 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 

@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 
 from datasets import Dataset
-from safetensors import SafetensorError, safe_open
 from transformers import AutoModel, PreTrainedTokenizerBase
 
 from data_rice import gallery_scope, load_dataset_view
+from evaluation_rice.checkpoint import check_checkpoint
 from modeling_rice import RiceConfig, RiceModel
 from processing_rice import RiceProcessor, build_processor, train_tokenizer
 
@@ -78,7 +78,7 @@ def build_model(arguments: ModelArguments) -> RiceModel:
     """
     settings = dict(arguments.model)
     if arguments.model_name_or_path is not None:
-        check_weights(arguments.model_name_or_path)
+        check_checkpoint(arguments.model_name_or_path)
         return RiceModel.from_pretrained(arguments.model_name_or_path, **settings)
     if arguments.init_vision_from is None:
         return RiceModel(RiceConfig(**settings))
@@ -134,36 +134,13 @@ def why_broken(checkpoint: str | os.PathLike) -> str | None:
     folder = Path(checkpoint)
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        check_weights(folder)
+        check_checkpoint(folder)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing" if error.filename else str(error)
     except (ValueError, OSError) as error:
         return str(error)
     missing = [name for name in ("optimizer.pt", "scheduler.pt") if not (folder / name).is_file()]
     return f"{missing[0]} is missing" if missing else None
-
-
-def check_weights(path: str | os.PathLike) -> None:
-    """
-    Refuses a local checkpoint folder without whole weights; anything else is left to `from_pretrained`.
-
-    Raises:
-        ValueError: naming what is missing or truncated.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        return
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json; it is no RICE checkpoint.")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} holds no *.safetensors; the checkpoint is half-written.")
-    for file in files:
-        try:
-            with safe_open(str(file), framework="pt") as weights:
-                weights.keys()
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is truncated or no safetensors file ({error}).") from error
 
 
 def record_arguments(

@@ -135,6 +135,23 @@ def test_every_converted_parameter_holds_an_official_value(layout):
     assert torch.equal(found, ours)
 
 
+@pytest.mark.parametrize(
+    "layout, packed, module",
+    [
+        ("clip4clip", "clip.visual.transformer.resblocks.1", "vision_model.encoder.layers.1.self_attn"),
+        ("clip4clip", "cross.transformer.resblocks.0", "decoder.self_layers.0.attention"),
+        ("mmf", "transformer.transformer.transformer.layers.1", "decoder.cross_layer.attention"),
+    ],
+)
+def test_packed_attention_is_query_key_value(layout, packed, module):
+    checkpoint = CHECKPOINTS[layout]()
+    attention = convert_original_checkpoint(checkpoint).get_submodule(module)
+    for kind in ("weight", "bias"):
+        parts = checkpoint[f"{packed}.attn.in_proj_{kind}"].chunk(3)
+        for name, part in zip("qkv", parts, strict=True):
+            assert torch.equal(getattr(getattr(attention, f"{name}_proj"), kind), part)
+
+
 def test_deeper_decoders_are_recognised():
     assert convert_original_checkpoint(clip4clip_checkpoint(self_layers=3)).config.decoder_num_self_layers == 3
     assert convert_original_checkpoint(clip4clip_checkpoint(self_layers=0)).config.decoder_num_self_layers == 0
