@@ -152,7 +152,7 @@ class RiceCollator:
             failures.append(_failure(row["clip_id"], None, "the clip has no frames"))
             return None
         frames, boxes = [], []
-        for i in self._choose(row, num_frames):
+        for i in self._choose(len(entries), num_frames, row.get("boxes")):
             frame = self._load_image(row["clip_id"], entries[i], failures)
             if frame is not None:
                 frames.append(frame)
@@ -163,13 +163,12 @@ class RiceCollator:
         pictures = [frame if isinstance(frame, Image.Image) else Image.fromarray(frame) for frame in frames]
         return self.augmentation(pictures, boxes)
 
-    def _choose(self, row: dict[str, Any], num_frames: int) -> list[int]:
-        total = len(row["frames"])
+    def _choose(self, total: int, num_frames: int, boxes: list | None = None) -> list[int]:
         if self.sampling in ("train", "eval"):
             return sample_frame_indices(total, num_frames, self.sampling)
         order = torch.randperm(total).tolist()
-        if self.sampling == "visible" and row.get("boxes"):
-            order.sort(key=lambda i: row["boxes"][i] is None)
+        if self.sampling == "visible" and boxes:
+            order.sort(key=lambda i: boxes[i] is None)
         return sorted(order[:num_frames])
 
     def _process_clips(self, rows: Iterable[dict], clips: Iterable[tuple], padding: str) -> dict[str, torch.Tensor]:

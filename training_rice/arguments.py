@@ -2,15 +2,16 @@
 
 import dataclasses
 import difflib
-import json
+import re
 import sys
-from collections.abc import Sequence
+import typing
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import CONFIG_MAPPING, HfArgumentParser, TrainingArguments
 
 from modeling_rice import RiceConfig
 
@@ -21,7 +22,7 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "RICE checkpoint (folder or Hub id) to go on from; overrides the model section."},
+        metadata={"help": "RICE checkpoint (folder or Hub id) to start from; the model section changes its config."},
     )
     init_vision_from: str | None = field(
         default=None, metadata={"help": "Vision model (folder or Hub id) whose weights the encoder starts from."}
@@ -80,7 +81,6 @@ class DataArguments:
         default=20000, metadata={"help": "Training rows whose title and ASR the tokenizer is trained on."}
     )
 
-
     def __post_init__(self):
         ranges = {"augment_crop": (0.05, 1.0), "augment_jitter": (0.0, 0.99)}
         for name in ("augment_crop", "augment_flip", "augment_jitter", "augment_background"):
@@ -129,6 +129,25 @@ class RiceTrainingArguments(TrainingArguments):
 _CLASSES = (ModelArguments, DataArguments, RiceTrainingArguments)
 
 
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML 1.2's scalars, where `1e-3` is a number and `no` a word; PyYAML's 1.1 takes them for text and false."""
+
+
+_RecipeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), None)
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    None,
+)
+
+
 def parse_arguments(
     argv: Sequence[str] | None = None,
 ) -> tuple[ModelArguments, DataArguments, RiceTrainingArguments]:
@@ -139,27 +158,29 @@ def parse_arguments(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(
-        _CLASSES, prog="train_rice.py", usage="%(prog)s [recipe.yaml] [--name value ...] [--model.name value ...]"
+        _CLASSES,
+        prog="train_rice.py",
+        usage="%(prog)s [recipe.yaml] [--name value ...] [--model.name value ...]",
+        allow_abbrev=False,
     )
     try:
         recipe, source = {}, ""
         if argv and not argv[0].startswith("-"):
             source = argv.pop(0)
             recipe = read_recipe(source)
-        model = recipe.pop("model", None) or {}
-        model, argv = _take_model_overrides(dict(model), argv)
+        model = dict(recipe.pop("model", None) or {})
         check_model_fields(model, source)
-        options = _to_argv(recipe) + argv + (["--model", json.dumps(model)] if model else [])
+        argv = _take_model_overrides(model, argv)
+        check_model_fields(model)
         model_arguments, data_arguments, training_arguments, unknown = parser.parse_args_into_dataclasses(
-            options, return_remaining_strings=True
+            _to_argv(recipe, parser, source) + argv, return_remaining_strings=True
         )
         if unknown:
-            raise ValueError(f"unknown argument {unknown[0]}{_suggest(unknown[0].lstrip('-'), _field_names())}")
+            name = unknown[0].lstrip("-").partition("=")[0]
+            raise ValueError(f"unknown argument {unknown[0]}{_suggest(name, _field_names())}")
     except (ValueError, OSError) as error:
         parser.exit(2, f"train_rice.py: error: {error}\n")
-    if isinstance(model_arguments.model, str):
-        model_arguments.model = json.loads(model_arguments.model)
-    model_arguments.model = model_arguments.model or {}
+    model_arguments.model = model
     return model_arguments, data_arguments, training_arguments
 
 
@@ -175,68 +196,115 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe {path}")
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        recipe = _load_yaml(path.read_text(encoding="utf-8")) or {}
+    except ValueError as error:
+        raise ValueError(f"the recipe {path} is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"the recipe {path} must be a mapping of names to values")
     names = _field_names()
     for key in recipe:
         if key not in names:
             raise ValueError(f"unknown key {key!r} in recipe {path}{_suggest(str(key), names)}")
+    if not isinstance(recipe.get("model") or {}, dict):
+        raise ValueError(f"model in the recipe {path} must be a mapping of RiceConfig's fields to values")
     return recipe
 
 
+def _load_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, _RecipeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
 def check_model_fields(model: dict[str, Any], source: str = "") -> None:
-    """Raises `ValueError` for a key that `RiceConfig` does not have, naming the recipe it came from."""
+    """Raises `ValueError` for a key that the encoder's config or `RiceConfig` lacks, naming the recipe it is from."""
+    where = f" in the model section of {source}" if source else ""
     names = {f.name for f in dataclasses.fields(RiceConfig)}
     for key in model:
         if key not in names:
-            where = f" in the model section of {source}" if source else ""
-            raise ValueError(f"unknown model field {key!r}{where}{_suggest(key, names)}")
+            raise ValueError(f"unknown model field {key!r}{where}{_suggest(str(key), names)}")
+    vision = model.get("vision_config")
+    if not isinstance(vision, dict):
+        return
+    model_type = vision.get("model_type", "clip_vision_model")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"unknown model_type {model_type!r} of vision_config{where}{_suggest(model_type, CONFIG_MAPPING)}")
+    config_class = CONFIG_MAPPING[model_type]
+    names = {f.name for f in dataclasses.fields(config_class)} | {*config_class.attribute_map, "model_type"}
+    for key in vision:
+        if key not in names and not hasattr(config_class, str(key)):
+            raise ValueError(f"unknown field {key!r} of vision_config ({model_type}){where}{_suggest(str(key), names)}")
 
 
 def _field_names() -> set[str]:
     return {f.name for cls in _CLASSES for f in dataclasses.fields(cls) if f.init}
 
 
-def _suggest(name: str, names: set[str]) -> str:
+def _suggest(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _take_model_overrides(model: dict[str, Any], argv: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """`--model.NAME VALUE` and `--model.NAME=VALUE` out of the command line, into the model section."""
+def _take_model_overrides(model: dict[str, Any], argv: list[str]) -> list[str]:
+    """Moves `--model.NAME VALUE` and `--model MAPPING` from the command line into `model`; returns the other words."""
     rest, words = [], iter(argv)
     for word in words:
-        if not word.startswith("--model."):
+        option, equals, value = word.partition("=")
+        if option != "--model" and not option.startswith("--model."):
             rest.append(word)
             continue
-        name, equals, value = word.removeprefix("--model.").partition("=")
         if not equals:
             value = next(words, None)
             if value is None:
-                raise ValueError(f"{word} needs a value")
-        value = yaml.safe_load(value)
-        *parents, name = name.split(".")
+                raise ValueError(f"{option} needs a value")
+        try:
+            value = _load_yaml(value)
+        except ValueError as error:
+            raise ValueError(f"{option} is not valid YAML: {error}") from error
+        if option == "--model":
+            if not isinstance(value, dict):
+                raise ValueError("--model needs a mapping, such as '{projection_dim: 256}'")
+            model.update(value)
+            continue
+        *parents, name = option.removeprefix("--model.").split(".")
         section = model
         for parent in parents:
-            section = section.setdefault(parent, {})
+            # A copy, so that what the recipe holds stays as it was read.
+            section[parent] = dict(section.get(parent) or {}) if _is_section(section.get(parent)) else None
+            if section[parent] is None:
+                raise ValueError(f"{option}: {parent} has no fields of its own")
+            section = section[parent]
         section[name] = value
-    return model, rest
+    return rest
 
 
-def _to_argv(recipe: dict[str, Any]) -> list[str]:
-    """The recipe as the command line it stands for, so that both go through one parser."""
+def _is_section(value: Any) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+def _to_argv(recipe: dict[str, Any], parser: HfArgumentParser, source: str) -> list[str]:
+    """
+    The recipe as the command line it stands for, so that both go through one parser. What no command line can say
+    (null, lists, mappings) becomes the parser's default.
+    """
+    kinds = {name: hint for cls in _CLASSES for name, hint in typing.get_type_hints(cls).items()}
     words = []
     for key, value in recipe.items():
-        if value is None:
-            continue
-        words.append(f"--{key}")
-        if isinstance(value, dict):
-            words.append(json.dumps(value))
-        elif isinstance(value, list):
-            words += [str(item) for item in value]
+        if value is not None and not isinstance(value, (list, dict)):
+            words.append(f"--{key}={value}")
+        elif type(value) in _kinds(kinds[key]):
+            parser.set_defaults(**{key: value})
         else:
-            words.append(str(value))
+            what = {type(None): "null", list: "a list", dict: "a mapping"}[type(value)]
+            raise ValueError(f"{key} in the recipe {source} cannot be {what}; give it one value or leave it out")
     return words
+
+
+def _kinds(hint: Any) -> set[type]:
+    """The plain types that an annotation allows: `list[str] | None` -> list and NoneType."""
+    origin = typing.get_origin(hint)
+    if origin in (list, dict):
+        return {origin}
+    arguments = typing.get_args(hint)
+    return set().union(*(_kinds(argument) for argument in arguments)) if arguments else {hint}

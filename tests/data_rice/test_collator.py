@@ -244,6 +244,17 @@ def test_random_frames_of_video_files_follow_the_seed_too(processor, make_row, t
     assert len({draw(seed) for seed in range(6)}) > 2
 
 
+def test_visible_frames_come_first_and_others_fill_up(processor, make_row):
+    collator = RiceCollator(processor, sampling="visible")
+    few, many = ([[0, 0, 1, 1] if i in shown else None for i in range(8)] for shown in ({1, 6}, {0, 2, 3, 5, 6, 7}))
+    for seed in range(5):
+        torch.manual_seed(seed)
+        levels = grey_levels(collator([make_row("a", num_frames=8, boxes=few)])["pixel_values_videos"][0])
+        assert {20, 70} < set(levels) and levels == sorted(levels)
+        levels = grey_levels(collator([make_row("b", num_frames=8, boxes=many)])["pixel_values_videos"][0])
+        assert set(levels) < {10, 30, 40, 60, 70, 80} and len(levels) == 4
+
+
 def test_sampling_and_number_of_frames_can_be_set(processor, make_row):
     row = make_row("a", num_frames=9)
     train = RiceCollator(processor, sampling="train", num_frames=3)([row])
