@@ -26,6 +26,8 @@ from training_rice.setup import (
     build_rice_processor,
     check_processes,
     find_checkpoint,
+    is_finished,
+    is_trained,
     load_views,
     read_texts,
     record_arguments,
@@ -49,7 +51,12 @@ def main(argv: list[str] | None = None) -> None:
 def train(model_arguments, data_arguments, training_arguments) -> None:
     check_processes(training_arguments)
     checkpoint = find_checkpoint(training_arguments)
-    record_arguments(model_arguments, data_arguments, training_arguments, resuming=checkpoint is not None)
+    finished = is_finished(training_arguments)
+    exists = finished or checkpoint is not None
+    record_arguments(model_arguments, data_arguments, training_arguments, resuming=exists)
+    if finished:
+        logger.info("The run in %s is finished, there is nothing to do.", training_arguments.output_dir)
+        return
     transformers.set_seed(training_arguments.seed)
 
     with training_arguments.main_process_first(desc="building the data tables"):
@@ -88,9 +95,12 @@ def train(model_arguments, data_arguments, training_arguments) -> None:
     logger.info(trainer.describe())
     if checkpoint is not None:
         logger.info("Going on from %s.", checkpoint)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-
-    metrics = dict(result.metrics)
+    metrics = {}
+    if checkpoint is not None and is_trained(checkpoint):
+        # Trainer would make a step beyond the last one.
+        trainer.load_trained(checkpoint)
+    else:
+        metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
     if validation is not None:
         metrics |= trainer.evaluate()
     if failures := read_failure_log(failure_log):

@@ -101,7 +101,7 @@ class RiceCollator:
         rows, clips, images = zip(*filled, strict=True)
         batch = self._process_clips(rows, clips, padding="max_length")
         batch |= self._process_images(rows, images)
-        batch["product_ids"] = torch.tensor([product_id_hash(row["product_id"]) for row in rows])
+        batch["product_ids"] = torch.tensor([product_id_hash(row["product_id"] or row["clip_id"]) for row in rows])
         return batch
 
     def encode_queries(self, rows: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[int], list[Failure]]:

@@ -51,7 +51,9 @@ _IGNORED = {
     "clip4clip": (
         r"clip\.(positional_embedding|text_projection|logit_scale|token_embedding\..*|ln_final\..*|transformer\..*)",
         r"clip\.(input_resolution|context_length|vocab_size)",
-        r"cross\.(embeddings\.position_ids)",
+        r"cross\.embeddings\.position_ids",
+        # Initialising from CLIP's text tower leaves more blocks behind than the decoder uses.
+        r"cross\.transformer\.resblocks\..*",
     ),
     "mmf": (r"transformer\.transformer\.embeddings\..*",),
 }
@@ -77,8 +79,9 @@ class _Source:
         return any(key.startswith(prefixes) for key in self.tensors)
 
     def count(self, pattern: str) -> int:
-        found = [int(match[1]) for key in self.tensors if (match := re.match(pattern, key))]
-        return max(found, default=-1) + 1
+        """Numbered blocks from 0 on without a gap; what stands behind a gap is surplus."""
+        found = {int(match[1]) for key in self.tensors if (match := re.match(pattern, key))}
+        return next(number for number in range(len(found) + 1) if number not in found)
 
 
 def convert_original_checkpoint(state_dict: dict[str, Tensor]) -> RiceModel:

@@ -76,7 +76,6 @@ class RicePreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "video")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _supports_flash_attn = True
     _no_split_modules = ["RiceDecoderLayer"]
 
     @torch.no_grad()
@@ -203,7 +202,7 @@ class RiceModel(RicePreTrainedModel):
 
     def _encode_images(self, pixel_values: Tensor) -> _EncodedImages:
         tokens, features = self._features(self._encode_pixels(pixel_values))
-        return _EncodedImages(tokens, nn.functional.normalize(features, dim=-1))
+        return _EncodedImages(tokens, nn.functional.normalize(_at_least_single(features), dim=-1))
 
     def _encode_clips(
         self, pixel_values_videos: Tensor, frame_mask: Tensor | None, patch_mask: Tensor | None
@@ -218,6 +217,7 @@ class RiceModel(RicePreTrainedModel):
         tokens[encoded] = packed_tokens
         features = packed_features.new_zeros(*frame_mask.shape, packed_features.shape[-1])
         features[encoded] = packed_features
+        features = _at_least_single(features)
         if self.config.normalize_frames:
             features = nn.functional.normalize(features, dim=-1)
         weights = frame_mask[..., None].to(features.dtype)
@@ -243,7 +243,11 @@ class RiceModel(RicePreTrainedModel):
                 f"`patch_mask` must start with (B, T) = {tuple(videos.shape[:2])}, "
                 f"got shape {tuple(patch_mask.shape)}."
             )
-        return frame_mask.bool()
+        frame_mask = frame_mask.bool()
+        empty = (~frame_mask.any(dim=1)).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"Clip {empty[0]} of the batch has no real frame in `frame_mask`; leave it out.")
+        return frame_mask
 
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """
@@ -284,6 +288,7 @@ class RiceModel(RicePreTrainedModel):
             batch_size: Images encoded at a time.
             kwargs: Other entries of the processor's output (title ids), which a model without text encoder ignores.
         """
+        self._require_eval_mode("encode_gallery")
         parts = []
         for pixels, titles in self._batches(batch_size, pixel_values, title_embeds):
             encoded = self._encode_images(pixels)
@@ -305,6 +310,7 @@ class RiceModel(RicePreTrainedModel):
         Encodes clips once, for any number of comparisons. Call in eval mode. Arguments as `get_video_features`;
         `asr_embeds` `(B, text_embed_dim)` are precomputed ASR vectors, `batch_size` counts clips.
         """
+        self._require_eval_mode("encode_clips")
         parts = []
         for videos, frames, patches, asr in self._batches(
             batch_size, pixel_values_videos, frame_mask, patch_mask, asr_embeds
@@ -315,6 +321,10 @@ class RiceModel(RicePreTrainedModel):
                 keys, values, mask = self._decoder_clips(encoded, asr)
             parts.append(RiceClips(embeds=encoded.embeds, keys=keys, values=values, mask=mask))
         return RiceClips.cat(parts)
+
+    def _require_eval_mode(self, method: str) -> None:
+        if self.training and self.decoder is not None and self.config.decoder_dropout > 0:
+            raise ValueError(f"`{method}` is exact in eval mode only; call `model.eval()` first.")
 
     def _batches(self, batch_size: int, *tensors: Tensor | None):
         if len(tensors[0]) == 0:
@@ -345,8 +355,7 @@ class RiceModel(RicePreTrainedModel):
         """
         if self.decoder is None:
             raise ValueError("This model has no matching decoder (`use_decoder=False`); rank by `similarity` instead.")
-        if self.training and self.config.decoder_dropout > 0:
-            raise ValueError("`match` is exact in eval mode only; call `model.eval()` first.")
+        self._require_eval_mode("match")
         if gallery.states is None or clips.keys is None:
             raise ValueError("The features come from a model without a matching decoder; encode them with this one.")
         device, dtype = self.device, self.visual_projection.weight.dtype
@@ -403,7 +412,7 @@ class RiceModel(RicePreTrainedModel):
         clips = self._encode_clips(pixel_values_videos, frame_mask, patch_mask)
         scale = self.logit_scale.exp()
         output = RiceOutput(
-            logits_per_image=scale * images.embeds @ clips.embeds.T,
+            logits_per_image=scale * _cosines(images.embeds, clips.embeds),
             image_embeds=images.embeds,
             video_embeds=clips.embeds,
         )
@@ -424,15 +433,15 @@ class RiceModel(RicePreTrainedModel):
         all_images, all_clips = self._gather(images.embeds), self._gather(clips.embeds)
         all_products = None if product_ids is None else self._gather(product_ids)
         output.contrastive_loss = symmetric_loss(
-            scale * images.embeds @ all_clips.T,
-            scale * clips.embeds @ all_images.T,
+            scale * _cosines(images.embeds, all_clips),
+            scale * _cosines(clips.embeds, all_images),
             product_ids,
             all_products,
             offset,
         )
         output.loss = self.config.contrastive_loss_weight * output.contrastive_loss
         if self.decoder is not None:
-            similarity = all_images.detach() @ all_clips.detach().T
+            similarity = _cosines(all_images.detach(), all_clips.detach())
             self._add_matching(output, similarity, states[:, 0], keys, values, mask, product_ids, all_products, offset)
             output.loss = output.loss + self.config.matching_loss_weight * output.matching_loss
         if self.reconstruction_head is not None:
@@ -513,6 +522,16 @@ class RiceModel(RicePreTrainedModel):
         first = 0 if self.config.reconstruction_include_cls else 1
         clip_tokens = (clips.tokens * clips.mask[..., None])[:, :, first:].flatten(1, 2)
         return reconstruction_loss(weights, clip_tokens, images.tokens[:, first:])
+
+
+def _at_least_single(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _cosines(rows: Tensor, columns: Tensor) -> Tensor:
+    """Products of normalised rows, kept in single precision: under a temperature of 100 half precision makes ties."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows @ columns.T
 
 
 def _drop_class_keys(tensor: Tensor, tokens_per_frame: int, dim: int) -> Tensor:

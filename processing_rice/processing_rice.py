@@ -2,7 +2,7 @@
 
 import os
 
-from transformers import BatchFeature, CLIPImageProcessor, PreTrainedTokenizerBase
+from transformers import BatchFeature, CLIPImageProcessor, CLIPImageProcessorPil, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
 from .video_processing_rice import RiceVideoProcessor
@@ -18,7 +18,7 @@ class RiceProcessor(ProcessorMixin):
         tokenizer: For titles and ASR, e.g. from `processing_rice.train_tokenizer`.
     """
 
-    def __init__(self, image_processor=None, video_processor=None, tokenizer=None, **kwargs):
+    def __init__(self, image_processor, video_processor, tokenizer, **kwargs):
         super().__init__(image_processor, video_processor, tokenizer, **kwargs)
 
     def __call__(
@@ -34,7 +34,7 @@ class RiceProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """
         Args:
-            images: One or several shop images (PIL, array, tensor, path).
+            images: One or several shop images (PIL, uint8 or 0..1 float array or tensor, path).
             text: Plain text, tokenised to `input_ids`.
             videos: One or several clips, see [`RiceVideoProcessor`].
             titles, asr: One string per image or clip; an empty one is a text that is not there.
@@ -70,6 +70,9 @@ class RiceProcessor(ProcessorMixin):
         data = {}
         if images is not None:
             images = self.image_processor.fetch_images(_paths_to_strings(images))
+            if _is_floating(images):
+                # As for frames: floats are in 0..1 already.
+                images_kwargs = {"do_rescale": False, **images_kwargs}
             data |= self.image_processor(images, **{"return_tensors": return_tensors, **images_kwargs})
         if videos is not None:
             data |= self.video_processor(videos, boxes=boxes, **{"return_tensors": return_tensors, **videos_kwargs})
@@ -91,6 +94,12 @@ class RiceProcessor(ProcessorMixin):
         return ["pixel_values", *self.video_processor.model_input_names, *text]
 
 
+def _is_floating(images) -> bool:
+    if isinstance(images, (list, tuple)):
+        return len(images) > 0 and _is_floating(images[0])
+    return hasattr(images, "dtype") and "float" in str(images.dtype)
+
+
 def _paths_to_strings(images):
     if isinstance(images, os.PathLike):
         return os.fspath(images)
@@ -100,7 +109,11 @@ def _paths_to_strings(images):
 
 
 def build_processor(
-    tokenizer: PreTrainedTokenizerBase, image_size: int = 224, patch_size: int = 32, num_frames: int = 10
+    tokenizer: PreTrainedTokenizerBase,
+    image_size: int = 224,
+    patch_size: int = 32,
+    num_frames: int = 10,
+    resize_backend: str = "torchvision",
 ) -> RiceProcessor:
     """
     A processor that fits an encoder: images and frames are stretched to a square, as published.
@@ -110,11 +123,15 @@ def build_processor(
         image_size: Side of the square in pixels.
         patch_size: Side of the encoder's patches in pixels.
         num_frames: Frames sampled per clip at most.
+        resize_backend: `"torchvision"`, or `"pillow"` for the grey levels of the official code.
     """
     size = {"height": image_size, "width": image_size}
+    image_processor_class = CLIPImageProcessorPil if resize_backend == "pillow" else CLIPImageProcessor
     return RiceProcessor(
-        image_processor=CLIPImageProcessor(size=size, do_center_crop=False),
-        video_processor=RiceVideoProcessor(size=size, patch_size=patch_size, num_frames=num_frames),
+        image_processor=image_processor_class(size=size, do_center_crop=False),
+        video_processor=RiceVideoProcessor(
+            size=size, patch_size=patch_size, num_frames=num_frames, resize_backend=resize_backend
+        ),
         tokenizer=tokenizer,
     )
 

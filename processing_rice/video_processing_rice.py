@@ -99,6 +99,7 @@ class RiceVideosKwargs(VideosKwargs, total=False):
     padding: `"longest"` pads clips to the longest of the batch, `"max_length"` to `num_frames`.
     patch_size: Side of the encoder's patches in pixels, for the patch mask.
     box_iou_threshold: See [`boxes_to_patch_mask`].
+    resize_backend: `"torchvision"` or `"pillow"`, see [`RiceVideoProcessor`].
     """
 
     boxes: list
@@ -106,6 +107,7 @@ class RiceVideosKwargs(VideosKwargs, total=False):
     padding: str
     patch_size: int
     box_iou_threshold: float
+    resize_backend: str
 
 
 class RiceVideoProcessor(BaseVideoProcessor):
@@ -113,8 +115,12 @@ class RiceVideoProcessor(BaseVideoProcessor):
     Samples, resizes (a plain stretch to the square the encoder takes), normalises and pads the frames of clips.
 
     A clip is a list of frames (PIL images, arrays, tensors, paths; sizes may differ), a `(T, H, W, 3)` or
-    `(T, 3, H, W)` array or tensor, the path of a video file, or `{"path", "start", "end"}` with seconds. Arrays and
-    tensors are uint8, or floats in 0..1. Frames are chosen before they are decoded.
+    `(T, 3, H, W)` array or tensor, the path of a video file (so a list of paths is a list of videos; frames by path
+    are a list within the list), or `{"path", "start", "end"}` with seconds. Arrays and tensors are uint8, or floats in
+    0..1. Frames are chosen before they are decoded.
+
+    `resize_backend` is `"torchvision"`, which resizes a batch at once, or `"pillow"`, one uint8 picture at a time as
+    the official code did; they differ by at most one grey level of 255.
     """
 
     resample = PILImageResampling.BICUBIC
@@ -131,6 +137,7 @@ class RiceVideoProcessor(BaseVideoProcessor):
     padding = "longest"
     patch_size = 32
     box_iou_threshold = 0.02
+    resize_backend = "torchvision"
     boxes = None
     valid_kwargs = RiceVideosKwargs
     model_input_names = ["pixel_values_videos", "frame_mask", "patch_mask"]
@@ -179,6 +186,10 @@ class RiceVideoProcessor(BaseVideoProcessor):
         }
         if settings["padding"] not in ("longest", "max_length", True, False):
             raise ValueError(f'`padding` must be "longest" or "max_length", got {settings["padding"]!r}.')
+        if settings["resize_backend"] not in ("torchvision", "pillow"):
+            raise ValueError(
+                f'`resize_backend` must be "torchvision" or "pillow", got {settings["resize_backend"]!r}.'
+            )
         if settings["num_frames"] < 1:
             raise ValueError(f"`num_frames` must be at least 1, got {settings['num_frames']}.")
         size = settings["size"]
@@ -216,7 +227,11 @@ class RiceVideoProcessor(BaseVideoProcessor):
         for (_, dtype), rows in groups.items():
             batch = torch.stack([frames[i] for i in rows])
             if settings["do_resize"] and list(batch.shape[-2:]) != size:
-                batch = tvF.resize(batch, size, interpolation=interpolation, antialias=True)
+                if settings["resize_backend"] == "pillow" and dtype == torch.uint8:
+                    pictures = [tvF.to_pil_image(picture) for picture in batch]
+                    batch = torch.stack([tvF.pil_to_tensor(tvF.resize(p, size, interpolation)) for p in pictures])
+                else:
+                    batch = tvF.resize(batch, size, interpolation=interpolation, antialias=True)
             batch = batch.float()
             if settings["do_rescale"] and dtype == torch.uint8:
                 batch = batch * (settings["rescale_factor"] or 1 / 255)
@@ -301,6 +316,13 @@ def _video_backend() -> str:
     return "torchcodec"
 
 
+def _count_frames(path: str) -> int:
+    import av
+
+    with av.open(path) as container:
+        return sum(packet.size > 0 for packet in container.demux(video=0))
+
+
 def read_video(
     clip, max_frames: int | None = None, sampling: str | Callable[[int, int], Sequence[int]] = "eval"
 ) -> np.ndarray:
@@ -324,7 +346,8 @@ def read_video(
         raise FileNotFoundError(f"There is no video file {path}.")
 
     def choose(metadata, **_) -> np.ndarray:
-        first, last = 0, metadata.total_num_frames
+        # Containers made from streams often do not state their number of frames.
+        first, last = 0, metadata.total_num_frames or _count_frames(path)
         if entry.get("end") is not None and entry["end"] >= 0:
             last = min(last, max(int(np.ceil(entry["end"] * metadata.fps)), 1))
         if entry.get("start") is not None and entry["start"] > 0:

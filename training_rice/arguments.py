@@ -137,7 +137,9 @@ _RecipeLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), None)
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), None
+)
 _RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
@@ -229,12 +231,16 @@ def check_model_fields(model: dict[str, Any], source: str = "") -> None:
         return
     model_type = vision.get("model_type", "clip_vision_model")
     if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"unknown model_type {model_type!r} of vision_config{where}{_suggest(model_type, CONFIG_MAPPING)}")
+        raise ValueError(
+            f"unknown model_type {model_type!r} of vision_config{where}{_suggest(model_type, CONFIG_MAPPING)}"
+        )
     config_class = CONFIG_MAPPING[model_type]
     names = {f.name for f in dataclasses.fields(config_class)} | {*config_class.attribute_map, "model_type"}
     for key in vision:
         if key not in names and not hasattr(config_class, str(key)):
-            raise ValueError(f"unknown field {key!r} of vision_config ({model_type}){where}{_suggest(str(key), names)}")
+            raise ValueError(
+                f"unknown field {key!r} of vision_config ({model_type}){where}{_suggest(str(key), names)}"
+            )
 
 
 def _field_names() -> set[str]:
@@ -270,17 +276,13 @@ def _take_model_overrides(model: dict[str, Any], argv: list[str]) -> list[str]:
         *parents, name = option.removeprefix("--model.").split(".")
         section = model
         for parent in parents:
-            # A copy, so that what the recipe holds stays as it was read.
-            section[parent] = dict(section.get(parent) or {}) if _is_section(section.get(parent)) else None
-            if section[parent] is None:
-                raise ValueError(f"{option}: {parent} has no fields of its own")
+            if section.get(parent) is None:
+                section[parent] = {}
             section = section[parent]
+            if not isinstance(section, dict):
+                raise ValueError(f"{option}: {parent} has no fields of its own")
         section[name] = value
     return rest
-
-
-def _is_section(value: Any) -> bool:
-    return value is None or isinstance(value, dict)
 
 
 def _to_argv(recipe: dict[str, Any], parser: HfArgumentParser, source: str) -> list[str]:

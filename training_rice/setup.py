@@ -4,10 +4,13 @@ import dataclasses
 import json
 import logging
 import os
+import zipfile
 from pathlib import Path
 
+import torch
 from datasets import Dataset
-from transformers import AutoModel, PreTrainedTokenizerBase
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 
 from data_rice import gallery_scope, load_dataset_view
 from evaluation_rice.checkpoint import check_checkpoint
@@ -19,19 +22,28 @@ from .arguments import DataArguments, ModelArguments, RiceTrainingArguments
 logger = logging.getLogger(__name__)
 
 ARGUMENTS_FILE = "train_arguments.json"
+# Written last, so a folder that has it holds a finished run.
+RESULTS_FILE = "train_results.json"
+# Values of resume_from_checkpoint that mean what happens without it.
+_NEWEST = (True, "true", "True")
 # What may differ between a run and its continuation.
-_FREE_ARGUMENTS = ("resume_from_checkpoint", "logging_steps", "disable_tqdm", "report_to", "run_name", "logging_dir")
+_FREE_ARGUMENTS = ("resume_from_checkpoint", "output_dir", "logging_steps", "disable_tqdm", "report_to", "run_name")
 
 Validation = tuple[Dataset, Dataset, str]
 
 
 def check_processes(arguments: RiceTrainingArguments) -> None:
-    """Raises `ValueError` when several processes were started but do not work together."""
+    """Raises `ValueError` when several processes, or several GPUs of one process, do not work together."""
     asked = int(os.environ.get("WORLD_SIZE", 1))
     if asked != arguments.world_size:
         raise ValueError(
             f"{asked} processes were started, but this one sees {arguments.world_size}; on CPU start them with "
             f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked}."
+        )
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {arguments.n_gpu} GPUs, and its batch would be torn apart between them; start one "
+            f"process per GPU with accelerate launch --num_processes {arguments.n_gpu}, or set CUDA_VISIBLE_DEVICES=0."
         )
 
 
@@ -72,21 +84,65 @@ def read_texts(pairs: Dataset, data: DataArguments) -> list[str]:
 def build_model(arguments: ModelArguments) -> RiceModel:
     """
     A model from a RICE checkpoint, or new from the recipe's `model` section, its encoder pretrained where asked for.
+    Its weights are float32, however they were saved.
 
     Raises:
-        ValueError: for a field of the model section that cannot be changed on a checkpoint.
+        FileNotFoundError: when there is no such checkpoint folder.
+        ValueError: for a field of the model section that is wrong or cannot be changed on this checkpoint.
     """
     settings = dict(arguments.model)
-    if arguments.model_name_or_path is not None:
-        check_checkpoint(arguments.model_name_or_path)
-        return RiceModel.from_pretrained(arguments.model_name_or_path, **settings)
-    if arguments.init_vision_from is None:
-        return RiceModel(RiceConfig(**settings))
-    vision_model = AutoModel.from_pretrained(arguments.init_vision_from)
-    vision_model = getattr(vision_model, "vision_model", vision_model)
-    settings["vision_config"] = vision_model.config
-    model = RiceModel(RiceConfig(**settings))
+    if arguments.model_name_or_path is not None and arguments.init_vision_from is not None:
+        raise ValueError("model_name_or_path and init_vision_from both name weights to start from; pass one of them.")
+    try:
+        if arguments.model_name_or_path is not None:
+            return _continue_from(arguments.model_name_or_path, settings)
+        if arguments.init_vision_from is None:
+            return RiceModel(RiceConfig(**settings))
+        if not list(Path(arguments.init_vision_from).glob("*.bin")):
+            check_checkpoint(arguments.init_vision_from)
+        vision_model = AutoModel.from_pretrained(arguments.init_vision_from, dtype=torch.float32)
+        vision_model = getattr(vision_model, "vision_model", vision_model)
+        settings["vision_config"] = vision_model.config
+        model = RiceModel(RiceConfig(**settings))
+    except StrictDataclassError as error:
+        raise ValueError(f"the model section: {' '.join(str(error).split())}") from error
     model.vision_model.load_state_dict(vision_model.state_dict())
+    return model
+
+
+def _continue_from(path: str, settings: dict) -> RiceModel:
+    """A checkpoint with some fields of its config changed. The decoder or its head may be new, or left out."""
+    check_checkpoint(path)
+    former = AutoConfig.from_pretrained(path)
+    if former.model_type != RiceConfig.model_type:
+        raise ValueError(
+            f"{path} is a {former.model_type} model, no RICE checkpoint; init_vision_from takes encoders."
+        )
+    vision = settings.get("vision_config")
+    model_type = vision.get("model_type", "clip_vision_model") if isinstance(vision, dict) else None
+    if model_type not in (None, former.vision_config.model_type):
+        raise ValueError(
+            f"the model section's vision_config is a {model_type}, but the encoder of {path} is a "
+            f"{former.vision_config.model_type}; leave vision_config out to go on from that checkpoint."
+        )
+    model, info = RiceModel.from_pretrained(
+        path, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **settings
+    )
+    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    unfit = missing | unexpected | {key for key, *_ in info["mismatched_keys"]}
+    for part in ("decoder", "reconstruction_head"):
+        ours = {name for name in model.state_dict() if name.startswith(f"{part}.")}
+        # Only a part that is absent as a whole is new: one that lacks a few weights is damaged.
+        for state, keys in (("new", ours & missing), ("left out", set() if ours else unexpected)):
+            keys = {key for key in keys if key.startswith(f"{part}.")}
+            if keys and (state == "left out" or keys == ours):
+                logger.info("The %s of %s is %s.", part, path, state)
+                unfit -= keys
+    if unfit:
+        raise ValueError(
+            f"the model section does not fit the weights of {path} (first: {min(unfit)}); leave out its fields that "
+            f"change shapes: {', '.join(settings) or 'the checkpoint itself is incomplete'}."
+        )
     return model
 
 
@@ -97,6 +153,9 @@ def build_rice_processor(
     if model.model_name_or_path is not None:
         processor = RiceProcessor.from_pretrained(model.model_name_or_path)
         processor.video_processor.num_frames = data.num_frames
+        if data.image_size is not None:
+            for part in (processor.image_processor, processor.video_processor):
+                part.size = type(part.size)(height=data.image_size, width=data.image_size)
         return processor
     vision = config.vision_config
     image_size = data.image_size or getattr(vision, "image_size", None) or 224
@@ -113,20 +172,25 @@ def find_checkpoint(arguments: RiceTrainingArguments) -> str | None:
         FileNotFoundError, ValueError: when the one asked for is missing or half-written.
     """
     asked = arguments.resume_from_checkpoint
-    if asked and asked not in (True, "true", "True"):
+    if asked not in (None, *_NEWEST):
         if not os.path.isdir(asked):
             raise FileNotFoundError(f"resume_from_checkpoint: there is no folder {asked}.")
         if reason := why_broken(asked):
             raise ValueError(f"resume_from_checkpoint: {asked} is half-written ({reason}); choose an earlier one.")
         return asked
     folder = Path(arguments.output_dir)
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]), reverse=True)
-    for checkpoint in checkpoints:
+    # Folders of other names, such as checkpoint-best, were put there by somebody else.
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.is_dir() and _step_of(path).isdecimal()]
+    for checkpoint in sorted(checkpoints, key=lambda path: int(_step_of(path)), reverse=True):
         if reason := why_broken(checkpoint):
             logger.warning("Passing over %s: it is half-written (%s).", checkpoint, reason)
             continue
         return str(checkpoint)
     return None
+
+
+def _step_of(checkpoint: Path) -> str:
+    return checkpoint.name.removeprefix("checkpoint-")
 
 
 def why_broken(checkpoint: str | os.PathLike) -> str | None:
@@ -139,8 +203,32 @@ def why_broken(checkpoint: str | os.PathLike) -> str | None:
         return f"{Path(error.filename).name} is missing" if error.filename else str(error)
     except (ValueError, OSError) as error:
         return str(error)
-    missing = [name for name in ("optimizer.pt", "scheduler.pt") if not (folder / name).is_file()]
-    return f"{missing[0]} is missing" if missing else None
+    rng_states = [path.name for path in folder.glob("rng_state*.pth")] or ["rng_state.pth"]
+    for name in ("optimizer.pt", "scheduler.pt", *rng_states):
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        # torch writes zip archives, whose directory stands at the end.
+        if not zipfile.is_zipfile(folder / name):
+            return f"{name} is cut short"
+    return None
+
+
+def is_trained(checkpoint: str | os.PathLike) -> bool:
+    """Whether a whole checkpoint was written after the last step of its run."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    return state["global_step"] >= state["max_steps"] > 0
+
+
+def is_finished(arguments: RiceTrainingArguments) -> bool:
+    """Whether the output folder holds a run's final model and results, and no checkpoint is asked for by name."""
+    folder = Path(arguments.output_dir)
+    if arguments.resume_from_checkpoint not in (None, *_NEWEST) or not (folder / RESULTS_FILE).is_file():
+        return False
+    try:
+        check_checkpoint(folder)
+    except (ValueError, FileNotFoundError):
+        return False
+    return True
 
 
 def record_arguments(
@@ -153,6 +241,7 @@ def record_arguments(
         ValueError: naming the first argument that differs.
     """
     current = dataclasses.asdict(model) | dataclasses.asdict(data) | training.to_dict()
+    current["num_processes"] = training.world_size
     current = json.loads(json.dumps(current, default=str))
     path = Path(training.output_dir) / ARGUMENTS_FILE
     if resuming and path.is_file():
@@ -163,6 +252,7 @@ def record_arguments(
                     f"{training.output_dir} holds a run with {name}={former[name]!r}, not {value!r}; choose another "
                     f"output_dir, or remove that folder to start anew."
                 )
-    if training.process_index == 0:
+    elif training.process_index == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_name(RESULTS_FILE).unlink(missing_ok=True)
         path.write_text(json.dumps(current, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """transformers' Trainer, taught RICE's losses, its gather, and R@k on a validation split."""
 
+import os
 import time
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer_utils import speed_metrics
 
 from data_rice.collator import RiceCollator
@@ -108,6 +109,9 @@ class RiceTrainer(Trainer):
         return super().create_optimizer(model)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        if self.args.freeze_vision:
+            # Trainer puts the whole model in training mode, where batch norms go on moving and dropout goes on.
+            self.accelerator.unwrap_model(model).vision_model.eval()
         output = model(**inputs, return_loss=True)
         for name in LOSS_TERMS:
             if output[name] is not None:
@@ -124,6 +128,14 @@ class RiceTrainer(Trainer):
             logs["logit_scale"] = round(self.accelerator.unwrap_model(self.model).logit_scale.exp().item(), 4)
             self._loss_sums, self._loss_count = {}, 0
         super().log(logs, *args, **kwargs)
+
+    def load_trained(self, checkpoint: str | os.PathLike) -> None:
+        """Takes the weights that a run ends with, the best or the last, from the checkpoint after its last step."""
+        self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            # Looked for beside the last one, since the folder may have moved.
+            checkpoint = os.path.join(os.path.dirname(checkpoint), os.path.basename(self.state.best_model_checkpoint))
+        self._load_from_checkpoint(checkpoint)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """

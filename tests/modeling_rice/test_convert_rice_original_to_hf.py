@@ -196,6 +196,7 @@ def test_unused_parts_of_the_official_models_are_ignored():
             "clip.token_embedding.weight": (10, 8),
             "clip.ln_final.weight": (8,),
             "clip.transformer.resblocks.0.ln_1.weight": (8,),
+            "cross.transformer.resblocks.7.ln_1.weight": (EMBED,),
         }
     )
     assert_same_parameters(convert_original_checkpoint(extended), convert_original_checkpoint(older))

@@ -364,8 +364,35 @@ def test_bfloat16_model_works(make_model, make_batch, preset, negatives):
     assert half.visual_projection.weight.grad.isfinite().all()
     assert (full(**batch).image_embeds - output.image_embeds.float()).abs().max() < 0.1
     gallery, clips = half.encode_gallery(batch["pixel_values"]), half.encode_clips(**video_inputs(batch))
-    assert gallery.embeds.dtype == torch.bfloat16
+    assert gallery.embeds.dtype == clips.embeds.dtype == torch.float32, "normalised in single precision"
+    assert gallery.states.dtype == clips.keys.dtype == torch.bfloat16
     assert half.match(clips, gallery).dtype == half.similarity(clips, gallery).dtype == torch.float32
+
+
+def test_autocast_keeps_contrastive_logits_in_single_precision(make_model, make_batch):
+    batch = make_batch(4)
+    model = make_model(logit_scale_init_value=100.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(**batch)
+    expected = 100.0 * output.image_embeds @ output.video_embeds.T
+    assert output.logits_per_image.dtype == torch.float32
+    torch.testing.assert_close(output.logits_per_image, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_clip_without_a_real_frame_is_refused(make_model, make_batch):
+    batch = make_batch(3)
+    batch["frame_mask"] = batch["frame_mask"].clone()
+    batch["frame_mask"][1] = False
+    with pytest.raises(ValueError, match="Clip 1 .*no real frame"):
+        make_model()(**batch)
+
+
+def test_encoding_in_training_mode_is_refused(make_model, make_batch):
+    model, batch = make_model(decoder_dropout=0.1).train(), make_batch(3)
+    with pytest.raises(ValueError, match="encode_gallery.*eval"):
+        model.encode_gallery(batch["pixel_values"])
+    with pytest.raises(ValueError, match="encode_clips.*eval"):
+        model.encode_clips(**video_inputs(batch))
 
 
 @pytest.mark.parametrize("preset", ["clip4clip", "mmf"])

@@ -349,3 +349,9 @@ def test_recorded_preprocessing(shared_dir, case, size, name, step):
     # Fixed-point weights of torchvision's 8-bit kernel have fewer digits than Pillow's: one level, rarely.
     assert difference.max() < 1.01
     assert (difference > 0.5).double().mean() < 0.02
+
+    processor.resize_backend = "pillow"
+    pixels = processor([[Image.fromarray(picture)]])["pixel_values_videos"][0, 0][:, ::step, ::step]
+    own_order = np.array(Image.fromarray(picture).resize((size, size), Image.BICUBIC))
+    expected = (torch.from_numpy(own_order).permute(2, 0, 1)[:, ::step, ::step] / 255 - MEAN) / STD
+    assert (pixels - expected).abs().max() < tolerance, "the picture that this Pillow makes, exactly"

@@ -1,0 +1,1 @@
+"""RICE in use: the `rice` command line and what it runs."""

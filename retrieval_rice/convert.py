@@ -1,0 +1,74 @@
+"""Convert a checkpoint of the official RICE code into a folder that AutoModel and AutoProcessor load.
+
+Both official layouts are recognised. The model keeps the behaviour of its code base. The official code has no
+tokenizer (its texts came as vectors, if at all), so the one written is trained on a few generic phrases and spells
+everything else in bytes.
+"""
+
+import argparse
+from pathlib import Path
+
+NUM_FRAMES = 10
+
+# Enough for a vocabulary of characters and common words; what is not in it is spelled in bytes.
+GENERIC_TEXTS = (
+    "product title brand new size colour red blue black white",
+    "dress shirt shoes bag cup bottle cream phone watch toy 100ml 2 pieces",
+    "welcome to the live room, look at this one, it comes in three colours",
+    "商品 标题 直播间 这款 新款 颜色 红色 蓝色 黑色 白色 连衣裙 上衣 鞋 包 杯 面霜 手机 手表",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="file of an official code base: .pth, .bin, .pt or .safetensors")
+    parser.add_argument("output_dir", type=Path, help="new or empty folder for the model and its processor")
+
+
+def run(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        FileNotFoundError: when there is no checkpoint.
+        FileExistsError: when the output folder is in use.
+        ValueError: when the checkpoint is not of an official layout, naming the keys.
+    """
+    output_dir: Path = options.output_dir
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise FileExistsError(f"{output_dir} is in use; name a new or empty folder.")
+    from modeling_rice.convert_rice_original_to_hf import convert_original_checkpoint, load_original_state_dict
+
+    state_dict = load_original_state_dict(options.checkpoint)
+    model = convert_original_checkpoint(state_dict)
+    processor = build_original_processor(model.config, is_newer=has_newer_layout(state_dict))
+    model.save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+    parts = ["encoder"] + ["decoder"] * (model.decoder is not None)
+    parts += ["reconstruction head"] * (model.reconstruction_head is not None)
+    print(f"Wrote {output_dir}: {', '.join(parts)}; {sum(p.numel() for p in model.parameters()):,} parameters.")
+
+
+def has_newer_layout(state_dict: dict) -> bool:
+    """Whether a state dict is of the mmf-based code."""
+    return any(key.removeprefix("module.").startswith("image_encoder.") for key in state_dict)
+
+
+def build_original_processor(config, is_newer: bool):
+    """
+    The processor that fits a converted model.
+
+    Args:
+        config (`RiceConfig`): Of the converted model, for picture and patch size.
+        is_newer: The older code stretches a picture to the encoder's square by bicubic interpolation, the newer one by
+            bilinear interpolation.
+
+    Returns:
+        `RiceProcessor` for ten frames per clip.
+    """
+    from transformers.image_utils import PILImageResampling
+
+    from processing_rice import build_processor, train_tokenizer
+
+    vision = config.vision_config
+    processor = build_processor(train_tokenizer(GENERIC_TEXTS), vision.image_size, vision.patch_size, NUM_FRAMES)
+    if is_newer:
+        processor.image_processor.resample = processor.video_processor.resample = PILImageResampling.BILINEAR
+    return processor
