@@ -45,7 +45,15 @@ def main(argv: list[str] | None = None) -> None:
     try:
         train(model_arguments, data_arguments, training_arguments)
     except (ValueError, FileNotFoundError, OSError) as error:
-        sys.exit(f"train_rice.py: error: {error}")
+        sys.exit(f"train_rice.py: error: {_sentence(error)}")
+
+
+def _sentence(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    if "Original Traceback (most recent call last):" in lines:
+        # From a loader's worker, with its message last.
+        return lines[-1].partition(": ")[2]
+    return " ".join(lines)
 
 
 def train(model_arguments, data_arguments, training_arguments) -> None:

@@ -1,6 +1,6 @@
-"""The `rice` command: one verb per module, each with `add_arguments(parser)` and `run(options)`.
+"""The `rice` command, e.g. `rice convert CHECKPOINT OUTPUT_DIR`.
 
-    rice convert CHECKPOINT OUTPUT_DIR
+Each verb is a module with a docstring, `add_arguments(parser)` and `run(options)`.
 """
 
 import argparse

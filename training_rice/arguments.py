@@ -181,7 +181,7 @@ def parse_arguments(
             name = unknown[0].lstrip("-").partition("=")[0]
             raise ValueError(f"unknown argument {unknown[0]}{_suggest(name, _field_names())}")
     except (ValueError, OSError) as error:
-        parser.exit(2, f"train_rice.py: error: {error}\n")
+        parser.exit(2, f"train_rice.py: error: {' '.join(str(error).splitlines())}\n")
     model_arguments.model = model
     return model_arguments, data_arguments, training_arguments
 

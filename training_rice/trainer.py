@@ -114,9 +114,10 @@ class RiceTrainer(Trainer):
             self.accelerator.unwrap_model(model).vision_model.eval()
         output = model(**inputs, return_loss=True)
         for name in LOSS_TERMS:
-            if output[name] is not None:
+            # By attribute: as a mapping the output has no entry for a term that the model lacks.
+            if (value := getattr(output, name)) is not None:
                 # Summed on the device: reading the value here would stall it at every step.
-                self._loss_sums[name] = self._loss_sums.get(name, 0.0) + output[name].detach()
+                self._loss_sums[name] = self._loss_sums.get(name, 0.0) + value.detach()
         self._loss_count += 1
         return (output.loss, output) if return_outputs else output.loss
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
@@ -96,6 +97,10 @@ def test_both_views_of_a_picture_become_the_same_pixels(newer_weights, frames, t
     image = processor(images=[frames[0]])["pixel_values"]
     clip = processor(videos=[frames[:1]])["pixel_values_videos"][:, 0]
     torch.testing.assert_close(image, clip, atol=1e-5, rtol=0)
+    # The official code resizes with Pillow, which is at most one grey level away.
+    mean, std = (np.array(getattr(processor.video_processor, name)) for name in ("image_mean", "image_std"))
+    resized = np.asarray(Image.fromarray(frames[0]).resize((40, 40), Image.BILINEAR), dtype=np.float64)
+    assert np.abs(clip[0].permute(1, 2, 0).numpy() * std + mean - resized / 255).max() < 1.01 / 255
 
 
 def test_conversion_refuses_in_one_sentence(newer_weights, tmp_path, capsys):

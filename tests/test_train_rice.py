@@ -1,0 +1,454 @@
+"""The training command from end to end, on a mini LPR4M of a few dozen clips."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
+
+import eval_rice
+import train_rice
+from data_rice import load_dataset_view
+from data_rice.mini_lpr4m import render_mini_lpr4m
+
+REPOSITORY = Path(train_rice.__file__).parent
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 32, "patch_size": 8}
+RECIPE = f"""
+dataset: mini_lpr4m
+validation_fraction: 0.3
+num_frames: 3
+train_num_frames: 2
+vocab_size: 400
+model:
+  vision_config: {json.dumps(VISION)}
+  projection_dim: 16
+  decoder_num_heads: 4
+  logit_scale_init_value: 10.0
+  matching_scale: 10.0
+per_device_train_batch_size: 8
+max_steps: 4
+learning_rate: 1e-2
+logging_steps: 1
+eval_strategy: steps
+eval_steps: 2
+save_strategy: steps
+save_steps: 2
+load_best_model_at_end: true
+report_to: none
+disable_tqdm: true
+use_cpu: true
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Operations this small are slower on several threads, a hundredfold where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    """Three livestreams with thirty pairs to train on, one with ten queries to validate on, one to test on."""
+    folder = tmp_path_factory.mktemp("data") / "mini"
+    sizes = {"num_train_lives": 4, "num_test_lives": 1, "products_per_live": 5, "clips_per_product": 2}
+    return render_mini_lpr4m(folder, **sizes, num_frames=3, image_size=32, num_workers=1, progress=False)
+
+
+@pytest.fixture(scope="module")
+def command(mini, tmp_path_factory):
+    """A function that gives the words of a training command."""
+    folder = tmp_path_factory.mktemp("work")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(RECIPE)
+
+    def command(output_dir, *words: str, data_dir=mini) -> list[str]:
+        folders = ["--data_dir", str(data_dir), "--cache_dir", str(folder / "cache"), "--output_dir", str(output_dir)]
+        return [str(recipe), *folders, *words]
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def finished(command, tmp_path_factory):
+    """The folder of a run that was not disturbed. Tests copy it before they change anything."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    torch.set_num_threads(1)
+    train_rice.main(command(folder))
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copied")
+
+
+@pytest.fixture
+def refusal(command, tmp_path):
+    """A function that returns the one sentence with which a training command ends."""
+
+    def refusal(*words: str, output_dir=None, **options) -> str:
+        with pytest.raises(SystemExit) as error:
+            train_rice.main(command(output_dir or tmp_path / "refused", *words, **options))
+        message = error.value.code
+        assert message.startswith("train_rice.py: error: ")
+        assert "\n" not in message
+        return message
+
+    return refusal
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def assert_same_weights(one, other) -> None:
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def results(folder) -> dict:
+    return json.loads((Path(folder) / "train_results.json").read_text())
+
+
+def history(folder) -> list[dict]:
+    """What was logged at each step, from the newest checkpoint."""
+    newest = max(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return [
+        entry for entry in json.loads((newest / "trainer_state.json").read_text())["log_history"] if "loss" in entry
+    ]
+
+
+def interrupt(monkeypatch, step: int) -> None:
+    """Makes the next run break off in the middle of a step, counted from 1."""
+    original, steps = train_rice.RiceTrainer.training_step, []
+
+    def training_step(self, *args, **kwargs):
+        steps.append(None)
+        if len(steps) == step:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(train_rice.RiceTrainer, "training_step", training_step)
+
+
+class TestRun:
+    def test_what_it_leaves(self, finished):
+        assert {path.name for path in finished.iterdir()} >= {
+            "config.json",
+            "model.safetensors",
+            "processor_config.json",
+            "tokenizer.json",
+            "train_arguments.json",
+            "train_results.json",
+            "checkpoint-4",
+        }
+        metrics = results(finished)
+        assert metrics["unreadable_media"] == 0
+        for name in ("train_loss", "eval_embedding_R@1", "eval_matching_R@1", "eval_fused_R@1", "eval_fusion_weight"):
+            assert name in metrics
+        for entry in history(finished):
+            assert {"contrastive_loss", "matching_loss", "reconstruction_loss", "logit_scale"} < entry.keys()
+
+    def test_model_and_processor_load(self, finished):
+        model, processor = AutoModel.from_pretrained(finished), AutoProcessor.from_pretrained(finished)
+        assert processor.video_processor.num_frames == 3
+        gallery = model.encode_gallery(**processor(images=[Image.new("RGB", (50, 40))]))
+        assert gallery.embeds.shape == (1, 16)
+        assert model.config.fusion_weight == results(finished)["eval_fusion_weight"]
+
+    def test_best_checkpoint_is_the_final_model(self, finished):
+        state = json.loads((finished / "checkpoint-4" / "trainer_state.json").read_text())
+        assert_same_weights(finished, finished / Path(state["best_model_checkpoint"]).name)
+        scores = [entry["eval_fused_R@1"] for entry in state["log_history"] if "eval_fused_R@1" in entry]
+        assert results(finished)["eval_fused_R@1"] == max(scores) == state["best_metric"]
+
+    def test_evaluates(self, finished, mini, tmp_path):
+        data = ["--dataset", "mini_lpr4m", "--data_dir", str(mini), "--split", "test"]
+        eval_rice.main(["--model", str(finished), *data, "--output_dir", str(tmp_path / "scores")])
+        report = json.loads((tmp_path / "scores" / "results.json").read_text())
+        assert report["scores"].keys() == {"embedding", "matching", "fused"}
+        assert report["num_queries"] == 5
+        assert report["fusion_weight"] == results(finished)["eval_fusion_weight"]
+
+    def test_goes_on_from_a_model(self, finished, command, tmp_path):
+        words = ["--model_name_or_path", str(finished), "--learning_rate", "0", "--max_steps", "2"]
+        train_rice.main(command(tmp_path / "next", *words, "--model", "{matching_negatives: all}"))
+        assert_same_weights(tmp_path / "next", finished)
+        assert AutoModel.from_pretrained(tmp_path / "next").config.matching_negatives == "all"
+        for name in ("tokenizer.json", "processor_config.json"):
+            assert (tmp_path / "next" / name).read_text() == (finished / name).read_text()
+
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_starts_from_an_encoder(self, command, tmp_path, whole):
+        vision = CLIPVisionConfig(**VISION)
+        if whole:
+            text = {**VISION, "vocab_size": 60, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
+            text = {name: value for name, value in text.items() if name not in ("image_size", "patch_size")}
+            clip = CLIPModel(CLIPConfig(vision_config=vision.to_dict(), text_config=text))
+        else:
+            clip = CLIPVisionModel(vision)
+        clip.save_pretrained(tmp_path / "clip")
+        words = ["--init_vision_from", str(tmp_path / "clip"), "--learning_rate", "0", "--max_steps", "2"]
+        train_rice.main(command(tmp_path / "run", *words))
+        source = getattr(clip, "vision_model", clip).state_dict()
+        trained = AutoModel.from_pretrained(tmp_path / "run").vision_model.state_dict()
+        for name, value in source.items():
+            assert torch.equal(trained[name], value), name
+
+
+class TestInterruption:
+    @pytest.mark.parametrize(
+        ("save_steps", "broken_off", "half_written"), [(2, 4, None), (3, 5, None), (2, 6, "model.safetensors")]
+    )
+    def test_same_weights_as_undisturbed(
+        self, command, tmp_path, monkeypatch, caplog, save_steps, broken_off, half_written
+    ):
+        """Three steps are an epoch; dropout is on, and evaluations draw random numbers too."""
+        words = ["--max_steps", "6", "--save_steps", str(save_steps), "--eval_steps", str(save_steps)]
+        words += ["--model.decoder_dropout", "0.1"]
+        train_rice.main(command(tmp_path / "whole", *words))
+        disturbed = tmp_path / "disturbed"
+        with monkeypatch.context() as patch:
+            interrupt(patch, broken_off)
+            with pytest.raises(KeyboardInterrupt):
+                train_rice.main(command(disturbed, *words))
+        assert not (disturbed / "model.safetensors").exists()
+        newest = disturbed / f"checkpoint-{(broken_off - 1) // save_steps * save_steps}"
+        expected = newest
+        if half_written:
+            content = (newest / half_written).read_bytes()
+            (newest / half_written).write_bytes(content[: len(content) // 2])
+            expected = disturbed / f"checkpoint-{int(newest.name.removeprefix('checkpoint-')) - save_steps}"
+        with caplog.at_level(logging.INFO):
+            train_rice.main(command(disturbed, *words))
+        assert f"Going on from {expected}." in caplog.text
+        assert (f"Passing over {newest}: it is half-written" in caplog.text) == bool(half_written)
+        assert_same_weights(disturbed, tmp_path / "whole")
+        for name, value in results(tmp_path / "whole").items():
+            if "R@" in name or name == "eval_fusion_weight":
+                assert results(disturbed)[name] == value, name
+
+    def test_random_frames_and_augmentation_too(self, command, tmp_path, monkeypatch):
+        words = ["--frame_sampling", "random", "--augment_crop", "0.5", "--augment_flip", "0.5"]
+        train_rice.main(command(tmp_path / "whole", *words))
+        interrupt(monkeypatch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            train_rice.main(command(tmp_path / "disturbed", *words))
+        monkeypatch.undo()
+        train_rice.main(command(tmp_path / "disturbed", *words))
+        assert_same_weights(tmp_path / "disturbed", tmp_path / "whole")
+
+    def test_before_the_first_checkpoint(self, command, finished, tmp_path, monkeypatch):
+        """The folder then holds arguments only, and may be used with others."""
+        with monkeypatch.context() as patch:
+            interrupt(patch, 1)
+            with pytest.raises(KeyboardInterrupt):
+                train_rice.main(command(tmp_path / "run", "--learning_rate", "1"))
+        train_rice.main(command(tmp_path / "run"))
+        assert_same_weights(tmp_path / "run", finished)
+
+    def test_after_the_last_checkpoint(self, command, finished, copied):
+        for name in ("model.safetensors", "config.json", "train_results.json"):
+            (copied / name).unlink()
+        train_rice.main(command(copied))
+        assert_same_weights(copied, finished)
+        assert not (copied / "checkpoint-5").exists()
+        assert results(copied)["eval_fused_R@1"] == results(finished)["eval_fused_R@1"]
+
+    def test_finished_run_stays_as_it_is(self, command, copied, caplog):
+        before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in copied.rglob("*") if path.is_file()}
+        with caplog.at_level(logging.INFO):
+            train_rice.main(command(copied))
+        assert f"The run in {copied} is finished, there is nothing to do." in caplog.text
+        after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in copied.rglob("*") if path.is_file()}
+        assert after == before
+
+    def test_other_arguments(self, refusal, copied):
+        message = refusal("--learning_rate", "0.5", output_dir=copied)
+        assert f"{copied} holds a run with learning_rate=0.01, not 0.5; choose another output_dir" in message
+        shutil.rmtree(copied / "checkpoint-4")
+        assert "num_frames=3, not 2" in refusal("--num_frames", "2", output_dir=copied)
+
+    def test_asked_for_a_half_written_checkpoint(self, refusal, copied):
+        (copied / "checkpoint-4" / "optimizer.pt").unlink()
+        asked = str(copied / "checkpoint-4")
+        message = refusal("--resume_from_checkpoint", asked, output_dir=copied)
+        assert f"resume_from_checkpoint: {asked} is half-written (optimizer.pt is missing)" in message
+
+
+class TestBadInput:
+    def test_unreadable_media(self, mini, command, tmp_path, caplog):
+        rows = load_dataset_view(str(mini), "pairs", "train", validation_fraction=0.3)
+        damaged = shutil.copytree(mini, tmp_path / "damaged")
+
+        def inside(path: str) -> Path:
+            return damaged / Path(path).relative_to(mini)
+
+        corrupt, missing = inside(rows[0]["image"]["path"]), inside(rows[7]["frames"][1]["path"])
+        gone = [inside(frame["path"]) for frame in rows[12]["frames"]]
+        corrupt.write_bytes(corrupt.read_bytes()[:50])
+        missing.unlink()
+        shutil.rmtree(gone[0].parent)
+        run = tmp_path / "run"
+        words = ["--max_steps", "12", "--eval_strategy", "no", "--load_best_model_at_end", "no", "--num_frames", "3"]
+        train_rice.main(command(run, *words, "--train_num_frames", "3", data_dir=damaged))
+        listed = [json.loads(line) for line in (run / "unreadable_media.jsonl").read_text().splitlines()]
+        files = {entry["file"] for entry in listed}
+        assert files == {str(path) for path in (corrupt, missing, *gone)}
+        assert {entry["id"] for entry in listed} >= {rows[7]["clip_id"], rows[12]["clip_id"]}
+        # Pairs, not files: the corrupt image belongs to the clips of its product.
+        assert results(run)["unreadable_media"] == len({(entry["id"], entry["file"]) for entry in listed})
+        assert "unreadable files were left out of training" in caplog.text
+        assert (run / "model.safetensors").is_file()
+
+    @pytest.mark.parametrize("workers", ["0", "1"])
+    def test_nothing_readable(self, refusal, mini, tmp_path, workers):
+        damaged = shutil.copytree(mini, tmp_path / "damaged")
+        shutil.rmtree(damaged / "training_image")
+        words = ["--eval_strategy", "no", "--load_best_model_at_end", "no", "--dataloader_num_workers", workers]
+        message = refusal(*words, data_dir=damaged)
+        assert "error: None of the 8 pairs of a batch could be read" in message
+        assert "unreadable_media.jsonl" in message
+
+    def test_fewer_pairs_than_a_batch(self, refusal):
+        message = refusal("--per_device_train_batch_size", "31")
+        assert "mini_lpr4m has 30 training pairs, fewer than one batch of 31" in message
+
+    def test_too_few_for_the_negatives(self, refusal):
+        message = refusal("--per_device_train_batch_size", "3", "--model.num_hard_negatives", "3")
+        assert "3 hard negatives needs a global batch of at least 4, got 3" in message
+
+    def test_missing_data(self, refusal, tmp_path):
+        message = refusal(data_dir=tmp_path / "nowhere")
+        assert f"{tmp_path / 'nowhere'} does not exist; render it with" in message
+        # A corrected command may use the same folder.
+        assert "nowhere2" in refusal(data_dir=tmp_path / "nowhere2")
+
+    def test_no_validation_split(self, refusal, tmp_path):
+        shop = tmp_path / "shop"
+        shop.mkdir()
+        Image.new("RGB", (8, 8)).save(shop / "a.png")
+        (shop / "gallery.jsonl").write_text(json.dumps({"gallery_id": "g", "image": "a.png"}) + "\n")
+        clips = [{"query_id": f"c{i}", "frames": ["a.png"], "gt_gallery_ids": ["g"]} for i in range(8)]
+        (shop / "clips_train.jsonl").write_text("".join(json.dumps(clip) + "\n" for clip in clips))
+        recipe = tmp_path / "shop.yaml"
+        lines = [line for line in RECIPE.splitlines() if not line.startswith(("dataset", "validation"))]
+        recipe.write_text("\n".join(lines))
+        with pytest.raises(SystemExit) as error:
+            train_rice.main([str(recipe), "--dataset", str(shop), "--output_dir", str(tmp_path / "run")])
+        assert "validation" in error.value.code
+        assert error.value.code.endswith("Set eval_strategy to 'no' to train without validation.")
+
+    def test_missing_model(self, refusal, tmp_path):
+        message = refusal("--model_name_or_path", str(tmp_path / "nowhere"))
+        assert f"there is no checkpoint folder {tmp_path / 'nowhere'}" in message
+
+    def test_model_that_cannot_be(self, refusal):
+        assert "decoder_num_heads=5" in refusal("--model.decoder_num_heads", "5")
+        assert "projection_dim" in refusal("--model.projection_dim", "wide")
+
+    def test_unknown_argument(self, command, tmp_path, capsys):
+        with pytest.raises(SystemExit) as error:
+            train_rice.main(command(tmp_path / "run", "--learning_rat", "1"))
+        assert error.value.code == 2
+        assert "did you mean 'learning_rate'?" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+class TestProcesses:
+    @pytest.fixture(scope="class")
+    def environment(self):
+        """What a shell has, on a machine whose GPUs are left alone."""
+        ours = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+        return {name: value for name, value in kept.items() if name not in launcher} | ours
+
+    @pytest.fixture(scope="class")
+    def launch(self, command, environment):
+        """A function that runs `accelerate launch train_rice.py` and returns what was printed."""
+
+        def launch(options: list[str], *words, **extra: str) -> str:
+            start = [sys.executable, "-m", "accelerate.commands.launch", *options, str(REPOSITORY / "train_rice.py")]
+            finished = subprocess.run(
+                start + command(*words), env=environment | extra, capture_output=True, text=True, timeout=300
+            )
+            assert finished.returncode == 0, finished.stdout + finished.stderr
+            return finished.stdout + finished.stderr
+
+        return launch
+
+    @pytest.fixture(scope="class")
+    def two(self, launch, tmp_path_factory):
+        """The folder and the printed text of a run of two processes, each with half of the batch."""
+        folder = tmp_path_factory.mktemp("two") / "run"
+        options = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+        words = ["--per_device_train_batch_size", "4", "--model.decoder_dropout", "0"]
+        run = lambda: launch(options, folder, *words, ACCELERATE_USE_CPU="true")  # noqa: E731
+        return folder, run(), run
+
+    def test_two_work_together(self, two):
+        folder, text, _ = two
+        assert "2 process(es) x batch 4: negatives per query = 7" in text
+        # Once: the second process leaves the talking to the first.
+        assert text.count("negatives per query") == 1
+        assert AutoModel.from_pretrained(folder).config.projection_dim == 16
+        assert results(folder)["unreadable_media"] == 0
+        assert json.loads((folder / "train_arguments.json").read_text())["num_processes"] == 2
+        assert len(list((folder / "checkpoint-4").glob("rng_state_*.pth"))) == 2
+
+    def test_same_losses_as_one(self, two, command, tmp_path):
+        """accelerate deals batch by batch from one order, so two halves are the batch of one process."""
+        train_rice.main(command(tmp_path / "one", "--model.decoder_dropout", "0"))
+        together, alone = history(two[0]), history(tmp_path / "one")
+        assert len(together) == len(alone) == 4
+        for a, b in zip(together, alone, strict=True):
+            for name in ("loss", "contrastive_loss", "matching_loss", "reconstruction_loss", "grad_norm"):
+                assert a[name] == pytest.approx(b[name], rel=2e-3), (a["epoch"], name)
+        for name, value in weights(tmp_path / "one").items():
+            torch.testing.assert_close(weights(two[0])[name], value, rtol=1e-2, atol=1e-3)
+
+    def test_two_go_on(self, two, tmp_path):
+        folder, _, run = two
+        undisturbed = shutil.copytree(folder, tmp_path / "undisturbed")
+        shutil.rmtree(folder / "checkpoint-4")
+        for name in ("model.safetensors", "train_results.json"):
+            (folder / name).unlink()
+        assert f"Going on from {folder / 'checkpoint-2'}." in run()
+        assert_same_weights(folder, undisturbed)
+
+    def test_processes_that_do_not_see_each_other(self, command, environment, tmp_path):
+        """What torchrun starts on a machine without GPUs when nobody says that the CPU is meant."""
+        torchrun = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+        words = [word for word in command(tmp_path / "run", "--use_cpu", "false")]
+        finished = subprocess.run(
+            [sys.executable, str(REPOSITORY / "train_rice.py"), *words],
+            env=environment | torchrun,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert finished.returncode == 1
+        assert "2 processes were started, but this one sees 1" in finished.stderr
+        assert "Traceback" not in finished.stderr
+        assert not (tmp_path / "run" / "train_arguments.json").exists()
+
+    @pytest.mark.slow
+    def test_accelerate_with_one(self, launch, finished, tmp_path):
+        text = launch(["--cpu", "--num_processes", "1"], tmp_path / "run")
+        assert "1 process(es) x batch 8: negatives per query = 7" in text
+        assert_same_weights(tmp_path / "run", finished)

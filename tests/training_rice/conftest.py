@@ -1,0 +1,120 @@
+"""Tiny models and in-memory pairs, queries and a gallery: 32-pixel pictures of one colour."""
+
+import io
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import CLIPVisionConfig
+
+from data_rice.features import clip_row, gallery_features, pair_features, query_features
+from modeling_rice import RiceConfig, RiceModel
+from processing_rice import build_processor, train_tokenizer
+
+CLIP_VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+RESNET = {
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16],
+    "depths": [1, 1],
+    "layer_type": "basic",
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Operations this small are slower on several threads, a hundredfold where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def model_settings():
+    """Fields of a small configuration without dropout."""
+    return {"vision_config": dict(CLIP_VISION), "projection_dim": 16, "decoder_num_heads": 4, "decoder_dropout": 0.0}
+
+
+@pytest.fixture
+def resnet_settings(model_settings):
+    """The same on an encoder with batch norms."""
+    return model_settings | {
+        "vision_config": dict(RESNET),
+        "vision_pooling": "mean",
+        "decoder_position_embeddings": False,
+    }
+
+
+@pytest.fixture
+def make_model(model_settings):
+    """A function that builds a small model, the same each time."""
+
+    def make(settings: dict | None = None, **overrides) -> RiceModel:
+        torch.manual_seed(1)
+        return RiceModel(RiceConfig(**{**(settings or model_settings), **overrides}))
+
+    return make
+
+
+@pytest.fixture
+def clip_vision_config():
+    return CLIPVisionConfig(**{name: value for name, value in CLIP_VISION.items() if name != "model_type"})
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return build_processor(train_tokenizer(["a red mug", "blue shoe"] * 20, vocab_size=400), 32, 8, 2)
+
+
+def picture(number: int) -> dict:
+    """An image entry whose colour and stripe tell the number."""
+    image = Image.new("RGB", (32, 32), ((37 * number) % 256, (91 * number) % 256, (153 * number) % 256))
+    image.paste((255 - 20 * (number % 12), 40, 90), (number % 16, 0, number % 16 + 8, 32))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return {"path": None, "bytes": buffer.getvalue()}
+
+
+def _clip(number: int, frames: int = 2) -> dict:
+    row = clip_row(
+        clip_id=f"clip{number}",
+        live_id="live",
+        product_id=f"product{number}",
+        frames=[picture(number + frame) for frame in range(frames)],
+        boxes=[None] * frames,
+    )
+    return row
+
+
+@pytest.fixture(scope="session")
+def pairs() -> Dataset:
+    """Twelve pairs; every third clip has one frame only."""
+    rows = [
+        {**_clip(i, 2 - (i % 3 == 0)), "image_id": f"image{i}", "image": picture(i), "title": "a red mug"}
+        for i in range(12)
+    ]
+    return Dataset.from_list(rows, features=pair_features())
+
+
+@pytest.fixture(scope="session")
+def validation() -> tuple[Dataset, Dataset, str]:
+    """Six queries of one livestream with six images."""
+    queries = [{**_clip(20 + i), "relevant": [f"image{20 + i}"]} for i in range(6)]
+    gallery = [
+        {"image_id": f"image{20 + i}", "live_id": "live", "image": picture(20 + i), "title": ""} for i in range(6)
+    ]
+    return (
+        Dataset.from_list(queries, features=query_features()),
+        Dataset.from_list(gallery, features=gallery_features()),
+        "live",
+    )
