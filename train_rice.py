@@ -111,9 +111,10 @@ def train(model_arguments, data_arguments, training_arguments) -> None:
         metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
     if validation is not None:
         metrics |= trainer.evaluate()
-    if failures := read_failure_log(failure_log):
-        logger.warning("%d unreadable files were left out of training; %s lists them.", len(failures), failure_log)
-    metrics["unreadable_media"] = len(failures)
+    # An image of several clips is listed with each of them.
+    if unreadable := {failure["file"] or failure["id"] for failure in read_failure_log(failure_log)}:
+        logger.warning("%d unreadable files were left out of training; %s lists them.", len(unreadable), failure_log)
+    metrics["unreadable_media"] = len(unreadable)
     trainer.save_model()
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)

@@ -199,11 +199,11 @@ class RiceDecoder(nn.Module):
                     f"An image has {length} tokens but the decoder {self.position_embedding.num_embeddings} positions"
                     f"; raise `decoder_max_position_embeddings`."
                 )
-            tokens = tokens + self.position_embedding.weight[:length]
-        states = self.dropout(tokens)
+            # Dropout follows the embedding, as published; without one there is nothing to drop.
+            tokens = self.dropout(tokens + self.position_embedding.weight[:length])
         for layer in self.self_layers:
-            states = layer(states)
-        return states
+            tokens = layer(tokens)
+        return tokens
 
     def encode_clips(
         self, tokens: Tensor, mask: Tensor, asr_embeds: Tensor | None = None

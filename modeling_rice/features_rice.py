@@ -1,6 +1,7 @@
 """What a shop's images and a set of clips leave behind once encoded: enough to be compared and matched for ever."""
 
 import json
+from numbers import Integral
 from pathlib import Path
 from typing import ClassVar
 
@@ -35,7 +36,8 @@ class _RiceFeatures:
 
     def __getitem__(self, index) -> "_RiceFeatures":
         """Rows by slice, index tensor or list; a single integer keeps the row dimension."""
-        if isinstance(index, int):
+        if isinstance(index, Integral):
+            index = int(index)
             if not -len(self) <= index < len(self):
                 raise IndexError(f"Row {index} is outside the {len(self)} rows.")
             index = slice(index, index + 1 or None)
@@ -72,7 +74,16 @@ class _RiceFeatures:
         return cls(**{name: torch.cat(_pad(c) if name in cls.token_fields else c) for name, c in columns.items()})
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file."""
+        """
+        Writes a safetensors file.
+
+        Raises:
+            FileNotFoundError: when its folder does not exist.
+        """
+        if not Path(path).absolute().parent.is_dir():
+            raise FileNotFoundError(
+                f"There is no folder {Path(path).parent} to write {Path(path).name} to; create it."
+            )
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self._tensors().items()}
         save_file(tensors, str(path), metadata={"rice": json.dumps({"type": type(self).__name__})})
 

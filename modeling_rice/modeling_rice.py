@@ -359,7 +359,6 @@ class RiceModel(RicePreTrainedModel):
         if gallery.states is None or clips.keys is None:
             raise ValueError("The features come from a model without a matching decoder; encode them with this one.")
         device, dtype = self.device, self.visual_projection.weight.dtype
-        states = gallery.states.to(device, dtype)
         clips_at_once, images_at_once = self._match_chunks(clips.keys.shape[1], len(clips), len(gallery), max_memory)
         scores = torch.empty(len(clips), len(gallery), device=device)
         for first in range(0, len(clips), clips_at_once):
@@ -368,7 +367,8 @@ class RiceModel(RicePreTrainedModel):
             mask = clips.mask[rows].to(device)
             for start in range(0, len(gallery), images_at_once):
                 columns = slice(start, start + images_at_once)
-                scores[rows, columns] = self.decoder.score_pairs(states[columns], keys, values, mask).float()
+                states = gallery.states[columns].to(device, dtype)
+                scores[rows, columns] = self.decoder.score_pairs(states, keys, values, mask).float()
         return scores
 
     def _match_chunks(self, num_tokens: int, num_clips: int, num_images: int, max_memory: int) -> tuple[int, int]:

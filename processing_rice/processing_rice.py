@@ -19,6 +19,17 @@ class RiceProcessor(ProcessorMixin):
     """
 
     def __init__(self, image_processor, video_processor, tokenizer, **kwargs):
+        # transformers saves both CLIP image processors under one name, so which one it was is told by the other part.
+        if (
+            getattr(video_processor, "resize_backend", None) == "pillow"
+            and type(image_processor) is CLIPImageProcessor
+        ):
+            settings = {
+                name: getattr(image_processor, name) for name in CLIPImageProcessorPil.valid_kwargs.__annotations__
+            }
+            image_processor = CLIPImageProcessorPil(
+                **{name: value for name, value in settings.items() if value is not None}
+            )
         super().__init__(image_processor, video_processor, tokenizer, **kwargs)
 
     def __call__(

@@ -112,7 +112,8 @@ class RiceVideosKwargs(VideosKwargs, total=False):
 
 class RiceVideoProcessor(BaseVideoProcessor):
     """
-    Samples, resizes (a plain stretch to the square the encoder takes), normalises and pads the frames of clips.
+    Samples, resizes (a plain stretch to the square the encoder takes), normalises and pads the frames of clips. With
+    `do_center_crop` the encoder takes the central `crop_size` of that square.
 
     A clip is a list of frames (PIL images, arrays, tensors, paths; sizes may differ), a `(T, H, W, 3)` or
     `(T, 3, H, W)` array or tensor, the path of a video file (so a list of paths is a list of videos; frames by path
@@ -128,6 +129,7 @@ class RiceVideoProcessor(BaseVideoProcessor):
     image_mean = OPENAI_CLIP_MEAN
     image_std = OPENAI_CLIP_STD
     do_resize = True
+    do_center_crop = False
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
@@ -165,7 +167,7 @@ class RiceVideoProcessor(BaseVideoProcessor):
         length = max(len(frames) for frames, _ in loaded)
         if settings["padding"] == "max_length":
             length = max(length, settings["num_frames"])
-        height, width = settings["size"]["height"], settings["size"]["width"]
+        height, width = settings["output_size"]
         pixels = torch.zeros(len(clips), length, 3, height, width)
         frame_mask = torch.zeros(len(clips), length, dtype=torch.bool)
         for row, (frames, _) in enumerate(loaded):
@@ -198,6 +200,12 @@ class RiceVideoProcessor(BaseVideoProcessor):
         if not size.get("height") or not size.get("width"):
             raise ValueError(f"`size` must be a number or name height and width, got {size}.")
         settings["size"] = {"height": size["height"], "width": size["width"]}
+        settings["output_size"] = (size["height"], size["width"])
+        if settings["do_center_crop"]:
+            crop = settings["crop_size"]
+            if not crop or crop["height"] > size["height"] or crop["width"] > size["width"]:
+                raise ValueError(f"`do_center_crop` needs a `crop_size` within `size` {size}, got {crop}.")
+            settings["output_size"] = (crop["height"], crop["width"])
         return settings
 
     def _load_clip(self, index: int, clip, boxes: Sequence[Box] | None, settings: dict) -> tuple[list, list | None]:
@@ -220,7 +228,7 @@ class RiceVideoProcessor(BaseVideoProcessor):
         interpolation = tvF.InterpolationMode.BICUBIC
         if settings["resample"] is not None:
             interpolation = tvF.InterpolationMode(PILImageResampling(settings["resample"]).name.lower())
-        output = torch.empty(len(frames), 3, *size)
+        output = torch.empty(len(frames), 3, *settings["output_size"])
         groups: dict[tuple, list[int]] = {}
         for i, frame in enumerate(frames):
             groups.setdefault((frame.shape, frame.dtype), []).append(i)
@@ -232,6 +240,8 @@ class RiceVideoProcessor(BaseVideoProcessor):
                     batch = torch.stack([tvF.pil_to_tensor(tvF.resize(p, size, interpolation)) for p in pictures])
                 else:
                     batch = tvF.resize(batch, size, interpolation=interpolation, antialias=True)
+            if settings["do_center_crop"]:
+                batch = tvF.center_crop(batch, list(settings["output_size"]))
             batch = batch.float()
             if settings["do_rescale"] and dtype == torch.uint8:
                 batch = batch * (settings["rescale_factor"] or 1 / 255)
@@ -247,13 +257,14 @@ class RiceVideoProcessor(BaseVideoProcessor):
 
     @staticmethod
     def _patch_mask(clips: list[list[Box] | None], length: int, settings: dict) -> torch.Tensor:
-        size, patch_size = settings["size"]["height"], settings["patch_size"]
+        resized, (size, _), patch_size = settings["size"]["height"], settings["output_size"], settings["patch_size"]
+        offset = (resized - size) / 2
         mask = torch.ones(len(clips), length, (size // patch_size) ** 2, dtype=torch.bool)
         for row, boxes in enumerate(clips):
             for column, box in enumerate(boxes or []):
                 if box is None or len(box) == 0:
                     continue
-                pixels = np.asarray(box, dtype=np.float64).reshape(-1, 4) * size
+                pixels = np.asarray(box, dtype=np.float64).reshape(-1, 4) * resized - offset
                 mask[row, column] = boxes_to_patch_mask(pixels, size, patch_size, settings["box_iou_threshold"])
         return mask
 

@@ -57,8 +57,8 @@ def build_original_processor(config, is_newer: bool):
 
     Args:
         config (`RiceConfig`): Of the converted model, for picture and patch size.
-        is_newer: The older code stretches a picture to the encoder's square by bicubic interpolation, the newer one by
-            bilinear interpolation.
+        is_newer: The older code stretches a picture to the encoder's square by bicubic interpolation; the newer one to
+            a square larger by 8/7, by bilinear interpolation, of which it takes the centre.
 
     Returns:
         `RiceProcessor` for ten frames per clip.
@@ -68,7 +68,14 @@ def build_original_processor(config, is_newer: bool):
     from processing_rice import build_processor, train_tokenizer
 
     vision = config.vision_config
-    processor = build_processor(train_tokenizer(GENERIC_TEXTS), vision.image_size, vision.patch_size, NUM_FRAMES)
+    processor = build_processor(
+        train_tokenizer(GENERIC_TEXTS), vision.image_size, vision.patch_size, NUM_FRAMES, resize_backend="pillow"
+    )
     if is_newer:
-        processor.image_processor.resample = processor.video_processor.resample = PILImageResampling.BILINEAR
+        resized = vision.image_size * 8 // 7
+        for part in (processor.image_processor, processor.video_processor):
+            part.resample = PILImageResampling.BILINEAR
+            part.do_center_crop = True
+            part.size = {"height": resized, "width": resized}
+            part.crop_size = {"height": vision.image_size, "width": vision.image_size}
     return processor

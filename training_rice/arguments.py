@@ -112,6 +112,10 @@ class RiceTrainingArguments(TrainingArguments):
     vision_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the vision encoder; as learning_rate by default."}
     )
+    published_optimizer: bool = field(
+        default=False,
+        metadata={"help": "BertAdam, its schedule and groups as in the older official recipe, instead of optim."},
+    )
     freeze_vision: bool = field(default=False, metadata={"help": "Train everything but the vision encoder."})
     eval_max_queries: int | None = field(
         default=None, metadata={"help": "Validation queries scored during training, evenly spread; all by default."}

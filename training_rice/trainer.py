@@ -2,6 +2,7 @@
 
 import os
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from modeling_rice import RiceModel
 
 from .arguments import RiceTrainingArguments
 from .gather import AllGather
+from .optimizer import BertAdam, published_parameter_groups, warmup_cosine
 
 LOSS_TERMS = ("contrastive_loss", "matching_loss", "reconstruction_loss")
 
@@ -87,8 +89,16 @@ class RiceTrainer(Trainer):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Groups for encoder and rest, each with and without decay (none on biases and norms)."""
-        if self.optimizer is None and self.args.vision_learning_rate is not None:
-            model = model or self.model
+        model = model or self.model
+        if self.optimizer is None and self.args.published_optimizer:
+            args = self.args
+            vision_learning_rate = (
+                args.learning_rate if args.vision_learning_rate is None else args.vision_learning_rate
+            )
+            self.optimizer = BertAdam(
+                published_parameter_groups(model, args.learning_rate, vision_learning_rate, args.weight_decay)
+            )
+        elif self.optimizer is None and self.args.vision_learning_rate is not None:
             decayed = set(self.get_decay_parameter_names(model))
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -107,6 +117,14 @@ class RiceTrainer(Trainer):
                 **options,
             )
         return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """The schedule of the arguments, or the one that belongs to the published optimiser."""
+        if self.lr_scheduler is None and self.args.published_optimizer:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, partial(warmup_cosine, total_steps=num_training_steps)
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         if self.args.freeze_vision:

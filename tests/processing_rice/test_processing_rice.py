@@ -152,3 +152,20 @@ def test_pictures_are_stretched_not_cropped(processor):
     pixels = processor(images=Image.fromarray(picture))["pixel_values"][0]
     assert pixels[0, 16, -1] > 1.5 and pixels[0, 16, 0] < -1.5
     torch.testing.assert_close(pixels[:, 0], pixels[:, -1], rtol=0, atol=0.02)
+
+
+def test_pillow_resizing_survives_saving(make_picture, processor, tmp_path):
+    exact = build_processor(processor.tokenizer, image_size=32, patch_size=8, resize_backend="pillow")
+    exact.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    picture = Image.fromarray(make_picture(61, 90))
+    expected = np.asarray(picture.resize((32, 32), Image.BICUBIC)).astype(np.float32)
+    for each in (exact, loaded):
+        inputs = each(images=[picture], videos=[[picture]])
+        torch.testing.assert_close(inputs["pixel_values"], inputs["pixel_values_videos"][:, 0], rtol=0, atol=1e-5)
+        mean, std = (
+            torch.tensor(list(v))[:, None, None]
+            for v in (each.image_processor.image_mean, each.image_processor.image_std)
+        )
+        levels = (inputs["pixel_values"][0] * std + mean) * 255
+        assert np.abs(levels.permute(1, 2, 0).numpy() - expected).max() < 0.01

@@ -79,15 +79,16 @@ def test_convert_writes_model_and_processor(newer_weights, frames, tmp_path, cap
     assert model.match(clips, gallery).shape == model.similarity(clips, gallery).shape == (1, 2)
 
 
-@pytest.mark.parametrize("layout, resample", [("older", 3), ("newer", 2)])
-def test_the_processor_follows_model_and_code_base(layout, resample, request, tmp_path):
+@pytest.mark.parametrize("layout, resample, side", [("older", 3, 40), ("newer", 2, 45)])
+def test_the_processor_follows_model_and_code_base(layout, resample, side, request, tmp_path):
     torch.save({"model": request.getfixturevalue(f"{layout}_weights")}, tmp_path / "official.pth")
     run("convert", tmp_path / "official.pth", tmp_path / "rice")
     processor = AutoProcessor.from_pretrained(tmp_path / "rice")
     assert (processor.video_processor.num_frames, processor.video_processor.patch_size) == (10, 8)
     for part in (processor.image_processor, processor.video_processor):
-        assert (part.size["height"], part.size["width"], int(part.resample)) == (40, 40, resample)
-        assert not part.do_center_crop
+        assert (part.size["height"], part.size["width"], int(part.resample)) == (side, side, resample)
+        assert part.do_center_crop == (layout == "newer")
+        assert not part.do_center_crop or part.crop_size["height"] == part.crop_size["width"] == 40
 
 
 def test_both_views_of_a_picture_become_the_same_pixels(newer_weights, frames, tmp_path):
@@ -99,7 +100,7 @@ def test_both_views_of_a_picture_become_the_same_pixels(newer_weights, frames, t
     torch.testing.assert_close(image, clip, atol=1e-5, rtol=0)
     # The official code resizes with Pillow, which is at most one grey level away.
     mean, std = (np.array(getattr(processor.video_processor, name)) for name in ("image_mean", "image_std"))
-    resized = np.asarray(Image.fromarray(frames[0]).resize((40, 40), Image.BILINEAR), dtype=np.float64)
+    resized = np.asarray(Image.fromarray(frames[0]).resize((45, 45), Image.BILINEAR), dtype=np.float64)[2:42, 2:42]
     assert np.abs(clip[0].permute(1, 2, 0).numpy() * std + mean - resized / 255).max() < 1.01 / 255
 
 
