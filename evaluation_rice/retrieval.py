@@ -336,15 +336,24 @@ def fit_fusion(
 
 
 def validate(
-    retriever: Retriever, task: RetrievalTask, queries, gallery, *, loading: Loading = Loading(), ks=DEFAULT_KS
+    retriever: Retriever,
+    task: RetrievalTask,
+    queries,
+    gallery,
+    *,
+    loading: Loading = Loading(),
+    ks=DEFAULT_KS,
+    failures: list[dict] | None = None,
 ) -> tuple[dict[str, Rankings], float | None]:
     """Scores a validation split once, fits the fusion weight on it, and ranks by every score including the fused one.
+
+    What could not be read is appended to `failures`, as `retrieve` returns it.
 
     Returns:
         score name -> rankings of every query, and the weight (`None` where the method has no matching scores). The
         fused figure is an optimistic one, since the weight was chosen on the same queries.
     """
-    scores = _all_scores(retriever, task, queries, gallery, loading)
+    scores = _all_scores(retriever, task, queries, gallery, loading, failures)
     weight = _fit(task, scores)[0] if any("matching" in values for values in scores.values()) else None
     books: dict[str, Rankings] = {"embedding": Rankings(task, ks)}
     for query, values in scores.items():
@@ -356,10 +365,11 @@ def validate(
 
 
 def _all_scores(
-    retriever, task: RetrievalTask, queries, gallery, loading: Loading
+    retriever, task: RetrievalTask, queries, gallery, loading: Loading, failures: list[dict] | None = None
 ) -> dict[int, dict[str, np.ndarray]]:
+    failures = [] if failures is None else failures
     with _evaluating(getattr(retriever, "model", None)):
-        return dict(iter_scores(retriever, task, queries, gallery, loading, []))
+        return dict(iter_scores(retriever, task, queries, gallery, loading, failures))
 
 
 def _fit(task: RetrievalTask, scores: dict[int, dict[str, np.ndarray]], **options):

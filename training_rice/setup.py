@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedTokenizerBase
 
 from data_rice import gallery_scope, load_dataset_view
 from evaluation_rice.checkpoint import check_checkpoint
@@ -161,7 +161,21 @@ def build_rice_processor(
     image_size = data.image_size or getattr(vision, "image_size", None) or 224
     patch_size = getattr(vision, "patch_size", None) or 32
     tokenizer: PreTrainedTokenizerBase = train_tokenizer(texts or ["rice"], vocab_size=data.vocab_size)
-    return build_processor(tokenizer, image_size=image_size, patch_size=patch_size, num_frames=data.num_frames)
+    processor = build_processor(tokenizer, image_size=image_size, patch_size=patch_size, num_frames=data.num_frames)
+    if model.init_vision_from is not None:
+        _normalise_as(model.init_vision_from, processor)
+    return processor
+
+
+def _normalise_as(vision_model: str, processor: RiceProcessor) -> None:
+    """Takes over the mean and standard deviation that a pretrained encoder was trained with."""
+    try:
+        theirs = AutoImageProcessor.from_pretrained(vision_model)
+    except (OSError, ValueError):
+        logger.warning("%s has no image processor; pictures are normalised as CLIP's.", vision_model)
+        return
+    for part in (processor.image_processor, processor.video_processor):
+        part.image_mean, part.image_std = theirs.image_mean, theirs.image_std
 
 
 def find_checkpoint(arguments: RiceTrainingArguments) -> str | None:

@@ -1,5 +1,6 @@
 """transformers' Trainer, taught RICE's losses, its gather, and R@k on a validation split."""
 
+import logging
 import os
 import time
 from functools import partial
@@ -20,6 +21,8 @@ from modeling_rice import RiceModel
 from .arguments import RiceTrainingArguments
 from .gather import AllGather
 from .optimizer import BertAdam, published_parameter_groups, warmup_cosine
+
+logger = logging.getLogger(__name__)
 
 LOSS_TERMS = ("contrastive_loss", "matching_loss", "reconstruction_loss")
 
@@ -86,6 +89,10 @@ class RiceTrainer(Trainer):
                 f"warning: {args.gradient_accumulation_steps} accumulated steps average gradients and add no negatives"
             )
         return "\n".join(lines)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """All but vectors and scalars: biases, norms (whatever their encoder calls them) and the temperature."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Groups for encoder and rest, each with and without decay (none on biases and norms)."""
@@ -185,8 +192,18 @@ class RiceTrainer(Trainer):
         task = RetrievalTask.from_datasets(queries, gallery, scope)
         retriever = ModelRetriever(model, self.eval_collator)
         loading = Loading(self.args.per_device_eval_batch_size, self.args.dataloader_num_workers, quiet=True)
-        books, weight = validate(retriever, task, queries, gallery, loading=loading)
+        failures: list[dict[str, str]] = []
+        books, weight = validate(retriever, task, queries, gallery, loading=loading, failures=failures)
         metrics = {}
+        if failures:
+            metrics[f"{prefix}_unreadable_media"] = float(len(failures))
+            first = failures[0]
+            logger.warning(
+                "%d failures in validation count as misses; the first: %s (%s).",
+                len(failures),
+                first["id"],
+                first["reason"],
+            )
         if weight is not None:
             model.config.fusion_weight = weight
             metrics[f"{prefix}_fusion_weight"] = weight

@@ -106,9 +106,10 @@ class TestLosses:
         assert ("PMD" in trainer.describe()) == ("matching_loss" in expected)
 
     def test_accumulation_averages(self, make_trainer, make_model):
-        """transformers multiplies the loss instead, for models that take loss arguments."""
         settings = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "max_steps": 1}
         trainer = make_trainer(gradient_accumulation_steps=2, lr_scheduler_type="constant", **settings)
+        # Or transformers would scale the loss by the number of processes as soon as a batch has labels.
+        assert trainer.model_accepts_loss_kwargs is False
         trainer.train()
         model = make_model()
         start, (first, second) = copy_of(model), trainer.data_collator.batches[:2]
