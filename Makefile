@@ -38,6 +38,7 @@ $(DATA)/mini_lpr4m.json: | $(INSTALLED)
 	$(PY) -m data_rice.mini_lpr4m --output_dir $(DATA)
 
 $(DEMO)/model/.trained: $(RECIPE) $(MODEL_CODE) $(TRAINING_CODE) $(DATA)/mini_lpr4m.json | $(INSTALLED)
+	@if [ -f $@ ]; then rm -rf $(DEMO)/model; fi  # trained from something older; an interrupted run goes on instead
 	$(PY) train_rice.py $(RECIPE) --output_dir $(DEMO)/model
 	@touch $@
 
