@@ -130,6 +130,10 @@ class RiceCollator:
             inputs = self._process_images([rows[i] for i in readable], [images[i] for i in readable])
         return inputs, readable, failures
 
+    @property
+    def _max_frames(self) -> int:
+        return self.num_frames or self.processor.video_processor.num_frames
+
     def _load_image(self, row_id: str, entry: dict[str, Any], failures: list[Failure]) -> Image.Image | None:
         try:
             return decode_image(entry)
@@ -139,11 +143,10 @@ class RiceCollator:
 
     def _load_clip(self, row: dict[str, Any], failures: list[Failure]) -> tuple[list, list | None] | None:
         """Decoded frames and their boxes, or `None` when nothing of the clip can be read."""
-        num_frames = self.num_frames or self.processor.video_processor.num_frames
         if row.get("video"):
             video = {"path": row["video"], "start": row.get("start"), "end": row.get("end")}
             try:
-                return list(read_video(video, num_frames, self._choose)), None
+                return list(read_video(video, self._max_frames, self._choose)), None
             except (ValueError, OSError) as error:
                 failures.append(_failure(row["clip_id"], row["video"], error))
                 return None
@@ -152,7 +155,7 @@ class RiceCollator:
             failures.append(_failure(row["clip_id"], None, "the clip has no frames"))
             return None
         frames, boxes = [], []
-        for i in self._choose(len(entries), num_frames, row.get("boxes")):
+        for i in self._choose(len(entries), self._max_frames, row.get("boxes")):
             frame = self._load_image(row["clip_id"], entries[i], failures)
             if frame is not None:
                 frames.append(frame)
@@ -172,11 +175,12 @@ class RiceCollator:
         return sorted(order[:num_frames])
 
     def _process_clips(self, rows: Iterable[dict], clips: Iterable[tuple], padding: str) -> dict[str, torch.Tensor]:
-        num_frames = self.num_frames or self.processor.video_processor.num_frames
         ready = [clip[0] for clip in clips]
         boxes = [clip[1] or [None] * len(clip[0]) for clip in clips] if self.use_boxes else None
         inputs = dict(
-            self.processor(videos=ready, boxes=boxes, num_frames=num_frames, do_sample_frames=False, padding=padding)
+            self.processor(
+                videos=ready, boxes=boxes, num_frames=self._max_frames, do_sample_frames=False, padding=padding
+            )
         )
         if self.use_text:
             inputs |= self.processor(asr=[row["asr"] for row in rows])

@@ -198,19 +198,19 @@ class RiceConfig(PreTrainedConfig):
         """Patches P of an image at the encoder's native size, `None` where the config does not tell (Swin, ResNet)."""
         size = getattr(self.vision_config, "image_size", None)
         patch = getattr(self.vision_config, "patch_size", None)
-        if not isinstance(size, int) or not isinstance(patch, int) or self.vision_hidden_size_is_hierarchical:
+        if not isinstance(size, int) or not isinstance(patch, int) or self.vision_grid_shrinks:
             return None
         return (size // patch) ** 2
 
     @property
-    def vision_hidden_size_is_hierarchical(self) -> bool:
+    def vision_grid_shrinks(self) -> bool:
         """Whether the encoder shrinks its grid stage by stage, so that patches are not `image_size/patch_size`."""
         return any(hasattr(self.vision_config, name) for name in ("depths", "hidden_sizes"))
 
     @property
     def has_class_token(self) -> bool:
         """Whether the encoder's first token is a global one. Encoders that are not known are taken to have it."""
-        return not self.vision_hidden_size_is_hierarchical and self.vision_config.model_type not in _NO_CLASS_TOKEN
+        return not self.vision_grid_shrinks and self.vision_config.model_type not in _NO_CLASS_TOKEN
 
     @property
     def accepts_patch_mask(self) -> bool:

@@ -335,7 +335,7 @@ class RiceModel(RicePreTrainedModel):
 
     def similarity(self, clips: RiceClips, gallery: RiceGallery) -> Tensor:
         """Cosine of every clip with every image, `(num_clips, num_images)`, in -1..1."""
-        return clips.embeds.float() @ gallery.embeds.float().T
+        return _cosines(clips.embeds.float(), gallery.embeds.float())
 
     @torch.no_grad()
     def match(self, clips: RiceClips, gallery: RiceGallery, max_memory: int = 512 * 2**20) -> Tensor:
@@ -506,13 +506,13 @@ class RiceModel(RicePreTrainedModel):
         Returns:
             `(B, P, T * P)`, or `(B, 1 + P, T * (1 + P))` with `reconstruction_include_cls`.
         """
-        attention, mask = self.decoder.positive_attention(states, keys, mask), mask
+        attention = self.decoder.positive_attention(states, keys, mask)
         # Text tokens stand last and have no patch to reconstruct or to be reconstructed from.
         num_keys = keys.shape[1] // tokens_per_frame * tokens_per_frame
         attention, mask = attention[:, :, :tokens_per_frame, :num_keys], mask[:, :num_keys]
         if not self.config.reconstruction_include_cls:
-            attention = _drop_class_keys(attention[:, :, 1:], tokens_per_frame, dim=-1)
-            mask = _drop_class_keys(mask, tokens_per_frame, dim=-1)
+            attention = _drop_class_keys(attention[:, :, 1:], tokens_per_frame)
+            mask = _drop_class_keys(mask, tokens_per_frame)
         return self.reconstruction_head(attention, mask)
 
     def _reconstruction(
@@ -534,9 +534,9 @@ def _cosines(rows: Tensor, columns: Tensor) -> Tensor:
         return rows @ columns.T
 
 
-def _drop_class_keys(tensor: Tensor, tokens_per_frame: int, dim: int) -> Tensor:
-    """Removes each frame's class token from the flattened frame-by-frame token dimension."""
-    return tensor.unflatten(dim, (-1, tokens_per_frame))[..., 1:].flatten(-2)
+def _drop_class_keys(tensor: Tensor, tokens_per_frame: int) -> Tensor:
+    """Removes each frame's class token from the last dimension, which holds the tokens frame by frame."""
+    return tensor.unflatten(-1, (-1, tokens_per_frame))[..., 1:].flatten(-2)
 
 
 RiceModel.register_for_auto_class("AutoModel")

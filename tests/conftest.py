@@ -47,6 +47,17 @@ def seed() -> int:
     return 0
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Operations this small are slower on several threads, a hundredfold where the cores are busy."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder of real photographs and reference values beside the checkout; tests that need it skip elsewhere."""

@@ -49,15 +49,6 @@ use_cpu: true
 """
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Operations this small are slower on several threads, a hundredfold where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory):
     """Three livestreams with thirty pairs to train on, one with ten queries to validate on, one to test on."""

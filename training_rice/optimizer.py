@@ -7,7 +7,7 @@ merely replaced by a line during warm-up.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -91,6 +91,37 @@ def warmup_cosine(step: int, total_steps: int, warmup: float = 0.1) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
+def parameter_groups(
+    model: nn.Module,
+    learning_rate: float,
+    vision_learning_rate: float,
+    weight_decay: float,
+    is_vision: Callable[[str], bool],
+    is_decayed: Callable[[str], bool],
+) -> list[dict]:
+    """
+    Up to four groups for an optimiser: encoder and rest, each with and without decay. Frozen parameters are left out.
+
+    Args:
+        model: Whose parameters to group.
+        learning_rate, vision_learning_rate: Of the rest and of the encoder.
+        weight_decay: Of the decayed parameters; that of the others is 0.
+        is_vision, is_decayed: Told by a parameter's name.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((is_vision(name), is_decayed(name)), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": vision_learning_rate if vision else learning_rate,
+            "weight_decay": weight_decay if decayed else 0.0,
+        }
+        for (vision, decayed), parameters in groups.items()
+    ]
+
+
 def published_parameter_groups(
     model: nn.Module, learning_rate: float = 3e-4, vision_learning_rate: float = 3e-7, weight_decay: float = 0.2
 ) -> list[dict]:
@@ -99,19 +130,14 @@ def published_parameter_groups(
     decay on everything that is no bias. Frozen parameters are left out; the recipe freezes the encoder's stem, see
     [`freeze_vision_stem`].
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_vision = name.startswith(("vision_model.", "visual_projection."))
-            groups.setdefault((is_vision, "bias" in name), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": vision_learning_rate if is_vision else learning_rate,
-            "weight_decay": 0.0 if is_bias else weight_decay,
-        }
-        for (is_vision, is_bias), parameters in groups.items()
-    ]
+    return parameter_groups(
+        model,
+        learning_rate,
+        vision_learning_rate,
+        weight_decay,
+        is_vision=lambda name: name.startswith(("vision_model.", "visual_projection.")),
+        is_decayed=lambda name: "bias" not in name,
+    )
 
 
 def freeze_vision_stem(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from modeling_rice import RiceModel
 
 from .arguments import RiceTrainingArguments
 from .gather import AllGather
-from .optimizer import BertAdam, published_parameter_groups, warmup_cosine
+from .optimizer import BertAdam, parameter_groups, published_parameter_groups, warmup_cosine
 
 logger = logging.getLogger(__name__)
 
@@ -96,33 +96,19 @@ class RiceTrainer(Trainer):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Groups for encoder and rest, each with and without decay (none on biases and norms)."""
-        model = model or self.model
-        if self.optimizer is None and self.args.published_optimizer:
-            args = self.args
-            vision_learning_rate = (
-                args.learning_rate if args.vision_learning_rate is None else args.vision_learning_rate
-            )
-            self.optimizer = BertAdam(
-                published_parameter_groups(model, args.learning_rate, vision_learning_rate, args.weight_decay)
-            )
-        elif self.optimizer is None and self.args.vision_learning_rate is not None:
+        model, args = model or self.model, self.args
+        rates = (args.learning_rate, args.vision_learning_rate, args.weight_decay)
+        if self.optimizer is None and args.published_optimizer:
+            if args.vision_learning_rate is None:
+                rates = (args.learning_rate, args.learning_rate, args.weight_decay)
+            self.optimizer = BertAdam(published_parameter_groups(model, *rates))
+        elif self.optimizer is None and args.vision_learning_rate is not None:
             decayed = set(self.get_decay_parameter_names(model))
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    groups.setdefault(("vision_model." in name, name in decayed), []).append(parameter)
-            self.optimizer = optimizer_class(
-                [
-                    {
-                        "params": parameters,
-                        "lr": self.args.vision_learning_rate if is_vision else self.args.learning_rate,
-                        "weight_decay": self.args.weight_decay if is_decayed else 0.0,
-                    }
-                    for (is_vision, is_decayed), parameters in groups.items()
-                ],
-                **options,
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, model)
+            groups = parameter_groups(
+                model, *rates, is_vision=lambda name: "vision_model." in name, is_decayed=decayed.__contains__
             )
+            self.optimizer = optimizer_class(groups, **options)
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):

@@ -11,15 +11,6 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Operations this small are slower on several threads, a hundredfold where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
 def benchmarks_on_the_path(monkeypatch):
     """As when a script of the folder is started."""
     monkeypatch.syspath_prepend(str(FOLDER))

@@ -10,15 +10,6 @@ IMAGE_SIZE = 32
 PATCHES = 16
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Operations this small are slower on several threads, a hundredfold where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny_clip_config(**overrides) -> CLIPVisionConfig:
     settings = {
         "hidden_size": 32,

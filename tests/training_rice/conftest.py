@@ -30,15 +30,6 @@ RESNET = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Operations this small are slower on several threads, a hundredfold where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def model_settings():
     """Fields of a small configuration without dropout."""

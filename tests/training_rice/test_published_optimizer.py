@@ -13,15 +13,6 @@ from training_rice.optimizer import BertAdam, freeze_vision_stem, published_para
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Operations this small are slower on several threads, a hundredfold where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_two_steps_by_hand():
     weight = torch.tensor([2.0], requires_grad=True)
     optimizer = BertAdam([weight], lr=0.1, betas=(0.9, 0.99), eps=0.5, weight_decay=0.2)
