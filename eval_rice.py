@@ -208,6 +208,7 @@ def evaluate(options: argparse.Namespace, command: str) -> dict:
     output.mkdir(parents=True, exist_ok=True)
     shown = books.get(rank_by) or books["embedding"]
     report.write_rankings(output, task, shown)
+    report.write_query_ranks(output, {kind: books[kind] for kind in KINDS if kind in books})
     draw_matches(output / "matches.png", task, shown, queries, gallery, rank_by)
     write_model_card(output, results)
     report.write_results(output, results)
@@ -235,7 +236,7 @@ def print_report(results: dict, gallery: str, output: Path) -> None:
         print(f"not read: {failure['kind']} {failure['id']} {failure['file']} ({failure['reason']})")
     if len(results["failures"]) > 5:
         print(f"... {len(results['failures'])} failures in all, listed in results.json")
-    print(f"\nwritten to {output}: results.json, rankings.jsonl, matches.png, README.md")
+    print(f"\nwritten to {output}: results.json, rankings.jsonl, query_ranks.jsonl, matches.png, README.md")
 
 
 def _one_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from .recall import DEFAULT_KS, bootstrap_interval, check_ks, expected_hit, recall_at_k
 
 SCOPES = ("live", "all")
-BREAKDOWN_COLUMNS = ("category", "product_scale", "visible_duration", "product_number")
+BREAKDOWN_COLUMNS = ("category", "product_scale", "visible_duration", "product_number", "source")
 MAX_GROUPS = 12
 """A numeric attribute with more distinct values than this is grouped by its quartiles."""
 
@@ -184,6 +184,13 @@ class Rankings:
         relevant = self.task.relevant
         return np.array([float(r[:1] != [] and r[0] in relevant[q]) for q, r in self.complete().rankings.items()])
 
+    def first_relevant_ranks(self) -> dict[str, int | None]:
+        """Query id -> rank (from 1) of its first relevant image, `None` where that is not among those kept."""
+        return {
+            query: next((i for i, image in enumerate(ranking, 1) if image in set(self.task.relevant[query])), None)
+            for query, ranking in self.complete().rankings.items()
+        }
+
     def recall(self, query_ids: Iterable[str] | None = None) -> dict[str, float]:
         """R@k over all queries, or over those of `query_ids`."""
         chosen = self.task.query_ids if query_ids is None else list(query_ids)
@@ -229,7 +236,7 @@ def group_values(values: Sequence[str]) -> list[str]:
 
 
 def breakdown(queries, rankings: dict[str, Rankings]) -> dict[str, dict[str, dict]]:
-    """Recall by category, product scale, visible duration and product number, where the rows know them.
+    """Recall by category, product scale, visible duration, product number and source, where the rows know them.
 
     Args:
         queries: the queries view.

@@ -90,3 +90,19 @@ def write_rankings(output_dir: str | os.PathLike, task: RetrievalTask, book: Ran
         for q, ranking in book.complete().rankings.items()
     )
     write_atomically(Path(output_dir) / "rankings.jsonl", "".join(lines))
+
+
+def write_query_ranks(output_dir: str | os.PathLike, books: Mapping[str, Rankings]) -> None:
+    """Writes `query_ranks.jsonl`, on which two methods are compared query by query.
+
+    One line per query in file order: `query_id`, and per kind of score the rank (from 1) of its first relevant image,
+    null where that is not among those kept.
+    """
+    ranks = {kind: book.first_relevant_ranks() for kind, book in books.items()}
+    task = next(iter(books.values())).task
+    lines = (
+        json.dumps({"query_id": query, **{kind: values[query] for kind, values in ranks.items()}}, ensure_ascii=False)
+        + "\n"
+        for query in task.query_ids
+    )
+    write_atomically(Path(output_dir) / "query_ranks.jsonl", "".join(lines))

@@ -1,0 +1,105 @@
+"""Comparing two methods on the same queries: differences of hits, paired by query and seed."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .recall import bootstrap_interval
+
+
+def mean_interval(hits: Mapping[int, np.ndarray]) -> tuple[float, list[float]]:
+    """Mean over seeds and queries, and its 95 % bootstrap interval over queries.
+
+    A query's seeds are drawn together, since runs of different seeds fail on the same hard clips: taking them for
+    independent queries would make the interval too narrow.
+
+    Args:
+        hits: seed -> float array `(num_queries,)`, 1 for a hit and 0 for a miss, queries in one order.
+
+    Raises:
+        ValueError: there is no seed, or the seeds have different numbers of queries.
+    """
+    values = _stack(hits).mean(axis=0)
+    return float(values.mean()), bootstrap_interval(values)
+
+
+def paired_difference(left: Mapping[int, np.ndarray], right: Mapping[int, np.ndarray]) -> dict:
+    """How much more often `left` hits than `right` on the same queries with the same seeds.
+
+    Args:
+        left, right: as in `mean_interval`; only seeds that both have are compared.
+
+    Returns:
+        `difference` (fraction), `ci95` (paired bootstrap over queries), `by_seed` (one difference per seed), `seeds`
+        and `num_queries` (queries times seeds).
+
+    Raises:
+        ValueError: no seed is common, or the numbers of queries differ.
+    """
+    seeds = sorted(set(left) & set(right))
+    if not seeds:
+        raise ValueError("the two methods have no seed in common, so nothing can be paired.")
+    ours, theirs = (_stack({seed: side[seed] for seed in seeds}) for side in (left, right))
+    if ours.shape != theirs.shape:
+        raise ValueError(
+            f"the two methods answer {ours.shape[1]} and {theirs.shape[1]} queries: they must be the same."
+        )
+    gaps = ours - theirs
+    return {
+        "difference": float(gaps.mean()),
+        "ci95": bootstrap_interval(gaps.mean(axis=0)),
+        "by_seed": [float(gap.mean()) for gap in gaps],
+        "seeds": seeds,
+        "num_queries": int(gaps.size),
+    }
+
+
+def verdict(difference: Mapping) -> str:
+    """In words what the interval of `paired_difference` allows to say."""
+    low, high = difference["ci95"]
+    if low > 0:
+        return "better"
+    return "worse" if high < 0 else "no difference shown"
+
+
+def _stack(hits: Mapping[int, np.ndarray]) -> np.ndarray:
+    if not hits:
+        raise ValueError("there are no results of any seed.")
+    sizes = {len(values) for values in hits.values()}
+    if len(sizes) > 1:
+        raise ValueError(f"the seeds answer different numbers of queries ({sorted(sizes)}); evaluate them anew.")
+    return np.stack([np.asarray(hits[seed], dtype=np.float64) for seed in sorted(hits)])
+
+
+def draw_intervals(path: str | Path, rows: Sequence[tuple[str, str, float, Sequence[float]]], xlabel: str) -> None:
+    """Draws one point with its interval per row, grouped by label.
+
+    Args:
+        path: picture to write.
+        rows: `(label, series, value, [low, high])`, fractions; labels from top to bottom in order of appearance.
+        xlabel: name of the axis, which is in percent.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    labels = list(dict.fromkeys(label for label, *_ in rows))
+    series = list(dict.fromkeys(name for _, name, *_ in rows))
+    figure = Figure(figsize=(7.5, 1.2 + 0.45 * len(labels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for number, name in enumerate(series):
+        chosen = [row for row in rows if row[1] == name]
+        offset = 0.22 * (number - (len(series) - 1) / 2)
+        values = [100 * row[2] for row in chosen]
+        errors = [[100 * (row[2] - row[3][0]) for row in chosen], [100 * (row[3][1] - row[2]) for row in chosen]]
+        axes.errorbar(
+            values, [labels.index(row[0]) + offset for row in chosen], xerr=errors, fmt="o", capsize=2, label=name
+        )
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set_xlabel(xlabel)
+    axes.grid(axis="x", alpha=0.3)
+    if len(series) > 1:
+        axes.legend(loc="best", fontsize="small")
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+
+from evaluation_rice.paired import draw_intervals, mean_interval, paired_difference, verdict
+
+
+def hits(*rows):
+    return {seed: np.array(row, dtype=float) for seed, row in enumerate(rows)}
+
+
+def test_difference_by_hand():
+    result = paired_difference(hits([1, 1, 0, 1], [1, 0, 0, 1]), hits([0, 1, 0, 0], [1, 0, 1, 0]))
+    assert result["difference"] == pytest.approx(2 / 8)
+    assert result["by_seed"] == pytest.approx([2 / 4, 0.0])
+    assert result["num_queries"] == 8 and result["seeds"] == [0, 1]
+    assert result["ci95"][0] <= result["difference"] <= result["ci95"][1]
+
+
+def test_only_common_seeds_are_compared():
+    result = paired_difference({0: np.ones(3), 2: np.ones(3)}, {1: np.ones(3), 2: np.zeros(3)})
+    assert result["seeds"] == [2] and result["difference"] == 1
+
+
+def test_seeds_of_one_query_are_drawn_together():
+    """Three copies of one run carry no more information than one of them."""
+    rng = np.random.default_rng(0)
+    one = (rng.random(200) < 0.5).astype(float)
+    single, triple = mean_interval({0: one}), mean_interval({0: one, 1: one, 2: one})
+    assert single == triple
+    other = (rng.random(200) < 0.5).astype(float)
+    paired = paired_difference({i: one for i in range(3)}, {i: other for i in range(3)})
+    assert paired["ci95"] == pytest.approx(paired_difference({0: one}, {0: other})["ci95"])
+
+
+def test_pairing_narrows_the_interval():
+    rng = np.random.default_rng(1)
+    right = (rng.random(400) < 0.5).astype(float)
+    left = right.copy()
+    left[np.flatnonzero(right == 0)[:12]] = 1
+    result = paired_difference({0: left}, {0: right})
+    assert verdict(result) == "better"
+    assert verdict(paired_difference({0: right}, {0: left})) == "worse"
+    low, high = mean_interval({0: right})[1]
+    assert result["ci95"][1] - result["ci95"][0] < (high - low) / 2
+
+
+def test_no_difference():
+    values = np.array([1.0, 0, 1, 0])
+    assert verdict(paired_difference({0: values}, {0: values})) == "no difference shown"
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "words"),
+    [
+        ({0: np.ones(3)}, {1: np.ones(3)}, "no seed in common"),
+        ({0: np.ones(3)}, {0: np.ones(4)}, "answer 3 and 4 queries"),
+        ({0: np.ones(3), 1: np.ones(2)}, {0: np.ones(3), 1: np.ones(2)}, "different numbers of queries"),
+    ],
+)
+def test_unlike_runs_are_refused(left, right, words):
+    with pytest.raises(ValueError, match=words):
+        paired_difference(left, right)
+
+
+def test_no_runs():
+    with pytest.raises(ValueError, match="no results"):
+        mean_interval({})
+
+
+def test_the_picture_shows_each_row(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [("a", "embedding", 0.4, [0.3, 0.5]), ("b", "embedding", 0.6, [0.5, 0.7])]
+    draw_intervals(tmp_path / "two.png", rows, "R@1")
+    draw_intervals(tmp_path / "five.png", rows + [(name, "matching", 0.5, [0.4, 0.6]) for name in "cde"], "R@1")
+    from PIL import Image
+
+    two, five = (Image.open(tmp_path / f"{name}.png") for name in ("two", "five"))
+    assert five.height > two.height and len(set(two.convert("L").get_flattened_data())) > 10
