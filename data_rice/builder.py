@@ -10,16 +10,32 @@ import datasets
 from datasets.exceptions import DatasetGenerationError
 
 from . import parsing
-from .features import VIEWS, view_features
+from .features import view_features
 
 logger = logging.getLogger(__name__)
 
-_CODE_FILES = ("builder.py", "features.py", "lpr4m.py", "lpr4m_layout.py", "parsing.py", "shop_clips.py")
+_CODE_FILES = (
+    "builder.py",
+    "features.py",
+    "detection.py",
+    "lpr4m/lpr4m.py",
+    "lpr4m/layout.py",
+    "lpr4m/index.py",
+    "lpr4m/media.py",
+    "lpr4m/subset.py",
+    "lpr4m/evaluation_rows.py",
+    "moving_fashion/layout.py",
+    "moving_fashion/moving_fashion.py",
+    "moving_fashion/prepare.py",
+    "parsing.py",
+    "paths.py",
+    "shop_clips/shop_clips.py",
+)
 
 
 @dataclass(eq=False)
 class ViewConfig(datasets.BuilderConfig):
-    """One view (``pairs``, ``queries`` or ``gallery``) of the data below ``data_dir``.
+    """One view (``pairs``, ``queries``, ``gallery``, ...) of the data below ``data_dir``.
 
     The id of a config, and with it the folder of its cache, changes with the annotation files' names, sizes and
     modification times and with the builders' own code, so that a cache never outlives its source.
@@ -102,7 +118,7 @@ class ViewBuilder(datasets.GeneratorBasedBuilder):
     no image) and queries kept that cannot be answered. Both are also logged as warnings.
 
     Args:
-        config_name: one of ``pairs``, ``queries``, ``gallery``.
+        config_name: one of the builder's views, such as ``pairs``, ``queries``, ``gallery``.
         cache_dir: where the Arrow files go; the default of `datasets` when None.
         data_dir: the folder that holds the data.
         options: the fields of the builder's config.
@@ -113,8 +129,9 @@ class ViewBuilder(datasets.GeneratorBasedBuilder):
     def __init__(self, config_name: str | None = None, cache_dir: str | None = None, *, data_dir=None, **options):
         if config_name is None and "name" not in options:
             config_name = "pairs"
-        if config_name not in VIEWS:
-            raise ValueError(f"There is no view {config_name!r}; choose one of {', '.join(VIEWS)}.")
+        views = [config.name for config in self.BUILDER_CONFIGS]
+        if config_name not in views:
+            raise ValueError(f"There is no view {config_name!r}; choose one of {', '.join(views)}.")
         own = {field.name for field in fields(self.BUILDER_CONFIG_CLASS)} - {
             field.name for field in fields(datasets.BuilderConfig)
         }
@@ -135,7 +152,7 @@ class ViewBuilder(datasets.GeneratorBasedBuilder):
 
     @property
     def view(self) -> str:
-        """The view that this builder yields: ``pairs``, ``queries`` or ``gallery``."""
+        """The view that this builder yields: ``pairs``, ``queries``, ``gallery``, ..."""
         return self.config.name
 
     def _info(self) -> datasets.DatasetInfo:

@@ -1,27 +1,26 @@
 """From rows to model inputs, in the DataLoader's workers: choose frames, decode, process; count what is unreadable."""
 
 import hashlib
-import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from processing_rice import read_video, sample_frame_indices
+
+from .augmentation import Box, ClipAugmentation, ClipChange
+from .decoding import MediaError, decode_image, read_frames, resize_pixels, target_size, to_pixels
 
 logger = logging.getLogger(__name__)
 
 Failure = dict[str, str]
-
-
-class MediaError(ValueError):
-    """An image or clip that cannot be read; the message names the file and the reason."""
+Picture = Image.Image | torch.Tensor
 
 
 def product_id_hash(product_id: str) -> int:
@@ -29,50 +28,49 @@ def product_id_hash(product_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(product_id.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def decode_image(entry: dict[str, Any]) -> Image.Image:
-    """
-    Decodes a row's image entry `{"path", "bytes"}` to RGB.
-
-    Raises:
-        MediaError: when the file is missing, empty or no image.
-    """
-    name = entry.get("path") or "<bytes>"
-    try:
-        with Image.open(io.BytesIO(entry["bytes"]) if entry.get("bytes") else entry["path"]) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise MediaError(f"{name}: there is no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise MediaError(f"{name}: cannot be decoded ({type(error).__name__}: {error})") from error
-
-
 @dataclass
 class RiceCollator:
     """
     Turns rows of any builder into model inputs.
 
-    Called with pair rows it gives a training batch. A pair that cannot be read is replaced by a repeat of another of
-    its batch, so that every process keeps its batch size (`product_ids` keep the repeat from being a negative); it is
-    logged, and listed in `failure_log`.
+    Called with pair rows it gives a training batch. A frame that cannot be read is replaced by the nearest other frame
+    of its clip, or left out where there is none. A pair of which no frame or not the image can be read is replaced by
+    a repeat of another of its batch, so that every process keeps its batch size (`product_ids` keep the repeat from
+    being a negative). All of it is logged, and listed in `failure_log`. What is random comes from torch's generator.
 
     Args:
         processor: A `RiceProcessor`.
         use_boxes: Hand the rows' boxes to the processor (intended product detection).
         num_frames: Frames per clip at most; the processor's own number by default.
-        sampling: `"train"` and `"eval"` as `sample_frame_indices`; `"random"` draws frames anew each time, `"visible"`
-            likewise but frames with a box before others.
-        augmentation: Applied to the frames and the image of training pairs, e.g. `ClipAugmentation`.
+        sampling: A mode of `sample_frame_indices`, such as `"train"` and `"eval"`; or `"random"`, which draws frames
+            anew each time; or `"visible"`, likewise but frames with a box before others.
+        augmentation: Applied to the frames and the image of training pairs.
         use_text: Tokenise titles and ASR.
         failure_log: File to append one JSON line per unreadable file to.
+        decode: `"exact"` decodes whole pictures and leaves resizing to the processor; `"fast"` decodes large JPEGs at
+            reduced scale and resizes in 8 bits, see `data_rice.decoding`.
+        pixels: `"float"` gives what the model takes; `"uint8"` a quarter of the bytes, for
+            `data_rice.decoding.normalize_pixels` on the device.
+
+    Raises:
+        ValueError: for an unknown `decode` or `pixels`.
     """
 
     processor: Any
     use_boxes: bool = False
     num_frames: int | None = None
-    sampling: Literal["train", "eval", "random", "visible"] = "eval"
-    augmentation: Callable | None = None
+    sampling: str = "eval"
+    augmentation: ClipAugmentation | None = None
     use_text: bool = False
     failure_log: str | Path | None = None
+    decode: Literal["exact", "fast"] = "exact"
+    pixels: Literal["float", "uint8"] = "float"
+
+    def __post_init__(self):
+        if self.decode not in ("exact", "fast"):
+            raise ValueError(f'`decode` must be "exact" or "fast", got {self.decode!r}.')
+        if self.pixels not in ("float", "uint8"):
+            raise ValueError(f'`pixels` must be "float" or "uint8", got {self.pixels!r}.')
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
@@ -82,13 +80,7 @@ class RiceCollator:
         Raises:
             MediaError: when no pair of the batch can be read.
         """
-        loaded: list[tuple | None] = []
-        for row in rows:
-            failures: list[Failure] = []
-            clip = self._load_clip(row, failures)
-            image = self._load_image(row["clip_id"], row["image"], failures)
-            self._report(failures)
-            loaded.append(None if clip is None or image is None else (row, clip, image))
+        loaded = [self._load_pair(row) for row in rows]
         good = [pair for pair in loaded if pair is not None]
         if not good:
             raise MediaError(
@@ -96,8 +88,6 @@ class RiceCollator:
                 f"check the data folder with the files listed in {self.failure_log or 'the log'}."
             )
         filled = [pair or good[i % len(good)] for i, pair in enumerate(loaded)]
-        if self.augmentation is not None:
-            filled = [(row, self._augment(*clip), self._augment([image])[0][0]) for row, clip, image in filled]
         rows, clips, images = zip(*filled, strict=True)
         batch = self._process_clips(rows, clips, padding="max_length")
         batch |= self._process_images(rows, images)
@@ -110,7 +100,9 @@ class RiceCollator:
 
         Returns:
             The processor's keys for the readable clips (empty when there is none), their positions in `rows`, and the
-            failures as `{"id", "file", "reason"}`.
+            failures as `{"id", "file", "reason", "outcome"}`, where the outcome is `"replaced"` (another frame took
+            the place), `"left out"` (there was none, the clip has fewer frames) or `"skipped"` (a clip of which
+            nothing can be read).
         """
         failures: list[Failure] = []
         clips = [self._load_clip(row, failures) for row in rows]
@@ -121,7 +113,7 @@ class RiceCollator:
         return inputs, readable, failures
 
     def encode_gallery(self, rows: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[int], list[Failure]]:
-        """Gallery rows for evaluation; returns as `encode_queries`."""
+        """Gallery rows for evaluation; returns as `encode_queries`, an unreadable image is `"skipped"`."""
         failures: list[Failure] = []
         images = [self._load_image(row["image_id"], row["image"], failures) for row in rows]
         readable = [i for i, image in enumerate(images) if image is not None]
@@ -134,67 +126,134 @@ class RiceCollator:
     def _max_frames(self) -> int:
         return self.num_frames or self.processor.video_processor.num_frames
 
-    def _load_image(self, row_id: str, entry: dict[str, Any], failures: list[Failure]) -> Image.Image | None:
+    def _load_pair(self, row: dict[str, Any]) -> tuple[dict, tuple, Picture] | None:
+        failures: list[Failure] = []
+        # Drawn first, and as many whatever can be read: an unreadable pair must not change what is drawn for others.
+        changes = (None, None) if self.augmentation is None else (self.augmentation.draw(), self.augmentation.draw())
+        clip = self._load_clip(row, failures, changes[0])
+        image = self._load_image(row["clip_id"], row["image"], failures, changes[1])
+        self._report(failures)
+        return None if clip is None or image is None else (row, clip, image)
+
+    def _load_image(
+        self, row_id: str, entry: dict[str, Any], failures: list[Failure], change: ClipChange | None = None
+    ) -> Picture | None:
         try:
-            return decode_image(entry)
+            picture = self._decode(entry, self.processor.image_processor, change)
         except MediaError as error:
             failures.append(_failure(row_id, entry.get("path"), error))
             return None
+        return self._finish([picture], None, self.processor.image_processor, change)[0][0]
 
-    def _load_clip(self, row: dict[str, Any], failures: list[Failure]) -> tuple[list, list | None] | None:
-        """Decoded frames and their boxes, or `None` when nothing of the clip can be read."""
-        if row.get("video"):
-            video = {"path": row["video"], "start": row.get("start"), "end": row.get("end")}
-            try:
-                return list(read_video(video, self._max_frames, self._choose)), None
-            except (ValueError, OSError) as error:
-                failures.append(_failure(row["clip_id"], row["video"], error))
-                return None
+    def _load_clip(
+        self, row: dict[str, Any], failures: list[Failure], change: ClipChange | None = None
+    ) -> tuple[list[Picture], list[Box] | None] | None:
+        """Frames and their boxes, or `None` when nothing of the clip can be read."""
+        frames, boxes = (self._read_video if row.get("video") else self._read_frames)(row, failures, change)
+        return self._finish(frames, boxes, self.processor.video_processor, change) if frames else None
+
+    def _read_video(self, row: dict[str, Any], failures: list[Failure], change: ClipChange | None) -> tuple:
+        """`boxes` belong to the frames of the clip's time range that `box_frames` numbers; others have none."""
+        boxes = dict(zip(row.get("box_frames") or [], row.get("boxes") or [], strict=False))
+        chosen: list[int] = []
+
+        def choose(total: int, max_frames: int) -> list[int]:
+            listed = [boxes.get(i) for i in range(total)] if boxes else None
+            chosen[:] = self._choose(total, max_frames, listed, augment=change is not None)
+            return chosen
+
+        video = {"path": row["video"], "start": row.get("start"), "end": row.get("end")}
+        try:
+            frames = list(read_video(video, self._max_frames, choose))
+        except (ValueError, OSError) as error:
+            failures.append(_failure(row["clip_id"], row["video"], error))
+            return [], None
+        # A damaged file may end before the last frame that was chosen.
+        return frames, [boxes.get(i) for i in chosen[: len(frames)]] if boxes else None
+
+    def _read_frames(self, row: dict[str, Any], failures: list[Failure], change: ClipChange | None) -> tuple:
         entries = row["frames"]
         if not entries:
             failures.append(_failure(row["clip_id"], None, "the clip has no frames"))
-            return None
-        frames, boxes = [], []
-        for i in self._choose(len(entries), self._max_frames, row.get("boxes")):
-            frame = self._load_image(row["clip_id"], entries[i], failures)
-            if frame is not None:
-                frames.append(frame)
-                boxes.append(row["boxes"][i] if row.get("boxes") else None)
-        return (frames, boxes) if frames else None
+            return [], None
+        boxes = row.get("boxes") or [None] * len(entries)
+        chosen = self._choose(len(entries), self._max_frames, boxes, augment=change is not None)
+        read, unreadable = read_frames(
+            entries, chosen, lambda entry: self._decode(entry, self.processor.video_processor, change)
+        )
+        if not read:
+            # The frames that were tried in their place would only lengthen the list.
+            unreadable = [(i, error, "skipped") for i, error, _ in unreadable if i in chosen]
+        for i, error, outcome in unreadable:
+            failures.append(_failure(row["clip_id"], entries[i].get("path"), error, outcome))
+        return list(read.values()), [boxes[i] for i in read]
 
-    def _augment(self, frames: list, boxes: list | None = None) -> tuple[list, list | None]:
-        pictures = [frame if isinstance(frame, Image.Image) else Image.fromarray(frame) for frame in frames]
-        return self.augmentation(pictures, boxes)
+    def _decode(self, entry: dict[str, Any], part: Any, change: ClipChange | None) -> Picture:
+        """Decodes for the image or video processor `part`, which resizes what the change's crop leaves."""
+        size = target_size(part) if self.decode == "fast" else None
+        if size is None:
+            return decode_image(entry)
+        left, top, right, bottom = (0.0, 0.0, 1.0, 1.0) if change is None else change.crop
+        return decode_image(entry, target=(size[0] / (bottom - top), size[1] / (right - left)))
 
-    def _choose(self, total: int, num_frames: int, boxes: list | None = None) -> list[int]:
-        if self.sampling in ("train", "eval"):
-            return sample_frame_indices(total, num_frames, self.sampling)
-        order = torch.randperm(total).tolist()
-        if self.sampling == "visible" and boxes:
-            order.sort(key=lambda i: boxes[i] is None)
-        return sorted(order[:num_frames])
+    def _finish(
+        self, pictures: Sequence[Any], boxes: list[Box] | None, part: Any, change: ClipChange | None
+    ) -> tuple[list[Picture], list[Box] | None]:
+        """
+        Applies the change, and resizes on the fast way and before colours change, which costs less on small pictures.
+        On the exact way pictures without a change stay as they were read.
+        """
+        if self.decode == "exact" and change is None:
+            return list(pictures), boxes
+        size = target_size(part)
+
+        def resize(picture: torch.Tensor) -> torch.Tensor:
+            return picture if size is None else resize_pixels(picture, size, part.resample)
+
+        pixels = [to_pixels(picture) for picture in pictures]
+        if change is None:
+            return [resize(picture) for picture in pixels], boxes
+        return change.apply(pixels, boxes, resize)
+
+    def _choose(self, total: int, num_frames: int, boxes: Sequence[Box] | None, augment: bool) -> list[int]:
+        if self.sampling in ("random", "visible"):
+            chosen = torch.randperm(total).tolist()
+            if self.sampling == "visible" and boxes:
+                chosen.sort(key=lambda i: boxes[i] is None)
+            chosen = sorted(chosen[:num_frames])
+        else:
+            chosen = sample_frame_indices(total, num_frames, self.sampling)
+        return self.augmentation.drop_frames(chosen) if augment else chosen
 
     def _process_clips(self, rows: Iterable[dict], clips: Iterable[tuple], padding: str) -> dict[str, torch.Tensor]:
         ready = [clip[0] for clip in clips]
         boxes = [clip[1] or [None] * len(clip[0]) for clip in clips] if self.use_boxes else None
-        inputs = dict(
-            self.processor(
-                videos=ready, boxes=boxes, num_frames=self._max_frames, do_sample_frames=False, padding=padding
-            )
-        )
+        settings = {"num_frames": self._max_frames, "do_sample_frames": False, "padding": padding}
+        inputs = dict(self.processor(videos=ready, boxes=boxes, **settings, **self._settings))
+        inputs["pixel_values_videos"] = self._as_asked(inputs["pixel_values_videos"])
         if self.use_text:
             inputs |= self.processor(asr=[row["asr"] for row in rows])
         return inputs
 
-    def _process_images(self, rows: Iterable[dict], images: Iterable[Image.Image]) -> dict[str, torch.Tensor]:
-        inputs = dict(self.processor(images=list(images)))
+    def _process_images(self, rows: Iterable[dict], images: Iterable[Picture]) -> dict[str, torch.Tensor]:
+        inputs = dict(self.processor(images=list(images), images_kwargs=self._settings))
+        inputs["pixel_values"] = self._as_asked(inputs["pixel_values"])
         if self.use_text:
             inputs |= self.processor(titles=[row["title"] for row in rows])
         return inputs
 
+    @property
+    def _settings(self) -> dict[str, bool]:
+        """What the processor leaves to `normalize_pixels`."""
+        return {"do_rescale": False, "do_normalize": False} if self.pixels == "uint8" else {}
+
+    def _as_asked(self, pixels: torch.Tensor) -> torch.Tensor:
+        # Without rescaling the processor gives the whole numbers that its resizing gave.
+        return pixels.to(torch.uint8) if self.pixels == "uint8" else pixels
+
     def _report(self, failures: list[Failure]) -> None:
         for failure in failures:
-            logger.warning("Unreadable media in %s: %s", failure["id"], failure["reason"])
+            logger.warning("Unreadable media in %s (%s): %s", failure["id"], failure["outcome"], failure["reason"])
         if failures and self.failure_log is not None:
             # One write per line: appends of this size do not interleave between workers and processes.
             with open(self.failure_log, "a", encoding="utf-8") as file:
@@ -211,5 +270,27 @@ def read_failure_log(path: str | Path) -> list[Failure]:
     return [json.loads(line) for line in lines]
 
 
-def _failure(row_id: str, file: str | None, reason: object) -> Failure:
-    return {"id": row_id, "file": file or "", "reason": str(reason)}
+def count_failures(failures: Iterable[Failure]) -> dict[str, int]:
+    """
+    Counts what `read_failure_log` gives: `unreadable_media` different files, `replaced_frames` and `left_out_frames`
+    of clips that were used all the same, and `skipped_pairs` that were not.
+    """
+    failures = list(failures)
+    outcomes = {
+        outcome: {(failure["id"], failure["file"]) for failure in failures if failure["outcome"] == outcome}
+        for outcome in ("replaced", "left out", "skipped")
+    }
+    return {
+        # An image of several clips is listed with each of them.
+        "unreadable_media": len({failure["file"] or failure["id"] for failure in failures}),
+        "replaced_frames": len(outcomes["replaced"]),
+        "left_out_frames": len(outcomes["left out"]),
+        "skipped_pairs": len({row_id for row_id, _ in outcomes["skipped"]}),
+    }
+
+
+def _failure(row_id: str, file: str | None, reason: object, outcome: str = "skipped") -> Failure:
+    return {"id": row_id, "file": file or "", "reason": str(reason), "outcome": outcome}
+
+
+__all__ = ["MediaError", "RiceCollator", "count_failures", "decode_image", "product_id_hash", "read_failure_log"]

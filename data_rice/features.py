@@ -1,15 +1,18 @@
-"""The one row that every dataset builder of the project yields, in its three views.
+"""The one row that every dataset builder of the project yields, in its views.
 
 ``pairs`` rows join a clip with one shop image and are what training reads; ``queries`` rows are clips with the list of
-images that answer them; ``gallery`` rows are the shop's images. Images are kept as absolute paths
-(``{"path": ..., "bytes": None}``) and decoded by whoever reads the row.
+images that answer them; ``gallery`` rows are the shop's images; ``detection`` rows are single frames with their boxes.
+Images stay encoded (``{"path": ..., "bytes": ...}``, see `data_rice.media.read_media`); whoever reads the row decodes
+them.
 """
+
+from collections.abc import Sequence
 
 from datasets import Features, Image, List, Value
 
-VIEWS = ("pairs", "queries", "gallery")
+VIEWS = ("pairs", "queries", "gallery", "detection")
 
-_CLIP_TEXT = ("asr", "category", "product_scale", "visible_duration", "product_number")
+_CLIP_TEXT = ("asr", "category", "product_scale", "visible_duration", "product_number", "source")
 
 
 def _clip_features() -> dict:
@@ -19,6 +22,7 @@ def _clip_features() -> dict:
         "product_id": Value("string"),
         "frames": List(Image(decode=False)),
         "boxes": List(List(Value("float32"))),
+        "box_frames": List(Value("int32")),
         "video": Value("string"),
         "start": Value("float32"),
         "end": Value("float32"),
@@ -55,9 +59,29 @@ def gallery_features() -> Features:
     )
 
 
+def detection_features() -> Features:
+    """Columns of a ``detection`` row: one frame and all its product boxes, as fractions of the frame, in order."""
+    return Features(
+        {
+            "frame_id": Value("string"),
+            "clip_id": Value("string"),
+            "live_id": Value("string"),
+            "image": Image(decode=False),
+            "boxes": List(List(Value("float32"))),
+            "category": Value("string"),
+            "split": Value("string"),
+        }
+    )
+
+
 def view_features(view: str) -> Features:
-    """Return the columns of ``view``, one of ``pairs``, ``queries``, ``gallery``."""
-    return {"pairs": pair_features, "queries": query_features, "gallery": gallery_features}[view]()
+    """Return the columns of ``view``, one of ``pairs``, ``queries``, ``gallery``, ``detection``."""
+    return {
+        "pairs": pair_features,
+        "queries": query_features,
+        "gallery": gallery_features,
+        "detection": detection_features,
+    }[view]()
 
 
 def clip_row(
@@ -67,6 +91,7 @@ def clip_row(
     product_id: str = "",
     frames: list[str],
     boxes: list[list[float] | None],
+    box_frames: Sequence[int] = (),
     video: str = "",
     start: float = -1.0,
     end: float = -1.0,
@@ -76,10 +101,13 @@ def clip_row(
 
     Args:
         frames: absolute paths of the frames, in time order; empty for a clip of a video file.
-        boxes: one entry per frame, ``[left, top, right, bottom]`` as fractions of the frame (0 to 1) or None.
+        boxes: one entry per frame, ``[left, top, right, bottom]`` as fractions of the frame (0 to 1) or None; for a
+            clip of a video file one entry per number in ``box_frames``.
+        box_frames: numbers of the video's frames to which ``boxes`` belong, counted from 0 at the start of the clip's
+            time range; frames that are not named have no box. Empty for a clip of frames.
         video: absolute path of the video file, or "" for a clip of frames.
         start, end: the clip's time range in seconds within ``video``, -1 when absent.
-        text: any of ``asr, category, product_scale, visible_duration, product_number``; the others become "".
+        text: any of ``asr, category, product_scale, visible_duration, product_number, source``; the others become "".
     """
     return {
         "clip_id": clip_id,
@@ -87,6 +115,7 @@ def clip_row(
         "product_id": product_id,
         "frames": frames,
         "boxes": boxes,
+        "box_frames": list(box_frames),
         "video": video,
         "start": start,
         "end": end,

@@ -50,14 +50,24 @@ def read_lines(path: str | os.PathLike, description: str | None = None) -> Itera
             if number == 1:
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
             raw = raw.rstrip(b"\r\n")
-            if not raw.strip():
+            # A line of tabs is a row of empty columns, not a blank line.
+            if not raw.strip(b" "):
                 continue
-            if b"\0" in raw:
-                raise row_error(path, number, "the line holds a NUL character; the file is damaged, restore it.")
-            try:
-                yield number, raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise row_error(path, number, f"the line is not UTF-8 ({error.reason}); convert the file.") from None
+            yield number, decode_line(path, number, raw)
+
+
+def decode_line(path: str | os.PathLike, number: int, raw: bytes) -> str:
+    """Return the text of a line without its end; ``path`` and ``number`` are for the messages.
+
+    Raises:
+        ValueError: the line is not UTF-8 or holds a NUL character.
+    """
+    if b"\0" in raw:
+        raise row_error(path, number, "the line holds a NUL character; the file is damaged, restore it.")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise row_error(path, number, f"the line is not UTF-8 ({error.reason}); convert the file.") from None
 
 
 def read_table(
@@ -69,14 +79,22 @@ def read_table(
         ValueError: a row does not have ``num_columns`` columns.
     """
     for number, text in read_lines(path, description):
-        columns = text.split("\t")
-        if len(columns) != num_columns:
-            raise row_error(
-                path,
-                number,
-                f"expected {num_columns} tab-separated columns, found {len(columns)}; repair or remove the row.",
-            )
-        yield number, columns
+        yield number, check_columns(path, number, text.split("\t"), num_columns)
+
+
+def check_columns(path: str | os.PathLike, number: int, columns: list, num_columns: int) -> list:
+    """Return the columns of a row; ``path`` and ``number`` are for the message.
+
+    Raises:
+        ValueError: there are not ``num_columns`` of them.
+    """
+    if len(columns) != num_columns:
+        raise row_error(
+            path,
+            number,
+            f"expected {num_columns} tab-separated columns, found {len(columns)}; repair or remove the row.",
+        )
+    return columns
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
@@ -92,9 +110,15 @@ def _refuse_constant(text: str) -> float:
     raise ValueError(f"{text} is not a number; write null or remove the entry")
 
 
+def _parse_int(text: str) -> int:
+    if len(text) > 400:
+        raise ValueError(f"a number has {len(text)} digits; repair it")
+    return int(text)
+
+
 def _loads(text: str) -> object:
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_int=_parse_int)
     except RecursionError:
         raise ValueError("the value is nested too deeply") from None
     if "\\ud" in text.lower():
@@ -115,12 +139,22 @@ def read_json_object(path: str | os.PathLike) -> dict:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} does not exist; put the annotation file there.")
+    return parse_json_object(Path(path).read_bytes(), path)
+
+
+def parse_json_object(data: bytes, path: str | os.PathLike) -> dict:
+    """Parse the contents of a JSON file that holds one object; ``path`` is for the messages.
+
+    Raises:
+        ValueError: as `read_json_object`.
+    """
     try:
-        value = _loads(Path(path).read_text(encoding="utf-8-sig"))
+        value = _loads(data.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise row_error(path, error.lineno, f"not valid JSON ({error.msg}); restore the file.") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; restore the file.") from None
+        line = data.count(b"\n", 0, error.start) + 1
+        raise row_error(path, line, f"not UTF-8 ({error.reason}); restore the file.") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}.") from None
     if not isinstance(value, dict):
@@ -259,12 +293,63 @@ def fingerprint(paths: Iterable[str | os.PathLike]) -> str:
     return digest.hexdigest()
 
 
-def list_names(folder: str | os.PathLike, *, folders: bool = False) -> list[str]:
-    """Return the sorted names of the image files (or of the folders) right inside ``folder``, [] if it is missing."""
+def list_names(
+    folder: str | os.PathLike, *, folders: bool = False, root: str | os.PathLike | None = None
+) -> list[str]:
+    """Return the sorted names of the image files (or of the folders) right inside ``folder``, [] if it is missing.
+
+    Raises:
+        ValueError: one of them is a link that leads out of ``folder``, and out of ``root`` where that is given.
+    """
+    names = []
     try:
         with os.scandir(folder) as entries:
-            if folders:
-                return sorted(entry.name for entry in entries if entry.is_dir())
-            return sorted(entry.name for entry in entries if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES)
+            for entry in entries:
+                if folders:
+                    wanted = entry.is_dir()
+                else:
+                    wanted = os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES
+                if wanted:
+                    if entry.is_symlink():
+                        check_link(entry.path, folder, root or folder)
+                    names.append(entry.name)
     except (FileNotFoundError, NotADirectoryError):
         return []
+    return sorted(names)
+
+
+def list_paths(folder: str | os.PathLike) -> list[str]:
+    """Return the sorted paths of everything right inside ``folder``, [] if it is missing.
+
+    Raises:
+        ValueError: one of them is a link that leads out of ``folder``.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            paths = sorted((entry.path, entry.is_symlink()) for entry in entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    for path, is_link in paths:
+        if is_link:
+            check_link(path, folder)
+    return [path for path, _ in paths]
+
+
+def check_link(path: str | os.PathLike, *roots: str | os.PathLike) -> None:
+    """Refuse a path whose real place lies in none of ``roots``.
+
+    Raises:
+        ValueError: it leads elsewhere; the message names it.
+    """
+    real = os.path.realpath(path)
+    for root in roots:
+        top = os.path.realpath(root)
+        if real == top or real.startswith(top.rstrip(os.sep) + os.sep):
+            return
+    raise ValueError(f"{path} is a link that leads out of {roots[-1]}; put the files themselves there.")
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,11 +5,15 @@ import os
 import datasets
 
 from .builder import ViewBuilder
+from .detection import frames_with_boxes
 from .features import VIEWS
 from .lpr4m import Lpr4m
+from .moving_fashion import MovingFashion
+from .prepare import is_prepared, load_prepared, read_manifest
 from .shop_clips import ShopClips, carries_live_ids
 
-DATASETS = ("mini_lpr4m", "lpr4m", "shop_clips")
+DATASETS = ("mini_lpr4m", "lpr4m", "moving_fashion", "shop_clips")
+_BUILDERS = {"lpr4m": Lpr4m, "moving_fashion": MovingFashion, "shop_clips": ShopClips}
 MINI_LPR4M_DIR = os.path.join("data", "mini_lpr4m")
 MINI_LPR4M_MANIFEST = "mini_lpr4m.json"
 
@@ -17,7 +21,7 @@ MINI_LPR4M_MANIFEST = "mini_lpr4m.json"
 _MINI_VALIDATION_FRACTION = 1 / 9
 
 
-def _resolve(dataset: str, data_dir: str | os.PathLike | None) -> tuple[type[ViewBuilder], str, dict]:
+def resolve(dataset: str, data_dir: str | os.PathLike | None) -> tuple[type[ViewBuilder], str, dict]:
     """Return the builder class, the data folder and the options that ``dataset`` implies."""
     dataset = os.fspath(dataset)
     if dataset == "mini_lpr4m":
@@ -27,10 +31,10 @@ def _resolve(dataset: str, data_dir: str | os.PathLike | None) -> tuple[type[Vie
                 f"{folder} does not exist; render it with: python -m data_rice.mini_lpr4m --output_dir {folder}"
             )
         return Lpr4m, folder, {"validation_fraction": _MINI_VALIDATION_FRACTION}
-    if dataset in ("lpr4m", "shop_clips"):
+    if dataset in _BUILDERS:
         if data_dir is None:
             raise ValueError(f"The data set {dataset} needs data_dir; pass the folder that holds it.")
-        return (Lpr4m if dataset == "lpr4m" else ShopClips), os.fspath(data_dir), {}
+        return _BUILDERS[dataset], os.fspath(data_dir), {}
     if not os.path.isdir(dataset):
         raise FileNotFoundError(
             f"{dataset!r} is neither a data set ({', '.join(DATASETS)}) nor a folder; check the spelling."
@@ -43,9 +47,18 @@ def _resolve(dataset: str, data_dir: str | os.PathLike | None) -> tuple[type[Vie
         return Lpr4m, dataset, {"validation_fraction": _MINI_VALIDATION_FRACTION}
     if os.path.isdir(os.path.join(dataset, "annotations")):
         return Lpr4m, dataset, {}
+    if all(os.path.exists(os.path.join(dataset, name)) for name in ("train.json", "test.json", "imgs")):
+        return MovingFashion, dataset, {}
     raise ValueError(
-        f"{dataset} holds neither gallery.jsonl (shop_clips) nor annotations/ (lpr4m); docs/data.md shows both."
+        f"{dataset} holds neither gallery.jsonl (shop_clips), annotations/ (lpr4m) nor train.json, test.json and "
+        "imgs/ (moving_fashion); docs/data.md shows all three."
     )
+
+
+def prepared_folder(dataset: str | os.PathLike, data_dir: str | os.PathLike | None) -> str | None:
+    """Return the folder if it is one that `prepare_views` wrote, whatever data set it was made of."""
+    folder = os.fspath(dataset if data_dir is None else data_dir)
+    return folder if is_prepared(folder) else None
 
 
 def load_dataset_view(
@@ -59,12 +72,14 @@ def load_dataset_view(
     """Build, or reuse from the cache, one view of a data set.
 
     Args:
-        dataset: "mini_lpr4m", "lpr4m", "shop_clips", or a folder in one of their layouts.
-        view: "pairs" (training), "queries" or "gallery".
+        dataset: "mini_lpr4m", "lpr4m", "moving_fashion", "shop_clips", or a folder in one of their layouts,
+            or one that `prepare_views` wrote.
+        view: "pairs" (training), "queries", "gallery", or "detection" (single frames with their boxes).
         split: "train", "validation" or "test".
         data_dir: the folder that holds the data; "data/mini_lpr4m" when None and ``dataset`` is "mini_lpr4m".
         cache_dir: where the Arrow files go; the default of `datasets` when None.
-        builder_options: see `Lpr4mConfig`, such as ``validation_fraction``; None means the default.
+        builder_options: see `Lpr4mConfig` and `MovingFashionConfig`, such as ``validation_fraction``; None means the
+            default.
 
     Raises:
         FileNotFoundError: the folder or an annotation file is missing.
@@ -75,9 +90,16 @@ def load_dataset_view(
         raise ValueError(f"There is no view {view!r}; choose one of {', '.join(VIEWS)}.")
     if split not in ("train", "validation", "test"):
         raise ValueError(f"There is no split {split!r}; choose one of train, validation, test.")
-    builder_class, folder, options = _resolve(dataset, data_dir)
+    prepared = prepared_folder(dataset, data_dir)
+    if prepared is not None:
+        given = {name: value for name, value in builder_options.items() if value is not None}
+        return load_prepared(prepared, view, split, cache_dir, given)
+    builder_class, folder, options = resolve(dataset, data_dir)
     options.update({name: value for name, value in builder_options.items() if value is not None})
-    builder = builder_class(view, cache_dir=cache_dir, data_dir=folder, **options)
+    # Only LPR4M has detection rows of its own; elsewhere they are the boxes of the pairs' frames.
+    from_pairs = view == "detection" and view not in [config.name for config in builder_class.BUILDER_CONFIGS]
+    source_view = "pairs" if from_pairs else view
+    builder = builder_class(source_view, cache_dir=cache_dir, data_dir=folder, **options)
     builder.download_and_prepare()
     if split not in builder.info.splits:
         raise ValueError(builder.missing_split_reason(split))
@@ -85,23 +107,31 @@ def load_dataset_view(
         log = builder.problems.get(split)
         reasons = "; ".join(f"{count} rows {reason}" for reason, count in log.counts.items()) if log else "no row"
         raise ValueError(f"{folder} has no usable row in the {split} split of {view} ({reasons}); add some.")
-    return builder.as_dataset(split=split)
+    rows = builder.as_dataset(split=split)
+    if from_pairs:
+        rows = frames_with_boxes(rows, split)
+        if len(rows) == 0:
+            raise ValueError(f"{folder} has no frame with a box in the {split} split of {source_view}; add boxes.")
+    return rows
 
 
 def gallery_scope(dataset: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> str:
     """Return where a query is searched: "live" (its livestream's images) or "all" (the whole gallery).
 
-    LPR4M is searched by livestream; shop_clips in the whole gallery unless its gallery rows carry a ``live_id``, which
-    is only seen when the folder is given.
+    LPR4M is searched by livestream, MovingFashion in the whole gallery; shop_clips in the whole gallery unless its
+    gallery rows carry a ``live_id``, which is only seen when the folder is given.
 
     Raises:
         FileNotFoundError, ValueError: as `load_dataset_view`.
     """
+    prepared = prepared_folder(dataset, data_dir)
+    if prepared is not None:
+        return read_manifest(prepared)["gallery_scope"]
     if os.fspath(dataset) in ("mini_lpr4m", "lpr4m"):
         return "live"
-    if os.fspath(dataset) == "shop_clips" and data_dir is None:
+    if os.fspath(dataset) == "moving_fashion" or (os.fspath(dataset) == "shop_clips" and data_dir is None):
         return "all"
-    builder_class, folder, _ = _resolve(dataset, data_dir)
-    if builder_class is Lpr4m:
-        return "live"
+    builder_class, folder, _ = resolve(dataset, data_dir)
+    if builder_class is not ShopClips:
+        return "live" if builder_class is Lpr4m else "all"
     return "live" if carries_live_ids(folder) else "all"

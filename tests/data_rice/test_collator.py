@@ -8,8 +8,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
-from data_rice.collator import MediaError, RiceCollator, decode_image, product_id_hash, read_failure_log
+from data_rice.augmentation import ClipAugmentation
+from data_rice.collator import (
+    MediaError,
+    RiceCollator,
+    count_failures,
+    decode_image,
+    product_id_hash,
+    read_failure_log,
+)
+from data_rice.decoding import normalize_pixels
 from processing_rice import build_processor, sample_frame_indices, train_tokenizer
 
 
@@ -102,7 +112,9 @@ def test_product_ids_are_the_same_everywhere_and_fit_int64():
     assert all(0 <= product_id_hash(str(i)) < 2**63 for i in range(1000))
 
 
-def test_an_unreadable_frame_is_left_out_and_logged(processor, make_row, broken, absent, tmp_path, caplog):
+def test_an_unreadable_frame_is_left_out_where_there_is_no_other(
+    processor, make_row, broken, absent, tmp_path, caplog
+):
     row = make_row("a", num_frames=4, boxes=[[0, 0, 0.25, 0.25], None, None, [0.75, 0.75, 1, 1]])
     row["frames"][1], row["frames"][2] = broken, absent
     collator = RiceCollator(processor, use_boxes=True, failure_log=tmp_path / "failures.jsonl")
@@ -114,8 +126,27 @@ def test_an_unreadable_frame_is_left_out_and_logged(processor, make_row, broken,
     assert corners[0, 0, 0] and not corners[0, 3, 3] and corners[1, 3, 3] and not corners[1, 0, 0]
     failures = read_failure_log(tmp_path / "failures.jsonl")
     assert [(f["id"], f["file"]) for f in failures] == [("clip-a", broken["path"]), ("clip-a", absent["path"])]
+    assert [f["outcome"] for f in failures] == ["left out"] * 2
     assert "cannot be decoded" in failures[0]["reason"] and "no such file" in failures[1]["reason"]
     assert sum("clip-a" in record.getMessage() for record in caplog.records) == 2
+
+
+@pytest.mark.parametrize("decode", ["exact", "fast"])
+def test_an_unreadable_frame_is_replaced_by_another_of_its_clip(processor, make_row, broken, tmp_path, decode):
+    """Of nine frames 0, 2, 4 and 6 are chosen at evaluation; the box is that of the frame that is taken instead."""
+    boxes = [None] * 9
+    boxes[3] = [0.75, 0.75, 1, 1]
+    row = make_row("a", num_frames=9, boxes=boxes)
+    row["frames"][4] = broken
+    assert sample_frame_indices(9, 4, "eval") == [0, 2, 4, 6]
+    collator = RiceCollator(processor, use_boxes=True, failure_log=tmp_path / "failures.jsonl", decode=decode)
+    for inputs in (collator([row]), collator.encode_queries([row])[0]):
+        assert grey_levels(inputs["pixel_values_videos"]) == [[10, 30, 40, 70]]
+        assert inputs["frame_mask"].all()
+        assert inputs["patch_mask"].all(dim=-1).tolist() == [[True, True, False, True]]
+    (failure,) = collator.encode_queries([row])[2]
+    assert failure["outcome"] == "replaced" and failure["file"] == broken["path"]
+    assert read_failure_log(tmp_path / "failures.jsonl") == [failure]
 
 
 @pytest.mark.parametrize("part", ["image", "all frames", "no frames"])
@@ -134,7 +165,8 @@ def test_an_unreadable_pair_is_replaced_by_a_repeat(processor, make_row, broken,
     source = batch["product_ids"].tolist().index(product) if product == batch["product_ids"][0] else 2
     for name in ("pixel_values", "pixel_values_videos", "frame_mask", "product_ids"):
         assert torch.equal(batch[name][1], batch[name][source])
-    assert {failure["id"] for failure in read_failure_log(collator.failure_log)} == {"clip-b"}
+    failures = read_failure_log(collator.failure_log)
+    assert {(failure["id"], failure["outcome"]) for failure in failures} == {("clip-b", "skipped")}
 
 
 def test_a_batch_without_a_readable_pair_is_an_error(processor, make_row, broken, tmp_path):
@@ -154,6 +186,18 @@ def test_the_failure_log_lists_each_failure_once(processor, make_row, broken, tm
     assert [json.loads(line) for line in log.read_text().splitlines()[:1]] == read_failure_log(log)
 
 
+def test_failures_are_counted_by_what_became_of_them():
+    outcomes = [("a", "1", "replaced"), ("a", "2", "replaced"), ("b", "3", "left out"), ("c", "4", "skipped")]
+    outcomes += [("c", "5", "skipped"), ("d", "4", "skipped"), ("e", "", "skipped"), ("a", "1", "left out")]
+    failures = [{"id": row_id, "file": file, "reason": "r", "outcome": outcome} for row_id, file, outcome in outcomes]
+    assert count_failures(failures) == {
+        "unreadable_media": 6,
+        "replaced_frames": 2,
+        "left_out_frames": 2,
+        "skipped_pairs": 3,
+    }
+
+
 def test_queries_for_evaluation(processor, make_row, broken):
     rows = [make_row("a", num_frames=2), make_row("b", frames=[]), make_row("c"), make_row("d")]
     rows[2]["frames"] = [broken] * 2
@@ -163,8 +207,21 @@ def test_queries_for_evaluation(processor, make_row, broken):
     assert inputs["frame_mask"].tolist() == [[True, True], [True, True]]
     assert grey_levels(inputs["pixel_values_videos"]) == [[10, 20], [20, 30]]
     assert set(inputs) == {"pixel_values_videos", "frame_mask"}
-    assert [failure["id"] for failure in failures] == ["clip-b", "clip-c", "clip-c", "clip-d"]
-    assert all(set(failure) == {"id", "file", "reason"} for failure in failures)
+    assert [(failure["id"], failure["outcome"]) for failure in failures] == [
+        ("clip-b", "skipped"),
+        ("clip-c", "skipped"),
+        ("clip-c", "skipped"),
+        ("clip-d", "left out"),
+    ]
+    assert all(set(failure) == {"id", "file", "reason", "outcome"} for failure in failures)
+
+
+def test_of_a_clip_without_a_readable_frame_the_chosen_ones_are_listed(processor, make_row, tmp_path):
+    absent = [{"path": str(tmp_path / f"absent-{i}.jpg"), "bytes": None} for i in range(9)]
+    _, readable, failures = RiceCollator(processor).encode_queries([make_row("a", num_frames=9, frames=absent)])
+    assert readable == []
+    assert [failure["file"] for failure in failures] == [absent[i]["path"] for i in sample_frame_indices(9, 4)]
+    assert {failure["outcome"] for failure in failures} == {"skipped"}
 
 
 def test_gallery_for_evaluation(processor, make_row, broken, absent):
@@ -183,20 +240,7 @@ def test_nothing_readable_gives_empty_inputs(processor, make_row, broken):
     assert inputs == {} and readable == [] and failures[0]["reason"] == "the clip has no frames"
 
 
-def write_video(path, num_frames=20, fps=5):
-    av = pytest.importorskip("av")
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=fps)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for i in range(num_frames):
-            picture = np.full((48, 64, 3), 20 + 10 * i, dtype=np.uint8)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-
-
-def test_rows_of_video_files(processor, make_row, tmp_path):
+def test_rows_of_video_files(processor, make_row, tmp_path, write_video):
     path = tmp_path / "clip.mp4"
     write_video(path)
     rows = [
@@ -218,6 +262,22 @@ def test_rows_of_video_files(processor, make_row, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("start", [-1.0, 1.0])
+def test_boxes_of_video_files_belong_to_frames_by_number(processor, make_row, tmp_path, start, write_video):
+    """Counted from the start of the clip's time range; four of twenty frames, or of the last fifteen, are taken."""
+    write_video(tmp_path / "clip.mp4")
+    total = 20 if start < 0 else 15
+    chosen = sample_frame_indices(total, 4, "eval")
+    row = make_row("a", frames=[], video=str(tmp_path / "clip.mp4"), start=start)
+    row |= {"box_frames": [0, 1, chosen[2]], "boxes": [[0, 0, 0.25, 0.25], [0, 0, 1, 1], [0.75, 0.75, 1, 1]]}
+    corners = RiceCollator(processor, use_boxes=True)([row])["patch_mask"][0].reshape(4, 4, 4)
+    assert corners[0, 0, 0] and not corners[0, 3, 3]
+    assert corners[2, 3, 3] and not corners[2, 0, 0]
+    assert corners[1].all() and corners[3].all()
+    visible = RiceCollator(processor, use_boxes=True, sampling="visible", num_frames=3)([row])
+    assert visible["patch_mask"][0].flatten(1).all(dim=1).tolist() == [False, True, False]
+
+
 def test_random_frames_follow_the_seed_and_keep_their_order(processor, make_row):
     collator, row = RiceCollator(processor, sampling="random"), make_row("a", num_frames=12)
 
@@ -231,7 +291,7 @@ def test_random_frames_follow_the_seed_and_keep_their_order(processor, make_row)
     assert all(levels == sorted(set(levels)) and len(levels) == 4 for levels in draws)
 
 
-def test_random_frames_of_video_files_follow_the_seed_too(processor, make_row, tmp_path):
+def test_random_frames_of_video_files_follow_the_seed_too(processor, make_row, tmp_path, write_video):
     write_video(tmp_path / "clip.mp4")
     row = make_row("a", frames=[], boxes=[], video=str(tmp_path / "clip.mp4"))
     collator = RiceCollator(processor, sampling="random")
@@ -263,6 +323,20 @@ def test_sampling_and_number_of_frames_can_be_set(processor, make_row):
     assert longer["frame_mask"].shape == (1, 20) and longer["frame_mask"].sum() == 9
 
 
+def test_the_modes_of_sample_frame_indices_reach_through(processor, make_row):
+    """Official training loses the end of a clip at random."""
+    row, seen = make_row("a", num_frames=9), set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        expected = sample_frame_indices(9, 4, "train_random_drop")
+        torch.manual_seed(seed)
+        batch = RiceCollator(processor, sampling="train_random_drop")([row])
+        kept = int(batch["frame_mask"].sum())
+        assert grey_levels(batch["pixel_values_videos"][0, :kept]) == [10 * (i + 1) for i in expected]
+        seen.add(kept)
+    assert len(seen) > 1
+
+
 def test_frames_that_are_not_chosen_are_not_opened(processor, make_row, absent):
     row = make_row("a", num_frames=9)
     chosen = sample_frame_indices(9, 4, "eval")
@@ -283,3 +357,130 @@ def test_images_may_be_bytes(processor, make_row, tmp_path):
 def test_workers_can_be_sent_a_collator(processor, make_row):
     collator = pickle.loads(pickle.dumps(RiceCollator(processor, use_boxes=True)))
     assert collator([make_row("a")])["pixel_values"].shape == (1, 3, 32, 32)
+
+
+class TestWays:
+    """`decode` and `pixels`: the same frames, near or equal pixels."""
+
+    @pytest.fixture
+    def photo_row(self, make_row, tmp_path):
+        """A row of JPEGs of 90 x 160 pixels, and one frame of another size."""
+        rng = np.random.default_rng(0)
+
+        def write(name: str, size: tuple[int, int]) -> dict:
+            noise = rng.normal(size=(size[1], size[0], 3))
+            levels = 128 + 90 * np.sign(gaussian_filter(noise, (6, 6, 0))) + 4 * noise
+            Image.fromarray(levels.clip(0, 255).astype(np.uint8)).save(tmp_path / name, quality=90)
+            return {"path": str(tmp_path / name), "bytes": None}
+
+        frames = [write(f"{i}.jpg", (90, 160)) for i in range(3)] + [write("3.jpg", (50, 40))]
+        return make_row("photo", num_frames=4, frames=frames, image=write("shop.jpg", (120, 120)))
+
+    @pytest.mark.parametrize("backend", ["torchvision", "pillow"])
+    def test_exact_is_the_processor(self, processor, photo_row, backend):
+        processor = build_processor(processor.tokenizer, 32, 8, 4, resize_backend=backend)
+        batch = RiceCollator(processor)([photo_row])
+        frames = [Image.open(frame["path"]) for frame in photo_row["frames"]]
+        expected = processor(videos=[frames], images=[Image.open(photo_row["image"]["path"])])
+        for name in ("pixel_values", "pixel_values_videos"):
+            assert torch.equal(batch[name], expected[name])
+
+    @pytest.mark.parametrize("decode", ["exact", "fast"])
+    @pytest.mark.parametrize("backend", ["torchvision", "pillow"])
+    def test_bytes_become_the_same_floats_on_the_device(self, processor, photo_row, make_row, decode, backend):
+        processor = build_processor(processor.tokenizer, 32, 8, 4, resize_backend=backend)
+        rows = [photo_row, make_row("b", num_frames=2)]
+        floats = RiceCollator(processor, decode=decode)(rows)
+        batch = RiceCollator(processor, decode=decode, pixels="uint8")(rows)
+        assert batch["pixel_values"].dtype == batch["pixel_values_videos"].dtype == torch.uint8
+        batch = normalize_pixels(batch, processor)
+        assert batch.keys() == floats.keys()
+        for name, expected in floats.items():
+            # The smallest standard deviation is 0.26, so one grey level of 255 would be 0.015.
+            torch.testing.assert_close(batch[name], expected, rtol=0, atol=1e-5)
+        assert not batch["pixel_values_videos"][1, 2:].any()
+
+    def test_fast_is_close_to_exact(self, processor, photo_row):
+        exact, fast = (RiceCollator(processor, decode=decode)([photo_row]) for decode in ("exact", "fast"))
+        for name in ("pixel_values", "pixel_values_videos"):
+            # In grey levels, by the standard deviation of the normalisation.
+            difference = (exact[name] - fast[name]).abs().mean() * 0.27 * 255
+            assert 0 < difference < 4, name
+        assert torch.equal(exact["frame_mask"], fast["frame_mask"])
+
+    def test_fast_on_a_processor_that_keeps_the_shape(self, processor, photo_row):
+        processor = build_processor(processor.tokenizer, 32, 8, 4)
+        processor.image_processor.size = {"shortest_edge": 32}
+        processor.image_processor.do_center_crop, processor.image_processor.crop_size = (
+            True,
+            {"height": 32, "width": 32},
+        )
+        exact, fast = (RiceCollator(processor, decode=decode)([photo_row]) for decode in ("exact", "fast"))
+        assert torch.equal(exact["pixel_values"], fast["pixel_values"])
+
+    def test_fast_frames_of_video_files(self, processor, make_row, tmp_path, write_video):
+        write_video(tmp_path / "clip.mp4")
+        row = make_row("a", frames=[], boxes=[], video=str(tmp_path / "clip.mp4"))
+        exact, fast = (RiceCollator(processor, decode=decode)([row]) for decode in ("exact", "fast"))
+        torch.testing.assert_close(fast["pixel_values_videos"], exact["pixel_values_videos"], rtol=0, atol=0.02)
+
+    @pytest.mark.parametrize("option", ["decode", "pixels"])
+    def test_unknown_ways_are_refused(self, processor, option):
+        with pytest.raises(ValueError, match=f'`{option}` must be ".*" or ".*", got \'quick\''):
+            RiceCollator(processor, **{option: "quick"})
+
+
+class TestAugmentation:
+    def test_frames_and_boxes_move_together(self, processor, make_row, tmp_path):
+        """Each frame is black with a white square, which must be in the kept patches wherever it goes."""
+        canvas = Image.new("RGB", (128, 128))
+        canvas.paste("white", (32, 64, 64, 96))
+        canvas.save(tmp_path / "square.png")
+        frame = {"path": str(tmp_path / "square.png"), "bytes": None}
+        row = make_row("a", frames=[frame] * 3, boxes=[[0.25, 0.5, 0.5, 0.75]] * 3)
+        augmentation = ClipAugmentation(crop_scale=(0.5, 0.9), flip=0.5, jitter=0.2, frame_drop=0.3)
+        places = set()
+        for seed in range(10):
+            torch.manual_seed(seed)
+            batch = RiceCollator(processor, use_boxes=True, augmentation=augmentation)([row])
+            frames, kept = batch["pixel_values_videos"][0], batch["frame_mask"][0]
+            assert all(torch.equal(each, frames[0]) for each in frames[kept])
+            bright = frames[0].mean(dim=0).unfold(0, 8, 8).unfold(1, 8, 8).amax(dim=(2, 3)).flatten() > 0.5
+            assert (batch["patch_mask"][0, 0] | ~bright).all()
+            places.add((tuple(bright.tolist()), int(kept.sum())))
+        assert len(places) > 5
+
+    @pytest.mark.parametrize("decode", ["exact", "fast"])
+    def test_what_is_drawn_for_a_pair_does_not_depend_on_what_others_hold(self, processor, make_row, broken, decode):
+        augmentation = ClipAugmentation(frame_drop=0.3)
+        collator = RiceCollator(processor, sampling="random", augmentation=augmentation, decode=decode)
+        good, other = make_row("a", num_frames=9), make_row("b", num_frames=9, level=120)
+        damaged = {**other, "frames": [broken] * 5 + other["frames"][5:], "image": broken}
+        batches = []
+        for first in (other, damaged):
+            torch.manual_seed(1)
+            batches.append(collator([first, good]))
+        for name in ("pixel_values", "pixel_values_videos", "frame_mask"):
+            assert torch.equal(batches[0][name][1], batches[1][name][1])
+
+    def test_queries_are_not_augmented(self, processor, make_row):
+        collator = RiceCollator(processor, augmentation=ClipAugmentation(background=1.0, frame_drop=1.0))
+        inputs, _, _ = collator.encode_queries([make_row("a")])
+        assert grey_levels(inputs["pixel_values_videos"]) == [[10, 20, 30]]
+
+    def test_a_crop_is_not_blown_up_from_a_reduced_picture(self, processor, make_row, tmp_path, monkeypatch):
+        """32 of 160 pixels are a fifth; the picture is decoded at a quarter of its size, a crop of a third is not."""
+        from data_rice import decoding
+
+        Image.new("RGB", (160, 160)).save(tmp_path / "large.jpg")
+        large = {"path": str(tmp_path / "large.jpg"), "bytes": None}
+        seen = []
+        monkeypatch.setattr(
+            "data_rice.collator.decode_image",
+            lambda *args, **kw: seen.append(decoding.decode_image(*args, **kw)) or seen[-1],
+        )
+        row = make_row("a", frames=[large], boxes=[None], image=large)
+        RiceCollator(processor, decode="fast")([row])
+        third = ClipAugmentation(crop_scale=(1 / 9, 1 / 9), crop_ratio=(1.0, 1.0))
+        RiceCollator(processor, decode="fast", augmentation=third)([row])
+        assert [picture.width for picture in seen] == [40, 40, 160, 160]

@@ -1,14 +1,13 @@
-"""The published files of LPR4M: names, ids, annotation rows and where the media lie (LPR750K tree)."""
+"""The published annotation files of LPR4M: names, ids and rows."""
 
 import glob
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from PIL import Image
-
-from . import parsing
+from .. import parsing
 
 TEST_FILES = {
     "relevant": "test_videoid_to_gtimage*.json",
@@ -19,6 +18,8 @@ TEST_FILES = {
 }
 ATTRIBUTES_FILE = "test_videoid_attributes*.txt"
 MAIN_IMAGES_FILE = "gallery_main.txt"
+NUM_PARTS = 10
+_PART = re.compile(r"_part_(\d+)")
 _UUID_FIELDS = 5
 
 
@@ -54,6 +55,24 @@ def frame_order(frame_name: str) -> tuple[int, int, str]:
 def annotation_files(root: str, pattern: str) -> list[str]:
     """Return the files of ``ROOT/annotations`` that match ``pattern``, sorted by name."""
     return sorted(glob.glob(os.path.join(glob.escape(os.path.join(root, "annotations")), pattern)))
+
+
+def training_files(root: str, pattern: str) -> list[str]:
+    """Return the files of the training list; the full list is ten parts, and all of them are needed.
+
+    Raises:
+        ValueError: the pattern finds some of the parts only.
+    """
+    files = annotation_files(root, pattern)
+    parts = {int(match[1]): path for path in files if (match := _PART.search(os.path.basename(path)))}
+    missing = sorted(set(range(NUM_PARTS)) - set(parts))
+    # A pattern that names one part asks for that part alone.
+    if parts and missing and not _PART.search(pattern):
+        raise ValueError(
+            f"{os.path.dirname(files[0])} holds {len(parts)} of the {NUM_PARTS} parts of the training list (part "
+            f"{missing[0]} is missing); add the others, or name the files to use with train_files."
+        )
+    return files
 
 
 def one_annotation_file(root: str, pattern: str) -> str:
@@ -165,53 +184,6 @@ def choose_livestreams(live_ids: Sequence[str], count: int) -> frozenset[str]:
     return frozenset(sorted(live_ids, key=lambda live_id: hashlib.sha256(live_id.encode()).hexdigest())[:count])
 
 
-class TrainingMedia:
-    """Paths of training frames and images; the ``training_video_*`` folders are listed once.
-
-    Args:
-        root: the data folder.
-    """
-
-    def __init__(self, root: str):
-        self.root = root
-        self._folder_of_clip: dict[str, str] = {}
-        self.video_folders = training_video_folders(root)
-        for folder in self.video_folders:
-            for clip_id in parsing.list_names(folder, folders=True):
-                self._folder_of_clip.setdefault(clip_id, folder)
-
-    def has_clip(self, clip_id: str) -> bool:
-        """Return whether some ``training_video_*`` folder holds the clip."""
-        return clip_id in self._folder_of_clip
-
-    def frames(self, clip_id: str, frame_ids: Sequence[str]) -> list[str]:
-        """Return the paths of a clip's frames, whether or not the files exist."""
-        fallback = self.video_folders[0] if self.video_folders else os.path.join(self.root, "training_video_00")
-        folder = os.path.join(self._folder_of_clip.get(clip_id, fallback), clip_id)
-        return [f"{folder}{os.sep}{frame_id}.jpg" for frame_id in frame_ids]
-
-    def image(self, image_id: str) -> str:
-        """Return the path of a training image."""
-        return os.path.join(self.root, "training_image", f"{image_id}.jpg")
-
-
-def training_video_folders(root: str) -> list[str]:
-    """Return the ``training_video*`` folders of the data folder, sorted by name."""
-    found = glob.glob(os.path.join(glob.escape(root), "training_video*"))
-    return sorted(folder for folder in found if os.path.isdir(folder))
-
-
-def image_size(paths: Sequence[str]) -> tuple[int, int] | None:
-    """Return (width, height) of the first of ``paths`` whose header can be read, or None."""
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                return image.size
-        except (OSError, ValueError):
-            continue
-    return None
-
-
 def read_id_table(path: str, num_columns: int, what: str) -> dict[str, list[str]]:
     """Read a tab-separated table whose first column is a unique id.
 
@@ -248,13 +220,13 @@ def read_id_lists(path: str, what: str) -> dict[str, list[str]]:
     return table
 
 
-def read_test_boxes(path: str) -> dict[str, dict[str, list[float] | None]]:
-    """Read ``{frame_id: [[l, t, r, b], ...]}`` (fractions of the frame) as clip id -> frame id -> enclosing box.
+def read_test_boxes(path: str) -> dict[str, dict[str, list[list[float]]]]:
+    """Read ``{frame_id: [[l, t, r, b], ...]}`` (fractions of the frame) as clip id -> frame id -> boxes with an area.
 
     Raises:
         ValueError: an entry is malformed; the message names the file and the frame.
     """
-    clips: dict[str, dict[str, list[float] | None]] = {}
+    clips: dict[str, dict[str, list[list[float]]]] = {}
     for frame_id, boxes in parsing.read_json_object(path).items():
         try:
             parsing.check_name(frame_id, "frame id")
@@ -265,8 +237,8 @@ def read_test_boxes(path: str) -> dict[str, dict[str, list[float] | None]]:
                 raise ValueError("the boxes are not fractions of the frame (0 to 1)")
         except ValueError as error:
             raise ValueError(f"{path}, frame {frame_id!r}: {error}; repair the entry.") from None
-        box = parsing.enclosing_box([parsing.clip_box(box) for box in checked])
-        clips.setdefault(frame_id.rpartition("-")[0], {})[frame_id] = box
+        inside = [box for box in map(parsing.clip_box, checked) if box is not None]
+        clips.setdefault(frame_id.rpartition("-")[0], {})[frame_id] = inside
     return clips
 
 

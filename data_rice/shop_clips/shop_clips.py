@@ -8,16 +8,21 @@ from os import path as osp
 
 import datasets
 
-from . import parsing
-from .builder import ProblemLog, ViewBuilder, ViewConfig
-from .features import clip_row
+from .. import parsing
+from ..builder import ProblemLog, ViewBuilder, ViewConfig
+from ..features import clip_row
+from ..paths import MediaRoot
 
 GALLERY_FILE = "gallery.jsonl"
 CLIP_FILES = {"train": "clips_train.jsonl", "validation": "clips_val.jsonl", "test": "clips_test.jsonl"}
+GALLERY_KEYS = ("gallery_id", "image", "title", "name", "category", "live_id")
+CLIP_TEXT_KEYS = ("asr", "category", "product_scale", "visible_duration", "product_number")
+CLIP_KEYS = ("query_id", "frames", "boxes", "video", "start", "end", "gt_gallery_ids", "live_id", *CLIP_TEXT_KEYS)
 SPLITS = {"train": datasets.Split.TRAIN, "validation": datasets.Split.VALIDATION, "test": datasets.Split.TEST}
 
 # Boxes are drawn by people and tools that overshoot a little; beyond this they are in another unit.
 _BOX_TOLERANCE = 0.1
+_LONGEST_VIDEO = 1e6
 
 
 @dataclass(eq=False)
@@ -99,7 +104,7 @@ def _first(items):
         return
 
 
-def _text(row: dict, name: str) -> str:
+def text_value(row: dict, name: str) -> str:
     """Return a text value; "" when absent or null, numbers as they are written."""
     value = row.get(name)
     if value is None:
@@ -109,6 +114,14 @@ def _text(row: dict, name: str) -> str:
     if parsing.is_number(value):
         return str(value)
     raise ValueError(f"{name} must be text, found a {type(value).__name__}")
+
+
+def id_value(row: dict, name: str) -> str:
+    """Return an id; ValueError when it is absent or empty."""
+    value = text_value(row, name)
+    if not value:
+        raise ValueError(f"{name} is missing or empty")
+    return value
 
 
 def read_gallery(root: str) -> dict[str, dict]:
@@ -121,14 +134,13 @@ def read_gallery(root: str) -> dict[str, dict]:
     file = osp.join(root, GALLERY_FILE)
     gallery: dict[str, dict] = {}
     with_live_ids = None
+    media = MediaRoot(root)
     for line, row in parsing.read_json_lines(file):
         try:
-            image_id = _text(row, "gallery_id")
-            if not image_id:
-                raise ValueError("gallery_id is missing or empty")
+            image_id = id_value(row, "gallery_id")
             if image_id in gallery:
                 raise ValueError(f"the gallery_id {image_id!r} appears a second time")
-            live_id = _text(row, "live_id")
+            live_id = text_value(row, "live_id")
             if with_live_ids is None:
                 with_live_ids = bool(live_id)
             if bool(live_id) != with_live_ids:
@@ -136,9 +148,9 @@ def read_gallery(root: str) -> dict[str, dict]:
             gallery[image_id] = {
                 "image_id": image_id,
                 "live_id": live_id,
-                "image": osp.join(root, parsing.check_relative_path(row.get("image"), "image path")),
-                "title": _text(row, "title") or _text(row, "name"),
-                "category": _text(row, "category"),
+                "image": media.path(row.get("image"), "image path"),
+                "title": text_value(row, "title") or text_value(row, "name"),
+                "category": text_value(row, "category"),
             }
         except ValueError as error:
             raise parsing.row_error(file, line, f"{error}; repair the row.") from None
@@ -151,20 +163,19 @@ def _read_clips(root: str, file: str, gallery: dict[str, dict]):
     """Yield ``(line, clip columns, relevant image ids)`` of a clip file."""
     lives = {image["live_id"] for image in gallery.values()}
     seen: set[str] = set()
+    media = MediaRoot(root)
     for line, row in parsing.read_json_lines(file):
         try:
-            clip_id = _text(row, "query_id")
-            if not clip_id:
-                raise ValueError("query_id is missing or empty")
+            clip_id = id_value(row, "query_id")
             if clip_id in seen:
                 raise ValueError(f"the query_id {clip_id!r} appears a second time")
             seen.add(clip_id)
-            live_id = _check_live_id(_text(row, "live_id"), lives)
-            relevant = _check_relevant(row.get("gt_gallery_ids"), live_id, gallery)
-            frames, boxes = _frames_and_boxes(root, row)
-            video, start, end = _video(root, row)
-            if video and frames:
-                raise ValueError("the clip has both frames and a video; keep one")
+            live_id = check_live_id(text_value(row, "live_id"), lives)
+            relevant = check_relevant(row.get("gt_gallery_ids"), live_id, gallery)
+            frames, boxes = frames_and_boxes(media, row)
+            video, start, end = video_range(media, row)
+            text = {name: text_value(row, name) for name in CLIP_TEXT_KEYS}
+            text["category"] = text["category"] or (gallery[relevant[0]]["category"] if relevant else "")
             clip = clip_row(
                 clip_id=clip_id,
                 live_id=live_id,
@@ -174,18 +185,14 @@ def _read_clips(root: str, file: str, gallery: dict[str, dict]):
                 video=video,
                 start=start,
                 end=end,
-                asr=_text(row, "asr"),
-                category=_text(row, "category") or (gallery[relevant[0]]["category"] if relevant else ""),
-                product_scale=_text(row, "product_scale"),
-                visible_duration=_text(row, "visible_duration"),
-                product_number=_text(row, "product_number"),
+                **text,
             )
         except ValueError as error:
             raise parsing.row_error(file, line, f"{error}; repair the row.") from None
         yield line, clip, relevant
 
 
-def _check_live_id(live_id: str, lives: set[str]) -> str:
+def check_live_id(live_id: str, lives: set[str]) -> str:
     if lives == {""}:
         return live_id
     if not live_id:
@@ -195,7 +202,7 @@ def _check_live_id(live_id: str, lives: set[str]) -> str:
     return live_id
 
 
-def _check_relevant(value: object, live_id: str, gallery: dict[str, dict]) -> list[str]:
+def check_relevant(value: object, live_id: str, gallery: dict[str, dict]) -> list[str]:
     if not isinstance(value, list):
         raise ValueError("gt_gallery_ids must be a list of gallery ids")
     relevant = [str(item) if parsing.is_number(item) else item for item in value]
@@ -207,17 +214,21 @@ def _check_relevant(value: object, live_id: str, gallery: dict[str, dict]) -> li
     return relevant
 
 
-def _frames_and_boxes(root: str, row: dict) -> tuple[list[str], list[list[float] | None]]:
-    """Return absolute frame paths and one box or None per frame."""
+def frames_and_boxes(media: MediaRoot, row: dict) -> tuple[list[str], list[list[float] | None]]:
+    """Return a clip's absolute frame paths and one box or None per frame; ValueError says what is wrong."""
     frames, boxes = row.get("frames"), row.get("boxes")
     if frames is None and row.get("video") is None:
         raise ValueError("the clip has neither frames nor a video")
     frames = [] if frames is None else frames
     if not isinstance(frames, list):
         raise ValueError("frames must be a list of paths")
-    paths = [osp.join(root, parsing.check_relative_path(frame, "frame path")) for frame in frames]
+    if frames and row.get("video") is not None:
+        raise ValueError("the clip has both frames and a video; keep one")
+    paths = [media.path(frame, "frame path") for frame in frames]
     if boxes is None:
         return paths, [None] * len(paths)
+    if row.get("video") is not None:
+        raise ValueError("boxes belong to frames, and the clip is a video; extract its frames or remove the boxes")
     if not isinstance(boxes, list) or len(boxes) != len(paths):
         raise ValueError(f"boxes must be a list with one entry per frame ({len(paths)})")
     return paths, [None if box is None else _fraction_box(box) for box in boxes]
@@ -233,14 +244,19 @@ def _fraction_box(value: object) -> list[float]:
     return clipped
 
 
-def _video(root: str, row: dict) -> tuple[str, float, float]:
-    """Return the absolute video path and its time range in seconds; ("", -1, -1) for a clip of frames."""
+def video_range(media: MediaRoot, row: dict) -> tuple[str, float, float]:
+    """Return a clip's absolute video path and time range in seconds; ("", -1, -1) for a clip of frames.
+
+    Raises:
+        ValueError: the path or the range is wrong (without file and line, which the caller adds).
+    """
     start, end = row.get("start"), row.get("end")
     if row.get("video") is None:
         return "", -1.0, -1.0
-    video = osp.join(root, parsing.check_relative_path(row["video"], "video path"))
+    video = media.path(row["video"], "video path")
     if start is None and end is None:
         return video, -1.0, -1.0
-    if not parsing.is_number(start) or not parsing.is_number(end) or not 0 <= start < end:
-        raise ValueError("start and end must be seconds with 0 <= start < end")
+    # Beyond that it is no time in seconds, and it must fit the column's 32-bit float.
+    if not parsing.is_number(start) or not parsing.is_number(end) or not 0 <= start < end <= _LONGEST_VIDEO:
+        raise ValueError("start and end must be seconds with 0 <= start < end, and end at most a million")
     return video, float(start), float(end)

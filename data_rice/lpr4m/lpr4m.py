@@ -4,18 +4,27 @@ Source: "Cross-view Semantic Alignment for Livestreaming Product Recognition" (R
 and the columns are described in docs/data.md.
 """
 
+import json
 from collections import defaultdict
 from dataclasses import dataclass
 from os import path as osp
 
 import datasets
 
-from . import lpr4m_layout as layout
-from . import parsing
-from .builder import ProblemLog, ViewBuilder, ViewConfig
-from .features import clip_row
+from .. import parsing
+from ..builder import ProblemLog, ViewBuilder, ViewConfig
+from ..detection import detection_row
+from ..features import clip_row
+from . import layout
+from .evaluation_rows import EvaluationRows
+from .index import list_stats, shard_folders
+from .media import Lpr4mMedia, training_video_folders
+from .subset import Subset, choose_subset
 
 SPLITS = {"train": datasets.Split.TRAIN, "validation": datasets.Split.VALIDATION, "test": datasets.Split.TEST}
+VIEWS = ("pairs", "queries", "gallery", "detection")
+HELD_OUT = "left out of training because a validation livestream sells their product"
+NO_FRAMES = "left out because they have no frames"
 
 
 @dataclass(eq=False)
@@ -28,12 +37,21 @@ class Lpr4mConfig(ViewConfig):
             one livestream when above 0. Ignored when ``validation_lives`` is given.
         validation_lives: how many livestreams to hold out, or which ones (a list of live ids).
         gallery_images: "main" for one image per product as in the official runs, "all" for every image.
+        subset: rows of the training split to keep, by thinning the largest categories alike; all when None.
+        subset_seed: which rows of a thinned category are kept.
+        media_dirs: output folders of img2dataset; those below ``img2dataset/`` of the data folder when None.
+        empty_frames: whether the ``detection`` view also has the frames without a box of clips that have boxes, with
+            an empty list (the published detection set counts them).
     """
 
     train_files: str = "training_videoinfo*.txt"
     validation_fraction: float = 0.0
     validation_lives: int | list[str] | None = None
     gallery_images: str = "main"
+    subset: int | None = None
+    subset_seed: int = 0
+    media_dirs: list[str] | None = None
+    empty_frames: bool = False
 
     def validate(self) -> None:
         """See `ViewConfig.validate`."""
@@ -49,6 +67,20 @@ class Lpr4mConfig(ViewConfig):
         lives = self.validation_lives
         if isinstance(lives, str | bool | float) or (isinstance(lives, int) and lives < 0):
             raise ValueError(f"validation_lives must be a count or a list of live ids, not {lives!r}.")
+        if self.subset is not None and (type(self.subset) is not int or self.subset < 1):
+            raise ValueError(f"subset must be a number of rows, at least 1, not {self.subset!r}.")
+        if type(self.subset_seed) is not int:
+            raise ValueError(f"subset_seed must be a whole number, not {self.subset_seed!r}.")
+        self._validate_media_dirs()
+
+    def _validate_media_dirs(self) -> None:
+        if self.media_dirs is None:
+            return
+        if isinstance(self.media_dirs, str) or not all(isinstance(name, str) for name in self.media_dirs):
+            raise ValueError(f"media_dirs must be a list of folders, not {self.media_dirs!r}.")
+        for folder in self.media_dirs:
+            if not osp.isdir(folder):
+                raise FileNotFoundError(f"The folder {folder} of media_dirs does not exist; check the path.")
 
     @property
     def holds_out(self) -> bool:
@@ -56,22 +88,25 @@ class Lpr4mConfig(ViewConfig):
         return bool(self.validation_lives if self.validation_lives is not None else self.validation_fraction)
 
     def source_paths(self) -> list[str]:
-        """See `ViewConfig.source_paths`: annotation files, and the folders whose listings find the frames."""
+        """See `ViewConfig.source_paths`: annotation files, shards, and the folders whose listings find the frames."""
         paths = layout.annotation_files(self.data_dir, "*")
+        for folder in self.media_dirs if self.media_dirs is not None else shard_folders(self.data_dir):
+            paths += [folder, *list_stats(folder)]
         if self.name != "gallery":
-            paths += layout.training_video_folders(self.data_dir)
-        if self.name == "queries":
+            paths += training_video_folders(self.data_dir)
+        if self.name in ("queries", "detection"):
             query = osp.join(self.data_dir, "query")
-            paths += [osp.join(query, name) for name in parsing.list_names(query, folders=True)]
+            paths += [osp.join(query, name) for name in parsing.list_names(query, folders=True, root=self.data_dir)]
         return paths
 
 
 class Lpr4m(ViewBuilder):
-    """LPR4M as pairs (train, validation), queries (validation, test) and gallery (train, validation, test).
+    """LPR4M as pairs (train, validation), queries (validation, test), gallery and detection (all three).
 
-    Media are looked up in the LPR750K tree. A missing media file or folder is no error here: the row keeps its path.
-    LPR4M publishes no validation split; see `Lpr4mConfig.validation_fraction`. Training rows of a product that is also
-    sold in a held-out livestream are left out of training, counted and listed.
+    Media are looked up in what img2dataset fetched and in the LPR750K tree. A missing media file or folder is no error
+    here: the row keeps its path. LPR4M publishes no validation split; see `Lpr4mConfig.validation_fraction`. Training
+    rows of a product that is also sold in a held-out livestream are left out of training, counted and listed. What
+    ``subset`` thinned stands, per category, in ``subset.json`` beside the Arrow files and in `subset_report`.
 
     Example:
         >>> builder = Lpr4m("pairs", data_dir="data/mini_lpr4m", validation_lives=3)
@@ -80,11 +115,11 @@ class Lpr4m(ViewBuilder):
     """
 
     BUILDER_CONFIG_CLASS = Lpr4mConfig
-    BUILDER_CONFIGS = [Lpr4mConfig(name=view) for view in ("pairs", "queries", "gallery")]
+    BUILDER_CONFIGS = [Lpr4mConfig(name=view) for view in VIEWS]
 
     def _split_generators(self, dl_manager):
         root, config = self.config.data_dir, self.config
-        train_files = tuple(layout.annotation_files(root, config.train_files))
+        train_files = tuple(layout.training_files(root, config.train_files))
         if config.holds_out and not train_files:
             raise FileNotFoundError(
                 f"{osp.join(root, 'annotations', config.train_files)} does not exist, and a validation split is cut "
@@ -142,44 +177,91 @@ class Lpr4m(ViewBuilder):
             )
         return lives, frozenset().union(*(products[live_id] for live_id in lives))
 
+    @property
+    def subset_report(self) -> dict[str, dict[str, int]]:
+        """Per category ``{"rows", "kept"}`` of the training split, {} where ``subset`` was not asked for.
+
+        Available after `download_and_prepare`.
+        """
+        path = osp.join(self._output_dir, "subset.json")
+        if not osp.isfile(path):
+            return {}
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+
     def generate_rows(self, split: str, problems: ProblemLog, **source):
         """See `ViewBuilder.generate_rows`."""
-        if self.view == "pairs":
-            yield from self._pairs(split, problems, **source)
-        elif split == "test":
-            test = _TestSet(self.config.data_dir, self.config.gallery_images, problems)
-            yield from test.query_rows() if self.view == "queries" else test.gallery_rows()
-        elif self.view == "queries":
-            yield from self._validation_queries(problems, **source)
-        else:
-            yield from self._training_gallery(split, problems, **source)
+        media = Lpr4mMedia(self.config.data_dir, self._cache_dir_root, self.config.media_dirs)
+        for path, reason in media.shard_problems:
+            problems.add(path, path, None, f"of img2dataset's shards are left out: {reason}")
+        if split == "test":
+            test = EvaluationRows(self.config.data_dir, self.config.gallery_images, media, problems)
+            if self.view == "detection":
+                yield from test.detection_rows(self.config.empty_frames)
+            else:
+                yield from test.query_rows() if self.view == "queries" else test.gallery_rows()
+            return
+        rows = {
+            "pairs": self._pairs,
+            "queries": self._validation_queries,
+            "gallery": self._training_gallery,
+            "detection": self._training_detection,
+        }[self.view]
+        yield from rows(split, media, problems, **source)
 
     def _split_rows(self, split, problems, train_files, held_lives, held_products):
         """Yield the training rows of ``split``, noting rows of held-out products in ``problems``."""
+        subset = self._choose_subset(train_files, held_lives, held_products) if split == "train" else None
         for file, line, row in layout.read_training_rows(train_files):
             if (row.live_id in held_lives) != (split == "validation"):
                 continue
             if split == "train" and layout.product_id_of(row.image_id) in held_products:
-                reason = "left out of training because a validation livestream sells their product"
-                problems.add(row.clip_id, file, line, reason)
+                problems.add(row.clip_id, file, line, HELD_OUT)
                 continue
-            yield file, line, row
+            if subset is None or subset.keeps(row.category, row.clip_id):
+                yield file, line, row
 
-    def _pairs(self, split: str, problems: ProblemLog, **source):
-        media = layout.TrainingMedia(self.config.data_dir)
+    def _choose_subset(self, train_files, held_lives, held_products) -> Subset | None:
+        """Thin the rows that training may use to the budget, and write down what was thinned."""
+        if self.config.subset is None:
+            return None
+        rows = (
+            (row.category, row.clip_id)
+            for _, _, row in layout.read_training_rows(train_files)
+            if row.live_id not in held_lives and layout.product_id_of(row.image_id) not in held_products
+        )
+        subset = choose_subset(rows, self.config.subset, self.config.subset_seed)
+        if self._output_dir.endswith(".incomplete") and osp.isdir(self._output_dir):
+            with open(osp.join(self._output_dir, "subset.json"), "w", encoding="utf-8") as file:
+                json.dump(subset.report, file, ensure_ascii=False, indent=1)
+        return subset
+
+    def _pairs(self, split: str, media: Lpr4mMedia, problems: ProblemLog, **source):
         for file, line, row in self._split_rows(split, problems, **source):
             if not row.frame_ids:
-                problems.add(row.clip_id, file, line, "left out because they have no frames")
+                problems.add(row.clip_id, file, line, NO_FRAMES)
                 continue
-            yield {
-                **_training_clip(media, file, line, row, problems),
-                "image_id": row.image_id,
-                "image": media.image(row.image_id),
-                "title": row.title,
-            }
+            yield pair_row(media, file, line, row, problems)
 
-    def _training_gallery(self, split: str, problems: ProblemLog, **source):
-        media = layout.TrainingMedia(self.config.data_dir)
+    def _training_detection(self, split: str, media: Lpr4mMedia, problems: ProblemLog, **source):
+        # The pairs view reports the rows that a split leaves out; here they would only be counted twice.
+        for file, line, row in self._split_rows(split, ProblemLog(None), **source):
+            if not any(any(box) for box in row.boxes):
+                continue
+            clip = _training_clip(media, file, line, row, problems)
+            for frame_id, path, box in zip(row.frame_ids, clip["frames"], clip["boxes"], strict=True):
+                if box is not None or (self.config.empty_frames and any(clip["boxes"])):
+                    yield detection_row(
+                        frame_id=frame_id,
+                        clip_id=row.clip_id,
+                        live_id=row.live_id,
+                        image=path,
+                        boxes=[] if box is None else [box],
+                        category=row.category,
+                        split=split,
+                    )
+
+    def _training_gallery(self, split: str, media: Lpr4mMedia, problems: ProblemLog, **source):
         seen: set[tuple[str, str]] = set()
         # The pairs view reports the rows that a split leaves out; here they would only be counted twice.
         for _, _, row in self._split_rows(split, ProblemLog(None), **source):
@@ -188,18 +270,17 @@ class Lpr4m(ViewBuilder):
                 yield {
                     "image_id": row.image_id,
                     "live_id": row.live_id,
-                    "image": media.image(row.image_id),
+                    "image": media.training_image(row.image_id),
                     "title": row.title,
                 }
 
-    def _validation_queries(self, problems: ProblemLog, **source):
-        media = layout.TrainingMedia(self.config.data_dir)
+    def _validation_queries(self, split: str, media: Lpr4mMedia, problems: ProblemLog, **source):
         images: dict[tuple[str, str], list[str]] = defaultdict(list)
-        for _, _, row in self._split_rows("validation", problems, **source):
+        for _, _, row in self._split_rows(split, problems, **source):
             shown = images[row.live_id, layout.product_id_of(row.image_id)]
             if row.image_id not in shown:
                 shown.append(row.image_id)
-        for file, line, row in self._split_rows("validation", problems, **source):
+        for file, line, row in self._split_rows(split, problems, **source):
             if not row.frame_ids:
                 problems.add(row.clip_id, file, line, "kept without frames, so they count as misses")
             clip = _training_clip(media, file, line, row, problems)
@@ -207,14 +288,24 @@ class Lpr4m(ViewBuilder):
             yield {**clip, "relevant": [row.image_id, *others]}
 
 
-def _training_clip(media, file: str, line: int, row: layout.TrainingRow, problems: ProblemLog) -> dict:
+def pair_row(media: Lpr4mMedia, file: str, line: int, row: layout.TrainingRow, problems: ProblemLog) -> dict:
+    """Return the ``pairs`` row of a training row; what is wrong with it is added to ``problems``."""
+    return {
+        **_training_clip(media, file, line, row, problems),
+        "image_id": row.image_id,
+        "image": media.training_image(row.image_id),
+        "title": row.title,
+    }
+
+
+def _training_clip(media: Lpr4mMedia, file: str, line: int, row: layout.TrainingRow, problems: ProblemLog) -> dict:
     """Return the clip columns of a training row, with its pixel boxes turned into fractions of the frame."""
-    frames = media.frames(row.clip_id, row.frame_ids)
-    if row.frame_ids and not media.has_clip(row.clip_id):
-        problems.add(row.clip_id, file, line, "kept although no training_video* folder holds their frames")
-    boxes: list[list[float] | None] = [None] * len(frames)
+    frames = media.training_clip(row.clip_id, row.frame_ids)
+    if row.frame_ids and not frames.found:
+        problems.add(row.clip_id, file, line, "kept although no folder or shard holds their frames")
+    boxes: list[list[float] | None] = [None] * len(frames.paths)
     if any(any(box) for box in row.boxes):
-        size = layout.image_size(frames) if media.has_clip(row.clip_id) else None
+        size = frames.pixel_size()
         if size is None:
             problems.add(row.clip_id, file, line, "kept without boxes, as no frame gives the size of the picture")
         else:
@@ -225,7 +316,7 @@ def _training_clip(media, file: str, line: int, row: layout.TrainingRow, problem
         clip_id=row.clip_id,
         live_id=row.live_id,
         product_id=layout.product_id_of(row.image_id),
-        frames=frames,
+        frames=frames.paths,
         boxes=boxes,
         asr=row.asr,
         category=row.category,
@@ -233,99 +324,3 @@ def _training_clip(media, file: str, line: int, row: layout.TrainingRow, problem
         visible_duration=row.visible_duration,
         product_number=row.product_number,
     )
-
-
-class _TestSet:
-    """The published test files, read once for one view."""
-
-    def __init__(self, root: str, gallery_images: str, problems: ProblemLog):
-        self.root = root
-        self.problems = problems
-        self.files = {what: layout.one_annotation_file(root, name) for what, name in layout.TEST_FILES.items()}
-        self.gallery = self._read_gallery(gallery_images)
-
-    def _read_gallery(self, gallery_images: str) -> dict[str, list[str]]:
-        """Return live id -> the ids of the images in use, in the published order, each once."""
-        file = self.files["gallery"]
-        gallery = layout.read_id_lists(file, "live id")
-        for live_id, image_ids in gallery.items():
-            gallery[live_id] = list(dict.fromkeys(image_ids))
-            if len(gallery[live_id]) != len(image_ids):
-                self.problems.add(live_id, file, None, "of livestreams that list an image twice; the first one counts")
-        if gallery_images == "all":
-            return gallery
-        listed = layout.annotation_files(self.root, layout.MAIN_IMAGES_FILE)
-        if listed:
-            main = layout.read_main_images(listed[0])
-        elif any(layout.shot_number(image_id) is not None for ids in gallery.values() for image_id in ids):
-            main = {image_id for ids in gallery.values() for image_id in ids if layout.shot_number(image_id) == "0"}
-        else:
-            return gallery
-        return {live_id: [image_id for image_id in ids if image_id in main] for live_id, ids in gallery.items()}
-
-    def gallery_rows(self):
-        """Yield the gallery rows, livestream by livestream in the published order."""
-        titles = layout.read_id_table(self.files["title"], 2, "image id")
-        for live_id, image_ids in self.gallery.items():
-            for image_id in image_ids:
-                yield {
-                    "image_id": image_id,
-                    "live_id": live_id,
-                    "image": osp.join(self.root, "gallery", live_id, f"{image_id}.jpg"),
-                    "title": titles.get(image_id, [""])[0],
-                }
-
-    def query_rows(self):
-        """Yield the query rows in the order of the ground truth file."""
-        asr = layout.read_id_table(self.files["asr"], 2, "clip id")
-        boxes = layout.read_test_boxes(self.files["boxes"])
-        attribute_files = layout.annotation_files(self.root, layout.ATTRIBUTES_FILE)
-        attributes = layout.read_id_table(attribute_files[0], 5, "clip id") if attribute_files else {}
-        for clip_id, image_ids in layout.read_id_lists(self.files["relevant"], "clip id").items():
-            try:
-                live_id = layout.live_id_of(clip_id)
-            except ValueError as error:
-                raise ValueError(f"{self.files['relevant']}: {error}; repair the entry.") from None
-            relevant = self._relevant(clip_id, live_id, image_ids)
-            frames, frame_boxes = self._frames(clip_id, boxes.get(clip_id, {}))
-            category, scale, duration, number = attributes.get(clip_id, [""] * 4)
-            clip = clip_row(
-                clip_id=clip_id,
-                live_id=live_id,
-                product_id=layout.product_id_of(relevant[0]) if relevant else "",
-                frames=frames,
-                boxes=frame_boxes,
-                asr=asr.get(clip_id, [""])[0],
-                category=category,
-                product_scale=scale,
-                visible_duration=duration,
-                product_number=number,
-            )
-            yield {**clip, "relevant": relevant}
-
-    def _relevant(self, clip_id: str, live_id: str, image_ids: list[str]) -> list[str]:
-        """Return the gallery images of the annotated products; the annotated ids where the gallery has none."""
-        gallery = self.gallery.get(live_id)
-        if not gallery:
-            raise ValueError(
-                f"{self.files['gallery']}: the livestream {live_id} of the clip {clip_id} has an empty gallery; "
-                'add its images, or use gallery_images="all" if only main images are missing.'
-            )
-        products = {layout.product_id_of(image_id) for image_id in image_ids}
-        relevant = [image_id for image_id in gallery if layout.product_id_of(image_id) in products]
-        if not relevant:
-            reason = "kept although no relevant image is in their gallery, so they count as misses"
-            self.problems.add(clip_id, self.files["relevant"], None, reason)
-        return relevant or image_ids
-
-    def _frames(self, clip_id: str, boxes: dict[str, list[float] | None]):
-        """Return a test clip's frame paths and boxes; its folder's listing is the only list of its frames."""
-        folder = osp.join(self.root, "query", clip_id)
-        names = parsing.list_names(folder)
-        if not names:
-            # The boxes name some frames: with their paths, whoever decodes the row can say what is missing.
-            names = [f"{frame_id}.jpg" for frame_id in boxes]
-            reason = "kept although their query folder has no frames, so they count as misses"
-            self.problems.add(clip_id, folder, None, reason)
-        names.sort(key=layout.frame_order)
-        return [osp.join(folder, name) for name in names], [boxes.get(osp.splitext(name)[0]) for name in names]

@@ -1,0 +1,128 @@
+"""Where the pictures of LPR4M's clips and shops lie: in the LPR750K tree, or where img2dataset put them."""
+
+import glob
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from .. import parsing
+from ..media import read_media, split_tar_member
+from .index import MediaIndex, index_path, shard_folders
+from .layout import frame_order
+
+
+def training_video_folders(root: str) -> list[str]:
+    """Return the ``training_video*`` folders of the data folder, sorted by name."""
+    found = glob.glob(os.path.join(glob.escape(root), "training_video*"))
+    return sorted(folder for folder in found if os.path.isdir(folder))
+
+
+def image_size(paths: Sequence[str]) -> tuple[int, int] | None:
+    """Return (width, height) of the first of ``paths`` whose header can be read, or None."""
+    for path in paths:
+        try:
+            source = io.BytesIO(read_media({"path": path, "bytes": None})) if split_tar_member(path) else path
+            with Image.open(source) as image:
+                return image.size
+        except (OSError, ValueError, Image.DecompressionBombError):
+            continue
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class ClipMedia:
+    """The frames of one clip.
+
+    Attributes:
+        paths: one per frame id, whether or not the file exists.
+        found: whether any place is known that holds frames of the clip.
+        original_size: (width, height) of the frames before img2dataset resized them, or None where it did not.
+    """
+
+    paths: list[str]
+    found: bool
+    original_size: tuple[int, int] | None = None
+
+    def pixel_size(self) -> tuple[int, int] | None:
+        """Return the (width, height) to which the clip's pixel boxes refer, or None where no frame can be read."""
+        return self.original_size or (image_size(self.paths) if self.found else None)
+
+
+class Lpr4mMedia:
+    """Paths of LPR4M's pictures; img2dataset's files first, else those of the LPR750K tree, mixed as need be.
+
+    The ``training_video_*`` folders are listed once, the shards of img2dataset are looked up in a `MediaIndex`.
+
+    Args:
+        root: the data folder.
+        cache_dir: where the index is kept.
+        media_dirs: output folders of img2dataset; those below ``ROOT/img2dataset`` when None.
+
+    Raises:
+        ValueError: a folder holds a link that leads out of it.
+    """
+
+    def __init__(self, root: str, cache_dir: str, media_dirs: Sequence[str] | None = None):
+        self.root = root
+        self.index: MediaIndex | None = None
+        folders = list(media_dirs) if media_dirs is not None else shard_folders(root)
+        if folders:
+            self.index = MediaIndex(index_path(cache_dir, folders))
+            self.index.update(folders)
+        self.video_folders = training_video_folders(root)
+        self._folder_of_clip = self._find_clips()
+
+    def _find_clips(self) -> Mapping[str, str]:
+        folder_of_clip: dict[str, str] = {}
+        for folder in self.video_folders:
+            for clip_id in parsing.list_names(folder, folders=True, root=self.root):
+                folder_of_clip.setdefault(clip_id, folder)
+        return folder_of_clip
+
+    @property
+    def shard_problems(self) -> list[tuple[str, str]]:
+        """Shards of img2dataset that are left out, as ``(path, reason)``."""
+        return self.index.problems if self.index else []
+
+    def training_clip(self, clip_id: str, frame_ids: Sequence[str]) -> ClipMedia:
+        """Return the frames of a training clip."""
+        places = self.index.find(frame_ids) if self.index else {}
+        fallback = self.video_folders[0] if self.video_folders else os.path.join(self.root, "training_video_00")
+        folder = os.path.join(self._folder_of_clip.get(clip_id, fallback), clip_id)
+        paths = [
+            places[frame_id].path if frame_id in places else f"{folder}{os.sep}{frame_id}.jpg"
+            for frame_id in frame_ids
+        ]
+        sizes = (place.original_size for place in places.values() if place.original_size)
+        return ClipMedia(paths, bool(places) or clip_id in self._folder_of_clip, next(sizes, None))
+
+    def training_image(self, image_id: str) -> str:
+        """Return the path of a training image."""
+        return self._picture(image_id, os.path.join(self.root, "training_image", f"{image_id}.jpg"))
+
+    def gallery_image(self, live_id: str, image_id: str) -> str:
+        """Return the path of a test image."""
+        return self._picture(image_id, os.path.join(self.root, "gallery", live_id, f"{image_id}.jpg"))
+
+    def _picture(self, image_id: str, otherwise: str) -> str:
+        place = self.index.find([image_id]).get(image_id) if self.index else None
+        return place.path if place else otherwise
+
+    def query_frames(self, clip_id: str) -> dict[str, str]:
+        """Return frame id -> path of the frames of a test clip that are there, in time order.
+
+        No list names the frames of test clips: they are what lies in the clip's folder, or was fetched under its id.
+        """
+        folder = os.path.join(self.root, "query", clip_id)
+        names = parsing.list_names(folder, root=self.root)
+        frames = {os.path.splitext(name)[0]: os.path.join(folder, name) for name in names}
+        if self.index:
+            frames |= {frame_id: place.path for frame_id, place in self.index.find_frames(clip_id).items()}
+        return dict(sorted(frames.items(), key=lambda item: frame_order(item[0])))
+
+    def missing_query_frame(self, clip_id: str, frame_id: str) -> str:
+        """Return the path at which a frame of a test clip would lie."""
+        return os.path.join(self.root, "query", clip_id, f"{frame_id}.jpg")

@@ -1,0 +1,136 @@
+"""One row made self-contained: frames chosen, pictures read, reduced where they are large, and kept encoded."""
+
+import io
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from PIL import Image, ImageOps
+
+from processing_rice import sample_frame_indices
+
+from .media import read_media
+
+_SUFFIX_OF_FORMAT = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
+
+
+class Sampling(NamedTuple):
+    """Frames per clip, pixels of the short side (0: as they are, in both cases) and JPEG quality."""
+
+    num_frames: int
+    short_side: int
+    quality: int
+
+
+def reduce_picture(data: bytes, short_side: int, quality: int) -> tuple[bytes, str]:
+    """Reduce an encoded picture to a short side.
+
+    Args:
+        data: the encoded picture.
+        short_side: in pixels; a picture that is not larger comes back byte for byte, 0 means any size.
+        quality: JPEG quality of a reduced picture, 1 to 100.
+
+    Returns:
+        The encoded picture and its file suffix.
+
+    Raises:
+        ValueError: the picture cannot be decoded to its end.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            shortest = min(image.size)
+            suffix = _SUFFIX_OF_FORMAT.get(image.format)
+            if suffix and (not short_side or shortest <= short_side):
+                image.load()
+                return data, suffix
+            if short_side and shortest > short_side:
+                # Decoding at half or a quarter of the size is faster; twice the target leaves the resize its work.
+                image.draft("RGB", tuple(2 * side * short_side // shortest for side in image.size))
+            picture = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot be decoded ({type(error).__name__}: {error})") from None
+    if short_side and min(picture.size) > short_side:
+        scale = short_side / min(picture.size)
+        picture = picture.resize(tuple(max(1, round(side * scale)) for side in picture.size), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue(), ".jpg"
+
+
+def _read(entry: Mapping, name: str, sampling: Sampling) -> dict:
+    try:
+        data = read_media(entry)
+    except FileNotFoundError:
+        raise ValueError("there is no such file") from None
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error})") from None
+    data, suffix = reduce_picture(data, sampling.short_side, sampling.quality)
+    return {"bytes": data, "path": name + suffix}
+
+
+def _lost(lost: list[dict], row_id: str, entry: Mapping | None, reason: object, what: str, row: str = "kept") -> None:
+    file = (entry or {}).get("path") or ""
+    lost.append({"id": row_id, "file": file, "reason": str(reason), "what": what, "row": row})
+
+
+def prepare_row(row: dict, view: str, sampling: Sampling, lost: list[dict]) -> dict | None:
+    """Return the row with its pictures inside, or None when training can do nothing with it.
+
+    A frame that cannot be read is replaced by the nearest one of the clip that can. A training row without a readable
+    frame or image is dropped; a query without frames and a gallery image without a picture stay, as misses.
+
+    Args:
+        row: a row of the view, not changed.
+        view: ``pairs``, ``queries``, ``gallery`` or ``detection``.
+        sampling: frames and sizes.
+        lost: receives one entry per picture that could not be read, ``{"id", "file", "reason", "what", "row"}``.
+
+    Raises:
+        ValueError: the clip is part of a video file.
+    """
+    row = dict(row)
+    if "frames" in row:
+        if row["video"]:
+            raise ValueError(f"The clip {row['clip_id']} is part of a video; extract its frames before preparing it.")
+        row["frames"], row["boxes"] = _prepare_frames(row, sampling, lost)
+        if not row["frames"]:
+            stays = view == "queries"
+            what = "clips in all their frames"
+            _lost(lost, row["clip_id"], None, what, what, "kept" if stays else "dropped")
+            if not stays:
+                return None
+    if "image" not in row:
+        return row
+    row_id = row.get("frame_id") or row["image_id"]
+    try:
+        row["image"] = _read(row["image"], row_id, sampling)
+    except ValueError as error:
+        stays = view == "gallery"
+        _lost(lost, row.get("clip_id") or row_id, row["image"], error, "images", "kept" if stays else "dropped")
+        if not stays:
+            return None
+        row["image"] = {"bytes": None, "path": row_id}
+    return row
+
+
+def _prepare_frames(row: dict, sampling: Sampling, lost: list[dict]) -> tuple[list[dict], list]:
+    entries = row["frames"]
+    boxes = row["boxes"] or [None] * len(entries)
+    wanted = len(entries) if not sampling.num_frames else min(sampling.num_frames, len(entries))
+    chosen = sample_frame_indices(len(entries), wanted, "eval") if wanted else []
+    read: dict[int, dict] = {}
+    tried: set[int] = set(chosen)
+    for index in chosen:
+        candidates = [index]
+        while candidates:
+            candidate = candidates.pop(0)
+            try:
+                read[candidate] = _read(entries[candidate], f"{row['clip_id']}-{candidate:04d}", sampling)
+            except ValueError as error:
+                _lost(lost, row["clip_id"], entries[candidate], error, "frames")
+                others = (other for other in range(len(entries)) if other not in tried)
+                nearest = min(others, key=lambda other: abs(other - index), default=None)
+                if nearest is not None:
+                    tried.add(nearest)
+                    candidates.append(nearest)
+    order = sorted(read)
+    return [read[index] for index in order], [boxes[index] for index in order]
