@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         return procedure.match(model, image_tokens, clip_tokens, mask)
 
     plain_scores = plain()
-    plain_seconds = measure.best_seconds(plain, options.repeats, device)
+    plain_seconds, plain_cpu_seconds = measure.best_seconds(plain, options.repeats, device)
     plain_ms = 1000 * plain_seconds / options.plain_pairs
     for count in options.images:
         copies = -(-count // options.plain_pairs)
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         def fast(gallery=gallery):
             return model.match(clips, gallery, max_memory=options.max_memory_mb * 2**20)
 
-        seconds = measure.best_seconds(fast, options.repeats, device)
+        seconds, cpu_seconds = measure.best_seconds(fast, options.repeats, device)
         with measure.PeakMemory(device) as peak:
             scores = fast()
         expected = plain_scores.repeat(1, copies)[:, :count]
@@ -77,6 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
             "plain_seconds": round(plain_seconds, 6),
             "plain_ms_per_pair": round(plain_ms, 6),
             "speedup": round(plain_ms / (1000 * seconds / count), 1),
+            "cpu_speedup": round(plain_cpu_seconds / options.plain_pairs / (cpu_seconds / count), 1),
             "max_score_difference": (scores - expected).abs().max().item(),
             "score_range": [round(scores.min().item(), 4), round(scores.max().item(), 4)],
             "gallery_mb": round((gallery.embeds.nbytes + gallery.states.nbytes) / 2**20, 1),

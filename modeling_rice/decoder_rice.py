@@ -200,7 +200,9 @@ class RiceDecoder(nn.Module):
                     f"; raise `decoder_max_position_embeddings`."
                 )
             # Dropout follows the embedding, as published; without one there is nothing to drop.
-            tokens = self.dropout(tokens + self.position_embedding.weight[:length])
+            # Called rather than indexed, or weights that are offloaded would not be fetched.
+            positions = self.position_embedding(torch.arange(length, device=tokens.device))
+            tokens = self.dropout(tokens + positions)
         for layer in self.self_layers:
             tokens = layer(tokens)
         return tokens
@@ -220,21 +222,29 @@ class RiceDecoder(nn.Module):
     def _query(self, states: Tensor) -> Tensor:
         return self.cross_layer.attention.q_proj(self.cross_layer.layer_norm1(states))
 
-    def pair_contexts(self, image_states: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    def pair_contexts(
+        self, image_states: Tensor, keys: Tensor, values: Tensor, mask: Tensor, columns: Tensor | None = None
+    ) -> Tensor:
         """
-        Cross-attention context of every pair.
+        Cross-attention context of pairs.
 
         Args:
             image_states (`(n, d)`): Class-token row of `encode_images`.
             keys, values (`(c, S, d)`), mask (`(c, S)` bool): From `encode_clips`.
+            columns (`(c, m)` int64, *optional*): Images each clip is compared with; all n by default.
 
         Returns:
-            `(c, n, d)`.
+            `(c, n, d)` or `(c, m, d)`.
         """
         attention = self.cross_layer.attention
-        query = attention.split_heads(self._query(image_states)[None]).expand(len(keys), -1, -1, -1)
+        query = self._query(image_states)
+        # `len` would fix the number of clips in an exported graph.
+        query = query.expand(keys.shape[0], -1, -1) if columns is None else query[columns]
         return attention.attend(
-            query, attention.split_heads(keys), attention.split_heads(values), additive_mask(mask, query.dtype)
+            attention.split_heads(query),
+            attention.split_heads(keys),
+            attention.split_heads(values),
+            additive_mask(mask, query.dtype),
         )
 
     def finish_pairs(self, image_states: Tensor, contexts: Tensor) -> Tensor:
@@ -244,6 +254,23 @@ class RiceDecoder(nn.Module):
     def score_pairs(self, image_states: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """Scores of every pair, `(c, n)`: the head's raw output, no temperature. Arguments as `pair_contexts`."""
         return self.finish_pairs(image_states, self.pair_contexts(image_states, keys, values, mask))
+
+    def score_chosen_pairs(
+        self, image_states: Tensor, keys: Tensor, values: Tensor, mask: Tensor, chosen: Tensor
+    ) -> Tensor:
+        """
+        Scores `(c, n)` of the pairs that are `True` in `chosen` `(c, n)`, zero for the others, which cost next to
+        nothing: every clip attends to as many images as the most wanted clip has. Arguments as `pair_contexts`.
+        """
+        counts = chosen.sum(dim=1)
+        columns = chosen.int().argsort(dim=1, descending=True, stable=True)[:, : int(counts.max())]
+        real = torch.arange(columns.shape[1], device=columns.device) < counts[:, None]
+        contexts = self.pair_contexts(image_states, keys, values, mask, columns)
+        # The stable sort lists a clip's images in ascending order, as the boolean index does.
+        finished = self.finish_pairs(image_states[columns[real]], contexts[real])
+        scores = finished.new_zeros(chosen.shape)
+        scores[chosen] = finished
+        return scores
 
     def positive_attention(self, image_states: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
         """Cross-attention probabilities `(n, H, L, S)` of image i with clip i, before dropout, with gradient."""
@@ -258,7 +285,10 @@ class RiceHeadMixing(nn.Conv2d):
 
 
 class RiceReconstructionHead(nn.Module):
-    """Mixes attention heads into one map of reconstruction weights by two 1x1 convolutions (paper section 4.3)."""
+    """
+    Mixes attention heads into one map of reconstruction weights: by two 1x1 convolutions (paper section 4.3), or by
+    their mean.
+    """
 
     def __init__(self, config: RiceConfig):
         super().__init__()
@@ -267,13 +297,18 @@ class RiceReconstructionHead(nn.Module):
         self.attention_factor = (
             (config.decoder_hidden_size / heads) ** 0.5 if config.reconstruction_scale_attention else 1.0
         )
-        self.conv1 = RiceHeadMixing(heads, heads // 2, kernel_size=1)
-        self.conv2 = RiceHeadMixing(heads // 2, 1, kernel_size=1)
+        self.conv1 = self.conv2 = None
+        if config.reconstruction_mixing == "conv":
+            self.conv1 = RiceHeadMixing(heads, heads // 2, kernel_size=1)
+            self.conv2 = RiceHeadMixing(heads // 2, 1, kernel_size=1)
 
     def forward(self, attention: Tensor, mask: Tensor) -> Tensor:
         """Attention `(B, H, P, S)`, mask `(B, S)` bool -> weights `(B, P, S)`."""
-        mixed = nn.functional.relu(self.conv1(attention * self.attention_factor))
-        weights = nn.functional.relu(self.conv2(mixed)).squeeze(1)
+        if self.conv1 is None:
+            weights = attention.mean(dim=1) * self.attention_factor
+        else:
+            mixed = nn.functional.relu(self.conv1(attention * self.attention_factor))
+            weights = nn.functional.relu(self.conv2(mixed)).squeeze(1)
         if self.config.reconstruction_softmax:
             if not self.config.reconstruction_softmax_over_padding:
                 weights = weights.masked_fill(~mask[:, None, :], torch.finfo(weights.dtype).min)

@@ -12,13 +12,18 @@ from torch import Tensor, nn
 
 
 class _RiceFeatures:
-    """A few tensors with one row per item; the first field is always there, the others may be `None`."""
+    """
+    A few tensors with one row per item; the first field is always there, the others may be `None`.
+
+    `model_fingerprint` names the model they come from ([`RiceModel.fingerprint`]), `None` where that is not known.
+    """
 
     fields: ClassVar[tuple[str, ...]] = ()
     # Those with one entry per token, of which clips have different numbers.
     token_fields: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, **tensors: Tensor | None):
+    def __init__(self, model_fingerprint: str | None = None, **tensors: Tensor | None):
+        self.model_fingerprint = model_fingerprint
         unknown = tensors.keys() - set(self.fields)
         if unknown:
             raise TypeError(f"{type(self).__name__} has no field {min(unknown)!r}; it has {', '.join(self.fields)}.")
@@ -29,7 +34,8 @@ class _RiceFeatures:
         return {name: getattr(self, name) for name in self.fields if getattr(self, name) is not None}
 
     def _map(self, function) -> "_RiceFeatures":
-        return type(self)(**{name: function(tensor) for name, tensor in self._tensors().items()})
+        tensors = {name: function(tensor) for name, tensor in self._tensors().items()}
+        return type(self)(model_fingerprint=self.model_fingerprint, **tensors)
 
     def __len__(self) -> int:
         return len(self.embeds)
@@ -62,16 +68,24 @@ class _RiceFeatures:
         Concatenates along rows; clips of unequal length are padded and masked.
 
         Raises:
-            ValueError: for an empty list, or parts that hold different fields.
-            RuntimeError: for parts of different width, which come from different models.
+            ValueError: for an empty list, or parts that hold different fields or come from different models.
+            RuntimeError: for parts of different width.
         """
         if not parts:
             raise ValueError(f"{cls.__name__}.cat needs at least one part, got an empty list.")
         names = parts[0]._tensors().keys()
         if any(part._tensors().keys() != names for part in parts):
             raise ValueError(f"The parts given to {cls.__name__}.cat hold different fields; encode them alike.")
+        models = {part.model_fingerprint for part in parts}
+        if len(models - {None}) > 1:
+            raise ValueError(
+                f"The parts given to {cls.__name__}.cat come from different models "
+                f"({', '.join(sorted(models - {None}))}); encode them with one."
+            )
         columns = {name: [getattr(part, name) for part in parts] for name in names}
-        return cls(**{name: torch.cat(_pad(c) if name in cls.token_fields else c) for name, c in columns.items()})
+        tensors = {name: torch.cat(_pad(c) if name in cls.token_fields else c) for name, c in columns.items()}
+        # Rows of an unknown origin make the whole unknown.
+        return cls(model_fingerprint=models.pop() if len(models) == 1 else None, **tensors)
 
     def save(self, path: str | Path) -> None:
         """
@@ -85,7 +99,8 @@ class _RiceFeatures:
                 f"There is no folder {Path(path).parent} to write {Path(path).name} to; create it."
             )
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self._tensors().items()}
-        save_file(tensors, str(path), metadata={"rice": json.dumps({"type": type(self).__name__})})
+        about = {"type": type(self).__name__, "model_fingerprint": self.model_fingerprint}
+        save_file(tensors, str(path), metadata={"rice": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "_RiceFeatures":
@@ -100,13 +115,13 @@ class _RiceFeatures:
             raise FileNotFoundError(f"There is no feature file {path}; write one with {cls.__name__}.save.")
         try:
             with safe_open(str(path), framework="pt", device=str(device)) as file:
-                kind = json.loads((file.metadata() or {}).get("rice", "{}")).get("type")
+                about = json.loads((file.metadata() or {}).get("rice", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"The feature file {path} cannot be read ({error}); write it anew.") from error
-        if kind != cls.__name__:
-            raise ValueError(f"{path} holds {kind or 'no RICE features'}, not {cls.__name__}.")
-        return cls(**tensors)
+        if about.get("type") != cls.__name__:
+            raise ValueError(f"{path} holds {about.get('type') or 'no RICE features'}, not {cls.__name__}.")
+        return cls(model_fingerprint=about.get("model_fingerprint"), **tensors)
 
 
 def _pad(tensors: list[Tensor]) -> list[Tensor]:
@@ -122,9 +137,10 @@ class RiceGallery(_RiceFeatures):
     Attributes:
         embeds (`(n, D)`): L2-normalised embeddings.
         states (`(n, d)`, *optional*): Class-token rows before the decoder's cross-attention block.
+        text_embeds (`(n, E)`, *optional*): Of the titles, normalised, zero where there is none.
     """
 
-    fields = ("embeds", "states")
+    fields = ("embeds", "states", "text_embeds")
 
 
 class RiceClips(_RiceFeatures):
@@ -135,7 +151,8 @@ class RiceClips(_RiceFeatures):
         embeds (`(c, D)`): L2-normalised embeddings.
         keys, values (`(c, S, d)`, *optional*): Projected clip tokens of the cross-attention block.
         mask (`(c, S)` bool, *optional*): `True` = real token.
+        text_embeds (`(c, E)`, *optional*): Of the ASR, normalised, zero where there is none.
     """
 
-    fields = ("embeds", "keys", "values", "mask")
+    fields = ("embeds", "keys", "values", "mask", "text_embeds")
     token_fields = ("keys", "values", "mask")

@@ -1,11 +1,36 @@
 """RICE's three losses as pure functions of tensors (RICE, ICCV 2023, section 4).
 
-Under data parallelism every process holds the scores of its own rows against the global batch and averages its own
-rows; the mean of these losses (and of their gradients) over processes of equal batch is that of one process.
+Under data parallelism every process works on its own rows of the global batch and averages them; the mean of these
+losses (and of their gradients) over processes of equal batch is that of one process. So may any caller that works off
+the rows of a batch in blocks.
 """
+
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+
+Targets = Literal["diagonal", "masked", "multi_positive"]
+ContrastiveKind = Literal["infonce", "sigmoid"]
+
+# Product id of a memory's entry that holds nothing yet; ids of products are 0 or more.
+EMPTY = -1
+
+
+class Memory(Protocol):
+    """Embeddings of past batches that serve as further negatives; see `training_rice.memory_queue`."""
+
+    image_embeds: Tensor
+    video_embeds: Tensor
+    product_ids: Tensor
+
+    def push(self, image_embeds: Tensor, video_embeds: Tensor, product_ids: Tensor | None) -> None: ...
+
+
+def cosines(rows: Tensor, columns: Tensor) -> Tensor:
+    """Products of normalised rows, kept in single precision: under a temperature of 100 half precision makes ties."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows @ columns.T
 
 
 def false_negative_mask(row_product_ids: Tensor, column_product_ids: Tensor, row_offset: int = 0) -> Tensor:
@@ -25,14 +50,57 @@ def false_negative_mask(row_product_ids: Tensor, column_product_ids: Tensor, row
     return same
 
 
-def diagonal_cross_entropy(logits: Tensor, row_offset: int = 0, ignore: Tensor | None = None) -> Tensor:
+def pair_masks(
+    targets: Targets,
+    product_ids: Tensor | None,
+    all_product_ids: Tensor | None,
+    row_offset: int = 0,
+    memory_product_ids: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
     """
-    Cross-entropy of each row against its own column.
+    What each row is drawn to besides its own column, and what it is not compared with.
+
+    Args:
+        targets: `"diagonal"`: every other pair is a negative, as published. `"masked"`: pairs of one product are not
+            compared. `"multi_positive"`: pairs of one product are positives of each other.
+        product_ids (`(rows,)` int64), all_product_ids (`(B,)` int64): Without them all targets are `"diagonal"`.
+        row_offset: See [`false_negative_mask`].
+        memory_product_ids (`(Q,)` int64, *optional*): Further columns, never positives, `EMPTY` where there is none.
+
+    Returns:
+        `positives` and `ignore`, `(rows, B + Q)` bool or `None` where no entry would be `True`.
+    """
+    positives = ignore = None
+    if product_ids is not None and targets != "diagonal":
+        same = false_negative_mask(product_ids, all_product_ids, row_offset)
+        positives, ignore = (same, None) if targets == "multi_positive" else (None, same)
+    if memory_product_ids is None:
+        return positives, ignore
+    if product_ids is None:
+        raise ValueError("A memory of past batches needs `product_ids`, which tell its entries apart.")
+    unfit = (memory_product_ids == EMPTY)[None]
+    if targets != "diagonal":
+        unfit = unfit | (product_ids[:, None] == memory_product_ids[None])
+    rows, columns = len(product_ids), len(all_product_ids)
+    known = ignore if ignore is not None else unfit.new_zeros(rows, columns)
+    ignore = torch.cat([known, unfit.expand(rows, -1)], dim=1)
+    if positives is not None:
+        positives = nn.functional.pad(positives, (0, len(memory_product_ids)), value=False)
+    return positives, ignore
+
+
+def diagonal_cross_entropy(
+    logits: Tensor, row_offset: int = 0, ignore: Tensor | None = None, positives: Tensor | None = None
+) -> Tensor:
+    """
+    Cross-entropy of each row against its own column, or against the uniform distribution over its own column and
+    further positives: the mean of their log-probabilities (Supervised Contrastive Learning, NeurIPS 2020, eq. 2).
 
     Args:
         logits (`(rows, columns)`): Scores.
         row_offset: See [`false_negative_mask`].
-        ignore (`(rows, columns)` bool, *optional*): Pairs left out of the softmax.
+        ignore, positives (`(rows, columns)` bool, *optional*): Pairs left out of the softmax, and positives besides
+            the own column.
 
     Returns:
         Scalar, mean over rows.
@@ -40,7 +108,31 @@ def diagonal_cross_entropy(logits: Tensor, row_offset: int = 0, ignore: Tensor |
     if ignore is not None:
         logits = logits.masked_fill(ignore, torch.finfo(logits.dtype).min)
     target = torch.arange(len(logits), device=logits.device) + row_offset
-    return nn.functional.cross_entropy(logits, target)
+    if positives is None:
+        return nn.functional.cross_entropy(logits, target)
+    positives = positives.scatter(1, target[:, None], True)
+    log_probabilities = logits.log_softmax(dim=1).masked_fill(~positives, 0.0)
+    return -(log_probabilities.sum(dim=1) / positives.sum(dim=1)).mean()
+
+
+def pairwise_sigmoid_loss(
+    logits: Tensor, row_offset: int = 0, ignore: Tensor | None = None, positives: Tensor | None = None
+) -> Tensor:
+    """
+    Sigmoid loss: every pair is a binary decision of its own, with labels +1 and -1 (Sigmoid Loss for Language Image
+    Pre-Training, ICCV 2023, section 3.2). Arguments as [`diagonal_cross_entropy`]; `logits` carry scale and bias.
+
+    Returns:
+        Scalar, summed over columns, mean over rows.
+    """
+    target = torch.arange(len(logits), device=logits.device) + row_offset
+    if positives is None:
+        positives = torch.zeros_like(logits, dtype=torch.bool)
+    positives = positives.scatter(1, target[:, None], True)
+    losses = nn.functional.softplus(torch.where(positives, -logits, logits))
+    if ignore is not None:
+        losses = losses.masked_fill(ignore, 0.0)
+    return losses.sum(dim=1).mean()
 
 
 def symmetric_loss(
@@ -49,40 +141,87 @@ def symmetric_loss(
     product_ids: Tensor | None = None,
     all_product_ids: Tensor | None = None,
     row_offset: int = 0,
+    targets: Targets = "masked",
+    kind: ContrastiveKind = "infonce",
+    memory_product_ids: Tensor | None = None,
 ) -> Tensor:
     """
-    Symmetric InfoNCE (paper eq. 1): images against all clips and clips against all images, averaged. The contrastive
-    loss feeds it scaled cosines; the matching loss over all in-batch pairs feeds it decoder scores.
+    Images against all clips and clips against all images, averaged; with cross-entropy it is symmetric InfoNCE (paper
+    eq. 1). The contrastive loss feeds it scaled cosines; the matching loss over all in-batch pairs decoder scores.
 
     Args:
-        rows (`(b, B)`): This process's images against all B clips.
-        columns (`(b, B)`): This process's clips against all B images.
-        product_ids (`(b,)`), all_product_ids (`(B,)`): int64; pairs of one product are no negatives.
-        row_offset: Position of this process's first row in the global batch.
+        rows (`(b, B + Q)`): Images of these rows against all B clips and the memory's Q.
+        columns (`(b, B + Q)`): Clips of these rows against all B images and the memory's Q.
+        product_ids (`(b,)`), all_product_ids (`(B,)`), memory_product_ids (`(Q,)`): int64, see [`pair_masks`].
+        row_offset: Position of the first row in the global batch.
+        targets: See [`pair_masks`].
+        kind: `"infonce"` ([`diagonal_cross_entropy`]) or `"sigmoid"` ([`pairwise_sigmoid_loss`]).
     """
-    ignore = None
-    if product_ids is not None:
-        ignore = false_negative_mask(product_ids, all_product_ids, row_offset)
-    return (diagonal_cross_entropy(rows, row_offset, ignore) + diagonal_cross_entropy(columns, row_offset, ignore)) / 2
+    one_way = pairwise_sigmoid_loss if kind == "sigmoid" else diagonal_cross_entropy
+    positives, ignore = pair_masks(targets, product_ids, all_product_ids, row_offset, memory_product_ids)
+    return (one_way(rows, row_offset, ignore, positives) + one_way(columns, row_offset, ignore, positives)) / 2
 
 
-def mine_hard_negatives(similarity: Tensor, num_negatives: int, ignore: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def contrastive_loss(
+    image_embeds: Tensor,
+    video_embeds: Tensor,
+    scale: Tensor | float,
+    product_ids: Tensor | None = None,
+    rows: slice | None = None,
+    bias: Tensor | float = 0.0,
+    targets: Targets = "masked",
+    kind: ContrastiveKind = "infonce",
+    memory: Memory | None = None,
+) -> Tensor:
+    """
+    Instance contrastive loss (ICL, paper section 4.1) of some rows of the global batch.
+
+    Args:
+        image_embeds, video_embeds (`(B, D)`): Normalised embeddings of the global batch, pair by pair.
+        scale, bias: Logits are `scale * cosine + bias`.
+        product_ids (`(B,)` int64, *optional*), targets, kind: See [`symmetric_loss`].
+        rows: Which rows to average over; all of them by default.
+        memory: Past embeddings, further negatives without a gradient (Cross-Batch Memory for Embedding Learning,
+            CVPR 2020). Needs `product_ids`.
+    """
+    rows = rows or slice(0, len(image_embeds))
+    images, clips, memory_product_ids = image_embeds, video_embeds, None
+    if memory is not None:
+        images = torch.cat([image_embeds, memory.image_embeds.to(image_embeds.dtype)])
+        clips = torch.cat([video_embeds, memory.video_embeds.to(video_embeds.dtype)])
+        memory_product_ids = memory.product_ids
+    return symmetric_loss(
+        scale * cosines(image_embeds[rows], clips) + bias,
+        scale * cosines(video_embeds[rows], images) + bias,
+        None if product_ids is None else product_ids[rows],
+        product_ids,
+        rows.start,
+        targets,
+        kind,
+        memory_product_ids,
+    )
+
+
+def mine_hard_negatives(
+    similarity: Tensor, num_negatives: int, ignore: Tensor | None = None, row_offset: int = 0
+) -> tuple[Tensor, Tensor]:
     """
     Per image its own clip and the most similar other clips (paper section 4.2; no gradient through the choice).
 
     Args:
-        similarity (`(B, B)`): Images x clips, positives on the diagonal.
+        similarity (`(rows, B)`): Images x clips.
         num_negatives: Clips to pick per image.
-        ignore (`(B, B)` bool, *optional*): Pairs that show one product.
+        ignore (`(rows, B)` bool, *optional*): Pairs that show one product.
+        row_offset: Row i's own clip is column `row_offset + i`.
 
     Returns:
-        `(B, 1 + num_negatives)` int64 clip index, the positive first, and a bool tensor of that shape: `False` where
-        fewer negatives exist than asked for.
+        `(rows, 1 + num_negatives)` int64 clip index, the positive first, and a bool tensor of that shape: `False`
+        where fewer negatives exist than asked for.
 
     Raises:
         ValueError: when the batch is not larger than `num_negatives`.
     """
-    size = len(similarity)
+    size = similarity.shape[1]
     if size <= num_negatives:
         raise ValueError(
             f"Mining {num_negatives} hard negatives needs a global batch of at least {num_negatives + 1}, got {size}; "
@@ -91,12 +230,22 @@ def mine_hard_negatives(similarity: Tensor, num_negatives: int, ignore: Tensor |
     similarity = similarity.detach().float().clone()
     if ignore is not None:
         similarity = similarity.masked_fill(ignore, -torch.inf)
-    similarity.fill_diagonal_(-torch.inf)
+    positive = torch.arange(len(similarity), device=similarity.device)[:, None] + row_offset
+    similarity.scatter_(1, positive, -torch.inf)
     values, negatives = similarity.sort(dim=1, descending=True, stable=True)
-    positive = torch.arange(size, device=similarity.device)[:, None]
     index = torch.cat([positive, negatives[:, :num_negatives]], dim=1)
     valid = torch.cat([torch.ones_like(positive, dtype=torch.bool), values[:, :num_negatives] > -torch.inf], dim=1)
     return index, valid
+
+
+def mined_logits(logits: Tensor, index: Tensor, valid: Tensor) -> Tensor:
+    """Scores of images against all clips `(rows, B)` -> those of the mined clips `(rows, 1 + k)`, positive first."""
+    return logits.gather(1, index).masked_fill(~valid, torch.finfo(logits.dtype).min)
+
+
+def mined_loss(logits: Tensor) -> Tensor:
+    """Cross-entropy of each image's own clip, the first column, against the mined ones; mean over rows."""
+    return nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
 
 def reconstruction_loss(weights: Tensor, clip_tokens: Tensor, image_tokens: Tensor) -> Tensor:

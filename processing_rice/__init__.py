@@ -1,7 +1,8 @@
 """Processing for RICE. Importing this package registers the processors with transformers' Auto classes."""
 
-from transformers import AutoProcessor, AutoVideoProcessor, PreTrainedConfig
+from transformers import AutoImageProcessor, AutoProcessor, AutoVideoProcessor, PreTrainedConfig
 
+from .image_processing_rice import ImageError, RicePillowImageProcessor, open_image
 from .processing_rice import RiceProcessor, build_processor
 from .tokenization_rice import train_tokenizer
 from .video_processing_rice import RiceVideoProcessor, boxes_to_patch_mask, read_video, sample_frame_indices
@@ -15,12 +16,16 @@ class _RegistryKey(PreTrainedConfig):
 
 AutoProcessor.register(_RegistryKey, RiceProcessor, exist_ok=True)
 AutoVideoProcessor.register(_RegistryKey, RiceVideoProcessor, exist_ok=True)
+AutoImageProcessor.register(_RegistryKey, image_processor_classes={"pil": RicePillowImageProcessor}, exist_ok=True)
 
 __all__ = [
+    "ImageError",
+    "RicePillowImageProcessor",
     "RiceProcessor",
     "RiceVideoProcessor",
     "boxes_to_patch_mask",
     "build_processor",
+    "open_image",
     "read_video",
     "sample_frame_indices",
     "train_tokenizer",

@@ -2,9 +2,10 @@
 
 import os
 
-from transformers import BatchFeature, CLIPImageProcessor, CLIPImageProcessorPil, PreTrainedTokenizerBase
+from transformers import BatchFeature, CLIPImageProcessor, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
+from .image_processing_rice import RicePillowImageProcessor, open_image
 from .video_processing_rice import RiceVideoProcessor
 
 _TEXT_ARGUMENTS = ("truncation", "max_length", "add_special_tokens")
@@ -19,17 +20,6 @@ class RiceProcessor(ProcessorMixin):
     """
 
     def __init__(self, image_processor, video_processor, tokenizer, **kwargs):
-        # transformers saves both CLIP image processors under one name, so which one it was is told by the other part.
-        if (
-            getattr(video_processor, "resize_backend", None) == "pillow"
-            and type(image_processor) is CLIPImageProcessor
-        ):
-            settings = {
-                name: getattr(image_processor, name) for name in CLIPImageProcessorPil.valid_kwargs.__annotations__
-            }
-            image_processor = CLIPImageProcessorPil(
-                **{name: value for name, value in settings.items() if value is not None}
-            )
         super().__init__(image_processor, video_processor, tokenizer, **kwargs)
 
     def __call__(
@@ -59,7 +49,8 @@ class RiceProcessor(ProcessorMixin):
             `asr_input_ids` and their `_attention_mask` `(n, L)`; whichever was asked for.
 
         Raises:
-            ValueError: when nothing was given, when counts do not fit, or for an unknown argument.
+            ValueError: when nothing was given, when counts do not fit, for an unknown argument, or (`ImageError`,
+                `FileNotFoundError`) for a picture file that is missing or cannot be decoded.
         """
         if all(value is None for value in (images, text, videos, titles, asr)):
             raise ValueError("Nothing to process: give `images`, `videos`, `titles`, `asr` or `text`.")
@@ -70,7 +61,9 @@ class RiceProcessor(ProcessorMixin):
         text_kwargs = dict(kwargs.pop("text_kwargs", {})) | {
             name: kwargs.pop(name) for name in _TEXT_ARGUMENTS if name in kwargs
         }
-        kwargs.pop("common_kwargs", None)
+        # What generic callers pass along for every modality there is.
+        for name in ("common_kwargs", "audio_kwargs"):
+            kwargs.pop(name, None)
         videos_kwargs |= kwargs
         if kwargs and videos is None:
             # `padding` is what generic callers always pass along; images have nothing to pad.
@@ -80,7 +73,7 @@ class RiceProcessor(ProcessorMixin):
 
         data = {}
         if images is not None:
-            images = self.image_processor.fetch_images(_paths_to_strings(images))
+            images = self.image_processor.fetch_images(_open_files(images))
             if _is_floating(images):
                 # As for frames: floats are in 0..1 already.
                 images_kwargs = {"do_rescale": False, **images_kwargs}
@@ -111,11 +104,16 @@ def _is_floating(images) -> bool:
     return hasattr(images, "dtype") and "float" in str(images.dtype)
 
 
-def _paths_to_strings(images):
-    if isinstance(images, os.PathLike):
-        return os.fspath(images)
+def _open_files(images):
+    """Opens what is named by a path; web addresses and base64 are left to transformers."""
+    is_address = isinstance(images, str) and images.startswith(("http://", "https://", "data:"))
+    # No base64 has a dot in it.
+    if isinstance(images, os.PathLike) or (
+        isinstance(images, str) and not is_address and (os.path.isfile(images) or "." in images)
+    ):
+        return open_image(images)
     if isinstance(images, (list, tuple)):
-        return [_paths_to_strings(image) for image in images]
+        return [_open_files(image) for image in images]
     return images
 
 
@@ -137,7 +135,7 @@ def build_processor(
         resize_backend: `"torchvision"`, or `"pillow"` for the grey levels of the official code.
     """
     size = {"height": image_size, "width": image_size}
-    image_processor_class = CLIPImageProcessorPil if resize_backend == "pillow" else CLIPImageProcessor
+    image_processor_class = RicePillowImageProcessor if resize_backend == "pillow" else CLIPImageProcessor
     return RiceProcessor(
         image_processor=image_processor_class(size=size, do_center_crop=False),
         video_processor=RiceVideoProcessor(

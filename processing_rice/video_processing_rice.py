@@ -1,36 +1,51 @@
 """From a clip's frames, or a video file, to what RICE takes: sampled frames, frame mask, patch mask."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as tvF
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import load_video
 
+from .image_processing_rice import open_image, resize_with_pillow
+
 Frame = Any  # PIL image, (H, W, 3) or (3, H, W) array or tensor, or a path
 Box = Sequence[float] | Sequence[Sequence[float]] | None
 
 
-def sample_frame_indices(num_frames: int, max_frames: int, mode: Literal["train", "eval"] = "eval") -> list[int]:
+# How frames are spread over the clip, and which clips may then lose their end at random.
+_SAMPLING_MODES = {
+    "train": ("train", None),
+    "eval": ("eval", None),
+    "train_random_drop": ("train", "any"),
+    "train_random_drop_full": ("train", "full"),
+    "eval_random_drop_full": ("eval", "full"),
+}
+
+
+def sample_frame_indices(num_frames: int, max_frames: int, mode: str = "eval") -> list[int]:
     """
     Which frames of a clip are used, as both official code bases choose them.
 
     Args:
         num_frames: Frames the clip has, >= 1.
         max_frames: Frames to keep at most, >= 1.
-        mode: `"train"` spreads over the whole clip with both ends included; `"eval"` leaves the end out.
+        mode: `"train"` spreads over the whole clip with both ends included; `"eval"` leaves the end out. The others
+            then drop the end of the clip at random, see [`draw_frame_drop`]: `"train_random_drop"` as the older
+            official code trains, `"train_random_drop_full"` as the newer one does, which leaves clips alone that have
+            fewer than `max_frames` frames, and `"eval_random_drop_full"` as the newer one does at test time.
 
     Returns:
-        Ascending indices; all of them when `num_frames <= max_frames`.
+        Ascending indices; all of them when `num_frames <= max_frames` and nothing is dropped.
 
     Raises:
         ValueError: for numbers below 1 or an unknown mode.
@@ -41,18 +56,43 @@ def sample_frame_indices(num_frames: int, max_frames: int, mode: Literal["train"
         )
     if max_frames < 1:
         raise ValueError(f"`max_frames` must be at least 1, got {max_frames}.")
-    if mode not in ("train", "eval"):
-        raise ValueError(f'`mode` must be "train" or "eval", got {mode!r}.')
+    if mode not in _SAMPLING_MODES:
+        raise ValueError(f"`mode` must be one of {', '.join(_SAMPLING_MODES)}, got {mode!r}.")
+    spread, drop = _SAMPLING_MODES[mode]
     if num_frames <= max_frames:
-        return list(range(num_frames))
-    if mode == "train":
-        return np.linspace(0, num_frames - 1, max_frames).astype(int).tolist()
-    return np.linspace(0, num_frames, max_frames, endpoint=False).astype(int).tolist()
+        indices = list(range(num_frames))
+    elif spread == "train":
+        indices = np.linspace(0, num_frames - 1, max_frames).astype(int).tolist()
+    else:
+        indices = np.linspace(0, num_frames, max_frames, endpoint=False).astype(int).tolist()
+    if drop == "any" or (drop == "full" and len(indices) == max_frames):
+        indices = drop_last_frames(indices, draw_frame_drop())
+    return indices
+
+
+def drop_last_frames(indices: Sequence[int], fraction: float) -> list[int]:
+    """
+    Keeps the first `n - floor(n * fraction)` of n frames, at least one, as both official code bases do.
+
+    Args:
+        indices: The frames of a clip, after sampling.
+        fraction: 0..1.
+    """
+    return list(indices[: max(1, len(indices) - math.floor(len(indices) * fraction))])
+
+
+def draw_frame_drop() -> float:
+    """
+    The share of a clip's frames that official training drops from its end: with probability 0.5 nothing, otherwise
+    one of 0, 0.1, ..., 0.9. Drawn from torch's random state, which a DataLoader seeds in each of its workers.
+    """
+    gate, drop = torch.randint(10, (2,)).tolist()
+    return 0.1 * drop if gate >= 5 else 0.0
 
 
 def boxes_to_patch_mask(
     boxes: Sequence[Sequence[float]] | np.ndarray | torch.Tensor,
-    image_size: int = 224,
+    image_size: int | tuple[int, int] = 224,
     patch_size: int = 32,
     iou_threshold: float = 0.02,
 ) -> torch.Tensor:
@@ -64,23 +104,25 @@ def boxes_to_patch_mask(
 
     Args:
         boxes (`(n, 4)`): Left, top, right, bottom in pixels of the resized image; none means no restriction.
-        image_size, patch_size: Side of the square image and of a patch, in pixels.
+        image_size: Side of the square image, or its height and width, in pixels.
+        patch_size: Side of a patch in pixels.
         iou_threshold: 0..1.
 
     Returns:
-        `(P,)` bool, row-major, `True` = keep; P = (image_size // patch_size) ** 2.
+        `(P,)` bool, row-major, `True` = keep; P = (height // patch_size) * (width // patch_size).
 
     Raises:
         ValueError: for boxes that are not `(n, 4)`.
     """
     boxes = torch.as_tensor(np.asarray(boxes, dtype=np.float64))
-    side = image_size // patch_size
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    rows, columns = height // patch_size, width // patch_size
     if boxes.numel() == 0:
-        return torch.ones(side * side, dtype=torch.bool)
+        return torch.ones(rows * columns, dtype=torch.bool)
     if boxes.dim() != 2 or boxes.shape[1] != 4:
         raise ValueError(f"`boxes` must be (n, 4) left-top-right-bottom, got shape {tuple(boxes.shape)}.")
-    starts = torch.arange(side, dtype=torch.float64) * patch_size
-    top, left = (grid.flatten() for grid in torch.meshgrid(starts, starts, indexing="ij"))
+    starts = (patch_size * torch.arange(count, dtype=torch.float64) for count in (rows, columns))
+    top, left = (grid.flatten() for grid in torch.meshgrid(*starts, indexing="ij"))
     cells = torch.stack([left, top, left + patch_size, top + patch_size], dim=1)
 
     corner_min = torch.maximum(cells[:, None, :2], boxes[None, :, :2])
@@ -95,7 +137,7 @@ def boxes_to_patch_mask(
 class RiceVideosKwargs(VideosKwargs, total=False):
     """
     boxes: Per clip, per listed frame: `None`, one box or several, left-top-right-bottom in 0..1 of the frame.
-    sampling: `"eval"` or `"train"`, see [`sample_frame_indices`].
+    sampling: `"eval"`, `"train"` or one of the other modes of [`sample_frame_indices`].
     padding: `"longest"` pads clips to the longest of the batch, `"max_length"` to `num_frames`.
     patch_size: Side of the encoder's patches in pixels, for the patch mask.
     box_iou_threshold: See [`boxes_to_patch_mask`].
@@ -152,8 +194,9 @@ class RiceVideoProcessor(BaseVideoProcessor):
             kwargs: Any attribute of this processor, for this call only, and `return_tensors`.
 
         Returns:
-            `pixel_values_videos` `(B, T, 3, H, W)`, zero where padded; `frame_mask` `(B, T)` bool, `True` = real;
-            with boxes also `patch_mask` `(B, T, P)` bool, `True` = keep.
+            `pixel_values_videos` `(B, T, 3, H, W)`, zero where padded, uint8 when uint8 frames are neither rescaled
+            nor normalised; `frame_mask` `(B, T)` bool, `True` = real; with boxes also `patch_mask` `(B, T, P)` bool,
+            `True` = keep.
 
         Raises:
             ValueError: for a clip without frames, boxes that do not fit, or an unreadable frame (named).
@@ -167,12 +210,12 @@ class RiceVideoProcessor(BaseVideoProcessor):
         length = max(len(frames) for frames, _ in loaded)
         if settings["padding"] == "max_length":
             length = max(length, settings["num_frames"])
-        height, width = settings["output_size"]
-        pixels = torch.zeros(len(clips), length, 3, height, width)
         frame_mask = torch.zeros(len(clips), length, dtype=torch.bool)
         for row, (frames, _) in enumerate(loaded):
             frame_mask[row, : len(frames)] = True
-        pixels[frame_mask] = self._to_pixels([frame for frames, _ in loaded for frame in frames], settings)
+        real = self._to_pixels([frame for frames, _ in loaded for frame in frames], settings)
+        pixels = real.new_zeros(len(clips), length, *real.shape[1:])
+        pixels[frame_mask] = real
         data = {"pixel_values_videos": pixels, "frame_mask": frame_mask}
         if boxes is not None:
             data["patch_mask"] = self._patch_mask([clip_boxes for _, clip_boxes in loaded], length, settings)
@@ -209,26 +252,33 @@ class RiceVideoProcessor(BaseVideoProcessor):
         return settings
 
     def _load_clip(self, index: int, clip, boxes: Sequence[Box] | None, settings: dict) -> tuple[list, list | None]:
-        max_frames = settings["num_frames"] if settings["do_sample_frames"] else None
+        # Frames that were sampled before are not dropped at random either.
+        max_frames, sampling = (settings["num_frames"], settings["sampling"])
+        if not settings["do_sample_frames"]:
+            max_frames, sampling = None, "eval"
         if isinstance(clip, (str, os.PathLike, dict)):
             if boxes is not None:
                 raise ValueError(f"Clip {index} is a video file; boxes need a list of frames to belong to.")
-            return list(torch.from_numpy(read_video(clip, max_frames, settings["sampling"])).movedim(-1, 1)), None
+            return list(torch.from_numpy(read_video(clip, max_frames, sampling)).movedim(-1, 1)), None
         if len(clip) == 0:
             raise ValueError(f"Clip {index} has no frames; a clip needs at least one.")
         if boxes is not None and len(boxes) != len(clip):
             raise ValueError(f"Clip {index} has {len(clip)} frames but {len(boxes)} entries in `boxes`.")
-        chosen = sample_frame_indices(len(clip), max_frames or len(clip), settings["sampling"])
+        chosen = sample_frame_indices(len(clip), max_frames or len(clip), sampling)
         return [load_frame(clip[i]) for i in chosen], None if boxes is None else [boxes[i] for i in chosen]
 
     @staticmethod
     def _to_pixels(frames: list[torch.Tensor], settings: dict) -> torch.Tensor:
         """Frames of one size, which those of a batch mostly have, are resized together."""
         size = [settings["size"]["height"], settings["size"]["width"]]
-        interpolation = tvF.InterpolationMode.BICUBIC
+        resample = PILImageResampling.BICUBIC
         if settings["resample"] is not None:
-            interpolation = tvF.InterpolationMode(PILImageResampling(settings["resample"]).name.lower())
-        output = torch.empty(len(frames), 3, *settings["output_size"])
+            resample = PILImageResampling(settings["resample"])
+        interpolation = tvF.InterpolationMode(resample.name.lower())
+        unscaled = not settings["do_rescale"] and not settings["do_normalize"]
+        as_bytes = unscaled and all(frame.dtype == torch.uint8 for frame in frames)
+        dtype = torch.uint8 if as_bytes else torch.float32
+        output = torch.empty(len(frames), 3, *settings["output_size"], dtype=dtype)
         groups: dict[tuple, list[int]] = {}
         for i, frame in enumerate(frames):
             groups.setdefault((frame.shape, frame.dtype), []).append(i)
@@ -236,13 +286,13 @@ class RiceVideoProcessor(BaseVideoProcessor):
             batch = torch.stack([frames[i] for i in rows])
             if settings["do_resize"] and list(batch.shape[-2:]) != size:
                 if settings["resize_backend"] == "pillow" and dtype == torch.uint8:
-                    pictures = [tvF.to_pil_image(picture) for picture in batch]
-                    batch = torch.stack([tvF.pil_to_tensor(tvF.resize(p, size, interpolation)) for p in pictures])
+                    pictures = [resize_with_pillow(tvF.to_pil_image(picture), size, resample) for picture in batch]
+                    batch = torch.stack([tvF.pil_to_tensor(picture) for picture in pictures])
                 else:
                     batch = tvF.resize(batch, size, interpolation=interpolation, antialias=True)
             if settings["do_center_crop"]:
                 batch = tvF.center_crop(batch, list(settings["output_size"]))
-            batch = batch.float()
+            batch = batch if as_bytes else batch.float()
             if settings["do_rescale"] and dtype == torch.uint8:
                 batch = batch * (settings["rescale_factor"] or 1 / 255)
             # Resizing may overshoot a little; 0..255 and missing numbers are far beyond.
@@ -257,20 +307,23 @@ class RiceVideoProcessor(BaseVideoProcessor):
 
     @staticmethod
     def _patch_mask(clips: list[list[Box] | None], length: int, settings: dict) -> torch.Tensor:
-        resized, (size, _), patch_size = settings["size"]["height"], settings["output_size"], settings["patch_size"]
-        offset = (resized - size) / 2
-        mask = torch.ones(len(clips), length, (size // patch_size) ** 2, dtype=torch.bool)
+        (height, width), patch_size = settings["output_size"], settings["patch_size"]
+        resized = np.array([settings["size"]["width"], settings["size"]["height"]] * 2)
+        offset = (resized - [width, height] * 2) / 2
+        mask = torch.ones(len(clips), length, (height // patch_size) * (width // patch_size), dtype=torch.bool)
         for row, boxes in enumerate(clips):
             for column, box in enumerate(boxes or []):
                 if box is None or len(box) == 0:
                     continue
                 pixels = np.asarray(box, dtype=np.float64).reshape(-1, 4) * resized - offset
-                mask[row, column] = boxes_to_patch_mask(pixels, size, patch_size, settings["box_iou_threshold"])
+                mask[row, column] = boxes_to_patch_mask(
+                    pixels, (height, width), patch_size, settings["box_iou_threshold"]
+                )
         return mask
 
 
 def make_clips(videos) -> list:
-    """One clip or several -> a list of clips."""
+    """One clip or several -> a list of clips. Lists of clips within the list, one per sample, are joined."""
     if isinstance(videos, (str, os.PathLike, dict)):
         return [videos]
     if isinstance(videos, (np.ndarray, torch.Tensor)):
@@ -279,7 +332,15 @@ def make_clips(videos) -> list:
         raise ValueError("`videos` is empty; give at least one clip.")
     first = videos[0]
     is_frame = isinstance(first, Image.Image) or (isinstance(first, (np.ndarray, torch.Tensor)) and first.ndim == 3)
-    return [list(videos)] if is_frame else list(videos)
+    if is_frame:
+        return [list(videos)]
+    return [clip for entry in videos for clip in (entry if _holds_clips(entry) else [entry])]
+
+
+def _holds_clips(entry) -> bool:
+    if not isinstance(entry, (list, tuple)) or len(entry) == 0:
+        return False
+    return isinstance(entry[0], (list, tuple)) or getattr(entry[0], "ndim", 0) == 4
 
 
 def load_frame(frame: Frame) -> torch.Tensor:
@@ -287,10 +348,11 @@ def load_frame(frame: Frame) -> torch.Tensor:
     One frame as a `(3, H, W)` tensor, uint8 or float in 0..1.
 
     Raises:
-        FileNotFoundError, ValueError: naming the file that is missing or cannot be decoded.
+        ImageError: naming the file that is missing or cannot be decoded.
+        ValueError: for an array that is no picture.
     """
     if isinstance(frame, (str, os.PathLike)):
-        frame = _open_image(Path(frame))
+        frame = open_image(frame)
     if isinstance(frame, Image.Image):
         return tvF.pil_to_tensor(frame.convert("RGB"))
     frame = torch.as_tensor(frame)
@@ -301,16 +363,6 @@ def load_frame(frame: Frame) -> torch.Tensor:
     if frame.dim() != 3 or 3 not in (frame.shape[0], frame.shape[-1]):
         raise ValueError(f"A frame must be (H, W, 3) or (3, H, W), got shape {tuple(frame.shape)}.")
     return frame if frame.shape[0] == 3 else frame.movedim(-1, 0)
-
-
-def _open_image(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"There is no image file {path}.") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"The image file {path} cannot be decoded ({error}); replace it or leave it out.") from error
 
 
 @cache

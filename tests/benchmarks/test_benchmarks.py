@@ -101,6 +101,8 @@ def test_bench_train_step_prints_one_row_per_side_and_precision(capsys, monkeypa
         (side, precision) for precision in ("fp32", "bf16") for side in ("plain", "rice")
     ]
     assert rows[1]["loss_difference"] < 1e-4 and rows[3]["speedup_over_plain_fp32"] > 0
+    assert [row["attention"] for row in rows] == ["sdpa", "sdpa", "eager", "eager"]
+    assert rows[3]["cpu_speedup_over_plain_fp32"] > 0 and rows[3]["loss_difference"] < 0.05 * rows[3]["loss"]
     assert all(row["arithmetic_ceiling"] > 1 and row["peak_memory_mb"] >= 0 for row in rows)
 
 

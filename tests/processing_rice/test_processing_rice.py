@@ -1,12 +1,17 @@
 """One call for images, clips and text, the calls generic code makes, and what is refused."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoImageProcessor, AutoProcessor
 
-from processing_rice import RiceProcessor, build_processor
+from processing_rice import ImageError, RicePillowImageProcessor, RiceProcessor, build_processor, open_image
+from processing_rice.image_processing_rice import resize_with_pillow
 
 
 def test_everything_in_one_call(processor, make_picture):
@@ -158,14 +163,67 @@ def test_pillow_resizing_survives_saving(make_picture, processor, tmp_path):
     exact = build_processor(processor.tokenizer, image_size=32, patch_size=8, resize_backend="pillow")
     exact.save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
-    picture = Image.fromarray(make_picture(61, 90))
-    expected = np.asarray(picture.resize((32, 32), Image.BICUBIC)).astype(np.float32)
-    for each in (exact, loaded):
-        inputs = each(images=[picture], videos=[[picture]])
-        torch.testing.assert_close(inputs["pixel_values"], inputs["pixel_values_videos"][:, 0], rtol=0, atol=1e-5)
-        mean, std = (
-            torch.tensor(list(v))[:, None, None]
-            for v in (each.image_processor.image_mean, each.image_processor.image_std)
-        )
-        levels = (inputs["pixel_values"][0] * std + mean) * 255
-        assert np.abs(levels.permute(1, 2, 0).numpy() - expected).max() < 0.01
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is RicePillowImageProcessor
+    for size in ((61, 90), (90, 61), (90, 40)):
+        picture = Image.fromarray(make_picture(*size))
+        expected = np.asarray(resize_with_pillow(picture, (32, 32), Image.BICUBIC)).astype(np.float32)
+        for each in (exact, loaded):
+            inputs = each(images=[picture], videos=[[picture]])
+            torch.testing.assert_close(inputs["pixel_values"], inputs["pixel_values_videos"][:, 0], rtol=0, atol=1e-5)
+            mean, std = (
+                torch.tensor(list(v))[:, None, None]
+                for v in (each.image_processor.image_mean, each.image_processor.image_std)
+            )
+            levels = (inputs["pixel_values"][0] * std + mean) * 255
+            assert np.abs(levels.permute(1, 2, 0).numpy() - expected).max() < 0.01
+
+
+_LOAD_ELSEWHERE = """
+import sys, numpy as np, torch
+from PIL import Image
+from transformers import AutoProcessor
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert "processing_rice" not in sys.modules
+picture = Image.open(sys.argv[2])
+torch.save(processor(images=[picture])["pixel_values"], sys.argv[3])
+"""
+
+
+def test_pillow_resizing_travels_with_the_folder(make_picture, processor, tmp_path):
+    """Into a process where this project is not importable."""
+    exact = build_processor(processor.tokenizer, image_size=32, patch_size=8, resize_backend="pillow")
+    folder, picture, result = tmp_path / "saved", tmp_path / "picture.png", tmp_path / "pixels.pt"
+    exact.save_pretrained(folder)
+    Image.fromarray(make_picture(90, 40)).save(picture)
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    command = [sys.executable, "-P", "-c", _LOAD_ELSEWHERE, str(folder), str(picture), str(result)]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    pixels = torch.load(result, weights_only=True)
+    assert torch.equal(pixels, exact(images=[Image.open(picture)])["pixel_values"])
+
+
+def test_picture_files_are_read_upright_and_named_in_errors(make_picture, processor, tmp_path):
+    stored = Image.fromarray(make_picture(20, 50))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored.save(tmp_path / "turned.png", exif=exif)
+    upright = stored.transpose(Image.Transpose.ROTATE_270)
+    opened = open_image(tmp_path / "turned.png")
+    assert np.array_equal(opened, upright)
+    assert np.array_equal(open_image((tmp_path / "turned.png").read_bytes()), upright)
+    for path in (tmp_path / "turned.png", str(tmp_path / "turned.png")):
+        assert torch.equal(processor(images=path)["pixel_values"], processor(images=upright)["pixel_values"])
+
+    (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
+    for read in (open_image, lambda path: processor(images=[path]), lambda path: processor(videos=[[path]])):
+        with pytest.raises(ImageError, match=r"torn\.jpg cannot be decoded .*; replace it or leave it out") as error:
+            read(tmp_path / "torn.jpg")
+        assert isinstance(error.value, ValueError)
+        with pytest.raises(ImageError, match=r"There is no image file .*absent\.jpg") as error:
+            read(tmp_path / "absent.jpg")
+        assert isinstance(error.value, FileNotFoundError)
+    with pytest.raises(ImageError, match="The image file <bytes> cannot be decoded"):
+        open_image(b"")
+    with pytest.raises(ImageError, match="The image file 3/cup cannot be decoded"):
+        open_image(b"no picture", name="3/cup")

@@ -120,7 +120,7 @@ def test_round_trip_through_auto_tokenizer_without_sentencepiece(tokenizer, tmp_
 @pytest.mark.parametrize("text", ["a", "你", "😀", "\x00", "x" * 5000 + "长" * 5000])
 def test_tiny_corpus_gives_a_smaller_vocabulary(text):
     tokenizer = train_tokenizer([text], model_max_length=20_000)
-    assert 355 <= len(tokenizer) <= 365
+    assert 355 <= len(tokenizer) < 400
     for sample in [text, "从没见过 never seen 🧸"]:
         assert tokenizer.decode(tokenizer(sample)["input_ids"], skip_special_tokens=True) == sample
 

@@ -9,7 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoVideoProcessor
 
-from processing_rice import RiceVideoProcessor, boxes_to_patch_mask, read_video, sample_frame_indices
+from processing_rice import RiceVideoProcessor, boxes_to_patch_mask, build_processor, read_video, sample_frame_indices
+from processing_rice.image_processing_rice import resize_with_pillow
+from processing_rice.video_processing_rice import draw_frame_drop, drop_last_frames
 
 MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073))[:, None, None]
 STD = torch.tensor((0.26862954, 0.26130258, 0.27577711))[:, None, None]
@@ -328,30 +330,117 @@ def two_pass_resize(picture, size, vertical_first):
 
 @pytest.mark.parametrize("case", range(4))
 @pytest.mark.parametrize("size, name, step", [(32, "size32", 1), (224, "size224_every8", 8)])
-def test_recorded_preprocessing(shared_dir, case, size, name, step):
-    """
-    The official code resizes with Pillow, which works in two passes and rounds between them. Pillow 13 runs the
-    vertical pass first where the height shrinks much more, earlier versions never do. The recording holds one such
-    picture (100 x 37 to 32 x 32); against the other order the difference is up to 3 grey levels.
-    """
+def test_recorded_preprocessing(shared_dir, tokenizer, case, size, name, step):
+    """Bit for bit by Pillow, whichever version is installed; torchvision's 8-bit weights have fewer digits."""
     tensors = load_file(shared_dir / "reference" / "golden_preprocess.safetensors")
     picture, recorded = tensors[f"inputs/rgb_uint8_{case}"].numpy(), tensors[f"outputs/{name}_{case}"]
-    vertical_first = (case, size) == (1, 32)
-    resized = torch.from_numpy(two_pass_resize(picture, size, vertical_first)).permute(2, 0, 1)[:, ::step, ::step]
-    exact = (resized / 255 - MEAN) / STD
-    tolerance = 1e-4 * recorded.abs().max()
-    assert (exact - recorded).abs().max() < tolerance
+    exact = build_processor(tokenizer, image_size=size, resize_backend="pillow")
+    inputs = exact(images=[Image.fromarray(picture)], videos=[[Image.fromarray(picture)]])
+    for pixels in (inputs["pixel_values"][0], inputs["pixel_values_videos"][0, 0]):
+        pixels = pixels[:, ::step, ::step]
+        assert torch.equal(grey_levels(pixels).round(), grey_levels(recorded).round())
+        assert (pixels - recorded).abs().max() < 1e-5
 
     processor = RiceVideoProcessor(size={"height": size, "width": size})
     ours = processor([[Image.fromarray(picture)]])["pixel_values_videos"][0, 0][:, ::step, ::step]
-    here = torch.from_numpy(two_pass_resize(picture, size, False)).permute(2, 0, 1)[:, ::step, ::step]
-    difference = (grey_levels(ours) - here).abs()
-    # Fixed-point weights of torchvision's 8-bit kernel have fewer digits than Pillow's: one level, rarely.
+    width_first = torch.from_numpy(two_pass_resize(picture, size, False)).permute(2, 0, 1)[:, ::step, ::step]
+    difference = (grey_levels(ours) - width_first).abs()
     assert difference.max() < 1.01
     assert (difference > 0.5).double().mean() < 0.02
 
-    processor.resize_backend = "pillow"
-    pixels = processor([[Image.fromarray(picture)]])["pixel_values_videos"][0, 0][:, ::step, ::step]
-    own_order = np.array(Image.fromarray(picture).resize((size, size), Image.BICUBIC))
-    expected = (torch.from_numpy(own_order).permute(2, 0, 1)[:, ::step, ::step] / 255 - MEAN) / STD
-    assert (pixels - expected).abs().max() < tolerance, "the picture that this Pillow makes, exactly"
+
+@pytest.mark.parametrize(
+    "height, width, vertical_first",
+    [
+        (100, 37, True),
+        (100, 66, False),  # the height loses 68 pixels, which is not more than twice the width's 34
+        (100, 65, True),
+        (57, 57, False),
+        (40, 20, True),
+        (20, 90, False),
+        (32, 10, False),  # the height does not shrink
+        (33, 10, True),
+    ],
+)
+def test_the_order_of_passes_is_that_of_the_recording(make_picture, height, width, vertical_first):
+    picture = make_picture(height, width)
+    expected = two_pass_resize(picture, 32, vertical_first)
+    resized = resize_with_pillow(Image.fromarray(picture), (32, 32), Image.BICUBIC)
+    assert np.array_equal(np.array(resized), expected)
+
+
+def test_boxes_in_an_oblong_picture_mask_its_own_grid(make_picture):
+    """Two rows of four patches: what covers the right half keeps the right half of both rows."""
+    processor = RiceVideoProcessor(size={"height": 16, "width": 32}, patch_size=8)
+    clip = [make_picture(40, 40)]
+    inputs = processor([clip], boxes=[[[0.57, 0.0, 0.97, 0.96]]])
+    assert inputs["pixel_values_videos"].shape == (1, 1, 3, 16, 32)
+    assert inputs["patch_mask"][0, 0].tolist() == [False, False, True, True] * 2
+    inputs = processor([clip], boxes=[[[0.0, 0.64, 0.97, 0.96]]])
+    assert inputs["patch_mask"][0, 0].tolist() == [False] * 4 + [True] * 4
+    cropped = RiceVideoProcessor(
+        size={"height": 16, "width": 48}, crop_size={"height": 16, "width": 32}, do_center_crop=True, patch_size=8
+    )
+    inputs = cropped([clip], boxes=[[[0.0, 0.0, 0.29, 0.96]]])
+    assert inputs["patch_mask"][0, 0].tolist() == [True, False, False, False] * 2
+
+
+@pytest.mark.parametrize(
+    "num_frames, fraction, kept", [(10, 0.3, 7), (10, 0.0, 10), (3, 0.9, 1), (1, 0.9, 1), (7, 0.5, 4)]
+)
+def test_the_end_of_a_clip_is_dropped(num_frames, fraction, kept):
+    assert drop_last_frames(range(num_frames), fraction) == list(range(kept))
+
+
+def test_recorded_frame_drop(shared_dir):
+    """The older code first spreads ten frames over the clip, then drops from their end."""
+    recorded = json.loads((shared_dir / "reference" / "golden_functions.json").read_text())["train_random_drop"]
+    assert len(recorded) > 200
+    for case in recorded:
+        fraction = case["drop_fraction"] if case["gate"] >= 0.5 else 0.0
+        kept = drop_last_frames(sample_frame_indices(case["num_frames"], 10, "train"), fraction)
+        assert kept == case["kept"], case
+
+
+def test_frame_drops_are_drawn_as_published():
+    """Half of the time nothing, else 0, 0.1, ..., 0.9 with equal probability: 55 % and 5 % each of nine."""
+    torch.manual_seed(0)
+    draws = torch.tensor([draw_frame_drop() for _ in range(4000)])
+    shares = [(draws - 0.1 * step).abs().lt(1e-6).double().mean().item() for step in range(10)]
+    assert sum(shares) == pytest.approx(1)
+    assert shares[0] == pytest.approx(0.55, abs=0.03) and shares[1:] == pytest.approx([0.05] * 9, abs=0.012)
+
+
+@pytest.mark.parametrize(
+    "mode, num_frames, longest",
+    [
+        ("train_random_drop", 25, sample_frame_indices(25, 10, "train")),
+        ("train_random_drop", 6, list(range(6))),
+        ("train_random_drop_full", 25, sample_frame_indices(25, 10, "train")),
+        ("eval_random_drop_full", 25, sample_frame_indices(25, 10, "eval")),
+        ("eval_random_drop_full", 10, list(range(10))),
+    ],
+)
+def test_random_drops_keep_the_beginning(mode, num_frames, longest):
+    drawn = [sample_frame_indices(num_frames, 10, mode) for _ in range(200)]
+    assert all(indices == longest[: len(indices)] for indices in drawn)
+    lengths = {len(indices) for indices in drawn}
+    assert max(lengths) == len(longest) and len(lengths) > 3
+
+
+def test_the_newer_codes_drop_leaves_short_clips_alone():
+    for mode in ("train_random_drop_full", "eval_random_drop_full"):
+        assert all(sample_frame_indices(9, 10, mode) == list(range(9)) for _ in range(50))
+
+
+def test_the_processor_drops_frames_where_asked_to(make_picture):
+    processor = RiceVideoProcessor(size={"height": 16, "width": 16}, patch_size=8, num_frames=4)
+    clips = [[make_picture(seed=i) for i in range(4)]] * 40
+    whole = processor(clips[:1])["pixel_values_videos"][0]
+    inputs = processor(clips, sampling="train_random_drop", padding="max_length")
+    lengths = inputs["frame_mask"].sum(dim=1)
+    assert len(set(lengths.tolist())) > 1
+    for pixels, length in zip(inputs["pixel_values_videos"], lengths, strict=True):
+        assert torch.equal(pixels[:length], whole[:length]) and not pixels[length:].any()
+    kept = processor(clips, sampling="train_random_drop", do_sample_frames=False)
+    assert kept["frame_mask"].all(), "frames that were chosen before stay"

@@ -1,0 +1,197 @@
+"""What RICE is trained on: the losses of encoded pairs, whoever encodes them and however many processes there are."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .loss_rice import (
+    Memory,
+    contrastive_loss,
+    cosines,
+    false_negative_mask,
+    mine_hard_negatives,
+    mined_logits,
+    mined_loss,
+    reconstruction_loss,
+    symmetric_loss,
+)
+
+
+class OneProcess:
+    """The gather of a single process: everything is here already. [`RiceModel.set_gather`] says what others do."""
+
+    rank = 0
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+@dataclass
+class EncodedImages:
+    """Tokens `(n, 1 + P, d)`, normalised embeddings `(n, D)`."""
+
+    tokens: Tensor
+    embeds: Tensor
+
+
+@dataclass
+class EncodedClips:
+    """Tokens `(n, T, 1 + P, d)`, normalised embeddings `(n, D)`, mask `(n, T, 1 + P)` of real tokens."""
+
+    tokens: Tensor
+    embeds: Tensor
+    mask: Tensor
+
+
+class RiceObjective:
+    """
+    The losses of [`RiceModel`], apart from `forward` so that a batch can also be worked off in pieces: ICL and PMD
+    take embeddings and scores of the global batch and a range of its rows, PFR takes pairs. Blocks of rows average to
+    the whole.
+    """
+
+    def set_gather(self, gather: Callable[[Tensor], Tensor]) -> None:
+        """
+        Sets how rows of other processes are fetched in the loss: a callable that concatenates the tensors of all
+        processes along the first dimension, with a gradient that sums over processes, and has the attribute `rank`.
+        """
+        self._gather = gather
+
+    @property
+    def gather(self) -> Callable[[Tensor], Tensor]:
+        """See `set_gather`."""
+        return self._gather
+
+    def set_memory(self, memory: Memory | None) -> None:
+        """Sets a store of past embeddings that are further negatives of the contrastive loss in training mode."""
+        self.memory = memory
+
+    @torch.no_grad()
+    def bound_logit_scale(self) -> None:
+        """Brings a learnt temperature back to at most `logit_scale_max`; to be called after each optimiser step."""
+        if self.config.learn_logit_scale and self.config.logit_scale_max is not None:
+            self.logit_scale.clamp_(max=math.log(self.config.logit_scale_max))
+
+    def contrastive_loss(
+        self, image_embeds: Tensor, video_embeds: Tensor, product_ids: Tensor | None, rows: slice
+    ) -> Tensor:
+        """ICL of some rows of the global batch, unweighted; arguments as `loss_rice.contrastive_loss`."""
+        return contrastive_loss(
+            image_embeds,
+            video_embeds,
+            self.logit_scale.exp(),
+            product_ids,
+            rows,
+            bias=0.0 if self.logit_bias is None else self.logit_bias,
+            targets=self.config.contrastive_targets,
+            kind=self.config.contrastive_loss,
+            memory=self.memory if self.training else None,
+        )
+
+    def mine_negatives(
+        self, image_embeds: Tensor, video_embeds: Tensor, product_ids: Tensor | None, rows: slice | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """
+        Clips that images of the given rows (all by default) are matched with, and which of them exist; see
+        `loss_rice.mine_hard_negatives`. `None` where every pair of the batch is.
+        """
+        if self.config.matching_negatives == "all":
+            return None
+        rows = rows or slice(0, len(image_embeds))
+        ignore = None
+        if product_ids is not None and self.config.matching_targets == "masked":
+            ignore = false_negative_mask(product_ids[rows], product_ids, rows.start)
+        similarity = cosines(image_embeds[rows].detach(), video_embeds.detach())
+        return mine_hard_negatives(similarity, self.config.num_hard_negatives, ignore, rows.start)
+
+    def _score_clips(
+        self,
+        class_states: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor,
+        rows: slice,
+        mined: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """
+        Scores `(b, B)` of this process's clips with the images of all: an image costs one row of width d to exchange,
+        a clip hundreds. Pairs that no image has mined stay zero.
+        """
+        if mined is None:
+            return self.decoder.score_pairs(class_states, keys, values, mask)
+        chosen = torch.zeros(len(class_states), len(class_states), dtype=torch.bool, device=keys.device)
+        chosen = chosen.scatter_(1, mined[0], True).T[rows]
+        return self.decoder.score_chosen_pairs(class_states, keys, values, mask, chosen)
+
+    def matching_loss(
+        self,
+        by_image: Tensor,
+        by_clip: Tensor,
+        product_ids: Tensor | None,
+        rows: slice,
+        mined: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """
+        PMD of some rows of the global batch.
+
+        Args:
+            by_image, by_clip (`(r, B)`): Decoder scores of these rows' images with all clips, and of these rows' clips
+                with all images.
+            product_ids (`(B,)` int64, *optional*), rows: As `contrastive_loss`.
+            mined: What `mine_negatives` says of these rows.
+
+        Returns:
+            The loss, unweighted, and its logits, rows are images: `(r, 1 + num_hard_negatives)`, the positive first,
+            or with every pair `(r, r)`, those of these rows.
+        """
+        by_image = self.config.matching_scale * by_image
+        if mined is not None:
+            logits = mined_logits(by_image, *mined)
+            return mined_loss(logits), logits
+        loss = symmetric_loss(
+            by_image,
+            self.config.matching_scale * by_clip,
+            None if product_ids is None else product_ids[rows],
+            product_ids,
+            rows.start,
+            self.config.matching_targets,
+        )
+        return loss, by_image[:, rows]
+
+    def reconstruction_weights(self, states: Tensor, keys: Tensor, mask: Tensor, tokens_per_frame: int) -> Tensor:
+        """
+        How much of each clip token goes into each image token's reconstruction, for image i with clip i.
+
+        Args:
+            states (`(B, L, d)`): From the decoder's `encode_images`.
+            keys (`(B, S, d)`), mask (`(B, S)` bool): From the decoder's `encode_clips`.
+            tokens_per_frame: 1 + P.
+
+        Returns:
+            `(B, P, T * P)`, or `(B, 1 + P, T * (1 + P))` with `reconstruction_include_cls`.
+        """
+        attention = self.decoder.positive_attention(states, keys, mask)
+        # Text tokens stand last and have no patch to reconstruct or to be reconstructed from.
+        num_keys = keys.shape[1] // tokens_per_frame * tokens_per_frame
+        attention, mask = attention[:, :, :tokens_per_frame, :num_keys], mask[:, :num_keys]
+        if not self.config.reconstruction_include_cls:
+            attention = _drop_class_keys(attention[:, :, 1:], tokens_per_frame)
+            mask = _drop_class_keys(mask, tokens_per_frame)
+        return self.reconstruction_head(attention, mask)
+
+    def reconstruction_loss(
+        self, images: EncodedImages, clips: EncodedClips, states: Tensor, keys: Tensor, mask: Tensor
+    ) -> Tensor:
+        """PFR of pairs, unweighted; the mean over pairs, which need not be a whole batch."""
+        weights = self.reconstruction_weights(states, keys, mask, images.tokens.shape[1])
+        first = 0 if self.config.reconstruction_include_cls else 1
+        clip_tokens = (clips.tokens * clips.mask[..., None])[:, :, first:].flatten(1, 2)
+        return reconstruction_loss(weights, clip_tokens, images.tokens[:, first:])
+
+
+def _drop_class_keys(tensor: Tensor, tokens_per_frame: int) -> Tensor:
+    """Removes each frame's class token from the last dimension, which holds the tokens frame by frame."""
+    return tensor.unflatten(-1, (-1, tokens_per_frame))[..., 1:].flatten(-2)
