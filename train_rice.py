@@ -19,15 +19,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import transformers
 
 from data_rice.augmentation import ClipAugmentation
-from data_rice.collator import RiceCollator, read_failure_log
+from data_rice.collator import RiceCollator, count_failures, read_failure_log
 from training_rice.arguments import parse_arguments
+from training_rice.checkpoints import is_trained
+from training_rice.monitor import run_figures, summary_table
+from training_rice.profiling import profile_steps
 from training_rice.setup import (
     build_model,
     build_rice_processor,
     check_processes,
+    choose_attention,
     find_checkpoint,
     is_finished,
-    is_trained,
     load_views,
     read_texts,
     record_arguments,
@@ -44,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_warning()
     try:
         train(model_arguments, data_arguments, training_arguments)
-    except (ValueError, FileNotFoundError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train_rice.py: error: {_sentence(error)}")
 
 
@@ -58,10 +61,12 @@ def _sentence(error: Exception) -> str:
 
 def train(model_arguments, data_arguments, training_arguments) -> None:
     check_processes(training_arguments)
-    checkpoint = find_checkpoint(training_arguments)
-    finished = is_finished(training_arguments)
+    profile = training_arguments.profile
+    checkpoint = None if profile else find_checkpoint(training_arguments)
+    finished = not profile and is_finished(training_arguments)
     exists = finished or checkpoint is not None
-    record_arguments(model_arguments, data_arguments, training_arguments, resuming=exists)
+    if not profile:
+        record_arguments(model_arguments, data_arguments, training_arguments, resuming=exists)
     if finished:
         logger.info("The run in %s is finished, there is nothing to do.", training_arguments.output_dir)
         return
@@ -70,17 +75,21 @@ def train(model_arguments, data_arguments, training_arguments) -> None:
     with training_arguments.main_process_first(desc="building the data tables"):
         pairs, validation = load_views(data_arguments, training_arguments)
     model = build_model(model_arguments)
+    choose_attention(model, model_arguments, training_arguments)
     processor = build_rice_processor(model_arguments, data_arguments, model.config, read_texts(pairs, data_arguments))
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(model.config, name, getattr(processor.tokenizer, name))
     failure_log = f"{training_arguments.output_dir}/unreadable_media.jsonl"
     augmentation = None
     if data_arguments.augments:
+        crops = data_arguments.augment_crop < 1
         augmentation = ClipAugmentation(
             crop_scale=(data_arguments.augment_crop, 1.0),
+            crop_ratio=ClipAugmentation.crop_ratio if crops else (1.0, 1.0),
             flip=data_arguments.augment_flip,
             jitter=data_arguments.augment_jitter,
             background=data_arguments.augment_background,
+            frame_drop=data_arguments.augment_frame_drop,
         )
     collator = RiceCollator(
         processor,
@@ -90,6 +99,8 @@ def train(model_arguments, data_arguments, training_arguments) -> None:
         sampling=data_arguments.frame_sampling,
         use_text=data_arguments.use_text,
         failure_log=failure_log,
+        decode=data_arguments.decode,
+        pixels="uint8" if data_arguments.decode == "fast" else "float",
     )
     trainer = RiceTrainer(
         model=model,
@@ -101,6 +112,9 @@ def train(model_arguments, data_arguments, training_arguments) -> None:
         processing_class=processor,
     )
     logger.info(trainer.describe())
+    if profile:
+        logger.info(profile_steps(trainer))
+        return
     if checkpoint is not None:
         logger.info("Going on from %s.", checkpoint)
     metrics = {}
@@ -111,14 +125,35 @@ def train(model_arguments, data_arguments, training_arguments) -> None:
         metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
     if validation is not None:
         metrics |= trainer.evaluate()
-    # An image of several clips is listed with each of them.
-    if unreadable := {failure["file"] or failure["id"] for failure in read_failure_log(failure_log)}:
-        logger.warning("%d unreadable files were left out of training; %s lists them.", len(unreadable), failure_log)
-    metrics["unreadable_media"] = len(unreadable)
-    trainer.save_model()
-    trainer.log_metrics("train", metrics)
+    unreadable = count_failures(read_failure_log(failure_log))
+    if unreadable["unreadable_media"]:
+        logger.warning(
+            "%d unreadable files were left out of training (%d frames were replaced by others, %d pairs skipped); "
+            "%s lists them.",
+            *(unreadable[name] for name in ("unreadable_media", "replaced_frames", "skipped_pairs")),
+            failure_log,
+        )
+    metrics |= run_figures(trainer.state.log_history) | unreadable
+    # Published below, when the record of its training is there too.
+    trainer.save_model(_internal_call=True)
     trainer.save_metrics("train", metrics)
-    logger.info("Saved the model to %s.", training_arguments.output_dir)
+    logger.info("%s\nSaved the model to %s.", summary_table(metrics), training_arguments.output_dir)
+    if training_arguments.push_to_hub:
+        publish(trainer)
+
+
+def publish(trainer: RiceTrainer) -> None:
+    """Publishes a finished run; a failure says how to do it again without training again."""
+    folder, repository = trainer.args.output_dir, trainer.hub_model_id
+    try:
+        commit = trainer.push_to_hub(revision=trainer.args.hub_revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the finished run in {folder} could not be published: {error} Then: rice publish {folder} {repository} "
+            f"--without_results."
+        ) from error
+    if commit is not None:
+        logger.info("Published %s.", commit.commit_url)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,16 @@
 import json
 import logging
 import os
+import random
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +23,8 @@ import eval_rice
 import train_rice
 from data_rice import load_dataset_view
 from data_rice.mini_lpr4m import render_mini_lpr4m
+from training_rice import arguments as arguments_module
+from training_rice.arguments import parse_arguments
 
 REPOSITORY = Path(train_rice.__file__).parent
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -199,6 +206,121 @@ class TestRun:
         trained = AutoModel.from_pretrained(tmp_path / "run").vision_model.state_dict()
         for name, value in source.items():
             assert torch.equal(trained[name], value), name
+
+
+class TestWhatARunShows:
+    @pytest.mark.parametrize("workers", ["0", pytest.param("1", marks=pytest.mark.slow)])
+    def test_profile(self, command, tmp_path, caplog, workers):
+        """Parts add up to the step, and nothing is left behind."""
+        with caplog.at_level(logging.INFO):
+            train_rice.main(
+                command(tmp_path / "run", "--profile", "--max_steps", "6", "--dataloader_num_workers", workers)
+            )
+        table = next(record.getMessage() for record in caplog.records if "part of a step" in record.getMessage())
+        shares = {line[:16].strip(): float(line[26:].strip("% ")) for line in table.splitlines()[1:-1]}
+        for part in ("data wait", "encoder", "decoder", "backward", "optimiser"):
+            assert shares[part] > 0, part
+        assert sum(shares.values()) - shares["whole step"] == pytest.approx(100, abs=1)
+        assert ("1 worker(s)" in table) == (workers == "1")
+        assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+
+    def test_summary_and_logs(self, command, tmp_path, caplog):
+        words = ["--max_steps", "2", "--report_to", "tensorboard", "--eval_steps", "1", "--save_steps", "2"]
+        with caplog.at_level(logging.INFO):
+            train_rice.main(command(tmp_path / "run", *words))
+        for line in ("clips per second", "share of time waiting for data", "validation R@1, fused"):
+            assert line in caplog.text
+        assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+        for entry in history(tmp_path / "run"):
+            for name in ("contrastive_accuracy", "matching_accuracy", "data_wait_share"):
+                assert 0 <= entry[name] <= 1, name
+            assert entry["clips_per_second"] > 0
+            assert entry["memory_gb"] > 0
+
+    def test_reporters(self, command, tmp_path, monkeypatch):
+        for name in ("WANDB_API_KEY", "WANDB_MODE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        monkeypatch.setattr(arguments_module, "is_tensorboard_available", lambda: True)
+        monkeypatch.setattr(arguments_module, "is_wandb_available", lambda: True)
+
+        def reporters() -> list[str]:
+            return parse_arguments(command(tmp_path / "run", "--report_to", "auto"))[2].report_to
+
+        assert reporters() == ["tensorboard"]
+        (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x")
+        assert reporters() == ["tensorboard", "wandb"]
+        monkeypatch.setattr(arguments_module, "is_tensorboard_available", lambda: False)
+        (tmp_path / "netrc").unlink()
+        assert reporters() == []
+
+
+class TestRecipes:
+    """The published recipes start: a tiny encoder and batch, one step, on folders of their layout."""
+
+    @pytest.fixture
+    def clip(self, tmp_path):
+        vision = {**VISION, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 12}
+        text = {**VISION, "vocab_size": 60, "max_position_embeddings": 20, "bos_token_id": 1, "eos_token_id": 2}
+        text = {name: value for name, value in text.items() if name not in ("image_size", "patch_size")}
+        CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16)).save_pretrained(
+            tmp_path / "clip"
+        )
+        return tmp_path / "clip"
+
+    @pytest.fixture
+    def start(self, clip, tmp_path):
+        def start(recipe: str, data_dir, *words: str) -> Path:
+            output_dir = tmp_path / "run"
+            folders = [
+                "--data_dir",
+                str(data_dir),
+                "--output_dir",
+                str(output_dir),
+                "--cache_dir",
+                str(tmp_path / "cache"),
+            ]
+            small = ["--init_vision_from", str(clip), "--model.projection_dim", "16", "--max_steps", "1"]
+            small += ["--per_device_train_batch_size", "4", "--dataloader_num_workers", "0", "--vocab_size", "400"]
+            machine = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true"]
+            train_rice.main([str(REPOSITORY / "configs" / recipe), *folders, *small, *machine, *words])
+            return output_dir
+
+        return start
+
+    @pytest.mark.parametrize("recipe", ["lpr4m_750k.yaml", "lpr4m_full.yaml"])
+    def test_lpr4m(self, start, mini, recipe):
+        output_dir = start(recipe, mini, "--validation_fraction", "0.3")
+        assert results(output_dir)["eval_embedding_R@1"] >= 0
+        arguments = json.loads((output_dir / "train_arguments.json").read_text())
+        assert (arguments["learning_rate"], arguments["vision_learning_rate"]) == (3e-4, 3e-7)
+
+    def test_moving_fashion(self, start, tmp_path):
+        """Each product one video of five levels of grey and one image."""
+        av = pytest.importorskip("av")
+        root = tmp_path / "moving_fashion"
+        for folder in ("videos", "imgs"):
+            (root / folder).mkdir(parents=True)
+        for split, numbers in (("train", range(40)), ("test", range(40, 44))):
+            entries = {}
+            for number in numbers:
+                with av.open(str(root / f"videos/{number}.mp4"), "w") as container:
+                    stream = container.add_stream("mpeg4", rate=1)
+                    stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+                    for level in range(5):
+                        picture = np.full((32, 32, 3), 40 * level + number, dtype=np.uint8)
+                        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+                    container.mux(stream.encode())
+                Image.new("RGB", (32, 32), (4 * number, 90, 20)).save(root / f"imgs/{number}.jpg")
+                entries[str(number)] = {
+                    "video_paths": [f"videos/{number}.mp4"],
+                    "img_path": f"imgs/{number}.jpg",
+                    "source": 1,
+                }
+            (root / f"{split}.json").write_text(json.dumps(entries))
+        output_dir = start("moving_fashion.yaml", root, "--validation_fraction", "0.2")
+        config = AutoModel.from_pretrained(output_dir).config
+        assert (config.decoder_token_source, config.decoder_num_heads) == ("raw", 12)
 
 
 class TestInterruption:
@@ -393,6 +515,12 @@ def two(launch, tmp_path_factory):
     return folder, run(), run
 
 
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
 class TestProcesses:
     def test_two_work_together(self, two):
         folder, text, _ = two
@@ -422,6 +550,54 @@ class TestProcesses:
             (folder / name).unlink()
         assert f"Going on from {folder / 'checkpoint-2'}." in run()
         assert_same_weights(folder, undisturbed)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("processes", [1, 2])
+    def test_killed_several_times(self, command, environment, tmp_path, processes):
+        """All of them at once, wherever they are; steps, checkpoints and validations included."""
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port"]
+
+        def start(folder: Path) -> subprocess.Popen:
+            words = ["--per_device_train_batch_size", "4", "--max_steps", "40"]
+            words += ["--save_steps", "4", "--eval_steps", "4"]
+            words += ["--model.decoder_dropout", "0.1", "--augment_crop", "0.5", "--augment_flip", "0.5"]
+            words += ["--frame_sampling", "random", "--dataloader_num_workers", "1", "--ema_decay", "0.9"]
+            words += ["--memory_queue_size", "16", "--batch_sampler", "random" if processes == 1 else "same_live"]
+            port = [str(free_port())] if processes > 1 else []
+            return subprocess.Popen(
+                [*launcher, *port, str(REPOSITORY / "train_rice.py"), *command(folder, *words)],
+                env=environment | {"ACCELERATE_USE_CPU": "true"},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+
+        whole, killed = tmp_path / "whole", tmp_path / "killed"
+        undisturbed = start(whole)
+        assert undisturbed.wait(timeout=300) == 0, undisturbed.stderr.read()
+        generator, kills = random.Random(5), 0
+        for step in (4, 12, 20, 36):
+            running = start(killed)
+            deadline = time.monotonic() + 300
+            while running.poll() is None and not (killed / f"checkpoint-{step}").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            time.sleep(generator.random())
+            assert running.poll() in (None, 0), running.stderr.read()
+            if running.poll() is None:
+                kills += 1
+                # A launcher's workers are in groups of their own.
+                family = psutil.Process(running.pid).children(recursive=True)
+                for process in [running, *family]:
+                    process.kill()
+                psutil.wait_procs(family)
+            running.communicate()
+        assert kills >= 3
+        last = start(killed)
+        assert last.wait(timeout=300) == 0, last.stderr.read()
+        assert_same_weights(killed, whole)
 
     @pytest.mark.slow
     def test_torchrun_without_the_variable(self, command, environment, tmp_path):

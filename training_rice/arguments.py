@@ -1,19 +1,20 @@
 """Arguments of train_rice.py: three dataclasses, readable from a YAML recipe and overridable on the command line."""
 
 import dataclasses
-import difflib
-import re
+import os
 import sys
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-from transformers import CONFIG_MAPPING, HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import is_tensorboard_available, is_wandb_available
 
-from modeling_rice import RiceConfig
+from .recipe import check_model_fields, read_recipe, suggest, take_model_overrides, to_argv
+
+_AUGMENTATIONS = ("augment_flip", "augment_jitter", "augment_background", "augment_frame_drop")
 
 
 @dataclass
@@ -25,7 +26,15 @@ class ModelArguments:
         metadata={"help": "RICE checkpoint (folder or Hub id) to start from; the model section changes its config."},
     )
     init_vision_from: str | None = field(
-        default=None, metadata={"help": "Vision model (folder or Hub id) whose weights the encoder starts from."}
+        default=None,
+        metadata={
+            "help": "Vision model, CLIP or SigLIP (folder or Hub id) that the encoder starts from, and projection and "
+            "decoder blocks where they fit; its config replaces model.vision_config."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "eager, sdpa or another of transformers; by default sdpa, but eager for bf16 on a CPU."},
     )
     model: dict | str | None = field(
         default=None,
@@ -42,6 +51,10 @@ class DataArguments:
     )
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where the Arrow tables go."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read training rows when they are needed, in constant memory, instead of from one table."},
+    )
     validation_fraction: float | None = field(
         default=None, metadata={"help": "Share of training livestreams held out as validation split (LPR4M layout)."}
     )
@@ -54,11 +67,12 @@ class DataArguments:
     train_num_frames: int | None = field(
         default=None, metadata={"help": "Frames per clip in training; as num_frames by default."}
     )
-    frame_sampling: Literal["train", "random", "visible"] = field(
+    frame_sampling: Literal["train", "random", "visible", "train_random_drop", "train_random_drop_full"] = field(
         default="train",
         metadata={
-            "help": "Training frames: 'train' spreads evenly as published, 'random' draws anew each time, 'visible' "
-            "draws frames with a box before others."
+            "help": "Training frames: 'train' spreads evenly, 'random' draws anew each time, 'visible' draws frames "
+            "with a box before others, 'train_random_drop' (older official code) and 'train_random_drop_full' (newer) "
+            "spread evenly and drop the end at random."
         },
     )
     augment_crop: float = field(
@@ -72,6 +86,16 @@ class DataArguments:
         default=0.0,
         metadata={"help": "Probability that a training clip loses everything outside its boxes to one colour."},
     )
+    augment_frame_drop: float = field(
+        default=0.0, metadata={"help": "Probability of each sampled training frame to be left out; one is kept."}
+    )
+    decode: Literal["exact", "fast"] = field(
+        default="fast",
+        metadata={
+            "help": "How training pictures are decoded: 'fast' takes large JPEGs at reduced scale and normalises on "
+            "the device, on average one or two of 255 grey levels off; 'exact' does as evaluation always does."
+        },
+    )
     use_boxes: bool = field(
         default=False, metadata={"help": "Intended product detection: mask patches outside the rows' boxes."}
     )
@@ -83,7 +107,7 @@ class DataArguments:
 
     def __post_init__(self):
         ranges = {"augment_crop": (0.05, 1.0), "augment_jitter": (0.0, 0.99)}
-        for name in ("augment_crop", "augment_flip", "augment_jitter", "augment_background"):
+        for name in ("augment_crop", *_AUGMENTATIONS):
             low, high = ranges.get(name, (0.0, 1.0))
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must lie in {low}..{high}, got {getattr(self, name)}.")
@@ -91,7 +115,7 @@ class DataArguments:
     @property
     def augments(self) -> bool:
         """Whether training pictures are changed at all."""
-        return self.augment_crop < 1 or max(self.augment_flip, self.augment_jitter, self.augment_background) > 0
+        return self.augment_crop < 1 or any(getattr(self, name) > 0 for name in _AUGMENTATIONS)
 
 
 @dataclass
@@ -105,7 +129,17 @@ class RiceTrainingArguments(TrainingArguments):
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "Must stay on: the loss needs equal batches on every process."}
     )
+    hub_private_repo: bool | None = field(
+        default=True, metadata={"help": "Whether a repository that push_to_hub creates is private."}
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best one among them."})
+    report_to: None | str | list[str] = field(
+        default="auto",
+        metadata={
+            "help": "Where logs go besides the screen: 'auto' takes TensorBoard when installed and wandb when it is "
+            "installed and knows its key; 'none', or names as transformers has them."
+        },
+    )
     metric_for_best_model: str | None = field(
         default=None, metadata={"help": "By default eval_fused_R@1, or eval_embedding_R@1 without a decoder."}
     )
@@ -116,7 +150,55 @@ class RiceTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "BertAdam, its schedule and groups as in the older official recipe, instead of optim."},
     )
+    layer_decay: float | None = field(
+        default=None,
+        metadata={"help": "Each encoder layer learns at this factor of the rate of the one above it, e.g. 0.75."},
+    )
     freeze_vision: bool = field(default=False, metadata={"help": "Train everything but the vision encoder."})
+    freeze: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Names or name prefixes of modules and weights that are not trained."},
+    )
+    ema_decay: float = field(
+        default=0.0,
+        metadata={"help": "Evaluate and save the exponential moving average of the weights, e.g. 0.999; 0 is off."},
+    )
+    profile: bool = field(
+        default=False,
+        metadata={"help": "Print where the time of a training step goes, after some steps, and save nothing."},
+    )
+    max_nonfinite_steps: int = field(
+        default=10,
+        metadata={"help": "Stop after so many steps in a row whose loss or gradient is not finite; 0 never stops."},
+    )
+    batch_sampler: Literal["random", "same_live", "class_balanced"] = field(
+        default="random",
+        metadata={
+            "help": "Rows that share a batch: 'random', 'same_live' of few livestreams with each product once, "
+            "'class_balanced' with rare categories more often than they occur."
+        },
+    )
+    class_balance_alpha: float = field(
+        default=0.5,
+        metadata={
+            "help": "class_balanced: a row weighs (rows of its category) ** -alpha; 0 changes nothing, with 1 all "
+            "categories come equally often."
+        },
+    )
+    grad_cache_chunk: int = field(
+        default=0,
+        metadata={
+            "help": "Work off each process's batch in chunks of so many pairs, with loss and gradient of the whole "
+            "in the memory of a chunk (GradCache); 0 is off."
+        },
+    )
+    memory_queue_size: int = field(
+        default=0,
+        metadata={
+            "help": "Pairs of past batches that are further negatives of the contrastive loss, without a gradient; "
+            "0 is off."
+        },
+    )
     eval_max_queries: int | None = field(
         default=None, metadata={"help": "Validation queries scored during training, evenly spread; all by default."}
     )
@@ -126,32 +208,42 @@ class RiceTrainingArguments(TrainingArguments):
             raise ValueError("remove_unused_columns must stay false: the collator reads the rows' own columns.")
         if not self.dataloader_drop_last:
             raise ValueError("dataloader_drop_last must stay true: the loss needs equal batches on every process.")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must lie in 0..1 (0 excluded), got {self.layer_decay}.")
+        if self.layer_decay is not None and self.published_optimizer:
+            raise ValueError("layer_decay and published_optimizer each make their own groups; leave one of them out.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in 0..1 (1 excluded), got {self.ema_decay}.")
+        for name in ("grad_cache_chunk", "memory_queue_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}.")
+        if self.max_nonfinite_steps < 0:
+            raise ValueError(f"max_nonfinite_steps must be 0 or more, got {self.max_nonfinite_steps}.")
+        if not 0 <= self.class_balance_alpha <= 1:
+            raise ValueError(f"class_balance_alpha must lie in 0..1, got {self.class_balance_alpha}.")
+        if self.hub_token is not None:
+            raise ValueError("hub_token would be written to files of the run: set HF_TOKEN, or run `hf auth login`.")
+        if self.hub_strategy not in ("end", "every_save"):
+            raise ValueError("hub_strategy must be end or every_save: checkpoints hold pickles and stay at home.")
+        if self.report_to in (None, "auto", ["auto"]):
+            self.report_to = _reporters() or "none"
+        if self.profile:
+            self.report_to = "none"
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
 
 
+def _reporters() -> list[str]:
+    """Loggers that work without a question."""
+    found = ["tensorboard"] if is_tensorboard_available() else []
+    # Without a key it would ask for one, or stop the run where nobody can answer.
+    key = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    knows = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
+    knows = knows or (key.is_file() and "api.wandb.ai" in key.read_text(encoding="utf-8", errors="replace"))
+    return found + (["wandb"] if is_wandb_available() and knows else [])
+
+
 _CLASSES = (ModelArguments, DataArguments, RiceTrainingArguments)
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """YAML 1.2's scalars, where `1e-3` is a number and `no` a word; PyYAML's 1.1 takes them for text and false."""
-
-
-_RecipeLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), None
-)
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-    None,
-)
 
 
 def parse_arguments(
@@ -173,144 +265,23 @@ def parse_arguments(
         recipe, source = {}, ""
         if argv and not argv[0].startswith("-"):
             source = argv.pop(0)
-            recipe = read_recipe(source)
+            recipe = read_recipe(source, _field_names())
         model = dict(recipe.pop("model", None) or {})
         check_model_fields(model, source)
-        argv = _take_model_overrides(model, argv)
+        argv = take_model_overrides(model, argv)
         check_model_fields(model)
+        kinds = {name: hint for cls in _CLASSES for name, hint in typing.get_type_hints(cls).items()}
         model_arguments, data_arguments, training_arguments, unknown = parser.parse_args_into_dataclasses(
-            _to_argv(recipe, parser, source) + argv, return_remaining_strings=True
+            to_argv(recipe, parser, kinds, source) + argv, return_remaining_strings=True
         )
         if unknown:
             name = unknown[0].lstrip("-").partition("=")[0]
-            raise ValueError(f"unknown argument {unknown[0]}{_suggest(name, _field_names())}")
+            raise ValueError(f"unknown argument {unknown[0]}{suggest(name, _field_names())}")
     except (ValueError, OSError) as error:
         parser.exit(2, f"train_rice.py: error: {' '.join(str(error).splitlines())}\n")
     model_arguments.model = model
     return model_arguments, data_arguments, training_arguments
 
 
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """
-    Reads a recipe: a flat YAML mapping of argument names, and `model:` with fields of `RiceConfig`.
-
-    Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: for broken YAML or an unknown key, naming it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no recipe {path}")
-    try:
-        recipe = _load_yaml(path.read_text(encoding="utf-8")) or {}
-    except ValueError as error:
-        raise ValueError(f"the recipe {path} is not valid YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"the recipe {path} must be a mapping of names to values")
-    names = _field_names()
-    for key in recipe:
-        if key not in names:
-            raise ValueError(f"unknown key {key!r} in recipe {path}{_suggest(str(key), names)}")
-    if not isinstance(recipe.get("model") or {}, dict):
-        raise ValueError(f"model in the recipe {path} must be a mapping of RiceConfig's fields to values")
-    return recipe
-
-
-def _load_yaml(text: str) -> Any:
-    try:
-        return yaml.load(text, _RecipeLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
-
-
-def check_model_fields(model: dict[str, Any], source: str = "") -> None:
-    """Raises `ValueError` for a key that the encoder's config or `RiceConfig` lacks, naming the recipe it is from."""
-    where = f" in the model section of {source}" if source else ""
-    names = {f.name for f in dataclasses.fields(RiceConfig)}
-    for key in model:
-        if key not in names:
-            raise ValueError(f"unknown model field {key!r}{where}{_suggest(str(key), names)}")
-    vision = model.get("vision_config")
-    if not isinstance(vision, dict):
-        return
-    model_type = vision.get("model_type", "clip_vision_model")
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(
-            f"unknown model_type {model_type!r} of vision_config{where}{_suggest(model_type, CONFIG_MAPPING)}"
-        )
-    config_class = CONFIG_MAPPING[model_type]
-    names = {f.name for f in dataclasses.fields(config_class)} | {*config_class.attribute_map, "model_type"}
-    for key in vision:
-        if key not in names and not hasattr(config_class, str(key)):
-            raise ValueError(
-                f"unknown field {key!r} of vision_config ({model_type}){where}{_suggest(str(key), names)}"
-            )
-
-
 def _field_names() -> set[str]:
     return {f.name for cls in _CLASSES for f in dataclasses.fields(cls) if f.init}
-
-
-def _suggest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _take_model_overrides(model: dict[str, Any], argv: list[str]) -> list[str]:
-    """Moves `--model.NAME VALUE` and `--model MAPPING` from the command line into `model`; returns the other words."""
-    rest, words = [], iter(argv)
-    for word in words:
-        option, equals, value = word.partition("=")
-        if option != "--model" and not option.startswith("--model."):
-            rest.append(word)
-            continue
-        if not equals:
-            value = next(words, None)
-            if value is None:
-                raise ValueError(f"{option} needs a value")
-        try:
-            value = _load_yaml(value)
-        except ValueError as error:
-            raise ValueError(f"{option} is not valid YAML: {error}") from error
-        if option == "--model":
-            if not isinstance(value, dict):
-                raise ValueError("--model needs a mapping, such as '{projection_dim: 256}'")
-            model.update(value)
-            continue
-        *parents, name = option.removeprefix("--model.").split(".")
-        section = model
-        for parent in parents:
-            if section.get(parent) is None:
-                section[parent] = {}
-            section = section[parent]
-            if not isinstance(section, dict):
-                raise ValueError(f"{option}: {parent} has no fields of its own")
-        section[name] = value
-    return rest
-
-
-def _to_argv(recipe: dict[str, Any], parser: HfArgumentParser, source: str) -> list[str]:
-    """
-    The recipe as the command line it stands for, so that both go through one parser. What no command line can say
-    (null, lists, mappings) becomes the parser's default.
-    """
-    kinds = {name: hint for cls in _CLASSES for name, hint in typing.get_type_hints(cls).items()}
-    words = []
-    for key, value in recipe.items():
-        if value is not None and not isinstance(value, (list, dict)):
-            words.append(f"--{key}={value}")
-        elif type(value) in _kinds(kinds[key]):
-            parser.set_defaults(**{key: value})
-        else:
-            what = {type(None): "null", list: "a list", dict: "a mapping"}[type(value)]
-            raise ValueError(f"{key} in the recipe {source} cannot be {what}; give it one value or leave it out")
-    return words
-
-
-def _kinds(hint: Any) -> set[type]:
-    """The plain types that an annotation allows: `list[str] | None` -> list and NoneType."""
-    origin = typing.get_origin(hint)
-    if origin in (list, dict):
-        return {origin}
-    arguments = typing.get_args(hint)
-    return set().union(*(_kinds(argument) for argument in arguments)) if arguments else {hint}

@@ -1,8 +1,10 @@
-"""Rows of other processes, with a gradient."""
+"""Rows of other processes, with a gradient, and what fetching them costs."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from modeling_rice import RiceConfig
 
 
 class AllGather:
@@ -15,7 +17,8 @@ class AllGather:
     Attributes:
         rank: Position of this process's rows, in units of its batch.
         world_size: Number of processes.
-        bytes_sent: What this process has handed to the others so far.
+        bytes_sent: What this process has handed to the others so far, forward and backward: its rows, and the
+            gradients of theirs, once to each of them. (How a backend routes them is its own affair.)
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None):
@@ -26,29 +29,53 @@ class AllGather:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         tensor = tensor.contiguous()
-        self.bytes_sent += tensor.numel() * tensor.element_size() * (self.world_size - 1)
         if tensor.is_floating_point() and tensor.requires_grad:
-            return _gather_with_gradient(tensor, self.group)
+            return _GatherWithGradient.apply(tensor, self)
+        return self._gather(tensor)
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        self._count(tensor)
         gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(gathered, tensor, group=self.group)
         return torch.cat(gathered)
 
+    def _sum_and_scatter(self, gathered: Tensor) -> Tensor:
+        rows = gathered.new_empty(len(gathered) // self.world_size, *gathered.shape[1:])
+        self._count(rows)
+        dist.reduce_scatter_tensor(rows, gathered.contiguous(), group=self.group)
+        return rows
+
+    def _count(self, rows: Tensor) -> None:
+        self.bytes_sent += rows.numel() * rows.element_size() * (self.world_size - 1)
+
 
 class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group, ctx.rows = group, len(tensor)
-        gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(gathered, tensor, group=group)
-        return torch.cat(gathered)
+    def forward(ctx, tensor: Tensor, gather: AllGather) -> Tensor:
+        ctx.gather = gather
+        return gather._gather(tensor)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient, group=ctx.group)
-        start = dist.get_rank(ctx.group) * ctx.rows
-        return gradient[start : start + ctx.rows], None
+        return ctx.gather._sum_and_scatter(gradient), None
 
 
-def _gather_with_gradient(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return _GatherWithGradient.apply(tensor, group)
+def exchanged_bytes(config: RiceConfig, batch_size: int, world_size: int, element_size: int = 4) -> int:
+    """
+    What a process hands to the others in one step of the losses, forward and backward: `W - 1` times
+
+    * both embeddings of its pairs, `2 B D` numbers, and their product ids, `8 B` bytes;
+    * for the matching loss a decoder row per image, `B d`, and the scores of its clips, `B x B W`.
+
+    The gradients of the weights, which data parallel training averages on top, are not counted.
+
+    Args:
+        config: Of the model.
+        batch_size: Pairs B per process and step.
+        world_size: Processes W.
+        element_size: Bytes per number.
+    """
+    numbers = 2 * batch_size * config.projection_dim
+    if config.use_decoder:
+        numbers += batch_size * config.decoder_hidden_size + batch_size * batch_size * world_size
+    return (world_size - 1) * (2 * element_size * numbers + 8 * batch_size)

@@ -6,11 +6,15 @@ weight decay on everything but biases (norms and embeddings decay), and a cosine
 merely replaced by a line during warm-up.
 """
 
+import difflib
 import math
+import re
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+
+_ENCODER = "vision_model."
 
 
 class BertAdam(torch.optim.Optimizer):
@@ -98,28 +102,70 @@ def parameter_groups(
     weight_decay: float,
     is_vision: Callable[[str], bool],
     is_decayed: Callable[[str], bool],
+    rate_factor: Callable[[str], float] = lambda name: 1.0,
 ) -> list[dict]:
     """
-    Up to four groups for an optimiser: encoder and rest, each with and without decay. Frozen parameters are left out.
+    Groups for an optimiser: encoder and rest, each with and without decay, and one per factor on the rate. Frozen
+    parameters are left out.
 
     Args:
         model: Whose parameters to group.
         learning_rate, vision_learning_rate: Of the rest and of the encoder.
         weight_decay: Of the decayed parameters; that of the others is 0.
-        is_vision, is_decayed: Told by a parameter's name.
+        is_vision, is_decayed, rate_factor: Told by a parameter's name.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((is_vision(name), is_decayed(name)), []).append(parameter)
+            groups.setdefault((is_vision(name), is_decayed(name), rate_factor(name)), []).append(parameter)
     return [
         {
             "params": parameters,
-            "lr": vision_learning_rate if vision else learning_rate,
+            "lr": factor * (vision_learning_rate if vision else learning_rate),
             "weight_decay": weight_decay if decayed else 0.0,
         }
-        for (vision, decayed), parameters in groups.items()
+        for (vision, decayed, factor), parameters in groups.items()
     ]
+
+
+def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
+    """
+    Factors on the learning rate that fall from layer to layer towards the encoder's input (as BEiT, ICLR 2022, fine
+    tunes): `decay` for the last of L layers, `decay ** L` for the first, `decay ** (L + 1)` for the embeddings before
+    it, 1 for what comes after it and for everything outside the encoder.
+
+    Args:
+        model: With a `vision_model` whose layers are numbered, as all of transformers' encoders number them; in
+            staged encoders (Swin, ResNet) a stage is a layer.
+        decay: In 0..1, 0 excluded.
+
+    Returns:
+        Parameter name -> factor.
+
+    Raises:
+        ValueError: for an encoder without numbered layers.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    numbers = {name: _layer_number(name) for name in names if name.startswith(_ENCODER)}
+    found = [number for number in numbers.values() if number is not None]
+    if not found:
+        raise ValueError(
+            f"layer_decay: the layers of {type(model.vision_model).__name__} are not numbered; leave it out."
+        )
+    last, reached, factors = max(found), False, {}
+    for name in names:
+        number = numbers.get(name)
+        reached = reached or number is not None
+        if not name.startswith(_ENCODER) or (number is None and reached):
+            factors[name] = 1.0
+        else:
+            factors[name] = decay ** (last + 1 - (-1 if number is None else number))
+    return factors
+
+
+def _layer_number(name: str) -> int | None:
+    match = re.search(r"\.(?:layers?|blocks?|stages)\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 def published_parameter_groups(
@@ -127,8 +173,7 @@ def published_parameter_groups(
 ) -> list[dict]:
     """
     Parameter groups of the older recipe: a thousandth of the learning rate for the encoder and its projection, weight
-    decay on everything that is no bias. Frozen parameters are left out; the recipe freezes the encoder's stem, see
-    [`freeze_vision_stem`].
+    decay on everything that is no bias. Frozen parameters are left out; the recipe freezes [`VISION_STEM`].
     """
     return parameter_groups(
         model,
@@ -140,7 +185,35 @@ def published_parameter_groups(
     )
 
 
-def freeze_vision_stem(model: nn.Module) -> None:
-    """Freezes a CLIP encoder's patch, class and position embeddings and the norm behind them, as the recipe does."""
-    model.vision_model.embeddings.requires_grad_(False)
-    model.vision_model.pre_layrnorm.requires_grad_(False)
+# What the older recipe freezes: a CLIP encoder's patch, class and position embeddings and the norm behind them.
+VISION_STEM = ("vision_model.embeddings", "vision_model.pre_layrnorm")
+
+
+def freeze(model: nn.Module, prefixes: Iterable[str]) -> list[nn.Module]:
+    """
+    Excludes weights from training.
+
+    Args:
+        model: Whose weights.
+        prefixes: Names of modules or weights; everything below a name is meant.
+
+    Returns:
+        The modules that are frozen as a whole, which belong into eval mode: batch norms would go on moving otherwise.
+
+    Raises:
+        ValueError: for a name that the model does not have.
+    """
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    frozen = []
+    for prefix in prefixes:
+        if prefix in modules:
+            modules[prefix].requires_grad_(False)
+            frozen.append(modules[prefix])
+        elif prefix in parameters:
+            parameters[prefix].requires_grad_(False)
+        else:
+            close = difflib.get_close_matches(prefix, [*modules, *parameters], n=1)
+            raise ValueError(
+                f"freeze: the model has no {prefix!r}" + (f"; did you mean {close[0]!r}?" if close else ".")
+            )
+    return frozen

@@ -4,30 +4,34 @@ import dataclasses
 import json
 import logging
 import os
-import zipfile
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerBase
 
-from data_rice import gallery_scope, load_dataset_view
-from evaluation_rice.checkpoint import check_checkpoint
+from data_rice import LazyRows, gallery_scope, load_dataset_view, open_dataset_view
+from evaluation_rice.checkpoint import check_checkpoint, check_settings
+from evaluation_rice.hub import hub_errors
 from modeling_rice import RiceConfig, RiceModel
 from processing_rice import RiceProcessor, build_processor, train_tokenizer
 
 from .arguments import DataArguments, ModelArguments, RiceTrainingArguments
+from .checkpoints import RESULTS_FILE, holds_finished_run, numbered_checkpoints, why_broken, write_text
+from .pretrained import start_from
 
 logger = logging.getLogger(__name__)
 
 ARGUMENTS_FILE = "train_arguments.json"
-# Written last, so a folder that has it holds a finished run.
-RESULTS_FILE = "train_results.json"
 # Values of resume_from_checkpoint that mean what happens without it.
 _NEWEST = (True, "true", "True")
+# Values that mean to start anew.
+_NEVER = (False, "false", "False")
 # What may differ between a run and its continuation.
 _FREE_ARGUMENTS = ("resume_from_checkpoint", "output_dir", "logging_steps", "disable_tqdm", "report_to", "run_name")
+_FREE_ARGUMENTS += ("save_total_limit", "max_nonfinite_steps", "ddp_timeout", "dataloader_num_workers")
+_FREE_ARGUMENTS += ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_pin_memory")
 
 Validation = tuple[Dataset, Dataset, str]
 
@@ -40,6 +44,12 @@ def check_processes(arguments: RiceTrainingArguments) -> None:
             f"{asked} processes were started, but this one sees {arguments.world_size}; on CPU start them with "
             f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked}."
         )
+    if arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError(
+            "fsdp: the model's temperature is a scalar, which PyTorch's FSDP does not split, and accelerate does not "
+            "shard on CPU at all; leave it out and train data parallel, with grad_cache_chunk or "
+            "activation_checkpointing where memory is short (docs/scale.md)."
+        )
     if arguments.n_gpu > 1:
         raise ValueError(
             f"one process sees {arguments.n_gpu} GPUs, and its batch would be torn apart between them; start one "
@@ -47,7 +57,7 @@ def check_processes(arguments: RiceTrainingArguments) -> None:
         )
 
 
-def load_views(data: DataArguments, training: RiceTrainingArguments) -> tuple[Dataset, Validation | None]:
+def load_views(data: DataArguments, training: RiceTrainingArguments) -> tuple[Dataset | LazyRows, Validation | None]:
     """
     The pairs to train on, and queries, gallery and scope to validate on (`None` where evaluation is off).
 
@@ -57,7 +67,8 @@ def load_views(data: DataArguments, training: RiceTrainingArguments) -> tuple[Da
     options = {"data_dir": data.data_dir, "cache_dir": data.cache_dir}
     if data.validation_fraction is not None:
         options["validation_fraction"] = data.validation_fraction
-    pairs = load_dataset_view(data.dataset, "pairs", "train", **options)
+    load_pairs = open_dataset_view if data.streaming else load_dataset_view
+    pairs = load_pairs(data.dataset, "pairs", "train", **options)
     batch = training.per_device_train_batch_size * training.world_size
     if len(pairs) < batch:
         raise ValueError(
@@ -74,11 +85,16 @@ def load_views(data: DataArguments, training: RiceTrainingArguments) -> tuple[Da
     return pairs, (queries, gallery, gallery_scope(data.dataset, data.data_dir))
 
 
-def read_texts(pairs: Dataset, data: DataArguments) -> list[str]:
+def read_texts(pairs: Dataset | LazyRows, data: DataArguments) -> list[str]:
     """Titles and ASR of evenly spread training rows, for the tokenizer."""
     step = max(1, len(pairs) // data.tokenizer_texts)
-    columns = pairs.select_columns(["title", "asr"])[::step]
-    return [text for text in dict.fromkeys([*columns["title"], *columns["asr"]]) if text]
+    if isinstance(pairs, LazyRows):
+        rows = pairs.__getitems__(range(0, len(pairs), step))
+        texts = [row["title"] for row in rows] + [row["asr"] for row in rows]
+    else:
+        columns = pairs.select_columns(["title", "asr"])[::step]
+        texts = [*columns["title"], *columns["asr"]]
+    return [text for text in dict.fromkeys(texts) if text]
 
 
 def build_model(arguments: ModelArguments) -> RiceModel:
@@ -95,24 +111,20 @@ def build_model(arguments: ModelArguments) -> RiceModel:
         raise ValueError("model_name_or_path and init_vision_from both name weights to start from; pass one of them.")
     try:
         if arguments.model_name_or_path is not None:
-            return _continue_from(arguments.model_name_or_path, settings)
+            with hub_errors(arguments.model_name_or_path):
+                return _continue_from(arguments.model_name_or_path, settings)
         if arguments.init_vision_from is None:
             return RiceModel(RiceConfig(**settings))
-        if not list(Path(arguments.init_vision_from).glob("*.bin")):
-            check_checkpoint(arguments.init_vision_from)
-        vision_model = AutoModel.from_pretrained(arguments.init_vision_from, dtype=torch.float32)
-        vision_model = getattr(vision_model, "vision_model", vision_model)
-        settings["vision_config"] = vision_model.config
-        model = RiceModel(RiceConfig(**settings))
+        with hub_errors(arguments.init_vision_from):
+            return start_from(arguments.init_vision_from, settings)
     except StrictDataclassError as error:
         raise ValueError(f"the model section: {' '.join(str(error).split())}") from error
-    model.vision_model.load_state_dict(vision_model.state_dict())
-    return model
 
 
 def _continue_from(path: str, settings: dict) -> RiceModel:
     """A checkpoint with some fields of its config changed. The decoder or its head may be new, or left out."""
     check_checkpoint(path)
+    check_settings(path, RiceConfig)
     former = AutoConfig.from_pretrained(path)
     if former.model_type != RiceConfig.model_type:
         raise ValueError(
@@ -144,6 +156,25 @@ def _continue_from(path: str, settings: dict) -> RiceModel:
             f"change shapes: {', '.join(settings) or 'the checkpoint itself is incomplete'}."
         )
     return model
+
+
+def choose_attention(model: RiceModel, arguments: ModelArguments, training: RiceTrainingArguments) -> None:
+    """
+    Sets the attention back end: the one asked for, else eager where bf16 meets a CPU, whose sdpa has a slow backward
+    pass in that type (benchmarks/bench_train_step.py).
+
+    Raises:
+        ValueError: when the model has no such back end.
+    """
+    name = arguments.attn_implementation
+    if name is None and training.bf16 and training.device.type == "cpu":
+        name = "eager"
+    if name is None:
+        return
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"attn_implementation {name!r} cannot be used: {' '.join(str(error).split())}") from error
 
 
 def build_rice_processor(
@@ -180,69 +211,38 @@ def _normalise_as(vision_model: str, processor: RiceProcessor) -> None:
 
 def find_checkpoint(arguments: RiceTrainingArguments) -> str | None:
     """
-    The checkpoint to go on from: the one asked for, else the newest whole one of the output folder.
+    The checkpoint to go on from: the one asked for, else the newest whole one of the output folder. With
+    `resume_from_checkpoint` false a run starts anew, for which the folder must hold none.
 
     Raises:
-        FileNotFoundError, ValueError: when the one asked for is missing or half-written.
+        FileNotFoundError, ValueError: when the one asked for is missing or half-written, or the folder is not free.
     """
-    asked = arguments.resume_from_checkpoint
+    asked, folder = arguments.resume_from_checkpoint, arguments.output_dir
+    if asked in _NEVER:
+        if next(numbered_checkpoints(folder), None) or (Path(folder) / RESULTS_FILE).is_file():
+            raise ValueError(
+                f"resume_from_checkpoint is false, but {folder} holds a run; choose another output_dir, or remove "
+                f"that folder."
+            )
+        return None
     if asked not in (None, *_NEWEST):
         if not os.path.isdir(asked):
             raise FileNotFoundError(f"resume_from_checkpoint: there is no folder {asked}.")
-        if reason := why_broken(asked):
+        if reason := why_broken(asked, arguments.world_size):
             raise ValueError(f"resume_from_checkpoint: {asked} is half-written ({reason}); choose an earlier one.")
         return asked
-    folder = Path(arguments.output_dir)
-    # Folders of other names, such as checkpoint-best, were put there by somebody else.
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.is_dir() and _step_of(path).isdecimal()]
-    for checkpoint in sorted(checkpoints, key=lambda path: int(_step_of(path)), reverse=True):
-        if reason := why_broken(checkpoint):
+    for checkpoint in numbered_checkpoints(folder):
+        if reason := why_broken(checkpoint, arguments.world_size):
             logger.warning("Passing over %s: it is half-written (%s).", checkpoint, reason)
             continue
         return str(checkpoint)
     return None
 
 
-def _step_of(checkpoint: Path) -> str:
-    return checkpoint.name.removeprefix("checkpoint-")
-
-
-def why_broken(checkpoint: str | os.PathLike) -> str | None:
-    """What is wrong with a training checkpoint, or `None` when it is whole."""
-    folder = Path(checkpoint)
-    try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        check_checkpoint(folder)
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing" if error.filename else str(error)
-    except (ValueError, OSError) as error:
-        return str(error)
-    rng_states = [path.name for path in folder.glob("rng_state*.pth")] or ["rng_state.pth"]
-    for name in ("optimizer.pt", "scheduler.pt", *rng_states):
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        # torch writes zip archives, whose directory stands at the end.
-        if not zipfile.is_zipfile(folder / name):
-            return f"{name} is cut short"
-    return None
-
-
-def is_trained(checkpoint: str | os.PathLike) -> bool:
-    """Whether a whole checkpoint was written after the last step of its run."""
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    return state["global_step"] >= state["max_steps"] > 0
-
-
 def is_finished(arguments: RiceTrainingArguments) -> bool:
     """Whether the output folder holds a run's final model and results, and no checkpoint is asked for by name."""
-    folder = Path(arguments.output_dir)
-    if arguments.resume_from_checkpoint not in (None, *_NEWEST) or not (folder / RESULTS_FILE).is_file():
-        return False
-    try:
-        check_checkpoint(folder)
-    except (ValueError, FileNotFoundError):
-        return False
-    return True
+    asked = arguments.resume_from_checkpoint
+    return asked in (None, *_NEWEST) and holds_finished_run(arguments.output_dir)
 
 
 def record_arguments(
@@ -269,4 +269,4 @@ def record_arguments(
     elif training.process_index == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_name(RESULTS_FILE).unlink(missing_ok=True)
-        path.write_text(json.dumps(current, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(current, indent=2, ensure_ascii=False) + "\n")

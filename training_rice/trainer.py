@@ -1,38 +1,50 @@
 """transformers' Trainer, taught RICE's losses, its gather, and R@k on a validation split."""
 
 import logging
-import os
 import time
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from datasets import Dataset
 from torch import nn
-from transformers import Trainer, TrainerState
 from transformers.trainer_utils import speed_metrics
 
 from data_rice.collator import RiceCollator
+from data_rice.decoding import normalize_pixels
+from data_rice.lazy_rows import LazyRows
+from data_rice.samplers import GlobalBatchSampler, build_sampler
 from evaluation_rice.protocol import RetrievalTask
-from evaluation_rice.retrieval import Loading, ModelRetriever, validate
+from evaluation_rice.retrieval import Loading
 from modeling_rice import RiceModel
+from modeling_rice.modeling_rice import RiceOutput
 
 from .arguments import RiceTrainingArguments
-from .gather import AllGather
-from .optimizer import BertAdam, parameter_groups, published_parameter_groups, warmup_cosine
+from .monitor import StepClock, in_batch_accuracy, peak_memory_gb
+from .negatives import NegativesTrainer
+from .optimizer import (
+    BertAdam,
+    freeze,
+    layer_factors,
+    parameter_groups,
+    published_parameter_groups,
+    warmup_cosine,
+)
+from .publishing import PublishingTrainer
+from .resumable import ResumableTrainer
+from .validation import validate_together
 
 logger = logging.getLogger(__name__)
 
 LOSS_TERMS = ("contrastive_loss", "matching_loss", "reconstruction_loss")
 
 
-class RiceTrainer(Trainer):
+class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
     """
     Args:
         model: A [`RiceModel`].
         args: [`RiceTrainingArguments`].
-        train_dataset: Pairs view.
+        train_dataset: Pairs view, loaded or opened for streaming.
         eval_dataset: `(queries view, gallery view, gallery scope)`; without it there is no validation.
         data_collator: For pairs.
         eval_collator: For queries and gallery.
@@ -43,7 +55,7 @@ class RiceTrainer(Trainer):
         self,
         model: RiceModel,
         args: RiceTrainingArguments,
-        train_dataset: Dataset,
+        train_dataset: Dataset | LazyRows,
         data_collator: RiceCollator,
         eval_dataset: tuple[Dataset, Dataset, str] | None = None,
         eval_collator: RiceCollator | None = None,
@@ -54,8 +66,9 @@ class RiceTrainer(Trainer):
             args.greater_is_better = True
         self.eval_views = eval_dataset
         self.eval_collator = eval_collator or data_collator
-        self._loss_sums: dict[str, torch.Tensor] = {}
-        self._loss_count = 0
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, torch.Tensor] = {}
+        self.clock = StepClock()
         super().__init__(
             model,
             args,
@@ -64,49 +77,66 @@ class RiceTrainer(Trainer):
             eval_dataset=eval_dataset[0] if eval_dataset else None,
             **kwargs,
         )
-        if args.freeze_vision:
-            model.vision_model.requires_grad_(False)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            model.set_gather(AllGather())
-
-    @property
-    def negatives_per_query(self) -> int:
-        """Images each clip is contrasted with in one step, besides its own. Accumulated steps do not add to them."""
-        return self.args.per_device_train_batch_size * self.args.world_size - 1
+        self.add_callback(self.clock)
+        self._frozen = freeze(model, ["vision_model"] * args.freeze_vision + args.freeze)
+        if self.memory_queue is not None:
+            self.stateful["memory_queue"] = self.memory_queue
 
     def describe(self) -> str:
         """One paragraph on what is about to run, with the numbers people confuse."""
-        args, model = self.args, self.accelerator.unwrap_model(self.model)
+        model = self.accelerator.unwrap_model(self.model)
         terms = ["ICL"] + ["PMD"] * (model.decoder is not None) + ["PFR"] * (model.reconstruction_head is not None)
         lines = [
             f"{' + '.join(terms)}, {sum(p.numel() for p in model.parameters()):,} parameters, on "
             f"{len(self.train_dataset):,} pairs",
-            f"{args.world_size} process(es) x batch {args.per_device_train_batch_size}: "
-            f"negatives per query = {self.negatives_per_query}",
+            *self.describe_negatives(),
         ]
-        if args.gradient_accumulation_steps > 1:
-            lines.append(
-                f"warning: {args.gradient_accumulation_steps} accumulated steps average gradients and add no negatives"
-            )
+        if self._has_own_sampler:
+            lines.append(self._global_batch_sampler.describe())
         return "\n".join(lines)
+
+    @cached_property
+    def _global_batch_sampler(self) -> GlobalBatchSampler:
+        args = self.args
+        return build_sampler(
+            args.batch_sampler,
+            self.train_dataset,
+            batch_size=args.train_batch_size * args.world_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            alpha=args.class_balance_alpha,
+        )
+
+    @property
+    def _has_own_sampler(self) -> bool:
+        return self.args.batch_sampler != "random" or isinstance(self.train_dataset, LazyRows)
+
+    def _get_train_sampler(self, train_dataset=None):
+        if not self._has_own_sampler:
+            return super()._get_train_sampler(train_dataset)
+        # Trainer cuts its order into batches, and accelerate hands them to the processes in turn.
+        return self._global_batch_sampler
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All but vectors and scalars: biases, norms (whatever their encoder calls them) and the temperature."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """Groups for encoder and rest, each with and without decay (none on biases and norms)."""
+        """Groups for encoder and rest, each with and without decay (none on biases and norms), or layer by layer."""
         model, args = model or self.model, self.args
-        rates = (args.learning_rate, args.vision_learning_rate, args.weight_decay)
+        vision_rate = args.learning_rate if args.vision_learning_rate is None else args.vision_learning_rate
+        rates = (args.learning_rate, vision_rate, args.weight_decay)
         if self.optimizer is None and args.published_optimizer:
-            if args.vision_learning_rate is None:
-                rates = (args.learning_rate, args.learning_rate, args.weight_decay)
             self.optimizer = BertAdam(published_parameter_groups(model, *rates))
-        elif self.optimizer is None and args.vision_learning_rate is not None:
+        elif self.optimizer is None and (args.vision_learning_rate is not None or args.layer_decay is not None):
             decayed = set(self.get_decay_parameter_names(model))
+            factors = layer_factors(model, args.layer_decay) if args.layer_decay is not None else {}
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, model)
             groups = parameter_groups(
-                model, *rates, is_vision=lambda name: "vision_model." in name, is_decayed=decayed.__contains__
+                model,
+                *rates,
+                is_vision=lambda name: "vision_model." in name,
+                is_decayed=decayed.__contains__,
+                rate_factor=lambda name: factors.get(name, 1.0),
             )
             self.optimizer = optimizer_class(groups, **options)
         return super().create_optimizer(model)
@@ -119,51 +149,66 @@ class RiceTrainer(Trainer):
             )
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """On the device, where pictures that came in 8 bits become what the model takes."""
+        return normalize_pixels(super()._prepare_inputs(inputs), self.processing_class)
+
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        if self.args.freeze_vision:
+        for module in self._frozen:
             # Trainer puts the whole model in training mode, where batch norms go on moving and dropout goes on.
-            self.accelerator.unwrap_model(model).vision_model.eval()
+            module.eval()
         output = model(**inputs, return_loss=True)
-        for name in LOSS_TERMS:
-            # By attribute: as a mapping the output has no entry for a term that the model lacks.
-            if (value := getattr(output, name)) is not None:
-                # Summed on the device: reading the value here would stall it at every step.
-                self._loss_sums[name] = self._loss_sums.get(name, 0.0) + value.detach()
-        self._loss_count += 1
+        self._record(output, inputs.get("product_ids"))
         return (output.loss, output) if return_outputs else output.loss
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        if "loss" in logs and self._loss_count:
-            for name, total in self._loss_sums.items():
-                mean = self.accelerator.reduce(total / self._loss_count, reduction="mean")
-                logs[name] = round(mean.item(), 6)
-            logs["logit_scale"] = round(self.accelerator.unwrap_model(self.model).logit_scale.exp().item(), 4)
-            self._loss_sums, self._loss_count = {}, 0
-        super().log(logs, *args, **kwargs)
+    def _record(self, output: RiceOutput, product_ids: torch.Tensor | None) -> None:
+        """Adds a batch's losses and accuracies to what the next log averages."""
+        # By attribute: as a mapping the output has no entry for a term that the model lacks.
+        values = {name: getattr(output, name) for name in LOSS_TERMS}
+        for name in ("contrastive", "matching"):
+            logits = output.logits_per_video if name == "contrastive" else output.matching_logits
+            values[f"{name}_accuracy"] = None if logits is None else in_batch_accuracy(logits, product_ids)
+        for name, value in values.items():
+            if value is not None:
+                # Summed on the device: reading the value here would stall it at every step.
+                value = value.detach().float()
+                finite = torch.isfinite(value)
+                self._sums[name] = self._sums.get(name, 0.0) + torch.where(finite, value, torch.zeros_like(value))
+                self._counts[name] = self._counts.get(name, 0.0) + finite.float()
 
-    def load_trained(self, checkpoint: str | os.PathLike) -> None:
-        """Takes the weights that a run ends with, the best or the last, from the checkpoint after its last step."""
-        self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
-            # Looked for beside the last one, since the folder may have moved.
-            checkpoint = os.path.join(os.path.dirname(checkpoint), os.path.basename(self.state.best_model_checkpoint))
-        self._load_from_checkpoint(checkpoint)
+    def get_batch_samples(self, *args, **kwargs):
+        self.clock.start()
+        samples = super().get_batch_samples(*args, **kwargs)
+        self.clock.got(len(samples[0]))
+        return samples
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs and self._sums:
+            own = {name: total / self._counts[name].clamp(min=1) for name, total in self._sums.items()}
+            own["data_wait_share"] = torch.tensor(self.clock.waited / max(self.clock.seconds, 1e-9))
+            device = self.args.device
+            means = self.accelerator.reduce(torch.stack([value.to(device) for value in own.values()]), "mean")
+            logs |= {name: round(value, 6) for name, value in zip(own, means.tolist(), strict=True)}
+            logs["logit_scale"] = round(self.accelerator.unwrap_model(self.model).logit_scale.exp().item(), 4)
+            clips = self.clock.batches * self.args.per_device_train_batch_size * self.args.world_size
+            logs["clips_per_second"] = round(clips / max(self.clock.seconds, 1e-9), 3)
+            logs["nonfinite_steps"] = self.guard.skipped
+            logs |= {name: round(value, 3) for name, value in peak_memory_gb(device).items()}
+            self._sums, self._counts = {}, {}
+            self.clock.reset()
+        super().log(logs, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """
-        R@k on the validation split by the project's protocol, on the first process; the others wait for the figures.
+        R@k on the validation split by the project's protocol, each process on a part of it.
 
         Returns:
             `{prefix}_embedding_R@1`, `{prefix}_matching_R@1`, `{prefix}_fused_R@1` and so on, in 0..1, and
             `{prefix}_fusion_weight`, which is fitted on this very split.
         """
         start = time.time()
-        shared: list[dict[str, float] | None] = [None]
-        if self.is_world_process_zero():
-            shared[0] = self._validate(metric_key_prefix)
-        if self.args.world_size > 1:
-            dist.broadcast_object_list(shared, src=0)
-        metrics = shared[0]
+        with self.evaluation_weights():
+            metrics = self._validate(metric_key_prefix)
         metrics.update(speed_metrics(metric_key_prefix, start, num_samples=len(self.eval_views[0])))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -176,16 +221,14 @@ class RiceTrainer(Trainer):
         if limit is not None and limit < len(queries):
             queries = queries.select([i * len(queries) // limit for i in range(limit)])
         task = RetrievalTask.from_datasets(queries, gallery, scope)
-        retriever = ModelRetriever(model, self.eval_collator)
         loading = Loading(self.args.per_device_eval_batch_size, self.args.dataloader_num_workers, quiet=True)
-        failures: list[dict[str, str]] = []
-        books, weight = validate(retriever, task, queries, gallery, loading=loading, failures=failures)
+        scores, weight, failures = validate_together(model, self.eval_collator, task, queries, gallery, loading)
         metrics = {}
         if failures:
             metrics[f"{prefix}_unreadable_media"] = float(len(failures))
             first = failures[0]
             logger.warning(
-                "%d failures in validation count as misses; the first: %s (%s).",
+                "%d files of validation could not be read; the first: %s (%s). A clip without a frame is a miss.",
                 len(failures),
                 first["id"],
                 first["reason"],
@@ -193,8 +236,5 @@ class RiceTrainer(Trainer):
         if weight is not None:
             model.config.fusion_weight = weight
             metrics[f"{prefix}_fusion_weight"] = weight
-        for kind, rankings in books.items():
-            for name, value in rankings.summary().items():
-                if isinstance(value, float):
-                    metrics[f"{prefix}_{kind}_{name}"] = value
+        metrics |= {f"{prefix}_{name}": value for name, value in scores.items()}
         return metrics

@@ -1,6 +1,7 @@
 """Tiny models and in-memory pairs, queries and a gallery: 32-pixel pictures of one colour."""
 
 import io
+import json
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import CLIPVisionConfig
 from data_rice.features import clip_row, gallery_features, pair_features, query_features
 from modeling_rice import RiceConfig, RiceModel
 from processing_rice import build_processor, train_tokenizer
+from training_rice.arguments import RiceTrainingArguments
 
 CLIP_VISION = {
     "model_type": "clip_vision_model",
@@ -55,6 +57,27 @@ def make_model(model_settings):
         return RiceModel(RiceConfig(**{**(settings or model_settings), **overrides}))
 
     return make
+
+
+@pytest.fixture
+def training(tmp_path):
+    return RiceTrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none")
+
+
+@pytest.fixture
+def write_checkpoint(make_model, tmp_path):
+    """A function that writes a training checkpoint after a step of 10."""
+    model = make_model()
+
+    def write(step: int, folder: str = "run") -> str:
+        path = tmp_path / folder / f"checkpoint-{step}"
+        model.save_pretrained(path)
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({"step": step}, path / name)
+        path.joinpath("trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 10}))
+        return str(path)
+
+    return write
 
 
 @pytest.fixture

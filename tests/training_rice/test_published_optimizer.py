@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_rice.convert_rice_original_to_hf import convert_original_checkpoint
-from training_rice.optimizer import BertAdam, freeze_vision_stem, published_parameter_groups, warmup_cosine
+from training_rice.optimizer import VISION_STEM, BertAdam, freeze, published_parameter_groups, warmup_cosine
 
 TOLERANCE = 1e-4
 
@@ -142,7 +142,7 @@ def test_adamw_goes_elsewhere(shared_dir):
 
 def test_the_stem_can_be_frozen(shared_dir):
     model = convert_original_checkpoint(recorded_run(shared_dir / "reference")[0])
-    freeze_vision_stem(model)
+    freeze(model, VISION_STEM)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert {name.split(".")[1] for name in frozen - {"logit_scale"}} == {"embeddings", "pre_layrnorm"}
     trained = {id(p) for group in published_parameter_groups(model) for p in group["params"]}

@@ -2,35 +2,22 @@
 
 import dataclasses
 import json
-import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, ResNetConfig, ResNetModel
+from transformers import CLIPVisionModel
 
-from training_rice.arguments import DataArguments, ModelArguments, RiceTrainingArguments
+from training_rice.arguments import DataArguments, ModelArguments
+from training_rice.checkpoints import RESULTS_FILE
 from training_rice.setup import (
-    RESULTS_FILE,
     build_model,
     build_rice_processor,
     check_processes,
-    find_checkpoint,
-    is_finished,
-    is_trained,
+    choose_attention,
     read_texts,
     record_arguments,
-    why_broken,
 )
-
-TEXT_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-TEXT_TOWER |= {"vocab_size": 60, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
-
-
-@pytest.fixture
-def training(tmp_path):
-    return RiceTrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none")
 
 
 @pytest.fixture
@@ -40,22 +27,6 @@ def saved(make_model, processor, tmp_path):
     make_model().save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def write_checkpoint(make_model, tmp_path):
-    """A function that writes a training checkpoint after a step of 10."""
-    model = make_model()
-
-    def write(step: int, folder: str = "run") -> str:
-        path = tmp_path / folder / f"checkpoint-{step}"
-        model.save_pretrained(path)
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-            torch.save({"step": step}, path / name)
-        path.joinpath("trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 10}))
-        return str(path)
-
-    return write
 
 
 def cut(path) -> None:
@@ -72,7 +43,14 @@ class TestProcesses:
 
     def test_several_gpus_of_one_process(self):
         with pytest.raises(ValueError, match="one process sees 4 GPUs.*--num_processes 4"):
-            check_processes(SimpleNamespace(world_size=1, n_gpu=4))
+            check_processes(SimpleNamespace(world_size=1, n_gpu=4, fsdp=[]))
+
+    def test_sharded(self, training, monkeypatch):
+        with pytest.raises(ValueError, match="fsdp: the model's temperature is a scalar"):
+            check_processes(SimpleNamespace(world_size=1, n_gpu=1, fsdp=["full_shard"]))
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        with pytest.raises(ValueError, match="train data parallel, with grad_cache_chunk"):
+            check_processes(training)
 
 
 class TestModel:
@@ -141,39 +119,29 @@ class TestModel:
             build_model(ModelArguments(model_name_or_path=str(saved), init_vision_from=str(saved), model={}))
 
 
-class TestEncoder:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-    @pytest.mark.parametrize("whole", [False, True])
-    def test_clip(self, clip_vision_config, model_settings, tmp_path, whole, dtype):
-        clip = CLIPVisionModel(clip_vision_config)
-        if whole:
-            vision = clip_vision_config.to_dict() | {"dtype": None}
-            clip = CLIPModel(CLIPConfig(vision_config=vision, text_config=TEXT_TOWER))
-        clip.to(dtype).save_pretrained(tmp_path / "clip")
-        settings = {name: value for name, value in model_settings.items() if name != "vision_config"}
-        model = build_model(ModelArguments(init_vision_from=str(tmp_path / "clip"), model=settings))
-        assert model.config.vision_config.hidden_size == 32
-        source = dict(getattr(clip, "vision_model", clip).named_parameters())
-        copied = dict(model.vision_model.named_parameters())
-        assert copied.keys() == source.keys()
-        for name, value in copied.items():
-            assert value.dtype == torch.float32
-            assert torch.equal(value, source[name].float())
-        assert {value.dtype for value in model.parameters()} == {torch.float32}
-        model(torch.zeros(4, 3, 32, 32), torch.zeros(4, 1, 3, 32, 32)).loss.backward()
+class TestAttention:
+    @pytest.mark.parametrize(
+        ("asked", "bf16", "device", "expected"),
+        [
+            (None, True, "cpu", "eager"),
+            (None, False, "cpu", "sdpa"),
+            (None, True, "cuda", "sdpa"),
+            ("sdpa", True, "cpu", "sdpa"),
+            ("eager", False, "cpu", "eager"),
+        ],
+    )
+    def test_bf16_on_a_cpu_is_eager_unless_asked_otherwise(self, make_model, asked, bf16, device, expected):
+        model = make_model()
+        training = SimpleNamespace(bf16=bf16, device=torch.device(device))
+        choose_attention(model, ModelArguments(attn_implementation=asked), training)
+        assert model.config._attn_implementation == expected
+        assert model.vision_model.config._attn_implementation == expected
 
-    def test_batch_norms_come_along(self, resnet_settings, tmp_path):
-        vision = {name: value for name, value in resnet_settings["vision_config"].items() if name != "model_type"}
-        encoder = ResNetModel(ResNetConfig(**vision))
-        encoder(torch.randn(2, 3, 32, 32))
-        encoder.save_pretrained(tmp_path / "resnet")
-        model = build_model(ModelArguments(init_vision_from=str(tmp_path / "resnet"), model=resnet_settings))
-        for name, value in encoder.state_dict().items():
-            assert torch.equal(model.vision_model.state_dict()[name], value), name
-
-    def test_missing_folder(self, tmp_path, model_settings):
-        with pytest.raises(FileNotFoundError, match="nothing"):
-            build_model(ModelArguments(init_vision_from=str(tmp_path / "nothing"), model=model_settings))
+    def test_unknown(self, make_model):
+        training = SimpleNamespace(bf16=False, device=torch.device("cpu"))
+        with pytest.raises(ValueError, match="attn_implementation 'fast' cannot be used") as error:
+            choose_attention(make_model(), ModelArguments(attn_implementation="fast"), training)
+        assert "\n" not in str(error.value)
 
 
 class TestProcessor:
@@ -192,68 +160,6 @@ class TestProcessor:
     def test_texts_are_spread_and_distinct(self, pairs):
         assert read_texts(pairs, DataArguments()) == ["a red mug"]
         assert len(read_texts(pairs, DataArguments(tokenizer_texts=1))) == 1
-
-
-class TestCheckpoints:
-    def test_newest_by_number(self, training, write_checkpoint):
-        assert find_checkpoint(training) is None
-        for step in (8, 9, 10):
-            newest = write_checkpoint(step)
-        assert find_checkpoint(training) == newest
-
-    def test_other_names_are_left_alone(self, training, write_checkpoint, tmp_path):
-        whole = write_checkpoint(5)
-        (tmp_path / "run" / "checkpoint-best").mkdir()
-        (tmp_path / "run" / "checkpoint-9").write_text("no folder")
-        assert find_checkpoint(training) == whole
-
-    @pytest.mark.parametrize(
-        "name",
-        ["model.safetensors", "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json"],
-    )
-    @pytest.mark.parametrize("damage", ["missing", "cut"])
-    def test_half_written_is_passed_over(self, training, write_checkpoint, caplog, name, damage):
-        whole, newest = write_checkpoint(4), write_checkpoint(6)
-        path = Path(newest) / name
-        path.unlink() if damage == "missing" else cut(path)
-        assert find_checkpoint(training) == whole
-        (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-        assert newest in warning
-        assert "half-written" in warning
-        assert name.partition(".")[0] in warning or damage == "cut"
-
-    def test_asked_for(self, training, write_checkpoint):
-        older, _ = write_checkpoint(4), write_checkpoint(6)
-        assert find_checkpoint(dataclasses.replace(training, resume_from_checkpoint=older)) == older
-
-    def test_asked_for_and_half_written(self, training, write_checkpoint):
-        write_checkpoint(4)
-        asked = write_checkpoint(6)
-        cut(Path(asked) / "model.safetensors")
-        with pytest.raises(ValueError, match=f"{asked} is half-written .*choose an earlier one"):
-            find_checkpoint(dataclasses.replace(training, resume_from_checkpoint=asked))
-
-    def test_asked_for_and_missing(self, training):
-        with pytest.raises(FileNotFoundError, match="resume_from_checkpoint: there is no folder nowhere"):
-            find_checkpoint(dataclasses.replace(training, resume_from_checkpoint="nowhere"))
-
-    def test_trained(self, write_checkpoint):
-        assert not is_trained(write_checkpoint(9))
-        assert is_trained(write_checkpoint(10))
-        assert why_broken(write_checkpoint(10)) is None
-
-    def test_finished(self, training, write_checkpoint, tmp_path):
-        checkpoint = write_checkpoint(10)
-        run = tmp_path / "run"
-        assert not is_finished(training)
-        for name in ("config.json", "model.safetensors"):
-            shutil.copy(f"{checkpoint}/{name}", run)
-        assert not is_finished(training)
-        (run / RESULTS_FILE).write_text("{}")
-        assert is_finished(training)
-        assert not is_finished(dataclasses.replace(training, resume_from_checkpoint=checkpoint))
-        cut(run / "model.safetensors")
-        assert not is_finished(training)
 
 
 class TestRecord:

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from data_rice.collator import RiceCollator
 from training_rice.arguments import RiceTrainingArguments
+from training_rice.averaging import AVERAGED_FILE
 from training_rice.trainer import LOSS_TERMS, RiceTrainer
 
 
@@ -185,6 +187,73 @@ class TestOptimizer:
         trainer.train()
         for name, value in trainer.model.vision_model.state_dict().items():
             assert not torch.equal(value, before[f"vision_model.{name}"]), name
+
+
+class TestOrdinaryArguments:
+    """What TrainingArguments offer for speed and memory changes no loss beyond rounding."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "tolerance"),
+        [
+            ({"bf16": True}, 5e-2),
+            ({"optim": "adamw_torch_fused"}, 1e-4),
+            ({"activation_checkpointing": True}, 1e-5),
+            ({"activation_checkpointing": True, "grad_cache_chunk": 2}, 1e-4),
+            pytest.param({"torch_compile": True}, 1e-4, marks=pytest.mark.slow),
+        ],
+        ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+    )
+    def test_same_losses(self, make_trainer, arguments, tolerance):
+        runs = []
+        for words in ({}, arguments):
+            trainer = make_trainer(learning_rate=1e-3, **words)
+            trainer.train()
+            runs.append([entry["loss"] for entry in logged(trainer)])
+        assert runs[1] == pytest.approx(runs[0], rel=tolerance)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("arguments", [{"tf32": True}, {"fp16": True}, {"bf16": True, "torch_compile": True}])
+    def test_on_a_gpu(self, make_trainer, arguments):
+        runs = []
+        for words in ({}, arguments):
+            trainer = make_trainer(learning_rate=1e-3, use_cpu=False, **words)
+            trainer.train()
+            runs.append([entry["loss"] for entry in logged(trainer)])
+        assert runs[1] == pytest.approx(runs[0], rel=0.1)
+
+
+class TestAveragedWeights:
+    def test_evaluated_and_kept(self, make_trainer, validation, monkeypatch, tmp_path):
+        """Validation sees the average, training goes on with the weights, and the run ends with the best average."""
+        scores, seen = iter([0.5, 0.9, 0.3]), []
+
+        def validate(self, prefix):
+            seen.append(copy_of(self.model))
+            return {f"{prefix}_fused_R@1": next(scores)}
+
+        monkeypatch.setattr(RiceTrainer, "_validate", validate)
+        every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+        trainer = make_trainer(
+            validate=True, max_steps=3, learning_rate=1e-2, ema_decay=0.9, load_best_model_at_end=True, **every
+        )
+        trainer.train()
+        name = "visual_projection.weight"
+        for step, values in zip((2, 3), seen[1:], strict=True):
+            folder = tmp_path / "run" / f"checkpoint-{step}"
+            assert torch.equal(load_file(folder / AVERAGED_FILE)[name], values[name])
+            assert not torch.equal(load_file(folder / "model.safetensors")[name], values[name])
+        assert torch.equal(trainer.model.state_dict()[name], seen[1][name])
+        other = make_trainer(validate=True, max_steps=3, ema_decay=0.9, load_best_model_at_end=True, **every)
+        other.load_trained(tmp_path / "run" / "checkpoint-3")
+        for name, value in other.model.state_dict().items():
+            assert torch.equal(value, trainer.model.state_dict()[name]), name
+
+    def test_kept_without_validation(self, make_trainer, tmp_path):
+        trainer = make_trainer(ema_decay=0.9, save_strategy="steps", save_steps=2, learning_rate=1e-2)
+        trainer.train()
+        averaged = load_file(tmp_path / "run" / "checkpoint-2" / AVERAGED_FILE)
+        for name, value in averaged.items():
+            assert torch.equal(trainer.model.state_dict()[name], value), name
 
 
 class TestEvaluation:

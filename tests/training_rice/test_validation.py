@@ -1,0 +1,84 @@
+"""Validation that processes share: each query and gallery once, and the figures of one process."""
+
+import pytest
+from datasets import Dataset
+
+from data_rice.collator import RiceCollator
+from evaluation_rice.protocol import RetrievalTask
+from evaluation_rice.retrieval import Loading, ModelRetriever, all_scores, rank_scores, validate
+from training_rice import validation as module
+from training_rice.validation import share_of, validate_together
+
+
+@pytest.fixture
+def rooms(validation):
+    """The six queries and images in three livestreams; the last query's has no images."""
+    queries, gallery, _ = validation
+    lives = ["a", "b", "a", "c", "b", "nowhere"]
+    queries = Dataset.from_list(
+        [{**row, "live_id": live} for row, live in zip(queries, lives, strict=True)], features=queries.features
+    )
+    gallery = Dataset.from_list(
+        [{**row, "live_id": "abc"[i % 3]} for i, row in enumerate(gallery)], features=gallery.features
+    )
+    return queries, gallery
+
+
+@pytest.mark.parametrize("scope", ["live", "all"])
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_parts_make_the_whole(make_model, processor, rooms, scope, world_size):
+    queries, gallery = rooms
+    task = RetrievalTask.from_datasets(queries, gallery, scope)
+    retriever = ModelRetriever(make_model(), RiceCollator(processor))
+    arguments = (queries, gallery, Loading(2, 0, quiet=True))
+    whole = all_scores(retriever, task, *arguments)
+    merged, read = {}, []
+    for rank in range(world_size):
+        share = share_of(task, rank, world_size)
+        read += [image for image, rows in enumerate(share.image_rows) if rows]
+        if any(name in share.scopes for name in share.query_scopes):
+            part = all_scores(retriever, share, *arguments)
+            assert not merged.keys() & part.keys()
+            merged |= part
+    assert merged.keys() == whole.keys()
+    for query, values in whole.items():
+        for kind, row in values.items():
+            assert merged[query][kind] == pytest.approx(row, abs=1e-5)
+    if scope == "live":
+        assert len(read) == len(set(read)) == len(task.image_ids)
+    books, weight = rank_scores(task, dict(sorted(merged.items())))
+    expected, expected_weight = rank_scores(task, whole)
+    assert weight == expected_weight
+    assert books["embedding"].summary() == expected["embedding"].summary()
+
+
+def test_one_process(make_model, processor, rooms):
+    """As `validate`, and a query without gallery is told once."""
+    queries, gallery = rooms
+    task = RetrievalTask.from_datasets(queries, gallery, "live")
+    model, collator, loading = make_model(), RiceCollator(processor), Loading(2, 0, quiet=True)
+    metrics, weight, failures = validate_together(model, collator, task, queries, gallery, loading)
+    expected_failures: list[dict] = []
+    books, expected = validate(
+        ModelRetriever(model, collator), task, queries, gallery, loading=loading, failures=expected_failures
+    )
+    assert weight == expected
+    assert metrics["embedding_R@1"] == books["embedding"].summary()["R@1"]
+    assert {failure["id"] for failure in failures} == {"clip25"}
+    assert len(failures) == len(expected_failures) == 1
+
+
+def test_problem_of_another_process(make_model, processor, rooms, monkeypatch):
+    """Everybody stops with the sentence of the one that cannot go on."""
+    queries, gallery = rooms
+    task = RetrievalTask.from_datasets(queries, gallery, "live")
+
+    def gather(parts, own):
+        parts[:] = [own, ({}, [], "not one of the 2 gallery images could be read")]
+
+    monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(module.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(module.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(module.dist, "all_gather_object", gather)
+    with pytest.raises(ValueError, match="not one of the 2 gallery images"):
+        validate_together(make_model(), RiceCollator(processor), task, queries, gallery, Loading(2, 0, quiet=True))

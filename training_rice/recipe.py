@@ -1,0 +1,153 @@
+"""Recipes: a YAML file of arguments, checked and turned into the command line that it stands for."""
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import CONFIG_MAPPING, HfArgumentParser
+
+from modeling_rice import RiceConfig
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML 1.2's scalars, where `1e-3` is a number and `no` a word; PyYAML's 1.1 takes them for text and false."""
+
+
+_RecipeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), None
+)
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    None,
+)
+
+
+def read_recipe(path: str | Path, names: Collection[str]) -> dict[str, Any]:
+    """
+    Reads a recipe: a flat YAML mapping of argument names (those of `names`), and `model:` with fields of `RiceConfig`.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: for broken YAML or an unknown key, naming it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no recipe {path}")
+    try:
+        recipe = _load_yaml(path.read_text(encoding="utf-8")) or {}
+    except ValueError as error:
+        raise ValueError(f"the recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"the recipe {path} must be a mapping of names to values")
+    for key in recipe:
+        if key not in names:
+            raise ValueError(f"unknown key {key!r} in recipe {path}{suggest(str(key), names)}")
+    if not isinstance(recipe.get("model") or {}, dict):
+        raise ValueError(f"model in the recipe {path} must be a mapping of RiceConfig's fields to values")
+    return recipe
+
+
+def _load_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, _RecipeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def check_model_fields(model: dict[str, Any], source: str = "") -> None:
+    """Raises `ValueError` for a key that the encoder's config or `RiceConfig` lacks, naming the recipe it is from."""
+    where = f" in the model section of {source}" if source else ""
+    names = {f.name for f in dataclasses.fields(RiceConfig)}
+    for key in model:
+        if key not in names:
+            raise ValueError(f"unknown model field {key!r}{where}{suggest(str(key), names)}")
+    vision = model.get("vision_config")
+    if not isinstance(vision, dict):
+        return
+    model_type = vision.get("model_type", "clip_vision_model")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"unknown model_type {model_type!r} of vision_config{where}{suggest(model_type, CONFIG_MAPPING)}"
+        )
+    config_class = CONFIG_MAPPING[model_type]
+    names = {f.name for f in dataclasses.fields(config_class)} | {*config_class.attribute_map, "model_type"}
+    for key in vision:
+        if key not in names and not hasattr(config_class, str(key)):
+            raise ValueError(f"unknown field {key!r} of vision_config ({model_type}){where}{suggest(str(key), names)}")
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def take_model_overrides(model: dict[str, Any], argv: list[str]) -> list[str]:
+    """Moves `--model.NAME VALUE` and `--model MAPPING` from the command line into `model`; returns the other words."""
+    rest, words = [], iter(argv)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option != "--model" and not option.startswith("--model."):
+            rest.append(word)
+            continue
+        if not equals:
+            value = next(words, None)
+            if value is None:
+                raise ValueError(f"{option} needs a value")
+        try:
+            value = _load_yaml(value)
+        except ValueError as error:
+            raise ValueError(f"{option} is not valid YAML: {error}") from error
+        if option == "--model":
+            if not isinstance(value, dict):
+                raise ValueError("--model needs a mapping, such as '{projection_dim: 256}'")
+            model.update(value)
+            continue
+        *parents, name = option.removeprefix("--model.").split(".")
+        section = model
+        for parent in parents:
+            if section.get(parent) is None:
+                section[parent] = {}
+            section = section[parent]
+            if not isinstance(section, dict):
+                raise ValueError(f"{option}: {parent} has no fields of its own")
+        section[name] = value
+    return rest
+
+
+def to_argv(recipe: dict[str, Any], parser: HfArgumentParser, kinds: dict[str, Any], source: str) -> list[str]:
+    """
+    The recipe as the command line it stands for, so that both go through one parser. What no command line can say
+    (null, lists, mappings) becomes the parser's default, where `kinds`, name -> annotation, allows it.
+    """
+    words = []
+    for key, value in recipe.items():
+        if value is not None and not isinstance(value, (list, dict)):
+            words.append(f"--{key}={value}")
+        elif type(value) in _kinds(kinds[key]):
+            parser.set_defaults(**{key: value})
+        else:
+            what = {type(None): "null", list: "a list", dict: "a mapping"}[type(value)]
+            raise ValueError(f"{key} in the recipe {source} cannot be {what}; give it one value or leave it out")
+    return words
+
+
+def _kinds(hint: Any) -> set[type]:
+    """The plain types that an annotation allows: `list[str] | None` -> list and NoneType."""
+    origin = typing.get_origin(hint)
+    if origin in (list, dict):
+        return {origin}
+    arguments = typing.get_args(hint)
+    return set().union(*(_kinds(argument) for argument in arguments)) if arguments else {hint}

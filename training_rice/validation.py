@@ -1,0 +1,86 @@
+"""R@k on a validation split, scored by all processes together."""
+
+import dataclasses
+from typing import Any
+
+import torch.distributed as dist
+
+from evaluation_rice.protocol import RetrievalTask
+from evaluation_rice.retrieval import Loading, ModelRetriever, all_scores, rank_scores
+
+
+def share_of(task: RetrievalTask, rank: int, world_size: int) -> RetrievalTask:
+    """
+    A process's part of a task: whole galleries with their queries, the largest dealt first to whoever has the least to
+    encode; where everybody searches one gallery, a part of its queries, and the gallery whole.
+
+    Args:
+        task: The whole; queries and images keep their numbers.
+        rank, world_size: Which part of how many.
+
+    Returns:
+        A task whose other queries have no gallery, and whose other images have no rows to read.
+    """
+    counts = dict.fromkeys(task.scopes, 0)
+    for name in task.query_scopes:
+        if name in counts:
+            counts[name] += 1
+    if len(task.scopes) == 1:
+        query_scopes = [name if i % world_size == rank else None for i, name in enumerate(task.query_scopes)]
+        return dataclasses.replace(task, query_scopes=query_scopes)
+    loads, owner = [0] * world_size, {}
+    work = {name: counts[name] + len(images) for name, images in task.scopes.items() if counts[name]}
+    for name in sorted(work, key=work.get, reverse=True):
+        owner[name] = loads.index(min(loads))
+        loads[owner[name]] += work[name]
+    scopes = {name: images for name, images in task.scopes.items() if owner.get(name) == rank}
+    needed = {image for images in scopes.values() for image in images}
+    image_rows = [rows if image in needed else [] for image, rows in enumerate(task.image_rows)]
+    return dataclasses.replace(task, scopes=scopes, image_rows=image_rows)
+
+
+def validate_together(
+    model: Any, collator: Any, task: RetrievalTask, queries, gallery, loading: Loading
+) -> tuple[dict[str, float], float | None, list[dict[str, str]]]:
+    """
+    As `evaluation_rice.retrieval.validate`, each process on its share; to be called by all of them.
+
+    Returns:
+        `{kind}_{name}` such as `fused_R@1` -> value, the fusion weight or `None`, and the failures; the same on every
+        process.
+
+    Raises:
+        ValueError: when a process could not read one image of its galleries; on every process, none is left waiting.
+    """
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    retriever = ModelRetriever(model, collator)
+    share = share_of(task, rank, world_size) if several else task
+    failures: list[dict[str, str]] = []
+    scores, problem = {}, None
+    try:
+        if any(name in share.scopes for name in share.query_scopes):
+            scores = all_scores(retriever, share, queries, gallery, loading, failures)
+    except ValueError as error:
+        problem = str(error)
+    # What this process leaves to the others is not missing.
+    left_out = share.without_gallery()
+    failures = [failure for failure in failures if failure not in left_out]
+    parts = [(scores, failures, problem)]
+    if several:
+        parts = [None] * world_size
+        dist.all_gather_object(parts, (scores, failures, problem))
+    for _, _, problem in parts:
+        if problem is not None:
+            raise ValueError(problem)
+    failures = [failure for _, part, _ in parts for failure in part] + task.without_gallery()
+    # In file order, or the order of ties would depend on who scored what.
+    merged = dict(sorted((query, values) for part, _, _ in parts for query, values in part.items()))
+    books, weight = rank_scores(task, merged)
+    metrics = {
+        f"{kind}_{name}": value
+        for kind, rankings in books.items()
+        for name, value in rankings.summary().items()
+        if isinstance(value, float)
+    }
+    return metrics, weight, failures
