@@ -19,7 +19,7 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow style lint check bench clean
+.PHONY: help demo test test-slow test-lowest style lint check bench clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -27,7 +27,7 @@ help: ## show this list
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python found: install Python 3.11 or pass PYTHON=/path/to/python3.11." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test,video]'
+	$(PY) -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test,all]'
 	@touch $@
 
 demo: $(DEMO)/results.json ## render the mini LPR4M, train on it, evaluate on unseen shops (once: what is there is reused)
@@ -53,6 +53,9 @@ test: $(INSTALLED) ## run the tests, offline, on two cores
 
 test-slow: $(INSTALLED) ## run the long tests
 	$(PY) -m pytest -m "slow and not gpu" --durations=10
+
+test-lowest: ## run the tests of model, processing and Hub with the lowest versions of setup.cfg (temporary, about 6 GB)
+	PYTHON=$(PYTHON) .ci/test-lowest
 
 style: $(INSTALLED) ## format the code and fix what the linter can
 	$(PY) -m ruff check --fix .

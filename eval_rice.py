@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from evaluation_rice.checkpoint import check_checkpoint
+from evaluation_rice.checkpoint import check_checkpoint, check_settings, weights_fingerprint
 from evaluation_rice.protocol import RetrievalTask, breakdown
 
 KINDS = ("embedding", "matching", "fused")
@@ -77,14 +77,29 @@ def load_checkpoint(path: str, device: str | None, num_frames: int | None):
         ValueError: the checkpoint is not whole, is of another kind, or has no processor.
     """
     check_checkpoint(path)
-    import torch
-    from transformers import AutoModel, AutoProcessor
+    from evaluation_rice.hub import hub_errors
 
-    import modeling_rice  # noqa: F401  (registers the model with AutoModel)
-    import processing_rice  # noqa: F401  (registers the processor with AutoProcessor)
+    with hub_errors(path):
+        model, processor = _load(path)
+    if num_frames is not None:
+        processor.video_processor.num_frames = num_frames
+    import torch
 
     try:
-        model, loading = AutoModel.from_pretrained(path, output_loading_info=True)
+        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {_one_line(error)}") from error
+
+
+def _load(path: str):
+    from transformers import AutoModel, AutoProcessor
+
+    import modeling_rice
+    import processing_rice  # noqa: F401  (registers the processor with AutoProcessor)
+
+    check_settings(path, modeling_rice.RiceConfig)
+    try:
+        model, loading = AutoModel.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {path} cannot be loaded: {_one_line(error)}") from error
     missing = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
@@ -93,15 +108,9 @@ def load_checkpoint(path: str, device: str | None, num_frames: int | None):
     if not hasattr(model, "encode_gallery"):
         raise ValueError(f"{path} holds a {model.config.model_type} model, which retrieves nothing: name a RICE one.")
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        return model, AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} has no processor that can be loaded ({_one_line(error)}).") from error
-    if num_frames is not None:
-        processor.video_processor.num_frames = num_frames
-    try:
-        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used: {_one_line(error)}") from error
 
 
 def load_views(options: argparse.Namespace, split: str):
@@ -195,6 +204,7 @@ def evaluate(options: argparse.Namespace, command: str) -> dict:
         "baselines": baselines,
         "by": breakdown(queries, {kind: books[kind] for kind in KINDS if kind in books}),
         "model": options.model,
+        "model_sha256": weights_fingerprint(options.model),
         "dataset": options.dataset,
         "seconds": time.perf_counter() - started,
         "failures": failures,
@@ -210,7 +220,7 @@ def evaluate(options: argparse.Namespace, command: str) -> dict:
     report.write_rankings(output, task, shown)
     report.write_query_ranks(output, {kind: books[kind] for kind in KINDS if kind in books})
     draw_matches(output / "matches.png", task, shown, queries, gallery, rank_by)
-    write_model_card(output, results)
+    write_model_card(output, results, run_dir=options.model)
     report.write_results(output, results)
     print_report(results, gallery_words(results), output)
     return results

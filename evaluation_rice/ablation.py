@@ -93,9 +93,7 @@ def read_study(path: str | Path) -> Study:
         _check_keys(arm, _ARM_KEYS, f"arm {name!r} of {path}")
         model_of = arm.get("model_of")
         if model_of is not None and (arm.get("train") or model_of not in arms or arms[model_of].model_of):
-            raise ValueError(
-                f"arm {name!r} of {path}: model_of must name an earlier arm that trains, without train"
-            )
+            raise ValueError(f"arm {name!r} of {path}: model_of must name an earlier arm that trains, without train")
         arms[name] = Arm(name, arm.get("train") or {}, arm.get("eval") or {}, model_of, arm.get("note", ""))
     try:
         seeds = [int(seed) for seed in content.get("seeds", ["0", "1", "2"])]

@@ -56,9 +56,9 @@ class Baseline:
         """Scores `(num_clips, num_images)`, higher is better, from descriptors `(num_clips, D)`, `(num_images, D)`."""
         return clips @ gallery.T
 
-    def describe_clip(self, row: dict) -> np.ndarray:
+    def describe_clip(self, row: dict, failures: list[dict] | None = None) -> np.ndarray:
         """Mean descriptor `(D,)` over the frames of a query row; raises `ValueError` for a clip without frames."""
-        frames = clip_frames(row, self.num_frames)
+        frames = clip_frames(row, self.num_frames, failures)
         boxed = [crop_to_box(image, box) for image, box in frames if box is not None] if self.use_boxes else []
         return np.mean([self.describe(image) for image in boxed or [image for image, _ in frames]], axis=0)
 
@@ -66,7 +66,7 @@ class Baseline:
         features, loaded, failures = [], [], []
         for i, row in enumerate(rows):
             try:
-                features.append(describe(row))
+                features.append(describe(row, failures))
                 loaded.append(i)
             except (ValueError, OSError) as error:
                 failures.append({"id": row[key], "file": _file_of(row), "reason": str(error)})
@@ -74,7 +74,7 @@ class Baseline:
 
     def encode_gallery(self, rows: list[dict]) -> tuple[np.ndarray, list[int], list[dict]]:
         """Descriptors of gallery rows, positions of the rows that could be read, and a failure for each other row."""
-        return self._encode(rows, "image_id", lambda row: self.describe(decode_image(row["image"])))
+        return self._encode(rows, "image_id", lambda row, _: self.describe(decode_image(row["image"])))
 
     def encode_clips(self, rows: list[dict]) -> tuple[np.ndarray, list[int], list[dict]]:
         """The same for query rows."""

@@ -2,22 +2,47 @@
 
 from PIL import Image
 
-from data_rice.collator import decode_image
+from data_rice.decoding import read_frames
 from processing_rice import read_video, sample_frame_indices
 
 
-def clip_frames(row: dict, num_frames: int) -> list[tuple[Image.Image, list[float] | None]]:
+def clip_frames(
+    row: dict, num_frames: int, failures: list[dict] | None = None
+) -> list[tuple[Image.Image, list[float] | None]]:
     """At most `num_frames` frames of a query row, chosen as at test time, each with its box (ltrb, 0 to 1) or None.
 
+    A frame that cannot be read is replaced or left out as the collator does, and appended to `failures`.
+
     Raises:
-        ValueError: the clip has no frames, or one that cannot be read.
+        ValueError: the clip has no frames, or none that can be read.
         FileNotFoundError: its video file is not there.
     """
     if row.get("video"):
         video = {"path": row["video"], "start": row.get("start"), "end": row.get("end")}
-        return [(Image.fromarray(frame), None) for frame in read_video(video, num_frames)]
+        known = dict(zip(row.get("box_frames") or [], row.get("boxes") or [], strict=False))
+        chosen: list[int] = []
+
+        def choose(total: int, max_frames: int) -> list[int]:
+            chosen[:] = sample_frame_indices(total, max_frames)
+            return chosen
+
+        frames = read_video(video, num_frames, choose)
+        return [(Image.fromarray(frame), known.get(i)) for i, frame in zip(chosen, frames, strict=False)]
     if not row["frames"]:
         raise ValueError("the clip has no frames")
     boxes = row.get("boxes") or [None] * len(row["frames"])
     chosen = sample_frame_indices(len(row["frames"]), num_frames)
-    return [(decode_image(row["frames"][i]), boxes[i] or None) for i in chosen]
+    frames, unreadable = read_frames(row["frames"], chosen)
+    if not frames:
+        raise unreadable[0][1]
+    if failures is not None:
+        failures += [
+            {
+                "id": row["clip_id"],
+                "file": row["frames"][i].get("path") or "",
+                "reason": str(error),
+                "outcome": outcome,
+            }
+            for i, error, outcome in unreadable
+        ]
+    return [(frame, boxes[i] or None) for i, frame in frames.items()]

@@ -27,7 +27,8 @@ class Retriever(Protocol):
     """What `retrieve` needs of a method. `load_*` run in the loader's workers and must be picklable.
 
     `load_*` take a list of dataset rows and return `(inputs, positions of the rows that loaded, failures)`, each
-    failure a dict with `id`, `file` and `reason`. `encode_*` turn inputs into an object with `len` and slices, `cat`
+    failure a dict with `id`, `file`, `reason`, and `outcome` where the row loaded all the same, with other frames
+    ("replaced") or fewer ("left out"). `encode_*` turn inputs into an object with `len` and slices, `cat`
     joins such objects, and `scores` gives one `(num_clips, num_images)` array per kind of score.
     """
 
@@ -56,7 +57,7 @@ class ModelRetriever:
     def __init__(self, model, collator, matching: bool | None = None):
         self.model = model
         self.collator = collator
-        self.device = next(model.parameters()).device
+        self.device = model.device if hasattr(model, "device") else next(model.parameters()).device
         self.matching = has_decoder(model) if matching is None else matching
 
     def load_gallery(self, rows):
@@ -164,8 +165,9 @@ def iter_scores(
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Yields `(query number, {score name: array over the query's gallery})`, livestream by livestream.
 
-    An image that could not be read has NaN for a score, a query with a frame that could not be read is not yielded,
-    and both are appended to `failures`. Raises `ValueError` when not one gallery image could be read.
+    An image that could not be read has NaN for a score, a query of which nothing could be read is not yielded, and
+    both are appended to `failures`, as are single frames that could not be read. Raises `ValueError` when not one
+    gallery image could be read.
     """
     encodings, places, failed = _encode_gallery(retriever, task, gallery, loading)
     failures += failed
@@ -182,8 +184,8 @@ def iter_scores(
         if not loaded:
             continue
         clips, start = retriever.encode_clips(inputs), 0
-        # A collator may go on with the frames that it could read; the protocol calls such a clip a miss.
-        damaged = {failure["id"] for failure in failed}
+        # A frame that was replaced by another of its clip, or left out, is listed and makes no miss.
+        damaged = {failure["id"] for failure in failed if failure.get("outcome", "skipped") == "skipped"}
         for name, group in groupby(loaded, key=lambda i: task.query_scopes[i]):
             group = list(group)
             if name != current:
@@ -332,7 +334,7 @@ def fit_fusion(
     A query that could not be read or has no gallery counts as a miss at every weight. Raises `ValueError` when the
     method has no matching scores.
     """
-    return _fit(task, _all_scores(retriever, task, queries, gallery, loading), **options)
+    return _fit(task, all_scores(retriever, task, queries, gallery, loading), **options)
 
 
 def validate(
@@ -353,7 +355,13 @@ def validate(
         score name -> rankings of every query, and the weight (`None` where the method has no matching scores). The
         fused figure is an optimistic one, since the weight was chosen on the same queries.
     """
-    scores = _all_scores(retriever, task, queries, gallery, loading, failures)
+    return rank_scores(task, all_scores(retriever, task, queries, gallery, loading, failures), ks)
+
+
+def rank_scores(
+    task: RetrievalTask, scores: dict[int, dict[str, np.ndarray]], ks=DEFAULT_KS
+) -> tuple[dict[str, Rankings], float | None]:
+    """What `validate` makes of the scores of all queries (`all_scores`), wherever they were computed."""
     weight = _fit(task, scores)[0] if any("matching" in values for values in scores.values()) else None
     books: dict[str, Rankings] = {"embedding": Rankings(task, ks)}
     for query, values in scores.items():
@@ -364,9 +372,10 @@ def validate(
     return {kind: book.complete() for kind, book in books.items()}, weight
 
 
-def _all_scores(
+def all_scores(
     retriever, task: RetrievalTask, queries, gallery, loading: Loading, failures: list[dict] | None = None
 ) -> dict[int, dict[str, np.ndarray]]:
+    """Query number -> score name -> array over the query's gallery; see `iter_scores`."""
     failures = [] if failures is None else failures
     with _evaluating(getattr(retriever, "model", None)):
         return dict(iter_scores(retriever, task, queries, gallery, loading, failures))

@@ -5,10 +5,16 @@ Each verb is a module with a docstring, `add_arguments(parser)` and `run(options
 
 import argparse
 
-from . import convert
+from . import convert, mteb_wrapper, onnx_export, publish, publish_dataset
 
 # Verb modules import what is slow to load inside `run`, so that `rice --help` answers at once.
-VERBS = {"convert": convert}
+VERBS = {
+    "convert": convert,
+    "publish": publish,
+    "publish-dataset": publish_dataset,
+    "export": onnx_export,
+    "mteb": mteb_wrapper,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

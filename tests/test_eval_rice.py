@@ -81,7 +81,7 @@ def test_writes_results_rankings_picture_and_card(model_dir, shop, tmp_path, cap
     output = tmp_path / "out"
     results = run(model_dir, shop, output)
     files = {path.name for path in output.iterdir()}
-    assert files == {"README.md", "matches.png", "rankings.jsonl", "results.json"}
+    assert files == {"README.md", "matches.png", "query_ranks.jsonl", "rankings.jsonl", "results.json"}
     assert {
         "protocol", "num_queries", "gallery_size", "scores", "fusion_weight", "baselines", "by", "model", "dataset",
         "seconds", "failures", "ties", "versions",
@@ -107,6 +107,11 @@ def test_rankings_file_gives_the_reported_recall(model_dir, shop, tmp_path):
         reported = {name: value for name, value in results["scores"][kind].items() if name != "R@1_ci95"}
         assert recall_at_k(rankings, {line["query_id"]: line["relevant"] for line in lines}) == reported
         assert results["fusion_weight"] == 0.7 and results["baselines"] == {}
+        ranks = [json.loads(line) for line in (tmp_path / kind / "query_ranks.jsonl").read_text().splitlines()]
+        assert [line["query_id"] for line in ranks] == [line["query_id"] for line in lines]
+        for score, figures in results["scores"].items():
+            found = [line[score] for line in ranks]
+            assert sum(rank is not None and rank <= 3 for rank in found) / len(ranks) == figures["R@3"]
 
 
 def test_the_same_command_gives_the_same_figures(model_dir, shop, tmp_path):
@@ -116,16 +121,29 @@ def test_the_same_command_gives_the_same_figures(model_dir, shop, tmp_path):
     assert (tmp_path / "a" / "matches.png").read_bytes() == (tmp_path / "b" / "matches.png").read_bytes()
 
 
-def test_a_damaged_frame_makes_a_listed_miss(model_dir, shop, tmp_path, capsys):
+def test_a_damaged_frame_is_listed_and_the_clip_is_scored_without_it(model_dir, shop, tmp_path, capsys):
     (shop / "images" / "test-3-1.png").write_bytes(b"\x89PNG no image")
+    results = run(model_dir, shop, tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "rankings.jsonl").read_text().splitlines()]
+    assert results["num_queries"] == len(lines) == 8
+    assert all(line["ranking"] for line in lines)
+    assert [(failure["id"], failure["kind"]) for failure in results["failures"]] == [("test-3", "query")]
+    assert results["failures"][0]["file"].endswith("test-3-1.png")
+    assert results["failures"][0]["outcome"] == "left out"
+    assert "test-3-1.png" in capsys.readouterr().out
+
+
+def test_a_clip_of_which_nothing_can_be_read_is_a_listed_miss(model_dir, shop, tmp_path):
+    frames = list((shop / "images").glob("test-3-*.png"))
+    for path in frames:
+        path.write_bytes(b"\x89PNG no image")
     results = run(model_dir, shop, tmp_path / "out")
     lines = [json.loads(line) for line in (tmp_path / "out" / "rankings.jsonl").read_text().splitlines()]
     assert results["num_queries"] == len(lines) == 8
     assert [line["query_id"] for line in lines if not line["ranking"]] == ["test-3"]
     assert results["scores"]["fused"]["R@10"] == 7 / 8 == results["baselines"]["color_histogram"]["R@10"]
-    assert [(failure["id"], failure["kind"]) for failure in results["failures"]] == [("test-3", "query")]
-    assert results["failures"][0]["file"].endswith("test-3-1.png")
-    assert "test-3-1.png" in capsys.readouterr().out
+    assert [(failure["id"], failure["outcome"]) for failure in results["failures"]] == 2 * [("test-3", "skipped")]
+    assert {failure["file"] for failure in results["failures"]} == {str(path) for path in frames}
 
 
 def test_the_checkpoints_own_fusion_weight_goes_first(model_dir, shop, tmp_path):
@@ -149,7 +167,9 @@ def test_number_of_frames_and_boxes_are_recorded(model_dir, shop, tmp_path):
 
 def test_refuses_a_missing_checkpoint(shop, tmp_path, capsys):
     assert "there is no checkpoint folder" in refusal(capsys, tmp_path / "gone", shop, tmp_path / "out")
-    assert "--model nobody/nothing cannot be loaded" in refusal(capsys, "nobody/nothing", shop, tmp_path / "out")
+    assert "nobody/nothing needs the Hub, but HF_HUB_OFFLINE is set" in refusal(
+        capsys, "nobody/nothing", shop, tmp_path / "out"
+    )
 
 
 @pytest.mark.parametrize(

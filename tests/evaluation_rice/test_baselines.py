@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -77,6 +79,9 @@ def test_clips_of_video_files_are_read(tmp_path):
     assert len(frames) == 4 and all(np.asarray(image).mean((0, 1)).argmax() == 2 for image in frames)
     with pytest.raises(FileNotFoundError, match="gone.mp4"):
         clip_frames({"video": str(tmp_path / "gone.mp4"), "frames": []}, 4)
+    row = {"video": str(path), "start": 2.0, "end": 4.0, "frames": [], "box_frames": [0], "boxes": [[0, 0, 0.5, 1]]}
+    boxes = [box for _, box in clip_frames(row, 4)]
+    assert boxes[0] == [0, 0, 0.5, 1] and boxes[1:] == [None] * (len(boxes) - 1)
 
 
 def test_every_baseline_runs_under_the_protocol(shop):
@@ -88,13 +93,16 @@ def test_every_baseline_runs_under_the_protocol(shop):
 
 
 def test_unreadable_files_are_named_misses(shop):
-    (shop.folder / "a1.png").write_bytes(b"no image")
+    """One of a clip's frames makes no miss, all of them do."""
     task = RetrievalTask.from_datasets(shop.queries, shop.gallery, "live")
-    scores, failures = run_baselines(["color_histogram"], task, shop.queries, shop.gallery, loading=QUIET)
-    assert scores["color_histogram"]["R@10"] == pytest.approx(0.8)
-    assert [(f["method"], f["id"], f["file"]) for f in failures] == [
-        ("color_histogram", "a", str(shop.folder / "a1.png"))
-    ]
+    frames = [entry["path"] for entry in shop.queries[0]["frames"]]
+    for i, path in enumerate(frames):
+        Path(path).write_bytes(b"no image")
+        scores, failures = run_baselines(["color_histogram"], task, shop.queries, shop.gallery, loading=QUIET)
+        lost = i + 1 == len(frames)
+        assert scores["color_histogram"]["R@10"] == pytest.approx(0.8 if lost else 1.0)
+        assert {(f["method"], f["id"]) for f in failures} == {("color_histogram", "a")}
+        assert failures[0]["file"] == frames[0] and ("outcome" in failures[0]) != lost
 
 
 def test_unknown_baseline_is_refused(shop):

@@ -53,15 +53,19 @@ def test_an_unreadable_clip_is_a_listed_miss(model, collator, shop):
     assert [(failure["kind"], failure["id"]) for failure in failures] == [("query", "c")]
 
 
-def test_a_clip_with_one_damaged_frame_is_a_miss_even_if_the_collator_goes_on(model, collator, shop):
+@pytest.mark.parametrize(("outcome", "found"), [("replaced", 4), ("left out", 4), ("skipped", 0), (None, 0)])
+def test_a_damaged_frame_is_listed_and_makes_a_miss_where_nothing_took_its_place(
+    model, collator, shop, outcome, found
+):
     class Forgiving(type(collator)):
         def encode_queries(self, rows):
             inputs, loaded, _ = super().encode_queries(rows)
-            return inputs, loaded, [{"id": row["clip_id"], "file": "f", "reason": "r"} for row in rows[:1]]
+            failure = {"id": rows[0]["clip_id"], "file": "f", "reason": "r"}
+            return inputs, loaded, [failure | ({"outcome": outcome} if outcome else {})]
 
     books, failures = run(model, Forgiving(), shop, batch_size=5)
-    assert books["matching"].rankings["a"] == [] and len(books["matching"].rankings["c"]) == 4
-    assert len(failures) == 1
+    assert len(books["matching"].rankings["a"]) == found and len(books["matching"].rankings["c"]) == 4
+    assert len(failures) == 1 and failures[0]["id"] == "a"
 
 
 def test_an_unreadable_image_cannot_be_retrieved(model, collator, shop):

@@ -1,3 +1,4 @@
+import ast
 import random
 import re
 import shutil
@@ -5,6 +6,7 @@ from pathlib import Path
 
 import evaluate
 import pytest
+from huggingface_hub import RepoCard
 
 from evaluation_rice.recall import recall_at_k
 
@@ -19,15 +21,88 @@ def metric(tmp_path_factory):
     return evaluate.load(str(alone), cache_dir=str(tmp_path_factory.mktemp("cache")))
 
 
-def test_agrees_with_recall_at_k_on_random_rankings(metric):
+def draw(rng, num_queries=None):
+    """Random rankings and right images: empty, short, repeated, and with images that are nowhere."""
+    images = [f"image-{i}" for i in range(rng.randint(1, 30))]
+    rankings, relevant = {}, {}
+    for i in range(num_queries or rng.randint(1, 40)):
+        rankings[f"q{i}"] = rng.choices(images, k=rng.randint(0, 12)) if rng.random() < 0.3 else shuffled(rng, images)
+        relevant[f"q{i}"] = rng.sample([*images, "elsewhere"], rng.randint(0, min(4, len(images))))
+    return rankings, relevant
+
+
+def shuffled(rng, images):
+    return rng.sample(images, rng.randint(0, len(images)))
+
+
+def test_agrees_with_recall_at_k(metric):
     rng = random.Random(0)
-    images = [f"image-{i}" for i in range(30)]
-    rankings = {f"q{i}": rng.sample(images, rng.randint(0, 30)) for i in range(200)}
-    relevant = {query: rng.sample(images, rng.randint(0, 4)) for query in rankings}
-    rankings["q3"] = rankings["q3"] * 2
-    for ks in ((1, 3, 5, 10), (2, 100)):
+    for _ in range(40):
+        rankings, relevant = draw(rng)
+        ks = tuple(rng.sample(range(1, 40), rng.randint(1, 4)))
         computed = metric.compute(predictions=list(rankings.values()), references=list(relevant.values()), ks=ks)
         assert computed == recall_at_k(rankings, relevant, ks)
+
+
+def test_galleries_cut_rankings_to_the_clips_own_livestream(metric):
+    rng = random.Random(1)
+    rankings, relevant = draw(rng, num_queries=60)
+    images = sorted({image for ranking in rankings.values() for image in ranking})
+    galleries = {live: shuffled(rng, images) for live in ("a", "b", "c")}
+    lives = {query: rng.choice("abc") for query in rankings}
+    cut = {q: [image for image in ranking if image in galleries[lives[q]]] for q, ranking in rankings.items()}
+    computed = metric.compute(
+        predictions=list(rankings.values()),
+        references=list(relevant.values()),
+        live_ids=list(lives.values()),
+        galleries=galleries,
+        ks=(1, 4),
+    )
+    by_livestream = computed.pop("by_livestream")
+    assert computed == recall_at_k(cut, relevant, (1, 4)) != recall_at_k(rankings, relevant, (1, 4))
+    for live, figures in by_livestream.items():
+        own = {query: relevant[query] for query in relevant if lives[query] == live}
+        assert figures.pop("num_clips") == len(own)
+        assert figures == recall_at_k({query: cut[query] for query in own}, own, (1, 4))
+
+
+def test_batches_add_up(metric):
+    rankings, relevant = draw(random.Random(2), num_queries=20)
+    predictions, references = list(rankings.values()), list(relevant.values())
+    for start in range(0, 20, 7):
+        metric.add_batch(predictions=predictions[start : start + 7], references=references[start : start + 7])
+    assert metric.compute() == recall_at_k(rankings, relevant)
+
+
+def test_refuses_livestreams_that_do_not_fit(metric):
+    given = {"predictions": [["a"], ["b"]], "references": [["a"], ["b"]]}
+    for words, more in (
+        ("give one per clip", {"live_ids": ["x"]}),
+        ("needs live_ids", {"galleries": {"x": ["a"]}}),
+        ("no livestream 'y'", {"live_ids": ["x", "y"], "galleries": {"x": ["a"]}}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            metric.compute(**given, **more)
+
+
+def test_examples_of_the_card(metric):
+    card = (FOLDER / "README.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        call, _, expected = example.partition("\n# {")
+        computed = metric.compute(**example_arguments(call[call.index("metric.compute(") :]))
+        assert repr(computed) == "{" + expected.strip()
+
+
+def example_arguments(call):
+    """The keyword arguments of a call, all of which are literals."""
+    return {word.arg: ast.literal_eval(word.value) for word in ast.parse(call, mode="eval").body.keywords}
+
+
+def test_card_has_the_metadata_of_evaluate_modules():
+    data = RepoCard.load(FOLDER / "README.md").data
+    assert data.title and data.description and data.tags == ["evaluate", "metric"] and data.sdk
 
 
 def test_default_cut_offs_and_empty_ranking(metric):
