@@ -2,8 +2,10 @@
 
     python eval_rice.py --model runs/demo --dataset mini_lpr4m --data_dir data/mini_lpr4m --output_dir runs/demo/eval
 
-writes results.json, rankings.jsonl, matches.png and a model card (README.md) into --output_dir, and prints the recall
-beside a colour histogram and chance. docs/protocol.md says what is measured and how.
+writes results.json, rankings.jsonl, matches.png, breakdown.png and a model card (README.md) into --output_dir, and
+prints the recall beside a colour histogram and chance; with --report also report.html, one page that needs no network.
+With --baseline NAME in the place of --model it measures what needs no training in the same way (docs/baselines.md).
+docs/protocol.md says what is measured and how.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import os
 import shlex
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from evaluation_rice.checkpoint import check_checkpoint, check_settings, weights_fingerprint
@@ -21,11 +24,16 @@ KINDS = ("embedding", "matching", "fused")
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """The parser, whose `error` ends with one sentence and status 2, and the options."""
-    from evaluation_rice.baselines import BASELINE_NAMES
+    from evaluation_rice.baselines import BASELINE_NAMES, BASELINES
+    from evaluation_rice.pretrained_baselines import FAMILIES
 
     parser = argparse.ArgumentParser(description="R@k of a RICE checkpoint under one protocol (docs/protocol.md).")
     add = parser.add_argument
-    add("--model", required=True, help="checkpoint folder, or the id of a published model")
+    method = parser.add_mutually_exclusive_group(required=True)
+    method.add_argument("--model", help="checkpoint folder, or the id of a published model")
+    names = ", ".join([*BASELINES, *FAMILIES])
+    method.add_argument("--baseline", help=f"{names}, or the id or folder of a vision model of transformers, as it is")
+    add("--baseline_model", help="id or folder for a family named by --baseline; default: its published model")
     add("--dataset", required=True, help="mini_lpr4m, lpr4m, shop_clips, or a folder in one of their layouts")
     add("--data_dir", help="folder of the data set's files")
     add("--split", default="test", choices=("validation", "test"))
@@ -34,13 +42,19 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Argume
     add("--batch_size", type=_positive, default=32, help="clips or images per batch")
     add("--num_workers", type=_not_negative, default=min(2, os.cpu_count() or 1), help="processes that decode images")
     add("--device", help="such as cpu or cuda; default: cuda where there is one")
-    add("--boxes", default="none", choices=("none", "ground_truth"), help="boxes of the intended product at test time")
+    add("--boxes", default="none", choices=("none", "ground_truth", "detector"), help="boxes of the intended product "
+        "at test time; detector goes with --detector or --boxes_file")  # fmt: skip
+    add("--detector", help="product detector (folder or id) to make the boxes with, into --output_dir")
+    add("--text", default=True, action=argparse.BooleanOptionalAction, help="give titles and ASR to a model that has "
+        "a text encoder (default), or evaluate it without them")  # fmt: skip
+    add("--boxes_file", help="boxes that a product detector made: python -m retrieval_rice.detector run")
     add("--num_frames", type=_positive, help="frames per clip; default: as the checkpoint's processor says")
     add("--fusion_weight", type=_weight, default="auto", help="number above 0, or auto: the checkpoint's own weight, "
         "else fitted on the validation split, else 1")  # fmt: skip
     add("--baselines", nargs="*", default=["color_histogram", "chance"], choices=BASELINE_NAMES)
     add("--gallery_images", choices=("main", "all"), help="LPR4M: one image per product (default), or every image")
     add("--cache_dir", help="where the data set's tables are cached")
+    add("--report", action="store_true", help="also write report.html: plots, best and worst clips, heat maps, speed")
     return parser, parser.parse_args(arguments)
 
 
@@ -83,10 +97,15 @@ def load_checkpoint(path: str, device: str | None, num_frames: int | None):
         model, processor = _load(path)
     if num_frames is not None:
         processor.video_processor.num_frames = num_frames
+    return to_device(model, device).eval(), processor
+
+
+def to_device(model, device: str | None):
+    """The model on `device`, by default a GPU where there is one; raises `ValueError` where that cannot be used."""
     import torch
 
     try:
-        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
+        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} cannot be used: {_one_line(error)}") from error
 
@@ -113,12 +132,82 @@ def _load(path: str):
         raise ValueError(f"{path} has no processor that can be loaded ({_one_line(error)}).") from error
 
 
+def build_retriever(options: argparse.Namespace):
+    """The model or baseline as a `Retriever`, and the baseline's entry in results.json (`None` for a model)."""
+    from data_rice.collator import RiceCollator
+    from evaluation_rice.pretrained_baselines import load_baseline
+    from evaluation_rice.retrieval import ModelRetriever
+
+    check_boxes(options)
+    use_boxes = options.boxes != "none"
+    if options.baseline is not None:
+        return load_baseline(
+            options.baseline,
+            options.baseline_model,
+            num_frames=options.num_frames,
+            use_boxes=use_boxes,
+            batch_size=options.batch_size,
+            to_device=partial(to_device, device=options.device),
+        )
+    if options.baseline_model is not None:
+        raise ValueError("--baseline_model goes with --baseline, not with --model: give one of them.")
+    model, processor = load_checkpoint(options.model, options.device, options.num_frames)
+    if use_boxes and not getattr(model.config, "accepts_patch_mask", True):
+        raise ValueError(
+            f"--boxes {options.boxes}: the encoder of {options.model} takes no patch mask; evaluate with --boxes "
+            f"none, or train with --model.patch_mask_pooling true."
+        )
+    use_text = options.text and getattr(model.config, "text_config", None) is not None
+    return ModelRetriever(model, RiceCollator(processor, use_boxes=use_boxes, use_text=use_text)), None
+
+
 def load_views(options: argparse.Namespace, split: str):
     """Queries and gallery of a split."""
     from data_rice import load_dataset_view
 
     settings = {"data_dir": options.data_dir, "cache_dir": options.cache_dir, "gallery_images": options.gallery_images}
+    if options.boxes == "detector":
+        settings["boxes_file"] = options.boxes_file or detect_boxes(options, split)
     return [load_dataset_view(options.dataset, view, split, **settings) for view in ("queries", "gallery")]
+
+
+def check_boxes(options: argparse.Namespace) -> None:
+    """Refuses a detector that is missing, or one too many."""
+    given = [name for name in ("detector", "boxes_file") if getattr(options, name) is not None]
+    if options.boxes == "detector" and len(given) != 1:
+        raise ValueError("--boxes detector needs either --detector or --boxes_file: give one of them.")
+    if options.boxes != "detector" and given:
+        raise ValueError(f"--{given[0]} goes with --boxes detector, not with --boxes {options.boxes}.")
+
+
+def detect_boxes(options: argparse.Namespace, split: str) -> str:
+    """The box file that --detector makes of a split; what is there already is not made again."""
+    from retrieval_rice.detector.box_writing import write_boxes
+    from retrieval_rice.detector.product_detector import ProductDetector
+
+    path = str(Path(options.output_dir) / "boxes.jsonl")
+    write_boxes(
+        ProductDetector.from_pretrained(options.detector, options.device),
+        path,
+        dataset=options.dataset,
+        splits=[split],
+        detector_name=options.detector,
+        data_dir=options.data_dir,
+        cache_dir=options.cache_dir,
+        num_frames=options.num_frames or 0,
+        num_workers=options.num_workers,
+    )
+    return path
+
+
+def describe_boxes(options: argparse.Namespace, queries) -> dict:
+    """Where boxes come from and how many frames have one, for results.json."""
+    from data_rice.box_files import BoxFile, count_boxes
+
+    path = options.boxes_file or str(Path(options.output_dir) / "boxes.jsonl")
+    header = BoxFile(path).header
+    origin = {name: header.get(name) for name in ("detector", "detector_sha256", "threshold", "frames_per_clip")}
+    return {"file": path, **origin, **count_boxes(queries)}
 
 
 def choose_fusion(options, retriever, scope: str, loading) -> tuple[float, dict]:
@@ -152,6 +241,7 @@ def describe_protocol(options, task: RetrievalTask, scope: str, rank_by: str, nu
         "gallery_images": options.gallery_images or "as the data set's default",
         "num_galleries": len(set(task.query_scopes)),
         "num_gallery_images": len({image for name in set(task.query_scopes) for image in task.scopes.get(name, [])}),
+        "task_sha256": task.fingerprint(),
         "duplicate_gallery_rows": task.num_duplicate_rows,
         "queries_without_relevant_in_gallery": task.num_unreachable(),
         "hit": "any relevant image among the first k",
@@ -167,34 +257,44 @@ def describe_protocol(options, task: RetrievalTask, scope: str, rank_by: str, nu
 
 def evaluate(options: argparse.Namespace, command: str) -> dict:
     """Loads, runs and reports; returns the results. Bad input raises `ValueError` or `OSError` with one sentence."""
+    from evaluation_rice.model_card import gallery_words
+
+    results, *rest = measure(options, command)
+    write_files(options, results, *rest)
+    print_report(results, gallery_words(results), Path(options.output_dir), options.report)
+    return results
+
+
+def measure(options: argparse.Namespace, command: str) -> tuple:
+    """The content of results.json, and what it was made of: task, rankings, queries, gallery and retriever."""
     started = time.perf_counter()
-    model, processor = load_checkpoint(options.model, options.device, options.num_frames)
+    retriever, baseline = build_retriever(options)
     queries, gallery = load_views(options, options.split)
 
     from data_rice import gallery_scope
-    from data_rice.collator import RiceCollator
     from evaluation_rice import report
     from evaluation_rice.baselines import run_baselines
-    from evaluation_rice.matches import draw_matches
-    from evaluation_rice.model_card import gallery_words, write_model_card
-    from evaluation_rice.retrieval import Loading, ModelRetriever, has_decoder, retrieve
+    from evaluation_rice.retrieval import Loading, has_decoder, retrieve
+    from evaluation_rice.speed import TimedRetriever
 
     scope = gallery_scope(options.dataset, options.data_dir)
     task = RetrievalTask.from_datasets(queries, gallery, scope)
+    model = None if baseline else retriever.model
     if options.rank_by in ("matching", "fused") and not has_decoder(model):
-        raise ValueError(f"--rank_by {options.rank_by} needs a matching decoder, which {options.model} does not have.")
+        name = options.model or options.baseline
+        raise ValueError(f"--rank_by {options.rank_by} needs a matching decoder, which {name} does not have.")
     rank_by = options.rank_by or ("fused" if has_decoder(model) else "embedding")
-    collator = RiceCollator(processor, use_boxes=options.boxes == "ground_truth")
-    retriever, loading = ModelRetriever(model, collator), Loading(options.batch_size, options.num_workers)
+    retriever = TimedRetriever(retriever)
+    loading = Loading(options.batch_size, options.num_workers)
     weight, fusion = choose_fusion(options, retriever, scope, loading) if has_decoder(model) else (None, None)
     books, failures = retrieve(retriever, task, queries, gallery, loading=loading, fusion_weight=weight)
-    num_frames = getattr(getattr(processor, "video_processor", None), "num_frames", None)
-    baselines, failed = run_baselines(
-        options.baselines, task, queries, gallery, loading=loading, num_frames=num_frames or 10
-    )
+    num_frames = retriever.num_frames
+    others = [name for name in options.baselines if baseline is None or name != baseline["name"]]
+    baselines, failed = run_baselines(others, task, queries, gallery, loading=loading, num_frames=num_frames or 10)
     known = {(failure["kind"], failure["id"]) for failure in failures}
-    failures = [{"method": "model", **failure} for failure in failures]
+    failures = [{"method": baseline["name"] if baseline else "model", **failure} for failure in failures]
     failures += [failure for failure in failed if (failure["kind"], failure["id"]) not in known]
+    train_rows, head_tail = count_training_rows(options, queries)
     results = {
         "protocol": describe_protocol(options, task, scope, rank_by, num_frames, books["embedding"].depth),
         "num_queries": len(task.query_ids),
@@ -202,37 +302,90 @@ def evaluate(options: argparse.Namespace, command: str) -> dict:
         "scores": {kind: books[kind].summary() for kind in KINDS if kind in books},
         "fusion_weight": weight,
         "baselines": baselines,
-        "by": breakdown(queries, {kind: books[kind] for kind in KINDS if kind in books}),
-        "model": options.model,
-        "model_sha256": weights_fingerprint(options.model),
+        "by": breakdown(queries, {kind: books[kind] for kind in KINDS if kind in books}, train_rows),
+        "head_tail": head_tail,
+        "model": options.model or baseline["model"] or baseline["name"],
+        "model_sha256": weights_fingerprint(options.model or baseline["model"] or ""),
+        "baseline": baseline,
+        "parameters": retriever.num_parameters(),
         "dataset": options.dataset,
         "seconds": time.perf_counter() - started,
+        "speed": retriever.summary(),
         "failures": failures,
         "ties": {kind: books[kind].tie_summary() for kind in KINDS if kind in books},
         "versions": report.library_versions(),
         "command": command,
     }
+    if getattr(getattr(model, "config", None), "text_config", None) is not None:
+        results["protocol"]["text"] = {"used": options.text, "score_weight": model.config.text_score_weight}
+    if options.boxes == "detector":
+        results["protocol"]["detector"] = describe_boxes(options, queries)
     if fusion is not None:
         results["protocol"]["fusion"] = {"rule": "z(embedding) + weight * z(matching), per query", **fusion}
-    output = Path(options.output_dir)
+    return results, task, books, queries, gallery, retriever
+
+
+def write_files(options, results: dict, task: RetrievalTask, books, queries, gallery, retriever) -> None:
+    """Everything that an evaluation leaves in its folder, results.json last."""
+    from evaluation_rice import report
+    from evaluation_rice.breakdown import can_draw, draw_breakdown
+    from evaluation_rice.matches import draw_matches
+    from evaluation_rice.model_card import write_model_card
+    from evaluation_rice.table import baseline_page
+
+    output, rank_by = Path(options.output_dir), results["protocol"]["rank_by"]
     output.mkdir(parents=True, exist_ok=True)
     shown = books.get(rank_by) or books["embedding"]
     report.write_rankings(output, task, shown)
     report.write_query_ranks(output, {kind: books[kind] for kind in KINDS if kind in books})
     draw_matches(output / "matches.png", task, shown, queries, gallery, rank_by)
-    write_model_card(output, results, run_dir=options.model)
+    if results["baseline"]:
+        report.write_atomically(output / "README.md", baseline_page(results))
+    else:
+        write_model_card(output, results, run_dir=options.model)
+    if options.report:
+        write_page(output, results, task, books, queries, gallery, retriever)
+    if results["by"] and can_draw():
+        draw_breakdown(output / "breakdown.png", results["by"], f"R@1 of {results['model']} by attribute of the clips")
     report.write_results(output, results)
-    print_report(results, gallery_words(results), output)
-    return results
 
 
-def print_report(results: dict, gallery: str, output: Path) -> None:
+def count_training_rows(options: argparse.Namespace, queries) -> tuple[dict[str, int] | None, dict]:
+    """Category -> training rows for the breakdown by head and tail; and the rule, or what is missing."""
+    from evaluation_rice.breakdown import train_rows_by_category
+    from evaluation_rice.protocol import HEAD_TAIL_RULE, head_categories
+
+    if "category" not in queries.column_names or not any(queries["category"]):
+        return None, {"missing": "the clips know no category"}
+    try:
+        rows = train_rows_by_category(options.dataset, options.data_dir, options.cache_dir)
+    except (ValueError, OSError) as error:
+        print(f"the training rows cannot be counted: {_one_line(error)}")
+        return None, {"missing": "the training rows cannot be counted"}
+    if not rows:
+        return None, {"missing": "the training rows know no category"}
+    head = sorted(head_categories(rows))
+    return rows, {"rule": HEAD_TAIL_RULE, "head": head, "num_categories": len(rows), "train_rows": sum(rows.values())}
+
+
+def write_page(output: Path, results: dict, task: RetrievalTask, books, queries, gallery, retriever) -> None:
+    """report.html, with heat maps where the model reconstructs patches."""
+    from evaluation_rice.heatmap import has_maps, heat_pictures
+    from evaluation_rice.html_report import Evaluation, write_html_report
+
+    model = getattr(retriever, "model", None)
+    heat = partial(heat_pictures, model, retriever.collator) if has_maps(model) else None
+    write_html_report(output, Evaluation(results, task, books, queries, gallery, heat))
+
+
+def print_report(results: dict, gallery: str, output: Path, report: bool = False) -> None:
     """The table, and all that a reader must know to read it."""
-    from evaluation_rice.report import format_table
+    from evaluation_rice.breakdown import can_draw
+    from evaluation_rice.report import format_table, shown_scores
 
     print(f"\n{results['num_queries']} clips of {results['dataset']} ({results['protocol']['split']}); {gallery}")
     print(f"boxes at test time: {results['protocol']['boxes']}; recall in percent\n")
-    print(format_table({**results["scores"], **results["baselines"]}))
+    print(format_table(shown_scores(results)))
     if results["fusion_weight"] is not None:
         print(f"\nfusion weight {results['fusion_weight']:g}: {results['protocol']['fusion']['source_words']}")
     for kind, tie in results["ties"].items():
@@ -246,7 +399,14 @@ def print_report(results: dict, gallery: str, output: Path) -> None:
         print(f"not read: {failure['kind']} {failure['id']} {failure['file']} ({failure['reason']})")
     if len(results["failures"]) > 5:
         print(f"... {len(results['failures'])} failures in all, listed in results.json")
-    print(f"\nwritten to {output}: results.json, rankings.jsonl, query_ranks.jsonl, matches.png, README.md")
+    drawn = bool(results["by"]) and can_draw()
+    if "missing" in results["head_tail"] and results["by"]:
+        print(f"no breakdown by head and tail: {results['head_tail']['missing']}")
+    if results["by"] and not drawn:
+        print("no breakdown.png: matplotlib, the extra `plot`, is not installed; the figures are in results.json")
+    files = ["results.json", "rankings.jsonl", "query_ranks.jsonl", "matches.png", "README.md"]
+    files += ["breakdown.png"] * drawn + ["report.html"] * report
+    print(f"\nwritten to {output}: {', '.join(files)}")
 
 
 def _one_line(error: BaseException) -> str:

@@ -35,6 +35,7 @@ from training_rice.setup import (
     read_texts,
     record_arguments,
 )
+from training_rice.text import check_text
 from training_rice.trainer import RiceTrainer
 
 logger = logging.getLogger("train_rice")
@@ -48,7 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         train(model_arguments, data_arguments, training_arguments)
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"train_rice.py: error: {_sentence(error)}")
+        print(f"train_rice.py: error: {_sentence(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _sentence(error: Exception) -> str:
@@ -74,9 +76,10 @@ def train(model_arguments, data_arguments, training_arguments) -> None:
 
     with training_arguments.main_process_first(desc="building the data tables"):
         pairs, validation = load_views(data_arguments, training_arguments)
-    model = build_model(model_arguments)
+    model = build_model(model_arguments, data_arguments)
     choose_attention(model, model_arguments, training_arguments)
     processor = build_rice_processor(model_arguments, data_arguments, model.config, read_texts(pairs, data_arguments))
+    check_text(data_arguments, model.config, processor.tokenizer)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(model.config, name, getattr(processor.tokenizer, name))
     failure_log = f"{training_arguments.output_dir}/unreadable_media.jsonl"

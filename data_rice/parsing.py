@@ -16,6 +16,8 @@ from tqdm.auto import tqdm
 
 # Below this size a file is read in less than a few seconds, and a progress bar would only be noise.
 _PROGRESS_BYTES = 64 * 1024 * 1024
+# Rows keep boxes in single precision, where two numbers near 1 that are closer than this may become one.
+_SMALLEST_SIDE = 1e-6
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 
@@ -170,15 +172,24 @@ def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
         ValueError: a line is not a JSON object.
     """
     for number, text in read_lines(path):
-        try:
-            value = _loads(text)
-        except json.JSONDecodeError as error:
-            raise row_error(path, number, f"not valid JSON ({error.msg}, column {error.colno}).") from None
-        except ValueError as error:
-            raise row_error(path, number, f"{error}.") from None
-        if not isinstance(value, dict):
-            raise row_error(path, number, f"expected a JSON object, found a {type(value).__name__}.")
-        yield number, value
+        yield number, parse_json_line(path, number, text)
+
+
+def parse_json_line(path: str | os.PathLike, number: int, text: str) -> dict:
+    """Return the object of one line; ``path`` and ``number`` are for the messages.
+
+    Raises:
+        ValueError: the line is not a JSON object.
+    """
+    try:
+        value = _loads(text)
+    except json.JSONDecodeError as error:
+        raise row_error(path, number, f"not valid JSON ({error.msg}, column {error.colno}).") from None
+    except ValueError as error:
+        raise row_error(path, number, f"{error}.") from None
+    if not isinstance(value, dict):
+        raise row_error(path, number, f"expected a JSON object, found a {type(value).__name__}.")
+    return value
 
 
 def parse_string_list(text: str) -> list[str]:
@@ -241,7 +252,7 @@ def clip_box(box: list[float], width: float = 1.0, height: float = 1.0) -> list[
     left, top, right, bottom = (
         min(max(value / size, 0.0), 1.0) for value, size in zip(box, (width, height, width, height))
     )
-    return [left, top, right, bottom] if right > left and bottom > top else None
+    return [left, top, right, bottom] if min(right - left, bottom - top) >= _SMALLEST_SIDE else None
 
 
 def enclosing_box(boxes: list[list[float]]) -> list[float] | None:

@@ -187,6 +187,7 @@ def open_dataset_view(
     split: str,
     data_dir: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
+    boxes_file: str | os.PathLike | None = None,
     **builder_options,
 ) -> LazyRows:
     """Open the rows of one view for reading one by one, in constant memory.
@@ -197,9 +198,10 @@ def open_dataset_view(
 
     Args:
         dataset, view, split, data_dir, cache_dir, builder_options: as `load_dataset_view`.
+        boxes_file: likewise, for rows that are read from a table.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_dataset_view`.
+        FileNotFoundError, ValueError: as `load_dataset_view`; ValueError also for a ``boxes_file`` of other rows.
     """
     prepared = prepared_folder(dataset, data_dir)
     if prepared is not None:
@@ -207,13 +209,23 @@ def open_dataset_view(
         check_options(prepared, given)
         files = shard_files(prepared, view, split)
         if files[0].endswith(".parquet"):
+            _refuse_boxes_file(boxes_file)
             return ParquetRows(files)
-        return ArrowRows(load_dataset_view(dataset, view, split, data_dir, cache_dir, **given))
+        return ArrowRows(load_dataset_view(dataset, view, split, data_dir, cache_dir, boxes_file, **given))
     builder_class, folder, options = resolve(dataset, data_dir)
     if builder_class is Lpr4m and view == "pairs" and split in ("train", "validation"):
+        _refuse_boxes_file(boxes_file)
         options.update({name: value for name, value in builder_options.items() if value is not None})
         return training_rows(Lpr4m(view, cache_dir=cache_dir, data_dir=folder, **options), split)
-    return ArrowRows(load_dataset_view(dataset, view, split, data_dir, cache_dir, **builder_options))
+    return ArrowRows(load_dataset_view(dataset, view, split, data_dir, cache_dir, boxes_file, **builder_options))
+
+
+def _refuse_boxes_file(boxes_file: str | os.PathLike | None) -> None:
+    if boxes_file is not None:
+        raise ValueError(
+            "Rows that are streamed take no boxes_file, because it replaces a column of a table; leave it out, or use "
+            "load_dataset_view."
+        )
 
 
 def stream_dataset_view(

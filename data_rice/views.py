@@ -4,6 +4,7 @@ import os
 
 import datasets
 
+from .box_files import with_boxes_of
 from .builder import ViewBuilder
 from .detection import frames_with_boxes
 from .features import VIEWS
@@ -67,6 +68,7 @@ def load_dataset_view(
     split: str,
     data_dir: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
+    boxes_file: str | os.PathLike | None = None,
     **builder_options,
 ) -> datasets.Dataset:
     """Build, or reuse from the cache, one view of a data set.
@@ -78,6 +80,8 @@ def load_dataset_view(
         split: "train", "validation" or "test".
         data_dir: the folder that holds the data; "data/mini_lpr4m" when None and ``dataset`` is "mini_lpr4m".
         cache_dir: where the Arrow files go; the default of `datasets` when None.
+        boxes_file: a box file, such as ``python -m retrieval_rice.detector run`` writes, whose boxes take the place of
+            the rows' own; see `data_rice.box_files`. Gallery rows have no boxes and stay as they are.
         builder_options: see `Lpr4mConfig` and `MovingFashionConfig`, such as ``validation_fraction``; None means the
             default.
 
@@ -93,7 +97,8 @@ def load_dataset_view(
     prepared = prepared_folder(dataset, data_dir)
     if prepared is not None:
         given = {name: value for name, value in builder_options.items() if value is not None}
-        return load_prepared(prepared, view, split, cache_dir, given)
+        rows = load_prepared(prepared, view, split, cache_dir, given)
+        return _replace_boxes(rows, view, split, boxes_file)
     builder_class, folder, options = resolve(dataset, data_dir)
     options.update({name: value for name, value in builder_options.items() if value is not None})
     # Only LPR4M has detection rows of its own; elsewhere they are the boxes of the pairs' frames.
@@ -107,12 +112,20 @@ def load_dataset_view(
         log = builder.problems.get(split)
         reasons = "; ".join(f"{count} rows {reason}" for reason, count in log.counts.items()) if log else "no row"
         raise ValueError(f"{folder} has no usable row in the {split} split of {view} ({reasons}); add some.")
-    rows = builder.as_dataset(split=split)
+    rows = _replace_boxes(builder.as_dataset(split=split), source_view, split, boxes_file)
     if from_pairs:
         rows = frames_with_boxes(rows, split)
         if len(rows) == 0:
             raise ValueError(f"{folder} has no frame with a box in the {split} split of {source_view}; add boxes.")
     return rows
+
+
+def _replace_boxes(rows: datasets.Dataset, view: str, split: str, boxes_file) -> datasets.Dataset:
+    if boxes_file is None or view == "gallery":
+        return rows
+    if view == "detection":
+        raise ValueError("The detection rows of this data set have boxes of their own; leave boxes_file out.")
+    return with_boxes_of(rows, boxes_file, split)
 
 
 def gallery_scope(dataset: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> str:

@@ -7,6 +7,7 @@ looks into the ground-truth boxes) tell how hard a data set is.
 """
 
 import argparse
+import time
 
 import numpy as np
 from PIL import Image
@@ -47,6 +48,8 @@ class Baseline:
     def __init__(self, num_frames: int = 10, use_boxes: bool = False):
         self.num_frames = num_frames
         self.use_boxes = use_boxes
+        self.seconds = 0.0
+        """Time spent on descriptors so far, without reading and decoding."""
 
     def describe(self, image: Image.Image) -> np.ndarray:
         """Float32 descriptor `(D,)` of an RGB image."""
@@ -60,25 +63,48 @@ class Baseline:
         """Mean descriptor `(D,)` over the frames of a query row; raises `ValueError` for a clip without frames."""
         frames = clip_frames(row, self.num_frames, failures)
         boxed = [crop_to_box(image, box) for image, box in frames if box is not None] if self.use_boxes else []
-        return np.mean([self.describe(image) for image in boxed or [image for image, _ in frames]], axis=0)
+        return np.mean([self._timed(image) for image in boxed or [image for image, _ in frames]], axis=0)
 
-    def _encode(self, rows: list[dict], key: str, describe) -> tuple[np.ndarray, list[int], list[dict]]:
-        features, loaded, failures = [], [], []
-        for i, row in enumerate(rows):
-            try:
-                features.append(describe(row, failures))
-                loaded.append(i)
-            except (ValueError, OSError) as error:
-                failures.append({"id": row[key], "file": _file_of(row), "reason": str(error)})
-        return (np.stack(features).astype(np.float32) if features else np.zeros((0, 0), np.float32)), loaded, failures
+    def _timed(self, image: Image.Image) -> np.ndarray:
+        started = time.perf_counter()
+        features = self.describe(image)
+        self.seconds += time.perf_counter() - started
+        return features
 
     def encode_gallery(self, rows: list[dict]) -> tuple[np.ndarray, list[int], list[dict]]:
         """Descriptors of gallery rows, positions of the rows that could be read, and a failure for each other row."""
-        return self._encode(rows, "image_id", lambda row, _: self.describe(decode_image(row["image"])))
+        features, loaded, failures = encode_rows(
+            rows, "image_id", lambda row, _: self._timed(decode_image(row["image"]))
+        )
+        return _stack(features), loaded, failures
 
     def encode_clips(self, rows: list[dict]) -> tuple[np.ndarray, list[int], list[dict]]:
         """The same for query rows."""
-        return self._encode(rows, "clip_id", self.describe_clip)
+        features, loaded, failures = encode_rows(rows, "clip_id", self.describe_clip)
+        return _stack(features), loaded, failures
+
+
+def _stack(features: list[np.ndarray]) -> np.ndarray:
+    return np.stack(features).astype(np.float32) if features else np.zeros((0, 0), np.float32)
+
+
+def encode_rows(rows: list[dict], key: str, encode) -> tuple[list, list[int], list[dict]]:
+    """
+    What `encode(row, failures)` gives for each row that can be read, the positions of those rows, and the failures.
+
+    Args:
+        rows: query or gallery rows.
+        key: column with the row's id.
+        encode: reads a row; a row for which it raises `ValueError` or `OSError` is a failure.
+    """
+    encoded, loaded, failures = [], [], []
+    for i, row in enumerate(rows):
+        try:
+            encoded.append(encode(row, failures))
+            loaded.append(i)
+        except (ValueError, OSError) as error:
+            failures.append({"id": row[key], "file": _file_of(row), "reason": str(error)})
+    return encoded, loaded, failures
 
 
 def _file_of(row: dict) -> str:
@@ -134,22 +160,42 @@ class Pixels8x8(Baseline):
 
 
 class BaselineRetriever:
-    """A baseline as a `Retriever`: descriptors are computed in the loader's workers."""
+    """
+    A baseline as a `Retriever`: descriptors are computed in the loader's workers.
+
+    Attributes:
+        loader_seconds: time that descriptors of images and clips took there, of the batches asked for so far.
+    """
 
     def __init__(self, baseline: Baseline):
         self.baseline = baseline
+        self.loader_seconds = {"image": 0.0, "clip": 0.0}
+
+    @property
+    def num_frames(self) -> int:
+        return self.baseline.num_frames
+
+    def num_parameters(self) -> int:
+        return 0
+
+    def _load(self, rows, encode):
+        before = self.baseline.seconds
+        features, loaded, failures = encode(rows)
+        return (features, self.baseline.seconds - before), loaded, failures
 
     def load_gallery(self, rows):
-        return self.baseline.encode_gallery(rows)
+        return self._load(rows, self.baseline.encode_gallery)
 
     def load_clips(self, rows):
-        return self.baseline.encode_clips(rows)
+        return self._load(rows, self.baseline.encode_clips)
 
     def encode_gallery(self, inputs):
-        return inputs
+        self.loader_seconds["image"] += inputs[1]
+        return inputs[0]
 
     def encode_clips(self, inputs):
-        return inputs
+        self.loader_seconds["clip"] += inputs[1]
+        return inputs[0]
 
     def cat(self, parts):
         return np.concatenate(parts)

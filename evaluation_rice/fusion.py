@@ -1,9 +1,10 @@
 """Fusing embedding and matching scores: z-scores per query, and the weight fitted on a validation split."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+TEXT_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
 DEFAULT_WEIGHTS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
 
 
@@ -90,10 +91,52 @@ def fit_fusion_weight(
         )
     if not len(relevant):
         raise ValueError("there are no validation queries: a fusion weight needs at least one.")
+    fused = (
+        z_scores(embedding) + weights[:, None] * z_scores(matching)
+        for embedding, matching in zip(embedding_scores, matching_scores)
+    )
+    return _best_weight(weights, fused, relevant)
+
+
+def fit_text_weight(
+    visual_scores: Sequence[np.ndarray],
+    text_scores: Sequence[np.ndarray],
+    relevant: Sequence[Sequence[int]],
+    weights: Sequence[float] = TEXT_WEIGHTS,
+) -> tuple[float, list[dict[str, float]]]:
+    """The weight w of `visual + w * text` with the best R@1 on a validation split; ties as in `fit_fusion_weight`.
+
+    Both are cosines on one scale already, so nothing is normalised per query: a query without words keeps its visual
+    ranking, and an image without a title its visual score.
+
+    Args:
+        visual_scores, text_scores: per query a float array `(num_images,)` over its own gallery.
+        relevant: as `fit_fusion_weight`.
+        weights: the candidates, 0 or more.
+
+    Returns:
+        as `fit_fusion_weight`.
+
+    Raises:
+        ValueError: no queries.
+    """
+    weights = np.array(sorted(set(weights)))
+    if not len(relevant):
+        raise ValueError("there are no validation queries: a text weight needs at least one.")
+    summed = (
+        np.asarray(visual, dtype=np.float64) + weights[:, None] * np.asarray(text, dtype=np.float64)
+        for visual, text in zip(visual_scores, text_scores)
+    )
+    return _best_weight(weights, summed, relevant)
+
+
+def _best_weight(
+    weights: np.ndarray, scores: Iterable[np.ndarray], relevant: Sequence[Sequence[int]]
+) -> tuple[float, list[dict[str, float]]]:
+    """From per query the scores under each weight, `(num_weights, num_images)`."""
     hits, reciprocal = np.zeros(weights.size), np.zeros(weights.size)
-    for embedding, matching, wanted in zip(embedding_scores, matching_scores, relevant):
-        fused = z_scores(embedding) + weights[:, None] * z_scores(matching)
-        rank = first_relevant_rank(fused, wanted)
+    for rows, wanted in zip(scores, relevant):
+        rank = first_relevant_rank(rows, wanted)
         hits += rank == 1
         reciprocal += np.where(rank > 0, 1 / np.maximum(rank, 1), 0.0)
     # Sums of reciprocals in another order differ in the last digits, which must not choose the weight.

@@ -4,7 +4,9 @@ Gallery scope per query is its livestream's shop or the whole gallery; a query h
 the first k; ties keep the gallery order and are counted; every query stays in the denominator. See docs/protocol.md.
 """
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -113,6 +115,12 @@ class RetrievalTask:
         """Queries none of whose relevant images is in their gallery: misses for any method."""
         return sum(not self.relevant_positions(i) for i in range(len(self.query_ids)))
 
+    def fingerprint(self) -> str:
+        """SHA-256 of who searches what; equal for results over the same queries in the same galleries."""
+        galleries = {name: [self.image_ids[i] for i in self.scopes.get(name, [])] for name in set(self.query_scopes)}
+        rows = sorted(zip(self.query_ids, self.query_scopes, map(sorted, self.relevant.values())))
+        return hashlib.sha256(json.dumps([rows, galleries], sort_keys=True).encode()).hexdigest()
+
     def without_gallery(self) -> list[dict[str, str]]:
         """Failure entries of the queries whose livestream has no gallery image."""
         return [
@@ -197,9 +205,11 @@ class Rankings:
         relevant = {query: self.task.relevant[query] for query in chosen}
         return recall_at_k({query: self.rankings.get(query, []) for query in chosen}, relevant, self.ks)
 
-    def summary(self) -> dict[str, float | list[float]]:
-        """R@k over all queries and `R@1_ci95`, the bootstrap interval of R@1 over queries."""
-        return {**self.recall(), "R@1_ci95": bootstrap_interval(self.hits_at_1())}
+    def summary(self, query_ids: Iterable[str] | None = None) -> dict[str, float | list[float]]:
+        """R@k over all queries, or those of `query_ids`, and `R@1_ci95`, the bootstrap interval of R@1 over them."""
+        chosen = self.task.query_ids if query_ids is None else list(query_ids)
+        hits = [float(bool(self.rankings.get(q)) and self.rankings[q][0] in self.task.relevant[q]) for q in chosen]
+        return {**self.recall(chosen), "R@1_ci95": bootstrap_interval(hits)}
 
     def tie_summary(self) -> dict[str, float]:
         """Share of tied queries, and the R@1 to expect if ties were broken at random and not by gallery order.
@@ -235,28 +245,68 @@ def group_values(values: Sequence[str]) -> list[str]:
     return ["unknown" if value in (None, "") else str(value) for value in values]
 
 
-def breakdown(queries, rankings: dict[str, Rankings]) -> dict[str, dict[str, dict]]:
+HEAD_TAIL_RULE = (
+    "head: the most frequent categories of the training rows that together hold at least half of them; "
+    "tail: the other categories; not in training: categories without a training row"
+)
+
+
+def head_categories(train_rows: Mapping[str, int]) -> set[str]:
+    """The most frequent categories that together hold at least half of the training rows, and no more than needed.
+
+    Args:
+        train_rows: category -> its training rows; among equally frequent ones the first name goes first.
+    """
+    head, held = set(), 0
+    for category, count in sorted(train_rows.items(), key=lambda item: (-item[1], item[0])):
+        if 2 * held >= sum(train_rows.values()):
+            break
+        head.add(category)
+        held += count
+    return head
+
+
+def _head_or_tail(values: Sequence[str], train_rows: Mapping[str, int]) -> list[str]:
+    head = head_categories(train_rows)
+
+    def group(value: str) -> str:
+        if not value:
+            return "unknown"
+        return "head" if value in head else "tail" if train_rows.get(value) else "not in training"
+
+    return [group(value) for value in values]
+
+
+def breakdown(
+    queries, rankings: dict[str, Rankings], train_rows: Mapping[str, int] | None = None
+) -> dict[str, dict[str, dict]]:
     """Recall by category, product scale, visible duration, product number and source, where the rows know them.
 
     Args:
         queries: the queries view.
         rankings: score name -> its rankings.
+        train_rows: category -> its training rows, for the further column `head_tail` by `HEAD_TAIL_RULE`.
 
     Returns:
-        `{column: {group: {"num_queries": n, score name: {"R@1": ...}}}}`; a column without any value is left out.
+        `{column: {group: {"num_queries": n, score name: {"R@1": ..., "R@1_ci95": [low, high]}}}}`; a column without
+        any value is left out.
     """
-    result = {}
-    ids = list(queries["clip_id"])
+    groups_of = {}
     for column in BREAKDOWN_COLUMNS:
         values = list(queries[column]) if column in queries.column_names else []
         if not any(values):
             continue
+        groups_of[column] = [value or "unknown" for value in values] if column == "category" else group_values(values)
+        if column == "category" and train_rows:
+            groups_of["head_tail"] = _head_or_tail(values, train_rows)
+    result = {}
+    ids = list(queries["clip_id"])
+    for column, groups in groups_of.items():
         members: dict[str, list[str]] = {}
-        groups = [value or "unknown" for value in values] if column == "category" else group_values(values)
         for query_id, group in zip(ids, groups):
             members.setdefault(group, []).append(query_id)
         result[column] = {
-            group: {"num_queries": len(chosen), **{name: book.recall(chosen) for name, book in rankings.items()}}
+            group: {"num_queries": len(chosen), **{name: book.summary(chosen) for name, book in rankings.items()}}
             for group, chosen in sorted(members.items())
         }
     return result

@@ -6,6 +6,7 @@ from math import comb
 import numpy as np
 
 DEFAULT_KS = (1, 3, 5, 10)
+_NESTED = (list, tuple, dict, set)
 
 
 def check_ks(ks: Iterable[int]) -> tuple[int, ...]:
@@ -28,6 +29,11 @@ def _check_lists(name: str, lists: Mapping[str, Sequence[str]]) -> None:
         # A string would be searched by substring or walked letter by letter, and give a plausible wrong figure.
         if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
             raise ValueError(f"{name}[{query_id!r}] must be a list of image ids, not {ids!r}.")
+        # A pair of id and score, say, would match no image.
+        listed = ids if isinstance(ids, Sequence) else ()
+        nested = next((entry for entry in listed if isinstance(entry, _NESTED)), None)
+        if nested is not None:
+            raise ValueError(f"{name}[{query_id!r}] holds {nested!r}: give image ids alone, without scores.")
 
 
 def recall_at_k(
@@ -48,8 +54,8 @@ def recall_at_k(
         `{"R@1": ..., "R@3": ...}`, fractions in [0, 1].
 
     Raises:
-        ValueError: `relevant` is empty, a value is a string in place of a list, a ranking belongs to no query of
-            `relevant`, or a k is not a whole number of at least 1.
+        ValueError: `relevant` is empty, a value is a string in place of a list or holds lists, a ranking belongs to no
+            query of `relevant`, or a k is not a whole number of at least 1.
     """
     ks = check_ks(ks)
     _check_lists("rankings", rankings)

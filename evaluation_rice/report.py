@@ -25,6 +25,13 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
+def shown_scores(results: Mapping) -> dict[str, Mapping]:
+    """The rows of a result's table: its own scores, those of a baseline under the baseline's name, then the others."""
+    baseline = results.get("baseline")
+    own = results["scores"] if baseline is None else {baseline["name"]: results["scores"]["embedding"]}
+    return {**own, **results["baselines"]}
+
+
 def table_cells(scores: Mapping[str, Mapping]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a recall table, in percent.
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from .fusion import check_weight, fit_fusion_weight, fuse
+from .fusion import check_weight, fit_fusion_weight, fit_text_weight, fuse
 from .protocol import Rankings, RetrievalTask
 from .recall import DEFAULT_KS
 
@@ -52,13 +52,26 @@ class ModelRetriever:
         model: the model; `model.config.use_decoder` False means that it has no `match`.
         collator: object whose `encode_gallery(rows)` and `encode_queries(rows)` decode rows into model inputs.
         matching: also score with `match`; by default when the model has a decoder.
+        text_apart: leave the score-level text term out of the embedding scores and give it apart, as "text", where
+            the model has one; for fitting its weight.
     """
 
-    def __init__(self, model, collator, matching: bool | None = None):
+    def __init__(self, model, collator, matching: bool | None = None, text_apart: bool = False):
         self.model = model
         self.collator = collator
         self.device = model.device if hasattr(model, "device") else next(model.parameters()).device
         self.matching = has_decoder(model) if matching is None else matching
+        self.text_apart = text_apart and hasattr(model, "text_similarity")
+
+    @property
+    def num_frames(self) -> int | None:
+        """Frames of a clip at most, as the processor says; `None` where it says nothing."""
+        processor = getattr(self.collator, "processor", None)
+        return getattr(getattr(processor, "video_processor", None), "num_frames", None)
+
+    def num_parameters(self) -> int:
+        """Parameters of the whole model."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
     def load_gallery(self, rows):
         return self.collator.encode_gallery(rows)
@@ -79,7 +92,11 @@ class ModelRetriever:
         return type(parts[0]).cat(parts)
 
     def scores(self, clips, gallery):
-        result = {"embedding": self.model.similarity(clips, gallery)}
+        texts = self.model.text_similarity(clips, gallery) if self.text_apart else None
+        if texts is None:
+            result = {"embedding": self.model.similarity(clips, gallery)}
+        else:
+            result = {"embedding": self.model.similarity(clips, gallery, text_weight=0.0), "text": texts}
         if self.matching:
             result["matching"] = self.model.match(clips, gallery)
         return {name: value.float().cpu().numpy() for name, value in result.items()}
@@ -370,6 +387,31 @@ def rank_scores(
         for kind, row in values.items():
             books.setdefault(kind, Rankings(task, ks)).add(query, row)
     return {kind: book.complete() for kind, book in books.items()}, weight
+
+
+def add_text_scores(
+    task: RetrievalTask, scores: dict[int, dict[str, np.ndarray]]
+) -> tuple[dict[int, dict[str, np.ndarray]], float | None]:
+    """Fits the weight of the text scores that a [`ModelRetriever`] gave apart, and adds them to the embedding scores.
+
+    Args:
+        task: whose queries were scored.
+        scores: what `all_scores` returns.
+
+    Returns:
+        scores without "text", and the weight, which is `None` where there was no text.
+    """
+    texts = {query: values["text"] for query, values in scores.items() if "text" in values}
+    if not texts:
+        return scores, None
+    visual = [scores[query]["embedding"] for query in texts]
+    weight, _ = fit_text_weight(visual, list(texts.values()), [task.relevant_positions(query) for query in texts])
+    joined = {}
+    for query, values in scores.items():
+        joined[query] = {kind: row for kind, row in values.items() if kind != "text"}
+        if query in texts:
+            joined[query]["embedding"] = values["embedding"] + weight * texts[query]
+    return joined, weight
 
 
 def all_scores(

@@ -4,10 +4,14 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers import __version__ as transformers_version
 from transformers.activations import ACT2FN
 
 # Encoders whose layers were checked to honour a 4-D `attention_mask` keyword (tests/modeling_rice keeps the check).
 PATCH_MASK_ENCODERS = ("clip_vision_model", "siglip_vision_model", "vit", "dinov2", "dinov3_vit")
+if tuple(map(int, transformers_version.split(".")[:2])) < (5, 18):
+    # Its layers dropped the mask without a word until then.
+    PATCH_MASK_ENCODERS = tuple(name for name in PATCH_MASK_ENCODERS if name != "dinov2")
 
 # Encoders with one flat grid of patches and nothing before it; hierarchical ones are told by their config.
 _NO_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model", "ijepa")
@@ -19,13 +23,20 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "clip4clip": {
         "mask_padded_frames": False,
         "decoder_max_position_embeddings": 77,
+        "decoder_layer_norm_eps": 1e-12,
+        "contrastive_targets": "diagonal",
+        "matching_targets": "diagonal",
         "matching_negatives": "hardest",
     },
     "mmf": {
         "normalize_frames": False,
         "logit_scale_init_value": 16.0,
         "learn_logit_scale": True,
+        "logit_scale_max": None,
+        "contrastive_targets": "diagonal",
+        "matching_targets": "diagonal",
         "decoder_token_source": "raw",
+        "decoder_self_layer_norm_eps": 1e-12,
         "decoder_normalize_key_value": False,
         "decoder_output_projection": True,
         "decoder_position_embeddings": False,
@@ -55,11 +66,35 @@ class RiceConfig(PreTrainedConfig):
         vision_pooling (`"cls"`, `"mean"`, `"pooler"`, *optional*):
             Global feature of an image. `"cls"` needs an encoder with a class token and is the default; encoders
             without one (SigLIP, Swin, ResNet) must declare `"mean"` or `"pooler"`.
+        patch_mask_pooling (`bool`, defaults to `False`):
+            Apply a patch mask to the mean over patches and in the decoder, not in the encoder's attention, whose
+            patches then still carry what their receptive fields saw outside the boxes. Makes patch masks possible for
+            encoders without attention masks (ResNet, Swin); needs `vision_pooling="mean"`.
+        patch_saliency (`"none"`, `"learned"`):
+            `"learned"` weighs the patches of clips' frames, not of images, in the mean over patches by a linear layer
+            that the contrastive loss trains; a stand-in for boxes that needs none, starting as the plain mean. Needs
+            `vision_pooling="mean"`. The decoder chooses among patches by its own attention.
         projection_dim (`int`, defaults to 512): Width D of the shared embedding.
         normalize_frames (`bool`, defaults to `True`):
             L2-normalise each frame before the mean over frames; `False` averages the raw features.
+        temporal_pooling (`"mean"`, `"attention"`, `"lstm"`, `"transformer"`):
+            Frame features to a clip's: their mean as published, weighted by a learnt saliency, read in order by an
+            LSTM, or by a transformer block that knows the time of each. The learnt ones start as the mean.
+        frame_consensus_scale (`float`, defaults to 0.0):
+            Above 0, frames that agree with their clip's mean count for more: the softmax of this many times the cosine
+            weighs them. Needs no training.
         logit_scale_init_value (`float`, defaults to 100.0): Contrastive temperature as a factor, > 0.
         learn_logit_scale (`bool`, defaults to `False`): Whether that factor is a parameter.
+        logit_scale_max (`float`, *optional*, defaults to 100.0):
+            Upper bound of a learnt factor, as in CLIP; `RiceModel.bound_logit_scale` applies it after each optimiser
+            step, so that the gradient at the bound still leads back.
+        contrastive_loss (`"infonce"`, `"sigmoid"`):
+            Softmax over the global batch as published, or a binary decision per pair (SigLIP, ICCV 2023), which adds
+            a learnt bias and starts well from `logit_scale_init_value=10` with `learn_logit_scale=True`.
+        logit_bias_init_value (`float`, defaults to -10.0): Start of the sigmoid loss's bias.
+        contrastive_targets (`"diagonal"`, `"masked"`, `"multi_positive"`):
+            Other pairs of the same product (by `product_ids`) are negatives as published, are left out, or are
+            positives too, with a uniform target over them (Supervised Contrastive Learning, NeurIPS 2020, eq. 2).
         mask_padded_frames (`bool`, defaults to `True`):
             `False` reproduces the older code under a patch mask: padded frames are encoded and attended to.
         use_decoder (`bool`, defaults to `True`): Build the pairwise matching decoder (PMD).
@@ -67,7 +102,8 @@ class RiceConfig(PreTrainedConfig):
             Tokens the decoder sees: after norm and projection (width `projection_dim`), or the last block's.
         decoder_num_self_layers (`int`, defaults to 1): Self-attention blocks over image tokens, >= 0.
         decoder_num_heads (`int`, defaults to 8), decoder_intermediate_size (`int`, *optional*, 4 x width),
-        decoder_hidden_act (`str`, defaults to `"quick_gelu"`), decoder_layer_norm_eps (`float`).
+        decoder_hidden_act (`str`, defaults to `"quick_gelu"`), decoder_layer_norm_eps (`float`, defaults to 1e-5).
+        decoder_self_layer_norm_eps (`float`, *optional*): Of the self-attention blocks, where it differs.
         decoder_normalize_key_value (`bool`, defaults to `True`):
             Apply the cross block's first norm to keys and values too.
         decoder_output_projection (`bool`, defaults to `False`): Output projection of the cross-attention.
@@ -81,18 +117,33 @@ class RiceConfig(PreTrainedConfig):
         matching_negatives (`"hardest"`, `"all"`):
             `"hardest"`: per image the `num_hard_negatives` most similar clips (as published). `"all"`: every
             in-batch pair, images against clips and clips against images.
+        matching_targets (`"diagonal"`, `"masked"`, `"multi_positive"`):
+            As `contrastive_targets`, for the matching loss; mined negatives know no further positives.
         num_hard_negatives (`int`, defaults to 3).
         detach_matching_features (`bool`, defaults to `False`):
             Train the decoder on features that carry no gradient into the encoder.
         use_reconstruction (`bool`, defaults to `True`): Build the patch feature reconstruction head (PFR).
+        reconstruction_mixing (`"conv"`, `"mean"`):
+            How attention heads become one map of reconstruction weights: two learnt 1x1 convolutions as published, or
+            their mean, which has no parameters.
         reconstruction_include_cls, reconstruction_softmax, reconstruction_scale_attention (`bool`):
             Reconstruct with CLS rows and columns kept; softmax over keys after head mixing; multiply the attention
             probabilities by sqrt(head width) before it.
         reconstruction_softmax_over_padding (`bool`, defaults to `False`):
             Let that softmax count the keys of padded frames, as the newer code does.
         contrastive_loss_weight, matching_loss_weight (1.0), reconstruction_loss_weight (0.05): Loss factors.
+        text_config (`dict` or `PreTrainedConfig`, *optional*):
+            Any transformers text encoder (`model_type` defaults to `"bert"`), for titles and ASR alike.
+        text_pooling (`"mean"`, `"cls"`): Its feature of a text: the mean over tokens, or the first token.
         text_embed_dim (`int`, *optional*):
-            Width of precomputed title and ASR vectors; builds the projections of the decoder's text tokens.
+            Width of precomputed title and ASR vectors, instead of a text encoder.
+        decoder_text_tokens (`bool`, defaults to `True`):
+            With texts, a title token joins the image's and an ASR token the clip's in the decoder.
+        text_score_weight (`float`, *optional*):
+            Weight of the cosine between ASR and title beside the visual one, in `similarity` and in mining, >= 0;
+            fitted on a validation split in training. `None` leaves the term out.
+        text_logit_scale_init_value (`float`, defaults to 14.3): Start of the learnt temperature of the text loss.
+        text_loss_weight (1.0): Factor of the text loss, which a text encoder with a score-level term has.
         fusion_weight (`float`, *optional*):
             Weight of the matching z-score beside the embedding z-score, fitted on a validation split.
         initializer_range (`float`, defaults to 0.02).
@@ -102,14 +153,22 @@ class RiceConfig(PreTrainedConfig):
     """
 
     model_type = "rice"
-    sub_configs = {"vision_config": AutoConfig}
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     vision_config: dict | PreTrainedConfig | None = None
     vision_pooling: Literal["cls", "mean", "pooler"] | None = None
+    patch_mask_pooling: bool = False
+    patch_saliency: Literal["none", "learned"] = "none"
     projection_dim: int = 512
     normalize_frames: bool = True
+    temporal_pooling: Literal["mean", "attention", "lstm", "transformer"] = "mean"
+    frame_consensus_scale: float | int = 0.0
     logit_scale_init_value: float | int = 100.0
     learn_logit_scale: bool = False
+    logit_scale_max: float | int | None = 100.0
+    contrastive_loss: Literal["infonce", "sigmoid"] = "infonce"
+    logit_bias_init_value: float | int = -10.0
+    contrastive_targets: Literal["diagonal", "masked", "multi_positive"] = "masked"
     mask_padded_frames: bool = True
 
     use_decoder: bool = True
@@ -119,6 +178,7 @@ class RiceConfig(PreTrainedConfig):
     decoder_intermediate_size: int | None = None
     decoder_hidden_act: str = "quick_gelu"
     decoder_layer_norm_eps: float = 1e-5
+    decoder_self_layer_norm_eps: float | None = None
     decoder_normalize_key_value: bool = True
     decoder_output_projection: bool = False
     decoder_position_embeddings: bool = True
@@ -129,10 +189,12 @@ class RiceConfig(PreTrainedConfig):
     matching_score: Literal["linear", "cosine"] = "linear"
     matching_scale: float | int = 100.0
     matching_negatives: Literal["hardest", "all"] = "hardest"
+    matching_targets: Literal["diagonal", "masked", "multi_positive"] = "masked"
     num_hard_negatives: int = 3
     detach_matching_features: bool = False
 
     use_reconstruction: bool = True
+    reconstruction_mixing: Literal["conv", "mean"] = "conv"
     reconstruction_include_cls: bool = False
     reconstruction_softmax: bool = False
     reconstruction_scale_attention: bool = False
@@ -142,7 +204,13 @@ class RiceConfig(PreTrainedConfig):
     matching_loss_weight: float | int = 1.0
     reconstruction_loss_weight: float | int = 0.05
 
+    text_config: dict | PreTrainedConfig | None = None
+    text_pooling: Literal["mean", "cls"] = "mean"
     text_embed_dim: int | None = None
+    decoder_text_tokens: bool = True
+    text_score_weight: float | int | None = None
+    text_logit_scale_init_value: float | int = 14.3
+    text_loss_weight: float | int = 1.0
     fusion_weight: float | int | None = None
     initializer_range: float = 0.02
 
@@ -156,6 +224,11 @@ class RiceConfig(PreTrainedConfig):
         # A whole CLIP or SigLIP checkpoint's config holds both towers; RICE uses the visual one.
         if getattr(self.vision_config, "vision_config", None) is not None:
             self.vision_config = self.vision_config.vision_config
+        if isinstance(self.text_config, dict):
+            settings = {"model_type": "bert"} | self.text_config
+            self.text_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        if getattr(self.text_config, "text_config", None) is not None:
+            self.text_config = self.text_config.text_config
         super().__post_init__(**kwargs)
         # Run here too, since the strict dataclass wraps what its own call raises in an error that is no ValueError.
         self.validate_architecture()
@@ -176,6 +249,13 @@ class RiceConfig(PreTrainedConfig):
             raise ValueError(f"Unknown preset {name!r}; choose one of {', '.join(map(repr, _PRESETS))}.")
         return cls(**{**_PRESETS[name], **overrides})
 
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers does it, but without a text encoder that is not there: mteb reads one that is named."""
+        settings = super().to_dict()
+        if self.text_config is None:
+            settings.pop("text_config", None)
+        return settings
+
     @property
     def vision_hidden_size(self) -> int:
         """Width of the encoder's last hidden state."""
@@ -187,6 +267,16 @@ class RiceConfig(PreTrainedConfig):
         if sizes:
             return sizes[-1]
         raise ValueError(f"The vision model {config.model_type!r} states no hidden size; choose another encoder.")
+
+    @property
+    def text_width(self) -> int | None:
+        """Width of title and ASR features, whoever makes them; `None` for a model without text."""
+        return self.text_embed_dim if self.text_config is None else self.text_config.hidden_size
+
+    @property
+    def has_text_tokens(self) -> bool:
+        """Whether titles and ASR become tokens of the decoder."""
+        return self.text_width is not None and self.decoder_text_tokens
 
     @property
     def decoder_hidden_size(self) -> int:
@@ -214,8 +304,20 @@ class RiceConfig(PreTrainedConfig):
 
     @property
     def accepts_patch_mask(self) -> bool:
-        """Whether patches can be hidden from the encoder's attention."""
-        return self.vision_config.model_type in PATCH_MASK_ENCODERS
+        """Whether a clip may come with a patch mask."""
+        return self.patch_mask_pooling or self.vision_config.model_type in PATCH_MASK_ENCODERS
+
+    @property
+    def mask_patch_size(self) -> int | None:
+        """Side in pixels of what one patch of the encoder's output stands for, `None` where that is not known."""
+        config = self.vision_config
+        size = getattr(config, "patch_size", None)
+        if not self.vision_grid_shrinks:
+            return size if isinstance(size, int) else None
+        stages = len(getattr(config, "depths", None) or getattr(config, "hidden_sizes"))
+        # ResNets begin with a convolution and a pooling of stride 2 each.
+        stride = (size if isinstance(size, int) else 4) * 2 ** (stages - 1)
+        return 2 * stride if getattr(config, "downsample_in_first_stage", False) else stride
 
     def validate_architecture(self):
         """Refuses combinations that cannot work; runs at construction."""
@@ -227,6 +329,17 @@ class RiceConfig(PreTrainedConfig):
         for name in ("logit_scale_init_value", "matching_scale"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
+        bound = self.logit_scale_max
+        if bound is not None and (bound <= 0 or (self.learn_logit_scale and self.logit_scale_init_value > bound)):
+            raise ValueError(
+                f"`logit_scale_max={bound}` must be above 0 and no lower than a learnt scale's "
+                f"`logit_scale_init_value={self.logit_scale_init_value}`; raise it, or set it to None."
+            )
+        if self.matching_targets == "multi_positive" and self.matching_negatives == "hardest":
+            raise ValueError(
+                '`matching_targets="multi_positive"` needs `matching_negatives="all"`, since among mined negatives '
+                "an image has one positive only."
+            )
         if self.use_decoder and self.decoder_hidden_size % self.decoder_num_heads:
             raise ValueError(
                 f"The decoder's width {self.decoder_hidden_size} "
@@ -238,18 +351,58 @@ class RiceConfig(PreTrainedConfig):
                 "`reconstruction_softmax_over_padding=True` needs `reconstruction_softmax=True`, since there is no "
                 "softmax to count padded frames in."
             )
-        if self.use_reconstruction and self.use_decoder and self.decoder_num_heads < 2:
-            raise ValueError("`use_reconstruction=True` mixes attention heads and needs `decoder_num_heads >= 2`.")
+        mixes_heads = self.use_reconstruction and self.use_decoder and self.reconstruction_mixing == "conv"
+        if mixes_heads and self.decoder_num_heads < 2:
+            raise ValueError(
+                "`use_reconstruction=True` mixes attention heads and needs `decoder_num_heads >= 2` or "
+                '`reconstruction_mixing="mean"`.'
+            )
         for name in ("decoder_hidden_act", "pooler_act"):
             if getattr(self, name) not in ACT2FN:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is no activation that transformers knows.")
         if not 0 <= self.decoder_dropout < 1:
             raise ValueError(f"`decoder_dropout` must be in 0..1 (1 excluded), got {self.decoder_dropout}.")
+        if self.temporal_pooling == "transformer" and self.projection_dim % self.decoder_num_heads:
+            raise ValueError(
+                f'`temporal_pooling="transformer"` needs `projection_dim={self.projection_dim}` to be a multiple of '
+                f"`decoder_num_heads={self.decoder_num_heads}`."
+            )
+        self._validate_text()
+        for name, asked in (
+            ("patch_mask_pooling", self.patch_mask_pooling),
+            ("patch_saliency", self.patch_saliency != "none"),
+        ):
+            if asked and self.vision_pooling != "mean":
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` changes the mean over patches; declare "
+                    f'`vision_pooling="mean"`, not {self.vision_pooling!r}.'
+                )
         if (self.vision_pooling or "cls") == "cls" and not self.has_class_token:
             raise ValueError(
                 f"The vision model {self.vision_config.model_type!r} has no class token; declare "
                 f'`vision_pooling="mean"` or `"pooler"`.'
             )
+
+    def _validate_text(self):
+        if self.text_config is not None:
+            if self.text_embed_dim is not None:
+                raise ValueError(
+                    "`text_config` and `text_embed_dim` both say where text vectors come from; leave one out."
+                )
+            if self.text_config.is_encoder_decoder or not isinstance(
+                getattr(self.text_config, "hidden_size", None), int
+            ):
+                raise ValueError(
+                    f"`text_config` is a {self.text_config.model_type!r}, which is no plain text encoder; choose one "
+                    f"such as 'bert', 'roberta' or 'distilbert'."
+                )
+        if self.text_score_weight is not None and self.text_width is None:
+            raise ValueError("`text_score_weight` needs texts; set `text_config`, or `text_embed_dim`.")
+        for name in ("text_score_weight", "frame_consensus_scale"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")
+        if self.text_logit_scale_init_value <= 0:
+            raise ValueError(f"`text_logit_scale_init_value` must be above 0, got {self.text_logit_scale_init_value}.")
 
 
 RiceConfig.register_for_auto_class()

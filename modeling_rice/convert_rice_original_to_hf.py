@@ -9,7 +9,6 @@ text projections) is switched off; a partly present one, or a key nobody asked f
 import argparse
 import math
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -62,8 +61,8 @@ _IGNORED = {
 class _Source:
     """An official state dict that remembers which keys were asked for."""
 
-    def __init__(self, state_dict: dict[str, Tensor], prefix: str):
-        self.tensors = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    def __init__(self, tensors: dict[str, Tensor], prefix: str):
+        self.tensors = tensors
         self.prefix = prefix
         self.used: set[str] = set()
         self.missing: list[str] = []
@@ -78,9 +77,11 @@ class _Source:
     def has(self, *prefixes: str) -> bool:
         return any(key.startswith(prefixes) for key in self.tensors)
 
-    def count(self, pattern: str) -> int:
-        """Numbered blocks from 0 on without a gap; what stands behind a gap is surplus."""
-        found = {int(match[1]) for key in self.tensors if (match := re.match(pattern, key))}
+    def count(self, blocks: str) -> int:
+        """Blocks below a prefix, numbered from 0 on without a gap; what stands behind a gap is surplus."""
+        found = {int(match[1]) for key in self.tensors if (match := re.match(re.escape(blocks) + r"\.(\d+)\.", key))}
+        if found and 0 not in found:
+            raise ValueError(f"The checkpoint holds {blocks}.{min(found)}, but no {blocks}.0; it is damaged.")
         return next(number for number in range(len(found) + 1) if number not in found)
 
 
@@ -98,11 +99,11 @@ def convert_original_checkpoint(state_dict: dict[str, Tensor]) -> RiceModel:
     Raises:
         ValueError: for another layout, or with a list of the keys that are missing or left over.
     """
-    keys = [key.removeprefix("module.") for key in state_dict]
-    if "clip.visual.conv1.weight" in keys:
-        layout, source = "clip4clip", _Source(state_dict, "clip.visual.")
-    elif "image_encoder.model.conv1.weight" in keys:
-        layout, source = "mmf", _Source(state_dict, "image_encoder.model.")
+    tensors = _named_tensors(state_dict)
+    if "clip.visual.conv1.weight" in tensors:
+        layout, source = "clip4clip", _Source(tensors, "clip.visual.")
+    elif "image_encoder.model.conv1.weight" in tensors:
+        layout, source = "mmf", _Source(tensors, "image_encoder.model.")
     else:
         raise ValueError(
             "The checkpoint is of neither official layout: it has no `clip.visual.conv1.weight` (older code) and no "
@@ -114,7 +115,10 @@ def convert_original_checkpoint(state_dict: dict[str, Tensor]) -> RiceModel:
     _refuse_leftovers(source, _IGNORED[layout])
 
     model = RiceModel(RiceConfig.from_preset(layout, **overrides))
-    result = model.load_state_dict(weights, strict=False)
+    try:
+        result = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"The checkpoint's shapes contradict each other: {' '.join(str(error).split())}") from error
     if result.missing_keys or result.unexpected_keys:
         raise ValueError(
             f"The checkpoint does not fill the model: missing {result.missing_keys}, "
@@ -123,21 +127,43 @@ def convert_original_checkpoint(state_dict: dict[str, Tensor]) -> RiceModel:
     return model.float().eval()
 
 
+def _named_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without the `module.` that data parallel training puts before their names."""
+    tensors: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(f"The checkpoint must map names to tensors, but {key!r} is a {type(value).__name__}.")
+        name = key.removeprefix("module.")
+        if name in tensors:
+            raise ValueError(f"The checkpoint holds {name} twice, with and without `module.`.")
+        tensors[name] = value
+    return tensors
+
+
 def _convert_encoder(source: _Source) -> tuple[dict[str, Tensor | None], dict]:
     prefix = source.prefix
     weights = {ours: source.take(prefix + theirs) for theirs, ours in _STEM.items()}
     projection = source.take(prefix + "proj")
-    layers = max(1, source.count(re.escape(prefix) + r"transformer\.resblocks\.(\d+)\."))
+    layers = max(1, source.count(f"{prefix}transformer.resblocks"))
     for i in range(layers):
         _convert_block(
             source, weights, f"{prefix}transformer.resblocks.{i}", f"vision_model.encoder.layers.{i}", "self_attn"
         )
     if source.missing:
         _raise_keys("misses", source.missing)
-    weights["visual_projection.weight"] = projection.T.contiguous()
     patches = weights["vision_model.embeddings.patch_embedding.weight"]
+    positions = weights["vision_model.embeddings.position_embedding.weight"]
+    for name, tensor, rank in (("conv1.weight", patches, 4), ("positional_embedding", positions, 2)):
+        _check_rank(prefix + name, tensor, rank)
+    _check_rank(f"{prefix}proj", projection, 2)
+    weights["visual_projection.weight"] = projection.T.contiguous()
     width, _, patch_size, _ = patches.shape
-    grid = math.isqrt(len(weights["vision_model.embeddings.position_embedding.weight"]) - 1)
+    grid = math.isqrt(max(len(positions) - 1, 0))
+    if width % 64 or grid * grid != len(positions) - 1:
+        raise ValueError(
+            f"The checkpoint's encoder has width {width} and {len(positions)} positions; the width must be a multiple "
+            f"of 64, and the positions one more than a square."
+        )
     vision_config = CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=source.tensors[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
@@ -148,6 +174,11 @@ def _convert_encoder(source: _Source) -> tuple[dict[str, Tensor | None], dict]:
         projection_dim=projection.shape[1],
     )
     return weights, {"vision_config": vision_config, "projection_dim": projection.shape[1]}
+
+
+def _check_rank(name: str, tensor: Tensor, rank: int) -> None:
+    if tensor.dim() != rank:
+        raise ValueError(f"The checkpoint's {name} has shape {tuple(tensor.shape)}, but must have {rank} dimensions.")
 
 
 def _convert_block(source: _Source, weights: dict, theirs: str, ours: str, attention: str = "attention") -> None:
@@ -167,6 +198,12 @@ def _convert_linears(source: _Source, weights: dict, names: dict[str, str], kind
             weights[f"{ours}.{kind}"] = source.take(f"{theirs}.{kind}")
 
 
+def _set_intermediate_size(weights: dict, overrides: dict) -> None:
+    inner = weights["decoder.cross_layer.mlp.fc1.weight"]
+    if inner is not None and len(inner) != 4 * inner.shape[-1]:
+        overrides["decoder_intermediate_size"] = len(inner)
+
+
 def _convert_reconstruction(source: _Source, weights: dict, overrides: dict, prefix: str) -> None:
     overrides["use_reconstruction"] = source.has(prefix)
     if overrides["use_reconstruction"]:
@@ -179,7 +216,7 @@ def _convert_clip4clip(source: _Source, weights: dict, overrides: dict) -> None:
     weights["logit_scale"] = torch.tensor(math.log(100.0))
     overrides["use_decoder"] = source.has("cross.", "similarity_dense.")
     if overrides["use_decoder"]:
-        layers = source.count(r"cross\.transformer\.resblocks\.(\d+)\.")
+        layers = source.count("cross.transformer.resblocks")
         overrides["decoder_num_self_layers"] = layers
         for i in range(layers):
             _convert_block(source, weights, f"cross.transformer.resblocks.{i}", f"decoder.self_layers.{i}")
@@ -187,6 +224,7 @@ def _convert_clip4clip(source: _Source, weights: dict, overrides: dict) -> None:
         names = {f"{theirs}.{a}": f"{ours}.{b}" for a, b in _BLOCK.items()}
         names |= {f"{theirs}.attn.{name}": f"{ours}.attention.{name[0]}_proj" for name in ("query", "key", "value")}
         _convert_linears(source, weights, names)
+        _set_intermediate_size(weights, overrides)
         for theirs, ours in _CLIP4CLIP_DECODER.items():
             kinds = ("weight",) if theirs.endswith("embeddings") else ("weight", "bias")
             _convert_linears(source, weights, {theirs: ours}, kinds)
@@ -206,12 +244,14 @@ def _convert_mmf(source: _Source, weights: dict, overrides: dict) -> None:
     if not source.has(name):
         name = "transformer.logit_scale"
     scalar = source.take(name)
+    if scalar is not None and (scalar.numel() != 1 or not scalar.abs().item() > 0):
+        raise ValueError(f"The checkpoint's {name} must be one number other than 0, the scale of the embeddings.")
     weights["logit_scale"] = None if scalar is None else 2 * scalar.reshape(()).abs().log()
     source.used |= {"transformer.logit_scale", "transformer.contrastive_norm.norm_s"}
     prefix = "transformer.transformer.transformer.layers"
     overrides["use_decoder"] = source.has(prefix, "transformer.transformer.pooler.", "transformer.heads.vim.")
     if overrides["use_decoder"]:
-        if source.count(re.escape(prefix) + r"\.(\d+)\.") > 2:
+        if source.count(prefix) > 2:
             raise ValueError(
                 "The checkpoint's decoder has more than one pair of self- and cross-attention blocks; only one "
                 "cross-attention block, the last, can be scored exactly from cached keys and values."
@@ -219,6 +259,7 @@ def _convert_mmf(source: _Source, weights: dict, overrides: dict) -> None:
         overrides["decoder_num_self_layers"] = 1
         _convert_block(source, weights, f"{prefix}.0", "decoder.self_layers.0")
         _convert_block(source, weights, f"{prefix}.1", "decoder.cross_layer")
+        _set_intermediate_size(weights, overrides)
         for theirs, ours in _MMF_DECODER.items():
             _convert_linears(
                 source, weights, {theirs: ours}, ("weight", "bias") if theirs.endswith("norm") else ("weight",)
@@ -276,9 +317,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         model = convert_original_checkpoint(load_original_state_dict(options.checkpoint))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
-    model.save_pretrained(options.output_dir)
+        model.save_pretrained(options.output_dir)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
     print(f"Wrote {options.output_dir} ({sum(p.numel() for p in model.parameters()):,} parameters).")
 
 

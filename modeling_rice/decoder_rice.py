@@ -104,6 +104,8 @@ class RiceDecoderLayer(nn.Module):
     def __init__(self, config: RiceConfig, cross_attention: bool):
         super().__init__()
         width, eps = config.decoder_hidden_size, config.decoder_layer_norm_eps
+        if not cross_attention and config.decoder_self_layer_norm_eps is not None:
+            eps = config.decoder_self_layer_norm_eps
         self.layer_norm1 = nn.LayerNorm(width, eps=eps)
         self.attention = RiceDecoderAttention(
             config,
@@ -118,13 +120,13 @@ class RiceDecoderLayer(nn.Module):
         hidden_states = hidden_states + self.attention.out_proj(context)
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         normed, attention = self.layer_norm1(hidden_states), self.attention
         query, key, value = (
             attention.split_heads(project(normed))
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        return self.finish(hidden_states, attention.attend(query, key, value))
+        return self.finish(hidden_states, attention.attend(query, key, value, attention_mask))
 
 
 class RiceMatchingHead(nn.Module):
@@ -168,9 +170,9 @@ class RiceDecoder(nn.Module):
         )
         self.cross_layer = RiceDecoderLayer(config, cross_attention=True)
         self.head = RiceMatchingHead(config)
-        if config.text_embed_dim is not None:
-            self.title_projection = nn.Linear(config.text_embed_dim, width)
-            self.asr_projection = nn.Linear(config.text_embed_dim, width)
+        if config.has_text_tokens:
+            self.title_projection = nn.Linear(config.text_width, width)
+            self.asr_projection = nn.Linear(config.text_width, width)
 
     @staticmethod
     def _num_positions(config: RiceConfig) -> int:
@@ -181,17 +183,31 @@ class RiceDecoder(nn.Module):
                 f"The vision model {config.vision_config.model_type!r} does not tell its number of patches; set "
                 f"`decoder_max_position_embeddings` or `decoder_position_embeddings=False`."
             )
-        return config.num_patches + 1 + (config.text_embed_dim is not None)
+        return config.num_patches + 1 + config.has_text_tokens
 
-    def _text_token(self, projection: str, text_embeds: Tensor, argument: str) -> Tensor:
-        if self.config.text_embed_dim is None:
-            raise ValueError(f"`{argument}` was given, but the model has no `text_embed_dim`; set it in the config.")
-        return getattr(self, projection)(text_embeds)[:, None]
+    @staticmethod
+    def _join(tokens: Tensor, projection: nn.Linear, features: Tensor) -> Tensor:
+        return torch.cat([tokens, projection(features.to(projection.weight.dtype))[:, None]], dim=1)
 
-    def encode_images(self, tokens: Tensor, title_embeds: Tensor | None = None) -> Tensor:
-        """Image tokens `(n, 1 + P, d)` -> states `(n, L, d)` before the cross-attention block."""
-        if title_embeds is not None:
-            tokens = torch.cat([tokens, self._text_token("title_projection", title_embeds, "title_embeds")], dim=1)
+    def encode_images(
+        self, tokens: Tensor, title_features: Tensor | None = None, has_title: Tensor | None = None
+    ) -> Tensor:
+        """
+        Args:
+            tokens (`(n, 1 + P, d)`): Of images.
+            title_features (`(n, text_width)`, *optional*), has_title (`(n,)` bool, *optional*): Features of the
+                titles, and which of them are there (all by default). The token of one that is not is attended to by
+                nothing.
+
+        Returns:
+            States `(n, L, d)` before the cross-attention block.
+        """
+        attention_mask = None
+        if title_features is not None:
+            if has_title is not None:
+                keep = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+                attention_mask = additive_mask(torch.cat([keep, has_title[:, None]], dim=1), tokens.dtype)
+            tokens = self._join(tokens, self.title_projection, title_features)
         if self.position_embedding is not None:
             length = tokens.shape[1]
             if length > self.position_embedding.num_embeddings:
@@ -204,16 +220,25 @@ class RiceDecoder(nn.Module):
             positions = self.position_embedding(torch.arange(length, device=tokens.device))
             tokens = self.dropout(tokens + positions)
         for layer in self.self_layers:
-            tokens = layer(tokens)
+            tokens = layer(tokens, attention_mask)
         return tokens
 
     def encode_clips(
-        self, tokens: Tensor, mask: Tensor, asr_embeds: Tensor | None = None
+        self, tokens: Tensor, mask: Tensor, asr_features: Tensor | None = None, has_asr: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Clip tokens `(c, S, d)`, mask `(c, S)` bool -> keys and values `(c, S', d)` and their mask `(c, S')`."""
-        if asr_embeds is not None:
-            tokens = torch.cat([tokens, self._text_token("asr_projection", asr_embeds, "asr_embeds")], dim=1)
+        """
+        Args:
+            tokens (`(c, S, d)`), mask (`(c, S)` bool): Of clips.
+            asr_features (`(c, text_width)`, *optional*), has_asr (`(c,)` bool, *optional*): As `encode_images`.
+
+        Returns:
+            Keys and values `(c, S', d)` and their mask `(c, S')`.
+        """
+        if asr_features is not None:
+            tokens = self._join(tokens, self.asr_projection, asr_features)
             mask = nn.functional.pad(mask, (0, 1), value=True)
+            if has_asr is not None:
+                mask = torch.cat([mask[:, :-1], has_asr[:, None]], dim=1)
         if self.config.decoder_normalize_key_value:
             tokens = self.cross_layer.layer_norm1(tokens)
         attention = self.cross_layer.attention

@@ -25,10 +25,14 @@ _TRAINING_FIELDS = (
     "matching_targets",
     "num_hard_negatives",
     "reconstruction_",
+    "text_config",
+    "text_logit_",
+    "text_loss_",
+    "text_score_",
     "use_reconstruction",
     "vision_config",
 )
-_TRAINING_WEIGHTS = ("logit_", "reconstruction_head.")
+_TRAINING_WEIGHTS = ("logit_", "reconstruction_head.", "text_logit_")
 _SAMPLES_PER_WEIGHT = 1024
 
 
@@ -66,6 +70,9 @@ def fingerprint(model: nn.Module) -> str | None:
 def _settings(config: RiceConfig) -> dict[str, str]:
     settings = {n: value for n, value in _changed_fields(config).items() if not n.startswith(_TRAINING_FIELDS)}
     vision = _changed_fields(config.vision_config)
+    if config.text_config is not None:
+        text = sorted(_changed_fields(config.text_config).items())
+        settings |= {"text_config": repr(text), "text_encoder": config.text_config.model_type}
     return settings | {"vision_config": repr(sorted(vision.items())), "encoder": config.vision_config.model_type}
 
 

@@ -1,7 +1,7 @@
 """RICE: recognises which product a livestream clip presents, by retrieval against the shop's images (ICCV 2023)."""
 
 import math
-from collections.abc import Callable
+import os
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +14,23 @@ from transformers.utils import ModelOutput
 from .configuration_rice import PATCH_MASK_ENCODERS, RiceConfig
 from .decoder_rice import RiceDecoder, RiceHeadMixing, RiceReconstructionHead, additive_mask
 from .features_rice import RiceClips, RiceGallery
-from .loss_rice import false_negative_mask, mine_hard_negatives, reconstruction_loss, symmetric_loss
+from .fingerprint_rice import fingerprint, weights_state
+from .layout_rice import write_layout
+from .loss_rice import Memory, cosines
+from .objective_rice import EncodedClips, EncodedImages, OneProcess, RiceObjective
+from .patches_rice import RicePatchSaliency, RiceSaliencyScore, pool_patches, resize_patch_mask
+from .pooling_rice import POOLINGS, RiceZeroLinear
+from .ranking_rice import best_first, encode_candidates, pair_scores
+from .text_rice import EncodedText, RiceTextEncoder, RiceTextSide
 
 # Encoders that leave their last hidden state without the final norm, which the published model applies to every token.
 _UNNORMALISED_ENCODERS = ("clip_vision_model", "chinese_clip_vision_model", "metaclip_2_vision_model")
+
+# Keys of a batch of pairs, which may be handed whole to a method that needs a part of it.
+_BATCH_KEYS = (
+    *("pixel_values", "pixel_values_videos", "frame_mask", "patch_mask", "product_ids", "title_embeds", "asr_embeds"),
+    *("title_input_ids", "title_attention_mask", "asr_input_ids", "asr_attention_mask"),
+)
 
 
 @dataclass
@@ -27,8 +40,9 @@ class RiceOutput(ModelOutput):
 
     Attributes:
         loss (scalar): Weighted sum of the terms below, with `return_loss=True`.
-        contrastive_loss, matching_loss, reconstruction_loss (scalar): The terms (ICL, PMD, PFR), unweighted.
-        logits_per_video, logits_per_image (`(B, B)`): Cosines times `logit_scale`.
+        contrastive_loss, matching_loss, reconstruction_loss, text_loss (scalar):
+            The terms (ICL, PMD, PFR, and ASR against titles), unweighted.
+        logits_per_video, logits_per_image (`(B, B)`): Cosines times `logit_scale`, plus a `logit_bias`.
         matching_logits: Decoder scores times `matching_scale`, rows are images. With mined negatives
             `(B, 1 + num_hard_negatives)`, the positive first; otherwise `(B, B)`.
         matching_indices (`(B, 1 + num_hard_negatives)`): Clips of those columns.
@@ -39,34 +53,13 @@ class RiceOutput(ModelOutput):
     contrastive_loss: Tensor | None = None
     matching_loss: Tensor | None = None
     reconstruction_loss: Tensor | None = None
+    text_loss: Tensor | None = None
     logits_per_video: Tensor | None = None
     logits_per_image: Tensor | None = None
     matching_logits: Tensor | None = None
     matching_indices: Tensor | None = None
     image_embeds: Tensor | None = None
     video_embeds: Tensor | None = None
-
-
-class OneProcess:
-    """The gather of a single process: everything is here already. [`RiceModel.set_gather`] says what others do."""
-
-    rank = 0
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-
-@dataclass
-class _EncodedImages:
-    tokens: Tensor
-    embeds: Tensor
-
-
-@dataclass
-class _EncodedClips:
-    tokens: Tensor
-    embeds: Tensor
-    mask: Tensor
 
 
 class RicePreTrainedModel(PreTrainedModel):
@@ -84,16 +77,29 @@ class RicePreTrainedModel(PreTrainedModel):
             # Random signs under two ReLUs can leave the head at zero for ever, so it starts as the mean over heads.
             init.constant_(module.weight, 1 / module.in_channels)
             init.zeros_(module.bias)
+        elif isinstance(module, RiceSaliencyScore):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, RiceModel):
             init.constant_(module.logit_scale, math.log(self.config.logit_scale_init_value))
+            if module.logit_bias is not None:
+                init.constant_(module.logit_bias, self.config.logit_bias_init_value)
+            if module.text_logit_scale is not None:
+                init.constant_(module.text_logit_scale, math.log(self.config.text_logit_scale_init_value))
+        elif isinstance(module, RiceZeroLinear):
+            init.zeros_(module.weight)
         else:
             super()._init_weights(module)
 
 
-class RiceModel(RicePreTrainedModel):
+class RiceModel(RiceObjective, RiceTextSide, RicePreTrainedModel):
     """
     Cross-view semantic alignment: one vision encoder for clips and images (ICL), a pairwise matching decoder (PMD) and
     patch feature reconstruction (PFR).
+
+    Attention is chosen as for any model of transformers, by `attn_implementation` (`"sdpa"`, the default, or
+    `"eager"`) in `from_pretrained` or `set_attn_implementation`, with equal results. Training in bfloat16 on a CPU is
+    faster with `"eager"`, since sdpa's backward pass is slow there.
 
     Examples:
 
@@ -108,26 +114,49 @@ class RiceModel(RicePreTrainedModel):
         super().__init__(config)
         self.vision_model = AutoModel.from_config(config.vision_config)
         self.visual_projection = nn.Linear(config.vision_hidden_size, config.projection_dim, bias=False)
-        self.logit_scale = nn.Parameter(
-            torch.tensor(math.log(config.logit_scale_init_value)), requires_grad=config.learn_logit_scale
-        )
+        self.temporal_pooling = POOLINGS[config.temporal_pooling](config)
+        self.text_model = self.text_projection = self.text_logit_scale = None
+        if config.text_config is not None:
+            self.text_model = RiceTextEncoder(config)
+        if config.text_config is not None and config.text_score_weight is not None:
+            self.text_projection = nn.Linear(config.text_width, config.projection_dim, bias=False)
+            self.text_logit_scale = nn.Parameter(torch.tensor(math.log(config.text_logit_scale_init_value)))
+        scale = torch.tensor(math.log(config.logit_scale_init_value))
+        if config.learn_logit_scale:
+            self.logit_scale = nn.Parameter(scale)
+        else:
+            # No parameter without a gradient: loading a checkpoint would turn its gradient on.
+            self.register_buffer("logit_scale", scale)
+        self.logit_bias = None
+        if config.contrastive_loss == "sigmoid":
+            self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias_init_value)))
         self.decoder = RiceDecoder(config) if config.use_decoder else None
         has_head = config.use_decoder and config.use_reconstruction
         self.reconstruction_head = RiceReconstructionHead(config) if has_head else None
+        self.patch_saliency = RicePatchSaliency(config) if config.patch_saliency == "learned" else None
         self._gather = OneProcess()
+        self._fingerprint: tuple[tuple, str | None] | None = None
+        self.memory: Memory | None = None
         self.post_init()
 
     # Trainer would otherwise rescale the loss, since `forward` takes keyword arguments it does not name.
     accepts_loss_kwargs = False
 
-    def set_gather(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """
-        Sets how rows of other processes are fetched in the loss: a callable that concatenates the tensors of all
-        processes along the first dimension, with a gradient that sums over processes, and has the attribute `rank`.
-        """
-        self._gather = gather
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
+        """As transformers does it, with what `pipeline("product-retrieval")` and `SentenceTransformer` look for."""
+        # Named here, or the pipeline's file would not be copied with this one; needed only here, and slow to load.
+        from .pipeline_rice import CUSTOM_PIPELINES
 
-    def _encode_pixels(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> Tensor:
+        self.config.custom_pipelines = CUSTOM_PIPELINES
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            write_layout(save_directory)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The vision encoder's, as adapters ask for them."""
+        return self.vision_model.get_input_embeddings()
+
+    def _encode_pixels(self, pixel_values: Tensor, patch_mask: Tensor | None = None, is_clip: bool = False) -> Tensor:
         """Images `(n, 3, H, W)`, mask `(n, P)` -> last hidden states `(n, 1 + P, W)`, global feature first."""
         # Encoders that interpolate positions would take another size, and patches would be miscounted unnoticed.
         size = (self.config.vision_config.image_size,) * 2 if self.config.num_patches is not None else None
@@ -137,7 +166,7 @@ class RiceModel(RicePreTrainedModel):
                 f"processor's size follow the model."
             )
         kwargs = {}
-        if patch_mask is not None:
+        if patch_mask is not None and not self.config.patch_mask_pooling:
             kwargs["attention_mask"] = self._encoder_mask(patch_mask, pixel_values)
         # Inputs follow the weights, so that a model in half precision takes what the processor gives.
         output = self.vision_model(pixel_values.to(self.visual_projection.weight.dtype), **kwargs)
@@ -145,7 +174,7 @@ class RiceModel(RicePreTrainedModel):
         if states.dim() == 4:
             states = states.flatten(2).transpose(1, 2)
         patches = states[:, self._num_prefix_tokens(states.shape[1]) :]
-        pooled = self._pool(states, patches, output, patch_mask)
+        pooled = self._pool(states, patches, output, patch_mask, is_clip)
         return torch.cat([pooled[:, None], patches], dim=1)
 
     def _num_prefix_tokens(self, num_tokens: int) -> int:
@@ -157,8 +186,8 @@ class RiceModel(RicePreTrainedModel):
         if not config.accepts_patch_mask:
             raise ValueError(
                 f"`patch_mask` was given, but no attention mask reaches the layers of "
-                f"{config.vision_config.model_type!r}; use one of {', '.join(PATCH_MASK_ENCODERS)}, "
-                f"or leave the boxes out."
+                f"{config.vision_config.model_type!r}; use one of {', '.join(PATCH_MASK_ENCODERS)}, or "
+                f"`patch_mask_pooling=True`, or leave the boxes out."
             )
         if patch_mask.shape[-1] != config.num_patches:
             raise ValueError(
@@ -172,7 +201,9 @@ class RiceModel(RicePreTrainedModel):
             dtype = torch.get_autocast_dtype(pixel_values.device.type)
         return additive_mask(keep, dtype)
 
-    def _pool(self, states: Tensor, patches: Tensor, output: ModelOutput, patch_mask: Tensor | None) -> Tensor:
+    def _pool(
+        self, states: Tensor, patches: Tensor, output: ModelOutput, patch_mask: Tensor | None, is_clip: bool
+    ) -> Tensor:
         pooling = self.config.vision_pooling or "cls"
         if pooling == "cls":
             if states.shape[1] == patches.shape[1]:
@@ -183,10 +214,11 @@ class RiceModel(RicePreTrainedModel):
             return states[:, 0]
         if pooling == "pooler":
             return output.pooler_output.flatten(1)
-        if patch_mask is None:
-            return patches.mean(dim=1)
-        weights = patch_mask[..., None].to(patches.dtype)
-        return (patches * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        weights = None if patch_mask is None else resize_patch_mask(patch_mask, patches.shape[1])
+        if self.patch_saliency is not None and is_clip:
+            saliency = self.patch_saliency(patches)
+            weights = saliency if weights is None else weights * saliency
+        return pool_patches(patches, weights)
 
     def _project(self, states: Tensor) -> Tensor:
         if self.config.vision_config.model_type in _UNNORMALISED_ENCODERS and self.config.vision_pooling != "pooler":
@@ -200,18 +232,20 @@ class RiceModel(RicePreTrainedModel):
             return tokens, tokens[..., 0, :]
         return states, self._project(states[..., 0, :])
 
-    def _encode_images(self, pixel_values: Tensor) -> _EncodedImages:
+    def _encode_images(self, pixel_values: Tensor) -> EncodedImages:
         tokens, features = self._features(self._encode_pixels(pixel_values))
-        return _EncodedImages(tokens, nn.functional.normalize(_at_least_single(features), dim=-1))
+        return EncodedImages(tokens, nn.functional.normalize(_at_least_single(features), dim=-1))
 
     def _encode_clips(
         self, pixel_values_videos: Tensor, frame_mask: Tensor | None, patch_mask: Tensor | None
-    ) -> _EncodedClips:
+    ) -> EncodedClips:
         frame_mask = self._check_clips(pixel_values_videos, frame_mask, patch_mask)
         encode_padding = patch_mask is not None and not self.config.mask_padded_frames
         encoded = torch.ones_like(frame_mask) if encode_padding else frame_mask
         packed_mask = patch_mask.bool()[encoded] if patch_mask is not None else None
-        packed_tokens, packed_features = self._features(self._encode_pixels(pixel_values_videos[encoded], packed_mask))
+        packed_tokens, packed_features = self._features(
+            self._encode_pixels(pixel_values_videos[encoded], packed_mask, is_clip=True)
+        )
 
         tokens = packed_tokens.new_zeros(*frame_mask.shape, *packed_tokens.shape[1:])
         tokens[encoded] = packed_tokens
@@ -220,13 +254,13 @@ class RiceModel(RicePreTrainedModel):
         features = _at_least_single(features)
         if self.config.normalize_frames:
             features = nn.functional.normalize(features, dim=-1)
-        weights = frame_mask[..., None].to(features.dtype)
-        clip_features = (features * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        clip_features = self.temporal_pooling(features, frame_mask)
 
         mask = encoded[:, :, None].expand(-1, -1, tokens.shape[2])
         if patch_mask is not None:
-            mask = mask & nn.functional.pad(patch_mask.bool(), (1, 0), value=True)
-        return _EncodedClips(tokens, nn.functional.normalize(clip_features, dim=-1), mask)
+            kept = resize_patch_mask(patch_mask.bool(), tokens.shape[2] - 1) > 0
+            mask = mask & nn.functional.pad(kept, (1, 0), value=True)
+        return EncodedClips(tokens, nn.functional.normalize(clip_features, dim=-1), mask)
 
     @staticmethod
     def _check_clips(videos: Tensor, frame_mask: Tensor | None, patch_mask: Tensor | None) -> Tensor:
@@ -256,7 +290,11 @@ class RiceModel(RicePreTrainedModel):
 
         Returns:
             `pooler_output` `(n, D)`, L2-normalised; `last_hidden_state` `(n, 1 + P, d)`, global token first.
+
+        Raises:
+            TypeError: for an argument that is no key of a batch.
         """
+        _refuse_unknown("get_image_features", kwargs)
         encoded = self._encode_images(pixel_values)
         return BaseModelOutputWithPooling(last_hidden_state=encoded.tokens, pooler_output=encoded.embeds)
 
@@ -271,29 +309,48 @@ class RiceModel(RicePreTrainedModel):
 
         Returns:
             `pooler_output` `(B, D)`, L2-normalised; `last_hidden_state` `(B, T, 1 + P, d)`, zero at padded frames.
+
+        Raises:
+            TypeError: for an argument that is no key of a batch.
+            ValueError: for shapes that do not fit.
         """
+        _refuse_unknown("get_video_features", kwargs)
         encoded = self._encode_clips(pixel_values_videos, frame_mask, patch_mask)
         return BaseModelOutputWithPooling(last_hidden_state=encoded.tokens, pooler_output=encoded.embeds)
 
     @torch.no_grad()
     def encode_gallery(
-        self, pixel_values: Tensor, title_embeds: Tensor | None = None, batch_size: int = 64, **kwargs
+        self,
+        pixel_values: Tensor,
+        title_embeds: Tensor | None = None,
+        batch_size: int = 64,
+        title_input_ids: Tensor | None = None,
+        title_attention_mask: Tensor | None = None,
+        **kwargs,
     ) -> RiceGallery:
         """
         Encodes shop images once, for any number of comparisons. Call in eval mode.
 
         Args:
             pixel_values (`(n, 3, H, W)`): Preprocessed images; moved to the model's device batch by batch.
-            title_embeds (`(n, text_embed_dim)`, *optional*): Precomputed title vectors.
+            title_embeds (`(n, text_embed_dim)`, *optional*): Precomputed title vectors, zero where there is no title.
             batch_size: Images encoded at a time.
-            kwargs: Other entries of the processor's output (title ids), which a model without text encoder ignores.
+            title_input_ids, title_attention_mask (`(n, L)`, *optional*): Titles for the text encoder; a model without
+                one ignores them.
+            kwargs: Other entries of a batch, which are not needed here (clips).
+
+        Raises:
+            TypeError: for an argument that is no key of a batch.
+            ValueError: for an empty batch, or in training mode with active dropout.
         """
+        _refuse_unknown("encode_gallery", kwargs)
         self._require_eval_mode("encode_gallery")
-        parts = []
-        for pixels, titles in self._batches(batch_size, pixel_values, title_embeds):
-            encoded = self._encode_images(pixels)
-            states = None if self.decoder is None else self.decoder.encode_images(encoded.tokens, titles)[:, 0]
-            parts.append(RiceGallery(embeds=encoded.embeds, states=states))
+        parts, model = [], self.fingerprint()
+        for batch in self._batches(batch_size, pixel_values, title_embeds, title_input_ids, title_attention_mask):
+            encoded, states = self.encode_image_side(*batch)
+            states = None if states is None else states[:, 0]
+            texts = None if encoded.text is None else encoded.text.embeds
+            parts.append(RiceGallery(embeds=encoded.embeds, states=states, text_embeds=texts, model_fingerprint=model))
         return RiceGallery.cat(parts)
 
     @torch.no_grad()
@@ -304,22 +361,23 @@ class RiceModel(RicePreTrainedModel):
         patch_mask: Tensor | None = None,
         asr_embeds: Tensor | None = None,
         batch_size: int = 16,
+        asr_input_ids: Tensor | None = None,
+        asr_attention_mask: Tensor | None = None,
         **kwargs,
     ) -> RiceClips:
         """
-        Encodes clips once, for any number of comparisons. Call in eval mode. Arguments as `get_video_features`;
-        `asr_embeds` `(B, text_embed_dim)` are precomputed ASR vectors, `batch_size` counts clips.
+        Encodes clips once, for any number of comparisons. Call in eval mode. Arguments as `get_video_features`, the
+        ASR's as the title's of `encode_gallery`; `batch_size` counts clips. Raises as `encode_gallery`.
         """
+        _refuse_unknown("encode_clips", kwargs)
         self._require_eval_mode("encode_clips")
-        parts = []
-        for videos, frames, patches, asr in self._batches(
-            batch_size, pixel_values_videos, frame_mask, patch_mask, asr_embeds
-        ):
-            encoded = self._encode_clips(videos, frames, patches)
-            keys = values = mask = None
-            if self.decoder is not None:
-                keys, values, mask = self._decoder_clips(encoded, asr)
-            parts.append(RiceClips(embeds=encoded.embeds, keys=keys, values=values, mask=mask))
+        parts, model = [], self.fingerprint()
+        clip = (pixel_values_videos, frame_mask, patch_mask, asr_embeds, asr_input_ids, asr_attention_mask)
+        for batch in self._batches(batch_size, *clip):
+            encoded, keys, values, mask = self.encode_clip_side(*batch)
+            decoder = {"keys": keys, "values": values, "mask": mask}
+            texts = None if encoded.text is None else encoded.text.embeds
+            parts.append(RiceClips(embeds=encoded.embeds, **decoder, text_embeds=texts, model_fingerprint=model))
         return RiceClips.cat(parts)
 
     def _require_eval_mode(self, method: str) -> None:
@@ -333,9 +391,59 @@ class RiceModel(RicePreTrainedModel):
             rows = slice(start, start + batch_size)
             yield [None if tensor is None else tensor[rows].to(self.device) for tensor in tensors]
 
-    def similarity(self, clips: RiceClips, gallery: RiceGallery) -> Tensor:
-        """Cosine of every clip with every image, `(num_clips, num_images)`, in -1..1."""
-        return _cosines(clips.embeds.float(), gallery.embeds.float())
+    def fingerprint(self) -> str | None:
+        """
+        Names what this model's encodings depend on, the settings and the weights, in 32 hexadecimal digits. Training
+        changes it; saving, moving and a bfloat16 copy do not. `None` while weights are offloaded. What
+        `encode_gallery` and `encode_clips` return carries it as `model_fingerprint`.
+        """
+        if self.training:
+            return fingerprint(self)
+        state = weights_state(self)
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            self._fingerprint = (state, fingerprint(self))
+        return self._fingerprint[1]
+
+    def train(self, mode: bool = True) -> "RiceModel":
+        """As of any module."""
+        # A fused optimiser changes weights without a trace on them, so that nothing is kept from before training.
+        self._fingerprint = None
+        return super().train(mode)
+
+    def _refuse_foreign(self, clips: RiceClips, gallery: RiceGallery) -> None:
+        own = self.fingerprint()
+        for name, features in (("clips", clips), ("gallery", gallery)):
+            if None not in (own, features.model_fingerprint) and features.model_fingerprint != own:
+                raise ValueError(
+                    f"`{name}` was encoded by another model, or by this one before its weights changed "
+                    f"({features.model_fingerprint}, this one is {own}); encode it anew with this model."
+                )
+
+    def similarity(self, clips: RiceClips, gallery: RiceGallery, text_weight: float | None = None) -> Tensor:
+        """
+        Cosine of every clip with every image, `(num_clips, num_images)`, in -1..1; plus `text_weight` times
+        `text_similarity` where there is one.
+
+        Args:
+            text_weight: `config.text_score_weight` by default.
+
+        Raises:
+            ValueError: for features that another model encoded.
+        """
+        self._refuse_foreign(clips, gallery)
+        scores = cosines(clips.embeds.float(), gallery.embeds.float())
+        texts = self.text_similarity(clips, gallery)
+        weight = self.config.text_score_weight if text_weight is None else text_weight
+        return scores if texts is None or not weight else scores + weight * texts
+
+    def text_similarity(self, clips: RiceClips, gallery: RiceGallery) -> Tensor | None:
+        """
+        Cosine of every clip's ASR with every title, `(num_clips, num_images)`, 0 where either is missing; `None` where
+        the model has no score-level text term, or clips or gallery were encoded without text.
+        """
+        if clips.text_embeds is None or gallery.text_embeds is None:
+            return None
+        return cosines(clips.text_embeds.float(), gallery.text_embeds.float())
 
     @torch.no_grad()
     def match(self, clips: RiceClips, gallery: RiceGallery, max_memory: int = 512 * 2**20) -> Tensor:
@@ -351,13 +459,15 @@ class RiceModel(RicePreTrainedModel):
             `(num_clips, num_images)` float32, the head's raw output without temperature.
 
         Raises:
-            ValueError: when the model or the one that encoded has no decoder, or in training mode with active dropout.
+            ValueError: when the model or the one that encoded has no decoder, for features that another model encoded,
+                or in training mode with active dropout.
         """
         if self.decoder is None:
             raise ValueError("This model has no matching decoder (`use_decoder=False`); rank by `similarity` instead.")
         self._require_eval_mode("match")
         if gallery.states is None or clips.keys is None:
             raise ValueError("The features come from a model without a matching decoder; encode them with this one.")
+        self._refuse_foreign(clips, gallery)
         device, dtype = self.device, self.visual_projection.weight.dtype
         clips_at_once, images_at_once = self._match_chunks(clips.keys.shape[1], len(clips), len(gallery), max_memory)
         scores = torch.empty(len(clips), len(gallery), device=device)
@@ -371,6 +481,37 @@ class RiceModel(RicePreTrainedModel):
                 scores[rows, columns] = self.decoder.score_pairs(states, keys, values, mask).float()
         return scores
 
+    def rank(
+        self,
+        clip,
+        images,
+        top_k: int | None = None,
+        *,
+        processor,
+        titles: list[str] | None = None,
+        asr: str | None = None,
+    ) -> list[dict]:
+        """
+        Ranks images for one clip by the decoder's score, every pair, as a cross-encoder does. Call in eval mode.
+
+        Args:
+            clip: One clip, as `processor` takes it: a list of frames, an array or tensor, the path of a video.
+            images: Shop images, an encoded gallery, or the path of a saved one.
+            top_k: Entries to return at most, all by default.
+            processor: The [`RiceProcessor`] that was saved with this model.
+            titles, asr: A title per image and the clip's ASR, for models that read them.
+
+        Returns:
+            From best to worst, `{"corpus_id": index, "score": score}`, as sentence-transformers' `CrossEncoder.rank`.
+
+        Raises:
+            ValueError: as `match`, or for inputs that `processor` refuses.
+        """
+        gallery = encode_candidates(self, processor, images, titles)
+        clips = self.encode_clips(**processor(videos=[clip], asr=None if asr is None else [asr]))
+        scores, _ = pair_scores(self, clips, gallery, "matching")
+        return [{"corpus_id": i, "score": scores[0, i].item()} for i in best_first(scores[0], top_k)]
+
     def _match_chunks(self, num_tokens: int, num_clips: int, num_images: int, max_memory: int) -> tuple[int, int]:
         width, heads = self.config.decoder_hidden_size, self.config.decoder_num_heads
         hidden = self.config.decoder_intermediate_size or 4 * width
@@ -380,8 +521,17 @@ class RiceModel(RicePreTrainedModel):
         clips = max(1, min(num_clips, max_memory // (images * bytes_per_pair + bytes_per_clip)))
         return clips, images
 
-    def _decoder_clips(self, clips: _EncodedClips, asr_embeds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return self.decoder.encode_clips(clips.tokens.flatten(1, 2), clips.mask.flatten(1), asr_embeds)
+    def _decoder_clips(
+        self, clips: EncodedClips, asr_features: Tensor | None = None, has_asr: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = clips.tokens.detach() if self.config.detach_matching_features else clips.tokens
+        return self.decoder.encode_clips(tokens.flatten(1, 2), clips.mask.flatten(1), asr_features, has_asr)
+
+    def _text_token(self, text: EncodedText | None) -> tuple[Tensor | None, Tensor | None]:
+        """What the decoder is told of a text."""
+        if text is None or not self.config.has_text_tokens:
+            return None, None
+        return text.features, text.present
 
     def forward(
         self,
@@ -401,142 +551,106 @@ class RiceModel(RicePreTrainedModel):
             pixel_values_videos (`(B, T, 3, H, W)`), frame_mask (`(B, T)`), patch_mask (`(B, T, P)`):
                 Clip of each pair, as `get_video_features`.
             product_ids (`(B,)` int64, *optional*): Pairs of one product are not each other's negatives.
-            title_embeds, asr_embeds (`(B, text_embed_dim)`, *optional*): Precomputed text vectors.
+            title_embeds, asr_embeds (`(B, text_embed_dim)`, *optional*): Precomputed text vectors, zero where there is
+                no text.
             return_loss: `False` skips the losses and scores all pairs of the batch.
-            kwargs: Title and ASR ids of the processor, which a model without text encoder ignores.
+            kwargs: `title_input_ids`, `asr_input_ids` and their `_attention_mask`, `(B, L)`, as the processor gives
+                them; a model without text encoder ignores them.
 
         Raises:
+            TypeError: for an argument that is no key of a batch.
             ValueError: for shapes that do not fit, or a batch too small to mine negatives from.
         """
-        images = self._encode_images(pixel_values)
-        clips = self._encode_clips(pixel_values_videos, frame_mask, patch_mask)
-        scale = self.logit_scale.exp()
+        _refuse_unknown("forward", kwargs)
+        images, states = self.encode_image_side(pixel_values, title_embeds, **kwargs)
+        clips, keys, values, mask = self.encode_clip_side(
+            pixel_values_videos, frame_mask, patch_mask, asr_embeds, **kwargs
+        )
+        logits = self.logit_scale.exp() * cosines(images.embeds, clips.embeds)
         output = RiceOutput(
-            logits_per_image=scale * _cosines(images.embeds, clips.embeds),
+            logits_per_image=logits if self.logit_bias is None else logits + self.logit_bias,
             image_embeds=images.embeds,
             video_embeds=clips.embeds,
         )
         output.logits_per_video = output.logits_per_image.T
-        if self.decoder is not None:
-            source = self._detached(images, clips) if self.config.detach_matching_features else (images, clips)
-            states = self.decoder.encode_images(source[0].tokens, title_embeds)
-            keys, values, mask = self._decoder_clips(source[1], asr_embeds)
-            if not return_loss:
+        if not return_loss:
+            if self.decoder is not None:
                 scores = self.decoder.score_pairs(states[:, 0], keys, values, mask)
                 output.matching_logits = self.config.matching_scale * scores.T
-        if not return_loss:
             return output
 
         if len(images.embeds) != len(clips.embeds):
             raise ValueError(f"The losses need pairs, got {len(images.embeds)} images and {len(clips.embeds)} clips.")
-        offset = self._gather.rank * len(images.embeds)
+        rows = slice(self._gather.rank * len(clips.embeds), (self._gather.rank + 1) * len(clips.embeds))
         all_images, all_clips = self._gather(images.embeds), self._gather(clips.embeds)
-        all_products = None if product_ids is None else self._gather(product_ids)
-        output.contrastive_loss = symmetric_loss(
-            scale * _cosines(images.embeds, all_clips),
-            scale * _cosines(clips.embeds, all_images),
-            product_ids,
-            all_products,
-            offset,
-        )
+        products = None if product_ids is None else self._gather(product_ids)
+        output.contrastive_loss = self.contrastive_loss(all_images, all_clips, products, rows)
         output.loss = self.config.contrastive_loss_weight * output.contrastive_loss
+        texts = self.gather_texts(images, clips)
+        if texts is not None:
+            output.text_loss = self.text_loss(texts, products, rows)
+        if output.text_loss is not None:
+            output.loss = output.loss + self.config.text_loss_weight * output.text_loss
         if self.decoder is not None:
-            similarity = _cosines(all_images.detach(), all_clips.detach())
-            self._add_matching(output, similarity, states[:, 0], keys, values, mask, product_ids, all_products, offset)
+            mined = self.mine_negatives(all_images, all_clips, products, texts=texts)
+            scores = self._gather(self._score_clips(self._gather(states[:, 0]), keys, values, mask, rows, mined))
+            mined = None if mined is None else (mined[0][rows], mined[1][rows])
+            output.matching_loss, output.matching_logits = self.matching_loss(
+                scores.T[rows], scores[rows], products, rows, mined
+            )
+            output.matching_indices = None if mined is None else mined[0]
             output.loss = output.loss + self.config.matching_loss_weight * output.matching_loss
         if self.reconstruction_head is not None:
-            output.reconstruction_loss = self._reconstruction(images, clips, states, keys, mask)
+            output.reconstruction_loss = self.reconstruction_loss(images, clips, states, keys, mask)
             output.loss = output.loss + self.config.reconstruction_loss_weight * output.reconstruction_loss
+        if self.memory is not None and self.training:
+            self.memory.push(all_images.detach(), all_clips.detach(), products)
         return output
 
-    @staticmethod
-    def _detached(images: _EncodedImages, clips: _EncodedClips) -> tuple[_EncodedImages, _EncodedClips]:
-        return (
-            _EncodedImages(images.tokens.detach(), images.embeds),
-            _EncodedClips(clips.tokens.detach(), clips.embeds, clips.mask),
-        )
-
-    def _add_matching(
+    def encode_image_side(
         self,
-        output: RiceOutput,
-        similarity: Tensor,
-        class_states: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        mask: Tensor,
-        product_ids: Tensor | None,
-        all_products: Tensor | None,
-        offset: int,
-    ) -> None:
-        """
-        Fills in the matching loss. Each process scores its own clips against the images of all: an image costs one
-        row of width d to exchange, a clip hundreds.
-        """
-        rows = slice(offset, offset + len(keys))
-        all_states = self._gather(class_states)
-        contexts = self.decoder.pair_contexts(all_states, keys, values, mask)
-        if self.config.matching_negatives == "all":
-            scores = self.decoder.finish_pairs(all_states, contexts)
-            by_clip = self.config.matching_scale * self._gather(scores)
-            by_image = by_clip.T
-            output.matching_logits = by_image[rows, rows]
-            output.matching_loss = symmetric_loss(by_image[rows], by_clip[rows], product_ids, all_products, offset)
-            return
+        pixel_values: Tensor,
+        title_embeds: Tensor | None = None,
+        title_input_ids: Tensor | None = None,
+        title_attention_mask: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[EncodedImages, Tensor | None]:
+        """What the losses need of images: their encoding, and the decoder's states `(n, L, d)` (`None` without it)."""
+        images = self._encode_images(pixel_values)
+        images.text = self.encode_text("title", title_embeds, title_input_ids, title_attention_mask)
+        if self.decoder is None:
+            return images, None
+        tokens = images.tokens.detach() if self.config.detach_matching_features else images.tokens
+        return images, self.decoder.encode_images(tokens, *self._text_token(images.text))
 
-        ignore = None if all_products is None else false_negative_mask(all_products, all_products)
-        index, valid = mine_hard_negatives(similarity, self.config.num_hard_negatives, ignore)
-        chosen = torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, index, True).T[rows]
-        scores = contexts.new_zeros(chosen.shape)
-        scores[chosen] = self.decoder.finish_pairs(all_states.expand(len(keys), -1, -1)[chosen], contexts[chosen])
-        logits = self.config.matching_scale * self._gather(scores).T.gather(1, index)[rows]
-        logits = logits.masked_fill(~valid[rows], torch.finfo(logits.dtype).min)
-        output.matching_logits, output.matching_indices = logits, index[rows]
-        target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        output.matching_loss = nn.functional.cross_entropy(logits, target)
+    def encode_clip_side(
+        self,
+        pixel_values_videos: Tensor,
+        frame_mask: Tensor | None = None,
+        patch_mask: Tensor | None = None,
+        asr_embeds: Tensor | None = None,
+        asr_input_ids: Tensor | None = None,
+        asr_attention_mask: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[EncodedClips, Tensor | None, Tensor | None, Tensor | None]:
+        """What the losses need of clips: their encoding, and the decoder's keys, values `(c, S, d)` and mask."""
+        clips = self._encode_clips(pixel_values_videos, frame_mask, patch_mask)
+        clips.text = self.encode_text("asr", asr_embeds, asr_input_ids, asr_attention_mask)
+        if self.decoder is None:
+            return clips, None, None, None
+        return clips, *self._decoder_clips(clips, *self._text_token(clips.text))
 
-    def reconstruction_weights(self, states: Tensor, keys: Tensor, mask: Tensor, tokens_per_frame: int) -> Tensor:
-        """
-        How much of each clip token goes into each image token's reconstruction, for image i with clip i.
 
-        Args:
-            states (`(B, L, d)`): From the decoder's `encode_images`.
-            keys (`(B, S, d)`), mask (`(B, S)` bool): From the decoder's `encode_clips`.
-            tokens_per_frame: 1 + P.
-
-        Returns:
-            `(B, P, T * P)`, or `(B, 1 + P, T * (1 + P))` with `reconstruction_include_cls`.
-        """
-        attention = self.decoder.positive_attention(states, keys, mask)
-        # Text tokens stand last and have no patch to reconstruct or to be reconstructed from.
-        num_keys = keys.shape[1] // tokens_per_frame * tokens_per_frame
-        attention, mask = attention[:, :, :tokens_per_frame, :num_keys], mask[:, :num_keys]
-        if not self.config.reconstruction_include_cls:
-            attention = _drop_class_keys(attention[:, :, 1:], tokens_per_frame)
-            mask = _drop_class_keys(mask, tokens_per_frame)
-        return self.reconstruction_head(attention, mask)
-
-    def _reconstruction(
-        self, images: _EncodedImages, clips: _EncodedClips, states: Tensor, keys: Tensor, mask: Tensor
-    ) -> Tensor:
-        weights = self.reconstruction_weights(states, keys, mask, images.tokens.shape[1])
-        first = 0 if self.config.reconstruction_include_cls else 1
-        clip_tokens = (clips.tokens * clips.mask[..., None])[:, :, first:].flatten(1, 2)
-        return reconstruction_loss(weights, clip_tokens, images.tokens[:, first:])
+def _refuse_unknown(method: str, arguments: dict) -> None:
+    unknown = [name for name in arguments if name not in _BATCH_KEYS]
+    if unknown:
+        raise TypeError(
+            f"`{method}` takes no argument {', '.join(map(repr, unknown))}; a batch holds {', '.join(_BATCH_KEYS)}."
+        )
 
 
 def _at_least_single(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _cosines(rows: Tensor, columns: Tensor) -> Tensor:
-    """Products of normalised rows, kept in single precision: under a temperature of 100 half precision makes ties."""
-    with torch.autocast(rows.device.type, enabled=False):
-        return rows @ columns.T
-
-
-def _drop_class_keys(tensor: Tensor, tokens_per_frame: int) -> Tensor:
-    """Removes each frame's class token from the last dimension, which holds the tokens frame by frame."""
-    return tensor.unflatten(-1, (-1, tokens_per_frame))[..., 1:].flatten(-2)
 
 
 RiceModel.register_for_auto_class("AutoModel")

@@ -18,6 +18,7 @@ from .loss_rice import (
     reconstruction_loss,
     symmetric_loss,
 )
+from .text_rice import EncodedText
 
 
 class OneProcess:
@@ -31,19 +32,21 @@ class OneProcess:
 
 @dataclass
 class EncodedImages:
-    """Tokens `(n, 1 + P, d)`, normalised embeddings `(n, D)`."""
+    """Tokens `(n, 1 + P, d)`, normalised embeddings `(n, D)`, and titles."""
 
     tokens: Tensor
     embeds: Tensor
+    text: EncodedText | None = None
 
 
 @dataclass
 class EncodedClips:
-    """Tokens `(n, T, 1 + P, d)`, normalised embeddings `(n, D)`, mask `(n, T, 1 + P)` of real tokens."""
+    """Tokens `(n, T, 1 + P, d)`, normalised embeddings `(n, D)`, mask `(n, T, 1 + P)` of real tokens, and ASR."""
 
     tokens: Tensor
     embeds: Tensor
     mask: Tensor
+    text: EncodedText | None = None
 
 
 class RiceObjective:
@@ -72,8 +75,11 @@ class RiceObjective:
     @torch.no_grad()
     def bound_logit_scale(self) -> None:
         """Brings a learnt temperature back to at most `logit_scale_max`; to be called after each optimiser step."""
-        if self.config.learn_logit_scale and self.config.logit_scale_max is not None:
-            self.logit_scale.clamp_(max=math.log(self.config.logit_scale_max))
+        bound = self.config.logit_scale_max
+        if self.config.learn_logit_scale and bound is not None:
+            self.logit_scale.clamp_(max=math.log(bound))
+        if self.text_logit_scale is not None and bound is not None:
+            self.text_logit_scale.clamp_(max=math.log(bound))
 
     def contrastive_loss(
         self, image_embeds: Tensor, video_embeds: Tensor, product_ids: Tensor | None, rows: slice
@@ -92,11 +98,17 @@ class RiceObjective:
         )
 
     def mine_negatives(
-        self, image_embeds: Tensor, video_embeds: Tensor, product_ids: Tensor | None, rows: slice | None = None
+        self,
+        image_embeds: Tensor,
+        video_embeds: Tensor,
+        product_ids: Tensor | None,
+        rows: slice | None = None,
+        texts: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """
         Clips that images of the given rows (all by default) are matched with, and which of them exist; see
-        `loss_rice.mine_hard_negatives`. `None` where every pair of the batch is.
+        `loss_rice.mine_hard_negatives`. `None` where every pair of the batch is. With `texts`, the title and ASR
+        embeddings of the batch, those are the most similar that are so by what is seen and said.
         """
         if self.config.matching_negatives == "all":
             return None
@@ -105,6 +117,9 @@ class RiceObjective:
         if product_ids is not None and self.config.matching_targets == "masked":
             ignore = false_negative_mask(product_ids[rows], product_ids, rows.start)
         similarity = cosines(image_embeds[rows].detach(), video_embeds.detach())
+        if texts is not None:
+            said = cosines(texts[0][rows].detach(), texts[1].detach())
+            similarity = similarity + self.config.text_score_weight * said
         return mine_hard_negatives(similarity, self.config.num_hard_negatives, ignore, rows.start)
 
     def _score_clips(
@@ -181,6 +196,41 @@ class RiceObjective:
             attention = _drop_class_keys(attention[:, :, 1:], tokens_per_frame)
             mask = _drop_class_keys(mask, tokens_per_frame)
         return self.reconstruction_head(attention, mask)
+
+    @torch.no_grad()
+    def reconstruction_maps(self, pixel_values: Tensor, pixel_values_videos: Tensor, **batch) -> Tensor:
+        """
+        Which patches of its clip each image patch is reconstructed from, for image i with clip i (PFR; RICE (ICCV
+        2023), section 4.3). Call in eval mode.
+
+        Args:
+            pixel_values (`(B, 3, H, W)`), pixel_values_videos (`(B, T, 3, H, W)`): Preprocessed pairs.
+            batch: Other keys of a batch, as `forward`.
+
+        Returns:
+            `(B, P, T, P)`, at least 0, and 0 in padded frames and masked patches. Each image patch's weights sum to 1
+            only with `reconstruction_softmax`.
+
+        Raises:
+            ValueError: when the model has no reconstruction head, or images and clips differ in number.
+        """
+        if self.reconstruction_head is None:
+            raise ValueError("This model has no reconstruction head, so it has no reconstruction maps.")
+        if len(pixel_values) != len(pixel_values_videos):
+            raise ValueError(
+                f"The maps need pairs, got {len(pixel_values)} images and {len(pixel_values_videos)} clips."
+            )
+        batch = {"pixel_values": pixel_values, "pixel_values_videos": pixel_values_videos, **batch}
+        batch = {name: value.to(self.device) if hasattr(value, "to") else value for name, value in batch.items()}
+        images, states = self.encode_image_side(**batch)
+        clips, keys, _, mask = self.encode_clip_side(**batch)
+        tokens_per_frame, frames = images.tokens.shape[1], clips.tokens.shape[1]
+        weights = self.reconstruction_weights(states, keys, mask, tokens_per_frame)
+        if self.config.reconstruction_include_cls:
+            weights = _drop_class_keys(weights[:, 1:], tokens_per_frame)
+        # The mixing of heads has a bias, which would light up what was never attended to.
+        weights = weights.unflatten(-1, (frames, -1)) * clips.mask[:, None, :, 1:]
+        return weights.clamp(min=0)
 
     def reconstruction_loss(
         self, images: EncodedImages, clips: EncodedClips, states: Tensor, keys: Tensor, mask: Tensor

@@ -38,7 +38,9 @@ class RiceProcessor(ProcessorMixin):
             images: One or several shop images (PIL, uint8 or 0..1 float array or tensor, path).
             text: Plain text, tokenised to `input_ids`.
             videos: One or several clips, see [`RiceVideoProcessor`].
-            titles, asr: One string per image or clip; an empty one is a text that is not there.
+            titles, asr: One string per image or clip; an empty one is a text that is not there, and its attention
+                mask is zero. A title that is too long loses its end, ASR what is far from its middle, since what is
+                said at either end of a clip often belongs to the product before or after.
             boxes: Boxes of the intended product, see [`RiceVideosKwargs`].
             return_tensors: `"pt"`, `"np"` or `None`.
             kwargs: Settings of the video processor for this call (`num_frames`, `sampling`, `padding`), `truncation`
@@ -80,22 +82,54 @@ class RiceProcessor(ProcessorMixin):
             data |= self.image_processor(images, **{"return_tensors": return_tensors, **images_kwargs})
         if videos is not None:
             data |= self.video_processor(videos, boxes=boxes, **{"return_tensors": return_tensors, **videos_kwargs})
+        counts = {len(data[name]) for name in ("pixel_values", "pixel_values_videos") if name in data}
+        for name, strings in (("titles", titles), ("asr", asr)):
+            given = 1 if isinstance(strings, str) else len(strings or ())
+            if counts and strings is not None and given not in counts:
+                pictures = " and ".join(map(str, sorted(counts)))
+                raise ValueError(f"`{name}` has {given} entries for {pictures} images or clips; give one for each.")
         for prefix, strings in (("", text), ("title_", titles), ("asr_", asr)):
             if strings is not None:
-                encoded = self._tokenize(strings, return_tensors, text_kwargs)
+                encoded = self._tokenize(strings, return_tensors, text_kwargs, keep_middle=prefix == "asr_")
+                if prefix:
+                    _mask_missing(encoded["attention_mask"], strings)
                 data |= {prefix + name: encoded[name] for name in ("input_ids", "attention_mask")}
         return BatchFeature(data)
 
-    def _tokenize(self, strings: list[str] | str, return_tensors: str | None, text_kwargs: dict):
+    def _tokenize(
+        self, strings: list[str] | str, return_tensors: str | None, text_kwargs: dict, keep_middle: bool = False
+    ):
         strings = [strings] if isinstance(strings, str) else [string or "" for string in strings]
         settings = {"padding": True, "truncation": True, "return_tensors": return_tensors, **text_kwargs}
+        if keep_middle and settings["truncation"]:
+            longest = settings.get("max_length") or self.tokenizer.model_max_length
+            strings = [self._middle(string, longest) for string in strings]
         return self.tokenizer(strings, **settings)
+
+    def _middle(self, string: str, max_tokens: int) -> str:
+        """About as much around the middle of a text as gives so many tokens."""
+        # No token stands for less than a byte, so that short texts need no second look.
+        if len(string.encode(errors="replace")) < max_tokens:
+            return string
+        num_tokens = len(self.tokenizer(string, truncation=False, verbose=False)["input_ids"])
+        if num_tokens <= max_tokens:
+            return string
+        kept = len(string) * max_tokens // num_tokens
+        start = (len(string) - kept) // 2
+        return string[start : start + kept]
 
     @property
     def model_input_names(self) -> list[str]:
         """Every key this processor can give."""
         text = [f"{kind}_{name}" for kind in ("title", "asr") for name in ("input_ids", "attention_mask")]
         return ["pixel_values", *self.video_processor.model_input_names, *text]
+
+
+def _mask_missing(attention_mask, strings: list[str] | str) -> None:
+    """Sets the rows of blank strings to zero, in place."""
+    for row, string in enumerate([strings] if isinstance(strings, str) else strings):
+        if not (string or "").strip():
+            attention_mask[row] = [0] * len(attention_mask[row]) if isinstance(attention_mask, list) else 0
 
 
 def _is_floating(images) -> bool:

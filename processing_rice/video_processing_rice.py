@@ -22,6 +22,9 @@ Frame = Any  # PIL image, (H, W, 3) or (3, H, W) array or tensor, or a path
 Box = Sequence[float] | Sequence[Sequence[float]] | None
 
 
+# Boxes drawn by people and detectors overshoot the frame a little; beyond this they are in another unit.
+_BOX_OVERSHOOT = 0.05
+
 # How frames are spread over the clip, and which clips may then lose their end at random.
 _SAMPLING_MODES = {
     "train": ("train", None),
@@ -48,8 +51,11 @@ def sample_frame_indices(num_frames: int, max_frames: int, mode: str = "eval") -
         Ascending indices; all of them when `num_frames <= max_frames` and nothing is dropped.
 
     Raises:
-        ValueError: for numbers below 1 or an unknown mode.
+        ValueError: for numbers that are not whole or below 1, or an unknown mode.
     """
+    for name, value in (("num_frames", num_frames), ("max_frames", max_frames)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
     if num_frames < 1:
         raise ValueError(
             f"`num_frames` must be at least 1, got {num_frames}: a clip without frames cannot be sampled."
@@ -112,15 +118,20 @@ def boxes_to_patch_mask(
         `(P,)` bool, row-major, `True` = keep; P = (height // patch_size) * (width // patch_size).
 
     Raises:
-        ValueError: for boxes that are not `(n, 4)`.
+        ValueError: for boxes that are not `(n, 4)` or not finite, and for patches that do not fit into the image.
     """
-    boxes = torch.as_tensor(np.asarray(boxes, dtype=np.float64))
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    rows, columns = height // patch_size, width // patch_size
+    rows, columns = _patch_grid(height, width, patch_size)
+    try:
+        boxes = torch.as_tensor(np.asarray(boxes, dtype=np.float64))
+    except (TypeError, ValueError):
+        raise ValueError(f"`boxes` must be (n, 4) numbers, left-top-right-bottom, got {boxes!r}.") from None
     if boxes.numel() == 0:
         return torch.ones(rows * columns, dtype=torch.bool)
     if boxes.dim() != 2 or boxes.shape[1] != 4:
         raise ValueError(f"`boxes` must be (n, 4) left-top-right-bottom, got shape {tuple(boxes.shape)}.")
+    if not boxes.isfinite().all():
+        raise ValueError(f"`boxes` must be finite, got {boxes.tolist()}.")
     starts = (patch_size * torch.arange(count, dtype=torch.float64) for count in (rows, columns))
     top, left = (grid.flatten() for grid in torch.meshgrid(*starts, indexing="ij"))
     cells = torch.stack([left, top, left + patch_size, top + patch_size], dim=1)
@@ -134,9 +145,39 @@ def boxes_to_patch_mask(
     return keep if keep.any() else torch.ones_like(keep)
 
 
+def _patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches; ValueError when there would be none."""
+    if not 1 <= patch_size <= min(height, width):
+        raise ValueError(
+            f"`patch_size` must be at least 1 and fit into the image of {height} x {width} pixels, got {patch_size}."
+        )
+    return height // patch_size, width // patch_size
+
+
+def _check_boxes(boxes: Box, clip: int, frame: int) -> np.ndarray | None:
+    """The boxes of a frame as `(n, 4)` in 0..1, or `None`; ValueError names the clip and the frame."""
+    if boxes is None or len(boxes) == 0:
+        return None
+    try:
+        values = np.asarray(boxes, dtype=np.float64)
+    except (TypeError, ValueError):
+        values = np.empty(0)
+    values = values[None] if values.ndim == 1 else values
+    where = f"Clip {clip}, frame {frame}: the box {boxes!r}"
+    if values.ndim != 2 or values.shape[1] != 4 or not np.isfinite(values).all():
+        raise ValueError(f"{where} is not left-top-right-bottom in finite numbers; give `None` where there is none.")
+    if values.min() < -_BOX_OVERSHOOT or values.max() > 1 + _BOX_OVERSHOOT:
+        raise ValueError(f"{where} is not in 0..1 of the frame; divide pixels by the frame's width and height.")
+    values = values.clip(0, 1)
+    if (values[:, 2:] <= values[:, :2]).any():
+        raise ValueError(f"{where} has no area in the frame; give `None` where there is none.")
+    return values
+
+
 class RiceVideosKwargs(VideosKwargs, total=False):
     """
-    boxes: Per clip, per listed frame: `None`, one box or several, left-top-right-bottom in 0..1 of the frame.
+    boxes: Per clip, per listed frame: `None`, one box or several, left-top-right-bottom in 0..1 of the frame. What is
+        up to 0.05 outside is cut off; anything further out, without an area or not finite is refused.
     sampling: `"eval"`, `"train"` or one of the other modes of [`sample_frame_indices`].
     padding: `"longest"` pads clips to the longest of the batch, `"max_length"` to `num_frames`.
     patch_size: Side of the encoder's patches in pixels, for the patch mask.
@@ -265,7 +306,8 @@ class RiceVideoProcessor(BaseVideoProcessor):
         if boxes is not None and len(boxes) != len(clip):
             raise ValueError(f"Clip {index} has {len(clip)} frames but {len(boxes)} entries in `boxes`.")
         chosen = sample_frame_indices(len(clip), max_frames or len(clip), sampling)
-        return [load_frame(clip[i]) for i in chosen], None if boxes is None else [boxes[i] for i in chosen]
+        kept = None if boxes is None else [_check_boxes(boxes[i], index, i) for i in chosen]
+        return [load_frame(clip[i]) for i in chosen], kept
 
     @staticmethod
     def _to_pixels(frames: list[torch.Tensor], settings: dict) -> torch.Tensor:
@@ -306,16 +348,17 @@ class RiceVideoProcessor(BaseVideoProcessor):
         return output
 
     @staticmethod
-    def _patch_mask(clips: list[list[Box] | None], length: int, settings: dict) -> torch.Tensor:
+    def _patch_mask(clips: list[list[np.ndarray | None] | None], length: int, settings: dict) -> torch.Tensor:
         (height, width), patch_size = settings["output_size"], settings["patch_size"]
         resized = np.array([settings["size"]["width"], settings["size"]["height"]] * 2)
         offset = (resized - [width, height] * 2) / 2
-        mask = torch.ones(len(clips), length, (height // patch_size) * (width // patch_size), dtype=torch.bool)
+        rows, columns = _patch_grid(height, width, patch_size)
+        mask = torch.ones(len(clips), length, rows * columns, dtype=torch.bool)
         for row, boxes in enumerate(clips):
             for column, box in enumerate(boxes or []):
-                if box is None or len(box) == 0:
+                if box is None:
                     continue
-                pixels = np.asarray(box, dtype=np.float64).reshape(-1, 4) * resized - offset
+                pixels = box * resized - offset
                 mask[row, column] = boxes_to_patch_mask(
                     pixels, (height, width), patch_size, settings["box_iou_threshold"]
                 )

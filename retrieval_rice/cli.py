@@ -5,7 +5,18 @@ Each verb is a module with a docstring, `add_arguments(parser)` and `run(options
 
 import argparse
 
-from . import convert, mteb_wrapper, onnx_export, publish, publish_dataset
+from . import (
+    convert,
+    demo_command,
+    eval_command,
+    index_command,
+    mteb_wrapper,
+    onnx_export,
+    publish,
+    publish_dataset,
+    recognise_command,
+)
+from .detector import commands as detector
 
 # Verb modules import what is slow to load inside `run`, so that `rice --help` answers at once.
 VERBS = {
@@ -14,6 +25,11 @@ VERBS = {
     "publish-dataset": publish_dataset,
     "export": onnx_export,
     "mteb": mteb_wrapper,
+    "eval": eval_command,
+    "recognise": recognise_command,
+    "index": index_command,
+    "demo": demo_command,
+    "detector": detector,
 }
 
 

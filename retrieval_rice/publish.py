@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--results", type=Path, help="results.json of eval_rice.py; default: the one in RUN_DIR or RUN_DIR/eval")
     add("--without_results", action="store_true", help="publish a model that has not been evaluated, and say so")
     add("--dataset_id", help="the data set's id on the Hub, for the card's metadata")
+    add("--onnx", action="store_true", help="add ONNX files; without those of `rice export`, they are made first")
     add("--message", default="Publish RICE", help="commit message (default: %(default)s)")
 
 
@@ -37,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
 
         results = read_results(options.results or find_results(options.run_dir, folder))
         check_results(results, folder)
-    check_loading(folder)
+    add_onnx(check_loading(folder), folder, wanted=options.onnx)
     from huggingface_hub import HfApi
 
     from evaluation_rice.hub import hub_errors, publication, upload
@@ -89,9 +90,35 @@ def check_results(results: Mapping, folder: Path) -> None:
         )
 
 
-def check_loading(folder: Path) -> None:
+def add_onnx(model, folder: Path, wanted: bool) -> None:
+    """
+    Exports a model to the folder's `onnx`, if that is wanted and has not been done.
+
+    Raises:
+        ValueError: files that are there were exported from other weights, or cannot be made.
+    """
+    description = folder / "onnx" / "onnx.json"
+    if description.is_file():
+        exported = json.loads(description.read_text(encoding="utf-8")).get("model_fingerprint")
+        if exported != model.fingerprint():
+            raise ValueError(
+                f"{folder / 'onnx'} was exported from other weights: remove it, or run `rice export {folder} "
+                f"{folder / 'onnx'}` again."
+            )
+    elif wanted:
+        from transformers import AutoProcessor
+
+        from .onnx_export import export
+
+        export(model.float().eval(), AutoProcessor.from_pretrained(folder), folder / "onnx")
+
+
+def check_loading(folder: Path):
     """
     Loads a folder once, as whoever downloads it will.
+
+    Returns:
+        The model.
 
     Raises:
         ValueError: it is no RICE model, lacks weights, has no processor, or was saved by a newer version.
@@ -109,7 +136,7 @@ def check_loading(folder: Path) -> None:
     with hub_errors(str(folder)):
         check_settings(folder, RiceConfig)
         # Reported below, in the place of an error that refers to a table on the screen.
-        _, loading = RiceModel.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
+        model, loading = RiceModel.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
         unfit = sorted({str(key) for name in ("missing_keys", "mismatched_keys") for key in loading[name]})
         if unfit:
             raise ValueError(f"{folder} lacks {len(unfit)} weights of its model, such as {unfit[0]}: save it again.")
@@ -120,3 +147,4 @@ def check_loading(folder: Path) -> None:
             raise ValueError(f"{folder} has no processor that can be loaded ({reason}): save it there.") from error
         if not isinstance(processor, RiceProcessor):
             raise ValueError(f"{folder} has a {type(processor).__name__} in the place of its RICE processor: save it.")
+    return model

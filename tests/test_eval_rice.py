@@ -81,7 +81,9 @@ def test_writes_results_rankings_picture_and_card(model_dir, shop, tmp_path, cap
     output = tmp_path / "out"
     results = run(model_dir, shop, output)
     files = {path.name for path in output.iterdir()}
-    assert files == {"README.md", "matches.png", "query_ranks.jsonl", "rankings.jsonl", "results.json"}
+    assert files == {
+        "README.md", "breakdown.png", "matches.png", "query_ranks.jsonl", "rankings.jsonl", "results.json"
+    }  # fmt: skip
     assert {
         "protocol", "num_queries", "gallery_size", "scores", "fusion_weight", "baselines", "by", "model", "dataset",
         "seconds", "failures", "ties", "versions",
@@ -242,3 +244,11 @@ def test_refuses_matching_of_a_model_without_decoder(model_dir, shop, tmp_path, 
 @pytest.mark.parametrize("option", [("--fusion_weight", "0"), ("--fusion_weight", "much"), ("--batch_size", "0")])
 def test_refuses_options_out_of_range(model_dir, shop, tmp_path, capsys, option):
     assert option[0] in refusal(capsys, model_dir, shop, tmp_path / "out", *option)
+
+
+def test_a_report_is_written_on_request(model_dir, shop, tmp_path):
+    results = run(model_dir, shop, tmp_path / "out", "--report", "--rank_by", "embedding")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"R@1 by embedding score is {100 * results['scores']['embedding']['R@1']:.1f} %" in page
+    assert f"{results['speed']['clip_ms']:.2f} ms" in page and "http" not in page.replace("http-equiv", "")
+    assert "was reconstructed from" in page and "no heat map" not in page

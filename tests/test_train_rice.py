@@ -93,14 +93,15 @@ def copied(finished, tmp_path):
 
 
 @pytest.fixture
-def refusal(command, tmp_path):
+def refusal(command, tmp_path, capsys):
     """A function that returns the one sentence with which a training command ends."""
 
     def refusal(*words: str, output_dir=None, **options) -> str:
         with pytest.raises(SystemExit) as error:
             train_rice.main(command(output_dir or tmp_path / "refused", *words, **options))
-        message = error.value.code
-        assert message.startswith("train_rice.py: error: ")
+        assert error.value.code == 2
+        message = capsys.readouterr().err.rstrip("\n")
+        message = message[message.rindex("train_rice.py: error: ") :]
         assert "\n" not in message
         return message
 
@@ -450,7 +451,7 @@ class TestBadInput:
         # A corrected command may use the same folder.
         assert "nowhere2" in refusal(data_dir=tmp_path / "nowhere2")
 
-    def test_no_validation_split(self, refusal, tmp_path):
+    def test_no_validation_split(self, tmp_path, capsys):
         shop = tmp_path / "shop"
         shop.mkdir()
         Image.new("RGB", (8, 8)).save(shop / "a.png")
@@ -462,8 +463,10 @@ class TestBadInput:
         recipe.write_text("\n".join(lines))
         with pytest.raises(SystemExit) as error:
             train_rice.main([str(recipe), "--dataset", str(shop), "--output_dir", str(tmp_path / "run")])
-        assert "validation" in error.value.code
-        assert error.value.code.endswith("Set eval_strategy to 'no' to train without validation.")
+        assert error.value.code == 2
+        message = capsys.readouterr().err.strip()
+        assert "validation" in message
+        assert message.endswith("Set eval_strategy to 'no' to train without validation.")
 
     def test_missing_model(self, refusal, tmp_path):
         message = refusal("--model_name_or_path", str(tmp_path / "nowhere"))
@@ -611,7 +614,7 @@ class TestProcesses:
             text=True,
             timeout=300,
         )
-        assert started.returncode == 1
+        assert started.returncode != 0
         assert "2 processes were started, but this one sees 1" in started.stderr
         assert not (tmp_path / "run" / "train_arguments.json").exists()
 

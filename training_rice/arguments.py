@@ -1,6 +1,7 @@
 """Arguments of train_rice.py: three dataclasses, readable from a YAML recipe and overridable on the command line."""
 
 import dataclasses
+import math
 import os
 import sys
 import typing
@@ -14,6 +15,7 @@ from transformers.integrations import is_tensorboard_available, is_wandb_availab
 
 from .recipe import check_model_fields, read_recipe, suggest, take_model_overrides, to_argv
 
+_DATA_COUNTS = ("num_frames", "train_num_frames", "image_size", "text_length", "vocab_size", "tokenizer_texts")
 _AUGMENTATIONS = ("augment_flip", "augment_jitter", "augment_background", "augment_frame_drop")
 
 
@@ -32,6 +34,13 @@ class ModelArguments:
             "decoder blocks where they fit; its config replaces model.vision_config."
         },
     )
+    init_text_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text encoder (folder or Hub id) for titles and ASR, with its weights and its tokenizer, instead "
+            "of a new one by model.text_config."
+        },
+    )
     attn_implementation: str | None = field(
         default=None,
         metadata={"help": "eager, sdpa or another of transformers; by default sdpa, but eager for bf16 on a CPU."},
@@ -47,7 +56,8 @@ class DataArguments:
     """What the model learns from."""
 
     dataset: str = field(
-        default="mini_lpr4m", metadata={"help": "mini_lpr4m, lpr4m, shop_clips, or a folder in one of their layouts."}
+        default="mini_lpr4m",
+        metadata={"help": "mini_lpr4m, lpr4m, moving_fashion, shop_clips, or a folder in one of their layouts."},
     )
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where the Arrow tables go."})
@@ -99,13 +109,30 @@ class DataArguments:
     use_boxes: bool = field(
         default=False, metadata={"help": "Intended product detection: mask patches outside the rows' boxes."}
     )
-    use_text: bool = field(default=False, metadata={"help": "Tokenise titles and ASR for the model."})
+    boxes_file: str | None = field(
+        default=None,
+        metadata={"help": "Box file of a detector (docs/data.md), whose boxes take the place of the data set's own."},
+    )
+    use_text: bool = field(
+        default=False, metadata={"help": "Give titles and ASR to the model, which needs a text encoder for them."}
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "Tokenizer (folder or Hub id) of titles and ASR, instead of one trained on the data set."},
+    )
+    text_length: int = field(
+        default=64,
+        metadata={"help": "Tokens per title or ASR; longer ones are cut, a title at its end, ASR around its middle."},
+    )
     vocab_size: int = field(default=2000, metadata={"help": "Vocabulary of the tokenizer trained on the data set."})
     tokenizer_texts: int = field(
         default=20000, metadata={"help": "Training rows whose title and ASR the tokenizer is trained on."}
     )
 
     def __post_init__(self):
+        if self.boxes_file is not None and self.streaming:
+            raise ValueError("boxes_file needs the data set's table, which streaming goes without; leave one out.")
+        _check_counts(self, _DATA_COUNTS)
         ranges = {"augment_crop": (0.05, 1.0), "augment_jitter": (0.0, 0.99)}
         for name in ("augment_crop", *_AUGMENTATIONS):
             low, high = ranges.get(name, (0.0, 1.0))
@@ -208,6 +235,13 @@ class RiceTrainingArguments(TrainingArguments):
             raise ValueError("remove_unused_columns must stay false: the collator reads the rows' own columns.")
         if not self.dataloader_drop_last:
             raise ValueError("dataloader_drop_last must stay true: the loss needs equal batches on every process.")
+        _check_counts(self, ("per_device_train_batch_size", "per_device_eval_batch_size"))
+        for name in ("learning_rate", "vision_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 <= rate < math.inf:
+                raise ValueError(f"{name} must be 0 or more, got {rate}.")
+        if self.output_dir and os.path.isfile(self.output_dir):
+            raise ValueError(f"output_dir {self.output_dir} is a file; name a folder.")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay must lie in 0..1 (0 excluded), got {self.layer_decay}.")
         if self.layer_decay is not None and self.published_optimizer:
@@ -231,6 +265,14 @@ class RiceTrainingArguments(TrainingArguments):
             self.report_to = "none"
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
+
+
+def _check_counts(arguments: DataArguments | RiceTrainingArguments, names: Sequence[str]) -> None:
+    """Refuses numbers below 1; None is left to its default."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
 def _reporters() -> list[str]:

@@ -65,6 +65,7 @@ def exchanged_bytes(config: RiceConfig, batch_size: int, world_size: int, elemen
     What a process hands to the others in one step of the losses, forward and backward: `W - 1` times
 
     * both embeddings of its pairs, `2 B D` numbers, and their product ids, `8 B` bytes;
+    * for a score-level text term the embeddings of titles and ASR, `2 B E` more;
     * for the matching loss a decoder row per image, `B d`, and the scores of its clips, `B x B W`.
 
     The gradients of the weights, which data parallel training averages on top, are not counted.
@@ -76,6 +77,8 @@ def exchanged_bytes(config: RiceConfig, batch_size: int, world_size: int, elemen
         element_size: Bytes per number.
     """
     numbers = 2 * batch_size * config.projection_dim
+    if config.text_score_weight is not None:
+        numbers += 2 * batch_size * (config.projection_dim if config.text_config is not None else config.text_width)
     if config.use_decoder:
         numbers += batch_size * config.decoder_hidden_size + batch_size * batch_size * world_size
     return (world_size - 1) * (2 * element_size * numbers + 8 * batch_size)

@@ -82,6 +82,7 @@ class GradCache:
         device, size = model.device, len(batch["pixel_values"])
         if torch.is_autocast_enabled(device.type):
             raise ValueError("GradCache must be called outside autocast; hand it the context as `autocast`.")
+        refuse_text_term(model.config)
         if size != len(batch["pixel_values_videos"]):
             raise ValueError(
                 f"The losses need pairs, got {size} images and {len(batch['pixel_values_videos'])} clips."
@@ -296,6 +297,15 @@ class GradCache:
                 outputs.append(states[:, 0])
                 gradients.append(kept.class_states.grad[rows])
             _backward(outputs, gradients)
+
+
+def refuse_text_term(config: RiceConfig) -> None:
+    """Raises `ValueError` for a model whose text loss and mining would need the texts of all chunks."""
+    if config.text_score_weight is not None:
+        raise ValueError(
+            "grad_cache_chunk does not work with the score-level text term; leave out text_score_weight of the model "
+            "(title and ASR tokens in the decoder do work), or grad_cache_chunk."
+        )
 
 
 @dataclass

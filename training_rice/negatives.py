@@ -13,7 +13,7 @@ from modeling_rice.modeling_rice import RiceOutput
 
 from .arguments import RiceTrainingArguments
 from .gather import AllGather, exchanged_bytes
-from .grad_cache import GradCache, average_gradients
+from .grad_cache import GradCache, average_gradients, refuse_text_term
 from .memory_queue import MemoryQueue
 
 _MB = 2**20
@@ -49,6 +49,7 @@ class NegativesTrainer(Trainer):
                     "grad_cache_chunk works with one process or data parallel ones (DDP), not where weights are "
                     "sharded; leave it out, or start without FSDP and DeepSpeed."
                 )
+            refuse_text_term(model.config)
             self._grad_cache = GradCache(args.grad_cache_chunk, self.accelerator.autocast, self._prepare_inputs)
 
     @property

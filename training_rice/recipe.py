@@ -74,19 +74,20 @@ def check_model_fields(model: dict[str, Any], source: str = "") -> None:
     for key in model:
         if key not in names:
             raise ValueError(f"unknown model field {key!r}{where}{suggest(str(key), names)}")
-    vision = model.get("vision_config")
-    if not isinstance(vision, dict):
-        return
-    model_type = vision.get("model_type", "clip_vision_model")
+    for part, default in (("vision_config", "clip_vision_model"), ("text_config", "bert")):
+        if isinstance(model.get(part), dict):
+            _check_encoder_fields(model[part], part, default, where)
+
+
+def _check_encoder_fields(encoder: dict[str, Any], part: str, default: str, where: str) -> None:
+    model_type = encoder.get("model_type", default)
     if model_type not in CONFIG_MAPPING:
-        raise ValueError(
-            f"unknown model_type {model_type!r} of vision_config{where}{suggest(model_type, CONFIG_MAPPING)}"
-        )
+        raise ValueError(f"unknown model_type {model_type!r} of {part}{where}{suggest(model_type, CONFIG_MAPPING)}")
     config_class = CONFIG_MAPPING[model_type]
     names = {f.name for f in dataclasses.fields(config_class)} | {*config_class.attribute_map, "model_type"}
-    for key in vision:
+    for key in encoder:
         if key not in names and not hasattr(config_class, str(key)):
-            raise ValueError(f"unknown field {key!r} of vision_config ({model_type}){where}{suggest(str(key), names)}")
+            raise ValueError(f"unknown field {key!r} of {part} ({model_type}){where}{suggest(str(key), names)}")
 
 
 def suggest(name: str, names: Iterable[str]) -> str:

@@ -9,17 +9,18 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoImageProcessor
 
 from data_rice import LazyRows, gallery_scope, load_dataset_view, open_dataset_view
 from evaluation_rice.checkpoint import check_checkpoint, check_settings
 from evaluation_rice.hub import hub_errors
 from modeling_rice import RiceConfig, RiceModel
-from processing_rice import RiceProcessor, build_processor, train_tokenizer
+from processing_rice import RiceProcessor, build_processor
 
 from .arguments import DataArguments, ModelArguments, RiceTrainingArguments
 from .checkpoints import RESULTS_FILE, holds_finished_run, numbered_checkpoints, why_broken, write_text
 from .pretrained import start_from
+from .text import build_tokenizer, complete_text_settings, load_text_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,10 @@ _NEVER = (False, "false", "False")
 _FREE_ARGUMENTS = ("resume_from_checkpoint", "output_dir", "logging_steps", "disable_tqdm", "report_to", "run_name")
 _FREE_ARGUMENTS += ("save_total_limit", "max_nonfinite_steps", "ddp_timeout", "dataloader_num_workers")
 _FREE_ARGUMENTS += ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_pin_memory")
+
+# What a run may add to the checkpoint it goes on from, replace or leave out, as a whole.
+_PARTS = ("decoder", "reconstruction_head", "patch_saliency", "temporal_pooling", "text_model", "text_projection")
+_PARTS += ("text_logit_scale", "decoder.title_projection", "decoder.asr_projection")
 
 Validation = tuple[Dataset, Dataset, str]
 
@@ -65,6 +70,8 @@ def load_views(data: DataArguments, training: RiceTrainingArguments) -> tuple[Da
         ValueError: when there are fewer pairs than a batch, or evaluation is asked for without a validation split.
     """
     options = {"data_dir": data.data_dir, "cache_dir": data.cache_dir}
+    if data.boxes_file is not None:
+        options["boxes_file"] = data.boxes_file
     if data.validation_fraction is not None:
         options["validation_fraction"] = data.validation_fraction
     load_pairs = open_dataset_view if data.streaming else load_dataset_view
@@ -80,8 +87,8 @@ def load_views(data: DataArguments, training: RiceTrainingArguments) -> tuple[Da
     try:
         queries = load_dataset_view(data.dataset, "queries", "validation", **options)
         gallery = load_dataset_view(data.dataset, "gallery", "validation", **options)
-    except ValueError as error:
-        raise ValueError(f"{error} Set eval_strategy to 'no' to train without validation.") from error
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{error} Set eval_strategy to 'no' to train without validation.") from error
     return pairs, (queries, gallery, gallery_scope(data.dataset, data.data_dir))
 
 
@@ -97,28 +104,34 @@ def read_texts(pairs: Dataset | LazyRows, data: DataArguments) -> list[str]:
     return [text for text in dict.fromkeys(texts) if text]
 
 
-def build_model(arguments: ModelArguments) -> RiceModel:
+def build_model(arguments: ModelArguments, data: DataArguments | None = None) -> RiceModel:
     """
-    A model from a RICE checkpoint, or new from the recipe's `model` section, its encoder pretrained where asked for.
-    Its weights are float32, however they were saved.
+    A model from a RICE checkpoint, or new from the recipe's `model` section, its encoders pretrained where asked for.
+    Its weights are float32, however they were saved. A new text encoder has the data's vocabulary.
 
     Raises:
         FileNotFoundError: when there is no such checkpoint folder.
         ValueError: for a field of the model section that is wrong or cannot be changed on this checkpoint.
     """
-    settings = dict(arguments.model)
     if arguments.model_name_or_path is not None and arguments.init_vision_from is not None:
         raise ValueError("model_name_or_path and init_vision_from both name weights to start from; pass one of them.")
     try:
-        if arguments.model_name_or_path is not None:
-            with hub_errors(arguments.model_name_or_path):
-                return _continue_from(arguments.model_name_or_path, settings)
-        if arguments.init_vision_from is None:
-            return RiceModel(RiceConfig(**settings))
-        with hub_errors(arguments.init_vision_from):
-            return start_from(arguments.init_vision_from, settings)
+        model = _build(arguments, complete_text_settings(dict(arguments.model), arguments, data or DataArguments()))
     except StrictDataclassError as error:
         raise ValueError(f"the model section: {' '.join(str(error).split())}") from error
+    if arguments.init_text_from is not None:
+        load_text_encoder(model, arguments.init_text_from)
+    return model
+
+
+def _build(arguments: ModelArguments, settings: dict) -> RiceModel:
+    if arguments.model_name_or_path is not None:
+        with hub_errors(arguments.model_name_or_path):
+            return _continue_from(arguments.model_name_or_path, settings)
+    if arguments.init_vision_from is None:
+        return RiceModel(RiceConfig(**settings))
+    with hub_errors(arguments.init_vision_from):
+        return start_from(arguments.init_vision_from, settings)
 
 
 def _continue_from(path: str, settings: dict) -> RiceModel:
@@ -140,16 +153,18 @@ def _continue_from(path: str, settings: dict) -> RiceModel:
     model, info = RiceModel.from_pretrained(
         path, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **settings
     )
-    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    weights, missing, unexpected = model.state_dict(), set(info["missing_keys"]), set(info["unexpected_keys"])
     unfit = missing | unexpected | {key for key, *_ in info["mismatched_keys"]}
-    for part in ("decoder", "reconstruction_head"):
-        ours = {name for name in model.state_dict() if name.startswith(f"{part}.")}
+    for part in _PARTS:
+        ours, theirs = ({key for key in keys if f"{key}.".startswith(f"{part}.")} for keys in (weights, unexpected))
         # Only a part that is absent as a whole is new: one that lacks a few weights is damaged.
-        for state, keys in (("new", ours & missing), ("left out", set() if ours else unexpected)):
-            keys = {key for key in keys if key.startswith(f"{part}.")}
-            if keys and (state == "left out" or keys == ours):
-                logger.info("The %s of %s is %s.", part, path, state)
-                unfit -= keys
+        if ours and ours <= missing:
+            logger.info("The %s of %s is new.", part, path)
+        elif theirs and not ours:
+            logger.info("The %s of %s is left out.", part, path)
+        else:
+            continue
+        unfit -= ours | theirs
     if unfit:
         raise ValueError(
             f"the model section does not fit the weights of {path} (first: {min(unfit)}); leave out its fields that "
@@ -190,8 +205,8 @@ def build_rice_processor(
         return processor
     vision = config.vision_config
     image_size = data.image_size or getattr(vision, "image_size", None) or 224
-    patch_size = getattr(vision, "patch_size", None) or 32
-    tokenizer: PreTrainedTokenizerBase = train_tokenizer(texts or ["rice"], vocab_size=data.vocab_size)
+    patch_size = config.mask_patch_size or 32
+    tokenizer = build_tokenizer(model, data, config, texts)
     processor = build_processor(tokenizer, image_size=image_size, patch_size=patch_size, num_frames=data.num_frames)
     if model.init_vision_from is not None:
         _normalise_as(model.init_vision_from, processor)

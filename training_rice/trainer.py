@@ -36,7 +36,7 @@ from .validation import validate_together
 
 logger = logging.getLogger(__name__)
 
-LOSS_TERMS = ("contrastive_loss", "matching_loss", "reconstruction_loss")
+LOSS_TERMS = ("contrastive_loss", "matching_loss", "reconstruction_loss", "text_loss")
 
 
 class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
@@ -236,5 +236,7 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         if weight is not None:
             model.config.fusion_weight = weight
             metrics[f"{prefix}_fusion_weight"] = weight
+        if "text_score_weight" in scores:
+            model.config.text_score_weight = scores["text_score_weight"]
         metrics |= {f"{prefix}_{name}": value for name, value in scores.items()}
         return metrics

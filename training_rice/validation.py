@@ -6,7 +6,7 @@ from typing import Any
 import torch.distributed as dist
 
 from evaluation_rice.protocol import RetrievalTask
-from evaluation_rice.retrieval import Loading, ModelRetriever, all_scores, rank_scores
+from evaluation_rice.retrieval import Loading, ModelRetriever, add_text_scores, all_scores, rank_scores
 
 
 def share_of(task: RetrievalTask, rank: int, world_size: int) -> RetrievalTask:
@@ -46,15 +46,15 @@ def validate_together(
     As `evaluation_rice.retrieval.validate`, each process on its share; to be called by all of them.
 
     Returns:
-        `{kind}_{name}` such as `fused_R@1` -> value, the fusion weight or `None`, and the failures; the same on every
-        process.
+        `{kind}_{name}` such as `fused_R@1` -> value (and with a score-level text term its weight, fitted first, as
+        `text_score_weight`), the fusion weight or `None`, and the failures; the same on every process.
 
     Raises:
         ValueError: when a process could not read one image of its galleries; on every process, none is left waiting.
     """
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-    retriever = ModelRetriever(model, collator)
+    retriever = ModelRetriever(model, collator, text_apart=True)
     share = share_of(task, rank, world_size) if several else task
     failures: list[dict[str, str]] = []
     scores, problem = {}, None
@@ -76,6 +76,7 @@ def validate_together(
     failures = [failure for _, part, _ in parts for failure in part] + task.without_gallery()
     # In file order, or the order of ties would depend on who scored what.
     merged = dict(sorted((query, values) for part, _, _ in parts for query, values in part.items()))
+    merged, text_weight = add_text_scores(task, merged)
     books, weight = rank_scores(task, merged)
     metrics = {
         f"{kind}_{name}": value
@@ -83,4 +84,6 @@ def validate_together(
         for name, value in rankings.summary().items()
         if isinstance(value, float)
     }
+    if text_weight is not None:
+        metrics["text_score_weight"] = text_weight
     return metrics, weight, failures

@@ -10,7 +10,7 @@ from ..prepare import PrepareSettings
 from .fetch import fetch, fetch_command
 from .lpr4m import VIEWS
 from .prepare import prepare
-from .verify import PUBLISHED_COUNTS, expected_counts, verify
+from .verify import PUBLISHED_COUNTS, expected_counts, published_list, verify
 
 _EPILOG = """exit status: 0 when all is well, 1 when something is missing or damaged (a file named in the output lists
 it), 2 when the command cannot be carried out."""
@@ -71,7 +71,9 @@ def _add_verify(commands) -> None:
     parser.add_argument("data_dir", help="the data folder")
     parser.add_argument("--output_dir", help="the folder for the reports (default: DATA_DIR/verify)")
     parser.add_argument(
-        "--expect", required=True, help=f"counts: {', '.join(PUBLISHED_COUNTS)}, or a .json file with other counts"
+        "--expect",
+        help=f"counts: {', '.join(PUBLISHED_COUNTS)}, or a .json file with other counts; default: by the name of the "
+        "training list",
     )
     parser.add_argument("--no_decode", action="store_true", help="read and hash pictures without decoding them")
     parser.add_argument("--num_workers", type=_positive, default=4, help="threads")
@@ -113,10 +115,14 @@ def _run_prepare(options: dict) -> int:
 
 
 def _run_verify(options: dict) -> int:
-    expect, no_decode = expected_counts(options.pop("expect")), options.pop("no_decode")
+    expect, no_decode = options.pop("expect"), options.pop("no_decode")
+    if expect is None:
+        expect = published_list(options["data_dir"], options["train_files"])
+        print(f"counts to compare with, by the names of the training list: {expect}")
+    expected = expected_counts(expect)
     output_dir = options.pop("output_dir") or os.path.join(options["data_dir"], "verify")
     cache_dir = options.pop("cache_dir") or str(datasets.config.HF_DATASETS_CACHE)
-    result = verify(output_dir=output_dir, expected=expect, cache_dir=cache_dir, decode=not no_decode, **options)
+    result = verify(output_dir=output_dir, expected=expected, cache_dir=cache_dir, decode=not no_decode, **options)
     for name, value in result.counts.items():
         note = f" (expected {result.expected[name]})" if name in result.differences else ""
         print(f"{name}: {value}{note}")

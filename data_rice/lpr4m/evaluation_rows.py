@@ -54,7 +54,7 @@ class EvaluationRows:
     def query_rows(self):
         """Yield the query rows in the order of the ground truth file."""
         asr = layout.read_id_table(self.files["asr"], 2, "clip id")
-        boxes = layout.read_test_boxes(self.files["boxes"])
+        boxes = layout.read_test_boxes(self.files["boxes"], self.problems)
         attributes = self._attributes()
         for clip_id, image_ids in layout.read_id_lists(self.files["relevant"], "clip id").items():
             live_id = self._live_id(clip_id, self.files["relevant"])
@@ -78,7 +78,7 @@ class EvaluationRows:
     def detection_rows(self, empty_frames: bool):
         """Yield one row per annotated frame, in the order of the file; those without a box if ``empty_frames``."""
         attributes = self._attributes()
-        for clip_id, frames in layout.read_test_boxes(self.files["boxes"]).items():
+        for clip_id, frames in layout.read_test_boxes(self.files["boxes"], self.problems).items():
             live_id = self._live_id(clip_id, self.files["boxes"])
             paths = self.media.query_frames(clip_id)
             if any(frame_id not in paths for frame_id in frames):

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .. import parsing
+from ..builder import ProblemLog
 
 TEST_FILES = {
     "relevant": "test_videoid_to_gtimage*.json",
@@ -21,6 +22,7 @@ MAIN_IMAGES_FILE = "gallery_main.txt"
 NUM_PARTS = 10
 _PART = re.compile(r"_part_(\d+)")
 _UUID_FIELDS = 5
+BOXES_LEFT_OUT = "kept without those boxes that have no area inside the frame"
 
 
 def live_id_of(clip_id: str) -> str:
@@ -58,21 +60,27 @@ def annotation_files(root: str, pattern: str) -> list[str]:
 
 
 def training_files(root: str, pattern: str) -> list[str]:
-    """Return the files of the training list; the full list is ten parts, and all of them are needed.
+    """Return the files of the training list; the full list is ten parts with consecutive numbers, all of them needed.
 
     Raises:
         ValueError: the pattern finds some of the parts only.
     """
     files = annotation_files(root, pattern)
     parts = {int(match[1]): path for path in files if (match := _PART.search(os.path.basename(path)))}
-    missing = sorted(set(range(NUM_PARTS)) - set(parts))
     # A pattern that names one part asks for that part alone.
-    if parts and missing and not _PART.search(pattern):
+    if parts and not is_whole_list(files) and not _PART.search(pattern):
+        numbers = ", ".join(map(str, sorted(parts)))
         raise ValueError(
-            f"{os.path.dirname(files[0])} holds {len(parts)} of the {NUM_PARTS} parts of the training list (part "
-            f"{missing[0]} is missing); add the others, or name the files to use with train_files."
+            f"{os.path.dirname(files[0])} holds the parts {numbers} of the training list, which has {NUM_PARTS} with "
+            "consecutive numbers; add the others, or name the files to use with train_files."
         )
     return files
+
+
+def is_whole_list(files: Sequence[str]) -> bool:
+    """Return whether the training files are the ten parts of the full list, numbered from 0 or from 1."""
+    numbers = {int(match[1]) for path in files if (match := _PART.search(os.path.basename(path)))}
+    return any(numbers == set(range(first, first + NUM_PARTS)) for first in (0, 1))
 
 
 def one_annotation_file(root: str, pattern: str) -> str:
@@ -220,13 +228,18 @@ def read_id_lists(path: str, what: str) -> dict[str, list[str]]:
     return table
 
 
-def read_test_boxes(path: str) -> dict[str, dict[str, list[list[float]]]]:
+def read_test_boxes(path: str, problems: ProblemLog | None = None) -> dict[str, dict[str, list[list[float]]]]:
     """Read ``{frame_id: [[l, t, r, b], ...]}`` (fractions of the frame) as clip id -> frame id -> boxes with an area.
+
+    Args:
+        path: the file.
+        problems: receives the clips with boxes that have no area; all-zero ones stand for "no box".
 
     Raises:
         ValueError: an entry is malformed; the message names the file and the frame.
     """
     clips: dict[str, dict[str, list[list[float]]]] = {}
+    without_area: dict[str, None] = {}
     for frame_id, boxes in parsing.read_json_object(path).items():
         try:
             parsing.check_name(frame_id, "frame id")
@@ -237,8 +250,14 @@ def read_test_boxes(path: str) -> dict[str, dict[str, list[list[float]]]]:
                 raise ValueError("the boxes are not fractions of the frame (0 to 1)")
         except ValueError as error:
             raise ValueError(f"{path}, frame {frame_id!r}: {error}; repair the entry.") from None
-        inside = [box for box in map(parsing.clip_box, checked) if box is not None]
-        clips.setdefault(frame_id.rpartition("-")[0], {})[frame_id] = inside
+        clip_id = frame_id.rpartition("-")[0]
+        clipped = [parsing.clip_box(box) for box in checked]
+        if any(inside is None and any(box) for inside, box in zip(clipped, checked)):
+            without_area[clip_id] = None
+        clips.setdefault(clip_id, {})[frame_id] = [box for box in clipped if box is not None]
+    if problems is not None:
+        for clip_id in without_area:
+            problems.add(clip_id, path, None, BOXES_LEFT_OUT)
     return clips
 
 

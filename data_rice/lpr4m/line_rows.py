@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 GROUP_COLUMNS = ("live_id", "product_id", "category")
 # A list of frames that is shorter than this has none.
 _SHORTEST_FRAMES = len(b"['a']")
-_CODE_FILES = ("layout.py", "line_rows.py", "subset.py")
+_CODE_FILES = ("layout.py", "line_rows.py", "lpr4m.py", "subset.py", "../parsing.py")
 
 
 def training_rows(builder: Lpr4m, split: str) -> LineRows:

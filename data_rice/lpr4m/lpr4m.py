@@ -125,19 +125,37 @@ class Lpr4m(ViewBuilder):
                 f"{osp.join(root, 'annotations', config.train_files)} does not exist, and a validation split is cut "
                 "from it; put the training list there or set validation_fraction to 0."
             )
+        splits = self.source_splits()
+        if not splits:
+            raise FileNotFoundError(self.missing_source_reason())
         held_lives, held_products = self._held_out(train_files)
+        source = {"train_files": train_files, "held_lives": held_lives, "held_products": held_products}
+        return [datasets.SplitGenerator(name=SPLITS[split], gen_kwargs={"split": split, **source}) for split in splits]
+
+    def source_splits(self) -> list[str]:
+        """Return the splits of the view for which there are annotation files; [] when it has no source at all."""
+        root, config = self.config.data_dir, self.config
+        train_files = layout.training_files(root, config.train_files)
         splits = []
         if train_files and self.view != "queries":
             splits.append("train")
-        if held_lives:
+        if train_files and config.holds_out:
             splits.append("validation")
         if self.view != "pairs" and any(layout.annotation_files(root, name) for name in layout.TEST_FILES.values()):
             splits.append("test")
-        if not splits:
-            wanted = config.train_files if self.view == "pairs" else layout.TEST_FILES["relevant"]
-            raise FileNotFoundError(f"{osp.join(root, 'annotations', wanted)} does not exist; put the file there.")
-        source = {"train_files": train_files, "held_lives": held_lives, "held_products": held_products}
-        return [datasets.SplitGenerator(name=SPLITS[split], gen_kwargs={"split": split, **source}) for split in splits]
+        return splits
+
+    def missing_source_reason(self) -> str:
+        """Say in one sentence why the view has no split at all and what to do."""
+        root, config = self.config.data_dir, self.config
+        wanted = config.train_files if self.view == "pairs" else layout.TEST_FILES["relevant"]
+        missing = f"{osp.join(root, 'annotations', wanted)} does not exist"
+        if self.view == "queries" and layout.training_files(root, config.train_files):
+            return (
+                f"{missing}, and LPR4M publishes no validation split; put the test files there, or set "
+                "validation_fraction to hold out whole livestreams of the training list."
+            )
+        return f"{missing}; put the file there."
 
     def missing_split_reason(self, split: str) -> str:
         """See `ViewBuilder.missing_split_reason`."""
@@ -311,7 +329,7 @@ def _training_clip(media: Lpr4mMedia, file: str, line: int, row: layout.Training
         else:
             boxes = [parsing.clip_box(box, *size) for box in row.boxes]
             if any(box is None and any(pixels) for box, pixels in zip(boxes, row.boxes)):
-                problems.add(row.clip_id, file, line, "kept without those boxes that have no area inside the frame")
+                problems.add(row.clip_id, file, line, layout.BOXES_LEFT_OUT)
     return clip_row(
         clip_id=row.clip_id,
         live_id=row.live_id,

@@ -60,13 +60,16 @@ class Lpr4mMedia:
         root: the data folder.
         cache_dir: where the index is kept.
         media_dirs: output folders of img2dataset; those below ``ROOT/img2dataset`` when None.
+        check_links: refuse links that lead out of the data folder where the path of a picture is made. Of the frames
+            of a training clip only the first is looked at, since a data set has hundreds of millions.
 
     Raises:
         ValueError: a folder holds a link that leads out of it.
     """
 
-    def __init__(self, root: str, cache_dir: str, media_dirs: Sequence[str] | None = None):
+    def __init__(self, root: str, cache_dir: str, media_dirs: Sequence[str] | None = None, check_links: bool = True):
         self.root = root
+        self.check_links = check_links
         self.index: MediaIndex | None = None
         folders = list(media_dirs) if media_dirs is not None else shard_folders(root)
         if folders:
@@ -96,20 +99,28 @@ class Lpr4mMedia:
             places[frame_id].path if frame_id in places else f"{folder}{os.sep}{frame_id}.jpg"
             for frame_id in frame_ids
         ]
+        if paths and frame_ids[0] not in places:
+            self._check_link(paths[0])
         sizes = (place.original_size for place in places.values() if place.original_size)
         return ClipMedia(paths, bool(places) or clip_id in self._folder_of_clip, next(sizes, None))
 
     def training_image(self, image_id: str) -> str:
         """Return the path of a training image."""
-        return self._picture(image_id, os.path.join(self.root, "training_image", f"{image_id}.jpg"))
+        return self._picture(image_id, os.path.join(self.root, "training_image"))
 
     def gallery_image(self, live_id: str, image_id: str) -> str:
         """Return the path of a test image."""
-        return self._picture(image_id, os.path.join(self.root, "gallery", live_id, f"{image_id}.jpg"))
+        return self._picture(image_id, os.path.join(self.root, "gallery", live_id))
 
-    def _picture(self, image_id: str, otherwise: str) -> str:
+    def _picture(self, image_id: str, folder: str) -> str:
         place = self.index.find([image_id]).get(image_id) if self.index else None
-        return place.path if place else otherwise
+        return place.path if place else self._check_link(os.path.join(folder, f"{image_id}.jpg"))
+
+    def _check_link(self, path: str) -> str:
+        # Whether it is a link is asked first, because resolving every path would take far longer.
+        if self.check_links and os.path.islink(path):
+            parsing.check_link(path, os.path.dirname(path), self.root)
+        return path
 
     def query_frames(self, clip_id: str) -> dict[str, str]:
         """Return frame id -> path of the frames of a test clip that are there, in time order.

@@ -1,11 +1,14 @@
 """LPR4M's views as self-contained shards; see `data_rice.prepare`."""
 
+import logging
 import os
 from collections.abc import Sequence
 
 from .. import parsing
 from ..prepare import PrepareSettings, prepare_views
 from .lpr4m import VIEWS, Lpr4m
+
+logger = logging.getLogger(__name__)
 
 
 def prepare(
@@ -19,9 +22,10 @@ def prepare(
     num_workers: int = 1,
     **builder_options,
 ) -> dict:
-    """Write the shards of all views and splits that the data folder has.
+    """Write the shards of all views and splits that the data folder has; views it has no files for are skipped.
 
-    The training gallery is left out unless ``views`` is "gallery" alone: pairs carry their images themselves.
+    Which ones are skipped is logged. The training gallery is left out unless ``views`` is "gallery" alone: pairs carry
+    their images themselves.
 
     Args:
         data_dir: LPR4M as published, or the mini LPR4M.
@@ -46,6 +50,10 @@ def prepare(
     sources = []
     for view in views:
         builder = Lpr4m(view, cache_dir=cache_dir, data_dir=data_dir, **builder_options)
+        # A single view that cannot be made is an error, which the builder words.
+        if len(views) > 1 and not builder.source_splits():
+            logger.warning("The view %s is skipped: %s", view, builder.missing_source_reason())
+            continue
         builder.download_and_prepare()
         sources += builder.config.source_paths()
         for split in builder.info.splits:

@@ -1,5 +1,6 @@
 """Is the LPR4M on this disk whole? Counts against the published ones, and every picture read, decoded and hashed."""
 
+import glob
 import hashlib
 import io
 import json
@@ -96,6 +97,18 @@ def expected_counts(expect: str) -> dict[str, int]:
             names = ", ".join(PUBLISHED_COUNTS["full"])
             raise ValueError(f"{expect}: {name!r}: {value!r} is no count; the names are {names}.")
     return counts
+
+
+def published_list(data_dir: str, train_files: str) -> str:
+    """Return the name in `PUBLISHED_COUNTS` that fits the training list's file names: "full", "750k" or "none".
+
+    Raises:
+        ValueError: some parts of the full list are missing.
+    """
+    files = layout.training_files(data_dir, train_files)
+    if layout.is_whole_list(files):
+        return "full"
+    return "750k" if len(files) == 1 and "750k" in os.path.basename(files[0]).lower() else "none"
 
 
 class _References:
@@ -236,7 +249,7 @@ def verify(
     ``OUTPUT_DIR/missing.jsonl`` lists missing and damaged pictures and shards with the reason;
     ``manifest.sha256`` hashes the annotation files, the pictures that are files, and the tar shards (``sha256sum -c``,
     run in the data folder, reads it); ``missing_urls-*.txt`` holds the urls of what is missing, for another fetch,
-    where the url lists are in the data folder; ``verify.json`` sums up.
+    where the url lists are in the data folder (those of an earlier run are removed); ``verify.json`` sums up.
 
     Args:
         data_dir: the data folder.
@@ -253,7 +266,8 @@ def verify(
     """
     if not os.path.isdir(data_dir):
         raise FileNotFoundError(f"{data_dir} is not a folder; pass the folder that holds the data.")
-    media = Lpr4mMedia(data_dir, cache_dir, media_dirs)
+    # The links of all pictures are looked at below, where those that lead elsewhere are listed.
+    media = Lpr4mMedia(data_dir, cache_dir, media_dirs, check_links=False)
     references = _References(data_dir, train_files, media)
     reports = _Reports(output_dir, data_dir)
     try:
@@ -265,6 +279,8 @@ def verify(
         reports.finish()
     finally:
         reports.close()
+    for former in glob.glob(os.path.join(glob.escape(output_dir), "missing_urls-*.txt")):
+        os.remove(former)
     if urls:
         text = "".join(f"{url}\n" for url in urls)
         name = f"missing_urls-{hashlib.sha256(text.encode()).hexdigest()[:8]}.txt"

@@ -2,7 +2,6 @@
 
 import argparse
 import inspect
-import sys
 
 from .writer import render_mini_lpr4m
 
@@ -29,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         print(render_mini_lpr4m(arguments.pop("output_dir"), **arguments))
     except ValueError as error:
-        sys.exit(str(error))
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 if __name__ == "__main__":

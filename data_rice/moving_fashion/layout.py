@@ -1,8 +1,8 @@
 """MovingFashion's annotation files, ``train.json`` and ``test.json``, read strictly.
 
 Source: "MovingFashion: a Benchmark for the Video-to-Shop Challenge" (WACV 2022); both files hold
-``{product id: {"video_paths": [...], "img_path": ..., "source": 1 or 0, "tracklets": optional}}`` with paths relative
-to the folder they lie in. docs/data.md describes them, and the notations of ``tracklets`` that are understood.
+``{product id: {"video_paths": [...], "img_path": ..., "source": 1, 0 or 2, "tracklets": optional}}`` with paths
+relative to the folder they lie in. docs/data.md describes them and the notations of ``tracklets`` that are understood.
 """
 
 import hashlib
@@ -16,7 +16,8 @@ from .. import parsing
 from ..paths import MediaRoot
 
 ANNOTATIONS = {"train": "train.json", "test": "test.json"}
-SOURCES = {1: "regular", 0: "hard"}
+# Descriptions of the archive differ in the number of the hard ones.
+SOURCES = {1: "regular", 0: "hard", 2: "hard"}
 
 # Listed by the annotations but not part of the published archive: 22 videos of the training list and 1 of the test
 # list, as the audit found that MTEB made of the archive for its own retrieval task.
@@ -52,6 +53,7 @@ class Product:
         videos: paths relative to the data folder.
         source: "regular" (videos of the shop) or "hard" (videos of users).
         tracklets: per video frame number -> box as it is written, or None.
+        tracklets_read: whether the entry's tracklets are in a notation that is understood, or absent.
     """
 
     key: str
@@ -60,14 +62,20 @@ class Product:
     videos: tuple[str, ...]
     source: str
     tracklets: tuple[Tracklet | None, ...]
+    tracklets_read: bool = True
 
     def clip_id(self, index: int) -> str:
         """The id of the product's video number ``index``, unique within a file."""
         return f"{self.key}#{index}"
 
 
-def read_products(root: str, split: str) -> list[Product]:
+def read_products(root: str, split: str, strict: bool = True) -> list[Product]:
     """Read the annotation file of ``split`` ("train" or "test") in file order.
+
+    Args:
+        root: the data folder.
+        split: "train" or "test".
+        strict: refuse tracklets in an unknown notation; otherwise such a product has none.
 
     Raises:
         FileNotFoundError: the file is missing.
@@ -79,7 +87,7 @@ def read_products(root: str, split: str) -> list[Product]:
     media = MediaRoot(root)
     for key, entry in parsing.read_json_object(file).items():
         try:
-            product = _parse_product(key, entry, media, first_with_image)
+            product = _parse_product(key, entry, media, first_with_image, strict)
         except ValueError as error:
             raise ValueError(f"{file}, product {key!r}: {error}; repair the entry.") from None
         products.append(product)
@@ -88,7 +96,9 @@ def read_products(root: str, split: str) -> list[Product]:
     return products
 
 
-def _parse_product(key: str, entry: object, media: MediaRoot, first_with_image: dict[str, str]) -> Product:
+def _parse_product(
+    key: str, entry: object, media: MediaRoot, first_with_image: dict[str, str], strict: bool
+) -> Product:
     if not key.strip() or "\0" in key:
         raise ValueError("the product id is empty or holds a NUL character")
     if not isinstance(entry, dict):
@@ -102,10 +112,15 @@ def _parse_product(key: str, entry: object, media: MediaRoot, first_with_image: 
     image = _media_path(media, entry.get("img_path"), "img_path")
     source = entry.get("source")
     if type(source) is not int or source not in SOURCES:
-        raise ValueError(f"source must be 1 (regular) or 0 (hard), not {_short(source)}")
+        raise ValueError(f"source must be 1 (regular), or 0 or 2 (hard), not {_short(source)}")
     product_id = first_with_image.setdefault(image, key)
-    tracklets = parse_tracklets(entry.get("tracklets"), videos)
-    return Product(key, product_id, image, videos, SOURCES[source], tracklets)
+    try:
+        tracklets, read = parse_tracklets(entry.get("tracklets"), videos), True
+    except ValueError:
+        if strict:
+            raise
+        tracklets, read = (None,) * len(videos), False
+    return Product(key, product_id, image, videos, SOURCES[source], tracklets, read)
 
 
 def _media_path(media: MediaRoot, value: object, what: str) -> str:

@@ -18,6 +18,7 @@ from ..video import probe_video
 from . import layout
 from .prepare import UNDECODABLE, ExtractedFrames, missing_reason
 
+NO_BOXES = "without boxes, because their tracklets are in an unknown notation or do not fit the video"
 SPLITS = {"train": datasets.Split.TRAIN, "validation": datasets.Split.VALIDATION, "test": datasets.Split.TEST}
 
 
@@ -68,7 +69,8 @@ class MovingFashion(ViewBuilder):
     image id is the picture's path; products that share a picture are one product. ``source`` says "regular" or "hard".
 
     A video or picture that is missing, or whose frames could not be extracted, is left out of training and kept as a
-    query, where it counts as a miss; both are counted and listed. There is no published validation split; see
+    query, where it counts as a miss; both are counted and listed. So are clips whose tracklets are in an unknown
+    notation or do not fit the video, which have no boxes. There is no published validation split; see
     `MovingFashionConfig.validation_fraction`. Training rows that show a video of a held-out product are left out.
 
     Example:
@@ -111,7 +113,7 @@ class MovingFashion(ViewBuilder):
         """See `ViewBuilder.generate_rows`."""
         root = self.config.data_dir
         file = osp.join(root, layout.ANNOTATIONS["test" if split == "test" else "train"])
-        products = layout.read_products(root, "test" if split == "test" else "train")
+        products = layout.read_products(root, "test" if split == "test" else "train", strict=False)
         held_out = self._held_out(products) if split != "test" else frozenset()
         chosen = [product for product in products if (product.product_id in held_out) == (split == "validation")]
         if self.view == "gallery":
@@ -130,10 +132,14 @@ class MovingFashion(ViewBuilder):
                 if split == "train" and video in held_videos:
                     problems.add(clip_id, file, None, "left out because the video also shows a held-out product")
                     continue
+                tracklet, boxes_read = product.tracklets[index] or {}, product.tracklets_read
                 try:
-                    clip, usable, reason = media.clip(product, index)
-                except ValueError as error:
-                    raise ValueError(f"{file}, product {product.key!r}: {error}; repair the entry.") from None
+                    clip, usable, reason = media.clip(product, index, tracklet)
+                except ValueError:
+                    clip, usable, reason = media.clip(product, index, {})
+                    boxes_read = False
+                if not boxes_read:
+                    problems.add(clip_id, file, None, NO_BOXES)
                 if self.view == "pairs" and not osp.isfile(osp.join(root, product.image)):
                     usable, reason = False, "the shop's picture is missing"
                 if self.view == "queries":
@@ -172,9 +178,13 @@ class _Media:
             self.frames = ExtractedFrames.read(frames_folder)
             self.frames.check(root, (video for product in products for video in product.videos))
 
-    def clip(self, product: layout.Product, index: int) -> tuple[dict, bool, str]:
-        """Return the clip's columns, whether it can be used, and what is wrong with its video ("" when nothing is)."""
-        video, tracklet = product.videos[index], product.tracklets[index] or {}
+    def clip(self, product: layout.Product, index: int, tracklet: layout.Tracklet) -> tuple[dict, bool, str]:
+        """Return the clip's columns, whether it can be used, and what is wrong with its video ("" when nothing is).
+
+        Raises:
+            ValueError: the boxes of the tracklet do not fit the video's frames.
+        """
+        video = product.videos[index]
         if self.frames is None:
             where, reason = self._video(video, tracklet)
         else:

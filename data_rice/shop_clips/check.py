@@ -13,7 +13,6 @@ import io
 import json
 import math
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -151,10 +150,9 @@ class _Checker:
                     continue
                 count += 1
                 try:
-                    row = parsing.parse_json_object(raw, path)
+                    row = parsing.parse_json_line(path, number, parsing.decode_line(path, number, raw))
                 except ValueError as error:
-                    message = re.sub(rf"^{re.escape(path)}(, line \d+)?: ", "", str(error))
-                    self.add(file, number, message.replace("restore the file", "repair the line"))
+                    self.add(file, number, str(error).removeprefix(f"{path}, line {number}: "))
                     continue
                 for key in row:
                     if key not in keys:

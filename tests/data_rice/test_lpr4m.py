@@ -402,3 +402,57 @@ def test_several_processes_build_at_the_same_time(tree, tmp_path):
         output, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
         assert output.strip() == "8"
+
+
+def test_training_lists_alone_have_no_validation_queries(tree, load):
+    tree.add_train(0, 0, 1)
+    tree.write()
+    with pytest.raises(FileNotFoundError, match="no validation split; put the test files there, or set validation_fr"):
+        load("queries", "validation")
+
+
+def test_test_boxes_without_an_area_are_counted(tree, tmp_path):
+    clip = tree.add_test(0, 0, 1)
+    tree.boxes[f"{clip}-0000"] = [[0.5, 0.5, 0.5, 0.9], [0, 0, 0, 0]]
+    tree.boxes[f"{clip}-0002"] = [[1.5, 0, 1.9, 1]]
+    untouched = tree.add_test(0, 9000, 2)
+    tree.boxes[f"{untouched}-0000"] = [[0, 0, 0, 0]]
+    tree.write()
+    for view in ("queries", "detection"):
+        builder = Lpr4m(view, data_dir=tree.root, cache_dir=tmp_path / "cache")
+        builder.download_and_prepare()
+        log = builder.problems["test"]
+        assert dict(log.counts) == {"kept without those boxes that have no area inside the frame": 1}
+        assert log.examples == {"kept without those boxes that have no area inside the frame": [clip]}
+
+
+def test_boxes_that_single_precision_cannot_hold_are_none(tree, load):
+    clip = tree.add_test(0, 0, 1)
+    tree.boxes = {f"{clip}-0000": [[0.99999999, 0, 1, 1]], f"{clip}-0001": [[0, 0, 0.001, 1]]}
+    tree.write()
+    boxes = load("queries", "test")[0]["boxes"]
+    assert boxes == [None, pytest.approx([0, 0, 0.001, 1]), None]
+
+
+@pytest.mark.parametrize(
+    "view, split, place",
+    [
+        ("pairs", "train", "training_video_00/{clip}/{clip}-0000.jpg"),
+        ("pairs", "train", "training_image/{image}.jpg"),
+        ("gallery", "test", "gallery/{live}/{image}.jpg"),
+    ],
+)
+def test_linked_pictures_of_other_places_are_refused(tree, load, tmp_path, view, split, place):
+    clip = tree.add_train(0, 0, 1)
+    tree.add_test(0, 9000, 1)
+    tree.write()
+    path = tree.root / place.format(clip=clip, live=_uuid(0), image=f"{_uuid(1001)}-0")
+    path.rename(tmp_path / "elsewhere.jpg")
+    path.symlink_to(tmp_path / "elsewhere.jpg")
+    with pytest.raises(ValueError, match=f"{path.name} is a link that leads out of"):
+        load(view, split)
+    inside = tree.root / "pictures.jpg"
+    (tmp_path / "elsewhere.jpg").rename(inside)
+    path.unlink()
+    path.symlink_to(inside)
+    assert len(load(view, split)) == 1

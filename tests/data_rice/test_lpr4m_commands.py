@@ -103,8 +103,9 @@ class Shop:
     def write(self, name: str, text: str) -> None:
         (self.root / "annotations" / name).write_text(text)
 
-    def verify(self, *arguments: str, expect: str = "none") -> int:
-        return main(["verify", str(self.root), "--expect", expect, "--cache_dir", str(self.cache), *arguments])
+    def verify(self, *arguments: str, expect: str | None = "none") -> int:
+        expected = [] if expect is None else ["--expect", expect]
+        return main(["verify", str(self.root), *expected, "--cache_dir", str(self.cache), *arguments])
 
     def listed(self) -> list[dict]:
         return [json.loads(line) for line in (self.root / "verify" / "missing.jsonl").read_text().splitlines()]
@@ -179,6 +180,7 @@ def test_missing_urls_are_listed_and_fetched_again(shop, fetch, capfd):
     for name in gone:
         (shop.www / name).rename(shop.www / f"{name}.jpg")
     assert fetch("--url_lists", str(again)) == 0 and shop.verify() == 0
+    assert not again.exists()
 
 
 def test_corrupt_pictures_are_listed(shop, fetch, capfd):
@@ -227,6 +229,40 @@ def test_counts_decide_too(shop, fetch, tmp_path, capfd):
     assert PUBLISHED_COUNTS["full"]["training clips"] == 4_013_617
     summary = json.loads((shop.root / "verify" / "verify.json").read_text())
     assert summary["whole"] is False and summary["counts"]["training clips"] == 4
+
+
+def test_verify_expects_what_the_list_is_named_after(shop, fetch, capfd):
+    fetch()
+    capfd.readouterr()
+    assert shop.verify(expect=None) == 0
+    assert "by the names of the training list: none" in capfd.readouterr().out
+    tiny = shop.root / "annotations" / "training_videoinfo_tiny.txt"
+    rows = tiny.read_text().splitlines(keepends=True)
+    tiny.rename(tiny.with_name("training_videoinfo_750k.txt"))
+    assert shop.verify(expect=None) == 1
+    output = capfd.readouterr().out
+    assert "training list: 750k" in output and "test clips: 2 (expected 20079)" in output
+    tiny.with_name("training_videoinfo_750k.txt").unlink()
+    for part in range(10):
+        shop.write(f"training_videoinfo_full_part_{part}.txt", "".join(rows[part : part + 1]))
+    assert shop.verify(expect=None) == 1
+    output = capfd.readouterr().out
+    assert "training list: full" in output and "training clips: 4 (expected 4013617)" in output
+
+
+def test_prepare_skips_views_without_a_source(shop, fetch, tmp_path, caplog, capsys):
+    fetch()
+    for path in (shop.root / "annotations").glob("test_*"):
+        path.unlink()
+    arguments = ["prepare", str(shop.root), str(tmp_path / "out"), "--cache_dir", str(shop.cache)]
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert "pairs train: 4 of 4 rows" in capsys.readouterr().out
+    skipped = [message for message in caplog.messages if "is skipped" in message]
+    assert len(skipped) == 1 and skipped[0].startswith("The view queries is skipped: ")
+    assert main([*arguments, "--views", "queries"]) == 2
+    error = capsys.readouterr().err
+    assert "LPR4M publishes no validation split; put the test files there, or set validation_fraction" in error
 
 
 @pytest.mark.parametrize(

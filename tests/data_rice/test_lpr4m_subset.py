@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from data_rice import Lpr4m
+from data_rice.lpr4m.layout import training_files
 from data_rice.lpr4m.subset import choose_subset, water_filling
 
 
@@ -108,6 +109,21 @@ def test_all_ten_parts_of_the_full_list_are_needed(tmp_path):
 
     assert clips() == [f"0-0-0-0-0-{part}-{part + 1}" for part in range(10)]
     (annotations / "training_videoinfo_full_part_03.txt").unlink()
-    with pytest.raises(ValueError, match=r"holds 9 of the 10 parts .*\(part 3 is missing"):
+    with pytest.raises(ValueError, match=r"holds the parts 0, 1, 2, 4, 5, 6, 7, 8, 9 of .* has 10 with consecutive"):
         clips()
     assert len(clips(train_files="training_videoinfo_full_part_0[45].txt")) == 2
+
+
+@pytest.mark.parametrize(
+    "numbers, accepted",
+    [(range(10), True), (range(1, 11), True), (range(9), False), (range(2, 12), False), (range(11), False)],
+)
+def test_parts_may_be_numbered_from_0_or_from_1(tmp_path, numbers, accepted):
+    (tmp_path / "annotations").mkdir()
+    for number in numbers:
+        (tmp_path / f"annotations/training_videoinfo_full_part_{number}.txt").touch()
+    if accepted:
+        assert len(training_files(str(tmp_path), "training_videoinfo*.txt")) == 10
+    else:
+        with pytest.raises(ValueError, match="which has 10 with consecutive numbers"):
+            training_files(str(tmp_path), "training_videoinfo*.txt")

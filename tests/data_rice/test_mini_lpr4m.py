@@ -252,5 +252,5 @@ def test_command_line_renders_and_refuses(tmp_path):
     done = subprocess.run([*command, *sizes], capture_output=True, text=True, cwd=repository)
     assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "mini")
     refused = subprocess.run([*command, *sizes, "--seed", "3"], capture_output=True, text=True, cwd=repository)
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert "seed 0 instead of 3" in refused.stderr and "Traceback" not in refused.stderr

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from data_rice import MovingFashion, gallery_scope, load_dataset_view
 from data_rice.features import view_features
 from data_rice.moving_fashion import layout
+from data_rice.moving_fashion.moving_fashion import NO_BOXES
 from data_rice.moving_fashion.prepare import (
     CUT_SHORT,
     UNDECODABLE,
@@ -202,24 +204,51 @@ def test_missing_files(folder, load, tmp_path):
         ({"img_path": None}, "must be a non-empty path"),
         ({"img_path": "imgs/../../a.jpg"}, "leads out of the data folder"),
         ({"img_path": "."}, "names the data folder itself"),
-        ({"source": 2}, "source must be 1 .regular. or 0 .hard., not 2"),
-        ({"source": True}, "source must be 1 .regular. or 0 .hard., not True"),
+        ({"source": 3}, "source must be 1 .regular., or 0 or 2 .hard., not 3"),
+        ({"source": True}, "source must be 1 .regular., or 0 or 2 .hard., not True"),
         ({"source": None}, "not None"),
-        ({"tracklets": 5}, "must hold one tracklet per video"),
-        ({"tracklets": [None, None, None]}, "must hold one tracklet per video .2."),
-        ({"tracklets": [{"x": [0, 0, 1, 1]}, None]}, "keys must be frame numbers, not 'x'"),
-        ({"tracklets": [{"1": [0, 0, 1]}, None]}, "four finite numbers"),
-        ({"tracklets": [{"1": [0, 0, 0, 1]}, None]}, "has no area"),
-        ({"tracklets": [{"1": [0, 0, 1, 1], "01": None}, None]}, "names frame 1 twice"),
-        ({"tracklets": {"videos/z.mp4": []}}, "'videos/z.mp4', which is not in video_paths"),
-        ({"tracklets": [[[0, 0, 65, 60]], None]}, "outside the frame of 64 x 48 pixels"),
-        ({"tracklets": [[[0, 0, 1, 1], [0, 0, 60, 40]], None]}, "is in fractions of the frame, others are in pixels"),
     ],
 )
 def test_malformed_entries_name_file_and_product(folder, load, change, message):
     folder.train["p0"] |= change
     with pytest.raises(ValueError, match=f"train.json, product 'p0': .*{message}.*; repair the entry"):
         load("pairs")
+
+
+def test_both_numbers_of_hard_clips_are_known(folder, load):
+    folder.train["p1"]["source"] = 2
+    assert load("pairs")["source"][:] == ["regular", "regular", "hard", "hard", "regular"]
+
+
+@pytest.mark.parametrize(
+    "tracklets, message",
+    [
+        (5, "must hold one tracklet per video"),
+        ([None, None, None], "must hold one tracklet per video .2."),
+        ([{"x": [0, 0, 1, 1]}, None], "keys must be frame numbers, not 'x'"),
+        ([{"1": [0, 0, 1]}, None], "four finite numbers"),
+        ([{"1": [0, 0, 0, 1]}, None], "has no area"),
+        ([{"1": [0, 0, 1, 1], "01": None}, None], "names frame 1 twice"),
+        ({"videos/z.mp4": []}, "'videos/z.mp4', which is not in video_paths"),
+    ],
+)
+def test_unknown_tracklets_cost_the_boxes_and_not_the_build(folder, load, problems, capsys, tracklets, message):
+    folder.train["p0"]["tracklets"] = tracklets
+    folder.train["p1"]["tracklets"] = {"3": [0, 0, 0.5, 0.5]}
+    rows = load("pairs")
+    assert rows["box_frames"][:] == [[], [], [3], [], []] and rows[0]["boxes"] == []
+    assert problems("pairs", "train") == [("p0#0", NO_BOXES), ("p0#1", NO_BOXES)]
+    assert main(["prepare", str(folder.root)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(f"train.json, product 'p0': .*{message}.*; repair the entry", error)
+
+
+@pytest.mark.parametrize("boxes", [[[0, 0, 65, 60]], [[0, 0, 1, 1], [0, 0, 60, 40]]])
+def test_tracklets_that_do_not_fit_the_video_cost_its_boxes(folder, load, problems, boxes):
+    folder.train["p0"]["tracklets"] = [boxes, [[0, 0, 60, 40]]]
+    rows = load("pairs")
+    assert rows["box_frames"][:2] == [[], [0]] and len(rows) == 5
+    assert problems("pairs", "train") == [("p0#0", NO_BOXES)]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 import pytest
 from PIL import Image
 
+from data_rice import load_dataset_view
 from data_rice.shop_clips.check import check_folder, main
 
 NUM_PRODUCTS = 10
@@ -169,6 +170,17 @@ def test_every_damaged_line_is_told(shop, found):
     assert "not UTF-8" in lines[1]
 
 
+def test_two_files_joined_are_refused_by_check_and_builder_alike(shop, found, tmp_path):
+    shop.write()
+    path = shop.root / "clips_val.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([b"\xef\xbb\xbf", *lines[:4], b"\xef\xbb\xbf", *lines[4:]]))
+    problems = [str(problem) for problem in check_folder(str(shop.root)).problems]
+    assert len(problems) == 1 and problems[0].startswith("clips_val.jsonl:5: not valid JSON")
+    with pytest.raises(ValueError, match="clips_val.jsonl, line 5: not valid JSON"):
+        load_dataset_view(shop.root, "queries", "validation", cache_dir=tmp_path / "cache")
+
+
 def test_unknown_keys_are_warned_of_with_the_nearest_name(shop, found):
     for row in shop.clips["val"]:
         row["gt_galery_ids"] = row["gt_gallery_ids"]
@@ -287,8 +299,6 @@ def test_it_runs_as_a_module_without_a_warning(shop):
 
 
 def test_a_folder_that_passes_can_be_loaded_and_one_that_fails_for_its_rows_cannot(shop, tmp_path):
-    from data_rice import load_dataset_view
-
     folder = shop.write()
     for view, split in (("pairs", "train"), ("queries", "validation"), ("queries", "test"), ("gallery", "test")):
         assert len(load_dataset_view(folder, view, split, cache_dir=tmp_path / "cache")) >= NUM_PRODUCTS

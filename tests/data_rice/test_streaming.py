@@ -511,3 +511,8 @@ def test_streamed_lpr4m_in_workers(lpr4m, tmp_path):
     assert len(rows) == 44
     assert {row["clip_id"] for row in rows} == set(by_id)
     assert all(row == by_id[row["clip_id"]] for row in rows)
+
+
+def test_streamed_rows_take_no_boxes_file(lpr4m, tmp_path):
+    with pytest.raises(ValueError, match="Rows that are streamed take no boxes_file"):
+        open_dataset_view(lpr4m, "pairs", "train", cache_dir=tmp_path / "cache", boxes_file=tmp_path / "boxes.jsonl")

@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ from PIL import Image
 from evaluation_rice.baselines import (
     BASELINES,
     HISTOGRAM_BINS,
+    BaselineRetriever,
     ColorHistogram,
     ColorHistogramInBox,
     Pixels8x8,
@@ -15,7 +17,8 @@ from evaluation_rice.baselines import (
 )
 from evaluation_rice.frames import clip_frames
 from evaluation_rice.protocol import RetrievalTask, chance_recall
-from evaluation_rice.retrieval import Loading
+from evaluation_rice.retrieval import Loading, retrieve
+from evaluation_rice.speed import TimedRetriever
 
 QUIET = Loading(2, quiet=True)
 
@@ -109,3 +112,20 @@ def test_unknown_baseline_is_refused(shop):
     task = RetrievalTask.from_datasets(shop.queries, shop.gallery, "live")
     with pytest.raises(ValueError, match="unknown baseline 'magic'"):
         run_baselines(["magic"], task, shop.queries, shop.gallery)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_time_of_descriptors_counts_without_decoding(shop, num_workers):
+    """The loader computes them, in another process where it has one; reading takes no share."""
+
+    class Slow(ColorHistogram):
+        def describe(self, image):
+            time.sleep(0.02)
+            return super().describe(image)
+
+    task = RetrievalTask.from_datasets(shop.queries, shop.gallery, "live")
+    retriever = TimedRetriever(BaselineRetriever(Slow()))
+    retrieve(retriever, task, shop.queries, shop.gallery, loading=Loading(2, num_workers, quiet=True))
+    speed = retriever.summary()
+    assert speed["image_ms"] >= 20 and speed["clip_ms"] >= 40
+    assert retriever.num_parameters() == 0

@@ -1,5 +1,8 @@
 """One published folder in other libraries: sentence-transformers, transformers' pipelines, mteb."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -31,10 +34,21 @@ save_file({
 retrieve = pipeline("product-retrieval", model="someone/libraries", trust_remote_code=True, device="cpu")
 assert type(retrieve).__module__.startswith("transformers_modules"), type(retrieve)
 print(json.dumps(retrieve(pictures[:2], candidates=PICTURES, top_k=2)))
+assert retrieve.model.rank(pictures[:2], PICTURES, 1, processor=retrieve.processor)[0].keys() == {"corpus_id", "score"}
 retrieve.model.save_pretrained(SAVED)
 retrieve.processor.save_pretrained(SAVED)
 again = pipeline("product-retrieval", model=SAVED, trust_remote_code=True, device="cpu")
 print(json.dumps(again(pictures[:2], candidates=PICTURES, top_k=2)))
+"""
+
+MTEB = """
+import mteb
+from PIL import Image
+from safetensors.numpy import save_file
+
+model = mteb.get_model("someone/for_mteb", trust_remote_code=True, num_frames=2, device="cpu")
+assert set(model.mteb_model_meta.modalities) == {"image", "video"}, model.mteb_model_meta
+save_file({"images": model.model.encode([Image.open(path) for path in PICTURES])}, OUTPUT)
 """
 
 
@@ -255,8 +269,6 @@ def test_a_gallery_of_another_model_is_refused(retrieve, pictures, frames, own):
 def test_both_work_from_the_server_where_the_project_cannot_be_imported(
     hub, fresh_process, tiny_checkpoint, own, pictures, tmp_path
 ):
-    import json
-
     from safetensors.torch import load_file
 
     files = publication(tiny_checkpoint, "someone/libraries")
@@ -265,7 +277,10 @@ def test_both_work_from_the_server_where_the_project_cannot_be_imported(
         "someone/libraries", {n: item if isinstance(item, bytes) else item.read_bytes() for n, item in files.items()}
     )
     start = f"PICTURES, OUTPUT, SAVED = {pictures!r}, {str(tmp_path / 'out')!r}, {str(tmp_path / 'saved')!r}\n"
-    printed = fresh_process(start + FROM_THE_SERVER).splitlines()
+    example = re.findall(r"```py\n(.*?)```", files["README.md"].decode(), re.DOTALL)[0]
+    for name, path in zip(("red_mug", "blue_mug", "frame_0", "frame_1"), pictures, strict=False):
+        example = example.replace(f"{name}.jpg", path)
+    printed = fresh_process(start + FROM_THE_SERVER + example).splitlines()
     opened = [Image.open(path) for path in pictures]
     found = load_file(tmp_path / "out")
     assert_equal(found["images"], embed_images(own, pictures))
@@ -274,3 +289,18 @@ def test_both_work_from_the_server_where_the_project_cannot_be_imported(
     for line in (line for line in printed if line.startswith("[")):
         assert [answer["index"] for answer in json.loads(line)] == order[:2]
     assert sum(line.startswith("[") for line in printed) == 2
+    cosines = [float(number) for number in re.findall(r"-?[0-9.]+", printed[-1])]
+    expected = embed_clips(own, [opened[2:4]]) @ embed_images(own, pictures[:2]).T
+    assert cosines == pytest.approx(expected[0].tolist(), abs=1e-3)
+
+
+def test_mteb_loads_the_repository_without_code(hub, fresh_process, tiny_checkpoint, own, pictures, tmp_path):
+    from safetensors.torch import load_file
+
+    pytest.importorskip("mteb")
+    files = publication(tiny_checkpoint, "someone/for_mteb")
+    hub.add(
+        "someone/for_mteb", {n: item if isinstance(item, bytes) else item.read_bytes() for n, item in files.items()}
+    )
+    fresh_process(f"PICTURES, OUTPUT = {pictures!r}, {str(tmp_path / 'out')!r}\n" + MTEB)
+    assert_equal(load_file(tmp_path / "out")["images"], embed_images(own, pictures))

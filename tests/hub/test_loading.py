@@ -83,7 +83,7 @@ def loaded(running_hub, tiny_checkpoint, pictures, fresh_process, client, tmp_pa
     output = tmp_path_factory.mktemp("loaded")
     start = f"PICTURES = {pictures!r}\nOUTPUT = {str(output)!r}\nFOLDER = {str(tiny_checkpoint)!r}\n" + EMBED
     examples = re.findall(r"```python\n(.*?)```", files["README.md"].decode(), re.DOTALL)
-    assert len(examples) == 2 and all("someone/loaded" in example for example in examples[:1])
+    assert len(examples) == 3 and all("someone/loaded" in example for example in examples[:1])
     printed = fresh_process(start + FIRST + PHOTOGRAPHS + "\n".join(examples))
     before = Counter(running_hub.requests)
     fresh_process(start + OFFLINE, HF_HUB_OFFLINE="1")

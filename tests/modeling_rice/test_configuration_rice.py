@@ -25,6 +25,8 @@ def test_defaults_are_the_published_model():
     assert config.mask_padded_frames and not config.reconstruction_softmax_over_padding
     assert (config.logit_scale_init_value, config.learn_logit_scale) == (100.0, False)
     assert (config.matching_negatives, config.num_hard_negatives) == ("hardest", 3)
+    assert config.contrastive_loss == "infonce" and config.logit_scale_max == 100.0
+    assert config.contrastive_targets == config.matching_targets == "masked"
     weights = (config.contrastive_loss_weight, config.matching_loss_weight, config.reconstruction_loss_weight)
     assert weights == (1.0, 1.0, 0.05)
     assert config.num_patches == 49 and config.accepts_patch_mask
@@ -39,6 +41,9 @@ def test_presets_are_the_published_variants():
     assert not newer.decoder_position_embeddings and not newer.normalize_frames
     assert newer.learn_logit_scale and newer.logit_scale_init_value == 16.0
     assert newer.reconstruction_softmax_over_padding and newer.reconstruction_loss_weight == 1.0
+    assert newer.logit_scale_max is None
+    for config in (older, newer):
+        assert config.contrastive_targets == config.matching_targets == "diagonal"
     assert RiceConfig.from_preset("mmf", matching_scale=3.0).matching_scale == 3.0
     with pytest.raises(ValueError, match="Unknown preset 'clip'; choose one of 'clip4clip', 'mmf'"):
         RiceConfig.from_preset("clip")
@@ -99,6 +104,9 @@ def test_sizes_follow_the_encoder():
         ({"vision_config": SiglipVisionConfig()}, "'siglip_vision_model' has no class token"),
         ({"decoder_hidden_act": "quickgelu"}, "`decoder_hidden_act='quickgelu'`"),
         ({"decoder_dropout": 1.5}, "`decoder_dropout` must be in 0..1"),
+        ({"matching_targets": "multi_positive"}, 'needs `matching_negatives="all"`'),
+        ({"learn_logit_scale": True, "logit_scale_max": 50.0}, "no lower than a learnt scale's"),
+        ({"logit_scale_max": 0.0}, "`logit_scale_max=0.0` must be above 0"),
     ],
 )
 def test_bad_combinations_are_refused(settings, message):

@@ -275,8 +275,60 @@ def test_an_unknown_layout_is_refused():
 def test_shapes_that_contradict_each_other_are_refused():
     checkpoint = clip4clip_checkpoint()
     checkpoint["cross.pooler.dense.weight"] = torch.zeros(EMBED, EMBED + 1)
-    with pytest.raises((ValueError, RuntimeError), match="decoder.head.dense.weight"):
+    with pytest.raises(ValueError, match="decoder.head.dense.weight") as error:
         convert_original_checkpoint(checkpoint)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "words"),
+    [
+        ("clip4clip", {"clip.visual.proj": torch.zeros(3)}, "clip.visual.proj has shape .3,."),
+        ("clip4clip", {"clip.visual.conv1.weight": torch.zeros(48, 3, 4, 4)}, "width 48"),
+        ("clip4clip", {"clip.visual.positional_embedding": torch.zeros(4, 64)}, "4 positions"),
+        ("clip4clip", {"recons_weights.conv.0.weight": torch.zeros(8, 12, 1, 1)}, "contradict each other.*conv1"),
+        ("mmf", {"transformer.logit_scale": torch.ones(2)}, "logit_scale must be one number"),
+        ("mmf", {"transformer.logit_scale": torch.zeros(())}, "logit_scale must be one number"),
+        ("mmf", {7: torch.zeros(1)}, "must map names to tensors"),
+        ("mmf", {"epoch": "last"}, "'epoch' is a str"),
+        ("mmf", {"module.transformer.logit_scale": torch.ones(())}, "logit_scale twice"),
+    ],
+)
+def test_damaged_checkpoints_get_one_sentence(layout, changes, words):
+    with pytest.raises(ValueError, match=words) as error:
+        convert_original_checkpoint({**CHECKPOINTS[layout](), **changes})
+    assert "\n" not in str(error.value)
+
+
+def test_a_gap_before_the_first_block_is_no_shallower_decoder():
+    checkpoint = clip4clip_checkpoint()
+    blocks = {key: value for key, value in checkpoint.items() if key.startswith("cross.transformer.resblocks.0.")}
+    renamed = {key.replace("resblocks.0.", "resblocks.1."): value for key, value in blocks.items()}
+    with pytest.raises(ValueError, match="holds cross.transformer.resblocks.1, but no cross.transformer.resblocks.0"):
+        convert_original_checkpoint({**without(checkpoint, "cross.transformer.resblocks.0."), **renamed})
+
+
+@pytest.mark.parametrize("layout", ["clip4clip", "mmf"])
+def test_the_width_inside_the_decoder_follows_the_weights(layout):
+    checkpoint = {}
+    decoder = "cross.transformer." if layout == "clip4clip" else "transformer.transformer.transformer."
+    for key, value in CHECKPOINTS[layout]().items():
+        if key.startswith(decoder) and "mlp.c_" in key:
+            if "c_fc" in key:
+                value = value[: len(value) // 2]
+            elif key.endswith("weight"):
+                value = value[:, : value.shape[1] // 2]
+        checkpoint[key] = value
+    model = convert_original_checkpoint(checkpoint)
+    assert model.config.decoder_intermediate_size == 2 * model.config.decoder_hidden_size
+
+
+def test_norms_of_the_decoder_are_the_official_ones():
+    older, newer = (convert_original_checkpoint(CHECKPOINTS[name]()) for name in ("clip4clip", "mmf"))
+    assert older.decoder.self_layers[0].layer_norm1.eps == older.decoder.cross_layer.layer_norm1.eps == 1e-12
+    assert older.decoder.head.layer_norm.eps == 1e-12
+    assert newer.decoder.self_layers[0].layer_norm2.eps == 1e-12
+    assert newer.decoder.cross_layer.layer_norm1.eps == newer.decoder.head.layer_norm.eps == 1e-5
 
 
 def test_half_precision_checkpoints_become_single_precision():
@@ -313,8 +365,9 @@ def test_files_that_cannot_be_read_get_one_sentence(tmp_path, capsys):
     for name in ("text.pth", "text.safetensors", "list.pth", "unsafe.pth"):
         with pytest.raises(ValueError, match=name):
             load_original_state_dict(tmp_path / name)
-    with pytest.raises(SystemExit, match="error: .*text.pth"):
+    with pytest.raises(SystemExit) as stop:
         main([str(tmp_path / "text.pth"), str(tmp_path / "out")])
+    assert stop.value.code == 2 and "text.pth" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -330,5 +383,5 @@ def test_the_command_runs(tmp_path):
         text=True,
         timeout=120,
     )
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1] == f"error: There is no checkpoint file {tmp_path / 'no.pth'}."

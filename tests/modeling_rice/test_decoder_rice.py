@@ -11,6 +11,8 @@ import threading
 import pytest
 import torch
 
+from modeling_rice import RiceModel
+
 DOUBLE = torch.float64
 VARIANTS = {
     "clip4clip": {"preset": "clip4clip"},
@@ -160,7 +162,14 @@ def plain_losses(model, batch):
         for i in range(size)
     ]
     products = batch.get("product_ids", torch.arange(size)).tolist()
-    negatives = [[j for j in range(size) if products[j] != products[i]] for i in range(size)]
+
+    def negatives_of(targets):
+        """Of every image, or of every clip: the other pairs, those of its product left out unless `"diagonal"`."""
+        masked = targets == "masked"
+        return [
+            [j for j in range(size) if j != i and not (masked and products[j] == products[i])] for i in range(size)
+        ]
+
     cosine = [[image_embeds[i] @ clips[j][2] for j in range(size)] for i in range(size)]
     pairs = {}
 
@@ -170,15 +179,16 @@ def plain_losses(model, batch):
             pairs[i, j] = plain_pair(model, images[i][0], clips[j][0], clips[j][1], title, asr)
         return pairs[i, j]
 
-    def symmetric(score):
+    def symmetric(score, negatives):
         terms = [plain_cross_entropy([score(i, i), *(score(i, j) for j in negatives[i])], 0) for i in range(size)]
         terms += [plain_cross_entropy([score(j, j), *(score(i, j) for i in negatives[j])], 0) for j in range(size)]
         return sum(terms) / (2 * size)
 
     scale = model.logit_scale.exp()
-    contrastive = symmetric(lambda i, j: scale * cosine[i][j])
+    contrastive = symmetric(lambda i, j: scale * cosine[i][j], negatives_of(config.contrastive_targets))
+    negatives = negatives_of(config.matching_targets)
     if config.matching_negatives == "all":
-        matching = symmetric(lambda i, j: config.matching_scale * pair(i, j)[0])
+        matching = symmetric(lambda i, j: config.matching_scale * pair(i, j)[0], negatives)
     else:
         matching = 0.0
         for i in range(size):
@@ -431,3 +441,59 @@ def test_two_processes_compute_the_loss_and_gradient_of_one(make_model, make_bat
             torch.cat([outputs[0].matching_indices, outputs[1].matching_indices]), output.matching_indices
         )
     assert_same_gradients(gradients(models[0], (outputs[0].loss + outputs[1].loss) / 2), expected)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("preset", ["clip4clip", "mmf"])
+def test_chosen_pairs_score_as_among_all_pairs(make_model, preset, implementation):
+    """Forward and backward, with clips that many images want and clips that one does."""
+    model = make_model(preset, dtype=DOUBLE)
+    model.set_attn_implementation(implementation)
+    width, generator = model.config.decoder_hidden_size, torch.Generator().manual_seed(3)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=DOUBLE)
+
+    inputs = [draw(7, width), draw(4, 9, width), draw(4, 9, width)]
+    mask = torch.rand(4, 9, generator=generator) < 0.7
+    mask[:, 0] = True
+    chosen = torch.zeros(4, 7, dtype=torch.bool)
+    chosen[0, 2] = chosen[1, :6] = chosen[2, [0, 3, 6]] = chosen[3, [6, 1]] = True
+    direction = draw(4, 7)
+    results = []
+    for score in (
+        lambda *tensors: model.decoder.score_pairs(*tensors, mask) * chosen,
+        lambda *tensors: model.decoder.score_chosen_pairs(*tensors, mask, chosen),
+    ):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        scores = score(*leaves)
+        weights = gradients(model, (scores * direction).sum())
+        results.append((scores.detach(), [leaf.grad for leaf in leaves], weights))
+    assert results[0][0].std() > 1e-4
+    assert_same(results[1][0], results[0][0])
+    assert_same(results[1][1], results[0][1])
+    assert_same_gradients(results[1][2], results[0][2])
+
+
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize("softmax", [False, True])
+def test_the_mean_over_heads_is_what_the_convolutions_start_as(make_model, make_config, make_batch, softmax, scale):
+    settings = {"reconstruction_softmax": softmax, "reconstruction_scale_attention": scale}
+    mean = make_model(dtype=DOUBLE, reconstruction_mixing="mean", **settings)
+    assert not list(mean.reconstruction_head.parameters())
+    conv = RiceModel(make_config(**settings)).to(DOUBLE).eval()
+    missing = conv.load_state_dict(mean.state_dict(), strict=False).missing_keys
+    assert {name.split(".")[0] for name in missing} == {"reconstruction_head"}
+    batch = make_batch(4, dtype=DOUBLE, patch_mask=True)
+    expected, actual = conv(**batch), mean(**batch)
+    assert_same(actual.reconstruction_loss, expected.reconstruction_loss)
+    theirs = gradients(conv, expected.loss)
+    theirs = {name: gradient for name, gradient in theirs.items() if name not in missing}
+    assert_same_gradients(gradients(mean, actual.loss), theirs)
+
+
+def test_one_head_can_be_averaged_but_not_mixed(make_model, make_batch):
+    with pytest.raises(ValueError, match="decoder_num_heads >= 2"):
+        make_model(decoder_num_heads=1)
+    model = make_model(decoder_num_heads=1, reconstruction_mixing="mean")
+    assert model(**make_batch()).reconstruction_loss > 0

@@ -8,7 +8,7 @@ from modeling_rice import RiceClips, RiceGallery
 
 
 def gallery(rows=5, width=4):
-    return RiceGallery(embeds=torch.randn(rows, width), states=torch.randn(rows, 6))
+    return RiceGallery(embeds=torch.randn(rows, width), states=torch.randn(rows, 6), text_embeds=torch.randn(rows, 3))
 
 
 def clips(rows=3, tokens=7):
@@ -17,6 +17,7 @@ def clips(rows=3, tokens=7):
         keys=torch.randn(rows, tokens, 6),
         values=torch.randn(rows, tokens, 6),
         mask=torch.rand(rows, tokens) < 0.5,
+        text_embeds=torch.randn(rows, 3),
     )
 
 
@@ -144,4 +145,26 @@ def test_unknown_fields_are_refused():
 
 
 def test_repr_tells_the_shapes():
-    assert repr(gallery(2)) == "RiceGallery(embeds=(2, 4), states=(2, 6))"
+    assert repr(gallery(2)) == "RiceGallery(embeds=(2, 4), states=(2, 6), text_embeds=(2, 3))"
+
+
+@pytest.mark.parametrize("make", [gallery, clips])
+def test_the_models_name_follows_rows_devices_and_files(make, tmp_path):
+    features = make()
+    features.model_fingerprint = "ab12"
+    path = tmp_path / "features.safetensors"
+    features.save(path)
+    loaded = type(features).load(path)
+    joined = type(features).cat([loaded[:1], loaded[1:].to(torch.float16).to(torch.float32)])
+    for each in (features[1], features.to(torch.float16), loaded, joined):
+        assert each.model_fingerprint == "ab12"
+    make().save(path)
+    assert type(features).load(path).model_fingerprint is None
+
+
+def test_features_of_different_models_are_not_mixed():
+    first, second, unknown = gallery(), gallery(), gallery()
+    first.model_fingerprint, second.model_fingerprint = "ab12", "cd34"
+    with pytest.raises(ValueError, match="different models \\(ab12, cd34\\); encode them with one"):
+        RiceGallery.cat([first, unknown, second])
+    assert RiceGallery.cat([first, unknown]).model_fingerprint is None

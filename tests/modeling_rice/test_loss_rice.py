@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from modeling_rice.loss_rice import (
+    EMPTY,
+    contrastive_loss,
     diagonal_cross_entropy,
     false_negative_mask,
     mine_hard_negatives,
+    pair_masks,
+    pairwise_sigmoid_loss,
     reconstruction_loss,
     symmetric_loss,
 )
@@ -122,3 +126,130 @@ def test_reconstruction_loss_by_hand_trains_the_weights_only():
     loss.backward()
     assert clip.grad is None and image.grad is None
     torch.testing.assert_close(weights.grad, torch.tensor([[[1.0, 1.5]]]))
+
+
+PRODUCTS = torch.tensor([7, 8, 7])
+LOGITS = torch.log(torch.tensor([[1.0, 2.0, 5.0], [3.0, 1.0, 4.0], [1.0, 1.0, 2.0]]))
+
+
+class TestTargets:
+    def test_diagonal_counts_the_same_product_as_negative(self):
+        plain = symmetric_loss(LOGITS, LOGITS.T)
+        torch.testing.assert_close(symmetric_loss(LOGITS, LOGITS.T, PRODUCTS, PRODUCTS, targets="diagonal"), plain)
+
+    def test_multi_positive_by_hand(self):
+        by_row = (math.log(8 / 1) + math.log(8 / 5)) / 2 + math.log(8 / 1) + (math.log(4 / 1) + math.log(4 / 2)) / 2
+        by_column = (math.log(5 / 1) + math.log(5 / 1)) / 2 + math.log(4 / 1)
+        by_column += (math.log(11 / 5) + math.log(11 / 2)) / 2
+        loss = symmetric_loss(LOGITS, LOGITS.T, PRODUCTS, PRODUCTS, targets="multi_positive")
+        torch.testing.assert_close(loss, torch.tensor((by_row + by_column) / 6))
+
+    def test_without_repeated_products_all_are_the_same(self):
+        products = torch.tensor([1, 2, 3])
+        for targets in ("diagonal", "masked", "multi_positive"):
+            loss = symmetric_loss(LOGITS, LOGITS.T, products, products, targets=targets)
+            torch.testing.assert_close(loss, symmetric_loss(LOGITS, LOGITS.T))
+
+    def test_multi_positive_draws_to_the_other_pair_of_the_product(self):
+        gradients = {}
+        for targets in ("diagonal", "masked", "multi_positive"):
+            logits = LOGITS.clone().requires_grad_()
+            symmetric_loss(logits, logits.T, PRODUCTS, PRODUCTS, targets=targets).backward()
+            gradients[targets] = logits.grad[2, 0]
+        assert gradients["diagonal"] > 0 and gradients["masked"] == 0 and gradients["multi_positive"] < 0
+
+
+class TestSigmoid:
+    def test_by_hand(self):
+        logits = torch.tensor([[2.0, -1.0], [0.5, 3.0]])
+        terms = [math.log(1 + math.exp(x)) for x in (-2.0, -1.0, 0.5, -3.0)]
+        torch.testing.assert_close(symmetric_loss(logits, logits.T, kind="sigmoid"), torch.tensor(sum(terms) / 2))
+
+    @pytest.mark.parametrize(
+        ("targets", "signs"), [("diagonal", (-1, 1, 1)), ("masked", (-1, None, 1)), ("multi_positive", (-1, -1, 1))]
+    )
+    def test_targets(self, targets, signs):
+        """Of the first row: its own clip, the other of its product, another product."""
+        logits = torch.randn(3, 3)
+        row = logits[0, [0, 2, 1]]
+        expected = sum(torch.nn.functional.softplus(sign * x) for sign, x in zip(signs, row, strict=True) if sign)
+        positives, ignore = pair_masks(targets, PRODUCTS[:1], PRODUCTS)
+        torch.testing.assert_close(pairwise_sigmoid_loss(logits[:1], 0, ignore, positives), expected)
+
+    def test_bias_and_scale_enter(self):
+        images, clips = torch.nn.functional.normalize(torch.randn(2, 4, 6), dim=-1)
+        loss = contrastive_loss(images, clips, 5.0, bias=-3.0, kind="sigmoid")
+        logits = 5 * images @ clips.T - 3
+        torch.testing.assert_close(loss, symmetric_loss(logits, logits.T, kind="sigmoid"))
+
+
+class Memory:
+    def __init__(self, images, clips, products):
+        self.image_embeds, self.video_embeds, self.product_ids = images, clips, torch.tensor(products)
+
+
+class TestMemory:
+    def embeds(self):
+        return torch.nn.functional.normalize(torch.randn(4, 3, 6, dtype=torch.float64), dim=-1)
+
+    def test_empty_memory_changes_nothing(self):
+        images, clips, *past = self.embeds()
+        memory = Memory(*past, [EMPTY] * 3)
+        for kind in ("infonce", "sigmoid"):
+            for targets in ("diagonal", "masked", "multi_positive"):
+                options = {"product_ids": PRODUCTS, "targets": targets, "kind": kind}
+                expected = contrastive_loss(images, clips, 5.0, **options)
+                assert contrastive_loss(images, clips, 5.0, memory=memory, **options) == pytest.approx(expected.item())
+
+    @pytest.mark.parametrize(("targets", "allowed"), [("diagonal", [0, 1]), ("masked", [1]), ("multi_positive", [1])])
+    def test_past_pairs_are_negatives(self, targets, allowed):
+        """The first is of the rows' product, the second is not, the third is not there."""
+        images, clips, *past = self.embeds()
+        products = torch.tensor([7, 7, 7])
+        rows = slice(1, 2)
+        loss = contrastive_loss(
+            images, clips, 5.0, products, rows, targets=targets, memory=Memory(*past, [7, 9, EMPTY])
+        )
+        expected = 0.0
+        for own, others, bank in ((images, clips, past[1]), (clips, images, past[0])):
+            logits = 5 * own[1] @ torch.cat([others, bank[allowed]]).T
+            if targets == "masked":
+                logits = logits[[1, *range(3, len(logits))]]
+                expected = expected - logits.log_softmax(0)[0] / 2
+            elif targets == "diagonal":
+                expected = expected - logits.log_softmax(0)[1] / 2
+            else:
+                expected = expected - logits.log_softmax(0)[:3].mean() / 2
+        torch.testing.assert_close(loss, expected)
+
+    def test_no_gradient_reaches_the_past(self):
+        images, clips, *past = self.embeds()
+        leaves = [tensor.clone().requires_grad_() for tensor in (images, clips)]
+        contrastive_loss(*leaves, 5.0, PRODUCTS, memory=Memory(*past, [1, 2, 3])).backward()
+        assert all(leaf.grad.norm() > 0 for leaf in leaves)
+        assert not any(tensor.requires_grad for tensor in past)
+
+    def test_needs_product_ids(self):
+        images, clips, *past = self.embeds()
+        with pytest.raises(ValueError, match="needs `product_ids`"):
+            contrastive_loss(images, clips, 5.0, memory=Memory(*past, [1, 2, 3]))
+
+
+@pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
+@pytest.mark.parametrize("targets", ["diagonal", "masked", "multi_positive"])
+def test_blocks_of_rows_average_to_the_whole(targets, kind):
+    images, clips = torch.randn(2, 6, 4, dtype=torch.float64)
+    products = torch.tensor([0, 1, 0, 2, 1, 3])
+    whole = contrastive_loss(images, clips, 2.0, products, targets=targets, kind=kind)
+    rows = [slice(0, 2), slice(2, 4), slice(4, 6)]
+    parts = [contrastive_loss(images, clips, 2.0, products, block, targets=targets, kind=kind) for block in rows]
+    torch.testing.assert_close(sum(parts) / 3, whole)
+
+
+def test_mining_for_some_rows():
+    similarity, products = torch.randn(5, 5), torch.tensor([0, 1, 0, 2, 1])
+    ignore = false_negative_mask(products, products)
+    index, valid = mine_hard_negatives(similarity, 3, ignore)
+    rows = slice(2, 4)
+    part = mine_hard_negatives(similarity[rows], 3, ignore[rows], row_offset=2)
+    assert torch.equal(part[0], index[rows]) and torch.equal(part[1], valid[rows])

@@ -336,6 +336,22 @@ def test_logit_scale_is_learned_on_request_only(make_model, make_batch):
         torch.testing.assert_close(model.logit_scale.exp(), torch.tensor(20.0))
 
 
+@pytest.mark.parametrize("saved_as", [True, False])
+@pytest.mark.parametrize("learn", [True, False])
+def test_a_loaded_logit_scale_is_learned_on_request_only(make_model, make_batch, tmp_path, saved_as, learn):
+    """Loading turns on the gradient of every parameter."""
+    saved = make_model(learn_logit_scale=saved_as, logit_scale_init_value=20.0)
+    with torch.no_grad():
+        saved.logit_scale.fill_(math.log(30.0))
+    saved.save_pretrained(tmp_path)
+    model = RiceModel.from_pretrained(tmp_path, learn_logit_scale=learn).train()
+    assert model.logit_scale.exp().item() == pytest.approx(30.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(**make_batch(5), return_loss=True).loss.backward()
+    optimizer.step()
+    assert (abs(model.logit_scale.exp().item() - 30.0) > 1e-4) == learn
+
+
 def test_gradient_checkpointing_changes_no_gradient(make_model, make_batch):
     model, batch = make_model(decoder_dropout=0.0), make_batch(4, patch_mask=True)
     model.train()
@@ -552,3 +568,27 @@ def test_a_default_config_builds_without_weights():
     assert model.decoder.position_embedding.weight.shape == (50, 512)
     assert model.decoder.cross_layer.mlp.fc1.weight.shape == (2048, 512)
     assert model.visual_projection.weight.shape == (512, 768)
+
+
+def test_misspelt_arguments_are_refused(make_model, make_batch):
+    model, batch = make_model(), make_batch()
+    clip = {"pixel_values_videos": batch["pixel_values_videos"]}
+    for method, inputs in (
+        (model.encode_gallery, {"pixel_values": batch["pixel_values"]}),
+        (model.get_image_features, {"pixel_values": batch["pixel_values"]}),
+        (model.encode_clips, clip),
+        (model.get_video_features, clip),
+        (model, batch),
+    ):
+        with pytest.raises(TypeError, match="takes no argument 'patch_masks', 'text'; a batch holds pixel_values, "):
+            method(**inputs, patch_masks=None, text=["a cup"])
+
+
+def test_a_whole_batch_may_be_handed_to_each_encoder(make_model, make_batch):
+    model, batch = make_model(), make_batch(patch_mask=True, product_ids=[0, 1, 2, 3, 4])
+    ids = torch.ones(5, 3, dtype=torch.long)
+    batch |= {f"{kind}_{name}": ids for kind in ("title", "asr") for name in ("input_ids", "attention_mask")}
+    gallery, clips = model.encode_gallery(**batch), model.encode_clips(**batch)
+    assert torch.equal(gallery.embeds, model.encode_gallery(batch["pixel_values"]).embeds)
+    output = model(**batch)
+    torch.testing.assert_close(output.video_embeds, clips.embeds)

@@ -63,9 +63,29 @@ def test_texts_are_tokenised_apart(processor, tokenizer):
     inputs = processor(text="a cup", titles="a red cup", asr=["a green dress", None])
     assert inputs["input_ids"].tolist() == [tokenizer("a cup")["input_ids"]]
     assert inputs["title_input_ids"].tolist() == [tokenizer("a red cup")["input_ids"]]
-    assert inputs["asr_attention_mask"].sum(dim=1).tolist()[1] == len(tokenizer("")["input_ids"])
+    assert inputs["asr_attention_mask"].sum(dim=1).tolist() == [len(tokenizer("a green dress")["input_ids"]), 0]
     short = processor(titles=["buy this blue cup " * 50], max_length=8)
     assert short["title_input_ids"].shape == (1, 8)
+
+
+def test_asr_longer_than_the_limit_keeps_its_middle(processor, tokenizer):
+    words = [f"{number}" for number in range(100, 400)]
+    inputs = processor(asr=[" ".join(words), "short"], titles=[" ".join(words)])
+    kept = tokenizer.decode(inputs["asr_input_ids"][0], skip_special_tokens=True).split()
+    assert inputs["asr_input_ids"].shape[1] <= tokenizer.model_max_length
+    assert len(kept) > tokenizer.model_max_length / 5
+    assert abs(words.index(kept[len(kept) // 2]) - 150) <= 3
+    assert tokenizer.decode(inputs["title_input_ids"][0], skip_special_tokens=True).startswith("100 101")
+    assert tokenizer.decode(inputs["asr_input_ids"][1], skip_special_tokens=True) == "short"
+
+
+@pytest.mark.parametrize("blank", ["", " \n", None])
+def test_a_blank_text_is_masked_whole(processor, blank):
+    for kind in ("titles", "asr"):
+        for return_tensors in ("pt", "np", None):
+            inputs = processor(**{kind: ["a red cup", blank]}, return_tensors=return_tensors)
+            mask = inputs["title_attention_mask" if kind == "titles" else "asr_attention_mask"]
+            assert sum(mask[0]) > 0 and sum(mask[1]) == 0
 
 
 def test_a_title_longer_than_the_limit_is_cut(processor, tokenizer):
@@ -84,6 +104,7 @@ def test_calls_of_generic_code(processor, make_picture):
         "text_kwargs": {"padding": True, "truncation": True, "return_tensors": "pt"},
         "images_kwargs": {"return_tensors": "pt"},
         "videos_kwargs": {"return_tensors": "pt"},
+        "audio_kwargs": {"padding": True},
         "common_kwargs": {"return_tensors": "pt"},
     }
     assert processor(images=[picture], **nested)["pixel_values"].shape == (1, 3, 32, 32)
@@ -117,6 +138,8 @@ def test_arrays_can_be_returned(processor, make_picture):
         ({"videos": [[]]}, "Clip 0 has no frames"),
         ({"videos": []}, "`videos` is empty"),
         ({"videos": "clip", "boxes": [[None]]}, "2 frames but 1 entries in `boxes`"),
+        ({"images": "picture", "titles": ["a", "b"]}, "`titles` has 2 entries for 1 images or clips"),
+        ({"videos": "clip", "asr": []}, "`asr` has 0 entries for 1 images or clips"),
     ],
 )
 def test_bad_calls_get_one_sentence(processor, make_picture, arguments, message):
@@ -223,6 +246,8 @@ def test_picture_files_are_read_upright_and_named_in_errors(make_picture, proces
         with pytest.raises(ImageError, match=r"There is no image file .*absent\.jpg") as error:
             read(tmp_path / "absent.jpg")
         assert isinstance(error.value, FileNotFoundError)
+    with pytest.raises(FileNotFoundError, match=r"There is no image file .*absent\.jpg"):
+        processor(images=[str(tmp_path / "absent.jpg")])
     with pytest.raises(ImageError, match="The image file <bytes> cannot be decoded"):
         open_image(b"")
     with pytest.raises(ImageError, match="The image file 3/cup cannot be decoded"):

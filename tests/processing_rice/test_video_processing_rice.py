@@ -48,6 +48,7 @@ def test_frames_are_sampled_as_published(num_frames, max_frames, mode, expected)
         ((0, 4), "`num_frames` must be at least 1, got 0"),
         ((4, 0), "`max_frames` must be at least 1, got 0"),
         ((4, 4, "random"), "`mode` must be"),
+        ((9, 4.0), "`max_frames` must be a whole number, got 4.0"),
     ],
 )
 def test_sampling_refuses_what_makes_no_sense(arguments, message):
@@ -75,6 +76,50 @@ def test_a_box_that_selects_nothing_or_no_box_keeps_everything():
 def test_boxes_of_another_shape_are_refused(boxes):
     with pytest.raises(ValueError, match=r"must be \(n, 4\)"):
         boxes_to_patch_mask(boxes)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (([[0, 0, np.nan, 4]],), "`boxes` must be finite"),
+        (([[0, 0, 4, 4], [1]],), r"`boxes` must be \(n, 4\)"),
+        (([[0, 0, 4, 4]], 32, 0), "`patch_size` must be at least 1 .* 32 x 32 pixels, got 0"),
+        (([[0, 0, 4, 4]], (32, 16), 24), "fit into the image of 32 x 16 pixels, got 24"),
+    ],
+)
+def test_patch_masks_without_meaning_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        boxes_to_patch_mask(*arguments)
+
+
+@pytest.mark.parametrize(
+    "box, message",
+    [
+        ([0, 0, np.nan, 1], "is not left-top-right-bottom in finite numbers"),
+        ([0, 0, 1], "is not left-top-right-bottom in finite numbers"),
+        ([[0, 0, 1, 1], [0, 0]], "is not left-top-right-bottom in finite numbers"),
+        (["a", 0, 1, 1], "is not left-top-right-bottom in finite numbers"),
+        ([8, 8, 120, 64], r"is not in 0\.\.1 of the frame"),
+        ([-0.2, 0, 0.5, 1], r"is not in 0\.\.1 of the frame"),
+        ([0.5, 0, 0.5, 1], "has no area in the frame"),
+        ([0, 0.6, 1, 0.4], "has no area in the frame"),
+        ([-0.04, 0, -0.01, 1], "has no area in the frame"),
+        ([[0, 0, 1, 1], [0, 0, 0, 0]], "has no area in the frame"),
+    ],
+)
+def test_boxes_without_meaning_name_clip_and_frame(video_processor, make_picture, box, message):
+    clips = [[make_picture()], [make_picture()] * 3]
+    with pytest.raises(ValueError, match=f"^Clip 1, frame 2: the box .*{message}") as error:
+        video_processor(clips, boxes=[[None], [None, [0, 0, 1, 1], box]])
+    assert "\n" not in str(error.value)
+
+
+def test_boxes_that_overshoot_a_little_are_cut_off(video_processor, make_picture):
+    def mask(box):
+        return video_processor([[make_picture()]], boxes=[[box]], box_iou_threshold=0.3)["patch_mask"]
+
+    assert torch.equal(mask([-0.05, 0, 0.25, 0.25]), mask([0, 0, 0.25, 0.25]))
+    assert torch.equal(mask([0.75, 0.75, 1.04, 1.05]), mask([0.75, 0.75, 1, 1]))
 
 
 def test_recorded_patch_masks_and_sampling(shared_dir):
@@ -253,6 +298,24 @@ def test_ranges_of_a_video_file(make_video):
 def test_files_and_frame_lists_share_a_batch(video_processor, make_video, make_picture):
     inputs = video_processor([str(make_video()), [make_picture()]])
     assert inputs["frame_mask"].tolist() == [[True] * 4, [True, False, False, False]]
+
+
+def test_clips_may_be_listed_by_sample(video_processor, make_picture, tmp_path):
+    """As sentence-transformers and chat templates give them: a list of clips for each sample."""
+    pictures = [Image.fromarray(make_picture(seed=i)) for i in range(3)]
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{i}.png")
+    paths = [str(tmp_path / f"{i}.png") for i in range(3)]
+    expected = video_processor([pictures, pictures[:1], pictures[1:]])
+    array = np.stack([np.asarray(picture) for picture in pictures])
+    for nested in (
+        [[pictures, pictures[:1]], [pictures[1:]]],
+        [[paths], [paths[:1]], [paths[1:]]],
+        [[array], [array[:1]], array[1:]],
+    ):
+        inputs = video_processor(nested)
+        assert torch.equal(inputs["pixel_values_videos"], expected["pixel_values_videos"])
+        assert torch.equal(inputs["frame_mask"], expected["frame_mask"])
 
 
 @pytest.mark.parametrize(

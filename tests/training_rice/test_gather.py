@@ -24,7 +24,7 @@ PROCESSES = 4
 # Product 2 and 5 occur on different processes, product 3 twice on one, whether there are 2 or 4.
 PRODUCTS = [1, 2, 3, 3, 5, 2, 4, 5]
 TEXTS = ("title_embeds", "asr_embeds")
-TERMS = ("loss", "contrastive_loss", "matching_loss", "reconstruction_loss")
+TERMS = ("loss", "contrastive_loss", "matching_loss", "reconstruction_loss", "text_loss")
 CASES = {
     "hardest": {"matching_negatives": "hardest"},
     "all": {"matching_negatives": "all"},
@@ -43,6 +43,19 @@ CASES = {
     },
     "sigmoid": {"contrastive_loss": "sigmoid", "logit_bias_init_value": -3.0, "use_decoder": False},
     "text": {"matching_negatives": "all", "text_embed_dim": 6},
+    "said": {
+        "text_config": {
+            "vocab_size": 20,
+            "hidden_size": 12,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+        "text_score_weight": 2.0,
+        "num_hard_negatives": 2,
+    },
 }
 VARIANTS = {"plain": (), "products": ("product_ids",), "boxes": ("product_ids", "patch_mask")}
 # Cases that are also run in single precision.
@@ -56,7 +69,7 @@ def _build(settings: dict, dtype: torch.dtype = torch.float64) -> torch.nn.Modul
     model = RiceModel(RiceConfig(**settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name not in ("logit_scale", "logit_bias"):
+            if name not in ("logit_scale", "logit_bias", "text_logit_scale"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
         if model.reconstruction_head is not None:
             # Kept alive under its ReLUs, or there would be no gradient to compare.
@@ -138,10 +151,15 @@ def cases():
         "patch_mask": torch.rand(BATCH, FRAMES, PATCHES, generator=generator) < 0.5,
     }
     texts = {name: torch.randn(BATCH, 6, generator=generator, dtype=torch.float64) for name in TEXTS}
+    said = {}
+    # Pairs without a text come in unequal numbers to the processes.
+    for kind, lengths in (("title", [3, 0, 4, 2, 4, 1, 2, 3]), ("asr", [4, 3, 0, 0, 2, 4, 3, 1])):
+        said[f"{kind}_input_ids"] = torch.randint(20, (BATCH, 4), generator=generator)
+        said[f"{kind}_attention_mask"] = (torch.arange(4) < torch.tensor(lengths)[:, None]).long()
     found = []
     for case, settings in CASES.items():
         for variant, keys in VARIANTS.items():
-            entries = batch | {key: optional[key] for key in keys} | (texts if case == "text" else {})
+            entries = batch | {key: optional[key] for key in keys} | {"text": texts, "said": said}.get(case, {})
             found.append((f"{case}-{variant}", base | settings, entries))
             if case in SINGLE:
                 single = {key: value.float() if value.is_floating_point() else value for key, value in entries.items()}
@@ -191,7 +209,7 @@ def test_equals_one_process(processes, whole, case, variant, size):
     assert expected["gradients"]["visual_projection.weight"].abs().max() > 1e-6
     if CASES[case].get("use_decoder", True):
         assert expected["gradients"]["reconstruction_head.conv1.weight"].abs().max() > 1e-9
-        assert expected["terms"].keys() == set(TERMS)
+        assert expected["terms"].keys() == set(TERMS) - ({"text_loss"} if case != "said" else set())
     assert_equals_one_process(processes, expected, name, size, 1e-10)
 
 

@@ -15,6 +15,7 @@ from training_rice.setup import (
     build_rice_processor,
     check_processes,
     choose_attention,
+    load_views,
     read_texts,
     record_arguments,
 )
@@ -27,6 +28,16 @@ def saved(make_model, processor, tmp_path):
     make_model().save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def test_missing_test_files_come_with_the_hint_to_train_without_validation(training, tmp_path):
+    annotations = tmp_path / "lpr4m" / "annotations"
+    annotations.mkdir(parents=True)
+    rows = ("\t".join((f"0-0-0-0-0-{i}-{i + 1}", f"['f{i}']", "[]", f"image{i}", *[""] * 7)) for i in range(16))
+    (annotations / "training_videoinfo.txt").write_text("\n".join(rows))
+    data = DataArguments(dataset="lpr4m", data_dir=str(annotations.parent), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(FileNotFoundError, match="set validation_fraction .* Set eval_strategy to 'no' to train"):
+        load_views(data, training(eval_strategy="epoch", per_device_train_batch_size=2))
 
 
 def cut(path) -> None:

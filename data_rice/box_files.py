@@ -1,0 +1,216 @@
+"""Files of boxes that somebody else made, such as a product detector, and rows that take their boxes from one.
+
+A box file is JSON lines. The first line says where the boxes come from:
+
+    {"format": "rice-boxes", "version": 1, "dataset": "mini_lpr4m", "detector": "runs/detector", ...}
+
+Each further line is one clip, with the numbers of the frames that were looked at, and for each of them a box (left,
+top, right, bottom as fractions of the frame) with its score, or null where there is none:
+
+    {"split": "test", "clip_id": "c1", "num_frames": 5, "frames": [0, 1], "boxes": [[0.1, 0.2, 0.5, 1], null],
+     "scores": [0.9, null]}
+
+`num_frames` is the number of the clip's frames, null for a clip of a video file, whose frames are counted from 0 at
+the start of its time range.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+
+import datasets
+
+from .parsing import check_box, clip_box, fingerprint, is_number, read_json_lines, row_error
+
+logger = logging.getLogger(__name__)
+
+FORMAT = {"format": "rice-boxes", "version": 1}
+_NAMED_CLIPS = 10
+
+
+def box_line(
+    split: str,
+    clip_id: str,
+    num_frames: int | None,
+    frames: Sequence[int],
+    boxes: Sequence[Sequence[float] | None],
+    scores: Sequence[float | None],
+) -> str:
+    """Return one clip's line of a box file; see the module for what the arguments mean."""
+    entry = {"split": split, "clip_id": clip_id, "num_frames": num_frames, "frames": list(frames)}
+    entry["boxes"] = [None if box is None else [round(value, 5) for value in box] for box in boxes]
+    entry["scores"] = [None if score is None else round(score, 5) for score in scores]
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+class BoxFile:
+    """The boxes of a file, by split and clip.
+
+    Args:
+        path: a box file.
+
+    Attributes:
+        header: the file's first line.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is no box file, or a line of it is malformed; the message names the line.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        self._clips: dict[tuple[str, str], tuple[int | None, dict[int, list[float]]]] = {}
+        if not os.path.isfile(self.path):
+            raise FileNotFoundError(
+                f"{self.path} does not exist; write it with python -m retrieval_rice.detector run."
+            )
+        lines = read_json_lines(self.path)
+        _, self.header = next(lines, (0, {}))
+        if {name: self.header.get(name) for name in FORMAT} != FORMAT:
+            raise ValueError(
+                f"{self.path} does not begin as a box file does ({json.dumps(FORMAT)}); write it with "
+                "python -m retrieval_rice.detector run."
+            )
+        for number, entry in lines:
+            try:
+                key, clip = _parse_clip(entry)
+            except ValueError as error:
+                raise row_error(self.path, number, f"{error}.") from None
+            if key in self._clips:
+                raise row_error(self.path, number, f"the clip {key[1]!r} of {key[0]} appears twice; keep one line.")
+            self._clips[key] = clip
+
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        return key in self._clips
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def keys(self) -> set[tuple[str, str]]:
+        """Return the `(split, clip id)` of every clip."""
+        return set(self._clips)
+
+    def columns(self, split: str, clip_id: str, num_frames: int | None) -> tuple[list[list[float] | None], list[int]]:
+        """Return a row's ``boxes`` and ``box_frames``.
+
+        Args:
+            num_frames: how many frames the row has; None for a clip of a video file.
+
+        Raises:
+            ValueError: the boxes belong to another number of frames.
+        """
+        expected, boxes = self._clips[split, clip_id]
+        if expected != num_frames:
+            raise ValueError(
+                f"{self.path} has boxes for {_frames(expected)} of the clip {clip_id!r}, but the data set has "
+                f"{_frames(num_frames)}; write the box file from these data."
+            )
+        if num_frames is None:
+            return list(boxes.values()), list(boxes)
+        return [boxes.get(number) for number in range(num_frames)], []
+
+
+def _frames(number: int | None) -> str:
+    return "a video" if number is None else f"{number} frames"
+
+
+def _parse_clip(entry: dict) -> tuple[tuple[str, str], tuple[int | None, dict[int, list[float]]]]:
+    for name in ("split", "clip_id"):
+        if not isinstance(entry.get(name), str):
+            raise ValueError(f"{name!r} is missing or no text")
+    total, frames, boxes, scores = (entry.get(name) for name in ("num_frames", "frames", "boxes", "scores"))
+    if total is not None and type(total) is not int:
+        raise ValueError("'num_frames' is neither a whole number nor null")
+    if not all(isinstance(value, list) for value in (frames, boxes, scores)) or not (
+        len(frames) == len(boxes) == len(scores)
+    ):
+        raise ValueError("'frames', 'boxes' and 'scores' are not three lists of one length")
+    found = {}
+    for frame, box, score in zip(frames, boxes, scores):
+        if type(frame) is not int or frame < 0 or (total is not None and frame >= total):
+            raise ValueError(f"{frame!r} in 'frames' is no number of one of the clip's frames")
+        if score is not None and not is_number(score):
+            raise ValueError(f"the score {score!r} is not a number")
+        if box is None:
+            continue
+        box = clip_box(check_box(box))
+        if box is None:
+            raise ValueError(f"the box of frame {frame} has no area in the frame; write null for no box")
+        found[frame] = box
+    return (entry["split"], entry["clip_id"]), (total, dict(sorted(found.items())))
+
+
+class _ReplaceBoxes:
+    """For `datasets.Dataset.map`: pickled, and so hashed for its cache, as path and state of the file."""
+
+    def __init__(self, path: str, split: str):
+        self.path = os.path.abspath(path)
+        self.split = split
+        self.state = fingerprint([self.path])
+        self._file: BoxFile | None = None
+
+    def __getstate__(self):
+        return self.__dict__ | {"_file": None}
+
+    @property
+    def file(self) -> BoxFile:
+        if self._file is None:
+            self._file = BoxFile(self.path)
+        return self._file
+
+    def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
+        columns = [
+            self.file.columns(self.split, clip_id, None if video else len(frames))
+            for clip_id, video, frames in zip(batch["clip_id"], batch["video"], batch["frames"], strict=True)
+        ]
+        return {"boxes": [boxes for boxes, _ in columns], "box_frames": [numbers for _, numbers in columns]}
+
+
+def with_boxes_of(rows: datasets.Dataset, path: str | os.PathLike, split: str) -> datasets.Dataset:
+    """Return ``pairs`` or ``queries`` rows with the boxes of a box file in place of their own.
+
+    Frames for which the file has no box have none, whatever the rows said of them; how many those are is logged.
+
+    Args:
+        rows: rows of one split.
+        path: the box file.
+        split: "train", "validation" or "test", as the file names it.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is malformed, lacks clips of the rows (which are listed), or is of other data.
+    """
+    replace = _ReplaceBoxes(os.fspath(path), split)
+    missing = [clip_id for clip_id in dict.fromkeys(rows["clip_id"]) if (split, clip_id) not in replace.file]
+    if missing:
+        more = f" and {len(missing) - _NAMED_CLIPS} more" if len(missing) > _NAMED_CLIPS else ""
+        raise ValueError(
+            f"{path} has no boxes for {len(missing)} clips of the {split} split: "
+            f"{', '.join(missing[:_NAMED_CLIPS])}{more}; run the detector on this split."
+        )
+    new = {name: rows.features[name] for name in ("boxes", "box_frames")}
+    columns = rows.map(
+        replace,
+        batched=True,
+        batch_size=100,
+        remove_columns=rows.column_names,
+        features=datasets.Features(new),
+        desc=f"Boxes of the {split} split",
+    )
+    # Side by side, since pictures within the rows would otherwise be written to the cache once more.
+    replaced = datasets.concatenate_datasets([rows.remove_columns(list(new)), columns], axis=1)
+    replaced = replaced.select_columns(rows.column_names)
+    counts = count_boxes(replaced)
+    logger.info("%s: %d frames of the %s split have a box of %s", path, counts["boxes"], split, counts["frames"])
+    return replaced
+
+
+def count_boxes(rows: datasets.Dataset) -> dict[str, int]:
+    """Count, over ``pairs`` or ``queries`` rows, the ``boxes`` and the ``frames`` (0 for clips of video files)."""
+    columns = rows.select_columns(["boxes", "frames"]).with_format("arrow")
+    boxes = frames = 0
+    for batch in columns.iter(batch_size=10_000):
+        boxes += sum(box is not None for clip in batch["boxes"].to_pylist() for box in clip or [])
+        frames += sum(length.as_py() or 0 for length in batch["frames"].combine_chunks().value_lengths())
+    return {"boxes": boxes, "frames": frames}

@@ -1,0 +1,100 @@
+"""The breakdown of a result by attribute: how often each category was trained on, and the picture of it all."""
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+
+from data_rice import open_dataset_view
+from data_rice.lazy_rows import ParquetRows
+
+from .html_plots import wilson_interval
+
+MAX_DRAWN = 40
+"""Groups of one attribute that the picture shows; of more, the largest."""
+
+
+def train_rows_by_category(dataset: str, data_dir: str | None = None, cache_dir: str | None = None) -> dict[str, int]:
+    """
+    Category -> training rows of a data set, without opening a picture; rows without a category are left out.
+
+    Raises:
+        FileNotFoundError, ValueError: the data set has no training split, or its rows cannot be read.
+    """
+    rows = open_dataset_view(dataset, "pairs", "train", data_dir, cache_dir)
+    if isinstance(rows, ParquetRows):
+        # Their rows come only with all the pictures of a row group.
+        names = pyarrow.parquet.read_table(rows.files, columns=["category"])["category"].to_pylist()
+        return dict(Counter(name for name in names if name))
+    codes, known = rows.column_codes("category")
+    if not known:
+        return {}
+    _, first, counts = np.unique(codes, return_index=True, return_counts=True)
+    names = [row["category"] for row in rows.__getitems__(first.tolist())]
+    return {name: int(count) for name, count in zip(names, counts, strict=True) if name}
+
+
+def can_draw() -> bool:
+    """Whether matplotlib, the optional extra `plot`, is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def draw_breakdown(path: str | os.PathLike, by: Mapping[str, Mapping[str, Mapping]], title: str) -> None:
+    """
+    Draws R@1 of every group, one panel per attribute, into a picture. Its intervals are Wilson's, which keep a width
+    where all clips of a small group are hits or misses, as the bootstrap does not.
+
+    Args:
+        path: file to write, such as breakdown.png.
+        by: what `evaluation_rice.protocol.breakdown` returns.
+        title: heading.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there is no attribute to draw.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not by:
+        raise ValueError("the breakdown is empty: the data set's rows know no attribute, so there is nothing to draw.")
+    shown = {column: _largest(groups) for column, groups in by.items()}
+    heights = [0.9 + 0.26 * len(groups) for groups in shown.values()]
+    figure = Figure(figsize=(7.5, 0.6 + sum(heights)), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize="medium")
+    panels = figure.subplots(len(shown), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    for axes, (column, groups) in zip(panels, shown.items(), strict=True):
+        _draw_groups(axes, groups)
+        axes.set_title(column.replace("_", " "), loc="left", fontsize="small")
+    panels[0].legend(loc="best", fontsize="x-small")
+    panels[-1].set_xlabel("R@1 in percent, with 95 % Wilson intervals")
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    figure.savefig(temporary, dpi=120, format="png")
+    os.replace(temporary, path)
+
+
+def _largest(groups: Mapping[str, Mapping]) -> dict[str, Mapping]:
+    """The groups to draw, by name, or from the largest to the smallest where they are many."""
+    if len(groups) <= 8:
+        return dict(groups)
+    return dict(sorted(groups.items(), key=lambda item: (-item[1]["num_queries"], item[0]))[:MAX_DRAWN])
+
+
+def _draw_groups(axes, groups: Mapping[str, Mapping]) -> None:
+    kinds = [name for name in next(iter(groups.values())) if name != "num_queries"]
+    for number, kind in enumerate(kinds):
+        values = np.array([100 * group[kind]["R@1"] for group in groups.values()])
+        spread = [wilson_interval(group[kind]["R@1"], group["num_queries"]) for group in groups.values()]
+        errors = np.abs(100 * np.array(spread).T - values)
+        places = np.arange(len(groups)) + 0.22 * (number - (len(kinds) - 1) / 2)
+        axes.errorbar(values, places, xerr=errors, fmt="o", markersize=3, linewidth=1, capsize=1.5, label=kind)
+    labels = [f"{name} ({group['num_queries']})" for name, group in groups.items()]
+    axes.set_yticks(range(len(groups)), labels, fontsize="x-small")
+    axes.set_ylim(len(groups) - 0.4, -0.6)
+    axes.set_xlim(-2, 102)
+    axes.grid(axis="x", alpha=0.3)

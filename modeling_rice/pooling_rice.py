@@ -1,0 +1,126 @@
+"""Frames of a clip to one vector: frame features `(B, T, D)` and frame mask `(B, T)`, `True` = real, to `(B, D)`.
+
+Whatever stands at padded frames has no influence. Every learnt pooling starts as the published mean, so that a model
+trained with the mean can be continued with another one.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_rice import RiceConfig
+
+
+def masked_mean(features: Tensor, mask: Tensor) -> Tensor:
+    """Mean over real frames, as published; zero for a clip without any."""
+    weights = mask[..., None].to(features.dtype)
+    return (features * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+def consensus(features: Tensor, mask: Tensor) -> Tensor:
+    """Cosine `(B, T)` of each frame with the mean direction of its clip's real frames."""
+    directions = nn.functional.normalize(features, dim=-1)
+    common = nn.functional.normalize(masked_mean(directions, mask), dim=-1)
+    return (directions @ common[..., None]).squeeze(-1)
+
+
+class RiceZeroLinear(nn.Linear):
+    """A linear layer without bias; a class of its own because it starts at zero."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+
+class RiceTemporalPooling(nn.Module):
+    """
+    Weighted mean over real frames. Subclasses change what is averaged (`contextualise`) or the weights' logits
+    (`score`); `frame_consensus_scale` adds to the latter and needs no parameters.
+    """
+
+    def __init__(self, config: RiceConfig):
+        super().__init__()
+        self.consensus_scale = config.frame_consensus_scale
+
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Features `(B, T, D)`, mask `(B, T)` bool with a real frame in each row -> `(B, D)`."""
+        precision = next(self.parameters(), features).dtype
+        # Filled rather than multiplied, since padding may hold anything.
+        return self._pool(features.masked_fill(~mask[..., None], 0.0).to(precision), mask).to(features.dtype)
+
+    def _pool(self, features: Tensor, mask: Tensor) -> Tensor:
+        scores = self.score(features)
+        if self.consensus_scale:
+            agreement = self.consensus_scale * consensus(features, mask)
+            scores = agreement if scores is None else scores + agreement
+        states = self.contextualise(features, mask)
+        if scores is None:
+            return masked_mean(states, mask)
+        weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=1)
+        return (weights[..., None] * states).sum(dim=1)
+
+    def score(self, features: Tensor) -> Tensor | None:
+        """Logits `(B, T)` of the weights, `None` where frames count alike."""
+        return None
+
+    def contextualise(self, features: Tensor, mask: Tensor) -> Tensor:
+        """What is averaged, `(B, T, D)`; anything at padded frames."""
+        return features
+
+
+class RiceAttentionPooling(RiceTemporalPooling):
+    """A learnt saliency per frame, as attention makes one descriptor of many in SEAM Match-RCNN (WACV 2022)."""
+
+    def __init__(self, config: RiceConfig):
+        super().__init__(config)
+        self.hidden = nn.Linear(config.projection_dim, config.projection_dim)
+        self.saliency = RiceZeroLinear(config.projection_dim, 1)
+
+    def score(self, features: Tensor) -> Tensor:
+        return self.saliency(torch.tanh(self.hidden(features))).squeeze(-1)
+
+
+class RiceLSTMPooling(RiceTemporalPooling):
+    """Frames read in order by an LSTM, as in AsymNet (CVPR 2017), whose states are added to them."""
+
+    def __init__(self, config: RiceConfig):
+        super().__init__(config)
+        self.lstm = nn.LSTM(config.projection_dim, config.projection_dim, batch_first=True)
+        self.lstm_output = RiceZeroLinear(config.projection_dim, config.projection_dim)
+
+    def contextualise(self, features: Tensor, mask: Tensor) -> Tensor:
+        # Real frames come first, so that no state has read a padded one.
+        order = (~mask).int().argsort(dim=1, stable=True)[..., None].expand_as(features)
+        states = self.lstm(features.gather(1, order))[0]
+        return features + torch.zeros_like(states).scatter(1, order, self.lstm_output(states))
+
+
+class RiceTransformerPooling(RiceTemporalPooling):
+    """One transformer block over frames with the time they stand at; what it finds is added to them."""
+
+    def __init__(self, config: RiceConfig):
+        super().__init__(config)
+        width = config.projection_dim
+        self.norm = nn.LayerNorm(width)
+        self.block = nn.TransformerEncoderLayer(
+            width, config.decoder_num_heads, 2 * width, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.block_output = RiceZeroLinear(width, width)
+
+    def contextualise(self, features: Tensor, mask: Tensor) -> Tensor:
+        times = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        states = self.norm(features) + time_positions(times, features.shape[-1]).to(features.dtype)
+        return features + self.block_output(self.block(states, src_key_padding_mask=~mask))
+
+
+def time_positions(times: Tensor, width: int) -> Tensor:
+    """Sines and cosines `(..., width)` of times `(...)` (Attention Is All You Need, 2017, section 3.5), any number."""
+    rates = 10_000.0 ** (-torch.arange(0, width, 2, device=times.device) / width)
+    angles = times[..., None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)[..., :width]
+
+
+POOLINGS = {
+    "mean": RiceTemporalPooling,
+    "attention": RiceAttentionPooling,
+    "lstm": RiceLSTMPooling,
+    "transformer": RiceTransformerPooling,
+}

@@ -1,0 +1,101 @@
+"""Which of a shop's images a clip shows: candidates of any kind to a gallery, and scores to ranked lists."""
+
+import os
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .features_rice import RiceClips, RiceGallery
+
+RANKINGS = ("embedding", "matching")
+_ENCODE_AT_ONCE = 64
+
+
+def encode_candidates(model, processor, candidates, titles: list[str] | None = None) -> RiceGallery:
+    """
+    Candidates of a ranking as a gallery.
+
+    Args:
+        model, processor: A [`RiceModel`] in eval mode, and the processor that was saved with it.
+        candidates: Shop images (PIL, arrays, tensors, paths), a gallery from `encode_gallery`, or the path of one
+            that was saved (`.safetensors`).
+        titles: One per image, for models that read them; an empty one is a title that is not there.
+
+    Raises:
+        ValueError: no candidates, titles that do not fit them, a picture or gallery that cannot be read.
+        FileNotFoundError: a file that is missing.
+    """
+    if hasattr(candidates, "embeds"):
+        gallery = candidates
+    elif isinstance(candidates, (str, os.PathLike)) and os.fspath(candidates).endswith(".safetensors"):
+        gallery = RiceGallery.load(candidates)
+    else:
+        gallery = None
+        candidates = (
+            list(candidates) if isinstance(candidates, (list, tuple)) or _is_stack(candidates) else [candidates]
+        )
+    count = len(candidates if gallery is None else gallery)
+    if count == 0:
+        raise ValueError("`candidates` is empty; give at least one shop image.")
+    if titles is not None and len(titles) != count:
+        raise ValueError(f"`titles` has {len(titles)} entries for {count} candidates; give one per candidate.")
+    if gallery is not None:
+        return gallery.to(model.device)
+    parts = []
+    starts = range(0, count, _ENCODE_AT_ONCE)
+    for start in tqdm(starts, desc="candidates", unit="batch", disable=len(starts) < 4):
+        rows = slice(start, start + _ENCODE_AT_ONCE)
+        inputs = processor(images=candidates[rows], titles=None if titles is None else titles[rows])
+        parts.append(model.encode_gallery(**inputs.to(model.device)))
+    return type(parts[0]).cat(parts)
+
+
+def _is_stack(candidates) -> bool:
+    return getattr(candidates, "ndim", 0) == 4
+
+
+def pair_scores(
+    model, clips: RiceClips, gallery: RiceGallery, rank_by: str, candidates: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """
+    Scores by which images are ranked for each clip, and `model.similarity`, both `(num_clips, num_images)`.
+
+    Args:
+        model: A [`RiceModel`] in eval mode.
+        rank_by: `"matching"` (the decoder's score) or `"embedding"` (the similarity).
+        candidates: With `"matching"`, score only this many images per clip, the most similar ones; the others get
+            minus infinity. `None` scores every pair.
+
+    Raises:
+        ValueError: for another `rank_by`, or matching without a decoder.
+    """
+    if rank_by not in RANKINGS:
+        raise ValueError(f"`rank_by` must be one of {', '.join(map(repr, RANKINGS))}, got {rank_by!r}.")
+    cosines = model.similarity(clips, gallery)
+    if rank_by == "embedding":
+        return cosines, cosines
+    if candidates is None or candidates >= len(gallery):
+        return model.match(clips, gallery), cosines
+    scores = torch.full_like(cosines, float("-inf"))
+    for row, nearest in enumerate(cosines.topk(candidates, dim=1).indices):
+        scores[row, nearest] = model.match(clips[row], gallery[nearest])[0].to(scores.dtype)
+    return scores, cosines
+
+
+def default_ranking(model) -> str:
+    """The score that a model's images are ranked by unless told otherwise."""
+    return "embedding" if model.decoder is None else "matching"
+
+
+def best_first(scores: Tensor, top_k: int | None = None) -> list[int]:
+    """
+    Positions in `scores` `(n,)` from best to worst; equal scores keep their order, minus infinity is left out.
+
+    Raises:
+        ValueError: for `top_k` below 1.
+    """
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
+    order = scores.argsort(descending=True, stable=True).tolist()
+    return [i for i in order if scores[i] > float("-inf")][:top_k]

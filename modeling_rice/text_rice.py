@@ -1,0 +1,170 @@
+"""Titles and ASR: the encoder of both, and the contrastive loss that makes their cosine mean something.
+
+A text that is not there is a row whose attention mask is all zero, or a precomputed vector that is all zero. It leaves
+no token in the decoder, and its embedding is the zero vector, so that its cosine with anything is 0.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from .configuration_rice import RiceConfig
+from .loss_rice import cosines, pair_masks
+
+
+@dataclass
+class EncodedText:
+    """
+    Features `(n, W)` for the decoder's token, `present` `(n,)` bool, and normalised embeddings `(n, E)` for the
+    score-level term, zero where there is no text (`None` where the model has no such term).
+    """
+
+    features: Tensor
+    present: Tensor
+    embeds: Tensor | None = None
+
+
+class RiceTextEncoder(nn.Module):
+    """Any text encoder of transformers, pooled: ids `(n, L)` -> features `(n, W)`."""
+
+    def __init__(self, config: RiceConfig):
+        super().__init__()
+        self.config = config
+        self.model = AutoModel.from_config(config.text_config)
+        if getattr(self.model, "pooler", None) is not None:
+            # Would stay without a gradient: the last hidden states are pooled here.
+            self.model.pooler = None
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            input_ids (`(n, L)` int64): Of the tokenizer that the encoder was trained with.
+            attention_mask (`(n, L)`, *optional*): 1 = token; a row of zeros is a text that is not there.
+
+        Returns:
+            Features `(n, W)`, and `(n,)` bool, which of the texts are there.
+
+        Raises:
+            ValueError: for texts longer than the encoder's positions.
+        """
+        longest = getattr(self.config.text_config, "max_position_embeddings", None)
+        if longest is not None and input_ids.shape[1] > longest:
+            raise ValueError(
+                f"The texts have {input_ids.shape[1]} tokens, but the text encoder {longest} positions; set the "
+                f"tokenizer's `model_max_length` to what the encoder takes."
+            )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        present = attention_mask.any(dim=1)
+        # A row that attends to nothing has no softmax; what comes of it is not used.
+        keep = attention_mask.bool() | ~present[:, None]
+        states = self.model(input_ids=input_ids, attention_mask=keep.to(input_ids.dtype)).last_hidden_state
+        if self.config.text_pooling == "cls":
+            features = states[:, 0]
+        else:
+            weights = keep[..., None].to(states.dtype)
+            features = (states * weights).sum(dim=1) / weights.sum(dim=1)
+        return features.masked_fill(~present[:, None], 0.0), present
+
+
+class RiceTextSide:
+    """What [`RiceModel`] knows of texts: `text_model` and `text_projection` are `None` where it has no such part."""
+
+    def encode_text(
+        self, kind: str, vectors: Tensor | None, input_ids: Tensor | None, attention_mask: Tensor | None
+    ) -> EncodedText | None:
+        """
+        Args:
+            kind: `"title"` or `"asr"`, for messages.
+            vectors (`(n, text_width)`, *optional*): Precomputed features; they go before ids.
+            input_ids, attention_mask (`(n, L)`, *optional*): As [`RiceTextEncoder`]; a model without one ignores them.
+
+        Returns:
+            `None` where there is nothing to encode or to encode it with.
+
+        Raises:
+            ValueError: for vectors given to a model without text, or of another width.
+        """
+        width = self.config.text_width
+        if vectors is not None:
+            if width is None:
+                raise ValueError(
+                    f"`{kind}_embeds` was given, but the model has no `text_embed_dim`; set it in the config."
+                )
+            if vectors.shape[-1] != width:
+                raise ValueError(f"`{kind}_embeds` has width {vectors.shape[-1]}, but the model takes {width}.")
+            features, present = vectors, present_texts(vectors)
+        elif input_ids is not None and self.text_model is not None:
+            features, present = self.text_model(input_ids, attention_mask)
+        else:
+            return None
+        embeds = None
+        if self.config.text_score_weight is not None:
+            embeds = features if self.text_projection is None else self.text_projection(features)
+            embeds = embeds.to(torch.promote_types(embeds.dtype, torch.float32))
+            embeds = nn.functional.normalize(embeds, dim=-1).masked_fill(~present[:, None], 0.0)
+        return EncodedText(features, present, embeds)
+
+    def gather_texts(self, images, clips) -> tuple[Tensor, Tensor] | None:
+        """Title and ASR embeddings `(B, E)` of all processes' pairs, `None` where there is no score-level term."""
+        texts = (images.text, clips.text)
+        if any(text is None or text.embeds is None for text in texts):
+            return None
+        return self.gather(texts[0].embeds), self.gather(texts[1].embeds)
+
+    def text_loss(self, texts: tuple[Tensor, Tensor], product_ids: Tensor | None, rows: slice) -> Tensor | None:
+        """Text loss of some rows of the global batch, unweighted; `None` where there is nothing to train by it."""
+        if self.text_logit_scale is None:
+            return None
+        scale, targets = self.text_logit_scale.exp(), self.config.contrastive_targets
+        return text_contrastive_loss(*texts, scale, product_ids, rows, targets)
+
+
+def present_texts(vectors: Tensor) -> Tensor:
+    """Vectors `(n, E)` -> `(n,)` bool, `False` for those of texts that are not there."""
+    return (vectors != 0).any(dim=-1)
+
+
+def text_contrastive_loss(
+    title_embeds: Tensor,
+    asr_embeds: Tensor,
+    scale: Tensor | float,
+    product_ids: Tensor | None = None,
+    rows: slice | None = None,
+    targets: str = "masked",
+) -> Tensor:
+    """
+    Symmetric InfoNCE between the titles and the ASR of some rows of the global batch. Pairs that lack either text are
+    no rows of it, and a text that is missing is no column.
+
+    Args:
+        title_embeds, asr_embeds (`(B, E)`): Normalised, zero where there is no text.
+        scale: Logits are `scale * cosine`.
+        product_ids (`(B,)` int64, *optional*), targets: See `loss_rice.pair_masks`.
+        rows: Which rows to work off; all by default. The mean over equal blocks of rows is that of the whole.
+
+    Returns:
+        Scalar, the mean over pairs that have both texts; 0, with a gradient of 0, when none has.
+    """
+    rows = rows or slice(0, len(title_embeds))
+    has_title, has_asr = present_texts(title_embeds), present_texts(asr_embeds)
+    usable = has_title & has_asr
+    own = None if product_ids is None else product_ids[rows]
+    positives, ignore = pair_masks(targets, own, product_ids, rows.start)
+
+    def one_way(texts: Tensor, others: Tensor, has_other: Tensor) -> Tensor:
+        logits = scale * cosines(texts[rows], others)
+        unfit = ~has_other[None] if ignore is None else ~has_other[None] | ignore
+        probabilities = logits.masked_fill(unfit, torch.finfo(logits.dtype).min).log_softmax(dim=1)
+        wanted = torch.zeros_like(probabilities, dtype=torch.bool) if positives is None else positives & ~unfit
+        place = torch.arange(len(logits), device=logits.device)
+        wanted = wanted.scatter(1, (place + rows.start)[:, None], True)
+        losses = -probabilities.masked_fill(~wanted, 0.0).sum(dim=1) / wanted.sum(dim=1)
+        return losses.masked_fill(~usable[rows], 0.0).sum()
+
+    total = one_way(title_embeds, asr_embeds, has_asr) + one_way(asr_embeds, title_embeds, has_title)
+    # Blocks may hold unequal numbers of usable pairs, and are to average to the mean over all of them.
+    blocks = len(title_embeds) / len(title_embeds[rows])
+    return total / 2 * blocks / usable.sum().clamp(min=1)

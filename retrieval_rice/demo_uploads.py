@@ -1,0 +1,213 @@
+"""What strangers upload to the demo: read within bounds, from its own folder only, and deleted at once.
+
+A file's kind is told by its first bytes and never by its name, so that a play list, which could name further files, is
+not opened as a video. Read frames are small JPEGs in memory.
+"""
+
+import io
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from data_rice.decoding import MediaError, decode_image
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_SIDE = 640
+_FIRST_STEP = 0.2
+
+
+@dataclass(frozen=True)
+class UploadLimits:
+    """
+    Attributes:
+        max_bytes: Of one file, and of all files of a clip together.
+        max_files: Pictures of a clip.
+        max_pixels: Of a picture or a frame.
+        max_seconds: Length of a video.
+        reading_seconds: Time that reading may take.
+        max_frames: Frames kept of a video, at most and evenly spaced.
+    """
+
+    max_bytes: int = 50_000_000
+    max_files: int = 64
+    max_pixels: int = 25_000_000
+    max_seconds: float = 120.0
+    reading_seconds: float = 20.0
+    max_frames: int = 64
+
+
+class UploadError(ValueError):
+    """An upload that is refused; the message is one sentence for the person who sent it."""
+
+
+@dataclass
+class Upload:
+    """Frames of a clip as encoded pictures, and what is worth knowing of them ("" for nothing)."""
+
+    frames: list[bytes]
+    note: str = ""
+
+
+def read_upload(paths: Sequence[str], folder: str | Path, limits: UploadLimits = UploadLimits()) -> Upload:
+    """
+    Frames of uploaded pictures, in the order of their names, or of one uploaded video. The files are deleted, also
+    when they are refused.
+
+    Args:
+        paths: Where the server put the files.
+        folder: The only folder from which anything is read or deleted.
+        limits: How much is read.
+
+    Raises:
+        UploadError: the files are too many, too large, too long, of no known kind, damaged, or not in the folder.
+    """
+    own = [Path(path) for path in paths if _lies_in(Path(path), Path(folder))]
+    try:
+        if len(own) < len(paths):
+            raise UploadError("A file was not uploaded here, so it is not read.")
+        return _read(sorted(own, key=lambda path: _natural(path.name)), limits)
+    finally:
+        for path in own:
+            path.unlink(missing_ok=True)
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    return not path.is_symlink() and path.is_file() and path.resolve().is_relative_to(folder.resolve())
+
+
+def _natural(name: str) -> list:
+    """Orders frame2 before frame10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"([0-9]{1,18})", name)]
+
+
+def _read(paths: list[Path], limits: UploadLimits) -> Upload:
+    if not paths:
+        raise UploadError("Nothing was uploaded: choose pictures or one video.")
+    if len(paths) > limits.max_files:
+        raise UploadError(f"A clip has at most {limits.max_files} pictures here, and these are {len(paths)}.")
+    size = sum(path.stat().st_size for path in paths)
+    if size > limits.max_bytes:
+        megabytes = limits.max_bytes / 1e6
+        raise UploadError(f"The upload has {size / 1e6:.1f} MB, more than the {megabytes:g} MB that are read.")
+    deadline = time.monotonic() + limits.reading_seconds
+    formats = [video_format(path) for path in paths]
+    if not any(formats):
+        return Upload([_read_picture(path, limits, deadline) for path in paths])
+    if len(paths) > 1:
+        raise UploadError("Upload either pictures or one video, not both or several.")
+    return _read_video(paths[0], formats[0], limits, deadline)
+
+
+def video_format(path: str | Path) -> str | None:
+    """FFmpeg's name of the container that a file's first bytes announce, `None` where it is no known video."""
+    with open(path, "rb") as file:
+        start = file.read(12)
+    if start[4:8] in (b"ftyp", b"moov", b"mdat"):
+        return "mp4"
+    if start[:4] == b"\x1a\x45\xdf\xa3":
+        return "matroska"
+    if start[:4] == b"RIFF" and start[8:12] == b"AVI ":
+        return "avi"
+    return None
+
+
+def _check_time(deadline: float, limits: UploadLimits) -> None:
+    if time.monotonic() > deadline:
+        raise UploadError(
+            f"Reading took longer than {limits.reading_seconds:g} s; upload something shorter or smaller."
+        )
+
+
+def _check_pixels(name: str, width: int, height: int, limits: UploadLimits) -> None:
+    if width * height > limits.max_pixels:
+        megapixels = limits.max_pixels / 1e6
+        raise UploadError(f"{name} has {width} x {height} pixels, more than the {megapixels:g} million that are read.")
+
+
+def _read_picture(path: Path, limits: UploadLimits, deadline: float) -> bytes:
+    _check_time(deadline, limits)
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            _check_pixels(path.name, *image.size, limits)
+        return _small(decode_image({"path": str(path), "bytes": None}))
+    except UploadError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UploadError(f"{path.name} has far too many pixels.") from error
+    except MediaError as error:
+        raise UploadError(f"{path.name} is damaged and cannot be read.") from error
+    # PIL's readers raise whatever their parsing of damaged bytes runs into.
+    except Exception as error:
+        raise UploadError(
+            f"{path.name} is neither a picture (JPEG, PNG, WebP, GIF, BMP) nor a video (MP4, WebM, MKV, AVI)."
+        ) from error
+
+
+def _small(picture: Image.Image) -> bytes:
+    picture.thumbnail((_SIDE, _SIDE))
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, format="JPEG", quality=92)
+    return buffer.getvalue()
+
+
+def _upright(frame) -> Image.Image:
+    picture = frame.to_image()
+    return picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
+
+
+def _read_video(path: Path, container_format: str, limits: UploadLimits, deadline: float) -> Upload:
+    try:
+        import av
+    except ImportError:
+        raise UploadError("This server has no PyAV and reads no videos; upload pictures.") from None
+    frames: list[bytes] = []
+    step, due, note = _FIRST_STEP, 0.0, ""
+    try:
+        for seconds, frame in _decode(av, path, container_format, limits, deadline):
+            if seconds < due:
+                continue
+            frames.append(_small(_upright(frame)))
+            if len(frames) > limits.max_frames:
+                # Whatever the length turns out to be, the frames stay evenly spaced and few.
+                frames, step = frames[::2], 2 * step
+            due = seconds + step - 1e-6
+    except (av.FFmpegError, ValueError, IndexError) as error:
+        if isinstance(error, UploadError):
+            raise
+        if not frames:
+            raise UploadError(f"{path.name} is damaged, no frame of it can be read.") from error
+        note = f"The video is damaged: only its first {len(frames)} frames were used."
+    if not frames:
+        raise UploadError(f"{path.name} holds no picture.")
+    return Upload(frames, note)
+
+
+def _decode(av, path: Path, container_format: str, limits: UploadLimits, deadline: float) -> Iterator[tuple]:
+    """Yields second and frame of each frame of a video, within the limits."""
+    with open(path, "rb") as file, av.open(file, format=container_format) as container:
+        if not container.streams.video:
+            raise UploadError(f"{path.name} holds no picture.")
+        stream = container.streams.video[0]
+        context = stream.codec_context
+        _check_pixels(path.name, context.width, context.height, limits)
+        # Frames may be larger than the header says.
+        context.options = {"max_pixels": str(limits.max_pixels)}
+        if container.duration and container.duration / av.time_base > limits.max_seconds:
+            seconds = container.duration / av.time_base
+            raise UploadError(
+                f"The video lasts {seconds:.0f} s, more than the {limits.max_seconds:g} s that are read."
+            )
+        rate, number = float(stream.average_rate or 25), 0
+        for packet in container.demux(stream):
+            _check_time(deadline, limits)
+            for frame in packet.decode():
+                _check_pixels(path.name, frame.width, frame.height, limits)
+                seconds = frame.time if frame.time is not None else number / rate
+                number += 1
+                if seconds > limits.max_seconds:
+                    raise UploadError(f"The video is longer than the {limits.max_seconds:g} s that are read.")
+                yield seconds, frame

@@ -1,0 +1,178 @@
+"""Runs a detector over the clips of a data set and writes what it finds as a box file (`data_rice.box_files`)."""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+
+from data_rice import load_dataset_view
+from data_rice.box_files import FORMAT, BoxFile, box_line
+from data_rice.collator import decode_image
+from data_rice.decoding import MediaError
+from evaluation_rice.checkpoint import weights_fingerprint
+from processing_rice import read_video, sample_frame_indices
+
+from .product_detector import ProductDetector
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """One clip's pictures: `num_frames` as in a box file, the numbers of those chosen, None for unreadable ones."""
+
+    clip_id: str
+    num_frames: int | None
+    numbers: list[int]
+    pictures: list[Image.Image | None]
+
+
+def write_boxes(
+    detector: ProductDetector,
+    path: str | os.PathLike,
+    *,
+    dataset: str,
+    splits: Sequence[str],
+    detector_name: str,
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+    num_frames: int = 0,
+    clips_per_batch: int = 8,
+    num_workers: int = 0,
+    **options,
+) -> dict[str, int]:
+    """
+    Writes the box file of some splits. The same call goes on with the clips that the file lacks.
+
+    Args:
+        detector: Where boxes come from.
+        path: The file.
+        dataset, data_dir, cache_dir, options: As `data_rice.load_dataset_view`.
+        splits: "train" (its pairs), "validation", "test" (their queries).
+        detector_name: Folder or id, for the header.
+        num_frames: Look at this many frames per clip at most, those that evaluation samples; 0 looks at all.
+        clips_per_batch: Clips decoded together.
+        num_workers: Processes that decode.
+
+    Returns:
+        `clips`, `frames` looked at, `boxes` found, `unreadable` frames (clips of unreadable videos count as one), of
+        this call; `earlier` clips that were there already.
+
+    Raises:
+        FileNotFoundError, ValueError: as `data_rice.load_dataset_view`, or the file is of another detector or data.
+    """
+    header = {
+        **FORMAT,
+        "dataset": os.fspath(dataset),
+        "detector": detector_name,
+        "detector_sha256": weights_fingerprint(detector_name),
+        "threshold": detector.threshold,
+        "frames_per_clip": num_frames or "all",
+    }
+    path = Path(path)
+    done = _begin(path, header)
+    views = {"train": "pairs"}
+    settings = {"data_dir": data_dir, "cache_dir": cache_dir, **options}
+    counts = {"clips": 0, "frames": 0, "boxes": 0, "unreadable": 0, "earlier": len(done)}
+    for split in splits:
+        rows = load_dataset_view(dataset, views.get(split, "queries"), split, **settings)
+        places = {clip_id: place for place, clip_id in enumerate(rows["clip_id"]) if (split, clip_id) not in done}
+        loader = DataLoader(
+            Subset(rows, list(places.values())),
+            clips_per_batch,
+            num_workers=num_workers,
+            collate_fn=_Decoder(num_frames),
+        )
+        with open(path, "a", encoding="utf-8") as file, tqdm(total=len(places), desc=f"Boxes of {split}") as progress:
+            for clips in loader:
+                file.writelines(_find(detector, clips, split, counts))
+                file.flush()
+                progress.update(len(clips))
+    return counts
+
+
+def _begin(path: Path, header: dict) -> set[tuple[str, str]]:
+    """Starts the file, or finds what is in it, without the torn line that an interrupted run leaves at its end."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(header, ensure_ascii=False) + "\n", encoding="utf-8")
+        return set()
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if not whole:
+        raise ValueError(f"{path} is no box file; name another file, or remove it.")
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    file = BoxFile(path)
+    for name, value in header.items():
+        if file.header.get(name) != value:
+            raise ValueError(
+                f"{path} was begun with {name}={file.header.get(name)!r}, not {value!r}; name another file, or remove "
+                f"it."
+            )
+    return file.keys()
+
+
+def _find(detector: ProductDetector, clips: list[_Clip], split: str, counts: dict[str, int]) -> list[str]:
+    pictures = [picture for clip in clips for picture in clip.pictures if picture is not None]
+    found = iter(detector.predict(pictures))
+    lines = []
+    for clip in clips:
+        best = [None if picture is None else next(found).best(detector.threshold) for picture in clip.pictures]
+        boxes, scores = zip(*((None, None) if answer is None else answer for answer in best)) if best else ((), ())
+        lines.append(box_line(split, clip.clip_id, clip.num_frames, clip.numbers, boxes, scores))
+        counts["clips"] += 1
+        counts["frames"] += len(clip.pictures)
+        counts["boxes"] += sum(box is not None for box in boxes)
+        counts["unreadable"] += sum(picture is None for picture in clip.pictures)
+        # A video that cannot be read gives no picture at all.
+        counts["unreadable"] += not clip.pictures and clip.num_frames is None
+    return lines
+
+
+@dataclass
+class _Decoder:
+    """Rows to clips, in a loader's workers."""
+
+    num_frames: int
+
+    def __call__(self, rows: list[dict]) -> list[_Clip]:
+        return [self._read_video(row) if row["video"] else self._read_frames(row) for row in rows]
+
+    def _choose(self, total: int) -> list[int]:
+        return sample_frame_indices(total, self.num_frames or total, "eval") if total else []
+
+    def _read_frames(self, row: dict) -> _Clip:
+        numbers = self._choose(len(row["frames"]))
+        return _Clip(row["clip_id"], len(row["frames"]), numbers, [_decode(row["frames"][i]) for i in numbers])
+
+    def _read_video(self, row: dict) -> _Clip:
+        numbers: list[int] = []
+
+        def choose(total: int, max_frames: int) -> list[int]:
+            numbers[:] = self._choose(total)
+            return numbers
+
+        video = {"path": row["video"], "start": row["start"], "end": row["end"]}
+        try:
+            frames = read_video(video, self.num_frames or None, choose)
+        except (ValueError, OSError) as error:
+            logger.warning("The clip %s gets no boxes: %s", row["clip_id"], error)
+            return _Clip(row["clip_id"], None, [], [])
+        pictures = [Image.fromarray(frame) for frame in frames]
+        # A damaged file may end before the last frame that was chosen.
+        return _Clip(row["clip_id"], None, numbers[: len(pictures)], pictures)
+
+
+def _decode(entry: dict) -> Image.Image | None:
+    try:
+        return decode_image(entry)
+    except MediaError as error:
+        logger.warning("A frame gets no box: %s", error)
+        return None

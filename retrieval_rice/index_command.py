@@ -1,0 +1,203 @@
+"""Encode a shop's pictures into an index, which `rice recognise` and `GalleryIndex.load` search.
+
+SHOP is a shop_clips folder (gallery.jsonl), an LPR4M folder, a MovingFashion folder, mini_lpr4m, or any folder of
+pictures. The same command again goes on where it was interrupted. Where the shop has validation clips, or --calibrate
+names a data set that has, confidences and the "no product" answer are fitted on them. Under `accelerate launch` every
+process encodes its share.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+_LISTED = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("shop", help="folder of the shop's pictures, or mini_lpr4m")
+    add("--model", required=True, help="checkpoint folder, or the id of a published model")
+    add("--output", required=True, type=Path, help="folder of the index")
+    add("--split", default="test", choices=("train", "validation", "test"), help="gallery of a data set to take")
+    add("--gallery_images", choices=("main", "all"), help="LPR4M: one image per product (default), or every image")
+    add("--data_dir", help="folder of mini_lpr4m, where it is not data/mini_lpr4m")
+    add("--cache_dir", help="where the data set's tables are cached")
+    add("--dtype", default="float16", choices=("float16", "float32"), help="of the encodings (default: %(default)s)")
+    add("--batch_size", type=int, default=64, help="pictures per batch (default: %(default)s)")
+    add("--num_workers", type=int, default=min(2, os.cpu_count() or 1), help="processes that decode pictures")
+    add("--shard_size", type=int, default=8192, help="pictures per file, which bounds the memory")
+    add("--device", help="such as cpu or cuda; default: cuda where there is one")
+    add("--approximate", choices=("hnsw", "ivfpq"), help="also build a FAISS index, for hundreds of thousands")
+    add("--calibrate", metavar="DATASET", default="auto", help="data set whose validation clips to fit confidences "
+        "on; auto: the shop's own, none: do not (default: %(default)s)")  # fmt: skip
+    add("--false_accept_rate", type=float, default=0.05, help="share of clips without their product that may be "
+        "answered with one (default: %(default)s)")  # fmt: skip
+    add("--rerank", type=int, default=100, help="pictures per clip that the decoder scores (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace an index of another shop or model")
+    add("--qdrant", metavar="URL", help="also upload the index to a Qdrant server, or a folder of its embedded engine")
+    add("--collection", default="rice", help="name of the collection there (default: %(default)s)")
+    add("--quantization", choices=("int8", "product"), help="of a new collection on a server")
+
+
+def run(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        FileNotFoundError: no such shop or checkpoint.
+        ValueError: a damaged checkpoint, a malformed shop, or not one readable picture.
+        FileExistsError: the output is an index of something else.
+        OSError: it cannot be written.
+    """
+    from .index import GalleryIndex
+    from .index_build import process_group
+    from .loading import load_model
+
+    rows, is_data_set = shop_rows(options)
+    model, processor = load_model(options.model, options.device)
+    index = GalleryIndex.build(
+        model,
+        processor,
+        rows,
+        batch_size=options.batch_size,
+        output_dir=options.output,
+        num_workers=options.num_workers,
+        dtype=options.dtype,
+        shard_size=options.shard_size,
+        overwrite=options.overwrite,
+    )
+    if process_group()[0] > 0:
+        return
+    changed = False
+    if options.calibrate != "none" and (index.calibration is None or options.calibrate != "auto"):
+        changed = _calibrate(index, options, is_data_set)
+    if options.approximate:
+        index.approximate(options.approximate)
+        changed = True
+    if changed:
+        index.save(options.output)
+    _report(index, options.output)
+    if options.qdrant:
+        _upload(index, options)
+
+
+def shop_rows(options: argparse.Namespace):
+    """Gallery rows of a data set or of a folder of pictures, and whether it is a data set."""
+    from data_rice.views import DATASETS, prepared_folder, resolve
+
+    if options.shop not in DATASETS:
+        if not os.path.isdir(options.shop):
+            raise FileNotFoundError(f"there is no folder {options.shop}; name the one that holds the shop's pictures.")
+        try:
+            known = prepared_folder(options.shop, None) or resolve(options.shop, None)
+        except ValueError:
+            known = None
+        if known is None:
+            return folder_rows(Path(options.shop)), False
+    return gallery_rows(options.shop, options.split, _source(options)), True
+
+
+def gallery_rows(dataset: str, split: str, source: dict):
+    """A data set's gallery, with the product of each picture where its ids tell."""
+    from data_rice import Lpr4m, load_dataset_view
+    from data_rice.lpr4m.layout import product_id_of
+    from data_rice.views import prepared_folder, resolve
+
+    rows = load_dataset_view(dataset, "gallery", split, **source)
+    data_dir = source.get("data_dir")
+    if prepared_folder(dataset, data_dir) is None and resolve(dataset, data_dir)[0] is Lpr4m:
+        return rows.add_column("product_id", [product_id_of(image_id) for image_id in rows["image_id"]])
+    return rows
+
+
+def _source(options: argparse.Namespace) -> dict:
+    return {
+        "data_dir": options.data_dir,
+        "cache_dir": options.cache_dir,
+        "gallery_images": options.gallery_images,
+    }
+
+
+def folder_rows(folder: Path) -> list[dict]:
+    """
+    The pictures below a folder, named after their place in it.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: a link leads out of the folder.
+    """
+    from data_rice.parsing import list_names
+
+    rows, others = [], 0
+    for place, folders, files in os.walk(folder):
+        folders.sort()
+        names = list_names(place, root=folder)
+        others += len(files) - len(set(files) & set(names))
+        for name in names:
+            path = Path(place, name)
+            image_id = path.relative_to(folder).as_posix()
+            rows.append({"image_id": image_id, "title": path.stem.replace("_", " "), "image": str(path)})
+    if not rows:
+        raise FileNotFoundError(
+            f"{folder} has neither pictures nor the files of a data set; docs/data.md shows what a shop looks like."
+        )
+    if others:
+        print(f"{others} files in {folder} are no pictures by their name and were left out.")
+    return rows
+
+
+def _calibrate(index, options: argparse.Namespace, is_data_set: bool) -> bool:
+    """Fits the index's confidences on validation clips, in a shop of their own where they have one."""
+    from data_rice import load_dataset_view
+
+    from .index import GalleryIndex
+
+    dataset, source = options.calibrate, {"cache_dir": options.cache_dir}
+    if dataset == "auto":
+        if not is_data_set:
+            print("confidences are not calibrated: a folder of pictures has no clips; see --calibrate.")
+            return False
+        dataset, source = options.shop, _source(options)
+    try:
+        queries, gallery = (
+            load_dataset_view(dataset, view, "validation", **source) for view in ("queries", "gallery")
+        )
+        reading = {"batch_size": options.batch_size, "num_workers": options.num_workers}
+        shop = GalleryIndex.build(index.model, index.processor, gallery, dtype=options.dtype, **reading)
+        report = shop.calibrate(
+            queries,
+            false_accept_rate=options.false_accept_rate,
+            rerank=options.rerank,
+            num_workers=options.num_workers,
+        )
+    except (ValueError, FileNotFoundError) as error:
+        if options.calibrate != "auto":
+            raise
+        print(f"confidences are not calibrated: {error}")
+        return False
+    index.calibration = shop.calibration
+    unreadable = report.pop("unreadable")
+    if unreadable:
+        print(f"{len(unreadable)} validation clips could not be read, such as {unreadable[0]['id']}.")
+    print(f"calibrated on {dataset}: {json.dumps(report)}")
+    return True
+
+
+def _report(index, folder: Path) -> None:
+    lives = len(index.live_ids())
+    where = f" of {lives} livestreams" if lives else ""
+    print(f"{folder}: {len(index)} pictures{where}; {len(index.skipped)} could not be read")
+    for failure in index.skipped[:_LISTED]:
+        print(f"not read: {failure['id']} {failure['file']} ({failure['reason']})")
+    if len(index.skipped) > _LISTED:
+        print(f"... {len(index.skipped)} in all; GalleryIndex.load(...).skipped lists them")
+
+
+def _upload(index, options: argparse.Namespace) -> None:
+    from .index_qdrant import QdrantStore
+
+    store = QdrantStore(options.qdrant, options.collection, index.model, quantization=options.quantization)
+    try:
+        store.upload(index.store)
+        print(f"{options.qdrant}: the collection {options.collection} has {len(store)} pictures")
+    finally:
+        store.close()

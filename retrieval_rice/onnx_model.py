@@ -1,0 +1,115 @@
+"""An exported RICE model, run by onnxruntime: encodes and scores like the model that it was exported from."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from modeling_rice import RiceClips, RiceGallery
+from modeling_rice.loss_rice import cosines
+
+from .towers import pack, unpack
+
+DESCRIPTION = "onnx.json"
+_IMAGES_AT_ONCE = 1024
+
+
+class OnnxRice:
+    """
+    What `rice export` wrote, with `encode_gallery`, `encode_clips`, `similarity` and `match` as [`RiceModel`] has
+    them. Galleries of the exported model and of the original may be exchanged, those of the int8 one may not.
+
+    Args:
+        folder: With `onnx.json`.
+        int8: Take the quantised files.
+
+    Raises:
+        FileNotFoundError: no such export.
+        ImportError: onnxruntime is not installed.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, folder: str | os.PathLike, int8: bool = False):
+        import onnxruntime
+
+        folder = Path(folder)
+        if not (folder / DESCRIPTION).is_file():
+            raise FileNotFoundError(f"{folder} has no {DESCRIPTION}: write it by `rice export MODEL_DIR {folder}`.")
+        self.about = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.sessions = {}
+        for name, part in self.about["parts"].items():
+            file = folder / part["int8_file" if int8 else "file"] if not int8 or "int8_file" in part else None
+            if file is None or not file.is_file():
+                wanted = "int8 files" if int8 else f"{part['file']}"
+                raise FileNotFoundError(
+                    f"{folder} has no {wanted}: export again{' with --int8' if int8 else ''} to have them."
+                )
+            self.sessions[name] = onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"])
+        self.config = SimpleNamespace(use_decoder="pairs" in self.sessions)
+        self.fingerprint = self.about["model_fingerprint"]
+        if int8 and self.fingerprint is not None:
+            self.fingerprint += "-int8"
+
+    def run(self, name: str, *inputs: Tensor) -> list[Tensor]:
+        """One part (`image`, `video`, `pairs`) on its inputs in order."""
+        session = self.sessions[name]
+        names = [item.name for item in session.get_inputs()]
+        feed = {key: value.contiguous().numpy() for key, value in zip(names, inputs, strict=True)}
+        return [torch.from_numpy(output) for output in session.run(None, feed)]
+
+    def encode_gallery(self, pixel_values: Tensor, batch_size: int = 64, **kwargs) -> RiceGallery:
+        """As `RiceModel.encode_gallery`; titles are not read."""
+        parts = []
+        for pixels in pixel_values.float().split(batch_size):
+            fields = dict(zip(("embeds", "states"), self.run("image", pixels)))
+            parts.append(RiceGallery(model_fingerprint=self.fingerprint, **fields))
+        return RiceGallery.cat(parts)
+
+    def encode_clips(
+        self,
+        pixel_values_videos: Tensor,
+        frame_mask: Tensor | None = None,
+        patch_mask: Tensor | None = None,
+        batch_size: int = 16,
+        **kwargs,
+    ) -> RiceClips:
+        """As `RiceModel.encode_clips`; ASR is not read, and boxes (`patch_mask`) are refused with a `ValueError`."""
+        if patch_mask is not None:
+            raise ValueError(
+                "An exported model takes no boxes (`patch_mask`); leave them out, or use the torch model."
+            )
+        if frame_mask is None:
+            frame_mask = torch.ones(pixel_values_videos.shape[:2], dtype=torch.bool)
+        parts = []
+        for videos, mask in zip(pixel_values_videos.float().split(batch_size), frame_mask.split(batch_size)):
+            embeds, *tokens = self.run("video", *pack(videos, mask))
+            fields = {"embeds": embeds}
+            if tokens:
+                fields |= {"keys": unpack(tokens[0], mask), "values": unpack(tokens[1], mask)}
+                fields["mask"] = mask[:, :, None].expand(-1, -1, tokens[0].shape[1]).flatten(1)
+            parts.append(RiceClips(model_fingerprint=self.fingerprint, **fields))
+        return RiceClips.cat(parts)
+
+    def similarity(self, clips: RiceClips, gallery: RiceGallery) -> Tensor:
+        """Cosine of every clip with every image, `(num_clips, num_images)`."""
+        return cosines(clips.embeds, gallery.embeds)
+
+    def match(self, clips: RiceClips, gallery: RiceGallery) -> Tensor:
+        """Decoder score of every clip with every image, `(num_clips, num_images)`."""
+        if "pairs" not in self.sessions:
+            raise ValueError("This model has no matching decoder; rank by `similarity` instead.")
+        rows = []
+        for i in range(len(clips)):
+            clip = clips[i]
+            parts = [
+                self.run("pairs", states, clip.keys, clip.values, clip.mask)[0]
+                for states in gallery.states.split(_IMAGES_AT_ONCE)
+            ]
+            rows.append(torch.cat(parts, dim=1))
+        return torch.cat(rows)

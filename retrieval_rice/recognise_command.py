@@ -1,0 +1,174 @@
+"""Recognise the products of a video, a stream or a folder of frames: a time line of what is on screen when.
+
+SOURCE is a video file, a folder of pictures, an address (rtsp://..., https://.../live.m3u8) or a camera (camera:0).
+The table goes to standard output, a segment as soon as it is over; notices go to standard error. A live source that
+breaks off is opened again, and when recognition falls behind its oldest frames are dropped, and counted. Ctrl-C ends
+it with everything that is known by then.
+"""
+
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="video file, folder of pictures, address or camera")
+    add("--shop", required=True, type=Path, help="index of the shop's images, from `rice index`")
+    add("--model", required=True, help="folder or id of the model that the index was built with")
+    add("--live_id", help="search the images of this livestream only")
+    add("--window", type=_seconds, default=4.0, help="seconds that are looked at together (default: %(default)g)")
+    add("--hop", type=_seconds, default=1.0, help="seconds from one window to the next (default: %(default)g)")
+    add("--fps", type=_seconds, help="frames per second; default: per window as many as the model is used to")
+    add("--folder_fps", type=_seconds, default=1.0, help="pictures of a folder per second (default: %(default)g)")
+    add("--enter", type=float, help="confidence from which on a product is on screen; default: the index's threshold")
+    add("--leave", type=float, help="confidence below which it is gone; default: 0.7 times --enter")
+    add("--margin", type=float, help="by how much another product must lead (default: 0.1)")
+    add("--patience", type=int, help="for how many windows in a row (default: 2)")
+    add("--rerank", type=int, help="images per window that the matching decoder scores; default: as calibrated")
+    add("--max_reconnects", type=int, default=5, help="attempts in a row to open a lost stream (default: %(default)s)")
+    add("--jsonl", metavar="FILE", help="also write JSON lines; - for standard output in the place of the table")
+    add("--vtt", metavar="FILE", type=Path, help="also write WebVTT subtitles")
+    add("--detector", help="folder or id of a product detector, whose boxes tell where to look; default: no boxes")
+    add("--device", help="such as cpu or cuda; default: cuda where there is one")
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return number
+
+
+def run(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        FileNotFoundError: no such video, folder, index or model.
+        ValueError: what is wrong with one of them, or with an argument.
+        ConnectionError: a live source did not come back; what was recognised before is written.
+        OSError: an output cannot be written.
+    """
+    from .index import GalleryIndex
+    from .loading import load_model
+    from .recogniser import Recogniser
+    from .stream import open_stream
+    from .timeline import clock, name_of
+
+    model, processor = load_model(options.model, options.device)
+    index = GalleryIndex.load(options.shop, model)
+    detector = None
+    if options.detector is not None:
+        from .detector.product_detector import ProductDetector
+
+        detector = ProductDetector.from_pretrained(options.detector, options.device)
+    boxes = "none" if detector is None else "detector"
+    recogniser = Recogniser(model, processor, index, boxes, detector, rerank=options.rerank)
+    fps = options.fps or recogniser.num_frames / options.window
+    rules = choose_hysteresis(index, options)
+
+    def say(text: str) -> None:
+        from tqdm.auto import tqdm
+
+        tqdm.write(text, file=sys.stderr)
+
+    def say_start(hit, start_s: float) -> None:
+        if stream.live:
+            say(f"{clock(start_s, 0)} now: {'no product' if hit is None else name_of(hit)}")
+
+    with ExitStack() as stack:
+        write = stack.enter_context(outputs(options.jsonl, options.vtt))
+        settings = {"notify": say, "max_reconnects": options.max_reconnects}
+        stream = open_stream(options.source, fps, options.folder_fps, **settings)
+        stack.enter_context(stopping(stream))
+        segments = recogniser.stream(
+            stream,
+            live_id=options.live_id,
+            window_s=options.window,
+            hop_s=options.hop,
+            hysteresis=rules,
+            on_start=say_start,
+            progress=True,
+        )
+        for segment in segments:
+            write(segment)
+    say(summary(stream.counts))
+    if stream.error:
+        raise ConnectionError(stream.error)
+
+
+def choose_hysteresis(index, options: argparse.Namespace):
+    """The index's own rules with what was asked for in their place."""
+    from dataclasses import replace
+
+    from .timeline import Hysteresis
+
+    asked = {name: getattr(options, name) for name in ("enter", "leave", "margin", "patience")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if "enter" in asked:
+        asked.setdefault("leave", 0.7 * asked["enter"])
+    return replace(Hysteresis.for_index(index), **asked)
+
+
+@contextmanager
+def outputs(jsonl: str | None, vtt: Path | None) -> Iterator:
+    """A function that writes a segment to every output at once, so that nothing is lost when the program ends."""
+    from tqdm.auto import tqdm
+
+    from .timeline import TABLE_HEADER, VTT_HEADER, json_line, table_row, vtt_cue
+
+    with ExitStack() as stack:
+        lines = cues = None
+        if jsonl is not None and jsonl != "-":
+            lines = stack.enter_context(open(jsonl, "w", encoding="utf-8"))
+        if vtt is not None:
+            cues = stack.enter_context(open(vtt, "w", encoding="utf-8"))
+            print(VTT_HEADER, end="", file=cues, flush=True)
+        if jsonl != "-":
+            tqdm.write(TABLE_HEADER)
+
+        def write(segment) -> None:
+            tqdm.write(json_line(segment) if jsonl == "-" else table_row(segment))
+            sys.stdout.flush()
+            if lines is not None:
+                print(json_line(segment), file=lines, flush=True)
+            if cues is not None:
+                print(vtt_cue(segment), end="", file=cues, flush=True)
+
+        yield write
+
+
+@contextmanager
+def stopping(stream) -> Iterator[None]:
+    """Lets Ctrl-C and a request to terminate end the stream in good order; the second one ends the program."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number, _) -> None:
+        signal.signal(number, before[number])
+        stream.stop()
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def summary(counts) -> str:
+    """What became of the frames, in a line."""
+    parts = [f"{counts.frames} frames recognised"]
+    if counts.dropped:
+        parts.append(f"{counts.dropped} dropped, since recognition was slower than the stream")
+    if counts.damaged:
+        parts.append(f"{counts.damaged} packets or pictures could not be decoded")
+    if counts.reconnects:
+        parts.append(f"opened again {counts.reconnects} times")
+    return "; ".join(parts)

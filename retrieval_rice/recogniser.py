@@ -1,0 +1,270 @@
+"""Which product of a shop a clip shows, and which ones a stream shows from when to when.
+
+recogniser = Recogniser(model, processor, GalleryIndex.load("shop.index", model))
+answer = recogniser.recognise("clip.mp4")
+for segment in recogniser.stream("rtsp://camera/1"):
+    print(table_row(segment))
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from .stream import Frame, is_address, list_pictures, open_stream
+from .timeline import Hysteresis, Segment, Timeline
+from .windows import Window, cut_windows, join_frames, shares_frames
+
+logger = logging.getLogger(__name__)
+
+BOXES = ("none", "detector", "ground_truth")
+_FRAMES_AT_ONCE = 32
+
+
+class Recogniser:
+    """
+    Args:
+        model: With `encode_clips`, in eval mode, such as a `RiceModel`.
+        processor: The one saved with it.
+        index: A `GalleryIndex` of the same model, or what searches like one.
+        boxes: Where the boxes of the intended product come from: `"none"` (the whole frame counts), `"detector"`, or
+            `"ground_truth"`, with which `recognise` is given them.
+        detector: With `detect(frames) -> boxes`: for each of a list of PIL pictures a box, left-top-right-bottom in
+            0..1, or `None`. Needed by, and only by, `boxes="detector"`.
+        rerank: Images per clip that the matching decoder scores; by default as many as the index was calibrated with,
+            else 100.
+
+    Raises:
+        ValueError: for another `boxes`, a detector too few or too many, or a model that cannot take boxes.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        index: Any,
+        boxes: str = "none",
+        detector: Any = None,
+        rerank: int | None = None,
+    ):
+        if getattr(model, "training", False):
+            raise ValueError("The model is in training mode; call `model.eval()` first.")
+        if boxes not in BOXES:
+            raise ValueError(f"`boxes` must be one of {', '.join(map(repr, BOXES))}, got {boxes!r}.")
+        if (boxes == "detector") != (detector is not None):
+            raise ValueError('`boxes="detector"` and `detector` belong together; give both or neither.')
+        if boxes != "none" and not getattr(model.config, "accepts_patch_mask", True):
+            raise ValueError(
+                f'The model\'s encoder ({model.config.vision_config.model_type}) takes no boxes; use `boxes="none"`.'
+            )
+        self.model, self.processor, self.index = model, processor, index
+        self.boxes, self.detector = boxes, detector
+        calibration = getattr(index, "calibration", None)
+        self.rerank = rerank or getattr(calibration, "rerank", None) or 100
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of a clip that the model is used to."""
+        return self.processor.video_processor.num_frames
+
+    @torch.no_grad()
+    def recognise(
+        self,
+        frames: str | os.PathLike | Sequence,
+        boxes: Sequence | None = None,
+        asr: str = "",
+        live_id: str | None = None,
+        top_k: int = 10,
+    ):
+        """
+        What one clip shows.
+
+        Args:
+            frames: Pictures (PIL, arrays, tensors, paths), a video file, or a folder of pictures. Of a longer clip as
+                many as the processor takes are sampled; a video file that is cut short is used as far as it goes.
+            boxes: With `boxes="ground_truth"`, one per picture: left-top-right-bottom in 0..1, several, or `None`.
+            asr: What was said, for models that read it.
+            live_id: Search the images of this livestream only.
+            top_k: Hits at most.
+
+        Returns:
+            The index's `Answer`.
+
+        Raises:
+            ValueError, FileNotFoundError: in one sentence, what is wrong with the clip, or boxes that do not fit.
+        """
+        if (self.boxes == "ground_truth") != (boxes is not None):
+            needed = "needs them for each clip" if boxes is None else "takes none"
+            raise ValueError(f"`boxes` of a clip: a recogniser with boxes={self.boxes!r} {needed}.")
+        if isinstance(frames, (str, os.PathLike)):
+            pictures: Sequence = self._read_clip(frames, sample=boxes is None)
+        else:
+            pictures = list(frames)
+        if self.boxes == "detector":
+            # Only the frames in use are looked at.
+            pictures = [_to_picture(pictures[i]) for i in self._sample(len(pictures))] if pictures else []
+        inputs = self._process([pictures], [boxes], [asr] if asr else None)
+        return self.index.search(self.model.encode_clips(**inputs), live_id, top_k=top_k, rerank=self.rerank)[0]
+
+    def stream(
+        self,
+        source: str | os.PathLike | Iterable[Frame],
+        *,
+        live_id: str | None = None,
+        window_s: float = 4.0,
+        hop_s: float = 1.0,
+        fps: float | None = None,
+        top_k: int = 5,
+        hysteresis: Hysteresis | None = None,
+        on_start: Callable[[Any, float], None] | None = None,
+        progress: bool = False,
+    ) -> Iterator[Segment]:
+        """
+        What a stream shows from when to when. Overlapping windows are searched for, and answers joined to segments;
+        each is given as soon as it is closed. Memory does not grow with time.
+
+        A frame is encoded once and shared by its windows, unless the model's way from frames to a clip forbids it
+        (see [`shares_frames`]); then windows are encoded whole.
+
+        Args:
+            source: What [`open_stream`] opens, one that is open (which tells what was dropped, and can be stopped),
+                or any frames in order of time.
+            live_id: Search the images of this livestream only.
+            window_s, hop_s: Length of a window, and from one to the next, in seconds.
+            fps: Frames per second, of a source that is opened here; by default as many per window as the model is used
+                to.
+            top_k: Hits per window at most that are followed over time.
+            hysteresis: When to tell a switch; by default what fits the index.
+            on_start: Called with hit (`None`: no product) and second as soon as something new is known to be on
+                screen, long before its segment is closed.
+            progress: Show a bar on a terminal.
+
+        Raises:
+            ValueError, FileNotFoundError: what is wrong with the source, an unknown livestream, ground-truth boxes.
+        """
+        if self.boxes == "ground_truth":
+            raise ValueError('A stream has no ground-truth boxes; use `boxes="none"` or a detector.')
+        self._check_live(live_id)
+        if not 0 < hop_s <= window_s:
+            raise ValueError(f"Windows need 0 < hop <= window, got a hop of {hop_s} s and a window of {window_s} s.")
+        fps = fps or getattr(source, "fps", None) or self.num_frames / window_s
+        if isinstance(source, (str, os.PathLike)):
+            source = open_stream(source, fps)
+        if getattr(self.index, "calibration", self) is None:
+            logger.warning(
+                "the index is not calibrated: some product is named at all times, and confidences are no probabilities"
+            )
+        if not shares_frames(self.model):
+            logger.warning("this model's windows are encoded whole: each frame is encoded once per window")
+        length_s = getattr(source, "duration_s", None) or 0.0
+        frames = _with_progress(source, length_s) if progress else source
+        windows = cut_windows(frames, window_s, hop_s, 1 / fps, length_s)
+        timeline = Timeline(hysteresis or Hysteresis.for_index(self.index))
+        return self._segments(windows, timeline, live_id, top_k, on_start)
+
+    def _segments(self, windows, timeline: Timeline, live_id, top_k: int, on_start) -> Iterator[Segment]:
+        encoder = _WindowEncoder(self)
+        for window in windows:
+            if window.is_first:
+                timeline.start(window.start_s)
+            was = (timeline.is_decided, timeline.since_s)
+            with torch.no_grad():
+                answer = self.index.search(encoder.encode(window), live_id, top_k=top_k, rerank=self.rerank)[0]
+            yield from timeline.add((window.start_s + window.end_s) / 2, answer)
+            if on_start is not None and timeline.is_decided and was != (True, timeline.since_s):
+                on_start(timeline.current, timeline.since_s)
+            if window.is_last:
+                yield from timeline.finish(window.end_s)
+
+    def _check_live(self, live_id: str | None) -> None:
+        if live_id is None or not hasattr(self.index, "live_ids"):
+            return
+        known = self.index.live_ids()
+        if live_id not in known:
+            shown = ", ".join(known[:3]) + (", ..." if len(known) > 3 else "")
+            raise ValueError(f"the index has no images of livestream {live_id!r} (it has: {shown or 'none'}).")
+
+    def _process(self, clips: Sequence[Sequence], boxes: Sequence, asr: list[str] | None = None) -> dict:
+        """Model inputs of clips; the boxes are the detector's where there is one."""
+        kwargs = {}
+        if self.boxes == "detector":
+            found = iter(self.detector.detect([picture for clip in clips for picture in clip]))
+            boxes = [[next(found) for _ in clip] for clip in clips]
+        if self.boxes != "none":
+            kwargs["boxes"] = list(boxes)
+        if asr is not None:
+            kwargs["asr"] = asr
+        return dict(self.processor(videos=list(clips), **kwargs))
+
+    def _sample(self, count: int) -> list[int]:
+        from processing_rice import sample_frame_indices
+
+        return sample_frame_indices(count, self.num_frames)
+
+    def _read_clip(self, path: str | os.PathLike, sample: bool) -> list:
+        if is_address(path):
+            raise ValueError(f"{path} is no file; `stream` follows addresses and cameras.")
+        if os.path.isdir(path):
+            return list(list_pictures(path))
+        from data_rice.video import decode_frames, probe_video
+
+        info = probe_video(path)
+        chosen = self._sample(info.num_frames) if sample else range(info.num_frames)
+        frames = [picture for _, picture in decode_frames(path, chosen)]
+        if len(frames) < len(chosen):
+            logger.warning(
+                "%s is cut short: %d of %d frames could be read and are used", path, len(frames), len(chosen)
+            )
+        return frames
+
+
+def _with_progress(frames: Iterable[Frame], length_s: float) -> Iterator[Frame]:
+    with tqdm(desc="recognising", total=round(length_s) or None, unit="s", disable=None) as bar:
+        for frame in frames:
+            bar.update(int(frame.time_s) - bar.n)
+            yield frame
+
+
+def _to_picture(frame) -> Image.Image:
+    """Detectors take PIL pictures."""
+    if isinstance(frame, Image.Image):
+        return frame
+    from torchvision.transforms.v2.functional import to_pil_image
+
+    from processing_rice.video_processing_rice import load_frame
+
+    return to_pil_image(load_frame(frame))
+
+
+class _WindowEncoder:
+    """Keeps what was done of the frames that the next windows share."""
+
+    def __init__(self, recogniser: Recogniser):
+        self.recogniser, self.model = recogniser, recogniser.model
+        self.shares = shares_frames(self.model)
+        # By a frame's number: its encoding where those are shared, else its model inputs.
+        self.known: dict[int, Any] = {}
+
+    def encode(self, window: Window):
+        """`RiceClips` with the window as its one row."""
+        self.known = {number: self.known[number] for number in window.numbers if number in self.known}
+        new = [(n, f.picture) for n, f in zip(window.numbers, window.frames) if n not in self.known]
+        for start in range(0, len(new), _FRAMES_AT_ONCE):
+            part = new[start : start + _FRAMES_AT_ONCE]
+            inputs = self.recogniser._process([[picture] for _, picture in part], [None] * len(part))
+            if self.shares:
+                encoded = self.model.encode_clips(**inputs)
+                self.known |= {number: encoded[row] for row, (number, _) in enumerate(part)}
+            else:
+                self.known |= {
+                    number: {name: value[row : row + 1] for name, value in inputs.items()}
+                    for row, (number, _) in enumerate(part)
+                }
+        parts = [self.known[number] for number in window.numbers]
+        if self.shares:
+            return join_frames(type(parts[0]).cat(parts), getattr(self.model, "temporal_pooling", None))
+        return self.model.encode_clips(**{name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]})

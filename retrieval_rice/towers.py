@@ -1,0 +1,111 @@
+"""A RICE model's parts as they run at inference, on frames that are packed already: for export and for compilation.
+
+Packing clips, that is leaving out padded frames, has shapes that depend on the data, so it stays outside.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from modeling_rice import RiceModel
+
+
+class ImageTower(nn.Module):
+    """Shop images `(n, 3, H, W)` -> embeddings `(n, D)` and, with a decoder, its states `(n, d)`."""
+
+    inputs = {"pixel_values": ("images", 3, "height", "width")}
+    outputs = {"embeds": ("images", "D"), "states": ("images", "d")}
+
+    def __init__(self, model: RiceModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        images = self.model.get_image_features(pixel_values)
+        if self.model.decoder is None:
+            return (images.pooler_output,)
+        return images.pooler_output, self.model.decoder.encode_images(images.last_hidden_state)[:, 0]
+
+
+class VideoTower(nn.Module):
+    """
+    The frames of all clips `(f, 3, H, W)`, one after the other, which of them each clip has in order `(c, T)`, and a
+    mask of the same shape, `True` = real -> embeddings `(c, D)` and, with a decoder, every frame's keys and values
+    `(f, 1 + P, d)`.
+    """
+
+    inputs = {
+        "pixel_values": ("frames", 3, "height", "width"),
+        "frame_index": ("clips", "length"),
+        "frame_mask": ("clips", "length"),
+    }
+    outputs = {
+        "embeds": ("clips", "D"),
+        "keys": ("frames", "frame_tokens", "d"),
+        "values": ("frames", "frame_tokens", "d"),
+    }
+
+    def __init__(self, model: RiceModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor, frame_index: Tensor, frame_mask: Tensor) -> tuple[Tensor, ...]:
+        model = self.model
+        tokens, features = model._features(model._encode_pixels(pixel_values, is_clip=True))
+        features = features.float()
+        if model.config.normalize_frames:
+            features = nn.functional.normalize(features, dim=-1)
+        embeds = nn.functional.normalize(model.temporal_pooling(features[frame_index], frame_mask), dim=-1)
+        if model.decoder is None:
+            return (embeds,)
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        keys, values, _ = model.decoder.encode_clips(tokens, mask)
+        return embeds, keys, values
+
+
+class PairScorer(nn.Module):
+    """States `(n, d)`, keys and values `(c, S, d)` and their mask `(c, S)`, `True` = real -> scores `(c, n)`."""
+
+    inputs = {
+        "states": ("images", "d"),
+        "keys": ("clips", "tokens", "d"),
+        "values": ("clips", "tokens", "d"),
+        "mask": ("clips", "tokens"),
+    }
+    outputs = {"scores": ("clips", "images")}
+
+    def __init__(self, model: RiceModel):
+        super().__init__()
+        self.decoder = model.decoder
+
+    def forward(self, states: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor]:
+        return (self.decoder.score_pairs(states, keys, values, mask),)
+
+
+def towers(model: RiceModel) -> dict[str, nn.Module]:
+    """`image`, `video` and, where there is a decoder, `pairs`."""
+    parts = {"image": ImageTower(model), "video": VideoTower(model)}
+    return parts if model.decoder is None else parts | {"pairs": PairScorer(model)}
+
+
+def pack(pixel_values_videos: Tensor, frame_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    Clips `(c, T, 3, H, W)` and their mask `(c, T)` -> [`VideoTower`]'s three inputs.
+
+    Raises:
+        ValueError: for a clip without a real frame.
+    """
+    if frame_mask is None:
+        frame_mask = torch.ones(pixel_values_videos.shape[:2], dtype=torch.bool)
+    counts = frame_mask.sum(dim=1)
+    if not counts.all():
+        raise ValueError(f"Clip {int(counts.argmin())} of the batch has no real frame in `frame_mask`; leave it out.")
+    # Padding points at any frame; the mask leaves it out.
+    index = (frame_mask.flatten().cumsum(dim=0) - 1).clamp(min=0).reshape(frame_mask.shape)
+    return pixel_values_videos[frame_mask], index, frame_mask
+
+
+def unpack(tokens: Tensor, frame_mask: Tensor) -> Tensor:
+    """Every frame's tokens `(f, L, d)` -> the clips' tokens `(c, T * L, d)`, zero at padded frames."""
+    unpacked = tokens.new_zeros(*frame_mask.shape, *tokens.shape[1:])
+    unpacked[frame_mask] = tokens
+    return unpacked.flatten(1, 2)

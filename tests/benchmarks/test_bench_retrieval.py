@@ -1,0 +1,61 @@
+"""The script prints one row per step, at a size that takes no time. Nothing here is timed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The script, whose steps run in this process."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import bench_retrieval
+
+    class Result:
+        stdout = ""
+
+    def run(command, **_):
+        assert command[0] == sys.executable
+        Result.stdout = json.dumps(bench_retrieval.run_step(bench_retrieval.parse_arguments(command[2:])))
+        return Result
+
+    # Not the module's own `run`, which others use too.
+    monkeypatch.setattr(bench_retrieval, "subprocess", SimpleNamespace(run=run, PIPE=subprocess.PIPE))
+    return bench_retrieval
+
+
+def rows_of(bench, capsys, *steps):
+    arguments = "--size tiny --queries 6 --shop 40 --centres 20 --repeats 1 --frames 2 --seconds 0.2 --clients 2"
+    bench.main([*arguments.split(), "--rows", "500", "--steps", *steps])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_searching_and_matching(bench, capsys):
+    exact, top, shop = rows_of(bench, capsys, "exact", "match_top", "match_shop")
+    assert exact["recall@10"] == 1 and exact["ms"] > 0 and exact["rows"] == 500
+    assert exact["bytes_per_image"] == 2 * (32 + 32)
+    assert top["match_ms"] > 0 and shop["match_ms"] > 0
+
+
+def test_approximate_search(bench, capsys):
+    pytest.importorskip("faiss")
+    (row,) = rows_of(bench, capsys, "hnsw")
+    assert row["recall@10"] > 0.9 and row["index_mb"] > 0 and row["build_seconds"] >= 0
+
+
+def test_frames_to_answer(bench, capsys):
+    (row,) = rows_of(bench, capsys, "end_to_end")
+    assert row["ms_batch_1"] > 0 and row["ms_batch_32"] > 0
+
+
+def test_load(bench, capsys):
+    pytest.importorskip("qdrant_client")
+    (row,) = rows_of(bench, capsys, "qdrant")
+    assert row["engine"] == "embedded" and row["recall@10"] == 1
+    assert row["failures"] == [] and row["searches_per_second"] > 0

@@ -1,0 +1,128 @@
+"""Boxes from a file in place of a data set's own."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from data_rice import load_dataset_view
+from data_rice.box_files import FORMAT, BoxFile, box_line, count_boxes
+
+HEADER = json.dumps({**FORMAT, "detector": "somebody"}) + "\n"
+BOX = [0.25, 0.25, 0.5, 1.0]
+
+
+@pytest.fixture
+def shop(tmp_path):
+    """Clips a (two frames, one boxed) and b (one frame) to train on, and another clip a to test on."""
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    for name in ("1", "2", "3", "mug"):
+        Image.new("RGB", (20, 10)).save(folder / f"{name}.jpg")
+    (folder / "gallery.jsonl").write_text('{"gallery_id": "mug", "image": "mug.jpg"}\n')
+    clips = [
+        {"query_id": "a", "frames": ["1.jpg", "2.jpg"], "boxes": [[0, 0, 1, 1], None], "gt_gallery_ids": ["mug"]},
+        {"query_id": "b", "frames": ["3.jpg"], "gt_gallery_ids": ["mug"]},
+    ]
+    (folder / "clips_train.jsonl").write_text("\n".join(map(json.dumps, clips)))
+    (folder / "clips_test.jsonl").write_text(json.dumps(clips[1] | {"query_id": "a"}))
+    return folder
+
+
+@pytest.fixture
+def load(shop, tmp_path):
+    def load(lines, view="pairs", split="train", header=HEADER):
+        path = tmp_path / "boxes.jsonl"
+        path.write_text(header + "".join(lines))
+        return load_dataset_view(shop, view, split, cache_dir=tmp_path / "cache", boxes_file=path)
+
+    return load
+
+
+GOOD = [
+    box_line("train", "a", 2, [0, 1], [None, BOX], [None, 0.9]),
+    box_line("train", "b", 1, [0], [[-1, 0, 0.5, 2]], [0.5]),
+    box_line("test", "a", 1, [0], [[0, 0, 0.5, 0.5]], [0.5]),
+]
+
+
+def test_boxes_replace_the_rows_own_and_nothing_else(load, shop, tmp_path):
+    rows = load(GOOD)
+    plain = load_dataset_view(shop, "pairs", "train", cache_dir=tmp_path / "cache")
+    assert rows["boxes"][:] == [[None, BOX], [[0, 0, 0.5, 1]]]
+    assert rows.features == plain.features
+    names = [name for name in plain.column_names if name != "boxes"]
+    assert rows.select_columns(names).to_list() == plain.select_columns(names).to_list()
+    assert count_boxes(rows) == {"boxes": 2, "frames": 3} and count_boxes(plain) == {"boxes": 1, "frames": 3}
+
+
+def test_clips_of_one_name_in_two_splits_have_their_own_boxes(load):
+    assert load(GOOD, "queries", "test")["boxes"][:] == [[[0, 0, 0.5, 0.5]]]
+
+
+def test_detection_rows_are_of_the_files_boxes(load):
+    rows = load(GOOD, "detection")
+    assert rows["frame_id"][:] == ["a-0001", "b-0000"] and rows["boxes"][0] == [BOX]
+
+
+def test_gallery_rows_stay_as_they_are(load):
+    assert load([], "gallery")["image_id"][:] == ["mug"]
+
+
+def test_a_changed_file_is_read_anew(load):
+    assert load(GOOD)["boxes"][1] == [[0, 0, 0.5, 1]]
+    changed = [*GOOD[:1], box_line("train", "b", 1, [0], [[0, 0, 0.125, 0.125]], [0.5])]
+    assert load(changed)["boxes"][1] == [[0, 0, 0.125, 0.125]]
+
+
+def test_missing_clips_are_listed(load):
+    with pytest.raises(ValueError, match="has no boxes for 1 clips of the train split: b; run the detector on this"):
+        load(GOOD[:1])
+
+
+def test_another_number_of_frames_is_refused(load):
+    with pytest.raises(ValueError, match="boxes for 3 frames of the clip 'b', but the data set has 1 frames; write"):
+        load([GOOD[0], box_line("train", "b", 3, [0], [None], [None])])
+    with pytest.raises(ValueError, match="boxes for a video of the clip 'b', but the data set has 1 frames"):
+        load([GOOD[0], box_line("train", "b", None, [0], [None], [None])])
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"clip_id": 3}, "'clip_id' is missing or no text"),
+        ({"split": None}, "'split' is missing or no text"),
+        ({"num_frames": "2"}, "'num_frames' is neither a whole number nor null"),
+        ({"boxes": [None]}, "are not three lists of one length"),
+        ({"frames": [0, 2]}, "2 in 'frames' is no number of one of the clip's frames"),
+        ({"frames": [0, True]}, "True in 'frames' is no number"),
+        ({"scores": [None, "high"]}, "the score 'high' is not a number"),
+        ({"boxes": [None, [0, 0, 1]]}, "expected a box as four finite numbers"),
+        ({"boxes": [None, [0.5, 0, 0.5, 1]]}, "the box of frame 1 has no area in the frame"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, change, reason):
+    path = tmp_path / "boxes.jsonl"
+    path.write_text(HEADER + json.dumps(json.loads(GOOD[0]) | change) + "\n")
+    with pytest.raises(ValueError, match="boxes.jsonl, line 2: .*") as error:
+        BoxFile(path)
+    assert reason in str(error.value)
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "boxes.jsonl"
+    with pytest.raises(FileNotFoundError, match="boxes.jsonl does not exist; write it with python -m"):
+        BoxFile(path)
+    for content in ("", GOOD[0]):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="does not begin as a box file does"):
+            BoxFile(path)
+    path.write_text(HEADER + GOOD[0] + GOOD[0])
+    with pytest.raises(ValueError, match="line 3: the clip 'a' of train appears twice"):
+        BoxFile(path)
+
+
+def test_videos_number_the_frames_that_have_boxes(tmp_path):
+    path = tmp_path / "boxes.jsonl"
+    path.write_text(HEADER + box_line("test", "v", None, [8, 3, 5], [BOX, [0, 0, 1, 1], None], [0.5, 0.5, None]))
+    assert BoxFile(path).columns("test", "v", None) == ([[0, 0, 1, 1], BOX], [3, 8])

@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+PATCHES = 16
+
+
+@pytest.mark.parametrize("include_cls", [False, True])
+def test_maps_reconstruct_what_the_loss_compares(make_model, make_batch, include_cls):
+    model = make_model(reconstruction_include_cls=include_cls, use_reconstruction=True)
+    batch = make_batch(3)
+    maps = model.reconstruction_maps(**batch)
+    assert maps.shape == (3, PATCHES, 3, PATCHES) and maps.min() >= 0 and not maps.requires_grad
+    images, states = model.encode_image_side(**batch)
+    clips, keys, _, mask = model.encode_clip_side(**batch)
+    weights = model.reconstruction_weights(states, keys, mask, 1 + PATCHES)
+    clip, frame, patch, image_patch = 0, 2, 5, 7
+    column, row = frame * PATCHES + patch, image_patch
+    if include_cls:
+        column, row = frame * (1 + PATCHES) + 1 + patch, 1 + image_patch
+    assert maps[clip, image_patch, frame, patch] == weights[clip, row, column]
+
+
+def test_padded_frames_and_masked_patches_have_no_weight(make_model, make_batch):
+    model, batch = make_model(), make_batch(3, patch_mask=True)
+    maps = model.reconstruction_maps(**batch)
+    real = batch["frame_mask"][:, :, None] & batch["patch_mask"]
+    shown = maps.amax(dim=1)
+    assert (shown[~real] == 0).all() and (shown[real] > 0).any()
+
+
+def test_a_pair_alone_has_the_maps_that_it_has_in_a_batch(make_model, make_batch):
+    model, batch = make_model(), make_batch(3)
+    together = model.reconstruction_maps(**batch)
+    alone = model.reconstruction_maps(**{name: value[1:2] for name, value in batch.items()})
+    torch.testing.assert_close(alone[0], together[1])
+
+
+def test_refuses_what_has_no_maps(make_model, make_batch):
+    batch = make_batch(2)
+    with pytest.raises(ValueError, match="no reconstruction head"):
+        make_model(use_reconstruction=False).reconstruction_maps(**batch)
+    with pytest.raises(ValueError, match="1 images and 2 clips"):
+        make_model().reconstruction_maps(batch["pixel_values"][:1], batch["pixel_values_videos"])

@@ -1,0 +1,231 @@
+"""Searching an index: the same as scoring the whole shop, in its order, and after images came and went."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation_rice.fusion import fuse
+from modeling_rice import RiceClips, RiceGallery
+from retrieval_rice.index import GalleryIndex
+from retrieval_rice.index_store import LocalStore, best_rows
+
+
+@pytest.fixture
+def build(shop):
+    def make(rows=None, **options):
+        rows = shop.rows if rows is None else rows
+        return GalleryIndex.build(shop.model, shop.processor, rows, progress=False, **options)
+
+    return make
+
+
+def encode(shop, rows):
+    from data_rice.collator import RiceCollator
+
+    return shop.model.encode_gallery(**RiceCollator(shop.processor).encode_gallery(rows)[0])
+
+
+def found(answer):
+    return [hit.image_id for hit in answer.hits]
+
+
+def test_hits_are_those_of_scoring_the_whole_shop(shop, build):
+    clips, gallery = shop.clips(3, 4, 7), encode(shop, shop.rows)
+    index = build(dtype="float32", shard_size=4)
+    embedding, matching = shop.model.similarity(clips, gallery).numpy(), shop.model.match(clips, gallery).numpy()
+    for i, answer in enumerate(index.search(clips, top_k=10, rerank=None)):
+        fused = fuse(embedding[i], matching[i], 1.0)
+        order = np.argsort(-fused, kind="stable")
+        assert found(answer) == [shop.rows[row]["image_id"] for row in order]
+        np.testing.assert_allclose([hit.score for hit in answer.hits], fused[order], atol=1e-4)
+        np.testing.assert_allclose([hit.matching_score for hit in answer.hits], matching[i][order], atol=1e-4)
+        np.testing.assert_allclose([hit.embedding_score for hit in answer.hits], embedding[i][order], atol=1e-5)
+
+
+def test_only_the_nearest_are_matched(shop, build):
+    index, clips = build(dtype="float32"), shop.clips(5)
+    nearest = shop.model.similarity(clips, encode(shop, shop.rows))[0].argsort(descending=True)[:3]
+    answer = index.search(clips, top_k=2, rerank=3)[0]
+    assert len(answer.hits) == 2
+    assert set(found(index.search(clips, top_k=3, rerank=3)[0])) == {f"p{i}" for i in nearest.tolist()}
+    assert answer.timings["search_ms"] > 0 and answer.timings["match_ms"] > 0
+    plain = index.search(clips, top_k=3, rerank=0)[0]
+    assert found(plain) == [f"p{i}" for i in nearest.tolist()]
+    assert plain.hits[0].matching_score is None and plain.hits[0].score == plain.hits[0].embedding_score
+
+
+def test_half_precision_moves_scores_by_little(shop, build):
+    clips = shop.clips(0, 1, 2)
+    full, half = build(dtype="float32").search(clips, rerank=None), build().search(clips, rerank=None)
+    for one, other in zip(full, half):
+        scores = {hit.image_id: hit.embedding_score for hit in other.hits}
+        assert all(abs(scores[hit.image_id] - hit.embedding_score) < 1e-3 for hit in one.hits)
+
+
+def test_a_livestream_is_searched_alone(shop, build):
+    index, clips = build(), shop.clips(2, 3)
+    assert index.live_ids() == ["x", "y"]
+    for answer in index.search(clips, live_id="y", rerank=None):
+        assert sorted(found(answer)) == ["p1", "p3", "p5", "p7", "p9"]
+        assert {hit.live_id for hit in answer.hits} == {"y"}
+    first, second = index.search(clips, live_id=["x", None], rerank=None)
+    assert len(first.hits) == 5 and len(second.hits) == 10
+    assert len(index.search(clips[0], live_id=[["x", "y"]], rerank=None)[0].hits) == 10
+
+
+def test_a_livestream_without_a_shop_has_no_product(shop, build):
+    answer = build().search(shop.clips(2), live_id="elsewhere")[0]
+    assert answer.hits == [] and answer.no_product and answer.confidence == 0
+
+
+def test_an_image_of_two_livestreams_is_one_image(shop, build):
+    index = build([*shop.rows, {**shop.rows[0], "live_id": "y"}])
+    assert len(index) == 10
+    for live in "xy":
+        hits = index.search(shop.clips(0), live_id=live, rerank=None)[0].hits
+        assert next(hit for hit in hits if hit.image_id == "p0").live_id == live
+
+
+def test_added_and_removed_images_give_the_index_of_the_changed_shop(shop, build):
+    rows = shop.make_rows(14)
+    index = build(rows[:10], shard_size=4)
+    clips = shop.clips(12, 1)
+    assert index.add(rows[10:]) == []
+    assert index.remove(["p1", "p11", "never", "p1"]) == ["never"]
+    expected = build([row for row in rows if row["image_id"] not in ("p1", "p11")])
+    assert len(index) == len(expected) == 12
+    for one, other in zip(index.search(clips, rerank=None), expected.search(clips, rerank=None)):
+        assert [dataclasses.astuple(hit) for hit in one.hits] == [dataclasses.astuple(hit) for hit in other.hits]
+    assert index.remove([f"p{i}" for i in range(14)]) == ["p1", "p11"]
+    assert len(index) == 0 and index.search(clips)[0].hits == []
+
+
+def test_an_image_that_is_added_again_is_replaced_and_keeps_its_livestreams(shop, build):
+    index = build()
+    newer = {**shop.rows[0], "live_id": "z", "title": "new title", "image": shop.rows[5]["image"]}
+    assert index.add([newer]) == [] and len(index) == 10
+    hit = index.search(shop.clips(5), live_id="z")[0].hits[0]
+    assert (hit.image_id, hit.title, hit.live_id) == ("p0", "new title", "z")
+    assert index.store.get(["p0"])["p0"]["live_ids"] == ["x", "z"]
+    # The picture is that of p5 now, so both are equally near; the gallery's order decides.
+    near = index.search(shop.clips(5), rerank=0)[0].hits
+    assert found_scores(near, "p0") == found_scores(near, "p5")
+
+
+def found_scores(hits, image_id):
+    return next(hit.embedding_score for hit in hits if hit.image_id == image_id)
+
+
+def test_pictures_that_cannot_be_added_are_returned(shop, build, tmp_path):
+    index = build()
+    failures = index.add([{"image_id": "gone", "image": str(tmp_path / "gone.jpg")}])
+    assert [failure["id"] for failure in failures] == ["gone"] == [failure["id"] for failure in index.skipped]
+    assert "no such file" in failures[0]["reason"] and len(index) == 10
+
+
+def test_pictures_may_be_objects_and_paths(shop, build):
+    from PIL import Image
+
+    rows = [{"image_id": "a", "image": Image.open(shop.rows[1]["image"]["path"])}]
+    rows += [{"image_id": "b", "image": shop.rows[1]["image"]["path"], "product_id": "mug"}]
+    hits = build(rows).search(shop.clips(1))[0].hits
+    assert [(hit.product_id, hit.live_id) for hit in hits] == [("a", ""), ("mug", "")]
+    assert hits[0].score == hits[1].score and hits[1].image.endswith("p1.png")
+
+
+def test_a_model_without_a_decoder_ranks_by_embedding(shop, make_index_model):
+    model = make_index_model(use_decoder=False)
+    index = GalleryIndex.build(model, shop.processor, shop.rows, progress=False)
+    clips = model.encode_clips(**shop.processor(videos=[[torch.zeros(3, 32, 32, dtype=torch.uint8)]]))
+    hits = index.search(clips)[0].hits
+    assert hits[0].matching_score is None and hits[0].score == max(hit.embedding_score for hit in hits)
+
+
+@pytest.mark.parametrize("scores", [[1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 1.0, 2.0], [3.0, 1.0, 3.0, 3.0]])
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 9])
+def test_equal_scores_keep_the_order_of_the_gallery(scores, k):
+    expected = sorted(range(4), key=lambda i: -scores[i])[:k]
+    assert best_rows(torch.tensor(scores), k).tolist() == expected
+
+
+def test_equal_scores_keep_their_order_over_chunks(monkeypatch):
+    from types import SimpleNamespace
+
+    from retrieval_rice import index_store
+
+    monkeypatch.setattr(index_store, "CHUNK", 3)
+    values = torch.randint(0, 3, (20, 1)).float()
+    store = LocalStore()
+    for start in (0, 7):
+        rows = range(start, 7 if start == 0 else 20)
+        records = [{"image_id": str(i), "product_id": "", "live_ids": [], "title": "", "image": ""} for i in rows]
+        store.put(records, RiceGallery(embeds=values[rows.start : rows.stop]), [])
+    model = SimpleNamespace(similarity=lambda clips, gallery: clips.embeds @ gallery.embeds.T)
+    candidates = store.search(model, RiceGallery(embeds=torch.ones(1, 1)), [None], 8)[0]
+    expected = sorted(range(20), key=lambda i: -values[i].item())[:8]
+    assert [int(record["image_id"]) for record in candidates.records] == expected
+    assert candidates.features.embeds.tolist() == values[expected].tolist()
+
+
+def test_mistakes_get_one_sentence(shop, build):
+    index, clips = build(), shop.clips(1, 2)
+    with pytest.raises(ValueError, match="top_k must be at least 1"):
+        index.search(clips, top_k=0)
+    with pytest.raises(ValueError, match="live_id has 1 entries for 2 clips"):
+        index.search(clips, live_id=["x"])
+    with pytest.raises(ValueError, match="single text"):
+        index.remove("p1")
+    with pytest.raises(ValueError, match="without a processor"):
+        GalleryIndex(shop.model, index.store).add(shop.rows)
+    other = shop.clips(1)
+    other.model_fingerprint = "0" * 32
+    with pytest.raises(ValueError, match="encoded by another model"):
+        index.search(other)
+
+
+def cosine_index(images):
+    """An index of given embeddings under a model that compares and nothing else."""
+    from types import SimpleNamespace
+
+    config = SimpleNamespace(use_decoder=False)
+    model = SimpleNamespace(config=config, similarity=lambda clips, gallery: clips.embeds @ gallery.embeds.T)
+    index = GalleryIndex(model)
+    names = [f"p{i}" for i in range(len(images))]
+    records = [{"image_id": n, "product_id": n, "live_ids": [], "title": "", "image": ""} for n in names]
+    index.store.put(records, RiceGallery(embeds=images), [])
+    return index
+
+
+def test_confidences_are_fitted_and_tell_what_is_not_in_the_shop():
+    normalize = torch.nn.functional.normalize
+    images = normalize(torch.randn(60, 32), dim=1)
+    index, clips = cosine_index(images), RiceClips(embeds=normalize(images + 0.1 * torch.randn(60, 32), dim=1))
+    uncalibrated = index.search(clips[0])[0]
+    assert 0 < uncalibrated.confidence <= 1 and not uncalibrated.no_product
+    with pytest.raises(ValueError, match="each of the 60 clips"):
+        index.calibrate(clips)
+    report = index.calibrate(clips[:40], [[f"p{i}"] for i in range(40)], false_accept_rate=0.05)
+    assert report["num_present"] == report["num_absent"] == 40 and report["false_accepts"] <= 0.05
+    # Products that the fit has not seen.
+    there = index.search(clips[40:])
+    assert sum(answer.no_product for answer in there) <= 2
+    assert np.mean([answer.confidence for answer in there]) > 0.8
+    index.remove([f"p{i}" for i in range(40, 60)])
+    gone = index.search(clips[40:])
+    assert sum(answer.no_product for answer in gone) >= 17
+    assert np.mean([answer.confidence for answer in gone]) < 0.3
+
+
+def test_calibrating_reads_rows(shop, build):
+    rows = shop.make_rows(24)
+    index = build(rows)
+    queries = [
+        {"clip_id": f"c{i}", "live_id": "xy"[i % 2], "frames": [row["image"]], "boxes": [None], "relevant": [f"p{i}"]}
+        for i, row in enumerate(rows)
+    ]
+    queries.append({**queries[0], "clip_id": "broken", "frames": [{"path": "nowhere.jpg", "bytes": None}]})
+    report = index.calibrate(queries, progress=False, rerank=5)
+    assert report["num_present"] == 24 and [failure["id"] for failure in report["unreadable"]] == ["broken"]
+    assert index.calibration.rerank == 5

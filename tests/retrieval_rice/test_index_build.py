@@ -1,0 +1,214 @@
+"""Building an index: interrupted and continued, shared among processes, with pictures that cannot be read."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from retrieval_rice.index import GalleryIndex
+from retrieval_rice.index_files import MANIFEST
+
+
+@pytest.fixture
+def build(shop):
+    def make(rows=None, output_dir=None, **options):
+        options = {"progress": False, "shard_size": 3} | options
+        rows = shop.rows if rows is None else rows
+        return GalleryIndex.build(shop.model, shop.processor, rows, output_dir=output_dir, **options)
+
+    return make
+
+
+@pytest.fixture
+def encoded(shop, monkeypatch):
+    """Counts the images that the model encodes; `stop_after` images it is interrupted."""
+    from types import SimpleNamespace
+
+    log = SimpleNamespace(count=0, stop_after=None)
+    encode = shop.model.encode_gallery
+
+    def counting(pixel_values, **inputs):
+        if log.stop_after is not None and log.count >= log.stop_after:
+            raise KeyboardInterrupt
+        log.count += len(pixel_values)
+        return encode(pixel_values, **inputs)
+
+    monkeypatch.setattr(shop.model, "encode_gallery", counting)
+    return log
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_an_interrupted_build_goes_on(build, encoded, tmp_path):
+    build(output_dir=tmp_path / "whole")
+    encoded.count, encoded.stop_after = 0, 6
+    with pytest.raises(KeyboardInterrupt):
+        build(output_dir=tmp_path / "index")
+    assert not (tmp_path / "index" / MANIFEST).exists()
+    encoded.stop_after = None
+    assert len(build(output_dir=tmp_path / "index")) == 10
+    assert encoded.count == 10
+    assert contents(tmp_path / "index") == contents(tmp_path / "whole")
+    build(output_dir=tmp_path / "index")
+    assert encoded.count == 10
+
+
+def test_a_changed_shop_is_encoded_where_it_changed(build, shop, encoded, tmp_path):
+    build(output_dir=tmp_path / "index")
+    before = contents(tmp_path / "index")
+    Image.new("RGB", (40, 40), "red").save(shop.rows[4]["image"]["path"])
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        build(output_dir=tmp_path / "index")
+    assert contents(tmp_path / "index") == before
+    encoded.count = 0
+    index = build(output_dir=tmp_path / "index", overwrite=True)
+    assert encoded.count == 3 and len(index) == 10
+    # The shard that nobody names any more is gone.
+    assert len(contents(tmp_path / "index")) == len(before)
+
+
+def test_processes_that_know_nothing_of_each_other_share_a_shop(build, shop, encoded, tmp_path):
+    whole = build(output_dir=tmp_path / "whole")
+    encoded.count = 0
+    assert build(output_dir=tmp_path / "index", process_index=1, num_processes=2) is None
+    assert encoded.count == 4
+    index = build(output_dir=tmp_path / "index", process_index=0, num_processes=2)
+    assert contents(tmp_path / "index") == contents(tmp_path / "whole")
+    assert list(index.store.column("image_id")) == list(whole.store.column("image_id"))
+
+
+def _build_in_a_process(output_dir, rows, model, processor):
+    torch.set_num_threads(1)
+    index = GalleryIndex.build(model, processor, rows, output_dir=output_dir, progress=False, shard_size=3)
+    assert len(index) == 10
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_build_one_index(build, shop, tmp_path):
+    from accelerate import debug_launcher
+
+    build(output_dir=tmp_path / "whole")
+    arguments = (tmp_path / "index", shop.rows, shop.model, shop.processor)
+    debug_launcher(_build_in_a_process, args=arguments, num_processes=2)
+    assert contents(tmp_path / "index") == contents(tmp_path / "whole")
+
+
+def png_header(width, height):
+    """A PNG that says it is huge, in 60 bytes."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bad_pictures_are_listed_and_left_out(build, shop, tmp_path, caplog):
+    good = Image.open(shop.rows[0]["image"]["path"])
+    buffer = io.BytesIO()
+    good.resize((300, 300)).save(buffer, format="JPEG")
+    files = {
+        "bomb.png": png_header(60_000, 60_000),
+        "large.png": png_header(12_000, 12_000),
+        "cut.jpg": buffer.getvalue()[:800],
+        "text.jpg": b"not a picture",
+        "empty.png": b"",
+    }
+    rows = list(shop.rows)
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        rows.insert(3, {"image_id": name, "live_id": "x", "image": str(tmp_path / name), "title": ""})
+    rows.append({"image_id": "missing", "live_id": "x", "image": str(tmp_path / "missing.jpg"), "title": ""})
+    index = build(rows, output_dir=tmp_path / "index")
+    assert list(index.store.column("image_id")) == [row["image_id"] for row in shop.rows]
+    reasons = {failure["id"]: failure["reason"] for failure in index.skipped}
+    assert set(reasons) == {*files, "missing"} and all(len(reason.splitlines()) == 1 for reason in reasons.values())
+    assert "DecompressionBomb" in reasons["bomb.png"] and "12000 x 12000" in reasons["large.png"]
+    assert "6 of 16 images were left out" in caplog.text
+    # They are remembered.
+    assert GalleryIndex.load(tmp_path / "index", shop.model).skipped == index.skipped
+
+
+def test_the_content_tells_the_format(build, shop, tmp_path):
+    with open(shop.rows[0]["image"]["path"], "rb") as file:
+        (tmp_path / "p.jpg").write_bytes(file.read())
+    index = build([{"image_id": "p.jpg", "image": str(tmp_path / "p.jpg")}, shop.rows[0]])
+    one, other = index.search(shop.clips(0))[0].hits
+    assert index.skipped == [] and one.score == other.score
+
+
+@pytest.mark.slow
+def test_large_photographs_are_read(build, tmp_path):
+    Image.new("RGB", (8660, 5780), (200, 30, 30)).save(tmp_path / "photo.jpg", quality=30)
+    index = build([{"image_id": "photo", "image": str(tmp_path / "photo.jpg")}])
+    assert len(index) == 1 and index.skipped == []
+
+
+def test_another_livestreams_copy_is_read_where_the_first_is_damaged(build, shop, tmp_path):
+    damaged = {**shop.rows[0], "live_id": "z", "image": str(tmp_path / "gone.png")}
+    index = build([damaged, *shop.rows])
+    assert index.skipped == [] and len(index) == 10
+    record = index.store.get(["p0"])["p0"]
+    assert record["live_ids"] == ["z", "x"] and record["image"] == shop.rows[0]["image"]["path"]
+
+
+def test_a_shop_of_nothing_but_bad_pictures(build, tmp_path):
+    rows = [{"image_id": str(i), "image": str(tmp_path / f"{i}.png")} for i in range(4)]
+    with pytest.raises(ValueError, match="not one of the 4 images could be read; the first: .*no such file"):
+        build(rows)
+
+
+def test_numbers_that_do_not_fit_half_precision_are_listed(build, shop, monkeypatch):
+    encode = shop.model.encode_gallery
+
+    def too_large(**inputs):
+        gallery = encode(**inputs)
+        gallery.states[0, 0] = 1e6
+        return gallery
+
+    monkeypatch.setattr(shop.model, "encode_gallery", too_large)
+    index = build(shard_size=10)
+    assert len(index) == 9 and "not finite" in index.skipped[0]["reason"]
+    assert len(build(shard_size=10, dtype="float32")) == 10
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"rows": []}, "has no images"),
+        ({"rows": [{"image": "a.png"}]}, "row 0 of the shop has no image_id"),
+        ({"rows": [{"image_id": "a", "image": 3}]}, "got a int"),
+        ({"dtype": "int8"}, "dtype must be one of float16, float32"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"num_processes": 2}, "pass output_dir"),
+        ({"process_index": 3, "num_processes": 2}, "process 3 of 2"),
+    ],
+)
+def test_mistakes_get_one_sentence(build, change, words):
+    with pytest.raises(ValueError, match=words):
+        build(**change)
+
+
+def test_a_model_in_training_mode_is_refused(build, shop):
+    shop.model.train()
+    with pytest.raises(ValueError, match="model.eval"):
+        build()
+
+
+def test_datasets_are_read_without_their_pictures(build, shop):
+    from datasets import Dataset
+
+    from data_rice.features import gallery_features
+
+    rows = Dataset.from_list(shop.rows, features=gallery_features())
+    one, other = build(rows), build()
+    clips = shop.clips(1)
+    assert [hit.score for hit in one.search(clips)[0].hits] == [hit.score for hit in other.search(clips)[0].hits]
+    np.testing.assert_array_equal(one.store.shards[0].features.embeds, other.store.shards[0].features.embeds)

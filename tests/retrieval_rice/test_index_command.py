@@ -1,0 +1,93 @@
+"""`rice index`: a folder of pictures, a shop with clips, and the sentences for mistakes."""
+
+import json
+
+import pytest
+
+from retrieval_rice.cli import main
+from retrieval_rice.index import GalleryIndex
+
+
+@pytest.fixture
+def checkpoint(shop, tmp_path):
+    folder = tmp_path / "model"
+    shop.model.save_pretrained(folder)
+    shop.processor.save_pretrained(folder)
+    return folder
+
+
+def run(*arguments):
+    return main(["index", *map(str, arguments), "--num_workers", "0", "--device", "cpu"])
+
+
+def write_shop(shop, folder):
+    """A shop_clips folder of 24 pictures and as many validation clips."""
+    rows = shop.make_rows(24, folder.name)
+    gallery = [{"gallery_id": row["image_id"], "image": f"{row['image_id']}.png", "title": "mug"} for row in rows]
+    clips = [
+        {"query_id": f"c{i}", "frames": [row["image"]], "gt_gallery_ids": [row["gallery_id"]]}
+        for i, row in enumerate(gallery)
+    ]
+    for name, lines in (("gallery.jsonl", gallery), ("clips_val.jsonl", clips)):
+        folder.joinpath(name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_shop_with_clips_is_indexed_and_calibrated(shop, checkpoint, tmp_path, capsys):
+    write_shop(shop, tmp_path / "shop")
+    output = tmp_path / "index"
+    assert run(tmp_path / "shop", "--model", checkpoint, "--output", output, "--cache_dir", tmp_path / "cache") == 0
+    text = capsys.readouterr().out
+    assert "calibrated on" in text and "24 pictures; 0 could not be read" in text
+    index = GalleryIndex.load(output, shop.model)
+    assert len(index) == 24 and index.calibration.report["num_present"] == 24
+    assert index.search(shop.clips(3))[0].hits[0].title == "mug"
+
+
+def test_a_folder_of_pictures_is_a_shop(shop, checkpoint, tmp_path, capsys):
+    folder = tmp_path / "plain"
+    shop.make_rows(3, "plain")
+    (folder / "broken_one.jpg").write_bytes(b"not a picture")
+    (folder / "notes.txt").write_text("no picture")
+    output = tmp_path / "index"
+    assert run(folder, "--model", checkpoint, "--output", output) == 0
+    text = capsys.readouterr().out
+    assert "1 files in" in text and "3 pictures; 1 could not be read" in text and "not read: broken_one.jpg" in text
+    assert "not calibrated" in text
+    assert sorted(GalleryIndex.load(output, shop.model).store.column("image_id")) == ["p0.png", "p1.png", "p2.png"]
+
+
+def test_upload_and_approximate(shop, checkpoint, tmp_path, capsys):
+    pytest.importorskip("qdrant_client")
+    pytest.importorskip("faiss")
+    shop.make_rows(5, "plain")
+    arguments = ("--approximate", "hnsw", "--qdrant", tmp_path / "engine", "--collection", "shop")
+    assert run(tmp_path / "plain", "--model", checkpoint, "--output", tmp_path / "index", *arguments) == 0
+    assert "the collection shop has 5 pictures" in capsys.readouterr().out
+    assert GalleryIndex.load(tmp_path / "index", shop.model).store.approximate.num_rows == 5
+
+
+@pytest.mark.parametrize(
+    "prepare, words",
+    [
+        (lambda folder: None, "there is no folder"),
+        (lambda folder: folder.mkdir(), "has neither pictures nor the files of a data set"),
+    ],
+)
+def test_mistakes_end_with_one_sentence(checkpoint, tmp_path, capsys, prepare, words):
+    prepare(tmp_path / "shop")
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path / "shop", "--model", checkpoint, "--output", tmp_path / "index")
+    message = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and words in message and len(message.splitlines()) == 1
+
+
+def test_another_shop_needs_overwrite(shop, checkpoint, tmp_path, capsys):
+    output = tmp_path / "index"
+    for folder, count in (("one", 3), ("two", 4)):
+        shop.make_rows(count, folder)
+    assert run(tmp_path / "one", "--model", checkpoint, "--output", output) == 0
+    with pytest.raises(SystemExit):
+        run(tmp_path / "two", "--model", checkpoint, "--output", output)
+    assert "--overwrite" in capsys.readouterr().err
+    assert run(tmp_path / "two", "--model", checkpoint, "--output", output, "--overwrite") == 0
+    assert len(GalleryIndex.load(output, shop.model)) == 4

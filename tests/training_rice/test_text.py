@@ -1,0 +1,166 @@
+"""Text in training: encoder and tokenizer of a run, the term's log and weight, and what it does not go with."""
+
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertModel
+
+from data_rice.collator import RiceCollator
+from evaluation_rice.protocol import RetrievalTask
+from evaluation_rice.retrieval import Loading, ModelRetriever, add_text_scores, retrieve
+from processing_rice import train_tokenizer
+from training_rice.arguments import DataArguments, ModelArguments, RiceTrainingArguments
+from training_rice.grad_cache import GradCache
+from training_rice.recipe import check_model_fields
+from training_rice.setup import build_model, build_rice_processor
+from training_rice.text import check_text
+from training_rice.trainer import RiceTrainer
+from training_rice.validation import validate_together
+
+TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+TEXT |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 64}
+WORDS = [f"{colour} {thing}" for colour in ("red", "blue", "green") for thing in ("mug", "shoe", "hat", "dress")]
+
+
+def named(rows, key, words):
+    return rows.map(lambda row, i: {key: words[i]}, with_indices=True, features=rows.features)
+
+
+@pytest.fixture
+def text_pairs(pairs):
+    return named(named(pairs, "title", WORDS), "asr", [f"look at this {words}" for words in WORDS])
+
+
+@pytest.fixture
+def text_validation(validation):
+    queries, gallery, scope = validation
+    return named(queries, "asr", [f"we sell {words}" for words in WORDS]), named(gallery, "title", WORDS), scope
+
+
+def text_model(make_model, **settings):
+    # As many entries as the session's tokenizer may have.
+    return make_model(text_config=TEXT | {"vocab_size": 400}, text_score_weight=0.5, **settings)
+
+
+class TestSetup:
+    def test_a_new_encoder_has_the_vocabulary_of_the_tokenizer_to_come(self, model_settings):
+        arguments = ModelArguments(model=model_settings | {"text_config": TEXT | {"max_position_embeddings": 24}})
+        data = DataArguments(vocab_size=450, use_text=True, text_length=30)
+        model = build_model(arguments, data)
+        assert model.config.text_config.vocab_size == 450
+        processor = build_rice_processor(arguments, data, model.config, WORDS)
+        assert len(processor.tokenizer) <= 450 and processor.tokenizer.model_max_length == 24
+        check_text(data, model.config, processor.tokenizer)
+
+    def test_a_pretrained_one_brings_weights_and_tokenizer(self, model_settings, tmp_path):
+        tokenizer = train_tokenizer(["other words"] * 9, vocab_size=400)
+        source = BertModel(BertConfig(vocab_size=400, **TEXT))
+        source.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        arguments = ModelArguments(model=model_settings, init_text_from=str(tmp_path))
+        model = build_model(arguments, DataArguments())
+        expected = {name: value for name, value in source.state_dict().items() if not name.startswith("pooler.")}
+        for name, value in model.text_model.model.state_dict().items():
+            assert torch.equal(value, expected.pop(name))
+        assert not expected
+        processor = build_rice_processor(arguments, DataArguments(), model.config, WORDS)
+        assert processor.tokenizer.get_vocab() == tokenizer.get_vocab()
+
+    def test_a_tokenizer_by_name(self, model_settings, tmp_path):
+        train_tokenizer(["other words"] * 9, vocab_size=400).save_pretrained(tmp_path)
+        data = DataArguments(tokenizer=str(tmp_path), text_length=10)
+        config = build_model(ModelArguments(model=model_settings)).config
+        tokenizer = build_rice_processor(ModelArguments(model=model_settings), data, config, WORDS).tokenizer
+        assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(tmp_path).get_vocab()
+        assert tokenizer.model_max_length == 10
+
+    def test_a_checkpoint_without_text_goes_on_with_it_and_back(self, make_model, tmp_path):
+        # A decoder with positions has one more with a title.
+        make_model(decoder_position_embeddings=False).save_pretrained(tmp_path / "plain")
+        section = {"text_config": TEXT, "text_score_weight": 1.0}
+        arguments = ModelArguments(model_name_or_path=str(tmp_path / "plain"), model=section)
+        model = build_model(arguments, DataArguments(vocab_size=420))
+        assert model.config.text_config.vocab_size == 420 and model.text_projection is not None
+        assert model.decoder.title_projection.weight.abs().max() > 0
+        model.save_pretrained(tmp_path / "text")
+        token = ModelArguments(model_name_or_path=str(tmp_path / "text"), model={"text_score_weight": None})
+        assert build_model(token).text_projection is None
+        section = {"text_score_weight": None, "text_config": None}
+        again = build_model(ModelArguments(model_name_or_path=str(tmp_path / "text"), model=section))
+        assert again.text_model is None and "decoder.asr_projection.weight" not in again.state_dict()
+
+    def test_bad_input(self, make_model, model_settings, processor, tmp_path):
+        with pytest.raises(ValueError, match="use_text needs a text encoder: set model.text_config"):
+            check_text(DataArguments(use_text=True), make_model().config, processor.tokenizer)
+        small = make_model(text_config=TEXT | {"vocab_size": 9}).config
+        with pytest.raises(ValueError, match=r"the tokenizer has \d+ entries, but the text encoder 9"):
+            check_text(DataArguments(use_text=True), small, processor.tokenizer)
+        both = ModelArguments(model=model_settings | {"text_config": TEXT}, init_text_from=str(tmp_path))
+        with pytest.raises(ValueError, match="init_text_from and model.text_config both name"):
+            build_model(both)
+        with pytest.raises(ValueError, match="unknown field 'hidden_sise' of text_config .bert.*'hidden_size'"):
+            check_model_fields({"text_config": {"hidden_sise": 3}})
+
+
+def test_the_loss_falls_is_logged_and_the_weight_is_fitted(
+    make_model, processor, text_pairs, text_validation, tmp_path
+):
+    model = text_model(make_model)
+    args = RiceTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=40, per_device_train_batch_size=6,
+        learning_rate=1e-2, logging_steps=5, save_strategy="no", seed=0, per_device_eval_batch_size=6,
+        disable_tqdm=True,
+    )  # fmt: skip
+    collator = RiceCollator(processor, use_text=True)
+    trainer = RiceTrainer(model, args, text_pairs, collator, eval_dataset=text_validation, processing_class=processor)
+    trainer.train()
+    losses = [entry["text_loss"] for entry in trainer.state.log_history if "text_loss" in entry]
+    assert len(losses) == 8 and losses[-1] < 0.7 * losses[0]
+    metrics = trainer.evaluate()
+    assert metrics["eval_text_score_weight"] == model.config.text_score_weight
+    # The figures are those of the model as it is now configured.
+    queries, gallery, scope = text_validation
+    task = RetrievalTask.from_datasets(queries, gallery, scope)
+    books, _ = retrieve(ModelRetriever(model, collator), task, queries, gallery, loading=Loading(6, 0, quiet=True))
+    assert books["embedding"].summary()["R@1"] == metrics["eval_embedding_R@1"]
+    assert set(books) == {"embedding", "matching"}
+
+
+def test_text_scores_apart_are_added_with_the_best_weight(make_model, processor, text_validation):
+    queries, gallery, scope = text_validation
+    task = RetrievalTask.from_datasets(queries, gallery, scope)
+    scores = {
+        query: {"embedding": torch.zeros(6).numpy(), "text": torch.eye(6)[task.relevant_positions(query)[0]].numpy()}
+        for query in range(5)
+    }
+    # The sixth could not be compared by its words.
+    scores[5] = {"embedding": torch.zeros(6).numpy()}
+    joined, weight = add_text_scores(task, scores)
+    assert weight > 0 and all(set(values) == {"embedding"} for values in joined.values())
+    for query in range(5):
+        assert joined[query]["embedding"].argmax() == task.relevant_positions(query)[0]
+    misleading = {query: {**values, "text": -values["text"]} for query, values in scores.items() if query < 5}
+    for values in misleading.values():
+        values["embedding"] = -values["text"]
+    assert add_text_scores(task, misleading)[1] == 0.0
+    model = make_model()
+    metrics, _, _ = validate_together(model, RiceCollator(processor), task, queries, gallery, Loading(6, 0, True))
+    assert "text_score_weight" not in metrics
+
+
+class TestChunks:
+    def test_text_tokens_work(self, make_model, processor, text_pairs):
+        batch = RiceCollator(processor, use_text=True)([text_pairs[i] for i in range(6)])
+        plain, chunked = (
+            make_model(text_config=TEXT | {"vocab_size": 400}, matching_negatives="all").train() for _ in range(2)
+        )
+        plain(**batch).loss.backward()
+        GradCache(2)(chunked, batch)
+        for (name, expected), found in zip(plain.named_parameters(), chunked.parameters(), strict=True):
+            if expected.grad is not None:
+                torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-4, msg=name)
+        assert chunked.text_model.model.embeddings.word_embeddings.weight.grad.abs().max() > 0
+
+    def test_the_score_level_term_is_refused(self, make_model, processor, text_pairs, tmp_path):
+        batch = RiceCollator(processor, use_text=True)([text_pairs[i] for i in range(6)])
+        with pytest.raises(ValueError, match="grad_cache_chunk does not work with the score-level text term"):
+            GradCache(2)(text_model(make_model), batch)

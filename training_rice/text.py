@@ -1,0 +1,104 @@
+"""Text encoder and tokenizer of a run: new and small, or taken from a pretrained text encoder."""
+
+import logging
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+
+from evaluation_rice.checkpoint import check_checkpoint
+from evaluation_rice.hub import hub_errors
+from modeling_rice import RiceConfig, RiceModel
+from processing_rice import train_tokenizer
+
+from .arguments import DataArguments, ModelArguments
+
+logger = logging.getLogger(__name__)
+
+
+def complete_text_settings(settings: dict[str, Any], arguments: ModelArguments, data: DataArguments) -> dict[str, Any]:
+    """
+    The model section with a whole `text_config`: the one of `init_text_from`, or the section's own with the vocabulary
+    size of the tokenizer that will be trained, where it names none.
+
+    Raises:
+        FileNotFoundError, ValueError: for an encoder that cannot be read, or one that is named twice.
+    """
+    text = settings.get("text_config")
+    if arguments.init_text_from is not None:
+        if text is not None:
+            raise ValueError("init_text_from and model.text_config both name a text encoder; pass one of them.")
+        with hub_errors(arguments.init_text_from):
+            check_checkpoint(arguments.init_text_from)
+            return settings | {"text_config": AutoConfig.from_pretrained(arguments.init_text_from)}
+    if isinstance(text, dict):
+        # Through RiceConfig, since a checkpoint's config would take a mapping as it is.
+        return settings | {"text_config": RiceConfig(text_config={"vocab_size": data.vocab_size} | text).text_config}
+    return settings
+
+
+def load_text_encoder(model: RiceModel, path: str) -> None:
+    """
+    Fills the text encoder with pretrained weights, float32.
+
+    Raises:
+        FileNotFoundError, ValueError: for an encoder that cannot be read, or that does not fit.
+    """
+    with hub_errors(path):
+        source = AutoModel.from_pretrained(path, dtype=torch.float32)
+    # Of a model of both, such as CLIP, the text side.
+    source = getattr(source, "text_model", source)
+    try:
+        found = model.text_model.model.load_state_dict(source.state_dict(), strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"init_text_from: {' '.join(str(error).split())}") from error
+    if found.missing_keys:
+        raise ValueError(
+            f"init_text_from: {path} lacks {len(found.missing_keys)} weights of its text encoder, such as "
+            f"{found.missing_keys[0]}; choose another one."
+        )
+    logger.info("From %s: text encoder.", path)
+
+
+def build_tokenizer(
+    arguments: ModelArguments, data: DataArguments, config: RiceConfig, texts: list[str]
+) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer that was asked for, else that of the pretrained text encoder, else one trained on the texts. It cuts
+    to `text_length` tokens, or what the encoder takes.
+    """
+    path = data.tokenizer or arguments.init_text_from
+    if path is None:
+        tokenizer = train_tokenizer(texts or ["rice"], vocab_size=data.vocab_size)
+    else:
+        with hub_errors(path):
+            tokenizer = AutoTokenizer.from_pretrained(path)
+    limits = [data.text_length, getattr(config.text_config, "max_position_embeddings", None) or data.text_length]
+    if getattr(config.text_config, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
+        # Their positions start behind the padding token.
+        limits[1] -= 2
+    tokenizer.model_max_length = min(limits)
+    return tokenizer
+
+
+def check_text(data: DataArguments, config: RiceConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Raises:
+        ValueError: when texts are to be used by a model that has nothing to read them with, or to be read by an
+            encoder with fewer entries than the tokenizer.
+    """
+    if config.text_config is None:
+        if data.use_text:
+            raise ValueError(
+                "use_text needs a text encoder: set model.text_config (for a small new one: {hidden_size: 128, "
+                "num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 256}), or init_text_from."
+            )
+        return
+    if not data.use_text:
+        logger.warning("The model has a text encoder, but use_text is false: it is not trained.")
+    vocabulary = getattr(config.text_config, "vocab_size", None)
+    if data.use_text and vocabulary is not None and len(tokenizer) > vocabulary:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} entries, but the text encoder {vocabulary}; set "
+            f"model.text_config.vocab_size to as many, or choose the tokenizer that belongs to it."
+        )
