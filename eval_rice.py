@@ -16,7 +16,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from evaluation_rice.checkpoint import check_checkpoint, check_settings, weights_fingerprint
+from evaluation_rice.checkpoint import weights_fingerprint
 from evaluation_rice.protocol import RetrievalTask, breakdown
 
 KINDS = ("embedding", "matching", "fused")
@@ -83,60 +83,12 @@ def _weight(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number above 0") from error
 
 
-def load_checkpoint(path: str, device: str | None, num_frames: int | None):
-    """Model in eval mode on its device, and processor.
-
-    Raises:
-        OSError: no such checkpoint.
-        ValueError: the checkpoint is not whole, is of another kind, or has no processor.
-    """
-    check_checkpoint(path)
-    from evaluation_rice.hub import hub_errors
-
-    with hub_errors(path):
-        model, processor = _load(path)
-    if num_frames is not None:
-        processor.video_processor.num_frames = num_frames
-    return to_device(model, device).eval(), processor
-
-
-def to_device(model, device: str | None):
-    """The model on `device`, by default a GPU where there is one; raises `ValueError` where that cannot be used."""
-    import torch
-
-    try:
-        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used: {_one_line(error)}") from error
-
-
-def _load(path: str):
-    from transformers import AutoModel, AutoProcessor
-
-    import modeling_rice
-    import processing_rice  # noqa: F401  (registers the processor with AutoProcessor)
-
-    check_settings(path, modeling_rice.RiceConfig)
-    try:
-        model, loading = AutoModel.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model {path} cannot be loaded: {_one_line(error)}") from error
-    missing = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
-    if missing:
-        raise ValueError(f"{path} lacks {len(missing)} weights of its model, such as {missing[0]}: save it again.")
-    if not hasattr(model, "encode_gallery"):
-        raise ValueError(f"{path} holds a {model.config.model_type} model, which retrieves nothing: name a RICE one.")
-    try:
-        return model, AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} has no processor that can be loaded ({_one_line(error)}).") from error
-
-
 def build_retriever(options: argparse.Namespace):
     """The model or baseline as a `Retriever`, and the baseline's entry in results.json (`None` for a model)."""
     from data_rice.collator import RiceCollator
     from evaluation_rice.pretrained_baselines import load_baseline
     from evaluation_rice.retrieval import ModelRetriever
+    from retrieval_rice.loading import load_model, to_device
 
     check_boxes(options)
     use_boxes = options.boxes != "none"
@@ -151,7 +103,9 @@ def build_retriever(options: argparse.Namespace):
         )
     if options.baseline_model is not None:
         raise ValueError("--baseline_model goes with --baseline, not with --model: give one of them.")
-    model, processor = load_checkpoint(options.model, options.device, options.num_frames)
+    model, processor = load_model(options.model, options.device)
+    if options.num_frames is not None:
+        processor.video_processor.num_frames = options.num_frames
     if use_boxes and not getattr(model.config, "accepts_patch_mask", True):
         raise ValueError(
             f"--boxes {options.boxes}: the encoder of {options.model} takes no patch mask; evaluate with --boxes "

@@ -17,7 +17,6 @@ def load_model(path: str | os.PathLike, device: str | None = None):
         ValueError: the checkpoint is not whole, is of another kind, has no processor, or the device cannot be used.
         PermissionError, ConnectionError: what the Hub answered, see `evaluation_rice.hub.hub_errors`.
     """
-    import torch
     from transformers import AutoModel, AutoProcessor
 
     import modeling_rice
@@ -40,7 +39,14 @@ def load_model(path: str | os.PathLike, device: str | None = None):
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path} has no processor that can be loaded ({reason}): save it there.") from error
+    return to_device(model, device).eval(), processor
+
+
+def to_device(model, device: str | None = None):
+    """The model on `device`, by default a GPU where there is one; raises `ValueError` where that cannot be used."""
+    import torch
+
     try:
-        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
+        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} cannot be used: {' '.join(str(error).split())}") from error
