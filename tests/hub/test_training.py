@@ -80,8 +80,9 @@ def test_only_at_the_end_and_public_when_asked(hub, train):
 def test_a_failing_hub_costs_no_training(hub, train, client):
     hub.failing_calls = {"/commit/": 501}
     folder, error, said = train("failing", "--hub_model_id", "someone/failing")
-    assert error.startswith("exit train_rice.py: error: the finished run in") and "\n" not in error.strip()
-    assert f"Then: rice publish {folder} someone/failing" in error
+    sentence = said.strip().splitlines()[-1]
+    assert error == "exit 2" and sentence.startswith("train_rice.py: error: the finished run in")
+    assert f"Then: rice publish {folder} someone/failing" in sentence
     assert (folder / "train_results.json").is_file() and (folder / "model.safetensors").is_file()
     hub.heal()
     command = ["publish", folder, "someone/failing", "--without_results"]
@@ -91,8 +92,9 @@ def test_a_failing_hub_costs_no_training(hub, train, client):
 
 def test_a_refused_token_ends_it_before_the_first_step(hub, train):
     hub.tokens = {"another"}
-    folder, error, _ = train("refused", "--hub_model_id", "someone/refused")
-    assert error.startswith("exit train_rice.py: error: the Hub refuses the access token (401)")
+    folder, error, said = train("refused", "--hub_model_id", "someone/refused")
+    sentence = said.strip().splitlines()[-1]
+    assert error == "exit 2" and sentence.startswith("train_rice.py: error: the Hub refuses the access token (401)")
     assert not (folder / "model.safetensors").exists()
 
 

@@ -37,7 +37,7 @@ def test_missing_test_files_come_with_the_hint_to_train_without_validation(train
     (annotations / "training_videoinfo.txt").write_text("\n".join(rows))
     data = DataArguments(dataset="lpr4m", data_dir=str(annotations.parent), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(FileNotFoundError, match="set validation_fraction .* Set eval_strategy to 'no' to train"):
-        load_views(data, training(eval_strategy="epoch", per_device_train_batch_size=2))
+        load_views(data, dataclasses.replace(training, eval_strategy="epoch"))
 
 
 def cut(path) -> None:
