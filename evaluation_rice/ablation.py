@@ -24,6 +24,7 @@ import numpy as np
 import yaml
 from tqdm.auto import tqdm
 
+from .breakdown import can_draw
 from .paired import draw_intervals, mean_interval, paired_difference, verdict
 from .report import percent, write_atomically
 
@@ -383,10 +384,11 @@ def main(arguments: list[str] | None = None) -> None:
         for name, figures in summary["arms"].items()
         for kind in figures
     ]
-    if rows:
+    if rows and can_draw():
         draw_intervals(output / "ablation.png", rows, "R@1 in percent, 95 % interval over queries")
     print(text)
-    print(f"written to {output}: ablation.json, ablation.md, ablation.png")
+    plot = "ablation.png" if can_draw() else "but no ablation.png, which needs matplotlib"
+    print(f"written to {output}: ablation.json, ablation.md, {plot}")
     if any(not problem.startswith("not run") for problem in runner.problems.values()):
         sys.exit(1)
 

@@ -164,6 +164,13 @@ def test_values_reach_the_command_line_as_written(tmp_path):
     assert ablation.to_arguments(study.arms["a"].train) == expected
 
 
+def test_without_matplotlib_there_is_no_picture(project, monkeypatch, capsys):
+    monkeypatch.setattr(ablation, "can_draw", lambda: False)
+    project(STUDY)
+    assert "no ablation.png, which needs matplotlib" in capsys.readouterr().out
+    assert not (project.folder / "out/ablation.png").exists()
+
+
 def test_it_wants_the_scripts(tmp_path, monkeypatch, capsys):
     (tmp_path / "s.yaml").write_text("recipe: r\narms: {a: }\n")
     monkeypatch.chdir(tmp_path)
