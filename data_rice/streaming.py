@@ -203,9 +203,9 @@ def open_dataset_view(
     Raises:
         FileNotFoundError, ValueError: as `load_dataset_view`; ValueError also for a ``boxes_file`` of other rows.
     """
+    given = {name: value for name, value in builder_options.items() if value is not None}
     prepared = prepared_folder(dataset, data_dir)
     if prepared is not None:
-        given = {name: value for name, value in builder_options.items() if value is not None}
         check_options(prepared, given)
         files = shard_files(prepared, view, split)
         if files[0].endswith(".parquet"):
@@ -215,9 +215,8 @@ def open_dataset_view(
     builder_class, folder, options = resolve(dataset, data_dir)
     if builder_class is Lpr4m and view == "pairs" and split in ("train", "validation"):
         _refuse_boxes_file(boxes_file)
-        options.update({name: value for name, value in builder_options.items() if value is not None})
-        return training_rows(Lpr4m(view, cache_dir=cache_dir, data_dir=folder, **options), split)
-    return ArrowRows(load_dataset_view(dataset, view, split, data_dir, cache_dir, boxes_file, **builder_options))
+        return training_rows(Lpr4m(view, cache_dir=cache_dir, data_dir=folder, **(options | given)), split)
+    return ArrowRows(load_dataset_view(dataset, view, split, data_dir, cache_dir, boxes_file, **given))
 
 
 def _refuse_boxes_file(boxes_file: str | os.PathLike | None) -> None:

@@ -94,13 +94,13 @@ def load_dataset_view(
         raise ValueError(f"There is no view {view!r}; choose one of {', '.join(VIEWS)}.")
     if split not in ("train", "validation", "test"):
         raise ValueError(f"There is no split {split!r}; choose one of train, validation, test.")
+    given = {name: value for name, value in builder_options.items() if value is not None}
     prepared = prepared_folder(dataset, data_dir)
     if prepared is not None:
-        given = {name: value for name, value in builder_options.items() if value is not None}
         rows = load_prepared(prepared, view, split, cache_dir, given)
         return _replace_boxes(rows, view, split, boxes_file)
     builder_class, folder, options = resolve(dataset, data_dir)
-    options.update({name: value for name, value in builder_options.items() if value is not None})
+    options.update(given)
     # Only LPR4M has detection rows of its own; elsewhere they are the boxes of the pairs' frames.
     from_pairs = view == "detection" and view not in [config.name for config in builder_class.BUILDER_CONFIGS]
     source_view = "pairs" if from_pairs else view
