@@ -22,12 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_data(train)
     add = train.add_argument
     add("--output_dir", required=True, help="folder for the detector; the same command goes on where it stopped")
-    add("--model", help="folder or id of a pretrained detector to fine-tune; default: a small RF-DETR from scratch")
-    add("--image_size", type=int, default=64, help="side of the small one's pictures, default 64")
-    add("--patch_size", type=int, default=8, help="side of its patches, default 8")
-    add("--max_steps", type=int, default=600)
+    add("--model", help="folder or id of a pretrained detector to fine-tune; default: a small RT-DETR from scratch")
+    add("--image_size", type=int, default=64, help="side of the small one's pictures, default 64, a multiple of 32")
+    add("--max_steps", type=int, default=1500)
     add("--batch_size", type=int, default=32)
-    add("--learning_rate", type=float, default=5e-4)
+    add("--learning_rate", type=float, default=2e-3)
     add("--weight_decay", type=float, default=1e-4)
     add("--seed", type=int, default=0)
     add("--save_steps", type=int, default=200, help="steps between checkpoints")
@@ -73,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from .training import DetectorSettings, train
 
-    names = ("dataset", "data_dir", "model", "image_size", "patch_size", "max_steps", "batch_size", "learning_rate")
+    names = ("dataset", "data_dir", "model", "image_size", "max_steps", "batch_size", "learning_rate")
     names += ("weight_decay", "seed", "validation_fraction")
     settings = DetectorSettings(**{name: getattr(options, name) for name in names})
     record = train(

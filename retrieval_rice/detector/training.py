@@ -35,7 +35,7 @@ class DetectorSettings:
     Attributes:
         dataset, data_dir, validation_fraction: As `data_rice.load_dataset_view`.
         model: Folder or id of a pretrained detector; a small new one by default.
-        image_size, patch_size: Of a new one, see `build_detector`.
+        image_size: Of a new one, see `build_detector`.
         max_steps, batch_size, learning_rate, weight_decay, warmup_ratio, seed: As in any training.
 
     Raises:
@@ -47,10 +47,9 @@ class DetectorSettings:
     validation_fraction: float | None = None
     model: str | None = None
     image_size: int = 64
-    patch_size: int = 8
-    max_steps: int = 600
+    max_steps: int = 1500
     batch_size: int = 32
-    learning_rate: float = 5e-4
+    learning_rate: float = 2e-3
     weight_decay: float = 1e-4
     warmup_ratio: float = 0.05
     seed: int = 0
@@ -128,7 +127,7 @@ def train(
 
 def _start(settings: DetectorSettings):
     if settings.model is None:
-        return build_detector(settings.image_size, settings.patch_size)
+        return build_detector(settings.image_size)
     labels = {"id2label": LABELS, "label2id": {name: number for number, name in LABELS.items()}}
     return load_detector(settings.model, **labels, ignore_mismatched_sizes=True)
 
