@@ -116,7 +116,8 @@ def _print_figures(figures: dict, split: str) -> None:
     print(f"AP {100 * figures['AP']:.1f}, AP50 {100 * figures['AP50']:.1f}")
     print(
         f"best box right (IoU 0.5): {100 * figures['hit_rate']:.1f} % of the frames with the product, "
-        f"{100 * figures['hit_rate_without_threshold']:.1f} % without the threshold"
+        f"{100 * figures['hit_rate_without_threshold']:.1f} % without the threshold; the mean box would be right in "
+        f"{100 * figures['mean_box_hit_rate']:.1f} %"
     )
     if figures["false_alarm_rate"] is not None:
         print(f"a box all the same: {100 * figures['false_alarm_rate']:.1f} % of the frames without the product")

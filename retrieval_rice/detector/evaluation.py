@@ -53,8 +53,9 @@ def evaluate(
 
     Returns:
         `AP` (COCO's mean over IoU 0.50 to 0.95) and `AP50`; `hit_rate` and `hit_rate_without_threshold` over frames
-        with the product, `false_alarm_rate` over those without (None where there are none), `threshold`, `num_frames`,
-        `num_frames_without_product`, `unreadable` (ids).
+        with the product, and `mean_box_hit_rate` of their mean box as the answer to all of them, which a detector has
+        to beat; `false_alarm_rate` over frames without the product (None where there are none), `threshold`,
+        `num_frames`, `num_frames_without_product`, `unreadable` (ids).
 
     Raises:
         ValueError: when there are no frames with the product, or pycocotools is missing.
@@ -79,6 +80,7 @@ def evaluate(
         "AP50": average50,
         "hit_rate": sum(a.score >= detector.threshold and a.iou >= HIT_IOU for a in shown) / len(shown),
         "hit_rate_without_threshold": sum(a.iou >= HIT_IOU for a in shown) / len(shown),
+        "mean_box_hit_rate": mean_box_hit_rate(rows["boxes"]),
         "mean_iou": sum(a.iou for a in shown) / len(shown),
         "false_alarm_rate": sum(a.score >= detector.threshold for a in others) / len(others) if others else None,
         "threshold": detector.threshold,
@@ -115,6 +117,13 @@ def _judge(boxes: list[list[float]], detections: Detections) -> _Answer:
         return _Answer(bool(boxes), -1.0, 0.0)
     iou = box_iou(detections.boxes[:1], torch.tensor(boxes)).max().item() if boxes else 0.0
     return _Answer(bool(boxes), detections.scores[0].item(), iou)
+
+
+def mean_box_hit_rate(boxes: list[list[list[float]]]) -> float:
+    """Hit rate, over the frames with boxes (ltrb), of one constant box: the mean of all of them."""
+    shown = [torch.tensor(own) for own in boxes if own]
+    mean = torch.cat(shown).mean(dim=0, keepdim=True)
+    return sum(box_iou(mean, own).max().item() >= HIT_IOU for own in shown) / len(shown)
 
 
 def best_threshold(answers: list[_Answer]) -> float:

@@ -195,6 +195,10 @@ class TestFigures:
         assert best_threshold(answers) == 0.7
         assert best_threshold([answer(True, 0.9, 0.1)]) == 1.0
 
+    def test_the_mean_box(self):
+        # The mean is [0, 0, 0.75, 0.75]: IoU 0.5625 with the whole frame, 0.44 with its quarter.
+        assert evaluation.mean_box_hit_rate([[[0, 0, 1, 1]], [], [[0, 0, 0.5, 0.5]]]) == 0.5
+
     def test_a_perfect_detector(self, shop, cache):
         pytest.importorskip("pycocotools")
         figures = evaluate(RedFinder(), load_frames(shop, "test", cache_dir=cache))
