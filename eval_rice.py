@@ -24,6 +24,7 @@ KINDS = ("embedding", "matching", "fused")
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """The parser, whose `error` ends with one sentence and status 2, and the options."""
+    from data_rice.asr_noise import ASR_MODES
     from evaluation_rice.baselines import BASELINE_NAMES, BASELINES
     from evaluation_rice.pretrained_baselines import FAMILIES
 
@@ -47,6 +48,8 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Argume
     add("--detector", help="product detector (folder or id) to make the boxes with, into --output_dir")
     add("--text", default=True, action=argparse.BooleanOptionalAction, help="give titles and ASR to a model that has "
         "a text encoder (default), or evaluate it without them")  # fmt: skip
+    add("--asr", default="own", choices=ASR_MODES, help="what the model reads as a clip's ASR: its own (default), "
+        "none, its own words in disorder, or another clip's")  # fmt: skip
     add("--boxes_file", help="boxes that a product detector made: python -m retrieval_rice.detector run")
     add("--num_frames", type=_positive, help="frames per clip; default: as the checkpoint's processor says")
     add("--fusion_weight", type=_weight, default="auto", help="number above 0, or auto: the checkpoint's own weight, "
@@ -93,6 +96,7 @@ def build_retriever(options: argparse.Namespace):
     check_boxes(options)
     use_boxes = options.boxes != "none"
     if options.baseline is not None:
+        check_asr(options, reads_text=False)
         return load_baseline(
             options.baseline,
             options.baseline_model,
@@ -112,6 +116,7 @@ def build_retriever(options: argparse.Namespace):
             f"none, or train with --model.patch_mask_pooling true."
         )
     use_text = options.text and getattr(model.config, "text_config", None) is not None
+    check_asr(options, use_text)
     return ModelRetriever(model, RiceCollator(processor, use_boxes=use_boxes, use_text=use_text)), None
 
 
@@ -132,6 +137,14 @@ def check_boxes(options: argparse.Namespace) -> None:
         raise ValueError("--boxes detector needs either --detector or --boxes_file: give one of them.")
     if options.boxes != "detector" and given:
         raise ValueError(f"--{given[0]} goes with --boxes detector, not with --boxes {options.boxes}.")
+
+
+def check_asr(options: argparse.Namespace, reads_text: bool) -> None:
+    """Refuses to change ASR that nobody reads."""
+    if options.asr != "own" and not reads_text:
+        name = options.model or options.baseline
+        why = f"which {name} does not" if options.text else "and --no-text says that it shall not"
+        raise ValueError(f"--asr {options.asr} needs a model that reads text, {why}: leave it out.")
 
 
 def detect_boxes(options: argparse.Namespace, split: str) -> str:
@@ -226,11 +239,14 @@ def measure(options: argparse.Namespace, command: str) -> tuple:
     queries, gallery = load_views(options, options.split)
 
     from data_rice import gallery_scope
+    from data_rice.asr_noise import with_asr
     from evaluation_rice import report
     from evaluation_rice.baselines import run_baselines
     from evaluation_rice.retrieval import Loading, has_decoder, retrieve
     from evaluation_rice.speed import TimedRetriever
 
+    # Weights are fitted on validation clips with their own ASR: nobody knows what it will be like.
+    queries = with_asr(queries, options.asr)
     scope = gallery_scope(options.dataset, options.data_dir)
     task = RetrievalTask.from_datasets(queries, gallery, scope)
     model = None if baseline else retriever.model
@@ -272,6 +288,7 @@ def measure(options: argparse.Namespace, command: str) -> tuple:
     }
     if getattr(getattr(model, "config", None), "text_config", None) is not None:
         results["protocol"]["text"] = {"used": options.text, "score_weight": model.config.text_score_weight}
+        results["protocol"]["asr"] = options.asr if options.text else "none"
     if options.boxes == "detector":
         results["protocol"]["detector"] = describe_boxes(options, queries)
     if fusion is not None:
@@ -338,7 +355,8 @@ def print_report(results: dict, gallery: str, output: Path, report: bool = False
     from evaluation_rice.report import format_table, shown_scores
 
     print(f"\n{results['num_queries']} clips of {results['dataset']} ({results['protocol']['split']}); {gallery}")
-    print(f"boxes at test time: {results['protocol']['boxes']}; recall in percent\n")
+    asr = f"ASR: {results['protocol']['asr']}; " if "asr" in results["protocol"] else ""
+    print(f"boxes at test time: {results['protocol']['boxes']}; {asr}recall in percent\n")
     print(format_table(shown_scores(results)))
     if results["fusion_weight"] is not None:
         print(f"\nfusion weight {results['fusion_weight']:g}: {results['protocol']['fusion']['source_words']}")

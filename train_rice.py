@@ -101,6 +101,7 @@ def train(model_arguments, data_arguments, training_arguments) -> None:
         num_frames=data_arguments.train_num_frames or data_arguments.num_frames,
         sampling=data_arguments.frame_sampling,
         use_text=data_arguments.use_text,
+        asr_noise=data_arguments.asr_noise,
         failure_log=failure_log,
         decode=data_arguments.decode,
         pixels="uint8" if data_arguments.decode == "fast" else "float",

@@ -46,6 +46,9 @@ class RiceCollator:
             anew each time; or `"visible"`, likewise but frames with a box before others.
         augmentation: Applied to the frames and the image of training pairs.
         use_text: Tokenise titles and ASR.
+        asr_noise: With `use_text`, probability that a training pair's ASR is replaced, half of the time by nothing,
+            half of the time by that of another row of the batch with another product. `asr_is_noise` `(B,)` bool is
+            then one more key of a training batch: whose ASR is another's.
         failure_log: File to append one JSON line per unreadable file to.
         decode: `"exact"` decodes whole pictures and leaves resizing to the processor; `"fast"` decodes large JPEGs at
             reduced scale and resizes in 8 bits, see `data_rice.decoding`.
@@ -53,7 +56,7 @@ class RiceCollator:
             `data_rice.decoding.normalize_pixels` on the device.
 
     Raises:
-        ValueError: for an unknown `decode` or `pixels`.
+        ValueError: for an unknown `decode` or `pixels`, or an `asr_noise` that is no probability.
     """
 
     processor: Any
@@ -65,12 +68,15 @@ class RiceCollator:
     failure_log: str | Path | None = None
     decode: Literal["exact", "fast"] = "exact"
     pixels: Literal["float", "uint8"] = "float"
+    asr_noise: float = 0.0
 
     def __post_init__(self):
         if self.decode not in ("exact", "fast"):
             raise ValueError(f'`decode` must be "exact" or "fast", got {self.decode!r}.')
         if self.pixels not in ("float", "uint8"):
             raise ValueError(f'`pixels` must be "float" or "uint8", got {self.pixels!r}.')
+        if not 0 <= self.asr_noise <= 1:
+            raise ValueError(f"`asr_noise` must lie in 0..1, got {self.asr_noise}.")
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
@@ -89,9 +95,12 @@ class RiceCollator:
             )
         filled = [pair or good[i % len(good)] for i, pair in enumerate(loaded)]
         rows, clips, images = zip(*filled, strict=True)
+        noise = {}
+        if self.use_text and self.asr_noise > 0:
+            rows, noise["asr_is_noise"] = self._with_noisy_asr(rows)
         batch = self._process_clips(rows, clips, padding="max_length")
-        batch |= self._process_images(rows, images)
-        batch["product_ids"] = torch.tensor([product_id_hash(row["product_id"] or row["clip_id"]) for row in rows])
+        batch |= self._process_images(rows, images) | noise
+        batch["product_ids"] = torch.tensor([product_id_hash(_product(row)) for row in rows])
         return batch
 
     def encode_queries(self, rows: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[int], list[Failure]]:
@@ -121,6 +130,18 @@ class RiceCollator:
         if readable:
             inputs = self._process_images([rows[i] for i in readable], [images[i] for i in readable])
         return inputs, readable, failures
+
+    def _with_noisy_asr(self, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], torch.Tensor]:
+        # As many numbers whatever comes of them: what is drawn for one row must not change it for others.
+        noisy, missing, place = torch.rand(3, len(rows)).tolist()
+        result, is_wrong = list(rows), torch.zeros(len(rows), dtype=torch.bool)
+        for i, row in enumerate(rows):
+            if noisy[i] >= self.asr_noise:
+                continue
+            others = [other["asr"] for other in rows if _product(other) != _product(row)]
+            is_wrong[i] = missing[i] >= 0.5 and len(others) > 0
+            result[i] = row | {"asr": others[int(place[i] * len(others))] if is_wrong[i] else ""}
+        return result, is_wrong
 
     @property
     def _max_frames(self) -> int:
@@ -287,6 +308,10 @@ def count_failures(failures: Iterable[Failure]) -> dict[str, int]:
         "left_out_frames": len(outcomes["left out"]),
         "skipped_pairs": len({row_id for row_id, _ in outcomes["skipped"]}),
     }
+
+
+def _product(row: dict[str, Any]) -> str:
+    return row["product_id"] or row["clip_id"]
 
 
 def _failure(row_id: str, file: str | None, reason: object, outcome: str = "skipped") -> Failure:

@@ -313,10 +313,15 @@ def _protocol(results: Mapping) -> str:
         "ground_truth": "The true boxes of the product were used.",
         "detector": "The boxes of a product detector were used.",
     }[protocol["boxes"]]
+    asr = {
+        "none": " No ASR was read.",
+        "shuffled": " The ASR was read with its words in disorder.",
+        "wrong": " In the place of a clip's ASR, that of a clip of another product was read.",
+    }.get(protocol.get("asr"), "")
     sentences = [
         f"{results['num_queries']} clips of the {protocol['split']} split. {scope_words(results)}",
         f"To be exact, {gallery_words(results)}.",
-        f"At most {protocol['num_frames']} frames of a clip are looked at. {boxes}",
+        f"At most {protocol['num_frames']} frames of a clip are looked at. {boxes}{asr}",
         f"A hit is {protocol['hit']}. The denominator is {protocol['denominator']}.",
         f"Ties are broken by {protocol['tie_order']}; the interval of R@1 is a {protocol['interval']}.",
     ]

@@ -90,6 +90,7 @@ def _evaluations(results: Mapping) -> list[EvalResult]:
                 "gallery_images_median": size["median"],
                 "num_queries": results["num_queries"],
                 "boxes": protocol["boxes"],
+                **({"asr": protocol["asr"]} if protocol.get("asr", "own") != "own" else {}),
             },
             metric_type=f"recall_at_{column[2:]}",
             metric_name=f"{column}, {kind} score",

@@ -85,7 +85,7 @@ def _title(path: Path, results: Mapping) -> str:
 
 def check_alike(entries: Sequence[Entry]) -> None:
     """
-    Refuses results that must not stand in one table. Boxes and frames may differ: the table has a column for each.
+    Refuses results that must not stand in one table. Boxes, frames and ASR may differ: the table has columns for them.
 
     Raises:
         ValueError: naming two results and the first setting in which they differ.
@@ -137,6 +137,11 @@ def _joined(entry: Entry, name: str) -> str:
     return ", ".join(dict.fromkeys(str(results["protocol"].get(name)) for results in entry.results))
 
 
+def _asr(entry: Entry) -> str:
+    """What was read as ASR; nothing for a method that reads no text."""
+    return ", ".join(dict.fromkeys(results["protocol"].get("asr", "") for results in entry.results))
+
+
 def _costs(entry: Entry) -> list[str]:
     times = [_mean_cost(entry, name) for name in ("clip_ms", "image_ms")]
     shown = ["" if value is None else f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in times]
@@ -179,12 +184,15 @@ def markdown(entries: Sequence[Entry], list_missing: bool = True) -> str:
     columns = [name for name in next(iter(first["scores"].values())) if name.startswith("R@") and "_" not in name]
     header = ["method", "score", columns[0], f"95 % of {columns[0]}", *columns[1:]]
     header += ["boxes", "frames", "parameters", "ms per clip", "ms per image", "seeds"]
+    if any(_asr(entry) not in ("", "own") for entry in entries):
+        header.append("ASR")
     rows = []
     for entry in entries:
         kinds = [kind for kind in KINDS if any(kind in results["scores"] for results in entry.results)]
         for kind in kinds:
             seeds = str(len(entry.results)) if entry.results[0].get("baseline") is None else ""
-            rows.append([entry.title, kind, *_recall(_figures(entry, kind), columns), *_costs(entry), seeds])
+            row = [entry.title, kind, *_recall(_figures(entry, kind), columns), *_costs(entry), seeds, _asr(entry)]
+            rows.append(row[: len(header)])
         if not kinds:
             rows.append([entry.title, NOT_RUN])
     rows += [[TITLES.get(name, name), "", *_recall(scores, columns)] for name, scores in _beside(entries)]

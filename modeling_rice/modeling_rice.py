@@ -29,7 +29,7 @@ _UNNORMALISED_ENCODERS = ("clip_vision_model", "chinese_clip_vision_model", "met
 # Keys of a batch of pairs, which may be handed whole to a method that needs a part of it.
 _BATCH_KEYS = (
     *("pixel_values", "pixel_values_videos", "frame_mask", "patch_mask", "product_ids", "title_embeds", "asr_embeds"),
-    *("title_input_ids", "title_attention_mask", "asr_input_ids", "asr_attention_mask"),
+    *("title_input_ids", "title_attention_mask", "asr_input_ids", "asr_attention_mask", "asr_is_noise"),
 )
 
 
@@ -543,6 +543,7 @@ class RiceModel(RiceObjective, RiceTextSide, RicePreTrainedModel):
         title_embeds: Tensor | None = None,
         asr_embeds: Tensor | None = None,
         return_loss: bool = True,
+        asr_is_noise: Tensor | None = None,
         **kwargs,
     ) -> RiceOutput:
         """
@@ -554,6 +555,8 @@ class RiceModel(RiceObjective, RiceTextSide, RicePreTrainedModel):
             title_embeds, asr_embeds (`(B, text_embed_dim)`, *optional*): Precomputed text vectors, zero where there is
                 no text.
             return_loss: `False` skips the losses and scores all pairs of the batch.
+            asr_is_noise (`(B,)` bool, *optional*): Pairs whose ASR is another product's, on purpose: the text loss
+                takes it as missing, everything else as it is.
             kwargs: `title_input_ids`, `asr_input_ids` and their `_attention_mask`, `(B, L)`, as the processor gives
                 them; a model without text encoder ignores them.
 
@@ -588,7 +591,8 @@ class RiceModel(RiceObjective, RiceTextSide, RicePreTrainedModel):
         output.loss = self.config.contrastive_loss_weight * output.contrastive_loss
         texts = self.gather_texts(images, clips)
         if texts is not None:
-            output.text_loss = self.text_loss(texts, products, rows)
+            noise = None if asr_is_noise is None else self._gather(asr_is_noise)
+            output.text_loss = self.text_loss(texts, products, rows, noise)
         if output.text_loss is not None:
             output.loss = output.loss + self.config.text_loss_weight * output.text_loss
         if self.decoder is not None:

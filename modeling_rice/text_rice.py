@@ -114,12 +114,24 @@ class RiceTextSide:
             return None
         return self.gather(texts[0].embeds), self.gather(texts[1].embeds)
 
-    def text_loss(self, texts: tuple[Tensor, Tensor], product_ids: Tensor | None, rows: slice) -> Tensor | None:
-        """Text loss of some rows of the global batch, unweighted; `None` where there is nothing to train by it."""
+    def text_loss(
+        self,
+        texts: tuple[Tensor, Tensor],
+        product_ids: Tensor | None,
+        rows: slice,
+        asr_is_noise: Tensor | None = None,
+    ) -> Tensor | None:
+        """
+        Text loss of some rows of the global batch, unweighted; `None` where there is nothing to train by it. ASR of
+        the pairs in `asr_is_noise` `(B,)` bool is another product's, and counts as missing.
+        """
         if self.text_logit_scale is None:
             return None
+        titles, asr = texts
+        if asr_is_noise is not None:
+            asr = asr.masked_fill(asr_is_noise[:, None], 0.0)
         scale, targets = self.text_logit_scale.exp(), self.config.contrastive_targets
-        return text_contrastive_loss(*texts, scale, product_ids, rows, targets)
+        return text_contrastive_loss(titles, asr, scale, product_ids, rows, targets)
 
 
 def present_texts(vectors: Tensor) -> Tensor:

@@ -182,6 +182,8 @@ class RiceVideosKwargs(VideosKwargs, total=False):
     padding: `"longest"` pads clips to the longest of the batch, `"max_length"` to `num_frames`.
     patch_size: Side of the encoder's patches in pixels, for the patch mask.
     box_iou_threshold: See [`boxes_to_patch_mask`].
+    frames_without_box: Of a clip with boxes, `"keep"` takes a frame without one whole, as published; `"drop"` leaves
+        it out, as one that does not show the product. A clip without any box keeps its frames.
     resize_backend: `"torchvision"` or `"pillow"`, see [`RiceVideoProcessor`].
     """
 
@@ -190,6 +192,7 @@ class RiceVideosKwargs(VideosKwargs, total=False):
     padding: str
     patch_size: int
     box_iou_threshold: float
+    frames_without_box: str
     resize_backend: str
 
 
@@ -222,6 +225,7 @@ class RiceVideoProcessor(BaseVideoProcessor):
     padding = "longest"
     patch_size = 32
     box_iou_threshold = 0.02
+    frames_without_box = "keep"
     resize_backend = "torchvision"
     boxes = None
     valid_kwargs = RiceVideosKwargs
@@ -276,6 +280,8 @@ class RiceVideoProcessor(BaseVideoProcessor):
             raise ValueError(
                 f'`resize_backend` must be "torchvision" or "pillow", got {settings["resize_backend"]!r}.'
             )
+        if settings["frames_without_box"] not in ("keep", "drop"):
+            raise ValueError(f'`frames_without_box` must be "keep" or "drop", got {settings["frames_without_box"]!r}.')
         if settings["num_frames"] < 1:
             raise ValueError(f"`num_frames` must be at least 1, got {settings['num_frames']}.")
         size = settings["size"]
@@ -307,6 +313,9 @@ class RiceVideoProcessor(BaseVideoProcessor):
             raise ValueError(f"Clip {index} has {len(clip)} frames but {len(boxes)} entries in `boxes`.")
         chosen = sample_frame_indices(len(clip), max_frames or len(clip), sampling)
         kept = None if boxes is None else [_check_boxes(boxes[i], index, i) for i in chosen]
+        if settings["frames_without_box"] == "drop" and kept and any(box is not None for box in kept):
+            chosen = [i for i, box in zip(chosen, kept) if box is not None]
+            kept = [box for box in kept if box is not None]
         return [load_frame(clip[i]) for i in chosen], kept
 
     @staticmethod

@@ -167,6 +167,66 @@ def test_number_of_frames_and_boxes_are_recorded(model_dir, shop, tmp_path):
     assert results["protocol"]["num_frames"] == 1 and results["protocol"]["boxes"] == "ground_truth"
 
 
+@pytest.fixture
+def text_model_dir(model_dir):
+    """The checkpoint with an untrained text encoder, by whose cosines the embedding score is decided."""
+    from modeling_rice import RiceConfig, RiceModel
+
+    text = {"vocab_size": 2000, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"intermediate_size": 16}
+    config = RiceConfig.from_pretrained(model_dir).to_dict() | {"text_config": text, "text_score_weight": 100.0}
+    torch.manual_seed(2)
+    RiceModel(RiceConfig.from_dict(config)).save_pretrained(model_dir)
+    return model_dir
+
+
+class TestAsr:
+    @pytest.fixture
+    def said(self, shop):
+        """The test clips name their product; that of the third does not."""
+        rows = [json.loads(line) for line in (shop / "clips_test.jsonl").read_text().splitlines()]
+        for i, row in enumerate(rows):
+            row["asr"] = "" if i == 2 else f"look at this {row['gt_gallery_ids'][0]} number {i}"
+        write_lines(shop / "clips_test.jsonl", rows)
+        return shop
+
+    def test_is_recorded_and_read(self, text_model_dir, said, tmp_path, capsys):
+        scores = {}
+        for mode in ("own", "none", "shuffled", "wrong"):
+            options = ("--asr", mode, "--rank_by", "embedding", "--fusion_weight", "1", "--baselines")
+            results = run(text_model_dir, said, tmp_path / mode, *options)
+            assert results["protocol"]["asr"] == mode and results["protocol"]["text"]["used"] is True
+            printed = capsys.readouterr().out
+            assert f"boxes at test time: none; ASR: {mode}; recall in percent" in printed
+            card = (tmp_path / mode / "README.md").read_text()
+            assert (f"ASR at test time: {mode}." in card) == (f"asr: {mode}" in card) == (mode != "own")
+            lines = (tmp_path / mode / "rankings.jsonl").read_text().splitlines()
+            scores[mode] = {row["query_id"]: row["ranking"] for row in map(json.loads, lines)}
+        run(text_model_dir, said, tmp_path / "again", *options)
+        assert (tmp_path / "again" / "rankings.jsonl").read_text() == "\n".join(lines) + "\n"
+        results = run(text_model_dir, said, tmp_path / "off", "--no-text", "--rank_by", "embedding")
+        assert results["protocol"]["asr"] == "none" and results["protocol"]["text"]["used"] is False
+        off = {row["query_id"]: row["ranking"] for row in map(json.loads, open(tmp_path / "off" / "rankings.jsonl"))}
+        # Without ASR there is no cosine of texts; a clip that has none is as it was, and gets another's.
+        assert scores["none"] == off != scores["own"]
+        assert scores["own"]["test-2"] == scores["none"]["test-2"] == scores["shuffled"]["test-2"]
+        assert scores["wrong"] != scores["own"] and scores["wrong"] != scores["none"]
+
+    def test_is_told_on_the_page(self, text_model_dir, said, tmp_path):
+        run(text_model_dir, said, tmp_path / "out", "--asr", "wrong", "--report", "--baselines")
+        assert "that of a clip of another product was read" in (tmp_path / "out" / "report.html").read_text()
+
+    def test_is_no_matter_for_a_model_without_text(self, model_dir, shop, tmp_path, capsys):
+        line = refusal(capsys, model_dir, shop, tmp_path / "out", "--asr", "wrong")
+        assert f"--asr wrong needs a model that reads text, which {model_dir} does not: leave it out." in line
+        assert "asr" not in run(model_dir, shop, tmp_path / "out", "--baselines")["protocol"]
+
+    def test_contradictions_are_refused(self, text_model_dir, shop, tmp_path, capsys):
+        line = refusal(capsys, text_model_dir, shop, tmp_path / "out", "--asr", "none", "--no-text")
+        assert "--asr none needs a model that reads text, and --no-text says that it shall not" in line
+        assert "--asr" in refusal(capsys, text_model_dir, shop, tmp_path / "out", "--asr", "louder")
+
+
 def test_refuses_a_missing_checkpoint(shop, tmp_path, capsys):
     assert "there is no checkpoint folder" in refusal(capsys, tmp_path / "gone", shop, tmp_path / "out")
     assert "nobody/nothing needs the Hub, but HF_HUB_OFFLINE is set" in refusal(

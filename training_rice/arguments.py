@@ -109,12 +109,27 @@ class DataArguments:
     use_boxes: bool = field(
         default=False, metadata={"help": "Intended product detection: mask patches outside the rows' boxes."}
     )
+    frames_without_box: Literal["keep", "drop"] | None = field(
+        default=None,
+        metadata={
+            "help": "With use_boxes: frames without a box, in clips that have one elsewhere, count whole ('keep', as "
+            "published) or not at all ('drop'). The processor remembers it for evaluation; default: its own choice, "
+            "which is 'keep' for a new one."
+        },
+    )
     boxes_file: str | None = field(
         default=None,
         metadata={"help": "Box file of a detector (docs/data.md), whose boxes take the place of the data set's own."},
     )
     use_text: bool = field(
         default=False, metadata={"help": "Give titles and ASR to the model, which needs a text encoder for them."}
+    )
+    asr_noise: float = field(
+        default=0.0,
+        metadata={
+            "help": "With use_text: probability that a training pair loses its ASR or has another product's instead, "
+            "half of the time each. Validation clips have as noisy ASR, so that the weights fitted on them know it."
+        },
     )
     tokenizer: str | None = field(
         default=None,
@@ -134,7 +149,7 @@ class DataArguments:
             raise ValueError("boxes_file needs the data set's table, which streaming goes without; leave one out.")
         _check_counts(self, _DATA_COUNTS)
         ranges = {"augment_crop": (0.05, 1.0), "augment_jitter": (0.0, 0.99)}
-        for name in ("augment_crop", *_AUGMENTATIONS):
+        for name in ("augment_crop", *_AUGMENTATIONS, "asr_noise"):
             low, high = ranges.get(name, (0.0, 1.0))
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must lie in {low}..{high}, got {getattr(self, name)}.")

@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoImageProcessor
 
 from data_rice import LazyRows, gallery_scope, load_dataset_view, open_dataset_view
+from data_rice.asr_noise import with_noisy_asr
 from evaluation_rice.checkpoint import check_checkpoint, check_settings
 from evaluation_rice.hub import hub_errors
 from modeling_rice import RiceConfig, RiceModel
@@ -89,6 +90,8 @@ def load_views(data: DataArguments, training: RiceTrainingArguments) -> tuple[Da
         gallery = load_dataset_view(data.dataset, "gallery", "validation", **options)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"{error} Set eval_strategy to 'no' to train without validation.") from error
+    if data.use_text and data.asr_noise > 0:
+        queries = with_noisy_asr(queries, data.asr_noise)
     return pairs, (queries, gallery, gallery_scope(data.dataset, data.data_dir))
 
 
@@ -196,6 +199,15 @@ def build_rice_processor(
     model: ModelArguments, data: DataArguments, config: RiceConfig, texts: list[str]
 ) -> RiceProcessor:
     """The checkpoint's processor, or a new one that fits the encoder, with a tokenizer trained on the data's texts."""
+    processor = _start_processor(model, data, config, texts)
+    if data.frames_without_box is not None:
+        processor.video_processor.frames_without_box = data.frames_without_box
+    return processor
+
+
+def _start_processor(
+    model: ModelArguments, data: DataArguments, config: RiceConfig, texts: list[str]
+) -> RiceProcessor:
     if model.model_name_or_path is not None:
         processor = RiceProcessor.from_pretrained(model.model_name_or_path)
         processor.video_processor.num_frames = data.num_frames

@@ -484,3 +484,74 @@ class TestAugmentation:
         third = ClipAugmentation(crop_scale=(1 / 9, 1 / 9), crop_ratio=(1.0, 1.0))
         RiceCollator(processor, decode="fast", augmentation=third)([row])
         assert [picture.width for picture in seen] == [40, 40, 160, 160]
+
+
+class TestNoisyAsr:
+    @pytest.fixture
+    def rows(self, make_row):
+        """Three rows of two products."""
+        return [
+            make_row("a", asr="a red cup", product_id="cup"),
+            make_row("b", asr="a blue cup", product_id="cup"),
+            make_row("c", asr="a green dress"),
+        ]
+
+    @staticmethod
+    def read(processor, batch) -> list[str]:
+        return processor.tokenizer.batch_decode(batch["asr_input_ids"], skip_special_tokens=True)
+
+    def test_is_missing_or_another_products(self, processor, rows):
+        collator = RiceCollator(processor, use_text=True, asr_noise=1.0)
+        others = [{"a green dress"}, {"a green dress"}, {"a red cup", "a blue cup"}]
+        seen = [set(), set(), set()]
+        for seed in range(30):
+            torch.manual_seed(seed)
+            batch = collator(rows)
+            for i, text in enumerate(self.read(processor, batch)):
+                seen[i].add(text)
+                assert batch["asr_is_noise"][i] == (text != "") == batch["asr_attention_mask"][i].any()
+        assert seen == [texts | {""} for texts in others]
+        assert rows[0]["asr"] == "a red cup"
+
+    def test_comes_as_often_as_asked_and_the_same_again(self, processor, rows):
+        collator, own = RiceCollator(processor, use_text=True, asr_noise=0.3), [row["asr"] for row in rows]
+        read, flags = [], 0
+        for _ in range(2):
+            torch.manual_seed(0)
+            batches = [collator(rows) for _ in range(100)]
+            read.append([self.read(processor, batch) for batch in batches])
+            flags = sum(int(batch["asr_is_noise"].sum()) for batch in batches)
+        changed = [text for texts in read[0] for text, before in zip(texts, own, strict=True) if text != before]
+        assert read[0] == read[1] and 60 < len(changed) < 120
+        assert flags == sum(text != "" for text in changed) and 0.35 < flags / len(changed) < 0.65
+
+    def test_of_one_product_there_is_no_other(self, processor, rows):
+        collator = RiceCollator(processor, use_text=True, asr_noise=1.0)
+        for _ in range(5):
+            batch = collator(rows[:2])
+            assert not batch["asr_is_noise"].any() and self.read(processor, batch) == ["", ""]
+
+    @pytest.mark.parametrize("settings", [{}, {"use_text": True}, {"asr_noise": 1.0}])
+    def test_draws_nothing_without_it_or_without_text(self, processor, rows, settings):
+        state = torch.get_rng_state()
+        batch = RiceCollator(processor, **settings)(rows)
+        assert "asr_is_noise" not in batch and torch.equal(torch.get_rng_state(), state)
+
+    def test_pictures_are_drawn_as_without_it(self, processor, rows):
+        augmentation = ClipAugmentation(crop_scale=(0.5, 0.9), flip=0.5, jitter=0.2)
+        settings = {"augmentation": augmentation, "sampling": "random", "use_text": True}
+        batches = []
+        for noise in (0.0, 1.0):
+            torch.manual_seed(3)
+            batches.append(RiceCollator(processor, asr_noise=noise, **settings)(rows))
+        for name in ("pixel_values", "pixel_values_videos", "title_input_ids"):
+            assert torch.equal(batches[0][name], batches[1][name])
+
+    def test_queries_keep_their_asr(self, processor, rows):
+        inputs, _, _ = RiceCollator(processor, use_text=True, asr_noise=1.0).encode_queries(rows)
+        assert self.read(processor, inputs) == [row["asr"] for row in rows]
+
+    @pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan")])
+    def test_a_rate_that_is_none_is_refused(self, processor, rate):
+        with pytest.raises(ValueError, match="`asr_noise` must lie in 0..1, got"):
+            RiceCollator(processor, asr_noise=rate)

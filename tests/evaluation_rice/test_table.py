@@ -87,6 +87,14 @@ def test_boxes_and_frames_may_differ_and_are_shown(write):
     assert cells(text, "RICE (two)")["frames"] == "10"
 
 
+def test_asr_is_shown_where_it_is_not_always_the_clips_own(write):
+    one, two = (table.read_entry(write(name, asr="own")) for name in ("one", "two"))
+    assert "ASR" not in cells(table.markdown([one, two]), "RICE (one)")
+    text = table.markdown([one, table.read_entry(write("wrong", asr="wrong")), table.read_entry(write("unread"))])
+    shown = [cells(text, f"RICE ({name})").get("ASR", "") for name in ("one", "wrong", "unread")]
+    assert shown == ["own", "wrong", ""]
+
+
 def test_published_models_are_not_run_until_they_are(write):
     clip = {"name": "clip", "model": "openai/clip-vit-base-patch32"}
     before = table.markdown([table.read_entry(write("demo"))])

@@ -266,6 +266,25 @@ class TestLoss:
         blocks = [text_contrastive_loss(titles, asr, 7.0, products, slice(i, i + 1), targets) for i in range(5)]
         torch.testing.assert_close(torch.stack(blocks).mean(), expected)
 
+    def test_takes_asr_that_is_noise_as_missing_and_the_rest_of_the_model_takes_it_as_it_is(
+        self, make_model, make_text_batch
+    ):
+        settings = {"contrastive_targets": "multi_positive", "matching_negatives": "all", **TEXT}
+        model, batch = make_model(dtype=DOUBLE, **settings), make_text_batch(dtype=DOUBLE, product_ids=PRODUCTS)
+        noise = torch.tensor([False, True, False, True, False])
+        plain, noisy = model(**batch), model(**batch, asr_is_noise=noise)
+        missing = model(**make_text_batch(dtype=DOUBLE, product_ids=PRODUCTS, no_asr=(1, 3)))
+        torch.testing.assert_close(noisy.text_loss, missing.text_loss)
+        assert (noisy.text_loss - plain.text_loss).abs() > 1e-3
+        assert torch.equal(noisy.matching_loss, plain.matching_loss)
+        assert (noisy.matching_loss - missing.matching_loss).abs() > 1e-6
+        none = model(**batch, asr_is_noise=torch.ones(5, dtype=torch.bool))
+        assert none.text_loss == 0 and torch.isfinite(none.loss)
+        # Blocks of rows, as several processes have them, average to the whole.
+        texts = (model.encode_gallery(**batch).text_embeds, model.encode_clips(**batch).text_embeds)
+        blocks = [model.text_loss(texts, batch["product_ids"], slice(i, i + 1), noise) for i in range(5)]
+        torch.testing.assert_close(torch.stack(blocks).mean(), noisy.text_loss)
+
     def test_training_it_makes_said_and_written_agree(self, make_model, make_text_batch):
         model, batch = make_model(**TEXT).train(), make_text_batch()
         optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if n.startswith("text")], lr=0.01)

@@ -264,6 +264,25 @@ def test_boxes_travel_with_their_frames(video_processor, make_picture):
     assert "patch_mask" not in video_processor([frames])
 
 
+def test_frames_without_a_box_can_be_left_out(video_processor, make_picture):
+    frames = [make_picture(seed=i) for i in range(3)]
+    box = [0.0, 0.0, 0.25, 0.25]
+    boxes = [[None, box, None], [None, None, None], [box, box, None]]
+    whole = video_processor([frames] * 3, boxes=boxes)
+    assert whole["frame_mask"].all() and whole["patch_mask"][0, 0].all()
+    dropped = video_processor([frames] * 3, boxes=boxes, frames_without_box="drop")
+    # A clip in which nothing was found keeps all its frames.
+    assert dropped["frame_mask"].sum(dim=1).tolist() == [1, 3, 2]
+    alone = video_processor([frames[1:2], frames, frames[:2]], boxes=[[box], [None] * 3, [box, box]])
+    for name, values in alone.items():
+        assert torch.equal(dropped[name], values), name
+    assert torch.equal(video_processor([frames], frames_without_box="drop")["frame_mask"], torch.ones(1, 3).bool())
+    with pytest.raises(
+        ValueError, match='`frames_without_box` must be "keep" or "drop", got "some".'.replace('"', ".")
+    ):
+        video_processor([frames], frames_without_box="some")
+
+
 def test_box_threshold_and_grid_can_be_set(make_picture):
     processor = RiceVideoProcessor(size={"height": 32, "width": 32}, patch_size=16, box_iou_threshold=0.9)
     mask = processor([[make_picture()]], boxes=[[[0, 0, 0.5, 0.5]]])["patch_mask"]

@@ -144,6 +144,7 @@ def test_command_line_wins_over_null_and_mapping(parse):
         ("a: b: c", [], "{recipe} is not valid YAML"),
         ("- a\n- b", [], "must be a mapping"),
         ("augment_crop: 7", [], "augment_crop must lie in"),
+        ("asr_noise: 1.5", [], "asr_noise must lie in 0.0..1.0, got 1.5"),
         ("tokenizer_texts: 0", [], "tokenizer_texts must be at least 1, got 0"),
         ("", ["--train_num_frames", "0"], "train_num_frames must be at least 1, got 0"),
         ("", ["--image_size", "0"], "image_size must be at least 1, got 0"),

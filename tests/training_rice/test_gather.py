@@ -164,6 +164,10 @@ def cases():
             if case in SINGLE:
                 single = {key: value.float() if value.is_floating_point() else value for key, value in entries.items()}
                 found.append((f"{case}-{variant}-single", base | settings, single))
+    # Unequal numbers of them, too.
+    noise = {"asr_is_noise": torch.tensor([True, False, False, False, False, True, True, False])}
+    entries = batch | said | noise | {"product_ids": optional["product_ids"]}
+    found.append(("said-noise", base | CASES["said"], entries))
     return found
 
 
@@ -219,6 +223,13 @@ def test_equals_one_process(processes, whole, case, variant, size):
 def test_equals_one_process_in_single_precision(processes, whole, case, variant, size):
     name = f"{case}-{variant}-single"
     assert_equals_one_process(processes, whole[name], name, size, 1e-5, floor=1e-2)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_noisy_asr_equals_one_process(processes, whole, size):
+    expected = whole["said-noise"]
+    assert abs(expected["terms"]["text_loss"] - whole["said-products"]["terms"]["text_loss"]) > 1e-3
+    assert_equals_one_process(processes, expected, "said-noise", size, 1e-10)
 
 
 def test_products_change_the_loss(whole):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from transformers import CLIPVisionModel
 
 from training_rice.arguments import DataArguments, ModelArguments
@@ -38,6 +39,32 @@ def test_missing_test_files_come_with_the_hint_to_train_without_validation(train
     data = DataArguments(dataset="lpr4m", data_dir=str(annotations.parent), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(FileNotFoundError, match="set validation_fraction .* Set eval_strategy to 'no' to train"):
         load_views(data, dataclasses.replace(training, eval_strategy="epoch"))
+
+
+def test_validation_clips_have_as_noisy_asr_as_training_pairs(training, tmp_path):
+    for name in ("mug", "hat"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    gallery = [{"gallery_id": name, "image": f"{name}.png", "title": name} for name in ("mug", "hat")]
+    clips = [
+        {"query_id": f"c{i}", "frames": [f"{name}.png"], "gt_gallery_ids": [name], "asr": f"a {name}"}
+        for i, name in enumerate(("mug", "hat") * 8)
+    ]
+    for name, rows in (("gallery", gallery), ("clips_train", clips), ("clips_val", clips)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    training = dataclasses.replace(training, eval_strategy="epoch")
+
+    def validation_asr(**settings) -> list[str]:
+        data = DataArguments(dataset=str(tmp_path), cache_dir=str(tmp_path / "cache"), **settings)
+        pairs, (queries, _, _) = load_views(data, training)
+        assert list(pairs["asr"]) == [clip["asr"] for clip in clips]
+        return list(queries["asr"])
+
+    own = validation_asr(use_text=True)
+    assert own == validation_asr(asr_noise=1.0) == [clip["asr"] for clip in clips]
+    noisy = validation_asr(use_text=True, asr_noise=1.0)
+    other = {"a mug": "a hat", "a hat": "a mug"}
+    assert noisy == validation_asr(use_text=True, asr_noise=1.0) and {"", "a hat", "a mug"} == set(noisy)
+    assert all(text in ("", other[before]) for text, before in zip(noisy, own, strict=True))
 
 
 def cut(path) -> None:

@@ -125,6 +125,25 @@ def test_the_loss_falls_is_logged_and_the_weight_is_fitted(
     assert set(books) == {"embedding", "matching"}
 
 
+def test_a_run_with_noisy_asr_goes_on_as_if_it_had_not_been_stopped(make_model, processor, text_pairs, tmp_path):
+
+    def train(folder: str, workers: int = 0, **settings) -> list[float]:
+        args = RiceTrainingArguments(
+            output_dir=str(tmp_path / folder), use_cpu=True, report_to="none", max_steps=4, logging_steps=1, seed=0,
+            per_device_train_batch_size=6, save_strategy="steps", save_steps=2, disable_tqdm=True,
+            dataloader_num_workers=workers,
+        )  # fmt: skip
+        collator = RiceCollator(processor, use_text=True, asr_noise=0.5)
+        trainer = RiceTrainer(text_model(make_model), args, text_pairs, collator, processing_class=processor)
+        trainer.train(**settings)
+        return [entry["text_loss"] for entry in trainer.state.log_history if "text_loss" in entry]
+
+    whole = train("whole")
+    assert len(whole) == 4 and all(loss > 0 for loss in whole)
+    again = train("again", workers=1, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert again == whole
+
+
 def test_text_scores_apart_are_added_with_the_best_weight(make_model, processor, text_validation):
     queries, gallery, scope = text_validation
     task = RetrievalTask.from_datasets(queries, gallery, scope)
@@ -149,7 +168,8 @@ def test_text_scores_apart_are_added_with_the_best_weight(make_model, processor,
 
 class TestChunks:
     def test_text_tokens_work(self, make_model, processor, text_pairs):
-        batch = RiceCollator(processor, use_text=True)([text_pairs[i] for i in range(6)])
+        batch = RiceCollator(processor, use_text=True, asr_noise=0.5)([text_pairs[i] for i in range(6)])
+        assert "asr_is_noise" in batch
         plain, chunked = (
             make_model(text_config=TEXT | {"vocab_size": 400}, matching_negatives="all").train() for _ in range(2)
         )
