@@ -9,17 +9,24 @@ from html import escape
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from .demo_page import Clip, Demo, Pair, Recognition, caption, shared_words, table_rows
+from .demo_quota import UploadGate
 
 MAX_VISITORS = 64
 """Visitors whose clips are kept, each a few megabytes; the one that was away longest starts anew."""
 
-COLUMN_WIDTHS = ["5%", "26%", "29%", "11%", "9%", "10%", "10%"]
+COLUMN_WIDTHS = ["4%", "28%", "30%", "10%", "8%", "10%", "10%"]
 COLUMNS = ["#", "product", "title", "confidence", "score", "embedding", "matching"]
+NO_BOXES = "(only drawn: this model takes none)"
 CSS = """footer { display: none !important; }
 #answer { font-size: 1.15em; }
-.caption-label { left: 0 !important; right: 0 !important; max-width: 100% !important; border-radius: 0 !important; }"""
+#ranking .thumbnail-item { display: flex; flex-direction: column; height: auto; aspect-ratio: auto; }
+#ranking img { height: auto; aspect-ratio: 1; }
+#ranking .caption-label { position: static; max-width: 100%; border: 0; text-align: left; white-space: normal; }
+.grid-wrap { min-height: 0 !important; max-height: none !important; }
+#scores * { font-family: inherit !important; }"""
 INTRODUCTION = """# RICE: which product is this clip presenting?
 Choose an example or upload a clip; the pictures of a shop are ranked for it. A picture in the ranking can be clicked:
 bright places of the frames are those that it was reconstructed from."""
@@ -48,18 +55,24 @@ class Callbacks:
         """Example pictures of a shop."""
         return self.demo.example_pictures(live_id)
 
-    def example(self, live_id: str, place: int) -> tuple:
-        """As `show`, for an example; and the state."""
-        return self.show(self.demo.recognise(self.demo.example(live_id, place), live_id))
+    def example(self, live_id: str, boxes: str, place: int) -> tuple:
+        """As `show`, for an example."""
+        return self.show(self.demo.recognise(self.demo.example(live_id, place), live_id, boxes=boxes))
 
-    def upload(self, files: list[str] | str | None, live_id: str, asr: str) -> tuple:
-        """As `example`, for uploaded files, which are gone afterwards."""
+    def upload(self, files: list[str] | str | None, live_id: str, boxes: str, asr: str) -> tuple:
+        """As `show`, for uploaded files, which are gone afterwards."""
         clip: Clip = self.demo.upload([files] if isinstance(files, str) else files or [])
-        return self.show(self.demo.recognise(clip, live_id, asr or ""))
+        return self.show(self.demo.recognise(clip, live_id, asr or "", boxes))
+
+    def boxes(self, recognition: Recognition | None, boxes: str) -> tuple | dict:
+        """As `show`, for the clip that is on the page, with other boxes."""
+        if recognition is None:
+            return gr.skip()
+        return self.show(self.demo.recognise(recognition.clip, recognition.live_id, boxes=boxes))
 
     def show(self, recognition: Recognition) -> tuple:
         """State, answer, frames, ranked pictures, table, text; and the heat of the first hit, see `pair`."""
-        hits, row = recognition.answer.hits, recognition.clip.row
+        hits, row = recognition.answer.hits, recognition.row
         relevant = row.get("relevant") or []
         pictures = [
             (self.demo.picture(hit.image_id), caption(hit, rank, relevant)) for rank, hit in enumerate(hits, 1)
@@ -76,7 +89,7 @@ class Callbacks:
         return (
             recognition,
             answer_words(recognition, self.demo.index.calibration is not None),
-            self.demo.frames(recognition.clip),
+            self.demo.frames(recognition),
             # A new ranking must not keep the choice made in the one before.
             gr.Gallery(value=pictures, selected_index=None),
             table_rows(recognition),
@@ -119,6 +132,9 @@ def answer_words(recognition: Recognition, calibrated: bool) -> str:
     details = [
         f"frames read and encoded in {recognition.encode_ms:.0f} ms, shop searched in {times['search_ms']:.1f} ms"
     ]
+    if recognition.boxes == "detector":
+        found = sum(box is not None for box in recognition.row["boxes"])
+        details.insert(0, f"boxes detected: {found}, in {recognition.detect_ms:.0f} ms")
     if times.get("match_ms"):
         details.append(f"matched in {times['match_ms']:.1f} ms")
     if not calibrated:
@@ -128,17 +144,16 @@ def answer_words(recognition: Recognition, calibrated: bool) -> str:
     return f'<div id="answer">{words}</div><small>{" · ".join(details)}</small>'
 
 
-def _gallery(heading: str, height: int, name: str) -> gr.Gallery:
+def _gallery(heading: str, name: str, columns: int = 5, value: list | None = None) -> gr.Gallery:
     gr.Markdown(heading)
-    return gr.Gallery(
-        show_label=False, columns=5, height=height, allow_preview=False, interactive=False, buttons=[], elem_id=name
-    )
+    look = {"show_label": False, "height": "auto", "object_fit": "contain", "buttons": []}
+    return gr.Gallery(value, columns=columns, elem_id=name, allow_preview=False, interactive=False, **look)
 
 
 def build_demo(demo: Demo) -> gr.Blocks:
     """The page for a model and a shop; see `serve` for safe settings of its server."""
     callbacks, shops = Callbacks(demo), demo.shops
-    with gr.Blocks(title="RICE", analytics_enabled=False, delete_cache=(600, 1800)) as page:
+    with gr.Blocks(title="RICE", analytics_enabled=False, delete_cache=(600, int(demo.limits.keep_seconds))) as page:
         recognition = gr.State(None, time_to_live=3600)
         pair = gr.State(None, time_to_live=3600)
         gr.Markdown(INTRODUCTION)
@@ -151,18 +166,17 @@ def build_demo(demo: Demo) -> gr.Blocks:
                     visible=len(shops) > 1,
                     elem_id="shop",
                 )
+                boxes = gr.Radio(
+                    demo.boxes,
+                    value=demo.first_boxes,
+                    label="boxes " + ("(where the model looks)" if demo.takes_boxes else NO_BOXES),
+                    visible=len(demo.boxes) > 1,
+                    elem_id="boxes",
+                )
                 with gr.Tabs():
                     with gr.Tab("examples", visible=demo.queries is not None, id="examples"):
-                        examples = gr.Gallery(
-                            demo.example_pictures(shops[0]),
-                            show_label=False,
-                            columns=4,
-                            height=370,
-                            allow_preview=False,
-                            interactive=False,
-                            buttons=[],
-                            elem_id="examples",
-                        )
+                        pictures = demo.example_pictures(shops[0])
+                        examples = _gallery("Clips of this shop; click one", "examples", 4, pictures)
                     with gr.Tab("upload", id="upload"):
                         limits = demo.limits
                         gr.Markdown(
@@ -172,23 +186,21 @@ def build_demo(demo: Demo) -> gr.Blocks:
                         files = gr.File(file_count="multiple", type="filepath", label="clip", elem_id="files")
                         asr = gr.Textbox(label="what was said (optional)", max_length=2000)
                         start = gr.Button("recognise", variant="primary", elem_id="recognise")
+                gr.Markdown("**Said** in the clip; words of the first product's title are marked")
+                said = gr.HighlightedText(
+                    show_label=False, show_whitespaces=True, show_inline_category=False, elem_id="said"
+                )
             with gr.Column(scale=3):
                 answer = gr.HTML("<div id='answer'>No clip yet.</div>")
-                frames = _gallery(
-                    "**Frames** that the model looks at, with the product's box where it is known", 150, "frames"
-                )
-                ranking = _gallery(
-                    "**Products** of the shop, best first (✓: the right one); click one", 300, "ranking"
-                )
-        gr.Markdown("**Said** in the clip; words of the first product's title are marked")
-        said = gr.HighlightedText(show_label=False, show_whitespaces=True, show_inline_category=False, elem_id="said")
+                frames = _gallery("**Frames** that the model looks at", "frames")
+                ranking = _gallery("**Products** of the shop, best first (✓: the right one); click one", "ranking")
         with gr.Row(visible=demo.explains):
             with gr.Column(scale=1):
                 gr.Markdown("**Product**; click a patch of it")
                 picture = gr.Image(show_label=False, interactive=False, buttons=[], height=260, elem_id="picture")
                 every = gr.Button("all patches", size="sm", elem_id="every")
             with gr.Column(scale=3):
-                heat = _gallery("**Heat**: the patches of the clip that it was reconstructed from", 190, "heat")
+                heat = _gallery("**Heat**: the patches of the clip that it was reconstructed from", "heat")
                 words = gr.HTML(elem_id="words")
         with gr.Accordion("scores", open=True):
             table = gr.Dataframe(
@@ -197,13 +209,14 @@ def build_demo(demo: Demo) -> gr.Blocks:
                 interactive=False,
                 wrap=True,
                 column_widths=COLUMN_WIDTHS,
+                max_height=1000,
                 elem_id="scores",
             )
 
         results = [recognition, answer, frames, ranking, table, said, pair, picture, heat, words]
 
-        def choose_example(live_id: str, event: gr.SelectData):
-            return callbacks.example(live_id, event.index)
+        def choose_example(live_id: str, source: str, event: gr.SelectData):
+            return callbacks.example(live_id, source, event.index)
 
         def choose_hit(state, event: gr.SelectData):
             return callbacks.pair(state, event.index)
@@ -215,8 +228,9 @@ def build_demo(demo: Demo) -> gr.Blocks:
         queue = {"concurrency_id": "demo", "concurrency_limit": 1}
         private = {"api_visibility": "private", "show_progress": "minimal", **queue}
         shop.change(_told(callbacks.shop), shop, examples, **private)
-        examples.select(_told(choose_example), shop, results, **private)
-        start.click(_told(callbacks.upload), [files, shop, asr], results, **private).then(
+        examples.select(_told(choose_example), [shop, boxes], results, **private)
+        boxes.input(_told(callbacks.boxes), [recognition, boxes], results, **private)
+        start.click(_told(callbacks.upload), [files, shop, boxes, asr], results, **private).then(
             lambda: None, None, files, **private
         )
         if demo.explains:
@@ -264,6 +278,7 @@ def serve(demo: Demo, host: str = "127.0.0.1", port: int | None = None, block: b
         server_port=port,
         prevent_thread_lock=True,
         max_file_size=demo.limits.max_bytes,
+        app_kwargs={"middleware": [Middleware(UploadGate, folder=demo.folder, limits=demo.limits)]},
         state_session_capacity=MAX_VISITORS,
         # The theme's own fonts would be fetched from elsewhere.
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),

@@ -20,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data_dir", help="folder of the data set's files")
     add("--split", default="test", choices=("validation", "test"))
     add("--shop", type=Path, metavar="DIR", help="shop to search: an index, a data set's folder, or pictures")
+    add("--detector", metavar="FOLDER|ID", help="product detector, whose boxes are shown, and tell a model that takes "
+        "boxes where to look (default: none)")  # fmt: skip
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
     add("--port", type=_port, help="default: the first free one from 7860")
     add("--device", help="such as cpu or cuda; default: cuda where there is one")
@@ -47,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
         from .demo_space import write_space
 
         queries, gallery = load_rows(options)
-        write_space(options.space, options.model, queries, gallery, options.space_examples)
+        write_space(options.space, options.model, queries, gallery, options.space_examples, options.detector)
         return
     serve, upload_folder = _page()
     demo = load_demo(options)
@@ -105,8 +107,13 @@ def load_demo(options: argparse.Namespace):
 
     queries, gallery = load_rows(options)
     model, processor = load_model(options.model, options.device)
+    detector = None
+    if options.detector is not None:
+        from .detector.product_detector import ProductDetector
+
+        detector = ProductDetector.from_pretrained(options.detector, options.device)
     if gallery is None:
         index = GalleryIndex.load(options.shop, model, processor)
     else:
         index = GalleryIndex.build(model, processor, gallery, batch_size=options.batch_size)
-    return Demo(model, processor, index, gallery, queries)
+    return Demo(model, processor, index, gallery, queries, detector=detector)

@@ -3,16 +3,17 @@
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 
 from data_rice.collator import RiceCollator
-from data_rice.decoding import decode_image
+from data_rice.decoding import decode_image, read_frames
 from evaluation_rice.frames import clip_frames
 from evaluation_rice.heatmap import PairMaps, draw_grid, has_maps, overlay, patch_at, row_maps, seen_region
+from processing_rice import read_video, sample_frame_indices
 
 from .demo_uploads import Upload, UploadError, UploadLimits, read_upload
 from .index import Answer, GalleryIndex, Hit
@@ -38,12 +39,25 @@ class Clip:
 
 @dataclass
 class Recognition:
-    """A clip with what was found for it in a shop ("" is the whole index)."""
+    """
+    A clip with what was found for it in a shop.
+
+    Attributes:
+        clip: As it was chosen.
+        row: Its row with the boxes that were asked for.
+        live_id: The shop, "" for the whole index.
+        boxes: Where the boxes come from, see `Demo.boxes`.
+        answer: Of the index.
+        encode_ms, detect_ms: For reading and encoding the frames, and for the detector.
+    """
 
     clip: Clip
+    row: dict[str, Any]
     live_id: str
+    boxes: str
     answer: Answer
     encode_ms: float
+    detect_ms: float = 0.0
 
 
 @dataclass
@@ -66,6 +80,10 @@ class Demo:
         queries: Query rows to choose examples from.
         folder: Where uploads arrive; nothing else is ever read or deleted for a visitor.
         limits: Of uploads.
+        detector: With `detect(frames)`, as a `Recogniser` takes it, or `None`.
+
+    Attributes:
+        boxes: Where boxes can come from: "none", "true" where the queries have some, "detector" where there is one.
     """
 
     model: Any
@@ -75,6 +93,7 @@ class Demo:
     queries: Any = None
     folder: str = ""
     limits: UploadLimits = field(default_factory=UploadLimits)
+    detector: Any = None
 
     def __post_init__(self):
         use_text = getattr(self.model.config, "text_config", None) is not None
@@ -87,6 +106,18 @@ class Demo:
             for number, live_id in enumerate(column(self.queries, "live_id")):
                 shop = live_id if live_id in self.live_ids else ""
                 self._examples.setdefault(shop, []).append(number)
+        exists = {"true": _has_boxes(self.queries), "detector": self.detector is not None}
+        self.boxes = ["none", *(source for source, there in exists.items() if there)]
+
+    @property
+    def takes_boxes(self) -> bool:
+        """Whether boxes tell the model where to look; else they are only drawn."""
+        return getattr(self.model.config, "accepts_patch_mask", True)
+
+    @property
+    def first_boxes(self) -> str:
+        """The boxes to begin with: the detector's; true ones only where they cannot help the model."""
+        return self.boxes[-1] if self.detector is not None or not self.takes_boxes else "none"
 
     @property
     def shops(self) -> list[str]:
@@ -130,7 +161,7 @@ class Demo:
         return Clip({"clip_id": "upload", "frames": frames, "boxes": None, "asr": "", "relevant": []}, upload.note)
 
     @torch.no_grad()
-    def recognise(self, clip: Clip, live_id: str, asr: str = "") -> Recognition:
+    def recognise(self, clip: Clip, live_id: str, asr: str = "", boxes: str = "none") -> Recognition:
         """
         Ranks a shop for a clip.
 
@@ -138,16 +169,20 @@ class Demo:
             clip: From `example` or `upload`.
             live_id: Shop to search, "" for the whole index.
             asr: What was said in an uploaded clip.
+            boxes: Where the boxes come from that tell the model where to look, one of `boxes`.
 
         Raises:
-            ValueError: the clip cannot be read, or there is no such shop.
+            ValueError: the clip cannot be read, or there is no such shop, or there are no such boxes.
         """
         if live_id and live_id not in self.live_ids:
             raise ValueError("There is no such shop; choose one of the list.")
         if asr:
             clip = Clip({**clip.row, "asr": asr[:2000]}, clip.note)
         start = time.perf_counter()
-        inputs, readable, failures = self.collator.encode_queries([clip.row])
+        row = self.with_boxes(clip.row, boxes)
+        detect_ms = 1000 * (time.perf_counter() - start)
+        start = time.perf_counter()
+        inputs, readable, failures = self._collator(row).encode_queries([row])
         if not readable:
             raise ValueError(f"The clip cannot be read: {failures[0]['reason']}.")
         clips = self.model.encode_clips(**inputs)
@@ -157,11 +192,28 @@ class Demo:
         answer = self.index.search(clips, live_id or None, top_k=TOP_K, rerank=depth)[0]
         if not answer.hits:
             raise ValueError("This shop has no pictures to search.")
-        return Recognition(clip, live_id, answer, encode_ms)
+        return Recognition(clip, row, live_id, boxes, answer, encode_ms, detect_ms)
 
-    def frames(self, clip: Clip) -> list[Image.Image]:
-        """The frames that the model looks at, with the product's box where it is known."""
-        return [draw_box(enlarge(frame), box) for frame, box in clip_frames(clip.row, self.num_frames)]
+    def with_boxes(self, row: dict, source: str) -> dict:
+        """A query row with the boxes of one of `boxes`; the detector looks at the frames that the model looks at."""
+        if source not in self.boxes:
+            raise ValueError("There are no such boxes; choose others.")
+        if source == "true":
+            return row
+        if source == "none":
+            return {**row, "boxes": None}
+        frames = numbered_frames(row, self.num_frames)
+        found = dict(zip(frames, self.detector.detect(list(frames.values()))))
+        if row.get("video"):
+            return {**row, "boxes": list(found.values()), "box_frames": list(found)}
+        return {**row, "boxes": [found.get(number) for number in range(len(row["frames"]))]}
+
+    def _collator(self, row: dict) -> RiceCollator:
+        return replace(self.collator, use_boxes=self.takes_boxes and any(row.get("boxes") or ()))
+
+    def frames(self, recognition: Recognition) -> list[Image.Image]:
+        """The frames that the model looks at, with the chosen boxes."""
+        return [draw_box(enlarge(frame), box) for frame, box in clip_frames(recognition.row, self.num_frames)]
 
     def entry(self, image_id: str) -> dict:
         """An image of the shop as `{"path", "bytes"}`."""
@@ -193,8 +245,8 @@ class Demo:
             raise ValueError("There is no such product; choose another one.")
         hit = hits[place]
         row = {"image_id": hit.image_id, "image": self.entry(hit.image_id), "title": hit.title}
-        maps = row_maps(self.model, self.collator, recognition.clip.row, row)
-        frames = [enlarge(frame) for frame, _ in clip_frames(recognition.clip.row, self.num_frames)]
+        maps = row_maps(self.model, self._collator(recognition.row), recognition.row, row)
+        frames = [enlarge(frame) for frame, _ in clip_frames(recognition.row, self.num_frames)]
         return Pair(enlarge(decode_image(row["image"]), 2 * SIDE), frames, maps, hit.title or hit.image_id)
 
     def patch_at(self, pair: Pair, point: Sequence[float]) -> tuple[int, int] | None:
@@ -215,6 +267,28 @@ def column(rows: Sequence[dict], name: str) -> list[str]:
     if hasattr(rows, "column_names"):
         return list(rows[name])
     return [row.get(name) or "" for row in rows]
+
+
+def _has_boxes(rows: Sequence[dict] | None) -> bool:
+    if hasattr(rows, "column_names"):
+        # Iterating reads no other column, and stops at the first clip that has one.
+        return any(any(boxes or ()) for boxes in rows["boxes"])
+    return any(any(row.get("boxes") or ()) for row in rows or ())
+
+
+def numbered_frames(row: dict, num_frames: int) -> dict[int, Image.Image]:
+    """The frames of a query row that the model looks at, by their numbers in the clip."""
+    if not row.get("video"):
+        chosen = sample_frame_indices(len(row["frames"]), num_frames) if row["frames"] else []
+        return read_frames(row["frames"], chosen)[0]
+    chosen: list[int] = []
+
+    def choose(total: int, count: int) -> list[int]:
+        chosen[:] = sample_frame_indices(total, count)
+        return chosen
+
+    video = {"path": row["video"], "start": row.get("start"), "end": row.get("end")}
+    return {number: Image.fromarray(frame) for frame, number in zip(read_video(video, num_frames, choose), chosen)}
 
 
 def enlarge(picture: Image.Image, side: int = SIDE) -> Image.Image:

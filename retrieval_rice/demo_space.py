@@ -33,8 +33,10 @@ import sys
 from retrieval_rice.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["demo", "--model", "model", "--dataset", "shop", "--host", "0.0.0.0", "--port", "7860"]))
+    sys.exit(main({arguments}))
 '''
+
+ARGUMENTS = ["demo", "--model", "model", "--dataset", "shop", "--host", "0.0.0.0", "--port", "7860"]
 
 README = """---
 title: RICE
@@ -51,7 +53,12 @@ pictures of {shops} ranked for it, with heat maps of what they were reconstructe
 
 
 def write_space(
-    folder: str | Path, model: str | Path, queries: Any, gallery: Sequence[dict] | None, num_examples: int
+    folder: str | Path,
+    model: str | Path,
+    queries: Any,
+    gallery: Sequence[dict] | None,
+    num_examples: int,
+    detector: str | Path | None = None,
 ) -> None:
     """
     Args:
@@ -60,6 +67,7 @@ def write_space(
         queries: The queries view, or `None`; evenly spaced clips of it become the examples.
         gallery: Rows of the shop. Of livestreams, those are taken along that an example belongs to.
         num_examples: Clips at most.
+        detector: Checkpoint folder of a product detector.
 
     Raises:
         FileNotFoundError: there is no such checkpoint folder.
@@ -69,8 +77,10 @@ def write_space(
     folder, model = Path(folder), Path(model)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is in use; name a new or empty folder for the Space.")
-    if not (model / "config.json").is_file():
-        raise FileNotFoundError(f"there is no checkpoint folder {model}; a Space takes the model's files along.")
+    checkpoints = {"model": model} if detector is None else {"model": model, "detector": Path(detector)}
+    for path in checkpoints.values():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"there is no checkpoint folder {path}; a Space takes the model's files along.")
     if queries is None or gallery is None or num_examples < 1:
         raise ValueError("a Space needs example clips and pictures: name a --dataset that has both, and no index.")
     root = Path(__file__).resolve().parents[1]
@@ -78,16 +88,18 @@ def write_space(
     for package in PACKAGES:
         ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
         shutil.copytree(root / package, folder / package, ignore=ignored)
-    (folder / "model").mkdir()
-    for pattern in MODEL_FILES:
-        for path in model.glob(pattern):
-            shutil.copy(path, folder / "model" / path.name)
+    for name, source in checkpoints.items():
+        (folder / name).mkdir()
+        for pattern in MODEL_FILES:
+            for path in source.glob(pattern):
+                shutil.copy(path, folder / name / path.name)
     count = min(num_examples, len(queries))
     clips = [queries[i * len(queries) // count] for i in range(count)]
     lives = {clip["live_id"] for clip in clips}
     images = write_shop(folder / "shop", clips, gallery, lives)
     write_clips(folder / "shop", clips, images)
-    (folder / "app.py").write_text(APP, encoding="utf-8")
+    arguments = ARGUMENTS if detector is None else [*ARGUMENTS, "--detector", "detector"]
+    (folder / "app.py").write_text(APP.format(arguments=json.dumps(arguments)), encoding="utf-8")
     (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
     shops = f"{len(lives)} shops" if len(lives) > 1 else "a shop"
     words = README.format(gradio=_gradio_version(), clips=len(clips), images=len(images), shops=shops)

@@ -30,6 +30,9 @@ class UploadLimits:
         max_seconds: Length of a video.
         reading_seconds: Time that reading may take.
         max_frames: Frames kept of a video, at most and evenly spaced.
+        max_total_bytes: Of all that visitors have uploaded and been shown and that is still on the disk.
+        keep_seconds: Time after which any of that is deleted.
+        arriving_seconds: Time that sending an upload may take.
     """
 
     max_bytes: int = 50_000_000
@@ -38,6 +41,9 @@ class UploadLimits:
     max_seconds: float = 120.0
     reading_seconds: float = 20.0
     max_frames: int = 64
+    max_total_bytes: int = 1_000_000_000
+    keep_seconds: float = 1800.0
+    arriving_seconds: float = 300.0
 
 
 class UploadError(ValueError):
@@ -68,7 +74,7 @@ def read_upload(paths: Sequence[str], folder: str | Path, limits: UploadLimits =
     own = [Path(path) for path in paths if _lies_in(Path(path), Path(folder))]
     try:
         if len(own) < len(paths):
-            raise UploadError("A file was not uploaded here, so it is not read.")
+            raise UploadError("A file was not uploaded here or is gone by now; upload it again.")
         return _read(sorted(own, key=lambda path: _natural(path.name)), limits)
     finally:
         for path in own:

@@ -66,6 +66,12 @@ def test_an_example_is_chosen_and_explained(page):
     assert [image.get_attribute("src") for image in page.locator("#heat img").all()] != before
     page.locator("#every").click()
     page.locator("#words").filter(has_text="All patches").wait_for()
+    frames = [image.get_attribute("src") for image in page.locator("#frames img").all()]
+    page.locator("#boxes").get_by_label("true", exact=True).check()
+    # A frame is another picture where its box is drawn; the second has none.
+    changed = "src => document.querySelector('#frames img')?.getAttribute('src') !== src"
+    page.wait_for_function(changed, arg=frames[0])
+    assert page.locator("#frames img").nth(1).get_attribute("src") == frames[1]
     assert page.outside == []
 
 

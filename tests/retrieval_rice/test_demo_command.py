@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from retrieval_rice.cli import build_parser, main
 from retrieval_rice.demo_command import load_demo
@@ -58,7 +59,7 @@ def test_a_data_set_gives_examples_and_shop(shop_folder):
     demo = load_demo(options("--model", model, "--dataset", shop))
     recognition = demo.recognise(demo.example("y", 1), "y")
     assert recognition.answer.hits[0].image_id == "p3" and recognition.clip.row["relevant"] == ["p3"]
-    assert demo.frames(recognition.clip)[0].size == (240, 240)
+    assert demo.frames(recognition)[0].size == (240, 240) and demo.boxes == ["none", "true"]
     assert demo.pair(recognition, 0).title == "title 3"
 
 
@@ -70,9 +71,21 @@ def test_an_index_is_searched_as_it_is(shop_folder, demo, tmp_path):
     assert loaded.recognise(loaded.example("x", 2), "x").answer.hits[0].image_id == "p4"
 
 
-def test_a_folder_of_pictures_is_a_shop_without_examples(shop_folder, tmp_path, save_frames):
-    from PIL import Image
+def test_a_detector_is_loaded_and_asked(shop_folder, tmp_path):
+    from retrieval_rice.detector.product_detector import build_detector
 
+    shop, model = shop_folder
+    for part in build_detector():
+        part.save_pretrained(tmp_path / "detector")
+    demo = load_demo(options("--model", model, "--dataset", shop, "--detector", tmp_path / "detector"))
+    assert demo.boxes == ["none", "true", "detector"]
+    demo.detector.threshold = 0.0
+    recognition = demo.recognise(demo.example("y", 1), "y", boxes="detector")
+    frames = [Image.open(shop / f"clip 3-{i}.png") for i in range(2)]
+    assert recognition.row["boxes"] == demo.detector.detect(frames) and any(recognition.row["boxes"])
+
+
+def test_a_folder_of_pictures_is_a_shop_without_examples(shop_folder, tmp_path, save_frames):
     (tmp_path / "plain").mkdir()
     for number in (1, 2):
         Image.open(shop_folder[0] / f"p{number}.png").save(tmp_path / "plain" / f"product_{number}.png")
@@ -86,6 +99,9 @@ def test_a_folder_of_pictures_is_a_shop_without_examples(shop_folder, tmp_path, 
 def test_mistakes_are_told_in_one_sentence(shop_folder, tmp_path, capsys, monkeypatch):
     shop, model = shop_folder
     assert "no_model" in refusal(capsys, "--model", tmp_path / "no_model", "--dataset", shop)
+    assert "no_detector" in refusal(
+        capsys, "--model", model, "--dataset", shop, "--detector", tmp_path / "no_detector"
+    )
     assert "nowhere" in refusal(capsys, "--model", model, "--shop", tmp_path / "nowhere")
     assert "from 1 to 65535" in refusal(capsys, "--model", model, "--port", 0)
     words = refusal(capsys, "--model", model, "--dataset", shop, "--space", shop)
@@ -100,6 +116,16 @@ def test_requirements_of_a_space_are_those_of_the_project():
     settings.read(REPOSITORY / "setup.cfg")
     required = settings["options"]["install_requires"].split()
     assert set(required) == set(REQUIREMENTS) - {"av"}
+
+
+def test_a_space_takes_its_detector_along(shop_folder, tmp_path):
+    pytest.importorskip("gradio", reason="needs gradio")
+    shop, model = shop_folder
+    arguments = ["demo", "--model", model, "--dataset", shop, "--space_examples", 1]
+    # Files are copied as they are, so another checkpoint stands for a detector's.
+    assert main([*map(str, arguments), "--space", str(tmp_path / "space"), "--detector", str(model)]) == 0
+    assert (tmp_path / "space" / "detector" / "config.json").is_file()
+    assert '"--detector", "detector"]' in (tmp_path / "space" / "app.py").read_text()
 
 
 def test_a_space_stands_alone(shop_folder, tmp_path, capsys):

@@ -48,7 +48,7 @@ def test_an_upload_is_ranked_and_gone(demo, save_frames):
 
 
 def test_frames_carry_the_box_where_it_is_known(demo):
-    with_box, without = demo.frames(demo.example("x", 0))
+    with_box, without = demo.frames(demo.recognise(demo.example("x", 0), "x", boxes="true"))
     plain = [np.asarray(enlarge(frame)) for frame in demo_frames(demo, 0)]
     assert with_box.size == without.size == (240, 240)
     assert (np.asarray(without) == plain[1]).all()
@@ -142,7 +142,7 @@ def test_columns_of_lists_and_data_sets(demo):
 
 
 def test_the_page_shows_the_right_product_first(callbacks):
-    state, answer, frames, ranking, table, said, pair, picture, heat, words = callbacks.example("y", 0)
+    state, answer, frames, ranking, table, said, pair, picture, heat, words = callbacks.example("y", "none", 0)
     assert "<b>title 1</b>" in answer and "the right product: rank 1" in answer and "no calibrated" in answer
     assert len(frames) == 2 and ranking.value and len(table) == 5 and table[0][1] == "p1"
     assert ("title", "in the title") in said
@@ -157,13 +157,13 @@ def test_the_page_shows_the_right_product_first(callbacks):
 
 def test_a_ranking_stands_without_heat(callbacks, demo):
     demo.gallery[1]["image"] = {"path": "gone.png", "bytes": None}
-    _, answer, _, _, table, _, pair, _, heat, words = callbacks.example("y", 0)
+    _, answer, _, _, table, _, pair, _, heat, words = callbacks.example("y", "none", 0)
     assert table[0][1] == "p1" and "title 1" in answer
     assert pair is None and heat == [] and words.startswith("There is no heat map: gone.png")
 
 
 def test_the_page_takes_uploads(callbacks, save_frames):
-    _, answer, _, _, table, said, *_ = callbacks.upload(save_frames(6), "", "<b>title</b>")
+    _, answer, _, _, table, said, *_ = callbacks.upload(save_frames(6), "", "none", "<b>title</b>")
     assert table[0][1] == "p6" and "right product" not in answer
     assert "".join(piece for piece, _ in said) == "<b>title</b>"
 
@@ -179,8 +179,8 @@ def test_refusals_are_shown_as_one_escaped_sentence(callbacks):
     from retrieval_rice.demo import _told
 
     with pytest.raises(gradio.Error) as error:
-        _told(callbacks.upload)(["<img>.png"], "x", "")
-    assert error.value.message == "A file was not uploaded here, so it is not read."
+        _told(callbacks.upload)(["<img>.png"], "x", "none", "")
+    assert error.value.message == "A file was not uploaded here or is gone by now; upload it again."
 
     def refuse():
         raise ValueError("a <script>\nof two lines")

@@ -123,7 +123,7 @@ def test_files_of_other_folders_are_neither_read_nor_deleted(folder, tmp_path):
     (folder / "link.png").symlink_to(secret)
     inside = picture(folder / "inside.png")
     for path in (secret, folder / "link.png", folder / ".." / "secret.png", tmp_path / "missing.png"):
-        assert refusal([path], folder) == "A file was not uploaded here, so it is not read."
+        assert refusal([path], folder) == "A file was not uploaded here or is gone by now; upload it again."
     assert "not uploaded here" in refusal([inside, secret], folder)
     assert secret.is_file() and not (folder / "inside.png").exists()
 
