@@ -277,6 +277,19 @@ def _head_or_tail(values: Sequence[str], train_rows: Mapping[str, int]) -> list[
     return [group(value) for value in values]
 
 
+def query_groups(queries, train_rows: Mapping[str, int] | None = None) -> dict[str, list[str]]:
+    """Column -> the group of each query, in the order of the rows; arguments and columns as `breakdown`."""
+    groups_of = {}
+    for column in BREAKDOWN_COLUMNS:
+        values = list(queries[column]) if column in queries.column_names else []
+        if not any(values):
+            continue
+        groups_of[column] = [value or "unknown" for value in values] if column == "category" else group_values(values)
+        if column == "category" and train_rows:
+            groups_of["head_tail"] = _head_or_tail(values, train_rows)
+    return groups_of
+
+
 def breakdown(
     queries, rankings: dict[str, Rankings], train_rows: Mapping[str, int] | None = None
 ) -> dict[str, dict[str, dict]]:
@@ -291,17 +304,9 @@ def breakdown(
         `{column: {group: {"num_queries": n, score name: {"R@1": ..., "R@1_ci95": [low, high]}}}}`; a column without
         any value is left out.
     """
-    groups_of = {}
-    for column in BREAKDOWN_COLUMNS:
-        values = list(queries[column]) if column in queries.column_names else []
-        if not any(values):
-            continue
-        groups_of[column] = [value or "unknown" for value in values] if column == "category" else group_values(values)
-        if column == "category" and train_rows:
-            groups_of["head_tail"] = _head_or_tail(values, train_rows)
     result = {}
     ids = list(queries["clip_id"])
-    for column, groups in groups_of.items():
+    for column, groups in query_groups(queries, train_rows).items():
         members: dict[str, list[str]] = {}
         for query_id, group in zip(ids, groups):
             members.setdefault(group, []).append(query_id)

@@ -216,6 +216,46 @@ class RiceObjective:
         """
         if self.reconstruction_head is None:
             raise ValueError("This model has no reconstruction head, so it has no reconstruction maps.")
+        images, states, clips, keys, mask = self._encode_pairs(pixel_values, pixel_values_videos, batch)
+        tokens_per_frame, frames = images.tokens.shape[1], clips.tokens.shape[1]
+        weights = self.reconstruction_weights(states, keys, mask, tokens_per_frame)
+        if self.config.reconstruction_include_cls:
+            weights = _drop_class_keys(weights[:, 1:], tokens_per_frame)
+        # The mixing of heads has a bias, which would light up what was never attended to.
+        weights = weights.unflatten(-1, (frames, -1)) * clips.mask[:, None, :, 1:]
+        return weights.clamp(min=0)
+
+    @torch.no_grad()
+    def attention_maps(self, pixel_values: Tensor, pixel_values_videos: Tensor, **batch) -> Tensor:
+        """
+        Which patches of its clip each image token attends to in the matching decoder's cross-attention, mean over
+        heads, for image i with clip i (PMD; RICE (ICCV 2023), section 4.2). Call in eval mode.
+
+        Args:
+            pixel_values (`(B, 3, H, W)`), pixel_values_videos (`(B, T, 3, H, W)`): Preprocessed pairs.
+            batch: Other keys of a batch, as `forward`.
+
+        Returns:
+            `(B, 1 + P, T, P)`: first the class token, whose attention alone the matching score is made of, then the
+            image's patches, which reconstruction uses. Probabilities, 0 in padded frames and masked patches; what a
+            token's lack to 1 is its attention to the class tokens of frames and to an ASR token.
+
+        Raises:
+            ValueError: when the model has no decoder, or images and clips differ in number.
+        """
+        if self.decoder is None:
+            raise ValueError("This model has no matching decoder, so it has no attention maps.")
+        images, states, clips, keys, mask = self._encode_pairs(pixel_values, pixel_values_videos, batch)
+        tokens_per_frame, frames = images.tokens.shape[1], clips.tokens.shape[1]
+        attention = self.decoder.positive_attention(states, keys, mask).mean(dim=1)
+        # Title and ASR stand last on their sides.
+        attention = attention[:, :tokens_per_frame, : frames * tokens_per_frame]
+        return _drop_class_keys(attention, tokens_per_frame).unflatten(-1, (frames, -1))
+
+    def _encode_pairs(
+        self, pixel_values: Tensor, pixel_values_videos: Tensor, batch: dict
+    ) -> tuple[EncodedImages, Tensor, EncodedClips, Tensor, Tensor]:
+        """Images with the decoder's states, clips with its keys and mask, on the model's device."""
         if len(pixel_values) != len(pixel_values_videos):
             raise ValueError(
                 f"The maps need pairs, got {len(pixel_values)} images and {len(pixel_values_videos)} clips."
@@ -224,13 +264,7 @@ class RiceObjective:
         batch = {name: value.to(self.device) if hasattr(value, "to") else value for name, value in batch.items()}
         images, states = self.encode_image_side(**batch)
         clips, keys, _, mask = self.encode_clip_side(**batch)
-        tokens_per_frame, frames = images.tokens.shape[1], clips.tokens.shape[1]
-        weights = self.reconstruction_weights(states, keys, mask, tokens_per_frame)
-        if self.config.reconstruction_include_cls:
-            weights = _drop_class_keys(weights[:, 1:], tokens_per_frame)
-        # The mixing of heads has a bias, which would light up what was never attended to.
-        weights = weights.unflatten(-1, (frames, -1)) * clips.mask[:, None, :, 1:]
-        return weights.clamp(min=0)
+        return images, states, clips, keys, mask
 
     def reconstruction_loss(
         self, images: EncodedImages, clips: EncodedClips, states: Tensor, keys: Tensor, mask: Tensor
