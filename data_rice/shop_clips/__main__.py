@@ -1,4 +1,4 @@
-"""``python -m data_rice.shop_clips check DIR``; see check.py."""
+"""``python -m data_rice.shop_clips check DIR`` and ``novel SHOP OUTPUT``; see check.py and novel.py."""
 
 import sys
 

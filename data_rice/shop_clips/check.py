@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from .. import parsing
 from ..paths import MediaRoot
 from ..video import VideoInfo, decode_frames, probe_video
+from . import novel
 from . import shop_clips as format_
 
 FEW_PRODUCTS = 10
@@ -399,14 +400,19 @@ def format_summary(report: Report) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 when there is no error, 1 when there is one, 2 for misuse."""
     parser = argparse.ArgumentParser(prog="python -m data_rice.shop_clips", description="Works on shop_clips folders.")
-    check = parser.add_subparsers(dest="command", required=True).add_parser(
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser(
         "check", help="say what is wrong with a folder", description="Says what is wrong with a folder, line by line."
     )
     check.add_argument("dir", help=f"folder with {format_.GALLERY_FILE} and clips_*.jsonl")
     check.add_argument("--fast", action="store_true", help="open no picture, decode no video")
     check.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     check.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="files opened at a time")
+    about = "Writes the folder of the novel-product protocol: trained on some products, tested on others."
+    novel.add_arguments(commands.add_parser("novel", help="hold products back for the test", description=about))
     options = parser.parse_args(arguments)
+    if options.command == "novel":
+        return novel.run(options)
     if options.workers < 1:
         parser.error(f"--workers must be at least 1, not {options.workers}")
     try:
