@@ -107,6 +107,7 @@ class Recogniser:
         if self.boxes == "detector":
             # Only the frames in use are looked at.
             pictures = [_to_picture(pictures[i]) for i in self._sample(len(pictures))] if pictures else []
+            boxes = self.detector.detect(pictures)
         inputs = self._process([pictures], [boxes], [asr] if asr else None)
         return self.index.search(self.model.encode_clips(**inputs), live_id, top_k=top_k, rerank=self.rerank)[0]
 
@@ -189,11 +190,8 @@ class Recogniser:
             raise ValueError(f"the index has no images of livestream {live_id!r} (it has: {shown or 'none'}).")
 
     def _process(self, clips: Sequence[Sequence], boxes: Sequence, asr: list[str] | None = None) -> dict:
-        """Model inputs of clips; the boxes are the detector's where there is one."""
+        """Model inputs of clips and their boxes."""
         kwargs = {}
-        if self.boxes == "detector":
-            found = iter(self.detector.detect([picture for clip in clips for picture in clip]))
-            boxes = [[next(found) for _ in clip] for clip in clips]
         if self.boxes != "none":
             kwargs["boxes"] = list(boxes)
         if asr is not None:
@@ -248,14 +246,23 @@ class _WindowEncoder:
         self.shares = shares_frames(self.model)
         # By a frame's number: its encoding where those are shared, else its model inputs.
         self.known: dict[int, Any] = {}
+        # Frames in which nothing was found, where the processor leaves those out of a clip.
+        self.empty: set[int] = set()
+        video_processor = recogniser.processor.video_processor
+        self.drops_empty = getattr(video_processor, "frames_without_box", "keep") == "drop"
 
     def encode(self, window: Window):
         """`RiceClips` with the window as its one row."""
+        detector = self.recogniser.detector
         self.known = {number: self.known[number] for number in window.numbers if number in self.known}
         new = [(n, f.picture) for n, f in zip(window.numbers, window.frames) if n not in self.known]
         for start in range(0, len(new), _FRAMES_AT_ONCE):
             part = new[start : start + _FRAMES_AT_ONCE]
-            inputs = self.recogniser._process([[picture] for _, picture in part], [None] * len(part))
+            pictures = [picture for _, picture in part]
+            found = [None] * len(part) if detector is None else detector.detect(pictures)
+            if detector is not None and self.drops_empty:
+                self.empty |= {number for (number, _), box in zip(part, found) if box is None}
+            inputs = self.recogniser._process([[picture] for picture in pictures], [[box] for box in found])
             if self.shares:
                 encoded = self.model.encode_clips(**inputs)
                 self.known |= {number: encoded[row] for row, (number, _) in enumerate(part)}
@@ -264,7 +271,9 @@ class _WindowEncoder:
                     number: {name: value[row : row + 1] for name, value in inputs.items()}
                     for row, (number, _) in enumerate(part)
                 }
-        parts = [self.known[number] for number in window.numbers]
+        self.empty &= self.known.keys()
+        shown = [number for number in window.numbers if number not in self.empty] or window.numbers
+        parts = [self.known[number] for number in shown]
         if self.shares:
             return join_frames(type(parts[0]).cat(parts), getattr(self.model, "temporal_pooling", None))
         return self.model.encode_clips(**{name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]})
