@@ -86,6 +86,7 @@ def pair_maps(model: Any, inputs: dict[str, Any]) -> PairMaps:
 def row_maps(model: Any, collator: Any, query: dict, image: dict) -> PairMaps:
     """
     The maps of a query row with a gallery row; errors as `pair_maps`, and `ValueError` for a row that is unreadable.
+    Frames that the processor leaves out for want of a box have no weight.
 
     Args:
         model: As `pair_maps`.
@@ -96,7 +97,15 @@ def row_maps(model: Any, collator: Any, query: dict, image: dict) -> PairMaps:
     picture, also_readable, more = collator.encode_gallery([image])
     if not readable or not also_readable:
         raise ValueError((failures + more)[0]["reason"])
-    return pair_maps(model, {**clip, **picture})
+    maps = pair_maps(model, {**clip, **picture})
+    part = collator.processor.video_processor
+    if getattr(collator, "use_boxes", False) and getattr(part, "frames_without_box", "keep") == "drop":
+        boxes = [box for _, box in clip_frames(query, collator.num_frames or part.num_frames)]
+        kept = [i for i, box in enumerate(boxes) if box is not None] or list(range(len(boxes)))
+        weights = np.zeros_like(maps.weights, shape=(*maps.weights.shape[:2], len(boxes), *maps.weights.shape[3:]))
+        weights[:, :, kept] = maps.weights
+        maps = PairMaps(weights)
+    return maps
 
 
 def heat_pictures(model: Any, collator: Any, query: dict, image: dict) -> list[Image.Image]:

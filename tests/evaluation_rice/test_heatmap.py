@@ -70,6 +70,22 @@ def test_rows_become_pictures_under_heat(collator, shop):
     assert bright[-1, -1] == bright.max() > bright[0, 0]
 
 
+def test_frames_that_were_left_out_have_no_heat(shop):
+    query = dict(shop.queries[0])
+    frames = len(query["frames"])
+    query["boxes"] = [None] * (frames - 1) + [[0.0, 0.0, 1.0, 1.0]]
+    collator = SimpleNamespace(
+        processor=SimpleNamespace(video_processor=SimpleNamespace(num_frames=frames, frames_without_box="drop")),
+        use_boxes=True,
+        num_frames=None,
+        encode_queries=lambda rows: ({"pixel_values_videos": torch.zeros(1, 1, 3)}, [0], []),
+        encode_gallery=lambda rows: ({"pixel_values": torch.zeros(1, 3)}, [0], []),
+    )
+    heat = row_maps(Reconstructing(), collator, query, shop.gallery[0]).heat()
+    assert frames > 1 and heat.shape == (frames, 2, 2)
+    assert heat[-1].max() == 1 and heat[:-1].max() == 0
+
+
 def test_an_unreadable_row_is_named(collator, shop):
     (shop.folder / "x" / "x0.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="x0.png"):
