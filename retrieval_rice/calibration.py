@@ -2,8 +2,10 @@
 
 Two parts are fitted on validation clips. Platt scaling of what the best candidate looks like gives the probability
 that the product is among the candidates at all; a softmax with a fitted temperature shares it out among them. Each
-clip is searched twice, in its shop and in the same shop without its product, so that the probabilities hold for a mix
-in which half of the clips show something else.
+clip is searched twice, in its shop and in the same shop without its product. How often clips show something else is
+not to be learnt from that mix: it is stated, as the prior probability that the product is in the shop, and the bias
+is moved by the log odds from one to the other (prior correction of a logistic regression; G. King and L. Zeng,
+"Logistic Regression in Rare Events Data", 2001).
 """
 
 import math
@@ -12,6 +14,13 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
+
+PRESENCE_PRIOR = 0.9
+"""Share of a shop's own clips that show one of its products, where nothing else is stated."""
+
+EVEN_ODDS = 0.5
+"""Confidence from which on an answer is likelier right than wrong: the best threshold where a right answer gains as
+much as a wrong one costs, and "no product" does neither."""
 
 FOLDS = 5
 _FEWEST = 10
@@ -23,7 +32,8 @@ class ScoredClip:
     """Scores of one clip's candidates, all `(k,)`, the one it is ranked by last; `relevant` are the right ones.
 
     `products` are the candidates' product ids. `group` keeps clips together that are alike, such as those of one
-    product, when the fit is checked on clips it has not seen.
+    product, when the fit is checked on clips it has not seen. `missed` tells that the product is in the shop, but not
+    among the candidates.
     """
 
     embedding: np.ndarray
@@ -32,6 +42,12 @@ class ScoredClip:
     relevant: np.ndarray
     products: Sequence[str]
     group: str = ""
+    missed: bool = False
+
+    @property
+    def in_shop(self) -> bool:
+        """Whether the shop that was searched has the clip's product."""
+        return self.missed or bool(self.relevant.any())
 
 
 @dataclass
@@ -43,18 +59,22 @@ class Calibration:
         temperature: Of the softmax over the candidates' scores.
         bias, weights: Of the logistic function over `presence_features`.
         threshold: Below this confidence of the best hit the answer is "no product".
-        false_accept_rate: Share of clips without their product that was to be answered at most, 0 to 1.
+        false_accept_rate: Share of clips without their product that was to be answered at most, 0 to 1; `None` where
+            the threshold is at even odds.
         rerank: Candidates per clip that were scored; search with the same number.
         report: What `fit_calibration` measured on clips that each fit had not seen.
+        presence_prior: Share of clips whose product is in the shop, which confidences presuppose. Indexes that do not
+            name it were calibrated for half and half.
     """
 
     temperature: float
     bias: float
     weights: list[float]
     threshold: float = 0.0
-    false_accept_rate: float = 0.05
+    false_accept_rate: float | None = None
     rerank: int | None = None
     report: dict = field(default_factory=dict)
+    presence_prior: float = 0.5
 
     def presence(self, embedding: np.ndarray, matching: np.ndarray | None) -> float:
         """Probability that the clip's product is among the candidates, 0 to 1."""
@@ -73,6 +93,21 @@ class Calibration:
     def to_dict(self) -> dict:
         """As JSON; `Calibration(**values)` reads it back."""
         return asdict(self)
+
+
+def check_decision(presence_prior: float | None = None, false_accept_rate: float | None = None) -> None:
+    """Raises `ValueError` for a prior that is not within 0..1, or a rate outside 0..1; `None` is nothing asked for."""
+    if presence_prior is not None and not 0 < presence_prior < 1:
+        raise ValueError(
+            f"presence_prior must be above 0 and below 1, got {presence_prior}; it is the share of clips that show a "
+            f"product of the shop."
+        )
+    if false_accept_rate is not None and not 0 <= false_accept_rate < 1:
+        raise ValueError(f"false_accept_rate must be at least 0 and below 1, got {false_accept_rate}.")
+
+
+def _log_odds(probability: float) -> float:
+    return math.log(probability / (1 - probability))
 
 
 def _sigmoid(value: float) -> float:
@@ -94,51 +129,76 @@ def presence_features(embedding: np.ndarray, matching: np.ndarray | None) -> np.
     return np.array([scores.max() for scores in kinds], dtype=np.float64)
 
 
-def fit_calibration(clips: Sequence[ScoredClip], false_accept_rate: float = 0.05, rerank: int | None = None):
+def fit_calibration(
+    clips: Sequence[ScoredClip],
+    *,
+    presence_prior: float = PRESENCE_PRIOR,
+    false_accept_rate: float | None = None,
+    rerank: int | None = None,
+) -> Calibration:
     """
     Args:
-        clips: Validation clips in shops with and without their product (`relevant` all False).
-        false_accept_rate: Share of the latter, 0 to 1, that may be answered with a product.
+        clips: Validation clips in shops with and without their product (`in_shop` False), in any mix.
+        presence_prior: Share of clips in use whose product is in the shop, above 0 and below 1.
+        false_accept_rate: Share of clips without their product, 0 to 1, that may be answered with one; `None`: answer
+            where the answer is likelier right than wrong (`EVEN_ODDS`).
         rerank: Noted in the result.
 
     Returns:
         `Calibration`, whose threshold and report come from fits that had not seen the clips in question.
 
     Raises:
-        ValueError: too few clips of either kind, or a rate outside 0..1.
+        ValueError: too few clips of either kind, or a prior or rate outside its range.
     """
-    if not 0 <= false_accept_rate < 1:
-        raise ValueError(f"false_accept_rate must be at least 0 and below 1, got {false_accept_rate}.")
+    check_decision(presence_prior, false_accept_rate)
     clips = [clip for clip in clips if len(clip.embedding)]
-    present = np.array([bool(clip.relevant.any()) for clip in clips])
-    if present.sum() < _FEWEST or (~present).sum() < _FEWEST:
+    in_shop = np.array([clip.in_shop for clip in clips], dtype=bool)
+    num_found = sum(bool(clip.relevant.any()) for clip in clips)
+    if num_found < _FEWEST or (~in_shop).sum() < _FEWEST:
         raise ValueError(
             f"calibration needs at least {_FEWEST} clips whose product is found and {_FEWEST} searches without it, "
-            f"got {int(present.sum())} and {int((~present).sum())}; use a larger validation split."
+            f"got {num_found} and {int((~in_shop).sum())}; use a larger validation split."
         )
+    confidence = _unseen_confidences(clips, presence_prior)
+    result = _fit(clips, presence_prior)
+    result.presence_prior, result.false_accept_rate, result.rerank = presence_prior, false_accept_rate, rerank
+    if false_accept_rate is None:
+        result.threshold = EVEN_ODDS
+    else:
+        result.threshold = threshold_at(confidence[~in_shop], false_accept_rate)
+    result.report = _measure(clips, in_shop, confidence, result)
+    return result
+
+
+def _unseen_confidences(clips: Sequence[ScoredClip], presence_prior: float) -> np.ndarray:
+    """Confidence of each clip's best candidate, by a fit to other products' clips, `(n,)`."""
     confidence = np.zeros(len(clips))
     # Groups in the order of their first clip, so that the folds are the same in every run.
     numbers = {group: i for i, group in enumerate(dict.fromkeys(clip.group for clip in clips))}
     folds = np.array([numbers[clip.group] % FOLDS for clip in clips])
     for fold in np.unique(folds):
         seen = [clip for clip, own in zip(clips, folds) if own != fold]
-        fitted = _fit(seen) if _is_mixed(seen) else _fit(clips)
+        fitted = _fit(seen if _is_mixed(seen) else clips, presence_prior)
         for i in np.flatnonzero(folds == fold):
             confidence[i] = _best_confidence(fitted, clips[i])
+    return confidence
+
+
+def _measure(clips: Sequence[ScoredClip], in_shop: np.ndarray, confidence: np.ndarray, result: Calibration) -> dict:
     correct = np.array([bool(clip.relevant[clip.ranked_by.argmax()]) for clip in clips])
-    result = _fit(clips)
-    result.false_accept_rate, result.rerank = false_accept_rate, rerank
-    result.threshold = threshold_at(confidence[~present], false_accept_rate)
     accepted = confidence >= result.threshold
-    result.report = {
-        "num_present": int(present.sum()),
-        "num_absent": int((~present).sum()),
-        "false_accepts": float(accepted[~present].mean()),
-        "answered": float(accepted[present].mean()),
-        "right_when_answered": float(correct[accepted & present].mean()) if (accepted & present).any() else None,
-        "expected_calibration_error": calibration_error(confidence, correct),
+    prior = result.presence_prior
+    weights = np.where(in_shop, prior / in_shop.sum(), (1 - prior) / (~in_shop).sum())
+    return {
+        "num_present": int(in_shop.sum()),
+        "num_absent": int((~in_shop).sum()),
+        "presence_prior": prior,
+        "threshold": result.threshold,
+        "false_accepts": float(accepted[~in_shop].mean()),
+        "answered": float(accepted[in_shop].mean()),
+        "right_when_answered": float(correct[accepted & in_shop].mean()) if (accepted & in_shop).any() else None,
+        "expected_calibration_error": calibration_error(confidence, correct, weights=weights),
     }
-    return result
 
 
 def _is_mixed(clips: Sequence[ScoredClip]) -> bool:
@@ -157,14 +217,26 @@ def threshold_at(absent: np.ndarray, rate: float) -> float:
     return float(np.nextafter(falling[allowed], np.inf))
 
 
-def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 10) -> float:
-    """Expected calibration error: mean distance of confidence and accuracy over equally full bins, 0 to 1."""
+def calibration_error(
+    confidence: np.ndarray, correct: np.ndarray, bins: int = 10, weights: np.ndarray | None = None
+) -> float:
+    """
+    Expected calibration error: mean distance of confidence and accuracy over equally full bins, 0 to 1.
+
+    Args:
+        confidence, correct: `(n,)`.
+        bins: Of the range of confidences, each with as much weight as the others.
+        weights: Of the clips, `(n,)`; by default equal.
+    """
     order = np.argsort(confidence, kind="stable")
-    parts = [part for part in np.array_split(order, bins) if len(part)]
-    return float(sum(len(p) * abs(confidence[p].mean() - correct[p].mean()) for p in parts) / len(order))
+    shares = np.full(len(order), 1.0) if weights is None else weights[order]
+    shares = shares / shares.sum()
+    middles = np.cumsum(shares) - shares / 2
+    gaps = shares * (confidence[order] - correct[order])
+    return float(np.abs(np.bincount((middles * bins).astype(int), gaps)).sum())
 
 
-def _fit(clips: Sequence[ScoredClip]) -> Calibration:
+def _fit(clips: Sequence[ScoredClip], presence_prior: float) -> Calibration:
     present = torch.tensor([float(clip.relevant.any()) for clip in clips], dtype=torch.float64)
     features = torch.from_numpy(np.stack([presence_features(clip.embedding, clip.matching) for clip in clips]))
     mean, scale = features.mean(dim=0), features.std(dim=0).clamp(min=1e-9)
@@ -180,6 +252,9 @@ def _fit(clips: Sequence[ScoredClip]) -> Calibration:
     _minimise(presence_loss, parameters)
     weights = parameters.detach()[1:] / scale
     bias = parameters.detach()[0] - (weights * mean).sum()
+    # A product that is in the shop may still not be among the candidates.
+    found = presence_prior * float(present.sum()) / sum(clip.in_shop for clip in clips)
+    bias += _log_odds(found) - _log_odds(float(present.mean()))
     temperature = _fit_temperature([clip for clip in clips if clip.relevant.any()])
     return Calibration(temperature, float(bias), weights.tolist())
 

@@ -1,6 +1,7 @@
 """Measure R@k of a checkpoint under one protocol: eval_rice.py, with its arguments; see `rice eval --help`."""
 
 import argparse
+import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,4 +21,9 @@ def run(options: argparse.Namespace) -> None:
         if error.name != "eval_rice":
             raise
         raise ValueError("eval_rice.py is not found; run this where the repository is, or install it whole.") from None
-    eval_rice.main(options.arguments)
+    # Its parser takes its name from here.
+    called, sys.argv[0] = sys.argv[0], "rice eval"
+    try:
+        eval_rice.main(options.arguments)
+    finally:
+        sys.argv[0] = called

@@ -20,7 +20,7 @@ from evaluation_rice.fusion import fuse
 from evaluation_rice.retrieval import has_decoder
 
 from . import index_build, index_files
-from .calibration import Calibration, ScoredClip, fit_calibration, product_shares
+from .calibration import PRESENCE_PRIOR, Calibration, ScoredClip, check_decision, fit_calibration, product_shares
 from .index_store import Candidates, LocalStore, Scope, Store, live_of, scopes_of
 
 DEPTH = 100
@@ -484,7 +484,8 @@ class GalleryIndex:
         relevant: Sequence[Sequence[str]] | None = None,
         live_id: str | Sequence | None = None,
         *,
-        false_accept_rate: float = 0.05,
+        presence_prior: float = PRESENCE_PRIOR,
+        false_accept_rate: float | None = None,
         rerank: int | None = DEPTH,
         use_boxes: bool = False,
         batch_size: int = 16,
@@ -494,24 +495,30 @@ class GalleryIndex:
         """
         Fits confidences and the "no product" threshold on validation clips of this index's shop, and keeps them.
 
-        Each clip is searched in its shop, and in its shop without its product.
+        Each clip is searched in its shop, and in its shop without its product. A confidence is then the probability
+        that the hit is right where a share `presence_prior` of the clips show a product of the shop.
 
         Args:
             queries: Query rows (`clip_id`, `frames` or `video`, `relevant`, `live_id`), or `RiceClips`.
             relevant: With `RiceClips`, the image ids that answer each clip.
             live_id: With `RiceClips`, as in `search`; rows name their own where the index has livestreams.
-            false_accept_rate: Share of clips without their product that may be answered with one, 0 to 1.
+            presence_prior: Share of clips in use whose product is in the shop, above 0 and below 1.
+            false_accept_rate: Share of clips without their product that may be answered with one, 0 to 1. By default
+                a clip is answered where the answer is likelier right than wrong, at a confidence of 0.5.
             rerank: As in `search`, which should use the same.
             use_boxes, batch_size, num_workers, progress: How rows are read.
 
         Returns:
-            What was measured on clips that the fit had not seen: `num_present`, `num_absent`, `false_accepts`,
-            `answered` (share of clips whose product is there), `right_when_answered`, `expected_calibration_error`,
-            and `unreadable`, the clips that could not be read.
+            What was measured on clips that the fit had not seen: `num_present`, `num_absent`, `presence_prior`,
+            `threshold`, `false_accepts` (share of clips without their product that are answered), `answered` (share of
+            the others), `right_when_answered` (of these), `expected_calibration_error` (under the prior), and
+            `unreadable`, the clips that could not be read.
 
         Raises:
-            ValueError: too few clips, a rate outside 0..1, lists of unequal length, or rows without a processor.
+            ValueError: too few clips, a prior or rate outside its range, lists of unequal length, or rows without a
+                processor.
         """
+        check_decision(presence_prior, false_accept_rate)
         unreadable: list[dict] = []
         if hasattr(queries, "embeds"):
             if relevant is None or len(relevant) != len(queries):
@@ -524,7 +531,9 @@ class GalleryIndex:
         scored: list[ScoredClip] = []
         for clips, answers, scopes in batches:
             scored += self._scored(clips, answers, scopes, rerank)
-        self.calibration = fit_calibration(scored, false_accept_rate, rerank)
+        self.calibration = fit_calibration(
+            scored, presence_prior=presence_prior, false_accept_rate=false_accept_rate, rerank=rerank
+        )
         return {**self.calibration.report, "unreadable": unreadable}
 
     def _processor_for_rows(self):
@@ -546,15 +555,16 @@ class GalleryIndex:
                 [record["image_id"] in answers[i] or record["product_id"] in own for record in candidates.records]
             )
             group = min(own, default=f"clip {len(scored)}")
-            for kept in (np.arange(len(relevant)), np.flatnonzero(~relevant)):
-                kept = kept[:limit]
+            for gone in (False, True):
+                kept = np.flatnonzero(~(relevant & gone))[:limit]
                 if len(kept):
                     chosen = Candidates(
                         candidates.features[torch.from_numpy(kept)], [candidates.records[row] for row in kept]
                     )
                     scores = self._scores(clips[i], chosen, rerank != 0)
                     products = [record["product_id"] for record in chosen.records]
-                    scored.append(ScoredClip(*scores, relevant[kept], products, group))
+                    missed = bool(own) and len(kept) == limit and not gone and not relevant[kept].any()
+                    scored.append(ScoredClip(*scores, relevant[kept], products, group, missed))
         return scored
 
 

@@ -2,8 +2,9 @@
 
 SHOP is a shop_clips folder (gallery.jsonl), an LPR4M folder, a MovingFashion folder, mini_lpr4m, or any folder of
 pictures. The same command again goes on where it was interrupted. Where the shop has validation clips, or --calibrate
-names a data set that has, confidences and the "no product" answer are fitted on them. Under `accelerate launch` every
-process encodes its share.
+names a data set that has, confidences and the "no product" answer are fitted on them. A confidence is the probability
+that the answer is right where --presence_prior of the clips show a product of the shop; below 0.5 the answer is "no
+product", or below what --false_accept_rate asks for. Under `accelerate launch` every process encodes its share.
 """
 
 import argparse
@@ -31,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--approximate", choices=("hnsw", "ivfpq"), help="also build a FAISS index, for hundreds of thousands")
     add("--calibrate", metavar="DATASET", default="auto", help="data set whose validation clips to fit confidences "
         "on; auto: the shop's own, none: do not (default: %(default)s)")  # fmt: skip
-    add("--false_accept_rate", type=float, default=0.05, help="share of clips without their product that may be "
-        "answered with one (default: %(default)s)")  # fmt: skip
+    add("--presence_prior", type=float, help="share of clips in use that show a product of the shop (default: 0.9)")
+    add("--false_accept_rate", type=float, help="be strict: share of clips without their product that may be "
+        "answered with one, such as 0.05; default: answer what is likelier right than wrong")  # fmt: skip
     add("--rerank", type=int, default=100, help="pictures per clip that the decoder scores (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace an index of another shop or model")
     add("--qdrant", metavar="URL", help="also upload the index to a Qdrant server, or a folder of its embedded engine")
@@ -44,14 +46,21 @@ def run(options: argparse.Namespace) -> None:
     """
     Raises:
         FileNotFoundError: no such shop or checkpoint.
-        ValueError: a damaged checkpoint, a malformed shop, or not one readable picture.
+        ValueError: a damaged checkpoint, a malformed shop, not one readable picture, or a prior or rate outside its
+            range.
         FileExistsError: the output is an index of something else.
         OSError: it cannot be written.
     """
+    from .calibration import check_decision
     from .index import GalleryIndex
     from .index_build import process_group
     from .loading import load_model
 
+    check_decision(options.presence_prior, options.false_accept_rate)
+    if options.calibrate == "none" and _decision(options):
+        raise ValueError(
+            "--presence_prior and --false_accept_rate belong to a calibration; leave out --calibrate none."
+        )
     rows, is_data_set = shop_rows(options)
     model, processor = load_model(options.model, options.device)
     index = GalleryIndex.build(
@@ -68,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
     if process_group()[0] > 0:
         return
     changed = False
-    if options.calibrate != "none" and (index.calibration is None or options.calibrate != "auto"):
+    if options.calibrate != "none" and not (options.calibrate == "auto" and _is_calibrated(index, options)):
         changed = _calibrate(index, options, is_data_set)
     if options.approximate:
         index.approximate(options.approximate)
@@ -145,6 +154,18 @@ def folder_rows(folder: Path) -> list[dict]:
     return rows
 
 
+def _decision(options: argparse.Namespace) -> dict:
+    """What was asked for of the confidences and the "no product" answer."""
+    asked = {name: getattr(options, name) for name in ("presence_prior", "false_accept_rate")}
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _is_calibrated(index, options: argparse.Namespace) -> bool:
+    """Whether the index was calibrated before, as it is asked for now."""
+    asked = _decision(options)
+    return index.calibration is not None and asked == {name: getattr(index.calibration, name) for name in asked}
+
+
 def _calibrate(index, options: argparse.Namespace, is_data_set: bool) -> bool:
     """Fits the index's confidences on validation clips, in a shop of their own where they have one."""
     from data_rice import load_dataset_view
@@ -152,9 +173,10 @@ def _calibrate(index, options: argparse.Namespace, is_data_set: bool) -> bool:
     from .index import GalleryIndex
 
     dataset, source = options.calibrate, {"cache_dir": options.cache_dir}
+    again = "" if index.calibration is None else " again"
     if dataset == "auto":
         if not is_data_set:
-            print("confidences are not calibrated: a folder of pictures has no clips; see --calibrate.")
+            print(f"confidences are not calibrated{again}: a folder of pictures has no clips; see --calibrate.")
             return False
         dataset, source = options.shop, _source(options)
     try:
@@ -165,14 +187,14 @@ def _calibrate(index, options: argparse.Namespace, is_data_set: bool) -> bool:
         shop = GalleryIndex.build(index.model, index.processor, gallery, dtype=options.dtype, **reading)
         report = shop.calibrate(
             queries,
-            false_accept_rate=options.false_accept_rate,
+            **_decision(options),
             rerank=options.rerank,
             num_workers=options.num_workers,
         )
     except (ValueError, FileNotFoundError) as error:
         if options.calibrate != "auto":
             raise
-        print(f"confidences are not calibrated: {error}")
+        print(f"confidences are not calibrated{again}: {error}")
         return False
     index.calibration = shop.calibration
     unreadable = report.pop("unreadable")

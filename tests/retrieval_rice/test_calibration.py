@@ -46,14 +46,24 @@ def test_the_calibration_error_of_known_confidences():
     assert calibration_error(confidence, np.zeros(200), bins=2) == pytest.approx(0.5)
 
 
-def simulate(count, rng):
-    """Clips whose right image has a score drawn from a softmax of temperature 0.5; others lack their product."""
+def test_the_calibration_error_under_another_mix():
+    # Half of the clips with 0.75 are right. They weigh three times as much as the others, of which none is right.
+    confidence, right = np.array([0.0, 0.0, 0.75, 0.75]), np.array([False, False, True, False])
+    assert calibration_error(confidence, right, bins=4, weights=np.ones(4)) == pytest.approx((0.25 + 0.75) / 4)
+    weights = np.array([1.0, 1.0, 3.0, 3.0])
+    assert calibration_error(confidence, right, bins=1, weights=weights) == pytest.approx((6 * 0.75 - 3) / 8)
+    # Bins of equal weight: the two light clips and a part of the heavy ones' weight, whose middle counts.
+    assert calibration_error(confidence, right, bins=2, weights=weights) == pytest.approx((0.25 * 3 + 0.75 * 3) / 8)
+
+
+def simulate(count, rng, share=0.5):
+    """Clips whose right image has a score drawn from a softmax of temperature 0.5; the others lack their product."""
     clips = []
     for i in range(count):
         scores = rng.normal(size=8)
         shares = np.exp(scores / 0.5) / np.exp(scores / 0.5).sum()
         relevant = np.zeros(8, dtype=bool)
-        if i % 2:
+        if rng.random() < share:
             relevant[rng.choice(8, p=shares)] = True
             embedding = scores + 3
         else:
@@ -62,20 +72,63 @@ def simulate(count, rng):
     return clips
 
 
-def test_a_known_law_is_found_and_holds_on_other_clips():
-    rng = np.random.default_rng(0)
-    fitted = fit_calibration(simulate(2000, rng), false_accept_rate=0.1)
-    assert fitted.temperature == pytest.approx(0.5, rel=0.15)
-    others = simulate(2000, rng)
+def answers(fitted, clips):
+    """Confidence of each clip's answer, and whether it is right."""
     confidence = np.array(
-        [fitted.confidences(c.embedding, None, c.ranked_by, c.products)[c.ranked_by.argmax()] for c in others]
+        [fitted.confidences(c.embedding, None, c.ranked_by, c.products)[c.ranked_by.argmax()] for c in clips]
     )
-    right = np.array([c.relevant[c.ranked_by.argmax()] for c in others])
-    assert calibration_error(confidence, right) < 0.04
+    return confidence, np.array([c.relevant[c.ranked_by.argmax()] for c in clips])
+
+
+# Clips in use come in another mix than those of the fit, in any direction.
+@pytest.mark.parametrize("fitted_on, prior", [(0.5, 0.5), (0.5, 0.9), (0.3, 0.9), (0.5, 0.2)])
+def test_a_known_law_is_found_and_holds_on_other_clips(fitted_on, prior):
+    rng = np.random.default_rng(0)
+    fitted = fit_calibration(simulate(2000, rng, fitted_on), presence_prior=prior, false_accept_rate=0.1)
+    assert fitted.temperature == pytest.approx(0.5, rel=0.15)
+    others = simulate(2000, rng, prior)
+    confidence, right = answers(fitted, others)
+    # Sampling alone makes up to 0.05 of it; with the bias of the other mix it is above 0.1.
+    assert calibration_error(confidence, right) < 0.06
     absent = np.array([not c.relevant.any() for c in others])
     assert (confidence[absent] >= fitted.threshold).mean() < 0.15
-    assert fitted.report["false_accepts"] <= 0.1 and fitted.report["expected_calibration_error"] < 0.04
+    assert fitted.report["false_accepts"] <= 0.1 and fitted.report["expected_calibration_error"] < 0.06
     assert Calibration(**fitted.to_dict()) == fitted
+
+
+def test_the_prior_moves_the_bias_by_its_log_odds():
+    clips = simulate(400, np.random.default_rng(0))
+    present = sum(bool(clip.relevant.any()) for clip in clips)
+    half, most = (fit_calibration(clips, presence_prior=prior) for prior in (0.5, 0.9))
+    assert most.bias - half.bias == pytest.approx(math.log(0.9 / 0.1))
+    assert (most.weights, most.temperature) == (half.weights, half.temperature)
+    # As many products again are in the shop but not among the candidates: found are at most 0.9 / 2.
+    missed = [ScoredClip(c.embedding, None, c.ranked_by, np.zeros(8, bool), c.products, c.group, True) for c in clips]
+    both = fit_calibration([*clips, *missed[:present]], presence_prior=0.9)
+    same = fit_calibration([*clips, *missed[:present]], presence_prior=0.5)
+    assert both.bias - same.bias == pytest.approx(math.log(0.45 / 0.55) - math.log(0.25 / 0.75))
+    assert both.report["num_present"] == 2 * present and both.report["num_absent"] == 400 - present
+
+
+def test_by_default_is_answered_what_is_likelier_right_than_wrong():
+    rng = np.random.default_rng(0)
+    clips = simulate(1000, rng)
+    fitted, strict = fit_calibration(clips), fit_calibration(clips, false_accept_rate=0.05)
+    assert (fitted.presence_prior, fitted.threshold, fitted.false_accept_rate) == (0.9, 0.5, None)
+    assert strict.threshold > 0.5 and strict.report["false_accepts"] <= 0.05
+    assert fitted.report["answered"] > strict.report["answered"]
+    # No other threshold gains more where a right answer counts one and a wrong one minus one.
+    confidence, right = answers(fitted, simulate(8000, rng, 0.9))
+    gains = {t: np.where(right, 1, -1)[confidence >= t].sum() for t in (0.3, 0.5, 0.7)}
+    assert max(gains, key=gains.get) == 0.5
+
+
+def test_an_index_that_names_no_prior_was_calibrated_for_half_and_half():
+    old = {"temperature": 2.0, "bias": -1.0, "weights": [2.0], "threshold": 0.6, "false_accept_rate": 0.05,
+           "rerank": 100, "report": {"num_present": 20}}  # fmt: skip
+    read = Calibration(**old)
+    assert read.presence_prior == 0.5 and read.presence(np.array([0.5]), None) == 0.5
+    assert read.to_dict() == old | {"presence_prior": 0.5}
 
 
 def test_clips_that_are_all_ranked_right_give_finite_numbers():
@@ -88,7 +141,14 @@ def test_clips_that_are_all_ranked_right_give_finite_numbers():
 
 
 def test_mistakes_get_one_sentence():
+    few = [*simulate(2, np.random.default_rng(0), 1.0), *simulate(2, np.random.default_rng(0), 0.0)]
     with pytest.raises(ValueError, match="at least 10 clips whose product is found .* got 2 and 2"):
-        fit_calibration(simulate(4, np.random.default_rng(0)))
-    with pytest.raises(ValueError, match="false_accept_rate"):
-        fit_calibration(simulate(40, np.random.default_rng(0)), false_accept_rate=1.0)
+        fit_calibration(few)
+    with pytest.raises(ValueError, match="false_accept_rate must be at least 0 and below 1, got 1.0"):
+        fit_calibration(few, false_accept_rate=1.0)
+
+
+@pytest.mark.parametrize("prior", [0, 1, -0.1, 90, math.nan])
+def test_a_prior_is_a_probability(prior):
+    with pytest.raises(ValueError, match="presence_prior must be above 0 and below 1, got .*; it is the share"):
+        fit_calibration(simulate(4, np.random.default_rng(0)), presence_prior=prior)

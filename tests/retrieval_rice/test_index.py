@@ -206,7 +206,10 @@ def test_confidences_are_fitted_and_tell_what_is_not_in_the_shop():
     assert 0 < uncalibrated.confidence <= 1 and not uncalibrated.no_product
     with pytest.raises(ValueError, match="each of the 60 clips"):
         index.calibrate(clips)
-    report = index.calibrate(clips[:40], [[f"p{i}"] for i in range(40)], false_accept_rate=0.05)
+    with pytest.raises(ValueError, match="presence_prior must be above 0 and below 1, got 1.5"):
+        index.calibrate(clips[:40], [[f"p{i}"] for i in range(40)], presence_prior=1.5)
+    strict = {"presence_prior": 0.5, "false_accept_rate": 0.05}
+    report = index.calibrate(clips[:40], [[f"p{i}"] for i in range(40)], **strict)
     assert report["num_present"] == report["num_absent"] == 40 and report["false_accepts"] <= 0.05
     # Products that the fit has not seen.
     there = index.search(clips[40:])
@@ -216,6 +219,17 @@ def test_confidences_are_fitted_and_tell_what_is_not_in_the_shop():
     gone = index.search(clips[40:])
     assert sum(answer.no_product for answer in gone) >= 17
     assert np.mean([answer.confidence for answer in gone]) < 0.3
+
+
+def test_a_product_that_is_not_among_the_candidates_is_in_the_shop_all_the_same():
+    # Each clip lies at another image than its own, so that one candidate is never enough.
+    images = torch.eye(40)
+    index, clips = cosine_index(images), RiceClips(embeds=images.roll(1, dims=0))
+    scored = index._scored(clips, [[f"p{i}"] for i in range(40)], [None] * 40, 1)
+    assert [(clip.in_shop, clip.missed) for clip in scored] == [(True, True), (False, False)] * 40
+    # With all of them it is found, and an image that is nowhere is in no shop.
+    scored = index._scored(clips[:2], [["p0"], ["nowhere"]], [None] * 2, None)
+    assert [(clip.in_shop, clip.missed) for clip in scored] == [(True, False)] + [(False, False)] * 3
 
 
 def test_calibrating_reads_rows(shop, build):

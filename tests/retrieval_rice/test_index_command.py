@@ -40,7 +40,41 @@ def test_a_shop_with_clips_is_indexed_and_calibrated(shop, checkpoint, tmp_path,
     assert "calibrated on" in text and "24 pictures; 0 could not be read" in text
     index = GalleryIndex.load(output, shop.model)
     assert len(index) == 24 and index.calibration.report["num_present"] == 24
+    assert (index.calibration.presence_prior, index.calibration.threshold) == (0.9, 0.5)
     assert index.search(shop.clips(3))[0].hits[0].title == "mug"
+
+
+def test_another_decision_is_fitted_anew_and_the_same_one_kept(shop, checkpoint, tmp_path, capsys):
+    write_shop(shop, tmp_path / "shop")
+    output = tmp_path / "index"
+    arguments = (tmp_path / "shop", "--model", checkpoint, "--output", output, "--cache_dir", tmp_path / "cache")
+    assert run(*arguments) == 0
+    capsys.readouterr()
+    strict = ("--presence_prior", "0.5", "--false_accept_rate", "0.1")
+    for options, fits in ((strict, True), (strict, False), ((), False), (("--presence_prior", "0.7"), True)):
+        assert run(*arguments, *options) == 0
+        assert ("calibrated on" in capsys.readouterr().out) == fits
+        if options is strict:
+            calibration = GalleryIndex.load(output, shop.model).calibration
+            assert (calibration.presence_prior, calibration.false_accept_rate) == (0.5, 0.1)
+            assert calibration.report["false_accepts"] <= 0.1
+    assert GalleryIndex.load(output, shop.model).calibration.presence_prior == 0.7
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--presence_prior", "1"), "presence_prior must be above 0 and below 1, got 1.0"),
+        (("--false_accept_rate", "5"), "false_accept_rate must be at least 0 and below 1, got 5.0"),
+        (("--presence_prior", "0.5", "--calibrate", "none"), "leave out --calibrate none"),
+    ],
+)
+def test_a_bad_decision_ends_before_anything_is_encoded(checkpoint, tmp_path, capsys, options, words):
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, "--model", checkpoint, "--output", tmp_path / "index", *options)
+    message = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and words in message and len(message.splitlines()) == 1
+    assert not (tmp_path / "index").exists()
 
 
 def test_a_folder_of_pictures_is_a_shop(shop, checkpoint, tmp_path, capsys):
