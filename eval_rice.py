@@ -20,6 +20,11 @@ from evaluation_rice.checkpoint import weights_fingerprint
 from evaluation_rice.protocol import RetrievalTask, breakdown
 
 KINDS = ("embedding", "matching", "fused")
+FUSION_RULE = "z(embedding) + weight * z(matching), per query"
+TEXT_FUSION_RULE = (
+    "z(visual) + weight * z(matching) + text_weight * text, per query; visual is the embedding score without text, "
+    "text the cosine of ASR and title, 0 where either is missing"
+)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -52,8 +57,10 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Argume
         "none, its own words in disorder, or another clip's")  # fmt: skip
     add("--boxes_file", help="boxes that a product detector made: python -m retrieval_rice.detector run")
     add("--num_frames", type=_positive, help="frames per clip; default: as the checkpoint's processor says")
-    add("--fusion_weight", type=_weight, default="auto", help="number above 0, or auto: the checkpoint's own weight, "
-        "else fitted on the validation split, else 1")  # fmt: skip
+    add("--fusion_weight", type=_weight, default="auto", help="of matching in the fused score: number above 0; auto "
+        "(default): the checkpoint's own weight, else fitted on the validation split, else 1; or fit: fitted on the "
+        "validation split whatever the checkpoint has. Where it is fitted, the text's weight is too")  # fmt: skip
+    add("--fit_data_dir", help="with --fusion_weight fit: folder with the validation split, if not --data_dir")
     add("--baselines", nargs="*", default=["color_histogram", "chance"], choices=BASELINE_NAMES)
     add("--gallery_images", choices=("main", "all"), help="LPR4M: one image per product (default), or every image")
     add("--cache_dir", help="where the data set's tables are cached")
@@ -78,12 +85,12 @@ def _not_negative(text: str) -> int:
 def _weight(text: str) -> float | str:
     from evaluation_rice.fusion import check_weight
 
-    if text == "auto":
+    if text in ("auto", "fit"):
         return text
     try:
         return check_weight(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number above 0") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor fit nor a number above 0") from error
 
 
 def build_retriever(options: argparse.Namespace):
@@ -177,27 +184,65 @@ def describe_boxes(options: argparse.Namespace, queries) -> dict:
     return {"file": path, **origin, **count_boxes(queries)}
 
 
-def choose_fusion(options, retriever, scope: str, loading) -> tuple[float, dict]:
-    """The fusion weight, and for results.json where it comes from."""
+def check_fit(options: argparse.Namespace) -> None:
+    """Refuses a folder to fit on where nothing is fitted."""
+    if options.fit_data_dir is not None and options.fusion_weight != "fit":
+        raise ValueError("--fit_data_dir goes with --fusion_weight fit: give both, or neither.")
+
+
+def choose_fusion(options, retriever, scope: str, loading) -> tuple[float, float | None, dict]:
+    """The weights of matching and text in the fused score, and for results.json the rule and where they come from."""
+    config = retriever.model.config
+    own, text_weight = getattr(config, "fusion_weight", None), getattr(config, "fused_text_weight", None)
+    if options.fusion_weight == "fit" or (options.fusion_weight == "auto" and not own):
+        weight, text_weight, record = fit_weights(options, retriever, scope, loading, text_weight)
+    elif options.fusion_weight == "auto":
+        weight = float(own)
+        words = "the weight is the checkpoint's own, fitted when it was trained"
+        record = {"source": "checkpoint", "source_words": words}
+    else:
+        weight = options.fusion_weight
+        record = {"source": "argument", "source_words": "the weight was given by hand"}
+    if not reads_text_score(options, config):
+        text_weight = None
+    elif text_weight is None:
+        record["source_words"] += "; there is none for text, which counts as part of the embedding score"
+    rule = FUSION_RULE if text_weight is None else TEXT_FUSION_RULE
+    return weight, text_weight, {"rule": rule, "text_weight": text_weight, **record}
+
+
+def reads_text_score(options: argparse.Namespace, config) -> bool:
+    """Whether the cosine of ASR and title is part of the scores."""
+    has_text = getattr(config, "text_config", None) is not None
+    return options.text and has_text and config.text_score_weight is not None
+
+
+def fit_weights(
+    options, retriever, scope: str, loading, text_weight: float | None
+) -> tuple[float, float | None, dict]:
+    """As `choose_fusion`, from the validation split; where it cannot be had, 1 and the text weight that there is."""
     from evaluation_rice.retrieval import fit_fusion
 
-    if options.fusion_weight != "auto":
-        return options.fusion_weight, {"source": "argument", "source_words": "the weight was given by hand"}
-    own = getattr(retriever.model.config, "fusion_weight", None)
-    if own is not None and own > 0:
-        words = "the weight is the checkpoint's own, fitted when it was trained"
-        return float(own), {"source": "checkpoint", "source_words": words}
+    source = argparse.Namespace(**vars(options))
+    source.data_dir = options.fit_data_dir or options.data_dir
     try:
-        if options.split == "validation":
+        same = options.fit_data_dir is None or _same_folder(options.fit_data_dir, options.data_dir)
+        if options.split == "validation" and same:
             raise ValueError("the split to evaluate is the validation split itself")
-        queries, gallery = load_views(options, "validation")
+        queries, gallery = load_views(source, "validation")
         task = RetrievalTask.from_datasets(queries, gallery, scope)
     except (ValueError, OSError) as error:
+        if options.fusion_weight == "fit":
+            raise ValueError(f"--fusion_weight fit: the weight cannot be fitted ({_one_line(error)})") from error
         print(f"fusion weight 1: the checkpoint has none, and it cannot be fitted ({_one_line(error)})")
-        return 1.0, {"source": "default", "source_words": "the weight is the default, not fitted"}
-    weight, curve = fit_fusion(retriever, task, queries, gallery, loading=loading)
-    words = f"the weight was fitted on the validation split ({len(queries)} clips)"
-    return weight, {"source": "validation", "source_words": words, "curve": curve}
+        return 1.0, text_weight, {"source": "default", "source_words": "the weight is the default, not fitted"}
+    fitted = fit_fusion(retriever, task, queries, gallery, loading=loading)
+    where = f" of {source.data_dir}" if options.fit_data_dir else ""
+    words = f"the weight was fitted on the validation split{where} ({len(queries)} clips)"
+    record = {"source": "validation", "source_words": words, "curve": fitted.curve}
+    if fitted.text_curve is not None:
+        record["text_curve"] = fitted.text_curve
+    return fitted.weight, fitted.text_weight, record
 
 
 def describe_protocol(options, task: RetrievalTask, scope: str, rank_by: str, num_frames, depth: int) -> dict:
@@ -235,6 +280,7 @@ def evaluate(options: argparse.Namespace, command: str) -> dict:
 def measure(options: argparse.Namespace, command: str) -> tuple:
     """The content of results.json, and what it was made of: task, rankings, queries, gallery and retriever."""
     started = time.perf_counter()
+    check_fit(options)
     retriever, baseline = build_retriever(options)
     queries, gallery = load_views(options, options.split)
 
@@ -256,8 +302,11 @@ def measure(options: argparse.Namespace, command: str) -> tuple:
     rank_by = options.rank_by or ("fused" if has_decoder(model) else "embedding")
     retriever = TimedRetriever(retriever)
     loading = Loading(options.batch_size, options.num_workers)
-    weight, fusion = choose_fusion(options, retriever, scope, loading) if has_decoder(model) else (None, None)
-    books, failures = retrieve(retriever, task, queries, gallery, loading=loading, fusion_weight=weight)
+    weight, text_weight, fusion = None, None, None
+    if has_decoder(model):
+        weight, text_weight, fusion = choose_fusion(options, retriever, scope, loading)
+    weights = {"fusion_weight": weight, "fused_text_weight": text_weight}
+    books, failures = retrieve(retriever, task, queries, gallery, loading=loading, **weights)
     num_frames = retriever.num_frames
     others = [name for name in options.baselines if baseline is None or name != baseline["name"]]
     baselines, failed = run_baselines(others, task, queries, gallery, loading=loading, num_frames=num_frames or 10)
@@ -270,7 +319,7 @@ def measure(options: argparse.Namespace, command: str) -> tuple:
         "num_queries": len(task.query_ids),
         "gallery_size": task.gallery_size(),
         "scores": {kind: books[kind].summary() for kind in KINDS if kind in books},
-        "fusion_weight": weight,
+        **weights,
         "baselines": baselines,
         "by": breakdown(queries, {kind: books[kind] for kind in KINDS if kind in books}, train_rows),
         "head_tail": head_tail,
@@ -292,7 +341,7 @@ def measure(options: argparse.Namespace, command: str) -> tuple:
     if options.boxes == "detector":
         results["protocol"]["detector"] = describe_boxes(options, queries)
     if fusion is not None:
-        results["protocol"]["fusion"] = {"rule": "z(embedding) + weight * z(matching), per query", **fusion}
+        results["protocol"]["fusion"] = fusion
     return results, task, books, queries, gallery, retriever
 
 
@@ -359,7 +408,11 @@ def print_report(results: dict, gallery: str, output: Path, report: bool = False
     print(f"boxes at test time: {results['protocol']['boxes']}; {asr}recall in percent\n")
     print(format_table(shown_scores(results)))
     if results["fusion_weight"] is not None:
-        print(f"\nfusion weight {results['fusion_weight']:g}: {results['protocol']['fusion']['source_words']}")
+        fusion = results["protocol"]["fusion"]
+        print(f"\nfusion weight {results['fusion_weight']:g}: {fusion['source_words']}")
+        if fusion["text_weight"] is not None:
+            source = "fitted after it" if fusion["source"] == "validation" else "the checkpoint's own"
+            print(f"text weight in the fused score {fusion['text_weight']:g}: {source}")
     for kind, tie in results["ties"].items():
         if tie["share"] > 0:
             random = 100 * tie["R@1_ties_at_random"]
@@ -379,6 +432,10 @@ def print_report(results: dict, gallery: str, output: Path, report: bool = False
     files = ["results.json", "rankings.jsonl", "query_ranks.jsonl", "matches.png", "README.md"]
     files += ["breakdown.png"] * drawn + ["report.html"] * report
     print(f"\nwritten to {output}: {', '.join(files)}")
+
+
+def _same_folder(one: str, other: str | None) -> bool:
+    return other is not None and os.path.realpath(one) == os.path.realpath(other)
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,10 +1,12 @@
-"""Fusing embedding and matching scores: z-scores per query, and the weight fitted on a validation split."""
+"""Fusing embedding, matching and text scores: z-scores per query, and weights fitted on a validation split."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 TEXT_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
+FUSED_TEXT_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0, 30.0, 50.0)
+"""Of raw cosines beside z-scores: their spread over a gallery is a small part of 1."""
 DEFAULT_WEIGHTS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
 
 
@@ -30,9 +32,53 @@ def z_scores(scores: np.ndarray) -> np.ndarray:
     return result
 
 
-def fuse(embedding: np.ndarray, matching: np.ndarray, weight: float) -> np.ndarray:
-    """`z(embedding) + weight * z(matching)` of one query over its gallery, shape `(num_images,)`."""
-    return z_scores(embedding) + weight * z_scores(matching)
+def fuse(
+    embedding: np.ndarray,
+    matching: np.ndarray,
+    weight: float,
+    text: np.ndarray | None = None,
+    text_weight: float = 0.0,
+) -> np.ndarray:
+    """`z(embedding) + weight * z(matching)` of one query over its gallery, plus `text_weight * text` where given.
+
+    Text is not normalised: its zeros stand for a missing ASR or title and must add nothing. A query without ASR so has
+    the fused scores of a model that knows no text.
+
+    Args:
+        embedding: float array `(num_images,)`; with `text` the visual score alone, or text would count twice.
+        matching: the same of the matching scores.
+        weight: of the matching z-score, above 0.
+        text: cosines of the query's ASR with the titles, in -1..1, 0 where either is missing.
+        text_weight: of `text`, 0 or more.
+
+    Returns:
+        float array `(num_images,)`, NaN where a score is not finite.
+    """
+    fused = z_scores(embedding) + weight * z_scores(matching)
+    return fused if text is None else fused + text_weight * np.asarray(text, dtype=np.float64)
+
+
+def fuse_scores(scores: Mapping[str, np.ndarray], weight: float, text_weight: float | None = None) -> np.ndarray:
+    """`fuse` of what a model knows of one query, the one rule of evaluation, training and index.
+
+    Args:
+        scores: "embedding" and "matching", and where there is text also "visual" and "text", each `(num_images,)`, as
+            `evaluation_rice.retrieval.model_scores` gives them.
+        weight: of the matching z-score.
+        text_weight: of the text beside z-scores of the visual score. `None` is the rule of checkpoints without this
+            weight: z-scores of the embedding score, text included.
+    """
+    if text_weight is None or "text" not in scores:
+        return fuse(scores["embedding"], scores["matching"], weight)
+    return fuse(scores["visual"], scores["matching"], weight, scores["text"], text_weight)
+
+
+def check_text_weight(weight: float) -> float:
+    """`weight` as a float; raises `ValueError` unless it is finite and 0 or more."""
+    weight = float(weight)
+    if not np.isfinite(weight) or weight < 0:
+        raise ValueError(f"text weight of the fused score is {weight!r}: it must be a number of 0 or more.")
+    return weight
 
 
 def check_weight(weight: float) -> float:
@@ -106,8 +152,9 @@ def fit_text_weight(
 ) -> tuple[float, list[dict[str, float]]]:
     """The weight w of `visual + w * text` with the best R@1 on a validation split; ties as in `fit_fusion_weight`.
 
-    Both are cosines on one scale already, so nothing is normalised per query: a query without words keeps its visual
-    ranking, and an image without a title its visual score.
+    Nothing is normalised per query: a query without words keeps its visual ranking, and an image without a title its
+    visual score. Visual scores are cosines like those of the text, or with `FUSED_TEXT_WEIGHTS` fused scores (`fuse`),
+    whose own weight stays as it is.
 
     Args:
         visual_scores, text_scores: per query a float array `(num_images,)` over its own gallery.

@@ -274,7 +274,8 @@ def _fusion(results: Mapping) -> str:
     fusion = results["protocol"].get("fusion")
     if not fusion:
         return ""
-    words = f"Fused score: {fusion['rule']}; weight {results['fusion_weight']:g}: {fusion['source_words']}."
+    text = "" if fusion.get("text_weight") is None else f", text_weight {fusion['text_weight']:g}"
+    words = f"Fused score: {fusion['rule']}; weight {results['fusion_weight']:g}{text}: {fusion['source_words']}."
     curve = fusion.get("curve")
     plot = curve_plot(curve, results["fusion_weight"], "R@1 over the fusion weight, in percent") if curve else ""
     title = "<h3>R@1 in percent on the validation split</h3>" if plot else ""

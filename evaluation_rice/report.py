@@ -16,7 +16,7 @@ TITLES = {
     "color_histogram": "colour histogram",
     "chance": "chance",
     "pixels_8x8": "8 x 8 pixels",
-    "color_histogram_in_box": "colour histogram in the true box",
+    "color_histogram_in_box": "colour histogram in the box",
 }
 
 

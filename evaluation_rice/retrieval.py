@@ -8,19 +8,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from .fusion import check_weight, fit_fusion_weight, fit_text_weight, fuse
+from .fusion import (
+    FUSED_TEXT_WEIGHTS,
+    check_text_weight,
+    check_weight,
+    fit_fusion_weight,
+    fit_text_weight,
+    fuse,
+    fuse_scores,
+)
 from .protocol import Rankings, RetrievalTask
 from .recall import DEFAULT_KS
 
 GALLERY_CHUNK = 2048
 """Gallery images scored against one batch of clips at a time, which bounds the memory of matching."""
+PARTS = ("visual", "text")
+"""Scores that only make up others, and by which nothing is ranked."""
 
 
 class Retriever(Protocol):
@@ -29,7 +39,8 @@ class Retriever(Protocol):
     `load_*` take a list of dataset rows and return `(inputs, positions of the rows that loaded, failures)`, each
     failure a dict with `id`, `file`, `reason`, and `outcome` where the row loaded all the same, with other frames
     ("replaced") or fewer ("left out"). `encode_*` turn inputs into an object with `len` and slices, `cat`
-    joins such objects, and `scores` gives one `(num_clips, num_images)` array per kind of score.
+    joins such objects, and `scores` gives one `(num_clips, num_images)` array per kind of score: "embedding", and what
+    else `model_scores` names and the method has.
     """
 
     def load_gallery(self, rows: list[dict]) -> tuple[Any, list[int], list[dict]]: ...
@@ -52,16 +63,13 @@ class ModelRetriever:
         model: the model; `model.config.use_decoder` False means that it has no `match`.
         collator: object whose `encode_gallery(rows)` and `encode_queries(rows)` decode rows into model inputs.
         matching: also score with `match`; by default when the model has a decoder.
-        text_apart: leave the score-level text term out of the embedding scores and give it apart, as "text", where
-            the model has one; for fitting its weight.
     """
 
-    def __init__(self, model, collator, matching: bool | None = None, text_apart: bool = False):
+    def __init__(self, model, collator, matching: bool | None = None):
         self.model = model
         self.collator = collator
         self.device = model.device if hasattr(model, "device") else next(model.parameters()).device
         self.matching = has_decoder(model) if matching is None else matching
-        self.text_apart = text_apart and hasattr(model, "text_similarity")
 
     @property
     def num_frames(self) -> int | None:
@@ -92,14 +100,28 @@ class ModelRetriever:
         return type(parts[0]).cat(parts)
 
     def scores(self, clips, gallery):
-        texts = self.model.text_similarity(clips, gallery) if self.text_apart else None
-        if texts is None:
-            result = {"embedding": self.model.similarity(clips, gallery)}
-        else:
-            result = {"embedding": self.model.similarity(clips, gallery, text_weight=0.0), "text": texts}
-        if self.matching:
-            result["matching"] = self.model.match(clips, gallery)
-        return {name: value.float().cpu().numpy() for name, value in result.items()}
+        return model_scores(self.model, clips, gallery, self.matching)
+
+
+def model_scores(model, clips, gallery, matching: bool = True) -> dict[str, np.ndarray]:
+    """What a model knows of every clip and image, each float32 `(num_clips, num_images)`.
+
+    Args:
+        model: with `similarity`, and `match` and `text_similarity` where it has such scores.
+        clips, gallery: as the model encoded them.
+        matching: also score with `match`.
+
+    Returns:
+        "embedding"; with a score-level text term and texts on both sides also its parts, "visual" and "text" (without
+        weight, 0 where a text is missing); and "matching" where asked for.
+    """
+    result = {"embedding": model.similarity(clips, gallery)}
+    texts = model.text_similarity(clips, gallery) if hasattr(model, "text_similarity") else None
+    if texts is not None:
+        result |= {"visual": model.similarity(clips, gallery, text_weight=0.0), "text": texts}
+    if matching:
+        result["matching"] = model.match(clips, gallery)
+    return {name: value.float().cpu().numpy() for name, value in result.items()}
 
 
 @dataclass(frozen=True)
@@ -253,6 +275,7 @@ def retrieve(
     *,
     loading: Loading = Loading(),
     fusion_weight: float | None = None,
+    fused_text_weight: float | None = None,
     ks=DEFAULT_KS,
     depth: int = 100,
 ) -> tuple[dict[str, Rankings], list[dict]]:
@@ -264,7 +287,8 @@ def retrieve(
         queries: the queries view.
         gallery: the gallery view.
         loading: batch size, workers and progress.
-        fusion_weight: also rank by z(embedding) + weight * z(matching), where there are matching scores.
+        fusion_weight: also rank by the fused score with this weight, where there are matching scores.
+        fused_text_weight: of the text in it, see `evaluation_rice.fusion.fuse_scores`.
         ks: cut-offs of the recall.
         depth: entries kept per ranking.
 
@@ -273,18 +297,21 @@ def retrieve(
         `kind` ("query" or "gallery"), `id`, `file` and `reason`.
 
     Raises:
-        ValueError: not one gallery image could be read, or the fusion weight is not above 0.
+        ValueError: not one gallery image could be read, the fusion weight is not above 0, or that of text is below.
     """
     books: dict[str, Rankings] = {}
     failures: list[dict] = []
     if fusion_weight is not None:
         fusion_weight = check_weight(fusion_weight)
+    if fused_text_weight is not None:
+        fused_text_weight = check_text_weight(fused_text_weight)
     with _evaluating(getattr(retriever, "model", None)):
         for query, scores in iter_scores(retriever, task, queries, gallery, loading, failures):
             if fusion_weight is not None and "matching" in scores:
-                scores["fused"] = fuse(scores["embedding"], scores["matching"], fusion_weight)
+                scores["fused"] = fuse_scores(scores, fusion_weight, fused_text_weight)
             for kind, values in scores.items():
-                books.setdefault(kind, Rankings(task, ks, depth)).add(query, values)
+                if kind not in PARTS:
+                    books.setdefault(kind, Rankings(task, ks, depth)).add(query, values)
     if not books:
         books["embedding"] = Rankings(task, ks, depth)
     return {kind: book.complete() for kind, book in books.items()}, failures
@@ -304,6 +331,7 @@ def evaluate_retrieval(
     *,
     scope: str = "live",
     fusion_weight: float | None = None,
+    fused_text_weight: float | None = None,
     use_boxes: bool = False,
     collator=None,
     batch_size: int = 32,
@@ -321,6 +349,7 @@ def evaluate_retrieval(
         gallery: gallery view of the same dataset.
         scope: "live" (each query searches its livestream's images) or "all".
         fusion_weight: also report fused scores with this weight.
+        fused_text_weight: of the text in it, as `retrieve`.
         use_boxes: hand the clips' boxes to the processor (intended product detection at test time).
         collator: decodes rows; by default `data_rice.collator.RiceCollator`.
         batch_size: rows per batch.
@@ -339,14 +368,28 @@ def evaluate_retrieval(
     task = RetrievalTask.from_datasets(queries, gallery, scope)
     retriever = ModelRetriever(model, collator or _default_collator(processor, use_boxes), matching)
     loading = Loading(batch_size, num_workers, quiet)
-    books, _ = retrieve(retriever, task, queries, gallery, loading=loading, fusion_weight=fusion_weight, ks=ks)
+    weights = {"fusion_weight": fusion_weight, "fused_text_weight": fused_text_weight}
+    books, _ = retrieve(retriever, task, queries, gallery, loading=loading, ks=ks, **weights)
     return {kind: book.summary() for kind, book in books.items()}
+
+
+class FittedFusion(NamedTuple):
+    """Weights of the fused score with their validation curves (`fit_fusion_weight`), `None` where there is no text."""
+
+    weight: float
+    curve: list[dict[str, float]]
+    text_weight: float | None = None
+    text_curve: list[dict[str, float]] | None = None
 
 
 def fit_fusion(
     retriever: Retriever, task: RetrievalTask, queries, gallery, *, loading: Loading = Loading(), **options
-) -> tuple[float, list[dict[str, float]]]:
-    """Scores a validation split and fits the fusion weight on it; see `fit_fusion_weight` for rule and result.
+) -> FittedFusion:
+    """Scores a validation split and fits the weights of the fused score on it.
+
+    That of matching is fitted as `fit_fusion_weight` says, from visual and matching scores alone as if there were no
+    text; then that of the text, given the first, as `fit_text_weight` says. So a clip without ASR gets what is best
+    without text, whatever text is worth to the others.
 
     A query that could not be read or has no gallery counts as a miss at every weight. Raises `ValueError` when the
     method has no matching scores.
@@ -363,55 +406,55 @@ def validate(
     loading: Loading = Loading(),
     ks=DEFAULT_KS,
     failures: list[dict] | None = None,
-) -> tuple[dict[str, Rankings], float | None]:
-    """Scores a validation split once, fits the fusion weight on it, and ranks by every score including the fused one.
+) -> tuple[dict[str, Rankings], FittedFusion | None]:
+    """Scores a validation split once, fits the fused score on it (`fit_fusion`), and ranks by every score.
 
     What could not be read is appended to `failures`, as `retrieve` returns it.
 
     Returns:
-        score name -> rankings of every query, and the weight (`None` where the method has no matching scores). The
-        fused figure is an optimistic one, since the weight was chosen on the same queries.
+        score name -> rankings of every query, and the weights (`None` where the method has no matching scores). The
+        fused figure is an optimistic one, since the weights were chosen on the same queries.
     """
     return rank_scores(task, all_scores(retriever, task, queries, gallery, loading, failures), ks)
 
 
 def rank_scores(
     task: RetrievalTask, scores: dict[int, dict[str, np.ndarray]], ks=DEFAULT_KS
-) -> tuple[dict[str, Rankings], float | None]:
+) -> tuple[dict[str, Rankings], FittedFusion | None]:
     """What `validate` makes of the scores of all queries (`all_scores`), wherever they were computed."""
-    weight = _fit(task, scores)[0] if any("matching" in values for values in scores.values()) else None
+    fitted = _fit(task, scores) if any("matching" in values for values in scores.values()) else None
     books: dict[str, Rankings] = {"embedding": Rankings(task, ks)}
     for query, values in scores.items():
-        if weight is not None and "matching" in values:
-            values = {**values, "fused": fuse(values["embedding"], values["matching"], weight)}
+        if fitted is not None and "matching" in values:
+            values = {**values, "fused": fuse_scores(values, fitted.weight, fitted.text_weight)}
         for kind, row in values.items():
-            books.setdefault(kind, Rankings(task, ks)).add(query, row)
-    return {kind: book.complete() for kind, book in books.items()}, weight
+            if kind not in PARTS:
+                books.setdefault(kind, Rankings(task, ks)).add(query, row)
+    return {kind: book.complete() for kind, book in books.items()}, fitted
 
 
 def add_text_scores(
     task: RetrievalTask, scores: dict[int, dict[str, np.ndarray]]
 ) -> tuple[dict[int, dict[str, np.ndarray]], float | None]:
-    """Fits the weight of the text scores that a [`ModelRetriever`] gave apart, and adds them to the embedding scores.
+    """Fits the weight of the text in the embedding scores, and makes these anew with it.
 
     Args:
         task: whose queries were scored.
         scores: what `all_scores` returns.
 
     Returns:
-        scores without "text", and the weight, which is `None` where there was no text.
+        the scores, of which "embedding" is "visual" plus weight times "text" where there is text; and the weight,
+        which is `None` where no query has any.
     """
     texts = {query: values["text"] for query, values in scores.items() if "text" in values}
     if not texts:
         return scores, None
-    visual = [scores[query]["embedding"] for query in texts]
+    visual = [scores[query]["visual"] for query in texts]
     weight, _ = fit_text_weight(visual, list(texts.values()), [task.relevant_positions(query) for query in texts])
-    joined = {}
-    for query, values in scores.items():
-        joined[query] = {kind: row for kind, row in values.items() if kind != "text"}
-        if query in texts:
-            joined[query]["embedding"] = values["embedding"] + weight * texts[query]
-    return joined, weight
+    joined = {
+        query: {**scores[query], "embedding": scores[query]["visual"] + weight * text} for query, text in texts.items()
+    }
+    return scores | joined, weight
 
 
 def all_scores(
@@ -423,14 +466,18 @@ def all_scores(
         return dict(iter_scores(retriever, task, queries, gallery, loading, failures))
 
 
-def _fit(task: RetrievalTask, scores: dict[int, dict[str, np.ndarray]], **options):
+def _fit(task: RetrievalTask, scores: dict[int, dict[str, np.ndarray]], **options) -> FittedFusion:
     if not any("matching" in values for values in scores.values()):
         raise ValueError("the model gives no matching scores, so there is no fusion weight to fit.")
     nothing = np.zeros(0)
     rows = [scores.get(i, {}) for i in range(len(task.query_ids))]
-    return fit_fusion_weight(
-        [values.get("embedding", nothing) if "matching" in values else nothing for values in rows],
-        [values.get("matching", nothing) for values in rows],
-        [task.relevant_positions(i) if "matching" in values else [] for i, values in enumerate(rows)],
-        **options,
-    )
+    rows = [values if "matching" in values else {} for values in rows]
+    relevant = [task.relevant_positions(i) if values else [] for i, values in enumerate(rows)]
+    visual = [values.get("visual", values.get("embedding", nothing)) for values in rows]
+    matching = [values.get("matching", nothing) for values in rows]
+    weight, curve = fit_fusion_weight(visual, matching, relevant, **options)
+    if not any("text" in values for values in rows):
+        return FittedFusion(weight, curve)
+    fused = [fuse(seen, matched, weight) for seen, matched in zip(visual, matching)]
+    texts = [values.get("text", np.zeros(len(row))) for values, row in zip(rows, fused)]
+    return FittedFusion(weight, curve, *fit_text_weight(fused, texts, relevant, FUSED_TEXT_WEIGHTS))

@@ -146,6 +146,11 @@ class RiceConfig(PreTrainedConfig):
         text_loss_weight (1.0): Factor of the text loss, which a text encoder with a score-level term has.
         fusion_weight (`float`, *optional*):
             Weight of the matching z-score beside the embedding z-score, fitted on a validation split.
+        fused_text_weight (`float`, *optional*):
+            Weight of the cosine between ASR and title beside those two in the fused score, whose embedding z-score
+            then is of the visual cosine alone, >= 0; fitted on a validation split, after `fusion_weight`. `None` for a
+            model without score-level text; in a checkpoint that has it and was saved before this field was, the
+            embedding z-score goes on to include the text, as `fusion_weight` was fitted.
         initializer_range (`float`, defaults to 0.02).
 
     Raises:
@@ -212,6 +217,7 @@ class RiceConfig(PreTrainedConfig):
     text_logit_scale_init_value: float | int = 14.3
     text_loss_weight: float | int = 1.0
     fusion_weight: float | int | None = None
+    fused_text_weight: float | int | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
@@ -398,7 +404,7 @@ class RiceConfig(PreTrainedConfig):
                 )
         if self.text_score_weight is not None and self.text_width is None:
             raise ValueError("`text_score_weight` needs texts; set `text_config`, or `text_embed_dim`.")
-        for name in ("text_score_weight", "frame_consensus_scale"):
+        for name in ("text_score_weight", "fused_text_weight", "frame_consensus_scale"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")
         if self.text_logit_scale_init_value <= 0:

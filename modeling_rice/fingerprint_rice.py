@@ -15,6 +15,7 @@ _TRAINING_FIELDS = (
     "contrastive_",
     "decoder_dropout",
     "detach_",
+    "fused_",
     "fusion_",
     "initializer_",
     "learn_",

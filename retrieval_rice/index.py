@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from data_rice.collator import RiceCollator
-from evaluation_rice.fusion import fuse
-from evaluation_rice.retrieval import has_decoder
+from evaluation_rice.fusion import fuse_scores
+from evaluation_rice.retrieval import has_decoder, model_scores
 
 from . import index_build, index_files
 from .calibration import PRESENCE_PRIOR, Calibration, ScoredClip, check_decision, fit_calibration, product_shares
@@ -36,7 +36,8 @@ class Hit:
         image_id, product_id, title: As the shop's rows name them; without a product id, the image id.
         live_id: The livestream that was searched, or the first that sells the image; "" where there are none.
         image: Path of the picture, "" where it came as bytes.
-        score: By which hits are ranked: matching and embedding fused, or the embedding score without a decoder.
+        score: By which hits are ranked: embedding, matching and text fused as `evaluation_rice.fusion.fuse_scores`
+            does, or the embedding score without a decoder.
         embedding_score: `model.similarity`, a cosine.
         matching_score: `model.match`, `None` where it was not asked for.
         confidence: Probability that the hit's product is the clip's, 0 to 1; see `GalleryIndex.calibrate`.
@@ -78,7 +79,8 @@ class GalleryIndex:
         store: Encoded images: `LocalStore`, or `index_qdrant.QdrantStore` for more than one machine holds.
         processor: Saved with the model; `add` and `calibrate` with rows need it.
         calibration: From `calibrate` of another index of the same model.
-        fusion_weight: Of matching against embedding; by default the model's own, else 1.
+        fusion_weight: Of matching against embedding; by default the model's own, else 1. That of text in the fused
+            score is always the model's own (`config.fused_text_weight`).
     """
 
     def __init__(
@@ -472,11 +474,12 @@ class GalleryIndex:
     def _scores(self, clip, candidates: Candidates, match: bool) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
         """Embedding and matching scores of the candidates, and those that they are ranked by, each `(k,)`."""
         features = candidates.features.to(clip.embeds.device)
-        embedding = self.model.similarity(clip, features)[0].float().cpu().numpy()
-        if not match or not has_decoder(self.model):
-            return embedding, None, embedding
-        matching = self.model.match(clip, features)[0].float().cpu().numpy()
-        return embedding, matching, fuse(embedding, matching, self.fusion_weight)
+        known = model_scores(self.model, clip, features, matching=match and has_decoder(self.model))
+        scores = {kind: values[0] for kind, values in known.items()}
+        if "matching" not in scores:
+            return scores["embedding"], None, scores["embedding"]
+        text_weight = getattr(self.model.config, "fused_text_weight", None)
+        return scores["embedding"], scores["matching"], fuse_scores(scores, self.fusion_weight, text_weight)
 
     def calibrate(
         self,

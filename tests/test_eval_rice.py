@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 import eval_rice
+from evaluation_rice.fusion import FUSED_TEXT_WEIGHTS
 from evaluation_rice.recall import recall_at_k
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 220), "yellow": (230, 220, 20)}
@@ -178,6 +179,98 @@ def text_model_dir(model_dir):
     torch.manual_seed(2)
     RiceModel(RiceConfig.from_dict(config)).save_pretrained(model_dir)
     return model_dir
+
+
+def give_weights(folder, **weights):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **weights}))
+
+
+class TestFusedText:
+    """Both weights of the fused score: the checkpoint's, or fitted."""
+
+    @pytest.fixture
+    def said(self, shop):
+        """Validation clips name their product, test clips name another's or nothing."""
+        for split in ("val", "test"):
+            rows = [json.loads(line) for line in (shop / f"clips_{split}.jsonl").read_text().splitlines()]
+            for i, row in enumerate(rows):
+                name = row["gt_gallery_ids"][0] if split == "val" else list(COLOURS)[(i + 1) % 4]
+                row["asr"] = "" if split == "test" and i % 2 else f"look at this {name}"
+            write_lines(shop / f"clips_{split}.jsonl", rows)
+        return shop
+
+    def test_the_checkpoints_pair_is_used_and_told(self, text_model_dir, said, tmp_path, capsys):
+        give_weights(text_model_dir, fusion_weight=0.35, fused_text_weight=40.0)
+        results = run(text_model_dir, said, tmp_path / "out", "--baselines", "--report")
+        fusion = results["protocol"]["fusion"]
+        assert (results["fusion_weight"], results["fused_text_weight"], fusion["text_weight"]) == (0.35, 40.0, 40.0)
+        assert fusion["rule"].startswith("z(visual) + weight * z(matching) + text_weight * text, per query")
+        assert fusion["source"] == "checkpoint" and fusion["source_words"].endswith("fitted when it was trained")
+        assert "text weight in the fused score 40: the checkpoint's own" in capsys.readouterr().out
+        assert "z(visual) + 0.35 x z(matching) + 40 x text" in (tmp_path / "out" / "README.md").read_text()
+        assert "weight 0.35, text_weight 40:" in (tmp_path / "out" / "report.html").read_text()
+        by_hand = run(text_model_dir, said, tmp_path / "hand", "--baselines", "--fusion_weight", "0.35")
+        assert by_hand["fused_text_weight"] == 40.0 and by_hand["scores"] == results["scores"]
+
+    def test_a_checkpoint_without_a_text_weight_is_fused_as_before(self, text_model_dir, said, tmp_path, capsys):
+        give_weights(text_model_dir, fusion_weight=0.35)
+        results = run(text_model_dir, said, tmp_path / "out", "--baselines")
+        fusion = results["protocol"]["fusion"]
+        assert results["fused_text_weight"] is fusion["text_weight"] is None
+        assert fusion["rule"] == "z(embedding) + weight * z(matching), per query"
+        assert "none for text, which counts as part of the embedding score" in fusion["source_words"]
+        assert "text weight in the fused score" not in capsys.readouterr().out
+        give_weights(text_model_dir, fused_text_weight=0.0)
+        rankings = (tmp_path / "out" / "rankings.jsonl").read_text()
+        run(text_model_dir, said, tmp_path / "new", "--baselines")
+        assert (tmp_path / "new" / "rankings.jsonl").read_text() != rankings
+
+    def test_silence_and_no_text_are_the_same(self, text_model_dir, said, tmp_path):
+        """With the score-level term alone, a clip without ASR has the ranking of an evaluation without text."""
+        from modeling_rice import RiceConfig, RiceModel
+
+        weights = {"decoder_text_tokens": False, "fusion_weight": 0.35, "fused_text_weight": 40.0}
+        config = RiceConfig.from_pretrained(text_model_dir).to_dict() | weights
+        RiceModel(RiceConfig.from_dict(config)).save_pretrained(text_model_dir)
+        fused = {}
+        for name, options in (("own", ()), ("none", ("--asr", "none")), ("off", ("--no-text",))):
+            results = run(text_model_dir, said, tmp_path / name, "--baselines", *options)
+            lines = (tmp_path / name / "rankings.jsonl").read_text().splitlines()
+            fused[name] = {row["query_id"]: row["ranking"] for row in map(json.loads, lines)}
+        assert results["fused_text_weight"] is None
+        assert results["protocol"]["fusion"]["rule"] == "z(embedding) + weight * z(matching), per query"
+        assert "none for text" not in results["protocol"]["fusion"]["source_words"]
+        assert fused["none"] == fused["off"] != fused["own"]
+        assert all(fused["own"][f"test-{i}"] == fused["off"][f"test-{i}"] for i in (1, 3, 5, 7))
+
+    def test_both_are_fitted_where_the_checkpoint_has_none_and_on_demand(self, text_model_dir, said, tmp_path):
+        results = run(text_model_dir, said, tmp_path / "auto", "--baselines")
+        fusion = results["protocol"]["fusion"]
+        assert fusion["source"] == "validation" and fusion["text_weight"] == results["fused_text_weight"] >= 0
+        assert [point["weight"] for point in fusion["text_curve"]] == list(FUSED_TEXT_WEIGHTS)
+        give_weights(text_model_dir, fusion_weight=0.35, fused_text_weight=40.0)
+        again = run(text_model_dir, said, tmp_path / "fit", "--baselines", "--fusion_weight", "fit")
+        assert again["protocol"]["fusion"] == fusion and again["scores"] == results["scores"]
+
+    def test_another_folder_may_hold_the_validation_split(self, text_model_dir, said, tmp_path, capsys):
+        other = shutil.copytree(said, tmp_path / "other")
+        (said / "clips_val.jsonl").unlink()
+        fit = ("--data_dir", said, "--baselines", "--fusion_weight", "fit")
+        line = refusal(capsys, text_model_dir, "shop_clips", tmp_path / "none", *fit)
+        assert "--fusion_weight fit: the weight cannot be fitted (" in line
+        results = run(text_model_dir, "shop_clips", tmp_path / "out", *fit, "--fit_data_dir", other)
+        words = f"the weight was fitted on the validation split of {other} (4 clips)"
+        assert results["protocol"]["fusion"]["source_words"] == words
+        assert results["fused_text_weight"] is not None and results["num_queries"] == 8
+
+    def test_mistakes_get_one_sentence(self, text_model_dir, said, tmp_path, capsys):
+        line = refusal(capsys, text_model_dir, said, tmp_path / "out", "--fit_data_dir", said)
+        assert "--fit_data_dir goes with --fusion_weight fit: give both, or neither." in line
+        line = refusal(
+            capsys, text_model_dir, said, tmp_path / "out", "--split", "validation", "--fusion_weight", "fit"
+        )
+        assert "cannot be fitted (the split to evaluate is the validation split itself)" in line
 
 
 class TestAsr:

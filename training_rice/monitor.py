@@ -98,6 +98,7 @@ _SUMMARY = (
     ("validation R@1, fused", "eval_fused_R@1", "{:.1%}"),
     ("fusion weight (fitted on validation)", "eval_fusion_weight", "{:g}"),
     ("text weight (fitted on validation)", "eval_text_score_weight", "{:g}"),
+    ("text weight in the fused score (fitted on validation)", "eval_fused_text_weight", "{:g}"),
 )
 
 

@@ -46,15 +46,16 @@ def validate_together(
     As `evaluation_rice.retrieval.validate`, each process on its share; to be called by all of them.
 
     Returns:
-        `{kind}_{name}` such as `fused_R@1` -> value (and with a score-level text term its weight, fitted first, as
-        `text_score_weight`), the fusion weight or `None`, and the failures; the same on every process.
+        `{kind}_{name}` such as `fused_R@1` -> value (and with a score-level text term its weights, fitted here:
+        `text_score_weight` in the embedding score, `fused_text_weight` in the fused one), the fusion weight or `None`,
+        and the failures; the same on every process.
 
     Raises:
         ValueError: when a process could not read one image of its galleries; on every process, none is left waiting.
     """
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-    retriever = ModelRetriever(model, collator, text_apart=True)
+    retriever = ModelRetriever(model, collator)
     share = share_of(task, rank, world_size) if several else task
     failures: list[dict[str, str]] = []
     scores, problem = {}, None
@@ -77,7 +78,7 @@ def validate_together(
     # In file order, or the order of ties would depend on who scored what.
     merged = dict(sorted((query, values) for part, _, _ in parts for query, values in part.items()))
     merged, text_weight = add_text_scores(task, merged)
-    books, weight = rank_scores(task, merged)
+    books, fitted = rank_scores(task, merged)
     metrics = {
         f"{kind}_{name}": value
         for kind, rankings in books.items()
@@ -86,4 +87,8 @@ def validate_together(
     }
     if text_weight is not None:
         metrics["text_score_weight"] = text_weight
-    return metrics, weight, failures
+    if fitted is None:
+        return metrics, None, failures
+    if fitted.text_weight is not None:
+        metrics["fused_text_weight"] = fitted.text_weight
+    return metrics, fitted.weight, failures

@@ -1,7 +1,16 @@
 import numpy as np
 import pytest
 
-from evaluation_rice.fusion import first_relevant_rank, fit_fusion_weight, fuse, z_scores
+from evaluation_rice.fusion import (
+    FUSED_TEXT_WEIGHTS,
+    check_text_weight,
+    first_relevant_rank,
+    fit_fusion_weight,
+    fit_text_weight,
+    fuse,
+    fuse_scores,
+    z_scores,
+)
 
 
 def test_z_scores_are_standardised_and_guard_flat_rows():
@@ -85,3 +94,53 @@ def test_fit_refuses_nothing_and_unequal_lengths():
         fit_fusion_weight([], [], [])
     with pytest.raises(ValueError, match="one entry per query"):
         fit_fusion_weight([np.zeros(2)], [], [[0]])
+
+
+VISUAL, MATCHING = np.array([0.1, 0.3, 0.3, 0.1]), np.array([2.0, 2.0, 4.0, 4.0])
+"""Their z-scores are -1, 1, 1, -1 and -1, -1, 1, 1."""
+
+
+def test_text_is_added_as_it_is():
+    text = np.array([0.5, 0.0, -0.25, 0.0])
+    np.testing.assert_allclose(fuse(VISUAL, MATCHING, 0.5), [-1.5, 0.5, 1.5, -0.5])
+    np.testing.assert_allclose(fuse(VISUAL, MATCHING, 0.5, text, 4.0), [0.5, 0.5, 0.5, -0.5])
+    assert np.isnan(fuse(VISUAL, MATCHING, 0.5, np.array([0.0, np.nan, 0.0, 0.0]), 4.0)).tolist() == [0, 1, 0, 0]
+
+
+def test_without_asr_the_fused_score_is_that_of_no_text():
+    rng = np.random.default_rng(0)
+    visual, matching = rng.normal(size=9).astype(np.float32), rng.normal(size=9).astype(np.float32)
+    silent = fuse(visual, matching, 0.7, np.zeros(9, dtype=np.float32), 30.0)
+    assert np.array_equal(silent, fuse(visual, matching, 0.7))
+
+
+def test_text_counts_once_and_where_the_weight_was_fitted_for_it():
+    text = np.array([0.0, 0.0, 0.0, 0.4])
+    scores = {"embedding": VISUAL + 0.5 * text, "visual": VISUAL, "text": text, "matching": MATCHING}
+    np.testing.assert_allclose(fuse_scores(scores, 0.5, 5.0), [-1.5, 0.5, 1.5, 1.5])
+    # Checkpoints without a text weight: text within the embedding's z-score, here that of 0.1, 0.3, 0.3, 0.3.
+    root = np.sqrt(3)
+    expected = np.array([-root, 1 / root, 1 / root, 1 / root]) + 0.5 * np.array([-1, -1, 1, 1])
+    np.testing.assert_allclose(fuse_scores(scores, 0.5), expected)
+    bare = {"embedding": VISUAL, "matching": MATCHING}
+    assert np.array_equal(fuse_scores(bare, 0.5, 5.0), fuse(VISUAL, MATCHING, 0.5))
+
+
+@pytest.mark.parametrize("known", [0.0, 0.5, 5.0, 50.0])
+def test_the_fit_recovers_the_weight_of_the_text(known):
+    """Each query's best image is the relevant one at the weight sought, and at those beside it not for all."""
+    rng = np.random.default_rng(1)
+    fused = [z_scores(rng.normal(size=20)) for _ in range(400)]
+    texts = [np.round(0.2 * rng.normal(size=20), 3) for _ in range(400)]
+    relevant = [[int(np.argmax(row + known * text))] for row, text in zip(fused, texts)]
+    weight, curve = fit_text_weight(fused, texts, relevant, FUSED_TEXT_WEIGHTS)
+    assert weight == known
+    assert [point["R@1"] == 1 for point in curve] == [point["weight"] == known for point in curve]
+    assert [point["weight"] for point in curve] == list(FUSED_TEXT_WEIGHTS)
+
+
+def test_a_text_weight_may_be_zero_and_not_below():
+    assert check_text_weight("0") == 0.0
+    for weight in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="must be a number of 0 or more"):
+            check_text_weight(weight)

@@ -198,3 +198,10 @@ def test_missing_entries_and_template_are_named(tmp_path):
             read_results(tmp_path / "results.json")
     with pytest.raises(FileNotFoundError, match="run eval_rice.py"):
         read_results(tmp_path / "gone.json")
+
+
+def test_card_tells_how_text_is_fused():
+    text = model_card({**RESULTS, "fused_text_weight": 12.5})
+    assert "z(visual) + 0.4 x z(matching) + 12.5 x text" in text and "z(embedding)" not in text
+    assert "the weight was fitted on the validation split (9 clips)" in text
+    assert model_card({**RESULTS, "fused_text_weight": None}) == model_card(RESULTS)

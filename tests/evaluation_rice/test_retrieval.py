@@ -3,8 +3,17 @@ import pytest
 import torch
 
 from evaluation_rice import retrieval
+from evaluation_rice.fusion import fit_fusion_weight
 from evaluation_rice.protocol import RetrievalTask
-from evaluation_rice.retrieval import Loading, ModelRetriever, evaluate_retrieval, fit_fusion, retrieve
+from evaluation_rice.retrieval import (
+    Loading,
+    ModelRetriever,
+    add_text_scores,
+    evaluate_retrieval,
+    fit_fusion,
+    rank_scores,
+    retrieve,
+)
 
 
 def run(model, collator, shop, scope="live", batch_size=2, num_workers=0, **options):
@@ -138,10 +147,97 @@ def test_fit_fusion_counts_unreadable_clips_as_misses(model, collator, shop):
     task = RetrievalTask.from_datasets(queries, gallery, "live")
     loading = Loading(2, quiet=True)
     (shop.folder / "c1.png").unlink()
-    weight, curve = fit_fusion(
-        ModelRetriever(model, collator), task, queries, gallery, loading=loading, weights=(0.5, 1)
-    )
-    assert weight == 0.5 and [point["R@1"] for point in curve] == [0.8, 0.8]
+    fitted = fit_fusion(ModelRetriever(model, collator), task, queries, gallery, loading=loading, weights=(0.5, 1))
+    assert fitted.weight == 0.5 and [point["R@1"] for point in fitted.curve] == [0.8, 0.8]
+    assert fitted.text_weight is None and fitted.text_curve is None
     model.config.use_decoder = False
     with pytest.raises(ValueError, match="no matching scores"):
         fit_fusion(ModelRetriever(model, collator), task, queries, gallery, loading=loading)
+
+
+class Listener:
+    """Makes a model one whose embedding score holds text: a wrong one for reddish clips, none for the others."""
+
+    def __init__(self, model):
+        self.model = model
+        self.config, self.weight = model.config, model.weight
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def text_similarity(self, clips, gallery):
+        cosines = torch.cosine_similarity(clips.values.flip(1)[:, None], gallery.values[None], dim=-1)
+        return torch.where(clips.values[:, :1] > 0.5, cosines, 0.0)
+
+    def similarity(self, clips, gallery, text_weight=None):
+        texts = self.text_similarity(clips, gallery)
+        return self.model.similarity(clips, gallery) + (2.0 if text_weight is None else text_weight) * texts
+
+
+SPEAKING, SILENT = "acd", "be"
+
+
+def test_a_clip_without_asr_is_ranked_as_without_text(model, collator, shop):
+    plain, _ = run(model, collator, shop, fusion_weight=0.3)
+    books, failures = run(Listener(model), collator, shop, fusion_weight=0.3, fused_text_weight=20.0)
+    assert set(books) == {"embedding", "matching", "fused"} and failures == []
+    for clip in SILENT:
+        assert books["fused"].rankings[clip] == plain["fused"].rankings[clip]
+        assert books["fused"].top_scores[clip] == plain["fused"].top_scores[clip]
+    for clip in SPEAKING:
+        assert books["fused"].top_scores[clip] != plain["fused"].top_scores[clip]
+        assert books["embedding"].top_scores[clip] != plain["embedding"].top_scores[clip]
+    none, _ = run(Listener(model), collator, shop, fusion_weight=0.3, fused_text_weight=0.0)
+    assert none["fused"].top_scores == plain["fused"].top_scores
+    with pytest.raises(ValueError, match="text weight of the fused score is -1.0"):
+        run(Listener(model), collator, shop, fusion_weight=0.3, fused_text_weight=-1.0)
+
+
+def test_matching_keeps_the_weight_that_it_has_without_text(shop):
+    """Where text puts nearly every embedding right, a weight fitted with it would leave the silent clip to itself."""
+    task = RetrievalTask.from_datasets(shop.queries, shop.gallery, "live")
+    scores = {}
+    for query in range(5):
+        size, right = len(task.gallery_of(query)), task.relevant_positions(query)[0]
+        visual, matching, text = np.zeros(size), np.zeros(size), np.zeros(size)
+        visual[(right + 1) % size], visual[right], matching[right] = 1.0, 0.5, 1.0
+        if query != 4:
+            text[right] = 1.0
+        scores[query] = {"visual": visual, "text": text, "embedding": visual + text, "matching": matching}
+    bare = {query: {"embedding": values["visual"], "matching": values["matching"]} for query, values in scores.items()}
+    plain_books, plain = rank_scores(task, bare)
+    books, fitted = rank_scores(task, scores)
+    assert fitted.weight == plain.weight and fitted.curve == plain.curve and plain.text_weight is None
+    assert fitted.text_weight == 0.0 and books["fused"].recall()["R@1"] == 1.0
+    silent = task.query_ids[4]
+    assert books["fused"].rankings[silent] == plain_books["fused"].rankings[silent]
+    with_text, without = (
+        fit_fusion_weight(
+            [values[kind] for values in list(scores.values())[:4]],
+            [values["matching"] for values in list(scores.values())[:4]],
+            [task.relevant_positions(query) for query in range(4)],
+        )[0]
+        for kind in ("embedding", "visual")
+    )
+    assert with_text < without <= plain.weight
+
+
+def test_the_weight_of_the_text_is_fitted_given_that_of_matching(shop):
+    task = RetrievalTask.from_datasets(shop.queries, shop.gallery, "live")
+    scores = {}
+    for query in range(5):
+        size, right = len(task.gallery_of(query)), task.relevant_positions(query)[0]
+        visual, text = np.zeros(size), np.zeros(size)
+        visual[(right + 1) % size] = 1.0
+        text[right] = 0.1
+        scores[query] = {"visual": visual, "text": text, "embedding": visual, "matching": visual}
+    # What has no text, or could not be read, takes nothing from the others.
+    scores[3] = {"embedding": np.full(3, np.nan)}
+    del scores[4]
+    joined, embedding_weight = add_text_scores(task, scores)
+    books, fitted = rank_scores(task, joined)
+    hits = {point["weight"]: point["R@1"] for point in fitted.text_curve}
+    assert max(hits.values()) == 3 / 5 == hits[fitted.text_weight] == books["fused"].recall()["R@1"]
+    assert all(share < 3 / 5 for weight, share in hits.items() if weight < fitted.text_weight)
+    assert embedding_weight is not None and set(books) == {"embedding", "matching", "fused"}
+    assert joined[3].keys() == {"embedding"} and joined[0]["visual"].max() == 1.0

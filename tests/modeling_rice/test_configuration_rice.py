@@ -21,7 +21,7 @@ def test_defaults_are_the_published_model():
     assert (vision.num_attention_heads, vision.image_size, vision.patch_size) == (12, 224, 32)
     assert (config.projection_dim, config.decoder_hidden_size, config.decoder_num_heads) == (512, 512, 8)
     assert config.use_decoder and config.use_reconstruction and config.decoder_num_self_layers == 1
-    assert config.text_embed_dim is None and config.fusion_weight is None
+    assert config.text_embed_dim is None and config.fusion_weight is None and config.fused_text_weight is None
     assert config.mask_padded_frames and not config.reconstruction_softmax_over_padding
     assert (config.logit_scale_init_value, config.learn_logit_scale) == (100.0, False)
     assert (config.matching_negatives, config.num_hard_negatives) == ("hardest", 3)
@@ -61,13 +61,15 @@ def test_save_and_load_keep_every_field(tmp_path, vision):
         decoder_max_position_embeddings=50,
         text_embed_dim=5,
         fusion_weight=0.25,
+        fused_text_weight=10,
         matching_negatives="all",
     )
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is RiceConfig and type(loaded.vision_config) is type(vision)
     assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict() | {"_name_or_path": ""}
-    assert loaded.fusion_weight == 0.25 and loaded.vision_config.to_dict() == config.vision_config.to_dict()
+    assert (loaded.fusion_weight, loaded.fused_text_weight) == (0.25, 10)
+    assert loaded.vision_config.to_dict() == config.vision_config.to_dict()
 
 
 def test_vision_config_may_be_a_dictionary_or_a_two_tower_config():
@@ -130,3 +132,10 @@ def test_positions_must_be_given_where_the_encoder_does_not_tell():
     assert RiceModel(RiceConfig(**settings, decoder_position_embeddings=False)).decoder.position_embedding is None
     told = RiceModel(RiceConfig(**settings, decoder_max_position_embeddings=17))
     assert told.decoder.position_embedding.weight.shape == (17, 16)
+
+
+def test_a_checkpoint_saved_before_text_had_a_weight_of_its_own_has_none():
+    settings = RiceConfig(text_embed_dim=5, text_score_weight=0.5, fusion_weight=0.25).to_dict()
+    del settings["fused_text_weight"]
+    loaded = RiceConfig.from_dict(settings)
+    assert loaded.fused_text_weight is None and loaded.fusion_weight == 0.25

@@ -31,7 +31,7 @@ def test_a_copy_has_the_same_name(make_model, tmp_path):
     [
         {"matching_scale": 7.0, "logit_scale_init_value": 3.0},
         {"matching_negatives": "all", "num_hard_negatives": 1},
-        {"use_reconstruction": False, "fusion_weight": 0.5},
+        {"use_reconstruction": False, "fusion_weight": 0.5, "fused_text_weight": 3.0},
     ],
 )
 def test_settings_of_training_do_not_change_the_name(make_model, settings):

@@ -314,6 +314,7 @@ class TestLoss:
         ({"text_config": {"model_type": "t5"}}, "`text_config` is a 't5', which is no plain text encoder"),
         ({"text_score_weight": 1.0}, "`text_score_weight` needs texts"),
         ({**TEXT, "text_score_weight": -1.0}, "`text_score_weight` must be 0 or more, got -1"),
+        ({**TEXT, "fused_text_weight": -0.5}, "`fused_text_weight` must be 0 or more, got -0.5"),
         ({**TEXT, "text_logit_scale_init_value": 0}, "`text_logit_scale_init_value` must be above 0"),
     ],
 )

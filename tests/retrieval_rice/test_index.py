@@ -243,3 +243,48 @@ def test_calibrating_reads_rows(shop, build):
     report = index.calibrate(queries, progress=False, rerank=5)
     assert report["num_present"] == 24 and [failure["id"] for failure in report["unreadable"]] == ["broken"]
     assert index.calibration.rerank == 5
+
+
+TEXT = {"vocab_size": 400, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXT |= {"intermediate_size": 16, "max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("text_weight", [None, 0.0, 4.0])
+def test_scores_are_those_of_the_evaluation_with_text(
+    shop, make_index_model, make_shop_rows, demo_queries, text_weight
+):
+    """Also those of a clip without ASR and of images without a title."""
+    from datasets import Dataset
+
+    from data_rice.collator import RiceCollator
+    from evaluation_rice.protocol import RetrievalTask
+    from evaluation_rice.retrieval import Loading, ModelRetriever, retrieve
+
+    weights = {"fusion_weight": 0.7, "fused_text_weight": text_weight}
+    model = make_index_model(text_config=TEXT, text_score_weight=0.5, **weights)
+    rows = [{**row, "title": "" if i in (3, 4) else row["title"]} for i, row in enumerate(make_shop_rows(folder="t"))]
+    queries = [{**row, "asr": "" if i in (2, 3) else row["asr"]} for i, row in enumerate(demo_queries)]
+    collator = RiceCollator(shop.processor, use_text=True)
+    index = GalleryIndex.build(model, shop.processor, rows, progress=False, dtype="float32")
+    clips = model.encode_clips(**collator.encode_queries(queries)[0])
+    answers = index.search(clips, top_k=5, rerank=None, live_id=[row["live_id"] for row in queries])
+
+    datasets = Dataset.from_list(queries), Dataset.from_list(rows)
+    task = RetrievalTask.from_datasets(*datasets, "live")
+    loading = Loading(32, 0, quiet=True)
+    books, _ = retrieve(ModelRetriever(model, collator), task, *datasets, loading=loading, **weights)
+    for query, answer in zip(queries, answers, strict=True):
+        assert found(answer) == books["fused"].rankings[query["clip_id"]]
+        scores = books["fused"].top_scores[query["clip_id"]]
+        np.testing.assert_allclose([hit.score for hit in answer.hits], scores, atol=1e-5)
+    bare, _ = retrieve(
+        ModelRetriever(model, RiceCollator(shop.processor)), task, *datasets, loading=loading, **weights
+    )
+    different = [query["clip_id"] for query in queries if differs(books, bare, query["clip_id"])]
+    spoken = [query["clip_id"] for query in queries if query["asr"]]
+    # Titles are tokens of the decoder too, which reads them for every clip.
+    assert set(spoken) <= set(different)
+
+
+def differs(books, others, clip_id):
+    return books["fused"].top_scores[clip_id] != others["fused"].top_scores[clip_id]

@@ -117,12 +117,21 @@ def test_the_loss_falls_is_logged_and_the_weight_is_fitted(
     assert len(losses) == 8 and losses[-1] < 0.7 * losses[0]
     metrics = trainer.evaluate()
     assert metrics["eval_text_score_weight"] == model.config.text_score_weight
+    assert metrics["eval_fused_text_weight"] == model.config.fused_text_weight >= 0
     # The figures are those of the model as it is now configured.
     queries, gallery, scope = text_validation
     task = RetrievalTask.from_datasets(queries, gallery, scope)
-    books, _ = retrieve(ModelRetriever(model, collator), task, queries, gallery, loading=Loading(6, 0, quiet=True))
-    assert books["embedding"].summary()["R@1"] == metrics["eval_embedding_R@1"]
-    assert set(books) == {"embedding", "matching"}
+    arguments = (task, queries, gallery)
+    weights = {"fusion_weight": model.config.fusion_weight, "fused_text_weight": model.config.fused_text_weight}
+    loading = Loading(6, 0, quiet=True)
+    books, _ = retrieve(ModelRetriever(model, collator), *arguments, loading=loading, **weights)
+    assert set(books) == {"embedding", "matching", "fused"}
+    for kind, rankings in books.items():
+        assert rankings.summary()["R@1"] == metrics[f"eval_{kind}_R@1"]
+    # Validated without text, the weight of matching goes with no text weight of before.
+    trainer.eval_collator = RiceCollator(processor)
+    bare = trainer.evaluate()
+    assert "eval_fused_text_weight" not in bare and model.config.fused_text_weight is None
 
 
 def test_a_run_with_noisy_asr_goes_on_as_if_it_had_not_been_stopped(make_model, processor, text_pairs, tmp_path):
@@ -148,22 +157,25 @@ def test_text_scores_apart_are_added_with_the_best_weight(make_model, processor,
     queries, gallery, scope = text_validation
     task = RetrievalTask.from_datasets(queries, gallery, scope)
     scores = {
-        query: {"embedding": torch.zeros(6).numpy(), "text": torch.eye(6)[task.relevant_positions(query)[0]].numpy()}
+        query: {"visual": torch.zeros(6).numpy(), "text": torch.eye(6)[task.relevant_positions(query)[0]].numpy()}
         for query in range(5)
     }
+    for values in scores.values():
+        values["embedding"] = values["visual"] - values["text"]
     # The sixth could not be compared by its words.
     scores[5] = {"embedding": torch.zeros(6).numpy()}
     joined, weight = add_text_scores(task, scores)
-    assert weight > 0 and all(set(values) == {"embedding"} for values in joined.values())
+    assert weight > 0 and joined[5] is scores[5]
     for query in range(5):
         assert joined[query]["embedding"].argmax() == task.relevant_positions(query)[0]
+        assert joined[query]["visual"].max() == 0
     misleading = {query: {**values, "text": -values["text"]} for query, values in scores.items() if query < 5}
     for values in misleading.values():
-        values["embedding"] = -values["text"]
+        values["visual"] = -values["text"]
     assert add_text_scores(task, misleading)[1] == 0.0
     model = make_model()
     metrics, _, _ = validate_together(model, RiceCollator(processor), task, queries, gallery, Loading(6, 0, True))
-    assert "text_score_weight" not in metrics
+    assert not {"text_score_weight", "fused_text_weight"} & metrics.keys()
 
 
 class TestChunks:

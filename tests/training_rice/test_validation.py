@@ -46,9 +46,9 @@ def test_parts_make_the_whole(make_model, processor, rooms, scope, world_size):
             assert merged[query][kind] == pytest.approx(row, abs=1e-5)
     if scope == "live":
         assert len(read) == len(set(read)) == len(task.image_ids)
-    books, weight = rank_scores(task, dict(sorted(merged.items())))
-    expected, expected_weight = rank_scores(task, whole)
-    assert weight == expected_weight
+    books, fitted = rank_scores(task, dict(sorted(merged.items())))
+    expected, expected_fit = rank_scores(task, whole)
+    assert fitted.weight == expected_fit.weight
     assert books["embedding"].summary() == expected["embedding"].summary()
 
 
@@ -62,7 +62,7 @@ def test_one_process(make_model, processor, rooms):
     books, expected = validate(
         ModelRetriever(model, collator), task, queries, gallery, loading=loading, failures=expected_failures
     )
-    assert weight == expected
+    assert weight == expected.weight
     assert metrics["embedding_R@1"] == books["embedding"].summary()["R@1"]
     assert {failure["id"] for failure in failures} == {"clip25"}
     assert len(failures) == len(expected_failures) == 1
