@@ -123,7 +123,11 @@ def answer_words(recognition: Recognition, calibrated: bool) -> str:
     hit, times = answer.hits[0], answer.timings
     title = f"<b>{escape(hit.title or hit.image_id)}</b>"
     share = f"{100 * answer.confidence:.0f} %"
-    words = f"No product of this shop (the nearest is {title}, {share})" if answer.no_product else f"{title}, {share}"
+    words = (
+        f"Not sure, or no product of this shop (the likeliest is {title}, {share})"
+        if answer.no_product
+        else f"{title}, {share}"
+    )
     relevant = clip.row.get("relevant") or []
     if relevant:
         rank = next((i for i, other in enumerate(answer.hits, 1) if other.image_id in relevant), None)

@@ -214,7 +214,7 @@ def test_no_product_is_an_answer(callbacks, demo):
     recognition = demo.recognise(demo.example("x", 0), "x")
     assert recognition.answer.no_product
     words = answer_words(recognition, True)
-    assert words.startswith('<div id="answer">No product of this shop') and "no calibrated" not in words
+    assert words.startswith('<div id="answer">Not sure, or no product of this shop') and "no calibrated" not in words
 
 
 def test_no_gradients_are_kept(demo):
