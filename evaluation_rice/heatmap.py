@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from processing_rice.video_processing_rice import frames_with_box
+
 from .frames import clip_frames
 
 Region = tuple[float, float, float, float]
@@ -101,9 +103,8 @@ def row_maps(model: Any, collator: Any, query: dict, image: dict) -> PairMaps:
     part = collator.processor.video_processor
     if getattr(collator, "use_boxes", False) and getattr(part, "frames_without_box", "keep") == "drop":
         boxes = [box for _, box in clip_frames(query, collator.num_frames or part.num_frames)]
-        kept = [i for i, box in enumerate(boxes) if box is not None] or list(range(len(boxes)))
         weights = np.zeros_like(maps.weights, shape=(*maps.weights.shape[:2], len(boxes), *maps.weights.shape[3:]))
-        weights[:, :, kept] = maps.weights
+        weights[:, :, frames_with_box(boxes)] = maps.weights
         maps = PairMaps(weights)
     return maps
 

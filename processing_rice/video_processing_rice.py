@@ -174,6 +174,11 @@ def _check_boxes(boxes: Box, clip: int, frame: int) -> np.ndarray | None:
     return values
 
 
+def frames_with_box(boxes: Sequence) -> list[int]:
+    """Positions of the frames of a clip that have a box (not `None`); all of them where none has."""
+    return [i for i, box in enumerate(boxes) if box is not None] or list(range(len(boxes)))
+
+
 class RiceVideosKwargs(VideosKwargs, total=False):
     """
     boxes: Per clip, per listed frame: `None`, one box or several, left-top-right-bottom in 0..1 of the frame. What is
@@ -313,9 +318,9 @@ class RiceVideoProcessor(BaseVideoProcessor):
             raise ValueError(f"Clip {index} has {len(clip)} frames but {len(boxes)} entries in `boxes`.")
         chosen = sample_frame_indices(len(clip), max_frames or len(clip), sampling)
         kept = None if boxes is None else [_check_boxes(boxes[i], index, i) for i in chosen]
-        if settings["frames_without_box"] == "drop" and kept and any(box is not None for box in kept):
-            chosen = [i for i, box in zip(chosen, kept) if box is not None]
-            kept = [box for box in kept if box is not None]
+        if settings["frames_without_box"] == "drop" and kept:
+            shown = frames_with_box(kept)
+            chosen, kept = [chosen[i] for i in shown], [kept[i] for i in shown]
         return [load_frame(clip[i]) for i in chosen], kept
 
     @staticmethod
