@@ -12,7 +12,7 @@ import pyarrow.parquet
 from data_rice import open_dataset_view
 from data_rice.lazy_rows import ParquetRows
 
-from .html_plots import wilson_interval
+from .recall import wilson_interval
 
 MAX_DRAWN = 40
 """Groups of one attribute that the picture shows; of more, the largest."""

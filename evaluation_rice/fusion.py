@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 TEXT_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
-FUSED_TEXT_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0, 30.0, 50.0)
+FUSED_TEXT_WEIGHTS = (0.0, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20.0, 30.0, 50.0)
 """Of raw cosines beside z-scores: their spread over a gallery is a small part of 1."""
 DEFAULT_WEIGHTS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
 
@@ -150,7 +150,11 @@ def fit_text_weight(
     relevant: Sequence[Sequence[int]],
     weights: Sequence[float] = TEXT_WEIGHTS,
 ) -> tuple[float, list[dict[str, float]]]:
-    """The weight w of `visual + w * text` with the best R@1 on a validation split; ties as in `fit_fusion_weight`.
+    """The smallest weight w of `visual + w * text` whose R@1 is within a standard error of the best one's.
+
+    So the text gets no more trust than validation shows it to deserve, and misleads less where the ASR is worse than
+    there. (The one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984. The error is that
+    of the best weight's R@1 as a share of `len(relevant)` queries.)
 
     Nothing is normalised per query: a query without words keeps its visual ranking, and an image without a title its
     visual score. Visual scores are cosines like those of the text, or with `FUSED_TEXT_WEIGHTS` fused scores (`fuse`),
@@ -174,13 +178,16 @@ def fit_text_weight(
         np.asarray(visual, dtype=np.float64) + weights[:, None] * np.asarray(text, dtype=np.float64)
         for visual, text in zip(visual_scores, text_scores)
     )
-    return _best_weight(weights, summed, relevant)
+    best, curve = _best_weight(weights, summed, relevant)
+    best_recall = next(point["R@1"] for point in curve if point["weight"] == best)
+    standard_error = (best_recall * (1 - best_recall) / len(relevant)) ** 0.5
+    return next(point["weight"] for point in curve if point["R@1"] >= best_recall - standard_error), curve
 
 
 def _best_weight(
     weights: np.ndarray, scores: Iterable[np.ndarray], relevant: Sequence[Sequence[int]]
 ) -> tuple[float, list[dict[str, float]]]:
-    """From per query the scores under each weight, `(num_weights, num_images)`."""
+    """From per query the scores under each ascending weight, `(num_weights, num_images)`."""
     hits, reciprocal = np.zeros(weights.size), np.zeros(weights.size)
     for rows, wanted in zip(scores, relevant):
         rank = first_relevant_rank(rows, wanted)

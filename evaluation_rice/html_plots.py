@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from .recall import wilson_interval
 from .report import percent
 
 INK, FAINT, GRID, BAR = "#222", "#6b6b6b", "#e2e2e2", "#4878a8"
 ROW = 22
 LABEL_WIDTH, PLOT_WIDTH, VALUE_WIDTH = 180, 260, 100
-Z_95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,6 @@ class Bar:
     value: float
     interval: tuple[float, float] | None = None
     num_queries: int | None = None
-
-
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """95 % interval of a share of `count` independent trials (Wilson score), for groups too small to resample."""
-    centre = share + Z_95**2 / (2 * count)
-    spread = Z_95 * math.sqrt(share * (1 - share) / count + (Z_95 / (2 * count)) ** 2)
-    scale = 1 + Z_95**2 / count
-    # Where no trial or every one succeeded, the bound is the share itself, and rounding must not pass it.
-    return min(share, max(0.0, (centre - spread) / scale)), max(share, min(1.0, (centre + spread) / scale))
 
 
 def group_bars(groups: Mapping[str, Mapping], kind: str) -> list[Bar]:

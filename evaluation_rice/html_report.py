@@ -15,9 +15,10 @@ from PIL import Image, ImageDraw
 from data_rice.collator import decode_image
 
 from .frames import clip_frames
-from .html_plots import Bar, bar_plot, curve_plot, group_bars, wilson_interval
+from .html_plots import Bar, bar_plot, curve_plot, group_bars
 from .model_card import dataset_name, gallery_words, scope_words
 from .protocol import Rankings, RetrievalTask
+from .recall import wilson_interval
 from .report import TITLES, table_cells, write_atomically
 from .speed import STEPS
 

@@ -1,11 +1,12 @@
 """Recall at k over rankings, the exact expectation of a random order, and a bootstrap interval over queries."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import comb
+from math import comb, sqrt
 
 import numpy as np
 
 DEFAULT_KS = (1, 3, 5, 10)
+Z_95 = 1.959963984540054
 _NESTED = (list, tuple, dict, set)
 
 
@@ -113,3 +114,12 @@ def bootstrap_interval(
     ]
     tail = (1 - confidence) / 2
     return np.quantile(np.concatenate(means) / values.size, [tail, 1 - tail]).tolist()
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share of `count` independent trials (Wilson score), for groups too small to resample."""
+    centre = share + Z_95**2 / (2 * count)
+    spread = Z_95 * sqrt(share * (1 - share) / count + (Z_95 / (2 * count)) ** 2)
+    scale = 1 + Z_95**2 / count
+    # Where no trial or every one succeeded, the bound is the share itself, and rounding must not pass it.
+    return min(share, max(0.0, (centre - spread) / scale)), max(share, min(1.0, (centre + spread) / scale))

@@ -18,14 +18,14 @@ CUSTOM_PIPELINES = {
 class ProductRetrievalPipeline(Pipeline):
     """
     Ranks a shop's images for livestream clips. Images are found by embedding, and the best of them are ranked by the
-    matching decoder where the model has one.
+    fused score, or by the matching decoder where the fused score has no weight.
 
     Examples:
 
     ```python
     retrieve = pipeline("product-retrieval", model="someone/rice-mugs", trust_remote_code=True)
     retrieve("clip.mp4", candidates=["red_mug.jpg", "blue_mug.jpg"], top_k=1)
-    # [{"score": 7.3, "similarity": 0.61, "index": 0, "label": "red_mug.jpg"}]
+    # [{"score": 4.3, "similarity": 0.61, "index": 0, "label": "red_mug.jpg"}]
     ```
     """
 
@@ -52,15 +52,16 @@ class ProductRetrievalPipeline(Pipeline):
             labels (`list`, *optional*): What the answers call the candidates; by default the title, else the path,
                 else the index.
             top_k (`int`, *optional*, defaults to 5): Answers per clip at most.
-            rank_by (`str`, *optional*): `"matching"` or `"embedding"`; by default matching where there is a decoder.
-            rerank (`int`, *optional*, defaults to 100): With matching, how many images, the most similar ones, the
-                decoder scores; at least `top_k`. `None`: all of them.
+            rank_by (`str`, *optional*): `"fused"`, `"matching"` or `"embedding"`; by default the fused score where its
+                weight was fitted (`config.fusion_weight`), else matching where there is a decoder.
+            rerank (`int`, *optional*, defaults to 100): With the first two, how many images the decoder scores, the
+                most similar ones; at least `top_k`. `None`: all of them.
             batch_size (`int`, *optional*, defaults to 1): Clips at a time.
 
         Returns:
-            For a clip, its answers from best to worst, each a dict of `score` (by which they are ranked; the
-            decoder's is not bounded), `similarity` (of the embeddings), `index` and `label`. For a list of clips, a
-            list of such lists.
+            For a clip, its answers from best to worst, each a dict of `score` (by which they are ranked; fused and
+            matching scores are not bounded), `similarity` (of the embeddings), `index` and `label`. For a list of
+            clips, a list of such lists.
 
         Raises:
             ValueError: no candidates, an empty clip, counts that do not fit, an unreadable picture or video, a

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from .features_rice import RiceClips, RiceGallery
 
-RANKINGS = ("embedding", "matching")
+RANKINGS = ("embedding", "matching", "fused")
 _ENCODE_AT_ONCE = 64
 
 
@@ -63,29 +63,64 @@ def pair_scores(
 
     Args:
         model: A [`RiceModel`] in eval mode.
-        rank_by: `"matching"` (the decoder's score) or `"embedding"` (the similarity).
-        candidates: With `"matching"`, score only this many images per clip, the most similar ones; the others get
+        rank_by: `"embedding"` (the similarity), `"matching"` (the decoder's score) or `"fused"` (`fused_scores`).
+        candidates: With the last two, score only this many images per clip, the most similar ones; the others get
             minus infinity. `None` scores every pair.
 
     Raises:
-        ValueError: for another `rank_by`, or matching without a decoder.
+        ValueError: for another `rank_by`, matching without a decoder, or fused without a fitted weight.
     """
     if rank_by not in RANKINGS:
         raise ValueError(f"`rank_by` must be one of {', '.join(map(repr, RANKINGS))}, got {rank_by!r}.")
     cosines = model.similarity(clips, gallery)
     if rank_by == "embedding":
         return cosines, cosines
+    score = fused_scores if rank_by == "fused" else type(model).match
     if candidates is None or candidates >= len(gallery):
-        return model.match(clips, gallery), cosines
+        return score(model, clips, gallery), cosines
     scores = torch.full_like(cosines, float("-inf"))
     for row, nearest in enumerate(cosines.topk(candidates, dim=1).indices):
-        scores[row, nearest] = model.match(clips[row], gallery[nearest])[0].to(scores.dtype)
+        scores[row, nearest] = score(model, clips[row], gallery[nearest])[0].to(scores.dtype)
     return scores, cosines
 
 
+def fused_scores(model, clips: RiceClips, gallery: RiceGallery) -> Tensor:
+    """
+    `z(embedding) + config.fusion_weight * z(matching)`, `(num_clips, num_images)` float64, each z-score over the
+    images of one clip. With `config.fused_text_weight` it is `z(visual)`, the cosine without text, and that weight
+    times the cosine of ASR and title is added. The rule of the evaluation's fused score, for finite scores.
+
+    Raises:
+        ValueError: a model without decoder or without `config.fusion_weight`.
+    """
+    weight, text_weight = model.config.fusion_weight, model.config.fused_text_weight
+    if weight is None:
+        raise ValueError(
+            "`config.fusion_weight` is missing, which the fused score needs; rank by 'matching' or 'embedding', or "
+            "set it to a weight fitted on a validation split."
+        )
+    matching = _z_scores(model.match(clips, gallery))
+    texts = None if text_weight is None else model.text_similarity(clips, gallery)
+    if texts is None:
+        return _z_scores(model.similarity(clips, gallery)) + weight * matching
+    visual = _z_scores(model.similarity(clips, gallery, text_weight=0.0))
+    return visual + weight * matching + text_weight * texts.double()
+
+
+def _z_scores(scores: Tensor) -> Tensor:
+    scores = scores.double()
+    spread = scores.std(dim=-1, keepdim=True, correction=0)
+    # Equal scores differ by rounding, which is no order.
+    level = scores.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    centred = scores - scores.mean(dim=-1, keepdim=True)
+    return torch.where(spread > 1e-9 * level, centred / spread, 0.0)
+
+
 def default_ranking(model) -> str:
-    """The score that a model's images are ranked by unless told otherwise."""
-    return "embedding" if model.decoder is None else "matching"
+    """The score that a model's images are ranked by unless told otherwise: the fused one where it was fitted."""
+    if model.decoder is None:
+        return "embedding"
+    return "matching" if model.config.fusion_weight is None else "fused"
 
 
 def best_first(scores: Tensor, top_k: int | None = None) -> list[int]:

@@ -139,6 +139,17 @@ def test_the_fit_recovers_the_weight_of_the_text(known):
     assert [point["weight"] for point in curve] == list(FUSED_TEXT_WEIGHTS)
 
 
+@pytest.mark.parametrize(("harmed", "expected"), [(1, 1.0), (12, 2.0)])
+def test_text_gets_no_more_weight_than_validation_shows_it_to_deserve(harmed, expected):
+    """Of 100 queries 50 need weight 1 and `harmed` more need weight 2: at 2 the error of R@1 is about 5 queries."""
+    needs = [0.5] * 50 + [1.5] * harmed + [None] * (50 - harmed)
+    fused = [np.array([0.0, need or 1.0]) for need in needs]
+    texts = [np.array([1.0 if need else -1.0, 0.0]) for need in needs]
+    weight, curve = fit_text_weight(fused, texts, [[0]] * 100, (0.0, 1.0, 2.0))
+    assert [point["R@1"] for point in curve] == [0.0, 0.5, (50 + harmed) / 100]
+    assert weight == expected
+
+
 def test_a_text_weight_may_be_zero_and_not_below():
     assert check_text_weight("0") == 0.0
     for weight in (-0.1, float("nan"), float("inf")):

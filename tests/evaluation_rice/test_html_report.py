@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation_rice.html_plots import Bar, bar_plot, curve_plot, group_bars, wilson_interval
+from evaluation_rice.html_plots import Bar, bar_plot, curve_plot, group_bars
 from evaluation_rice.html_report import Evaluation, by_livestream, choose_examples, html_report, write_html_report
 from evaluation_rice.protocol import Rankings, RetrievalTask, breakdown
+from evaluation_rice.recall import wilson_interval
 from evaluation_rice.report import percent
 from evaluation_rice.retrieval import Loading, ModelRetriever, retrieve
 from evaluation_rice.speed import TimedRetriever

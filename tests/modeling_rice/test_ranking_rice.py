@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from modeling_rice.ranking_rice import best_first, encode_candidates, pair_scores
+from evaluation_rice.fusion import fuse_scores
+from evaluation_rice.retrieval import model_scores
+from modeling_rice.ranking_rice import best_first, default_ranking, encode_candidates, pair_scores
 
 
 class Processor:
@@ -70,6 +72,50 @@ def test_only_the_most_similar_images_are_matched(encoded):
     torch.testing.assert_close(exact, model.match(clips, gallery))
     for ranked in pair_scores(model, clips, gallery, "embedding", candidates=2):
         torch.testing.assert_close(ranked, model.similarity(clips, gallery))
+
+
+TEXTS = {"text_embed_dim": 6, "text_score_weight": 0.5}
+
+
+@pytest.mark.parametrize("settings", [{}, TEXTS, TEXTS | {"fused_text_weight": 3.0}])
+def test_fused_scores_are_those_of_the_evaluation(make_model, make_batch, settings):
+    model, batch = make_model(fusion_weight=0.7, **settings), make_batch(size=5)
+    titles, asr = ({"title_embeds": torch.randn(5, 6)}, {"asr_embeds": torch.randn(5, 6)}) if settings else ({}, {})
+    for embeds in asr.values():
+        # A clip without ASR.
+        embeds[1] = 0
+    gallery = model.encode_gallery(batch["pixel_values"], **titles)
+    clips = model.encode_clips(batch["pixel_values_videos"], batch["frame_mask"], **asr)
+    scores, cosines = pair_scores(model, clips, gallery, "fused")
+    known = model_scores(model, clips, gallery)
+    assert len(known) == (4 if settings else 2)
+    for row in range(5):
+        of_clip = {kind: values[row] for kind, values in known.items()}
+        expected = fuse_scores(of_clip, 0.7, settings.get("fused_text_weight"))
+        assert scores[row].tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    kept = cosines[0].topk(2).indices
+    few, _ = pair_scores(model, clips, gallery, "fused", candidates=2)
+    alone, _ = pair_scores(model, clips[0], gallery[kept], "fused")
+    assert (few[0] > float("-inf")).sum() == 2
+    torch.testing.assert_close(few[0, kept], alone[0].to(few.dtype))
+    same, _ = pair_scores(model, clips, gallery[[0, 0]], "fused")
+    assert (same[:, 0] == same[:, 1]).all() and same.isfinite().all()
+
+
+def test_the_fused_score_needs_a_weight_and_is_then_the_default(make_model, encoded):
+    model, batch, gallery, clips = encoded
+    assert default_ranking(model) == "matching" and default_ranking(make_model(use_decoder=False)) == "embedding"
+    assert default_ranking(make_model(fusion_weight=0.7)) == "fused"
+    with pytest.raises(ValueError, match="`config.fusion_weight` is missing"):
+        pair_scores(model, clips, gallery, "fused")
+    blind = make_model(use_decoder=False, fusion_weight=0.7)
+    with pytest.raises(ValueError, match="decoder"):
+        pair_scores(
+            blind,
+            blind.encode_clips(batch["pixel_values_videos"]),
+            blind.encode_gallery(batch["pixel_values"]),
+            "fused",
+        )
 
 
 def test_best_first_keeps_the_order_of_ties_and_drops_what_was_not_scored():
