@@ -23,5 +23,6 @@ def test_every_command_of_a_study_is_understood(path, tmp_path, monkeypatch):
                 eval_rice.parse_arguments(command[1:])
                 continue
             model, _, training = parse_arguments([*command[1:], "--report_to", "none", "--use_cpu", "true"])
-            assert training.max_steps > 0
+            # The default is 3 epochs, without a limit of steps.
+            assert max(training.max_steps, training.num_train_epochs) > 3
             RiceConfig(**model.model)
