@@ -371,21 +371,27 @@ def write_files(options, results: dict, task: RetrievalTask, books, queries, gal
 
 
 def count_training_rows(options: argparse.Namespace, queries) -> tuple[dict[str, int] | None, dict]:
-    """Category -> training rows for the breakdown by head and tail; and the rule, or what is missing."""
+    """
+    Category -> training rows for the breakdown by head and tail; and the rule, or what is missing. The rows are those
+    that the model was trained on, or of the data set that is evaluated where no model says.
+    """
     from evaluation_rice.breakdown import train_rows_by_category
     from evaluation_rice.protocol import HEAD_TAIL_RULE, head_categories
+    from evaluation_rice.training_record import trained_on
 
     if "category" not in queries.column_names or not any(queries["category"]):
         return None, {"missing": "the clips know no category"}
+    dataset, data_dir = trained_on(options.model) or (options.dataset, options.data_dir)
+    source = {"dataset": dataset, "data_dir": data_dir}
     try:
-        rows = train_rows_by_category(options.dataset, options.data_dir, options.cache_dir)
+        rows = train_rows_by_category(dataset, data_dir, options.cache_dir)
     except (ValueError, OSError) as error:
-        print(f"the training rows cannot be counted: {_one_line(error)}")
-        return None, {"missing": "the training rows cannot be counted"}
+        print(f"the training rows of {data_dir or dataset} cannot be counted: {_one_line(error)}")
+        return None, {"missing": "the training rows cannot be counted", **source}
     if not rows:
-        return None, {"missing": "the training rows know no category"}
-    head = sorted(head_categories(rows))
-    return rows, {"rule": HEAD_TAIL_RULE, "head": head, "num_categories": len(rows), "train_rows": sum(rows.values())}
+        return None, {"missing": "the training rows know no category", **source}
+    record = {"head": sorted(head_categories(rows)), "num_categories": len(rows), "train_rows": sum(rows.values())}
+    return rows, {"rule": HEAD_TAIL_RULE, **source, **record}
 
 
 def write_page(output: Path, results: dict, task: RetrievalTask, books, queries, gallery, retriever) -> None:

@@ -39,7 +39,7 @@ def read_training_record(run_dir: str | os.PathLike | None) -> dict[str, Any]:
     folder = Path(run_dir) if run_dir is not None and os.path.isdir(run_dir) else None
     arguments, results, config, emissions = {}, {}, {}, None
     if folder is not None:
-        run = folder.parent if folder.name.startswith("checkpoint-") else folder
+        run = _run_folder(folder)
         arguments, config = _read(run / ARGUMENTS_FILE), _read(folder / "config.json")
         results, emissions = _read(run / RESULTS_FILE), _emissions(run / EMISSIONS_FILE)
     origins = [arguments.get(name) for name in ("model_name_or_path", "init_vision_from")]
@@ -90,6 +90,16 @@ def _differs(value: Any, default: Any) -> bool:
 def _cleaned(section: dict) -> dict:
     kept = {name: _cleaned(value) if isinstance(value, dict) else value for name, value in section.items()}
     return {name: value for name, value in kept.items() if not (isinstance(value, str) and is_local(value))}
+
+
+def trained_on(run_dir: str | os.PathLike | None) -> tuple[str, str | None] | None:
+    """Data set and `data_dir` that the run of a checkpoint was given; `None` where its folder does not say."""
+    arguments = {} if run_dir is None else _read(_run_folder(Path(run_dir)) / ARGUMENTS_FILE)
+    return (arguments["dataset"], arguments.get("data_dir")) if arguments.get("dataset") else None
+
+
+def _run_folder(checkpoint: Path) -> Path:
+    return checkpoint.parent if checkpoint.name.startswith("checkpoint-") else checkpoint
 
 
 def _read(path: Path) -> dict:

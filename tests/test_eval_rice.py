@@ -405,3 +405,25 @@ def test_a_report_is_written_on_request(model_dir, shop, tmp_path):
     assert f"R@1 by embedding score is {100 * results['scores']['embedding']['R@1']:.1f} %" in page
     assert f"{results['speed']['clip_ms']:.2f} ms" in page and "http" not in page.replace("http-equiv", "")
     assert "was reconstructed from" in page and "no heat map" not in page
+
+
+def test_head_and_tail_are_told_by_what_the_model_was_trained_on(model_dir, shop, tmp_path):
+    """The evaluated shop trains on the first product alone; the model's own on three rows of the second and others."""
+    own = shutil.copytree(shop, tmp_path / "own")
+    names = list(COLOURS)
+    for folder, products in ((shop, names[:1]), (own, [names[1]] * 3 + names[2:])):
+        clip = json.loads((folder / "clips_val.jsonl").read_text().splitlines()[0])
+        rows = [
+            clip | {"query_id": f"train-{i}", "gt_gallery_ids": [name], "category": name[0]}
+            for i, name in enumerate(products)
+        ]
+        write_lines(folder / "clips_train.jsonl", rows)
+    assert run(model_dir, shop, tmp_path / "unknown", "--baselines")["head_tail"]["head"] == [names[0][0]]
+    (model_dir / "train_arguments.json").write_text(json.dumps({"dataset": "shop_clips", "data_dir": str(own)}))
+    results = run(model_dir, shop, tmp_path / "known", "--baselines")
+    assert results["head_tail"]["head"] == [names[1][0]] and results["head_tail"]["data_dir"] == str(own)
+    counts = {name: group["num_queries"] for name, group in results["by"]["head_tail"].items()}
+    assert counts == {"head": 2, "tail": 4, "not in training": 2}
+    shutil.rmtree(own)
+    missing = run(model_dir, shop, tmp_path / "gone", "--baselines")
+    assert missing["head_tail"]["missing"] and "head_tail" not in missing["by"]
