@@ -95,8 +95,10 @@ class Recogniser:
             The index's `Answer`.
 
         Raises:
-            ValueError, FileNotFoundError: in one sentence, what is wrong with the clip, or boxes that do not fit.
+            ValueError, FileNotFoundError: in one sentence, what is wrong with the clip, boxes that do not fit, or a
+                livestream of which the index has nothing.
         """
+        self._check_live(live_id)
         if (self.boxes == "ground_truth") != (boxes is not None):
             needed = "needs them for each clip" if boxes is None else "takes none"
             raise ValueError(f"`boxes` of a clip: a recogniser with boxes={self.boxes!r} {needed}.")

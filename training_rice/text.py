@@ -66,18 +66,36 @@ def build_tokenizer(
     """
     The tokenizer that was asked for, else that of the pretrained text encoder, else one trained on the texts. It cuts
     to `text_length` tokens, or what the encoder takes.
+
+    Raises:
+        ValueError: there is no tokenizer where one was named.
+        PermissionError, FileNotFoundError, ConnectionError: what the Hub answered.
     """
     path = data.tokenizer or arguments.init_text_from
     if path is None:
         tokenizer = train_tokenizer(texts or ["rice"], vocab_size=data.vocab_size)
     else:
-        with hub_errors(path):
-            tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = _read_tokenizer(path, "tokenizer" if data.tokenizer else "init_text_from")
     limits = [data.text_length, getattr(config.text_config, "max_position_embeddings", None) or data.text_length]
     if getattr(config.text_config, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
         # Their positions start behind the padding token.
         limits[1] -= 2
     tokenizer.model_max_length = min(limits)
+    return tokenizer
+
+
+def _read_tokenizer(path: str, argument: str) -> PreTrainedTokenizerBase:
+    remedy = "name a folder that holds tokenizer.json, or the id of a published one, by --tokenizer."
+    try:
+        with hub_errors(path):
+            tokenizer = AutoTokenizer.from_pretrained(path)
+    except (PermissionError, FileNotFoundError, ConnectionError):
+        raise
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{argument}: no tokenizer can be loaded from {path}; {remedy}") from error
+    # From a folder with nothing but a config transformers makes up a tokenizer that knows no word.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError(f"{argument}: {path} has no tokenizer of its own; {remedy}")
     return tokenizer
 
 

@@ -280,6 +280,8 @@ def test_refusals():
     with pytest.raises(ValueError, match="no ground-truth boxes"):
         recogniser(boxes="ground_truth").stream([])
     with pytest.raises(ValueError, match=r"no images of livestream 'other' \(it has: room\)"):
+        recogniser().recognise([picture("red")], live_id="other")
+    with pytest.raises(ValueError, match=r"no images of livestream 'other' \(it has: room\)"):
         recogniser().stream([], live_id="other")
     with pytest.raises(ValueError, match="hop <= window"):
         recogniser().stream([], hop_s=5.0)

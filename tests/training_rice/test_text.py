@@ -73,6 +73,25 @@ class TestSetup:
         assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(tmp_path).get_vocab()
         assert tokenizer.model_max_length == 10
 
+    def test_a_tokenizer_that_is_not_there_is_refused(self, model_settings, tmp_path):
+        BertConfig(vocab_size=400, **TEXT).save_pretrained(tmp_path / "bert")
+        (tmp_path / "empty").mkdir()
+        config = build_model(ModelArguments(model=model_settings)).config
+        for folder, words in (
+            ("bert", "bert has no tokenizer of its own; name a folder that holds tokenizer.json"),
+            ("empty", "no tokenizer can be loaded from .*empty; name a folder"),
+            ("none", "no tokenizer can be loaded from .*none; name a folder"),
+        ):
+            for arguments, data, name in (
+                ({"init_text_from": str(tmp_path / folder)}, {}, "init_text_from"),
+                ({}, {"tokenizer": str(tmp_path / folder)}, "tokenizer"),
+            ):
+                with pytest.raises(ValueError, match=f"^{name}: .*{words}") as error:
+                    build_rice_processor(
+                        ModelArguments(model=model_settings, **arguments), DataArguments(**data), config, WORDS
+                    )
+                assert "\n" not in str(error.value)
+
     def test_a_checkpoint_without_text_goes_on_with_it_and_back(self, make_model, tmp_path):
         # A decoder with positions has one more with a title.
         make_model(decoder_position_embeddings=False).save_pretrained(tmp_path / "plain")
