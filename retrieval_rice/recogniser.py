@@ -98,7 +98,6 @@ class Recogniser:
             ValueError, FileNotFoundError: in one sentence, what is wrong with the clip, boxes that do not fit, or a
                 livestream of which the index has nothing.
         """
-        self._check_live(live_id)
         if (self.boxes == "ground_truth") != (boxes is not None):
             needed = "needs them for each clip" if boxes is None else "takes none"
             raise ValueError(f"`boxes` of a clip: a recogniser with boxes={self.boxes!r} {needed}.")
@@ -111,7 +110,11 @@ class Recogniser:
             pictures = [_to_picture(pictures[i]) for i in self._sample(len(pictures))] if pictures else []
             boxes = self.detector.detect(pictures)
         inputs = self._process([pictures], [boxes], [asr] if asr else None)
-        return self.index.search(self.model.encode_clips(**inputs), live_id, top_k=top_k, rerank=self.rerank)[0]
+        answer = self.index.search(self.model.encode_clips(**inputs), live_id, top_k=top_k, rerank=self.rerank)[0]
+        if not answer.hits:
+            # Only now, since a remote index counts its images to list its livestreams.
+            self._check_live(live_id)
+        return answer
 
     def stream(
         self,

@@ -79,6 +79,9 @@ class ColourIndex:
         self.searches.append((live_id, top_k, rerank))
         answers = []
         for embed in clips.embeds:
+            if live_id not in (None, "room"):
+                answers.append(Answer([], True, 0.0))
+                continue
             shares = (embed / embed.sum())[: len(COLOURS)].tolist()
             hits = [Hit(f"{n}-0", n, "room", n.title(), "", s, s, None, s) for n, s in zip(COLOURS, shares)]
             hits.sort(key=lambda hit: -hit.confidence)
