@@ -185,7 +185,9 @@ def describe_boxes(options: argparse.Namespace, queries) -> dict:
 
 
 def check_fit(options: argparse.Namespace) -> None:
-    """Refuses a folder to fit on where nothing is fitted."""
+    """Refuses a weight of scores that a baseline does not have, and a folder to fit on where nothing is fitted."""
+    if options.baseline is not None and options.fusion_weight != "auto":
+        raise ValueError(f"--fusion_weight goes with --model: {options.baseline} has one score alone.")
     if options.fit_data_dir is not None and options.fusion_weight != "fit":
         raise ValueError("--fit_data_dir goes with --fusion_weight fit: give both, or neither.")
 

@@ -126,6 +126,7 @@ def test_one_table_holds_them_all(shop, swin, tmp_path):
         (["--baseline", "chance"], "chance is computed"),
         (["--baseline", "clip"], "HF_HUB_OFFLINE"),
         (["--baseline", "color_histogram", "--rank_by", "fused"], "needs a matching decoder"),
+        (["--baseline", "color_histogram", "--fusion_weight", "2"], "--fusion_weight goes with --model"),
         (["--baseline", "color_histogram_in_box"], "add --boxes ground_truth"),
         (["--model", "somewhere", "--baseline_model", "me/mine"], "--baseline_model goes with --baseline"),
         (["--model", "somewhere", "--baseline", "clip"], "not allowed with argument"),
