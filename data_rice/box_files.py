@@ -8,25 +8,34 @@ Each further line is one clip, with the numbers of the frames that were looked a
 top, right, bottom as fractions of the frame) with its score, or null where there is none:
 
     {"split": "test", "clip_id": "c1", "num_frames": 5, "frames": [0, 1], "boxes": [[0.1, 0.2, 0.5, 1], null],
-     "scores": [0.9, null]}
+     "scores": [0.9, null], "fingerprint": "53ed2e0e8f2c4b4f"}
 
 `num_frames` is the number of the clip's frames, null for a clip of a video file, whose frames are counted from 0 at
-the start of its time range.
+the start of its time range. `fingerprint` tells clips of one name in two data sets apart, see `clip_fingerprint`; it
+may be left out.
 """
 
+import hashlib
 import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import datasets
 
+from .media import read_media
 from .parsing import check_box, clip_box, fingerprint, is_number, read_json_lines, row_error
 
 logger = logging.getLogger(__name__)
 
 FORMAT = {"format": "rice-boxes", "version": 1}
 _NAMED_CLIPS = 10
+# Other data differ in most clips; reading the pictures of all would take as long as a good part of an epoch.
+_COMPARED_CLIPS = 100
+_VIDEO_ENDS = 64 * 1024
+# As far as `processing_rice` lets a box reach out of its frame: detectors do, by a little.
+_TOLERANCE = 0.05
 
 
 def box_line(
@@ -36,12 +45,51 @@ def box_line(
     frames: Sequence[int],
     boxes: Sequence[Sequence[float] | None],
     scores: Sequence[float | None],
+    fingerprint: str | None = None,
 ) -> str:
     """Return one clip's line of a box file; see the module for what the arguments mean."""
     entry = {"split": split, "clip_id": clip_id, "num_frames": num_frames, "frames": list(frames)}
     entry["boxes"] = [None if box is None else [round(value, 5) for value in box] for box in boxes]
     entry["scores"] = [None if score is None else round(score, 5) for score in scores]
+    if fingerprint is not None:
+        entry["fingerprint"] = fingerprint
     return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def clip_fingerprint(row: Mapping, numbers: Sequence[int]) -> str | None:
+    """Hash what a clip's boxes were found in, whatever its files are called and wherever they lie.
+
+    Args:
+        row: a ``pairs`` or ``queries`` row.
+        numbers: the frames that were looked at, whose encoded pictures count. Of a clip of a video file the time
+            range counts, and the size, the beginning and the end of the file, whatever the numbers.
+
+    Returns:
+        16 hexadecimal digits, or None when there is nothing to hash or a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        if row["video"]:
+            with open(row["video"], "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(f"{row['start']} {row['end']} {size}\n".encode())
+                digest.update(file.read(_VIDEO_ENDS))
+                file.seek(max(0, size - _VIDEO_ENDS))
+                digest.update(file.read(_VIDEO_ENDS))
+        for number in () if row["video"] else numbers:
+            digest.update(hashlib.sha256(read_media(row["frames"][number])).digest())
+    except (OSError, ValueError):
+        return None
+    return digest.hexdigest()[:16] if row["video"] or len(numbers) else None
+
+
+class _Clip(NamedTuple):
+    """A clip's line: its boxes by frame, and the frames looked at, which are kept where there is a fingerprint."""
+
+    num_frames: int | None
+    boxes: dict[int, list[float]]
+    frames: list[int]
+    fingerprint: str | None
 
 
 class BoxFile:
@@ -60,7 +108,7 @@ class BoxFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
-        self._clips: dict[tuple[str, str], tuple[int | None, dict[int, list[float]]]] = {}
+        self._clips: dict[tuple[str, str], _Clip] = {}
         if not os.path.isfile(self.path):
             raise FileNotFoundError(
                 f"{self.path} does not exist; write it with python -m retrieval_rice.detector run."
@@ -100,7 +148,7 @@ class BoxFile:
         Raises:
             ValueError: the boxes belong to another number of frames.
         """
-        expected, boxes = self._clips[split, clip_id]
+        expected, boxes, _, _ = self._clips[split, clip_id]
         if expected != num_frames:
             raise ValueError(
                 f"{self.path} has boxes for {_frames(expected)} of the clip {clip_id!r}, but the data set has "
@@ -110,12 +158,42 @@ class BoxFile:
             return list(boxes.values()), list(boxes)
         return [boxes.get(number) for number in range(num_frames)], []
 
+    def check_pictures(self, rows: datasets.Dataset, split: str) -> None:
+        """Refuse rows with other pictures than those that the boxes of the same clips were found in.
+
+        Pictures of 100 clips are read at most, evenly spread over the rows. Clips without a fingerprint, and those of
+        which a picture cannot be read now, are not compared.
+
+        Args:
+            rows: ``pairs`` or ``queries`` rows of the split.
+            split: as the file names it.
+
+        Raises:
+            ValueError: naming the first such clip; or a clip has another number of frames.
+        """
+        places: dict[str, int] = {}
+        for place, clip_id in enumerate(rows["clip_id"]):
+            clip = self._clips.get((split, clip_id))
+            if clip is not None and clip.fingerprint is not None:
+                places.setdefault(clip_id, place)
+        found, count = list(places.values()), min(len(places), _COMPARED_CLIPS)
+        columns = rows.select_columns(["clip_id", "frames", "video", "start", "end"])
+        for row in columns.select([found[i * len(found) // count] for i in range(count)]):
+            clip_id = row["clip_id"]
+            clip = self._clips[split, clip_id]
+            self.columns(split, clip_id, None if row["video"] else len(row["frames"]))
+            if clip_fingerprint(row, clip.frames) not in (clip.fingerprint, None):
+                raise ValueError(
+                    f"{self.path} has boxes that were found in other pictures than those of the clip {clip_id!r} of "
+                    f"the {split} split; name another box file, or remove this one and write it from these data."
+                )
+
 
 def _frames(number: int | None) -> str:
     return "a video" if number is None else f"{number} frames"
 
 
-def _parse_clip(entry: dict) -> tuple[tuple[str, str], tuple[int | None, dict[int, list[float]]]]:
+def _parse_clip(entry: dict) -> tuple[tuple[str, str], _Clip]:
     for name in ("split", "clip_id"):
         if not isinstance(entry.get(name), str):
             raise ValueError(f"{name!r} is missing or no text")
@@ -126,6 +204,9 @@ def _parse_clip(entry: dict) -> tuple[tuple[str, str], tuple[int | None, dict[in
         len(frames) == len(boxes) == len(scores)
     ):
         raise ValueError("'frames', 'boxes' and 'scores' are not three lists of one length")
+    mark = entry.get("fingerprint")
+    if mark is not None and not isinstance(mark, str):
+        raise ValueError("'fingerprint' is neither a text nor null")
     found = {}
     for frame, box, score in zip(frames, boxes, scores):
         if type(frame) is not int or frame < 0 or (total is not None and frame >= total):
@@ -134,11 +215,18 @@ def _parse_clip(entry: dict) -> tuple[tuple[str, str], tuple[int | None, dict[in
             raise ValueError(f"the score {score!r} is not a number")
         if box is None:
             continue
-        box = clip_box(check_box(box))
+        written = check_box(box)
+        if min(written) < -_TOLERANCE or max(written) > 1 + _TOLERANCE:
+            raise ValueError(
+                f"the box {box} of frame {frame} reaches out of the frame; write fractions of its width and height, "
+                "from 0 to 1, not pixels"
+            )
+        box = clip_box(written)
         if box is None:
             raise ValueError(f"the box of frame {frame} has no area in the frame; write null for no box")
         found[frame] = box
-    return (entry["split"], entry["clip_id"]), (total, dict(sorted(found.items())))
+    clip = _Clip(total, dict(sorted(found.items())), [] if mark is None else frames, mark)
+    return (entry["split"], entry["clip_id"]), clip
 
 
 class _ReplaceBoxes:
@@ -179,7 +267,8 @@ def with_boxes_of(rows: datasets.Dataset, path: str | os.PathLike, split: str) -
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is malformed, lacks clips of the rows (which are listed), or is of other data.
+        ValueError: the file is malformed, lacks clips of the rows (which are listed), or is of other data (see
+            `BoxFile.check_pictures`).
     """
     replace = _ReplaceBoxes(os.fspath(path), split)
     missing = [clip_id for clip_id in dict.fromkeys(rows["clip_id"]) if (split, clip_id) not in replace.file]
@@ -189,6 +278,7 @@ def with_boxes_of(rows: datasets.Dataset, path: str | os.PathLike, split: str) -
             f"{path} has no boxes for {len(missing)} clips of the {split} split: "
             f"{', '.join(missing[:_NAMED_CLIPS])}{more}; run the detector on this split."
         )
+    replace.file.check_pictures(rows, split)
     new = {name: rows.features[name] for name in ("boxes", "box_frames")}
     columns = rows.map(
         replace,

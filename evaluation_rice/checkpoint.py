@@ -15,8 +15,12 @@ _GENERIC_SETTINGS = ("auto_map", "custom_pipelines", "quantization_config", "tor
 _GENERIC_SETTINGS += ("use_cache", "loss_type", "num_labels", "gradient_checkpointing")
 
 
-def check_checkpoint(path: str | os.PathLike) -> None:
+def check_checkpoint(path: str | os.PathLike, made_by: str = "train_rice.py") -> None:
     """Refuses a folder that is no whole checkpoint; a name that is no folder is left to the Hub.
+
+    Args:
+        path: Folder, or id of a published model.
+        made_by: The program that trains such models, for the message.
 
     Raises:
         FileNotFoundError: config.json or the weights are not there.
@@ -28,7 +32,7 @@ def check_checkpoint(path: str | os.PathLike) -> None:
         if folder.exists():
             raise ValueError(f"{path} is a file: name the folder that holds config.json and the weights.")
         if path.count("/") != 1 or path.startswith((".", "/", "~")):
-            raise FileNotFoundError(f"there is no checkpoint folder {path}: train one with train_rice.py.")
+            raise FileNotFoundError(f"there is no checkpoint folder {path}: train one with {made_by}.")
         return
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{path} is no checkpoint: it has no config.json.")

@@ -149,7 +149,9 @@ def load_baseline(
     if baseline in BASELINES and baseline_model is None:
         descriptor = BASELINES[baseline]
         if descriptor().use_boxes and not use_boxes:
-            raise ValueError(f"--baseline {baseline} looks into the boxes of the clips: add --boxes ground_truth.")
+            raise ValueError(
+                f"--baseline {baseline} looks into the boxes of clips: add --boxes ground_truth or --boxes detector."
+            )
         return BaselineRetriever(descriptor(num_frames or 10, use_boxes)), {"name": baseline, "model": None}
     family, path = choose_model(baseline, baseline_model)
     model, processor, untrained_pooler = load_encoder(path, family)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from data_rice import load_dataset_view
-from data_rice.box_files import FORMAT, BoxFile, box_line
+from data_rice.box_files import FORMAT, BoxFile, box_line, clip_fingerprint
 from data_rice.collator import decode_image
 from data_rice.decoding import MediaError
 from evaluation_rice.checkpoint import weights_fingerprint
@@ -25,12 +25,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Clip:
-    """One clip's pictures: `num_frames` as in a box file, the numbers of those chosen, None for unreadable ones."""
+    """One clip's pictures: `num_frames` and `fingerprint` as in a box file, the numbers of those chosen, None for
+    unreadable ones."""
 
     clip_id: str
     num_frames: int | None
     numbers: list[int]
     pictures: list[Image.Image | None]
+    fingerprint: str | None
 
 
 def write_boxes(
@@ -73,15 +75,19 @@ def write_boxes(
         "detector": detector_name,
         "detector_sha256": weights_fingerprint(detector_name),
         "threshold": detector.threshold,
+        "labels": detector.labels,
         "frames_per_clip": num_frames or "all",
     }
     path = Path(path)
-    done = _begin(path, header)
+    earlier = _begin(path, header)
+    done = set() if earlier is None else earlier.keys()
     views = {"train": "pairs"}
     settings = {"data_dir": data_dir, "cache_dir": cache_dir, **options}
     counts = {"clips": 0, "frames": 0, "boxes": 0, "unreadable": 0, "earlier": len(done)}
     for split in splits:
         rows = load_dataset_view(dataset, views.get(split, "queries"), split, **settings)
+        if earlier is not None:
+            earlier.check_pictures(rows, split)
         places = {clip_id: place for place, clip_id in enumerate(rows["clip_id"]) if (split, clip_id) not in done}
         loader = DataLoader(
             Subset(rows, list(places.values())),
@@ -97,12 +103,12 @@ def write_boxes(
     return counts
 
 
-def _begin(path: Path, header: dict) -> set[tuple[str, str]]:
-    """Starts the file, or finds what is in it, without the torn line that an interrupted run leaves at its end."""
+def _begin(path: Path, header: dict) -> BoxFile | None:
+    """Starts the file, or reads what is in it, without the torn line that an interrupted run leaves at its end."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(header, ensure_ascii=False) + "\n", encoding="utf-8")
-        return set()
+        return None
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if not whole:
@@ -116,7 +122,7 @@ def _begin(path: Path, header: dict) -> set[tuple[str, str]]:
                 f"{path} was begun with {name}={file.header.get(name)!r}, not {value!r}; name another file, or remove "
                 f"it."
             )
-    return file.keys()
+    return file
 
 
 def _find(detector: ProductDetector, clips: list[_Clip], split: str, counts: dict[str, int]) -> list[str]:
@@ -126,7 +132,7 @@ def _find(detector: ProductDetector, clips: list[_Clip], split: str, counts: dic
     for clip in clips:
         best = [None if picture is None else next(found).best(detector.threshold) for picture in clip.pictures]
         boxes, scores = zip(*((None, None) if answer is None else answer for answer in best)) if best else ((), ())
-        lines.append(box_line(split, clip.clip_id, clip.num_frames, clip.numbers, boxes, scores))
+        lines.append(box_line(split, clip.clip_id, clip.num_frames, clip.numbers, boxes, scores, clip.fingerprint))
         counts["clips"] += 1
         counts["frames"] += len(clip.pictures)
         counts["boxes"] += sum(box is not None for box in boxes)
@@ -150,7 +156,8 @@ class _Decoder:
 
     def _read_frames(self, row: dict) -> _Clip:
         numbers = self._choose(len(row["frames"]))
-        return _Clip(row["clip_id"], len(row["frames"]), numbers, [_decode(row["frames"][i]) for i in numbers])
+        pictures = [_decode(row["frames"][i]) for i in numbers]
+        return _Clip(row["clip_id"], len(row["frames"]), numbers, pictures, clip_fingerprint(row, numbers))
 
     def _read_video(self, row: dict) -> _Clip:
         numbers: list[int] = []
@@ -164,10 +171,10 @@ class _Decoder:
             frames = read_video(video, self.num_frames or None, choose)
         except (ValueError, OSError) as error:
             logger.warning("The clip %s gets no boxes: %s", row["clip_id"], error)
-            return _Clip(row["clip_id"], None, [], [])
+            return _Clip(row["clip_id"], None, [], [], clip_fingerprint(row, []))
         pictures = [Image.fromarray(frame) for frame in frames]
         # A damaged file may end before the last frame that was chosen.
-        return _Clip(row["clip_id"], None, numbers[: len(pictures)], pictures)
+        return _Clip(row["clip_id"], None, numbers[: len(pictures)], pictures, clip_fingerprint(row, numbers))
 
 
 def _decode(entry: dict) -> Image.Image | None:

@@ -57,7 +57,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def _add_detector(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--detector", required=True, help="folder that `train` wrote, or id of a published detector")
-    parser.add_argument("--threshold", type=float, help="least score of a box; default: the detector's own")
+    parser.add_argument("--threshold", type=float, help="least score of a box, 0 to 1; default: the detector's own")
+    parser.add_argument("--labels", nargs="+", metavar="NAME", help="the classes, of several, that are products")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -93,7 +94,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .frames import load_frames
     from .product_detector import ProductDetector
 
-    detector = ProductDetector.from_pretrained(options.detector, options.device, options.threshold)
+    detector = ProductDetector.from_pretrained(options.detector, options.device, options.threshold, options.labels)
     rows = load_frames(
         options.dataset,
         options.split,
@@ -102,7 +103,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         validation_fraction=options.validation_fraction,
     )
     figures = evaluate(detector, rows, num_workers=options.num_workers)
-    figures |= {"detector": options.detector, "dataset": options.dataset, "split": options.split}
+    figures |= {"detector": options.detector, "labels": detector.labels}
+    figures |= {"dataset": options.dataset, "split": options.split}
     if options.output:
         with open(options.output, "w", encoding="utf-8") as file:
             json.dump(figures, file, indent=2)
@@ -129,7 +131,7 @@ def _run(options: argparse.Namespace) -> None:
     from .box_writing import write_boxes
     from .product_detector import ProductDetector
 
-    detector = ProductDetector.from_pretrained(options.detector, options.device, options.threshold)
+    detector = ProductDetector.from_pretrained(options.detector, options.device, options.threshold, options.labels)
     counts = write_boxes(
         detector,
         options.output,

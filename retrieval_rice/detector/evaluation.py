@@ -60,6 +60,8 @@ def evaluate(
     Raises:
         ValueError: when there are no frames with the product, or pycocotools is missing.
     """
+    # Before minutes are spent on detection.
+    import_pycocotools()
     with_product = sum(bool(boxes) for boxes in rows["boxes"])
     if with_product == 0:
         raise ValueError("None of the frames shows the product; there is nothing to measure.")
@@ -136,6 +138,18 @@ def best_threshold(answers: list[_Answer]) -> float:
     return best[1]
 
 
+def import_pycocotools() -> tuple[type, type]:
+    """The classes `COCO` and `COCOeval`; raises `ValueError` when pycocotools is not installed."""
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError:
+        raise ValueError(
+            "Average precision needs pycocotools; install it: pip install pycocotools, or -e '.[detector]'."
+        ) from None
+    return COCO, COCOeval
+
+
 def average_precision(boxes: list[list[list[float]]], detections: list[Detections]) -> tuple[float, float]:
     """
     COCO's AP over IoU 0.50 to 0.95, and at 0.50, of one category, by pycocotools.
@@ -147,11 +161,7 @@ def average_precision(boxes: list[list[list[float]]], detections: list[Detection
     Raises:
         ValueError: when pycocotools is not installed.
     """
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError:
-        raise ValueError("Average precision needs pycocotools; install it: pip install pycocotools.") from None
+    COCO, COCOeval = import_pycocotools()
     # COCO's small objects are told by their area in pixels; as fractions all would be small, which changes no AP.
     truth = [
         {**annotation, "image_id": frame}

@@ -1,7 +1,8 @@
 """A detector of the intended product, and a small one to train from scratch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 
 import torch
 from PIL import Image
@@ -9,18 +10,23 @@ from torch import Tensor
 from transformers import (
     AutoImageProcessor,
     AutoModelForObjectDetection,
+    PreTrainedConfig,
     RTDetrConfig,
     RTDetrForObjectDetection,
     RTDetrImageProcessor,
     RTDetrResNetConfig,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
 from data_rice.parsing import clip_box
 from evaluation_rice.checkpoint import check_checkpoint
 from evaluation_rice.hub import hub_errors
 
+from ..loading import to_device
+
 DEFAULT_THRESHOLD = 0.5
 LABELS = {0: "product"}
+TRAIN_COMMAND = "python -m retrieval_rice.detector train"
 
 
 @dataclass(frozen=True)
@@ -47,18 +53,31 @@ class ProductDetector:
         processor: Its image processor.
         threshold: Score below which a frame counts as one without the product, 0..1. By default what training found on
             validation frames (`config.score_threshold`), else 0.5.
+        labels: Names of the classes that are products; boxes of others are left out. By default all are.
+
+    Raises:
+        ValueError: the threshold is out of its range, or the model has no class of such a name.
     """
 
-    def __init__(self, model, processor, threshold: float | None = None):
+    def __init__(self, model, processor, threshold: float | None = None, labels: Sequence[str] | None = None):
         self.model = model
         self.processor = processor
         self.threshold = getattr(model.config, "score_threshold", None) if threshold is None else threshold
         if self.threshold is None:
             self.threshold = DEFAULT_THRESHOLD
+        # Written so that NaN is refused too.
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"the threshold must be between 0 and 1, got {self.threshold}.")
+        self.labels = None if labels is None else sorted(set(labels))
+        self._classes = None if labels is None else _class_numbers(model.config.id2label, self.labels)
 
     @classmethod
     def from_pretrained(
-        cls, path: str, device: str | torch.device | None = None, threshold: float | None = None
+        cls,
+        path: str,
+        device: str | torch.device | None = None,
+        threshold: float | None = None,
+        labels: Sequence[str] | None = None,
     ) -> "ProductDetector":
         """
         Loads a folder, such as `train` writes, or the id of a published detector.
@@ -67,13 +86,21 @@ class ProductDetector:
             path: Folder or id.
             device: By default CUDA where there is one.
             threshold: See the class.
+            labels: See the class; a model of several classes needs them.
 
         Raises:
-            FileNotFoundError, ValueError: there is no detector, or it is damaged or of another kind.
+            FileNotFoundError, ValueError: there is no detector, or it is damaged, of another kind or of several
+                classes; or the device cannot be used.
         """
         model, processor = load_detector(path)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model.to(device).eval(), processor, threshold)
+        names = model.config.id2label
+        if labels is None and len(names) > 1:
+            raise ValueError(
+                f"{path} knows {_listed(names)}, and its best box may be of anything but the product: fine-tune it "
+                f"({TRAIN_COMMAND} --model {path}), or write a box file of some classes only (python -m "
+                f"retrieval_rice.detector run --labels NAME ...)."
+            )
+        return cls(to_device(model, device).eval(), processor, threshold, labels)
 
     @torch.no_grad()
     def predict(self, frames: Sequence[Image.Image], batch_size: int = 64) -> list[Detections]:
@@ -99,6 +126,9 @@ class ProductDetector:
                     chosen, self.processor.post_process_object_detection(outputs, threshold=0.0)
                 ):
                     order = result["scores"].argsort(descending=True)
+                    if self._classes is not None:
+                        classes = torch.tensor(self._classes, device=order.device)
+                        order = order[torch.isin(result["labels"][order], classes)]
                     found[number] = Detections(result["boxes"][order].float().cpu(), result["scores"][order].cpu())
         return found
 
@@ -106,6 +136,18 @@ class ProductDetector:
         """The intended product's box `[left, top, right, bottom]` in each frame, 0..1 of the frame, or `None`."""
         best = (found.best(self.threshold) for found in self.predict(frames))
         return [None if answer is None else answer[0] for answer in best]
+
+
+def _class_numbers(names: Mapping[int, str], labels: Sequence[str]) -> list[int]:
+    unknown = [label for label in labels if label not in names.values()]
+    if unknown:
+        raise ValueError(f"the detector has no class {unknown[0]!r} (--labels): it knows {_listed(names)}.")
+    return [number for number, name in names.items() if name in labels]
+
+
+def _listed(names: Mapping[int, str]) -> str:
+    listed = shorten(", ".join(names.values()), 120, placeholder=" ...")
+    return f"{len(names)} {'class' if len(names) == 1 else 'classes'} ({listed})"
 
 
 def load_detector(path: str, **settings):
@@ -119,13 +161,20 @@ def load_detector(path: str, **settings):
     Raises:
         FileNotFoundError, ValueError: there is none, or it cannot be loaded.
     """
-    check_checkpoint(path)
+    check_checkpoint(path, made_by=TRAIN_COMMAND)
     with hub_errors(path):
         try:
-            model = AutoModelForObjectDetection.from_pretrained(path, **settings)
-            return model, AutoImageProcessor.from_pretrained(path)
+            kind = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
+            if kind in MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES:
+                model = AutoModelForObjectDetection.from_pretrained(path, trust_remote_code=False, **settings)
+                return model, AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(f"{path} cannot be loaded as a detector: {' '.join(str(error).split())}") from error
+    held = f"a {kind} model" if kind else "a model of no known kind"
+    raise ValueError(
+        f"{path} holds {held}, not a detector: name a folder that {TRAIN_COMMAND} wrote, or an object detection model "
+        f"of transformers."
+    )
 
 
 def build_detector(image_size: int = 64) -> tuple[RTDetrForObjectDetection, RTDetrImageProcessor]:

@@ -7,11 +7,13 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 import transformers
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
-from .evaluation import evaluate
+from ..loading import to_device
+from .evaluation import evaluate, import_pycocotools
 from .frames import DetectionCollator, load_frames
 from .product_detector import LABELS, ProductDetector, build_detector, load_detector
 
@@ -83,13 +85,14 @@ def train(
         cache_dir: Where the data set's tables are cached.
         num_workers: Processes that decode.
         save_steps: Steps between checkpoints.
-        device: "cpu" leaves GPUs alone.
+        device: "cpu" leaves GPUs alone; by default CUDA where there is one.
 
     Returns:
         The content of `detector.json`.
 
     Raises:
-        FileNotFoundError, ValueError: for data or a detector that cannot be loaded, or a folder with another run.
+        FileNotFoundError, ValueError: for data or a detector that cannot be loaded, a folder with another run, a
+            device that cannot be used, or when scipy or pycocotools is missing.
     """
     output_dir = Path(output_dir)
     record = {"settings": asdict(settings), "finished": False}
@@ -103,15 +106,19 @@ def train(
     if former is not None and former["finished"]:
         logger.info("The detector in %s is finished, there is nothing to do.", output_dir)
         return former
+    _check_packages()
+    arguments = _training_arguments(settings, output_dir, num_workers, save_steps, device)
     transformers.set_seed(settings.seed)
     options = {"data_dir": settings.data_dir, "cache_dir": cache_dir}
     options["validation_fraction"] = settings.validation_fraction
     rows = load_frames(settings.dataset, "train", **options)
     model, processor = _start(settings)
     _write_record(output_dir, record)
-    trainer = _make_trainer(model, processor, rows, settings, output_dir, num_workers, save_steps, device)
+    trainer = _make_trainer(model, processor, rows, arguments)
     result = trainer.train(resume_from_checkpoint=_last_checkpoint(output_dir))
     record["train_loss"] = result.training_loss
+    # First of all, so that nothing that goes wrong in validation costs the training.
+    trainer.save_model()
     detector = ProductDetector(trainer.accelerator.unwrap_model(model).eval(), processor)
     try:
         validation = load_frames(settings.dataset, "validation", **options)
@@ -120,7 +127,7 @@ def train(
     else:
         record["validation"] = evaluate(detector, validation, fit_threshold=True, num_workers=num_workers)
         model.config.score_threshold = record["validation"]["threshold"]
-    trainer.save_model()
+        model.config.save_pretrained(output_dir)
     _write_record(output_dir, record | {"finished": True})
     return record | {"finished": True}
 
@@ -132,9 +139,20 @@ def _start(settings: DetectorSettings):
     return load_detector(settings.model, **labels, ignore_mismatched_sizes=True)
 
 
-def _make_trainer(model, processor, rows, settings, output_dir, num_workers, save_steps, device) -> Trainer:
-    # Trainer would rescale the loss for a label count that detectors do not use.
-    model.accepts_loss_kwargs = False
+def _check_packages() -> None:
+    try:
+        import scipy.optimize  # noqa: F401
+    except ImportError:
+        # The losses of transformers match boxes to objects with it.
+        raise ValueError(
+            "Training a detector needs scipy; install it: pip install scipy, or -e '.[detector]'."
+        ) from None
+    import_pycocotools()
+
+
+def _training_arguments(settings, output_dir, num_workers, save_steps, device) -> TrainingArguments:
+    if device is not None:
+        to_device(torch.empty(0), device)
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         max_steps=settings.max_steps,
@@ -153,9 +171,23 @@ def _make_trainer(model, processor, rows, settings, output_dir, num_workers, sav
         remove_unused_columns=False,
         label_names=["labels"],
         report_to=["tensorboard"] if is_tensorboard_available() else "none",
-        use_cpu=device == "cpu",
+        use_cpu=device is not None and torch.device(device).type == "cpu",
     )
-    collator = DetectionCollator(processor, str(output_dir / "unreadable_frames.jsonl"))
+    if device is not None:
+        wanted, used = torch.device(device), arguments.device
+        other = wanted.index is not None and (arguments.n_gpu > 1 or wanted.index != (used.index or 0))
+        if wanted.type != used.type or other:
+            raise ValueError(
+                f"--device {device} cannot be used: training runs on {used}; leave it out, or choose GPUs by "
+                f"CUDA_VISIBLE_DEVICES."
+            )
+    return arguments
+
+
+def _make_trainer(model, processor, rows, arguments: TrainingArguments) -> Trainer:
+    # Trainer would rescale the loss for a label count that detectors do not use.
+    model.accepts_loss_kwargs = False
+    collator = DetectionCollator(processor, os.path.join(arguments.output_dir, "unreadable_frames.jsonl"))
     return _DetectionTrainer(
         model=model, args=arguments, train_dataset=rows, data_collator=collator, processing_class=processor
     )

@@ -1,12 +1,13 @@
 """Boxes from a file in place of a data set's own."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
 
 from data_rice import load_dataset_view
-from data_rice.box_files import FORMAT, BoxFile, box_line, count_boxes
+from data_rice.box_files import FORMAT, BoxFile, box_line, clip_fingerprint, count_boxes
 
 HEADER = json.dumps({**FORMAT, "detector": "somebody"}) + "\n"
 BOX = [0.25, 0.25, 0.5, 1.0]
@@ -41,7 +42,7 @@ def load(shop, tmp_path):
 
 GOOD = [
     box_line("train", "a", 2, [0, 1], [None, BOX], [None, 0.9]),
-    box_line("train", "b", 1, [0], [[-1, 0, 0.5, 2]], [0.5]),
+    box_line("train", "b", 1, [0], [[-0.04, 0, 0.5, 1.04]], [0.5]),
     box_line("test", "a", 1, [0], [[0, 0, 0.5, 0.5]], [0.5]),
 ]
 
@@ -99,6 +100,9 @@ def test_another_number_of_frames_is_refused(load):
         ({"scores": [None, "high"]}, "the score 'high' is not a number"),
         ({"boxes": [None, [0, 0, 1]]}, "expected a box as four finite numbers"),
         ({"boxes": [None, [0.5, 0, 0.5, 1]]}, "the box of frame 1 has no area in the frame"),
+        ({"boxes": [None, [0, 0, 9, 9]]}, "the box [0, 0, 9, 9] of frame 1 reaches out of the frame; write fractions"),
+        ({"boxes": [None, [-0.06, 0, 1, 1]]}, "of frame 1 reaches out of the frame"),
+        ({"fingerprint": 7}, "'fingerprint' is neither a text nor null"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, change, reason):
@@ -126,3 +130,110 @@ def test_videos_number_the_frames_that_have_boxes(tmp_path):
     path = tmp_path / "boxes.jsonl"
     path.write_text(HEADER + box_line("test", "v", None, [8, 3, 5], [BOX, [0, 0, 1, 1], None], [0.5, 0.5, None]))
     assert BoxFile(path).columns("test", "v", None) == ([[0, 0, 1, 1], BOX], [3, 8])
+
+
+def make_shop(folder, colour, count=3):
+    """Clips c0, c1, ... to test on, of two frames each, which are alike in all shops but for their colour."""
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "mug.png")
+    (folder / "gallery.jsonl").write_text('{"gallery_id": "mug", "image": "mug.png"}\n')
+    clips = []
+    for clip in range(count):
+        frames = [f"c{clip}-{i}.png" for i in range(2)]
+        for i, frame in enumerate(frames):
+            Image.new("RGB", (8, 8), (colour, clip, i)).save(folder / frame)
+        clips.append({"query_id": f"c{clip}", "frames": frames, "gt_gallery_ids": ["mug"]})
+    (folder / "clips_test.jsonl").write_text("\n".join(map(json.dumps, clips)))
+    return folder
+
+
+class TestFingerprint:
+    @pytest.fixture
+    def rows(self, tmp_path):
+        def rows(folder, **options):
+            return load_dataset_view(folder, "queries", "test", cache_dir=tmp_path / "cache", **options)
+
+        return rows
+
+    @pytest.fixture
+    def file(self, rows, tmp_path):
+        """The box file of shop "a"."""
+        path = tmp_path / "boxes.jsonl"
+        lines = [
+            box_line("test", row["clip_id"], 2, [0], [BOX], [0.5], clip_fingerprint(row, [0]))
+            for row in rows(make_shop(tmp_path / "a", 10))
+        ]
+        path.write_text(HEADER + "".join(lines))
+        return path
+
+    def test_other_pictures_under_the_same_names_are_refused(self, file, rows, tmp_path):
+        assert rows(tmp_path / "a", boxes_file=file)["boxes"][0] == [BOX, None]
+        words = (
+            "boxes.jsonl has boxes that were found in other pictures than those of the clip 'c0' of the test split; "
+        )
+        with pytest.raises(ValueError, match=words + "name another box file, or remove this one and write it"):
+            rows(make_shop(tmp_path / "b", 20), boxes_file=file)
+
+    def test_one_clip_among_few_is_enough(self, file, rows, tmp_path):
+        Image.new("RGB", (8, 8), "white").save(tmp_path / "a" / "c2-0.png")
+        with pytest.raises(ValueError, match="other pictures than those of the clip 'c2'"):
+            rows(tmp_path / "a", boxes_file=file)
+
+    def test_frames_that_were_not_looked_at_do_not_count(self, file, rows, tmp_path):
+        Image.new("RGB", (8, 8), "white").save(tmp_path / "a" / "c2-1.png")
+        assert len(rows(tmp_path / "a", boxes_file=file)) == 3
+
+    def test_a_copy_a_moved_folder_and_other_names_are_the_same_data(self, file, rows, tmp_path):
+        copy = tmp_path / "elsewhere" / "copy"
+        shutil.copytree(tmp_path / "a", copy)
+        moved = (tmp_path / "a").rename(tmp_path / "moved")
+        for folder in (copy, moved):
+            assert rows(folder, boxes_file=file)["boxes"][2] == [BOX, None]
+        text = (copy / "clips_test.jsonl").read_text().replace("c0-0.png", "renamed.png")
+        (copy / "clips_test.jsonl").write_text(text)
+        (copy / "c0-0.png").rename(copy / "renamed.png")
+        assert rows(copy, boxes_file=file)["boxes"][0] == [BOX, None]
+
+    def test_pictures_in_the_row_count_as_those_in_files(self, rows, tmp_path):
+        row = rows(make_shop(tmp_path / "a", 10))[0]
+        held = row | {"frames": [{"path": None, "bytes": open(entry["path"], "rb").read()} for entry in row["frames"]]}
+        assert clip_fingerprint(row, [0, 1]) == clip_fingerprint(held, [0, 1]) != clip_fingerprint(held, [0])
+        assert clip_fingerprint(held, [1, 0]) != clip_fingerprint(held, [0, 1])
+
+    def test_what_cannot_be_read_is_not_compared(self, file, rows, tmp_path):
+        (tmp_path / "a" / "c1-0.png").unlink()
+        assert len(rows(tmp_path / "a", boxes_file=file)) == 3
+        row = rows(tmp_path / "a")[1]
+        assert clip_fingerprint(row, [0]) is None and clip_fingerprint(row, []) is None
+
+    def test_videos_by_their_ends_and_time_range(self, tmp_path):
+        path = tmp_path / "v.mp4"
+        path.write_bytes(bytes(200_000))
+        row = {"video": str(path), "frames": [], "start": 0.5, "end": 2.0}
+        first = clip_fingerprint(row, [])
+        assert clip_fingerprint(row, [1, 2]) == first != clip_fingerprint(row | {"end": 3.0}, [])
+        for other in (b"1" + bytes(199_999), bytes(199_999) + b"1", bytes(200_001)):
+            path.write_bytes(other)
+            assert clip_fingerprint(row, []) != first
+
+    def test_of_many_clips_a_part_is_read(self, rows, tmp_path, monkeypatch):
+        from data_rice import box_files
+
+        table = rows(make_shop(tmp_path / "many", 10, count=130))
+        path = tmp_path / "boxes.jsonl"
+        lines = [box_line("test", row["clip_id"], 2, [0], [BOX], [0.5], clip_fingerprint(row, [0])) for row in table]
+        path.write_text(HEADER + "".join(lines))
+        read = []
+        monkeypatch.setattr(box_files, "read_media", lambda entry: read.append(entry["path"]) or b"other")
+        with pytest.raises(ValueError, match="other pictures than those of the clip 'c0'"):
+            BoxFile(path).check_pictures(table, "test")
+        read.clear()
+        plain = tmp_path / "plain.jsonl"
+        plain.write_text(HEADER + "".join(line.replace('"fingerprint"', '"note"') for line in lines))
+        BoxFile(plain).check_pictures(table, "test")
+        assert read == []
+        monkeypatch.undo()
+        count = []
+        monkeypatch.setattr(box_files, "clip_fingerprint", lambda *row: count.append(row[0]["clip_id"]))
+        BoxFile(path).check_pictures(table, "test")
+        assert len(count) == len(set(count)) == 100 and count[0] == "c0" and int(count[-1][1:]) > 125

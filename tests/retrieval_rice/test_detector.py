@@ -30,6 +30,7 @@ class RedFinder:
     """A detector that cannot err: the box around what is red, with how much of the frame that is as its score."""
 
     threshold = 0.01
+    labels = None
 
     def __init__(self):
         self.looked_at = 0
@@ -132,7 +133,7 @@ class TestProductDetector:
         assert Detections(torch.tensor([[1.5, 0.0, 2.0, 1.0]]), torch.tensor([0.75])).best(0.5) is None
 
     def test_refusals(self, tmp_path, detector_dir):
-        with pytest.raises(FileNotFoundError, match="there is no checkpoint folder"):
+        with pytest.raises(FileNotFoundError, match="/none: train one with python -m retrieval_rice.detector train"):
             ProductDetector.from_pretrained(str(tmp_path / "none"))
         with pytest.raises(ValueError, match="image_size must be a multiple of 32, got 33"):
             build_detector(33)
