@@ -121,6 +121,13 @@ class DataArguments:
         default=None,
         metadata={"help": "Box file of a detector (docs/data.md), whose boxes take the place of the data set's own."},
     )
+    validation_boxes_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "With use_boxes: box file for the validation clips alone. With a detector's boxes the best "
+            "checkpoint and the weights of the fused score are those for use with that detector."
+        },
+    )
     use_text: bool = field(
         default=False, metadata={"help": "Give titles and ASR to the model, which needs a text encoder for them."}
     )
@@ -147,6 +154,8 @@ class DataArguments:
     def __post_init__(self):
         if self.boxes_file is not None and self.streaming:
             raise ValueError("boxes_file needs the data set's table, which streaming goes without; leave one out.")
+        if self.validation_boxes_file is not None and not self.use_boxes:
+            raise ValueError("validation_boxes_file goes with use_boxes; set both, or leave it out.")
         _check_counts(self, _DATA_COUNTS)
         ranges = {"augment_crop": (0.05, 1.0), "augment_jitter": (0.0, 0.99)}
         for name in ("augment_crop", *_AUGMENTATIONS, "asr_noise"):

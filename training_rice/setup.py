@@ -85,6 +85,8 @@ def load_views(data: DataArguments, training: RiceTrainingArguments) -> tuple[Da
         )
     if training.eval_strategy == "no":
         return pairs, None
+    if data.validation_boxes_file is not None:
+        options["boxes_file"] = data.validation_boxes_file
     try:
         queries = load_dataset_view(data.dataset, "queries", "validation", **options)
         gallery = load_dataset_view(data.dataset, "gallery", "validation", **options)

@@ -41,7 +41,9 @@ def test_missing_test_files_come_with_the_hint_to_train_without_validation(train
         load_views(data, dataclasses.replace(training, eval_strategy="epoch"))
 
 
-def test_validation_clips_have_as_noisy_asr_as_training_pairs(training, tmp_path):
+@pytest.fixture
+def clips(tmp_path):
+    """The clips of a shop folder, the same in training and validation: what is said, by clip id."""
     for name in ("mug", "hat"):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
     gallery = [{"gallery_id": name, "image": f"{name}.png", "title": name} for name in ("mug", "hat")]
@@ -51,6 +53,27 @@ def test_validation_clips_have_as_noisy_asr_as_training_pairs(training, tmp_path
     ]
     for name, rows in (("gallery", gallery), ("clips_train", clips), ("clips_val", clips)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return clips
+
+
+def test_validation_may_have_boxes_of_its_own(clips, training, tmp_path):
+    lines = [{"format": "rice-boxes", "version": 1, "dataset": "shop_clips"}]
+    lines += [
+        {"split": "validation", "clip_id": clip["query_id"], "num_frames": 1, "frames": [0],
+         "boxes": [[0.0, 0.0, 0.5, 0.5]], "scores": [0.9]}
+        for clip in clips
+    ]  # fmt: skip
+    (tmp_path / "boxes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = {"use_boxes": True, "validation_boxes_file": str(tmp_path / "boxes.jsonl")}
+    data = DataArguments(dataset=str(tmp_path), cache_dir=str(tmp_path / "cache"), **settings)
+    pairs, (queries, _, _) = load_views(data, dataclasses.replace(training, eval_strategy="epoch"))
+    assert all(boxes == [[0.0, 0.0, 0.5, 0.5]] for boxes in queries["boxes"]) and len(queries) == 16
+    assert not any(box for boxes in pairs["boxes"] for box in boxes or [])
+    with pytest.raises(ValueError, match="validation_boxes_file goes with use_boxes"):
+        DataArguments(dataset="mini_lpr4m", validation_boxes_file="boxes.jsonl")
+
+
+def test_validation_clips_have_as_noisy_asr_as_training_pairs(clips, training, tmp_path):
     training = dataclasses.replace(training, eval_strategy="epoch")
 
     def validation_asr(**settings) -> list[str]:
