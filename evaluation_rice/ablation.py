@@ -16,142 +16,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from tqdm.auto import tqdm
 
 from .breakdown import can_draw
-from .paired import draw_intervals, mean_interval, paired_difference, verdict
+from .paired import draw_intervals, hits_of, mean_interval, paired_difference, read_ranks, verdict
 from .report import percent, write_atomically
+from .study import KINDS, Comparison, Study, read_minutes, read_study, to_arguments
 
-KINDS = ("embedding", "matching", "fused")
-_KEYS = {"recipe", "render", "seeds", "max_minutes", "start", "train", "eval", "arms", "comparisons"}
-_ARM_KEYS = {"train", "eval", "model_of", "note"}
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One row of the study: what it changes in training and evaluation, or the arm whose model it evaluates anew."""
-
-    name: str
-    train: dict[str, Any] = field(default_factory=dict)
-    eval: dict[str, Any] = field(default_factory=dict)
-    model_of: str | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """`left` against `right`, each an arm and a kind of score."""
-
-    left: tuple[str, str]
-    right: tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Study:
-    """A study file. `start`, `train` and `eval` are arguments of train_rice.py and eval_rice.py."""
-
-    recipe: str
-    seeds: list[int]
-    max_minutes: float
-    start: dict[str, Any]
-    train: dict[str, Any]
-    eval: dict[str, Any]
-    arms: dict[str, Arm]
-    comparisons: list[Comparison]
-    render: dict[str, dict[str, Any]]
-
-
-def read_study(path: str | Path) -> Study:
-    """
-    Reads a study: `recipe`, `seeds`, `max_minutes`, `start`, `train`, `eval`, `arms`, `comparisons`, and `render`, the
-    mini LPR4M folders to render first with their arguments. Values are handed on as they are written.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: for broken YAML, an unknown key or a name that no arm has; the message names it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no study {path}")
-    try:
-        # All scalars as text: `no`, `1e-3` and `007` reach the command line as they were written.
-        content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"the study {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    _check_keys(content, _KEYS, f"the study {path}")
-    for key in ("recipe", "arms"):
-        if not content.get(key):
-            raise ValueError(f"the study {path} lacks {key!r}")
-    arms = {}
-    for name, arm in content["arms"].items():
-        arm = arm or {}
-        _check_keys(arm, _ARM_KEYS, f"arm {name!r} of {path}")
-        model_of = arm.get("model_of")
-        if model_of is not None and (arm.get("train") or model_of not in arms or arms[model_of].model_of):
-            raise ValueError(f"arm {name!r} of {path}: model_of must name an earlier arm that trains, without train")
-        arms[name] = Arm(name, arm.get("train") or {}, arm.get("eval") or {}, model_of, arm.get("note", ""))
-    try:
-        seeds = [int(seed) for seed in content.get("seeds", ["0", "1", "2"])]
-        max_minutes = float(content.get("max_minutes", "75"))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the study {path}: seeds are whole numbers, max_minutes is a number ({error})") from None
-    return Study(
-        recipe=content["recipe"],
-        seeds=seeds,
-        max_minutes=max_minutes,
-        start=content.get("start") or {},
-        train=content.get("train") or {},
-        eval=content.get("eval") or {},
-        arms=arms,
-        comparisons=[_comparison(entry, arms, path) for entry in content.get("comparisons") or []],
-        render=content.get("render") or {},
-    )
-
-
-def _check_keys(content: Any, known: set[str], where: str) -> None:
-    if not isinstance(content, dict):
-        raise ValueError(f"{where} must be a mapping with some of {', '.join(sorted(known))}")
-    unknown = sorted(set(content) - known)
-    if unknown:
-        raise ValueError(f"{where} has the unknown key {unknown[0]!r}; it may have {', '.join(sorted(known))}")
-
-
-def _comparison(entry: Any, arms: Mapping[str, Arm], path: Path) -> Comparison:
-    if not isinstance(entry, list) or len(entry) != 2:
-        raise ValueError(f"the study {path}: a comparison is [ARM/SCORE, ARM/SCORE], not {entry!r}")
-    sides = []
-    for side in entry:
-        name, _, kind = str(side).partition("/")
-        if name not in arms or kind not in KINDS:
-            raise ValueError(f"the study {path}: {side!r} is no ARM/SCORE; SCORE is one of {', '.join(KINDS)}")
-        sides.append((name, kind))
-    return Comparison(*sides)
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names: `{"model": {"use_decoder": "true"}}` -> `{"model.use_decoder": "true"}`."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
-def to_arguments(*settings: Mapping[str, Any]) -> list[str]:
-    """Command-line arguments of settings, where later ones override earlier ones name by name."""
-    merged: dict[str, Any] = {}
-    for part in settings:
-        merged |= flatten(part)
-    return [
-        text
-        for name, value in merged.items()
-        for text in [f"--{name}", *(value if isinstance(value, list) else [value])]
-    ]
+_REMEDY = "or choose another --output_dir"
 
 
 def cell_commands(study: Study, output_dir: str | Path, name: str, seed: int) -> list[list[str]]:
@@ -171,13 +48,60 @@ def cell_commands(study: Study, output_dir: str | Path, name: str, seed: int) ->
     return [[*train, *to_arguments(shared, study.train, arm.train)], evaluate]
 
 
-def _seconds(study: Study, output_dir: str | Path, name: str, seed: int) -> float | None:
-    """How long a finished cell took; `None` when it is not finished or was run with other settings."""
-    record = Path(output_dir) / name / f"seed{seed}" / "cell.json"
-    if not record.is_file():
+def _before(study: Study, name: str) -> list[str]:
+    """What a cell goes on from, the nearest first: the arm whose model it evaluates, the shared start."""
+    if name == "start":
+        return []
+    model_of = study.arms[name].model_of
+    return [*([model_of] if model_of else []), *(["start"] if study.start else [])]
+
+
+def _settings_of(study: Study, output_dir: str | Path, name: str, seed: int) -> dict[str, Any]:
+    """What a cell's result depends on: its commands, and those of what it goes on from."""
+    before = [cell_commands(study, output_dir, part, seed) for part in _before(study, name)]
+    return {"commands": cell_commands(study, output_dir, name, seed), "before": before}
+
+
+def _record(output_dir: str | Path, name: str, seed: int) -> dict[str, Any] | None:
+    """The cell.json of a cell that was begun; `before` is missing in those of former versions."""
+    path = Path(output_dir) / name / f"seed{seed}" / "cell.json"
+    if not path.is_file():
         return None
-    former = json.loads(record.read_text(encoding="utf-8"))
-    return former["seconds"] if former["commands"] == cell_commands(study, output_dir, name, seed) else None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        whole = isinstance(record["commands"], list) and isinstance(record["seconds"], int | float | None)
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is damaged: remove it, and the cell is run again.")
+    return record
+
+
+def _changed(study: Study, output_dir: str | Path, name: str, seed: int) -> str | None:
+    """Why the folder of a cell must not pass for one of this study, naming the folder with other settings."""
+    lineage = [name, *_before(study, name)]
+    records = {part: _record(output_dir, part, seed) for part in lineage}
+    settings = {part: _settings_of(study, output_dir, part, seed) for part in lineage}
+    folders = {part: Path(output_dir) / part / f"seed{seed}" for part in lineage}
+    begun = [part for part in lineage if records[part] is not None]
+    start = "" if name in begun else "not run: "
+    for part in begun:
+        if records[part]["commands"] == settings[part]["commands"]:
+            continue
+        if part == name or start:
+            return f"{start}{folders[part]} is of other settings: remove it {_REMEDY}"
+        return f"{folders[name]} goes on from {folders[part]}, which is of other settings: remove both {_REMEDY}"
+    for part in begun:
+        if records[part].get("before", settings[part]["before"]) != settings[part]["before"]:
+            parents = " or ".join(_before(study, part))
+            return f"{start}{folders[part]} went on from {parents} of other settings: remove it {_REMEDY}"
+    return None
+
+
+def _seconds(study: Study, output_dir: str | Path, name: str, seed: int) -> float | None:
+    """How long a finished cell took; `None` when it is not finished, or it or what it goes on from has changed."""
+    record = _record(output_dir, name, seed)
+    return None if record is None or _changed(study, output_dir, name, seed) else record["seconds"]
 
 
 class Runner:
@@ -187,70 +111,80 @@ class Runner:
         study: what to run.
         output_dir: where each cell has a folder `ARM/seedN` with its logs, model and results.
         jobs: cells run at once.
-        max_minutes: no cell is started that would, by the longest so far, end later than this.
+        max_minutes: no cell is started that would, by the longest so far, end later than this; with 0 nothing is
+            rendered either.
     """
 
     def __init__(self, study: Study, output_dir: str | Path, jobs: int = 1, max_minutes: float | None = None):
         self.study = study
         self.output_dir = Path(output_dir)
         self.jobs = jobs
-        self.deadline = time.monotonic() + 60 * (study.max_minutes if max_minutes is None else max_minutes)
+        self.minutes = study.max_minutes if max_minutes is None else max_minutes
+        self.deadline = time.monotonic() + 60 * self.minutes
         self.longest = 0.0
         self.problems: dict[tuple[str, int], str] = {}
 
     def run(self, arms: list[str] | None = None) -> None:
-        """Runs the named arms, by default all, for all seeds; a cell that fails is reported and the others go on."""
+        """
+        Runs the named arms, by default all, for all seeds; a cell that fails is reported and the others go on.
+
+        Raises:
+            ValueError: a cell.json is damaged; nothing was started.
+            RuntimeError: a data set cannot be rendered.
+        """
         chosen = [arm for arm in self.study.arms.values() if not arms or arm.name in arms]
         wanted = {arm.model_of for arm in chosen if arm.model_of} | {arm.name for arm in chosen}
-        for folder, settings in self.study.render.items():
-            command = [sys.executable, "-m", "data_rice.mini_lpr4m", "--output_dir", folder, *to_arguments(settings)]
-            self._call(command, self.output_dir / "render.log")
         names = ["start"] if self.study.start else []
         names += [name for name in self.study.arms if name in wanted]
         cells = [(name, seed) for name in names for seed in self.study.seeds]
+        # A damaged record is told before hours of work, and not when their tables are made.
+        for name in ("start", *self.study.arms):
+            for seed in self.study.seeds:
+                _record(self.output_dir, name, seed)
+        for folder, settings in self.study.render.items() if self.minutes > 0 else ():
+            command = [sys.executable, "-m", "data_rice.mini_lpr4m", "--output_dir", folder, *to_arguments(settings)]
+            self._call(command, self.output_dir / "render.log")
         running: dict[tuple[str, int], concurrent.futures.Future] = {}
         with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
             for name, seed in cells:
-                running[name, seed] = pool.submit(self._run_cell, name, seed, running.get((self._before(name), seed)))
+                # It is handed out earlier than the cell, which may therefore wait for it.
+                before = next(iter(_before(self.study, name)), None)
+                running[name, seed] = pool.submit(self._run_cell, name, seed, before, running.get((before, seed)))
             for cell in tqdm(cells, desc="cells", unit="cell"):
                 running[cell].result()
 
-    def _before(self, name: str) -> str:
-        """What a cell goes on from. It is handed out earlier than the cell, which may therefore wait for it."""
-        return "" if name == "start" else self.study.arms[name].model_of or "start"
-
-    def _run_cell(self, name: str, seed: int, before: concurrent.futures.Future | None) -> None:
+    def _run_cell(self, name: str, seed: int, before: str | None, awaited: concurrent.futures.Future | None) -> None:
         folder = self.output_dir / name / f"seed{seed}"
-        commands = cell_commands(self.study, self.output_dir, name, seed)
-        record = folder / "cell.json"
-        if record.is_file():
-            former = json.loads(record.read_text(encoding="utf-8"))
-            if former["commands"] != commands:
-                self.problems[name, seed] = f"{folder} is of other settings: remove it or choose another --output_dir"
-                return
-            if former["seconds"] is not None:
-                self.longest = max(self.longest, former["seconds"])
-                return
-        if before is not None:
-            before.result()
-            if _seconds(self.study, self.output_dir, self._before(name), seed) is None:
-                self.problems[name, seed] = f"not run: {self._before(name)} of seed {seed} is missing"
+        settings = _settings_of(self.study, self.output_dir, name, seed)
+        changed = _changed(self.study, self.output_dir, name, seed)
+        if changed:
+            self.problems[name, seed] = changed
+            return
+        finished = _seconds(self.study, self.output_dir, name, seed)
+        if finished is not None:
+            self.longest = max(self.longest, finished)
+            return
+        if awaited is not None:
+            awaited.result()
+            if _seconds(self.study, self.output_dir, before, seed) is None:
+                self.problems[name, seed] = f"not run: {before} of seed {seed} is missing"
                 return
         if time.monotonic() + self.longest > self.deadline:
             self.problems[name, seed] = "not run: no time left"
             return
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(record, json.dumps({"commands": commands, "seconds": None}, indent=2) + "\n")
+        record = folder / "cell.json"
+        write_atomically(record, json.dumps({**settings, "seconds": None}, indent=2) + "\n")
         started = time.monotonic()
         try:
-            for command in commands:
+            for command in settings["commands"]:
                 self._call(command, folder / f"{'eval' if 'eval_rice.py' in command else 'train'}.log")
         except RuntimeError as error:
             self.problems[name, seed] = f"failed: {error}"
             return
         seconds = time.monotonic() - started
         self.longest = max(self.longest, seconds)
-        write_atomically(record, json.dumps({"commands": commands, "seconds": seconds}, indent=2) + "\n")
+        write_atomically(record, json.dumps({**settings, "seconds": seconds}, indent=2) + "\n")
 
     def _call(self, command: list[str], log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -266,48 +200,129 @@ class Runner:
             raise RuntimeError(f"status {status}, see {log}: {last}")
 
 
-def read_hits(output_dir: str | Path, study: Study) -> dict[tuple[str, str], dict[int, np.ndarray]]:
-    """Hits at 1 of every finished cell: `(arm, kind of score) -> seed -> (num_queries,)`, queries sorted by id."""
-    hits: dict[tuple[str, str], dict[int, np.ndarray]] = {}
+@dataclass(frozen=True)
+class Answers:
+    """
+    What a finished cell answered.
+
+    Attributes:
+        query_ids: queries in order.
+        task: `task_sha256` of its results.json, `None` where there is none.
+        hits: kind of score -> hits at 1, `(num_queries,)`.
+    """
+
+    query_ids: list[str]
+    task: str | None
+    hits: dict[str, np.ndarray]
+
+    def unlike(self, other: "Answers") -> str:
+        """In what the questions differ, so that the hits must not be paired; empty where they are the same."""
+        if self.query_ids != other.query_ids:
+            return "different clips"
+        return "different galleries" if None not in (self.task, other.task) and self.task != other.task else ""
+
+
+def read_answers(folder: str | Path) -> Answers:
+    """
+    The query_ranks.jsonl of an evaluation, and of its results.json who searches what.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged; the message names it.
+    """
+    ranks, path = read_ranks(folder), Path(folder) / "results.json"
+    hits = {kind: hits_of(ranks, kind) for kind in KINDS}
+    hits = {kind: values for kind, values in hits.items() if values is not None}
+    if "embedding" not in hits:
+        raise ValueError(
+            f"{Path(folder) / 'query_ranks.jsonl'} lacks the embedding of a clip: run eval_rice.py again."
+        )
+    try:
+        task = json.loads(path.read_text(encoding="utf-8"))["protocol"].get("task_sha256") if path.is_file() else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no whole results file ({error}): run eval_rice.py again.") from error
+    return Answers(list(ranks), task, hits)
+
+
+def read_cells(study: Study, output_dir: str | Path) -> tuple[dict[str, dict[int, Answers]], dict]:
+    """Arm -> seed -> answers of every finished cell, and `(arm, seed)` -> why there are none, of the unreadable."""
+    answers: dict[str, dict[int, Answers]] = {}
+    problems: dict[tuple[str, int], str] = {}
     for name in study.arms:
         for seed in study.seeds:
             if _seconds(study, output_dir, name, seed) is None:
                 continue
-            ranks = Path(output_dir) / name / f"seed{seed}" / "eval" / "query_ranks.jsonl"
-            lines = ranks.read_text(encoding="utf-8").splitlines()
-            rows = sorted((json.loads(line) for line in lines), key=lambda row: row["query_id"])
-            for kind in KINDS:
-                if rows and kind in rows[0]:
-                    hits.setdefault((name, kind), {})[seed] = np.array([float(row[kind] == 1) for row in rows])
-    return hits
+            folder = Path(output_dir) / name / f"seed{seed}" / "eval"
+            try:
+                found = read_answers(folder)
+            except (ValueError, OSError) as error:
+                problems[name, seed] = str(error)
+                continue
+            first = next(iter(answers.get(name, {}).items()), (seed, found))
+            unlike = found.unlike(first[1])
+            if unlike:
+                problems[name, seed] = (
+                    f"{folder} has {unlike} than seed {first[0]}: run eval_rice.py again on the same."
+                )
+            else:
+                answers.setdefault(name, {})[seed] = found
+    return answers, problems
+
+
+def _compare(comparison: Comparison, answers: Mapping[str, Mapping[int, Answers]]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"left": "/".join(comparison.left), "right": "/".join(comparison.right)}
+    left, right = (
+        {seed: found for seed, found in answers.get(name, {}).items() if kind in found.hits}
+        for name, kind in (comparison.left, comparison.right)
+    )
+    seeds = [seed for seed in left if seed in right]
+    if not seeds:
+        return entry
+    unlike = next(filter(None, (left[seed].unlike(right[seed]) for seed in seeds)), "")
+    if unlike:
+        return entry | {"refused": unlike}
+    sides = zip((left, right), (comparison.left[1], comparison.right[1]), strict=True)
+    entry |= paired_difference(*({seed: side[seed].hits[kind] for seed in seeds} for side, kind in sides))
+    return entry | {"verdict": verdict(entry)}
 
 
 def summarise(study: Study, output_dir: str | Path, problems: Mapping[tuple[str, int], str]) -> dict:
-    """The figures of all finished cells and comparisons, and the cells that have none with the reason."""
-    hits = read_hits(output_dir, study)
-    rows = {}
-    for (name, kind), seeds in hits.items():
-        mean, interval = mean_interval(seeds)
-        by_seed = {str(seed): float(values.mean()) for seed, values in seeds.items()}
-        rows.setdefault(name, {})[kind] = {"R@1": mean, "R@1_ci95": interval, "by_seed": by_seed}
-    compared = []
-    for comparison in study.comparisons:
-        entry = {"left": "/".join(comparison.left), "right": "/".join(comparison.right)}
-        left, right = hits.get(comparison.left, {}), hits.get(comparison.right, {})
-        if set(left) & set(right):
-            entry |= paired_difference(left, right)
-            entry["verdict"] = verdict(entry)
-        compared.append(entry)
-    missing = [
-        {"arm": name, "seed": seed, "reason": problems.get((name, seed), "not run")}
-        for name in study.arms
-        for seed in study.seeds
-        if seed not in hits.get((name, "embedding"), {})
-    ]
+    """
+    The figures of all finished cells and comparisons, and the cells that have none with the reason.
+
+    Args:
+        study, output_dir: see `Runner`.
+        problems: reasons known from running, by arm and seed.
+
+    Raises:
+        ValueError: a cell.json is damaged.
+    """
+    answers, unreadable = read_cells(study, output_dir)
+    rows: dict[str, dict] = {}
+    for name, seeds in answers.items():
+        for kind in KINDS:
+            hits = {seed: found.hits[kind] for seed, found in seeds.items() if kind in found.hits}
+            if hits:
+                mean, interval = mean_interval(hits)
+                by_seed = {str(seed): float(values.mean()) for seed, values in hits.items()}
+                rows.setdefault(name, {})[kind] = {"R@1": mean, "R@1_ci95": interval, "by_seed": by_seed}
     names = [*(["start"] if study.start else []), *study.arms]
-    cells = {f"{name}/seed{seed}": _seconds(study, output_dir, name, seed) for name in names for seed in study.seeds}
-    seconds = {cell: value for cell, value in cells.items() if value is not None}
-    return {"arms": rows, "comparisons": compared, "not_run": missing, "seconds": seconds}
+    cells = {(name, seed): _seconds(study, output_dir, name, seed) for name in names for seed in study.seeds}
+    reasons = {**problems, **unreadable}
+    missing = [
+        {
+            "arm": cell[0],
+            "seed": cell[1],
+            "reason": reasons.get(cell) or _changed(study, output_dir, *cell) or "not run",
+        }
+        for cell, seconds in cells.items()
+        if seconds is None or cell in unreadable
+    ]
+    return {
+        "arms": rows,
+        "comparisons": [_compare(comparison, answers) for comparison in study.comparisons],
+        "not_run": missing,
+        "seconds": {f"{name}/seed{seed}": value for (name, seed), value in cells.items() if value is not None},
+    }
 
 
 def to_markdown(study: Study, summary: Mapping) -> str:
@@ -337,7 +352,7 @@ def to_markdown(study: Study, summary: Mapping) -> str:
     for entry in summary["comparisons"]:
         title = f"{entry['left']} against {entry['right']}"
         if "difference" not in entry:
-            lines.append(f"| {title} | not run | | | | |")
+            lines.append(f"| {title} | {entry.get('refused', 'not run')} | | | | |")
             continue
         low, high = entry["ci95"]
         by_seed = ", ".join(f"{100 * value:+.1f}" for value in entry["by_seed"])
@@ -369,14 +384,28 @@ def main(arguments: list[str] | None = None) -> None:
         for script in ("train_rice.py", "eval_rice.py"):
             if not Path(script).is_file():
                 raise FileNotFoundError(f"there is no {script} here: run this in the project's folder")
+        if options.max_minutes is not None:
+            read_minutes(options.max_minutes, "--max_minutes")
         output = Path(options.output_dir or Path("runs") / Path(options.study).stem)
+        blocked = next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None)
+        if blocked:
+            raise ValueError(f"--output_dir {output}: {blocked} is a file, so choose another folder")
         runner = Runner(study, output, options.jobs, options.max_minutes)
         runner.run(options.arms)
+        summary = summarise(study, output, runner.problems)
+        text = to_markdown(study, summary)
+        files = _write(output, summary, text)
     except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    summary = summarise(study, output, runner.problems)
+    print(text)
+    print(f"written to {output}: {files}")
+    if any(not cell["reason"].startswith("not run") for cell in summary["not_run"]):
+        sys.exit(1)
+
+
+def _write(output: Path, summary: Mapping, text: str) -> str:
+    """Writes the summary as JSON, Markdown and picture; says which files these are."""
     output.mkdir(parents=True, exist_ok=True)
-    text = to_markdown(study, summary)
     write_atomically(output / "ablation.json", json.dumps(summary, indent=2) + "\n")
     write_atomically(output / "ablation.md", text)
     rows = [
@@ -384,13 +413,12 @@ def main(arguments: list[str] | None = None) -> None:
         for name, figures in summary["arms"].items()
         for kind in figures
     ]
-    if rows and can_draw():
-        draw_intervals(output / "ablation.png", rows, "R@1 in percent, 95 % interval over queries")
-    print(text)
-    plot = "ablation.png" if can_draw() else "but no ablation.png, which needs matplotlib"
-    print(f"written to {output}: ablation.json, ablation.md, {plot}")
-    if any(not problem.startswith("not run") for problem in runner.problems.values()):
-        sys.exit(1)
+    if not rows:
+        return "ablation.json, ablation.md, but no ablation.png, as there is no result yet"
+    if not can_draw():
+        return "ablation.json, ablation.md, but no ablation.png, which needs matplotlib"
+    draw_intervals(output / "ablation.png", rows, "R@1 in percent, 95 % interval over queries")
+    return "ablation.json, ablation.md, ablation.png"
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from .frames import clip_frames
 from .heatmap import Region, has_maps, seen_region
 from .protocol import RetrievalTask
 from .recall import bootstrap_interval
-from .report import percent, write_atomically
+from .report import percent
 from .retrieval import has_decoder
+from .table import check_output, write_output
 
 MAPS = {
     "score": "attention that the score is made of",
@@ -212,6 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--model", required=True, help="checkpoint folder, or the id of a published model")
     add("--dataset", required=True, help="mini_lpr4m, lpr4m, shop_clips, or a folder in one of their layouts")
     add("--data_dir", help="folder of the data set's files")
+    add("--cache_dir", help="where the data set's tables are cached")
     add("--split", default="test", choices=("validation", "test"))
     add("--num_clips", type=int, default=400, help="clips with boxes to measure, evenly spaced; default 400")
     add("--device", help="such as cpu or cuda; default: cuda where there is one")
@@ -225,15 +227,18 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if options.num_clips < 1:
             raise ValueError(f"--num_clips must be at least 1, got {options.num_clips}")
+        if options.output:
+            check_output(options.output)
         model, processor = load_model(options.model, options.device)
         reads_text = getattr(model.config, "text_config", None) is not None
         dataset, split, folder = options.dataset, options.split, options.data_dir
-        views = [load_dataset_view(dataset, view, split, folder) for view in ("queries", "gallery")]
+        cache = options.cache_dir
+        views = [load_dataset_view(dataset, view, split, folder, cache) for view in ("queries", "gallery")]
         scope = gallery_scope(dataset, folder)
         collator = RiceCollator(processor, use_text=reads_text)
         result = measure(model, collator, *views, scope=scope, num_clips=options.num_clips)
         if options.output:
-            write_atomically(options.output, json.dumps({**vars(options), **result}, indent=1) + "\n")
+            write_output(options.output, json.dumps({**vars(options), **result}, indent=1) + "\n")
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
     summary = result["summary"]

@@ -15,38 +15,10 @@ from typing import Any
 import numpy as np
 
 from .paired import paired_difference, verdict
-from .report import percent, write_atomically
-from .table import Entry, check_alike, read_entry
+from .report import percent
+from .table import check_alike, check_output, read_folder, read_hits, write_output
 
 SHOWN = 5
-
-
-def read_hits(entry: Entry, score: str) -> tuple[list[str], dict[str, np.ndarray]]:
-    """
-    Query ids in order, and hits at 1 of each seed, 1.0 or 0.0, `(num_queries,)`, by the name of the seed's folder.
-
-    Raises:
-        FileNotFoundError: a folder has no query_ranks.jsonl.
-        ValueError: a file is broken, holds other clips than the first, or has no such score.
-    """
-    ids, hits = [], {}
-    for folder in entry.folders:
-        path = folder / "query_ranks.jsonl"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: run eval_rice.py again.")
-        try:
-            rows = sorted(map(json.loads, path.read_text(encoding="utf-8").splitlines()), key=lambda r: r["query_id"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not whole ({error}): run eval_rice.py again.") from error
-        lacking = next((row["query_id"] for row in rows if score not in row), None)
-        if lacking is not None or not rows:
-            known = ", ".join(name for name in (rows or [{}])[0] if name != "query_id")
-            raise ValueError(f"{path} has no score {score!r} of every clip, but {known or 'no clips'}: name one.")
-        names = [row["query_id"] for row in rows]
-        if ids and names != ids:
-            raise ValueError(f"{path} is of other clips than {entry.folders[0]}: evaluate both on the same.")
-        ids, hits[folder.parent.name] = names, np.array([float(row[score] == 1) for row in rows])
-    return ids, hits
 
 
 def group_gains(
@@ -139,7 +111,7 @@ def compare(
     cache_dir: str | None = None,
 ) -> dict[str, Any]:
     """
-    Two finished evaluations, each as `evaluation_rice.table.read_entry` takes it.
+    Two finished evaluations, each as `evaluation_rice.table.read_folder` takes it.
 
     Returns:
         `all` (see `paired_difference`), `groups` (see `group_gains`) and `answers` (see `one_sided`).
@@ -148,10 +120,12 @@ def compare(
         FileNotFoundError, ValueError: a side has no results, they are of unlike protocols, have no such score or no
             seed in common, or the data set cannot be read.
     """
-    entries = [read_entry(side) for side in (left, right)]
+    entries = [read_folder(side) for side in (left, right)]
     for side, entry in zip((left, right), entries, strict=True):
         if not entry.folders:
-            raise FileNotFoundError(f"{side} has no results.json: run eval_rice.py.")
+            raise FileNotFoundError(
+                f"{side} has no results.json: name the folder of an evaluation by eval_rice.py, or of an arm."
+            )
     check_alike(entries)
     (ids, ours), (others, theirs) = (
         read_hits(entry, kind) for entry, kind in zip(entries, (score, right_score or score), strict=True)
@@ -206,9 +180,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     settings = {name: value for name, value in vars(options).items() if name != "output"}
     try:
+        if options.output:
+            check_output(options.output)
         result = compare(**settings)
         if options.output:
-            write_atomically(options.output, json.dumps({**settings, **result}, indent=1) + "\n")
+            write_output(options.output, json.dumps({**settings, **result}, indent=1) + "\n")
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
     print(format_gains(result))

@@ -5,7 +5,43 @@ from pathlib import Path
 
 import numpy as np
 
+from data_rice.parsing import read_json_lines
+
 from .recall import bootstrap_interval
+
+
+def read_ranks(folder: str | Path) -> dict[str, dict[str, int | None]]:
+    """
+    The query_ranks.jsonl of an evaluation: query id -> kind of score -> rank, in order of the ids.
+
+    Raises:
+        FileNotFoundError: the folder has none.
+        ValueError: it is damaged, empty, or has a query twice.
+    """
+    path = Path(folder) / "query_ranks.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run eval_rice.py again.")
+    ranks = {}
+    try:
+        for number, row in read_json_lines(path):
+            query = row.pop("query_id", None)
+            if not isinstance(query, str) or query in ranks:
+                raise ValueError(
+                    f"{path}, line {number}: {'no query_id' if query not in ranks else f'{query!r} twice'}"
+                )
+            ranks[query] = row
+    except ValueError as error:
+        raise ValueError(f"{str(error).rstrip('.')}: run eval_rice.py again.") from error
+    if not ranks:
+        raise ValueError(f"{path} holds no clips: run eval_rice.py again.")
+    return dict(sorted(ranks.items()))
+
+
+def hits_of(ranks: Mapping[str, Mapping[str, int | None]], kind: str) -> np.ndarray | None:
+    """Hits at 1 of `read_ranks`, 1.0 or 0.0, `(num_queries,)`; `None` where a query has no score of this kind."""
+    if any(kind not in row for row in ranks.values()):
+        return None
+    return np.array([float(row[kind] == 1) for row in ranks.values()])
 
 
 def mean_interval(hits: Mapping[int, np.ndarray]) -> tuple[float, list[float]]:

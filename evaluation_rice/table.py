@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .model_card import breakdown_table, dataset_name, gallery_words
-from .paired import mean_interval
+from .paired import hits_of, mean_interval, read_ranks
 from .pretrained_baselines import FAMILIES
 from .report import TITLES, markdown_table, percent, shown_scores, write_atomically
 
@@ -50,16 +50,25 @@ def read_entry(argument: str) -> Entry:
         ValueError: a results.json is cut short.
     """
     title, _, folder = argument.rpartition("=")
+    entry = read_folder(folder, title)
+    if entry.folders or title:
+        return entry
+    raise FileNotFoundError(f"{folder} has no results.json: run eval_rice.py, or name the row as TITLE={folder}.")
+
+
+def read_folder(folder: str | Path, title: str = "") -> Entry:
+    """
+    The results of an evaluation or of an arm with seeds; those of none where there are none.
+
+    Raises:
+        ValueError: a results.json is cut short.
+    """
     path = Path(folder)
     folders = [path] if (path / "results.json").is_file() else []
     folders = folders or sorted(file.parent for file in path.glob("seed*/eval/results.json"))
     folders = folders or ([path / "eval"] if (path / "eval" / "results.json").is_file() else [])
-    if not folders:
-        if title:
-            return Entry(title)
-        raise FileNotFoundError(f"{folder} has no results.json: run eval_rice.py, or name the row as TITLE={folder}.")
     results = tuple(_read(file / "results.json") for file in folders)
-    return Entry(title or _title(path, results[0]), tuple(folders), results)
+    return Entry(title or (_title(path, results[0]) if results else str(path)), tuple(folders), results)
 
 
 def _read(path: Path) -> dict:
@@ -104,21 +113,32 @@ def check_alike(entries: Sequence[Entry]) -> None:
                     )
 
 
-def _hits(entry: Entry, kind: str) -> dict[int, np.ndarray]:
-    """Hits at 1 by seed, queries sorted by id."""
-    hits = {}
-    for seed, folder in enumerate(entry.folders):
-        lines = (folder / "query_ranks.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = sorted((json.loads(line) for line in lines), key=lambda row: row["query_id"])
-        hits[seed] = np.array([float(row[kind] == 1) for row in rows])
-    return hits
+def read_hits(entry: Entry, kind: str) -> tuple[list[str], dict[str, np.ndarray]]:
+    """
+    Query ids in order, and hits at 1 of each seed, 1.0 or 0.0, `(num_queries,)`, by the name of the seed's folder.
+
+    Raises:
+        FileNotFoundError: a folder has no query_ranks.jsonl.
+        ValueError: a file is broken, holds other clips than the first, or has no such score.
+    """
+    ids, hits = [], {}
+    for folder in entry.folders:
+        path, ranks = folder / "query_ranks.jsonl", read_ranks(folder)
+        values, names = hits_of(ranks, kind), list(ranks)
+        if values is None:
+            known = ", ".join(next(iter(ranks.values()))) or "none"
+            raise ValueError(f"{path} has no score {kind!r} of every clip, but {known}: name one.")
+        if ids and names != ids:
+            raise ValueError(f"{path} is of other clips than {entry.folders[0]}: evaluate both on the same.")
+        ids, hits[folder.parent.name] = names, values
+    return ids, hits
 
 
 def _figures(entry: Entry, kind: str) -> dict:
     """R@k as the mean over seeds, and the interval of R@1 with a query's seeds drawn together."""
     scores = [results["scores"][kind] for results in entry.results]
     figures = {name: float(np.mean([s[name] for s in scores])) for name, value in scores[0].items() if "_" not in name}
-    interval = scores[0].get("R@1_ci95") if len(scores) == 1 else mean_interval(_hits(entry, kind))[1]
+    interval = scores[0].get("R@1_ci95") if len(scores) == 1 else mean_interval(read_hits(entry, kind)[1])[1]
     return {**figures, "R@1_ci95": interval}
 
 
@@ -239,6 +259,36 @@ def _time_words(entries: Sequence[Entry]) -> str:
     return words + ", ".join(places) + ("; not comparable across these." if len(places) > 1 else ".")
 
 
+def check_output(path: str | Path) -> None:
+    """
+    Refuses a file that cannot be written there, before the work.
+
+    Raises:
+        ValueError: it is a folder, or in something that is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder: name a file in it.")
+    blocked = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
+    if blocked:
+        raise ValueError(f"--output {path} cannot be written, as {blocked} is a file: name another folder.")
+
+
+def write_output(path: str | Path, text: str) -> None:
+    """
+    Writes the file of `--output`, with its folder.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    check_output(path)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+    except OSError as error:
+        raise ValueError(f"--output {path} cannot be written ({error.strerror}): name another file.") from error
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m evaluation_rice.table",
@@ -249,10 +299,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only_run", action="store_true", help="do not list published models that were not run")
     options = parser.parse_args(arguments)
     try:
+        if options.output:
+            check_output(options.output)
         text = markdown([read_entry(argument) for argument in options.results], not options.only_run)
         if options.output:
-            Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(options.output, text)
+            write_output(options.output, text)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(text)

@@ -156,16 +156,32 @@ def test_intervals_are_over_clips_and_differences_paired():
 
 @pytest.fixture
 def command(collator, shop, tmp_path, monkeypatch):
-    def call(model):
+    def call(model, *arguments):
         monkeypatch.setattr("retrieval_rice.loading.load_model", lambda path, device: (model, None))
         monkeypatch.setattr("data_rice.collator.RiceCollator", lambda processor, use_text: collator)
-        monkeypatch.setattr("data_rice.load_dataset_view", lambda name, view, *_, **__: getattr(shop, view))
+        monkeypatch.setattr("data_rice.load_dataset_view", view_of)
         monkeypatch.setattr("data_rice.gallery_scope", lambda *_: "live")
         output = tmp_path / "attention.json"
-        attention.main(["--model", "m", "--dataset", "d", "--output", str(output)])
+        attention.main(["--model", "m", "--dataset", "d", "--output", str(output), *arguments])
         return json.loads(output.read_text())
 
+    def view_of(name, view, split="train", data_dir=None, cache_dir=None):
+        call.caches.append(cache_dir)
+        return getattr(shop, view)
+
+    call.caches = []
     return call
+
+
+def test_the_cache_is_where_it_is_told_to_be(command):
+    command(Looking(), "--cache_dir", "elsewhere")
+    assert command.caches == ["elsewhere", "elsewhere"]
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(command, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        command(None, "--output", str(tmp_path))
+    assert end.value.code == 2 and f"--output {tmp_path} is a folder" in capsys.readouterr().err
 
 
 def test_the_command_prints_a_table_and_writes_json(command, capsys):

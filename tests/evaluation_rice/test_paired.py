@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from evaluation_rice.paired import draw_intervals, mean_interval, paired_difference, verdict
+from evaluation_rice.paired import draw_intervals, hits_of, mean_interval, paired_difference, read_ranks, verdict
 
 
 def hits(*rows):
@@ -60,6 +60,31 @@ def test_no_difference():
 def test_unlike_runs_are_refused(left, right, words):
     with pytest.raises(ValueError, match=words):
         paired_difference(left, right)
+
+
+def test_ranks_are_in_order_of_the_ids(tmp_path):
+    # A line separator of Unicode in an id ends no line.
+    (tmp_path / "query_ranks.jsonl").write_text(
+        '{"query_id": "b\u2028", "embedding": 2, "fused": 1}\n{"query_id": "a", "embedding": 1}\n', encoding="utf-8"
+    )
+    ranks = read_ranks(tmp_path)
+    assert list(ranks) == ["a", "b\u2028"]
+    assert hits_of(ranks, "embedding").tolist() == [1.0, 0.0]
+    assert hits_of(ranks, "fused") is None
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "holds no clips"),
+        ('{"query_id": "a"}\n' * 2, "line 2: 'a' twice"),
+        ("[]", "line 1: expected a JSON object"),
+    ],
+)
+def test_ranks_that_are_damaged(tmp_path, content, words):
+    (tmp_path / "query_ranks.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=f"query_ranks.jsonl.*{words}.*: run eval_rice.py again"):
+        read_ranks(tmp_path)
 
 
 def test_no_runs():

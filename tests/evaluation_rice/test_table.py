@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -80,6 +81,27 @@ def test_unlike_protocols_are_refused(write, change, words):
         table.markdown(entries)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "query_ranks.jsonl is missing: run eval_rice.py again."),
+        ('{"query_id": "a", "embedding": 1', "query_ranks.jsonl, line 1: not valid JSON .*: run eval_rice.py again."),
+        ('{"embedding": 1}', "query_ranks.jsonl, line 1: no query_id: run eval_rice.py again."),
+        ('{"query_id": "q0", "matching": 1}', "has no score 'embedding' of every clip, but matching: name one."),
+        ('{"query_id": "q0", "embedding": 1}', "query_ranks.jsonl is of other clips than"),
+    ],
+)
+def test_hits_that_cannot_be_read_are_named(write, tmp_path, capsys, content, words):
+    write("arm/seed0/eval")
+    path = tmp_path / "arm/seed1/eval/query_ranks.jsonl"
+    write("arm/seed1/eval")
+    path.write_text(content) if content else path.unlink()
+    with pytest.raises(SystemExit) as stop:
+        table.main([str(tmp_path / "arm")])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "seed1" in message and message.count("\n") == 1 and re.search(words, message)
+
+
 def test_boxes_and_frames_may_differ_and_are_shown(write):
     entries = [table.read_entry(write("one")), table.read_entry(write("two", boxes="detector", num_frames=10))]
     text = table.markdown(entries)
@@ -121,6 +143,8 @@ def test_the_command_writes_the_table_and_tells_mistakes(write, tmp_path, capsys
         ([str(tmp_path / "gone")], "has no results.json"),
         ([str(tmp_path / "cut")], "no whole results file"),
         ([f"Later={tmp_path / 'gone'}"], "there is no result yet"),
+        ([folder, "--output", str(tmp_path)], f"--output {tmp_path} is a folder: name a file in it."),
+        ([folder, "--output", f"{folder}/results.json/a/b.md"], f"as {folder}/results.json is a file: name another"),
     ):
         with pytest.raises(SystemExit) as stop:
             table.main(arguments)
