@@ -75,7 +75,8 @@ def one_sided(ids: Sequence[str], left: Mapping[Any, np.ndarray], right: Mapping
 
 def load_groups(results: Mapping, ids: Sequence[str], data_dir: str | None, cache_dir: str | None) -> dict[str, list]:
     """
-    The groups of the queries with these ids, from the data set that results.json names; no picture is opened.
+    The groups of the queries with these ids, from the data set that results.json names; no picture is opened. Head and
+    tail go by the training rows of the evaluated model, or of that data set where no model says.
 
     Raises:
         FileNotFoundError, ValueError: the data set is not there, or its clips are others.
@@ -84,6 +85,7 @@ def load_groups(results: Mapping, ids: Sequence[str], data_dir: str | None, cach
 
     from .breakdown import train_rows_by_category
     from .protocol import query_groups
+    from .training_record import trained_on
 
     dataset = results["dataset"]
     queries = load_dataset_view(dataset, "queries", results["protocol"]["split"], data_dir, cache_dir)
@@ -94,7 +96,7 @@ def load_groups(results: Mapping, ids: Sequence[str], data_dir: str | None, cach
             f"--data_dir."
         )
     try:
-        train_rows = train_rows_by_category(dataset, data_dir, cache_dir)
+        train_rows = train_rows_by_category(*(trained_on(results.get("model")) or (dataset, data_dir)), cache_dir)
     except (ValueError, OSError) as error:
         print(f"no groups by head and tail: the training rows cannot be counted ({' '.join(str(error).split())})")
         train_rows = None

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -30,11 +31,11 @@ def shop(tmp_path):
 def write(tmp_path, shop):
     """Writes an evaluation: hits by embedding, and misses by all that is fused."""
 
-    def save(name, hits, task="abc"):
+    def save(name, hits, task="abc", **more):
         folder = tmp_path / name
         folder.mkdir(parents=True)
         protocol = {"split": "test", "task_sha256": task}
-        results = {"protocol": protocol, "num_queries": len(hits), "scores": {}, "dataset": str(shop)}
+        results = {"protocol": protocol, "num_queries": len(hits), "scores": {}, "dataset": str(shop), **more}
         (folder / "results.json").write_text(json.dumps(results))
         rows = [{"query_id": f"q{i}", "embedding": 1 if hit else 2, "fused": None} for i, hit in enumerate(hits)]
         (folder / "query_ranks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
@@ -75,6 +76,19 @@ def test_groups_are_those_of_the_evaluated_clips(write):
     assert [(row["group"], row["difference"]) for row in result["groups"]] == [("mug", 1.0), ("lamp", 0.0)]
     assert result["all"]["difference"] == 0.5
     assert [query["query_id"] for query in result["answers"]["left_queries"]] == ["q0", "q1"]
+
+
+def test_head_and_tail_are_those_of_the_models_training_data(write, shop, tmp_path):
+    """The evaluated folder has no training clips; the model saw mugs alone."""
+    own = shutil.copytree(shop, tmp_path / "own")
+    clip = json.loads((own / "clips_test.jsonl").read_text().splitlines()[0])
+    (own / "clips_train.jsonl").write_text(json.dumps(clip | {"query_id": "t0", "category": "mug"}) + "\n")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "train_arguments.json").write_text(json.dumps({"dataset": "shop_clips", "data_dir": str(own)}))
+    one, two = (write(name, [1, 1, 0, 1], model=str(model)) for name in ("one", "two"))
+    groups = compare(one, two, "embedding")["groups"]
+    assert {row["group"] for row in groups if row["column"] == "head_tail"} == {"head", "not in training"}
 
 
 def test_seeds_are_paired_by_name(write, tmp_path):
