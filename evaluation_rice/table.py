@@ -252,7 +252,9 @@ def _recall(figures: Mapping, columns: Sequence[str]) -> list[str]:
 def _time_words(entries: Sequence[Entry]) -> str:
     """Times of unlike machines must not pass for a comparison."""
     speeds = [results["speed"] for entry in entries for results in entry.results if results.get("speed")]
-    places = dict.fromkeys(f"{speed['device']} with {speed['threads']} thread{'s' * (speed['threads'] != 1)}" for speed in speeds)
+    places = dict.fromkeys(
+        f"{speed['device']} with {speed['threads']} thread{'s' * (speed['threads'] != 1)}" for speed in speeds
+    )
     if not places:
         return ""
     words = " Times: encoding without decoding, as measured in each run, on "
