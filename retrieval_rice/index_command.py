@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--approximate", choices=("hnsw", "ivfpq"), help="also build a FAISS index, for hundreds of thousands")
     add("--calibrate", metavar="DATASET", default="auto", help="data set whose validation clips to fit confidences "
         "on; auto: the shop's own, none: do not (default: %(default)s)")  # fmt: skip
+    add("--boxes_file", help="box file of those validation clips (docs/data.md), for an index that will be searched "
+        "with the boxes of a detector; default: without boxes")  # fmt: skip
     add("--presence_prior", type=float, help="share of clips in use that show a product of the shop (default: 0.9)")
     add("--false_accept_rate", type=float, help="be strict: share of clips without their product that may be "
         "answered with one, such as 0.05; default: answer what is likelier right than wrong")  # fmt: skip
@@ -61,8 +63,12 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(
             "--presence_prior and --false_accept_rate belong to a calibration; leave out --calibrate none."
         )
+    if options.calibrate == "none" and options.boxes_file is not None:
+        raise ValueError("--boxes_file belongs to a calibration; leave out --calibrate none.")
     rows, is_data_set = shop_rows(options)
     model, processor = load_model(options.model, options.device)
+    if options.boxes_file is not None and not model.config.accepts_patch_mask:
+        raise ValueError(f"--boxes_file: the encoder of {options.model} takes no patch mask; leave it out.")
     index = GalleryIndex.build(
         model,
         processor,
@@ -161,9 +167,13 @@ def _decision(options: argparse.Namespace) -> dict:
 
 
 def _is_calibrated(index, options: argparse.Namespace) -> bool:
-    """Whether the index was calibrated before, as it is asked for now."""
+    """Whether the index was calibrated before, as it is asked for now; with which boxes is not kept."""
     asked = _decision(options)
-    return index.calibration is not None and asked == {name: getattr(index.calibration, name) for name in asked}
+    return (
+        index.calibration is not None
+        and options.boxes_file is None
+        and asked == {name: getattr(index.calibration, name) for name in asked}
+    )
 
 
 def _calibrate(index, options: argparse.Namespace, is_data_set: bool) -> bool:
@@ -180,19 +190,20 @@ def _calibrate(index, options: argparse.Namespace, is_data_set: bool) -> bool:
             return False
         dataset, source = options.shop, _source(options)
     try:
-        queries, gallery = (
-            load_dataset_view(dataset, view, "validation", **source) for view in ("queries", "gallery")
-        )
+        boxes = {} if options.boxes_file is None else {"boxes_file": options.boxes_file}
+        queries = load_dataset_view(dataset, "queries", "validation", **source, **boxes)
+        gallery = load_dataset_view(dataset, "gallery", "validation", **source)
         reading = {"batch_size": options.batch_size, "num_workers": options.num_workers}
         shop = GalleryIndex.build(index.model, index.processor, gallery, dtype=options.dtype, **reading)
         report = shop.calibrate(
             queries,
             **_decision(options),
             rerank=options.rerank,
+            use_boxes=bool(boxes),
             num_workers=options.num_workers,
         )
     except (ValueError, FileNotFoundError) as error:
-        if options.calibrate != "auto":
+        if options.calibrate != "auto" or options.boxes_file is not None:
             raise
         print(f"confidences are not calibrated{again}: {error}")
         return False

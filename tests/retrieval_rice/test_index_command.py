@@ -61,9 +61,33 @@ def test_another_decision_is_fitted_anew_and_the_same_one_kept(shop, checkpoint,
     assert GalleryIndex.load(output, shop.model).calibration.presence_prior == 0.7
 
 
+def test_confidences_may_be_those_of_a_detectors_boxes(shop, checkpoint, tmp_path, capsys):
+    write_shop(shop, tmp_path / "shop")
+    lines = [{"format": "rice-boxes", "version": 1, "dataset": "shop_clips"}]
+    lines += [
+        {"split": "validation", "clip_id": f"c{i}", "num_frames": 1, "frames": [0], "boxes": [[0, 0, 0.5, 0.5]],
+         "scores": [0.9]}
+        for i in range(24)
+    ]  # fmt: skip
+    boxes = tmp_path / "boxes.jsonl"
+    boxes.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = (tmp_path / "shop", "--model", checkpoint, "--cache_dir", tmp_path / "cache")
+    fitted = []
+    for name, options in (("plain", ()), ("boxes", ("--boxes_file", boxes))):
+        assert run(*arguments, "--output", tmp_path / name, *options) == 0
+        fitted.append(GalleryIndex.load(tmp_path / name, shop.model).calibration)
+    assert fitted[0].weights != fitted[1].weights
+    boxes.write_text("".join(json.dumps(line) + "\n" for line in lines[:9]))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run(*arguments, "--output", tmp_path / "boxes", "--boxes_file", boxes)
+    assert end.value.code == 2 and "has no boxes for 16 clips of the validation split" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
+        (("--boxes_file", "boxes.jsonl", "--calibrate", "none"), "--boxes_file belongs to a calibration"),
         (("--presence_prior", "1"), "presence_prior must be above 0 and below 1, got 1.0"),
         (("--false_accept_rate", "5"), "false_accept_rate must be at least 0 and below 1, got 5.0"),
         (("--presence_prior", "0.5", "--calibrate", "none"), "leave out --calibrate none"),
