@@ -21,9 +21,8 @@ from .frames import clip_frames
 from .heatmap import Region, has_maps, seen_region
 from .protocol import RetrievalTask
 from .recall import bootstrap_interval
-from .report import percent
+from .report import check_output, percent, write_output
 from .retrieval import has_decoder
-from .table import check_output, write_output
 
 MAPS = {
     "score": "attention that the score is made of",

@@ -178,8 +178,8 @@ def fit_text_weight(
         np.asarray(visual, dtype=np.float64) + weights[:, None] * np.asarray(text, dtype=np.float64)
         for visual, text in zip(visual_scores, text_scores)
     )
-    best, curve = _best_weight(weights, summed, relevant)
-    best_recall = next(point["R@1"] for point in curve if point["weight"] == best)
+    _, curve = _best_weight(weights, summed, relevant)
+    best_recall = max(point["R@1"] for point in curve)
     standard_error = (best_recall * (1 - best_recall) / len(relevant)) ** 0.5
     return next(point["weight"] for point in curve if point["R@1"] >= best_recall - standard_error), curve
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from .paired import paired_difference, verdict
-from .report import percent
-from .table import check_alike, check_output, read_folder, read_hits, write_output
+from .report import check_output, percent, write_output
+from .table import check_alike, read_folder, read_hits
 
 SHOWN = 5
 

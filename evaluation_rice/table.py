@@ -19,7 +19,7 @@ import numpy as np
 from .model_card import breakdown_table, dataset_name, gallery_words
 from .paired import hits_of, mean_interval, read_ranks
 from .pretrained_baselines import FAMILIES
-from .report import TITLES, markdown_table, percent, shown_scores, write_atomically
+from .report import TITLES, check_output, markdown_table, percent, shown_scores, write_output
 
 KINDS = ("embedding", "matching", "fused")
 NOT_RUN = "not run"
@@ -259,36 +259,6 @@ def _time_words(entries: Sequence[Entry]) -> str:
         return ""
     words = " Times: encoding without decoding, as measured in each run, on "
     return words + ", ".join(places) + ("; not comparable across these." if len(places) > 1 else ".")
-
-
-def check_output(path: str | Path) -> None:
-    """
-    Refuses a file that cannot be written there, before the work.
-
-    Raises:
-        ValueError: it is a folder, or in something that is none.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"--output {path} is a folder: name a file in it.")
-    blocked = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
-    if blocked:
-        raise ValueError(f"--output {path} cannot be written, as {blocked} is a file: name another folder.")
-
-
-def write_output(path: str | Path, text: str) -> None:
-    """
-    Writes the file of `--output`, with its folder.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
-    check_output(path)
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
-    except OSError as error:
-        raise ValueError(f"--output {path} cannot be written ({error.strerror}): name another file.") from error
 
 
 def main(arguments: list[str] | None = None) -> None:

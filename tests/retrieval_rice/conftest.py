@@ -14,6 +14,28 @@ from processing_rice import build_processor, train_tokenizer
 
 
 @pytest.fixture(scope="session")
+def save_detector():
+    """A function that saves an untrained detector in a folder and returns its path."""
+    from retrieval_rice.detector.product_detector import build_detector
+
+    def save(folder, seed: int = 0) -> str:
+        torch.manual_seed(seed)
+        model, processor = build_detector(32)
+        model.config.score_threshold = 0.0
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        return str(folder)
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def detector_dir(tmp_path_factory, save_detector):
+    """An untrained detector, one for the tests of a file."""
+    return save_detector(tmp_path_factory.mktemp("detector"))
+
+
+@pytest.fixture(scope="session")
 def index_processor():
     return build_processor(train_tokenizer(["a red mug", "blue shoe"] * 20, vocab_size=400), 32, 8, 2)
 

@@ -86,18 +86,6 @@ def cache(tmp_path_factory):
     return str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(scope="module")
-def detector_dir(tmp_path_factory):
-    """An untrained detector."""
-    folder = tmp_path_factory.mktemp("detector")
-    torch.manual_seed(0)
-    model, processor = build_detector(32)
-    model.config.score_threshold = 0.0
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
-
-
 def refusal(capsys, *arguments):
     with pytest.raises(SystemExit) as end:
         main([str(argument) for argument in arguments])

@@ -17,7 +17,7 @@ from retrieval_rice.detector import training
 from retrieval_rice.detector.__main__ import main
 from retrieval_rice.detector.evaluation import evaluate
 from retrieval_rice.detector.frames import load_frames
-from retrieval_rice.detector.product_detector import ProductDetector, build_detector
+from retrieval_rice.detector.product_detector import ProductDetector
 
 pytest.importorskip("scipy")
 pytest.importorskip("pycocotools")
@@ -52,20 +52,6 @@ def shops(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
-
-
-def save_detector(folder, seed=0):
-    torch.manual_seed(seed)
-    model, processor = build_detector(32)
-    model.config.score_threshold = 0.0
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def detector_dir(tmp_path_factory):
-    return save_detector(tmp_path_factory.mktemp("detector"))
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +136,7 @@ class TestOtherData:
         line = refusal(*arguments(shops[1]), program=eval_rice.main)
         assert "out/boxes.jsonl has boxes that were found in other pictures than those of the clip 'c0'" in line
 
-    def test_another_detector_of_the_same_folder(self, shops, cache, tmp_path, refusal):
+    def test_another_detector_of_the_same_folder(self, shops, cache, save_detector, tmp_path, refusal):
         folder = save_detector(tmp_path / "detector")
         main(run_step(shops[0], cache, folder, tmp_path / "boxes.jsonl"))
         save_detector(tmp_path / "detector", seed=1)
