@@ -9,11 +9,11 @@ RECIPE := configs/mini_lpr4m.yaml
 
 MODEL_CODE := $(wildcard modeling_rice/*.py processing_rice/*.py)
 TRAINING_CODE := train_rice.py $(wildcard training_rice/*.py data_rice/*.py)
-EVALUATION_CODE := eval_rice.py $(wildcard evaluation_rice/*.py)
+EVALUATION_CODE := eval_rice.py $(wildcard evaluation_rice/*.py evaluation_rice/*/*.py)
 BENCHMARKS := $(sort $(wildcard benchmarks/*.py))
 
 define PRINT_TABLE
-import json; from evaluation_rice.report import format_table; \
+import json; from hub_rice.tables import format_table; \
 results = json.load(open("$(DEMO)/results.json")); print(format_table({**results["scores"], **results["baselines"]}))
 endef
 

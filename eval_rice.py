@@ -16,8 +16,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-from evaluation_rice.checkpoint import weights_fingerprint
 from evaluation_rice.protocol import RetrievalTask, breakdown
+from hub_rice.checkpoint import weights_fingerprint
 
 KINDS = ("embedding", "matching", "fused")
 FUSION_RULE = "z(embedding) + weight * z(matching), per query"
@@ -98,7 +98,7 @@ def build_retriever(options: argparse.Namespace):
     from data_rice.collator import RiceCollator
     from evaluation_rice.pretrained_baselines import load_baseline
     from evaluation_rice.retrieval import ModelRetriever
-    from retrieval_rice.loading import load_model, to_device
+    from hub_rice.loading import load_model, to_device
 
     check_boxes(options)
     use_boxes = options.boxes != "none"
@@ -271,7 +271,7 @@ def describe_protocol(options, task: RetrievalTask, scope: str, rank_by: str, nu
 
 def evaluate(options: argparse.Namespace, command: str) -> dict:
     """Loads, runs and reports; returns the results. Bad input raises `ValueError` or `OSError` with one sentence."""
-    from evaluation_rice.model_card import gallery_words
+    from hub_rice.model_card import gallery_words
 
     results, *rest = measure(options, command)
     write_files(options, results, *rest)
@@ -288,8 +288,8 @@ def measure(options: argparse.Namespace, command: str) -> tuple:
 
     from data_rice import gallery_scope
     from data_rice.asr_noise import with_asr
-    from evaluation_rice import report
     from evaluation_rice.baselines import run_baselines
+    from evaluation_rice.report import results as report
     from evaluation_rice.retrieval import Loading, has_decoder, retrieve
     from evaluation_rice.speed import TimedRetriever
 
@@ -349,11 +349,11 @@ def measure(options: argparse.Namespace, command: str) -> tuple:
 
 def write_files(options, results: dict, task: RetrievalTask, books, queries, gallery, retriever) -> None:
     """Everything that an evaluation leaves in its folder, results.json last."""
-    from evaluation_rice import report
     from evaluation_rice.breakdown import can_draw, draw_breakdown
-    from evaluation_rice.matches import draw_matches
-    from evaluation_rice.model_card import write_model_card
-    from evaluation_rice.table import baseline_page
+    from evaluation_rice.report import results as report
+    from evaluation_rice.report.matches import draw_matches
+    from evaluation_rice.study.table import baseline_page
+    from hub_rice.model_card import write_model_card
 
     output, rank_by = Path(options.output_dir), results["protocol"]["rank_by"]
     output.mkdir(parents=True, exist_ok=True)
@@ -379,7 +379,7 @@ def count_training_rows(options: argparse.Namespace, queries) -> tuple[dict[str,
     """
     from evaluation_rice.breakdown import train_rows_by_category
     from evaluation_rice.protocol import HEAD_TAIL_RULE, head_categories
-    from evaluation_rice.training_record import trained_on
+    from hub_rice.training_record import trained_on
 
     if "category" not in queries.column_names or not any(queries["category"]):
         return None, {"missing": "the clips know no category"}
@@ -398,8 +398,8 @@ def count_training_rows(options: argparse.Namespace, queries) -> tuple[dict[str,
 
 def write_page(output: Path, results: dict, task: RetrievalTask, books, queries, gallery, retriever) -> None:
     """report.html, with heat maps where the model reconstructs patches."""
-    from evaluation_rice.heatmap import has_maps, heat_pictures
-    from evaluation_rice.html_report import Evaluation, write_html_report
+    from evaluation_rice.report.heatmap import has_maps, heat_pictures
+    from evaluation_rice.report.html_report import Evaluation, write_html_report
 
     model = getattr(retriever, "model", None)
     heat = partial(heat_pictures, model, retriever.collator) if has_maps(model) else None
@@ -409,7 +409,7 @@ def write_page(output: Path, results: dict, task: RetrievalTask, books, queries,
 def print_report(results: dict, gallery: str, output: Path, report: bool = False) -> None:
     """The table, and all that a reader must know to read it."""
     from evaluation_rice.breakdown import can_draw
-    from evaluation_rice.report import format_table, shown_scores
+    from hub_rice.tables import format_table, shown_scores
 
     print(f"\n{results['num_queries']} clips of {results['dataset']} ({results['protocol']['split']}); {gallery}")
     asr = f"ASR: {results['protocol']['asr']}; " if "asr" in results["protocol"] else ""

@@ -19,10 +19,10 @@ import torch
 from plain import measure
 from torch import Tensor
 
+from hub_rice.export.onnx_export import export
+from hub_rice.export.onnx_model import OnnxRice
+from hub_rice.export.towers import towers
 from processing_rice import build_processor, train_tokenizer
-from retrieval_rice.onnx_export import export
-from retrieval_rice.onnx_model import OnnxRice
-from retrieval_rice.towers import towers
 
 VARIANTS = ("torch fp32", "torch bf16", "torch compiled", "onnx fp32", "onnx int8")
 Run = Callable[..., list[Tensor]]

@@ -11,9 +11,9 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-from retrieval_rice.cli import build_parser
-from retrieval_rice.demo import serve, upload_folder
-from retrieval_rice.demo_command import load_demo
+from retrieval_rice.demo.app import serve, upload_folder
+from retrieval_rice.demo.command import load_demo
+from rice_cli import build_parser
 
 DOCS = Path(__file__).parent
 REPORT = DOCS.parent / "runs" / "demo" / "report.html"

@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 
 from data_rice.collator import decode_image
+from hub_rice.tables import format_table
 
 from .frames import clip_frames
 from .protocol import RetrievalTask, chance_recall
 from .recall import DEFAULT_KS
-from .report import format_table
 from .retrieval import Loading, retrieve
 
 HISTOGRAM_BINS = (16, 4, 4)

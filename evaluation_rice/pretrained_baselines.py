@@ -16,11 +16,11 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedMo
 from transformers.image_processing_utils import BaseImageProcessor
 
 from data_rice.collator import decode_image
+from hub_rice.checkpoint import check_checkpoint
+from hub_rice.repository import hub_errors
 
 from .baselines import BASELINES, BaselineRetriever, crop_to_box, encode_rows
-from .checkpoint import check_checkpoint
 from .frames import clip_frames
-from .hub import hub_errors
 
 
 @dataclass(frozen=True)

@@ -53,10 +53,11 @@ def run(options: argparse.Namespace) -> None:
         FileExistsError: the output is an index of something else.
         OSError: it cannot be written.
     """
+    from hub_rice.loading import load_model
+
     from .calibration import check_decision
     from .index import GalleryIndex
     from .index_build import process_group
-    from .loading import load_model
 
     check_decision(options.presence_prior, options.false_accept_rate)
     if options.calibrate == "none" and _decision(options):

@@ -52,11 +52,12 @@ def run(options: argparse.Namespace) -> None:
         ConnectionError: a live source did not come back; what was recognised before is written.
         OSError: an output cannot be written.
     """
+    from hub_rice.loading import load_model
+
     from .index import GalleryIndex
-    from .loading import load_model
     from .recogniser import Recogniser
-    from .stream import open_stream
-    from .timeline import clock, name_of
+    from .stream.source import open_stream
+    from .stream.timeline import clock, name_of
 
     model, processor = load_model(options.model, options.device)
     index = GalleryIndex.load(options.shop, model)
@@ -104,7 +105,7 @@ def choose_hysteresis(index, options: argparse.Namespace):
     """The index's own rules with what was asked for in their place."""
     from dataclasses import replace
 
-    from .timeline import Hysteresis
+    from .stream.timeline import Hysteresis
 
     asked = {name: getattr(options, name) for name in ("enter", "leave", "margin", "patience")}
     asked = {name: value for name, value in asked.items() if value is not None}
@@ -118,7 +119,7 @@ def outputs(jsonl: str | None, vtt: Path | None) -> Iterator:
     """A function that writes a segment to every output at once, so that nothing is lost when the program ends."""
     from tqdm.auto import tqdm
 
-    from .timeline import TABLE_HEADER, VTT_HEADER, json_line, table_row, vtt_cue
+    from .stream.timeline import TABLE_HEADER, VTT_HEADER, json_line, table_row, vtt_cue
 
     with ExitStack() as stack:
         lines = cues = None

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .stream import Frame, is_address, list_pictures, open_stream
-from .timeline import Hysteresis, Segment, Timeline
-from .windows import Window, cut_windows, join_frames, shares_frames
+from .stream.source import Frame, is_address, list_pictures, open_stream
+from .stream.timeline import Hysteresis, Segment, Timeline
+from .stream.windows import Window, cut_windows, join_frames, shares_frames
 
 logger = logging.getLogger(__name__)
 

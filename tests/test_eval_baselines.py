@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import eval_rice
-from evaluation_rice import table
+from evaluation_rice.study import table
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 220), "yellow": (230, 220, 20)}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import eval_rice
-from evaluation_rice.ablation import cell_commands, read_study
+from evaluation_rice.study.ablation import cell_commands, read_study
 from modeling_rice import RiceConfig
 from training_rice.arguments import parse_arguments
 

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from evaluation_rice.checkpoint import check_checkpoint
+from hub_rice.checkpoint import check_checkpoint
 
 # Written last, so a folder that has it holds a finished run.
 RESULTS_FILE = "train_results.json"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection, PreTrainedModel
 
-from evaluation_rice.checkpoint import check_checkpoint
+from hub_rice.checkpoint import check_checkpoint
 from modeling_rice import RiceConfig, RiceModel
 
 logger = logging.getLogger(__name__)

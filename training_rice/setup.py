@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoImageProcessor
 
 from data_rice import LazyRows, gallery_scope, load_dataset_view, open_dataset_view
 from data_rice.asr_noise import with_noisy_asr
-from evaluation_rice.checkpoint import check_checkpoint, check_settings
-from evaluation_rice.hub import hub_errors
+from hub_rice.checkpoint import check_checkpoint, check_settings
+from hub_rice.repository import hub_errors
 from modeling_rice import RiceConfig, RiceModel
 from processing_rice import RiceProcessor, build_processor
 

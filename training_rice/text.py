@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
-from evaluation_rice.checkpoint import check_checkpoint
-from evaluation_rice.hub import hub_errors
+from hub_rice.checkpoint import check_checkpoint
+from hub_rice.repository import hub_errors
 from modeling_rice import RiceConfig, RiceModel
 from processing_rice import train_tokenizer
 

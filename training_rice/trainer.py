@@ -16,6 +16,7 @@ from data_rice.lazy_rows import LazyRows
 from data_rice.samplers import GlobalBatchSampler, build_sampler
 from evaluation_rice.protocol import RetrievalTask
 from evaluation_rice.retrieval import Loading
+from hub_rice.publishing import PublishingTrainer
 from modeling_rice import RiceModel
 from modeling_rice.modeling_rice import RiceOutput
 
@@ -30,7 +31,6 @@ from .optimizer import (
     published_parameter_groups,
     warmup_cosine,
 )
-from .publishing import PublishingTrainer
 from .resumable import ResumableTrainer
 from .validation import validate_together
 

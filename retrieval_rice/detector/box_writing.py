@@ -15,7 +15,7 @@ from data_rice import load_dataset_view
 from data_rice.box_files import FORMAT, BoxFile, box_line, clip_fingerprint
 from data_rice.collator import decode_image
 from data_rice.decoding import MediaError
-from evaluation_rice.checkpoint import weights_fingerprint
+from hub_rice.checkpoint import weights_fingerprint
 from processing_rice import read_video, sample_frame_indices
 
 from .product_detector import ProductDetector

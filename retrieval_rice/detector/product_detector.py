@@ -19,10 +19,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
 from data_rice.parsing import clip_box
-from evaluation_rice.checkpoint import check_checkpoint
-from evaluation_rice.hub import hub_errors
-
-from ..loading import to_device
+from hub_rice.checkpoint import check_checkpoint
+from hub_rice.loading import to_device
+from hub_rice.repository import hub_errors
 
 DEFAULT_THRESHOLD = 0.5
 LABELS = {0: "product"}

@@ -12,7 +12,8 @@ import transformers
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
-from ..loading import to_device
+from hub_rice.loading import to_device
+
 from .evaluation import evaluate, import_pycocotools
 from .frames import DetectionCollator, load_frames
 from .product_detector import LABELS, ProductDetector, build_detector, load_detector

@@ -130,7 +130,7 @@ def demo_queries():
 @pytest.fixture
 def demo(make_index_model, index_processor, make_shop_rows, demo_queries, tmp_path):
     """A demo whose model tells the pictures apart, of two shops with five products and clips each."""
-    from retrieval_rice.demo_page import Demo
+    from retrieval_rice.demo.page import Demo
     from retrieval_rice.index import GalleryIndex
 
     # An untrained decoder knows nothing, so the embedding decides.

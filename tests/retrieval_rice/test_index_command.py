@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from retrieval_rice.cli import main
 from retrieval_rice.index import GalleryIndex
+from rice_cli import main
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from transformers import CLIPVisionConfig
 
 from modeling_rice import RiceClips, RiceConfig, RiceModel
 from processing_rice import build_processor, train_tokenizer
-from retrieval_rice.cli import main
 from retrieval_rice.index import Answer, GalleryIndex, Hit
 from retrieval_rice.recogniser import Recogniser
-from retrieval_rice.stream import Frame
-from retrieval_rice.timeline import Hysteresis
+from retrieval_rice.stream.source import Frame
+from retrieval_rice.stream.timeline import Hysteresis
+from rice_cli import main
 
 av = pytest.importorskip("av")
 
@@ -400,7 +400,7 @@ class Camera:
 
 
 def test_a_lost_camera_is_an_error_after_everything_is_written(shop, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("retrieval_rice.stream.open_container", Camera(count=100))
+    monkeypatch.setattr("retrieval_rice.stream.source.open_container", Camera(count=100))
     with pytest.raises(SystemExit) as end:
         rice("camera:0", *options(shop), "--jsonl", tmp_path / "out.jsonl", "--max_reconnects", "0")
     captured = capsys.readouterr()
@@ -411,7 +411,7 @@ def test_a_lost_camera_is_an_error_after_everything_is_written(shop, tmp_path, c
 
 
 def test_ctrl_c_writes_what_is_known(shop, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("retrieval_rice.stream.open_container", Camera(interrupt_after=200))
+    monkeypatch.setattr("retrieval_rice.stream.source.open_container", Camera(interrupt_after=200))
     before = signal.getsignal(signal.SIGINT)
     assert rice("camera:0", *options(shop), "--vtt", tmp_path / "out.vtt") == 0
     assert signal.getsignal(signal.SIGINT) is before

@@ -1,0 +1,187 @@
+"""Which patches of a clip each patch of a shop image was reconstructed from (PFR), as heat over the clip's frames.
+
+A model takes part by a method `reconstruction_maps(**inputs)` that gives weights `(1, P, T, P)`, at least 0, for one
+image and one clip.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from processing_rice.video_processing_rice import frames_with_box
+
+from ..frames import clip_frames
+
+Region = tuple[float, float, float, float]
+WARM = (255, 96, 0)
+DIMMED = 0.4
+"""Brightness that is left where there is no heat."""
+
+
+def has_maps(model: Any) -> bool:
+    """Whether a model says from which patches it reconstructs."""
+    return hasattr(model, "reconstruction_maps") and getattr(model, "reconstruction_head", True) is not None
+
+
+def seen_region(part: Any) -> Region:
+    """The part of a picture that an image or video processor hands to the encoder: ltrb in 0..1 of the picture."""
+    if not getattr(part, "do_center_crop", False):
+        return (0.0, 0.0, 1.0, 1.0)
+    width = part.crop_size["width"] / part.size["width"]
+    height = part.crop_size["height"] / part.size["height"]
+    return ((1 - width) / 2, (1 - height) / 2, (1 + width) / 2, (1 + height) / 2)
+
+
+@dataclass
+class PairMaps:
+    """
+    Reconstruction weights of one image with one clip.
+
+    Attributes:
+        weights: `(rows, columns, T, rows, columns)`: the image's patches, then the clip's frames and patches.
+    """
+
+    weights: np.ndarray
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.weights.shape[:2]
+
+    def heat(self, patch: tuple[int, int] | None = None) -> np.ndarray:
+        """
+        `(T, rows, columns)` from 0, the clip's least weight, to 1, its greatest; all 0 where all weights are equal.
+
+        Args:
+            patch: Row and column of the image's patch; by default the mean over all of them.
+        """
+        weights = self.weights.mean(axis=(0, 1)) if patch is None else self.weights[patch]
+        spread = weights.max() - weights.min()
+        if spread <= 1e-6 * abs(weights.max()):
+            return np.zeros_like(weights)
+        return (weights - weights.min()) / spread
+
+
+@torch.no_grad()
+def pair_maps(model: Any, inputs: dict[str, Any]) -> PairMaps:
+    """
+    Args:
+        model: With `reconstruction_maps`, in eval mode.
+        inputs: Model inputs of one image and one clip.
+
+    Raises:
+        ValueError: the model reconstructs nothing, or its patches are not a square grid.
+    """
+    if not has_maps(model):
+        raise ValueError("this model reconstructs no patches, so it has no heat maps; train it with PFR.")
+    weights = model.reconstruction_maps(**inputs)[0].float().cpu().numpy()
+    side = math.isqrt(weights.shape[0])
+    if side * side != weights.shape[0]:
+        raise ValueError(f"the model's {weights.shape[0]} patches are not a square grid, which heat maps need.")
+    return PairMaps(weights.reshape(side, side, weights.shape[1], side, side))
+
+
+def row_maps(model: Any, collator: Any, query: dict, image: dict) -> PairMaps:
+    """
+    The maps of a query row with a gallery row; errors as `pair_maps`, and `ValueError` for a row that is unreadable.
+    Frames that the processor leaves out for want of a box have no weight.
+
+    Args:
+        model: As `pair_maps`.
+        collator: A `RiceCollator`, with the settings of the evaluation.
+        query, image: Rows of the queries and gallery views.
+    """
+    clip, readable, failures = collator.encode_queries([query])
+    picture, also_readable, more = collator.encode_gallery([image])
+    if not readable or not also_readable:
+        raise ValueError((failures + more)[0]["reason"])
+    maps = pair_maps(model, {**clip, **picture})
+    part = collator.processor.video_processor
+    if getattr(collator, "use_boxes", False) and getattr(part, "frames_without_box", "keep") == "drop":
+        boxes = [box for _, box in clip_frames(query, collator.num_frames or part.num_frames)]
+        weights = np.zeros_like(maps.weights, shape=(*maps.weights.shape[:2], len(boxes), *maps.weights.shape[3:]))
+        weights[:, :, frames_with_box(boxes)] = maps.weights
+        maps = PairMaps(weights)
+    return maps
+
+
+def heat_pictures(model: Any, collator: Any, query: dict, image: dict) -> list[Image.Image]:
+    """The frames that the model saw of a query row, under the heat of a gallery row; errors as `row_maps`."""
+    part = collator.processor.video_processor
+    heat = row_maps(model, collator, query, image).heat()
+    frames = clip_frames(query, collator.num_frames or part.num_frames)
+    return [overlay(frame, values, seen_region(part)) for (frame, _), values in zip(frames, heat, strict=True)]
+
+
+def overlay(picture: Image.Image, heat: np.ndarray, region: Region = (0.0, 0.0, 1.0, 1.0)) -> Image.Image:
+    """
+    A picture, dark where there is no heat and warm where there is much.
+
+    Args:
+        picture: RGB.
+        heat: `(rows, columns)` in 0..1.
+        region: Where the heat lies, ltrb in 0..1 of the picture; outside of it there is none.
+    """
+    width, height = picture.size
+    left, top, right, bottom = (round(v * side) for v, side in zip(region, (width, height) * 2))
+    patches = Image.fromarray(np.asarray(heat, dtype=np.float32))
+    smooth = patches.resize((max(1, right - left), max(1, bottom - top)), Image.Resampling.BILINEAR)
+    full = Image.new("F", picture.size, 0.0)
+    full.paste(smooth, (left, top))
+    strength = np.asarray(full)[..., None]
+    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    lit = pixels * (DIMMED + (1 - DIMMED) * strength)
+    mixed = lit + 0.35 * strength * (np.array(WARM, dtype=np.float32) - lit)
+    return Image.fromarray(mixed.clip(0, 255).round().astype(np.uint8))
+
+
+def draw_grid(
+    picture: Image.Image,
+    grid: tuple[int, int],
+    patch: tuple[int, int] | None = None,
+    region: Region = (0.0, 0.0, 1.0, 1.0),
+) -> Image.Image:
+    """The picture with the grid of its patches, one of them framed."""
+    result = picture.convert("RGB")
+    shade = Image.new("L", result.size, 0)
+    cells = {(i, j): patch_corners(result.size, grid, (i, j), region) for i in range(grid[0]) for j in range(grid[1])}
+    draw = ImageDraw.Draw(shade)
+    for corners in cells.values():
+        draw.rectangle(corners, outline=150)
+    result.paste((130, 130, 130), mask=shade)
+    if patch is not None:
+        ImageDraw.Draw(result).rectangle(cells[patch], outline=WARM, width=max(2, min(result.size) // 80))
+    return result
+
+
+def patch_corners(
+    size: tuple[int, int], grid: tuple[int, int], patch: tuple[int, int], region: Region = (0.0, 0.0, 1.0, 1.0)
+) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom in pixels of a patch of a picture of `size` (width, height)."""
+    left, top, right, bottom = region
+    (rows, columns), (row, column) = grid, patch
+    x = [left + (right - left) * (column + i) / columns for i in (0, 1)]
+    y = [top + (bottom - top) * (row + i) / rows for i in (0, 1)]
+    return (
+        *(round(v) for v in (x[0] * size[0], y[0] * size[1])),
+        *(round(v) for v in (x[1] * size[0], y[1] * size[1])),
+    )
+
+
+def patch_at(
+    size: tuple[int, int],
+    grid: tuple[int, int],
+    point: tuple[float, float],
+    region: Region = (0.0, 0.0, 1.0, 1.0),
+) -> tuple[int, int] | None:
+    """Row and column of the patch at a point (x, y in pixels) of a picture; `None` where there is none."""
+    left, top, right, bottom = region
+    x = (point[0] / size[0] - left) / (right - left)
+    y = (point[1] / size[1] - top) / (bottom - top)
+    if not (0 <= x < 1 and 0 <= y < 1):
+        return None
+    return int(y * grid[0]), int(x * grid[1])

@@ -1,0 +1,257 @@
+"""Where a trained model looks: how much of its attention to a clip lies in the true boxes of the intended product.
+
+    python -m evaluation_rice.study.attention --model runs/demo/model --dataset mini_lpr4m --output attention.json
+
+Each clip is paired with its right shop image and with a wrong one of its gallery. The model is given no boxes. A model
+takes part by `attention_maps(**inputs)`, weights `(B, 1 + P, T, P)` of image i's tokens, class token first, over the
+patches of clip i; and, where it has one, by `reconstruction_maps`, see `evaluation_rice.report.heatmap`.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from hub_rice.files import check_output, write_output
+from hub_rice.tables import percent
+
+from ..frames import clip_frames
+from ..protocol import RetrievalTask
+from ..recall import bootstrap_interval
+from ..report.heatmap import Region, has_maps, seen_region
+from ..retrieval import has_decoder
+
+MAPS = {
+    "score": "attention that the score is made of",
+    "patches": "attention of the image's patches",
+    "reconstruction": "reconstruction weights",
+}
+SHARES = {
+    "in_boxes": "inside the boxes",
+    "on_frames": "on frames with a box",
+    "in_boxes_of_frames": "inside the boxes, of what is on those frames",
+}
+
+
+def box_cover(box: Sequence[float] | None, side: int, region: Region = (0.0, 0.0, 1.0, 1.0)) -> np.ndarray:
+    """
+    How much of each patch of a frame a box covers, `(side * side,)`, row by row, 0..1.
+
+    Args:
+        box: ltrb in 0..1 of the frame; `None` where there is none.
+        side: rows and columns of patches.
+        region: the part of the frame that the model sees, see `evaluation_rice.report.heatmap.seen_region`.
+    """
+    if not box:
+        return np.zeros(side * side)
+    covers = []
+    for first, last, start, stop in ((box[1], box[3], region[1], region[3]), (box[0], box[2], region[0], region[2])):
+        edges = start + (stop - start) * np.arange(side + 1) / side
+        covers.append((np.minimum(edges[1:], last) - np.maximum(edges[:-1], first)).clip(min=0) / np.diff(edges))
+    return np.outer(*covers).ravel()
+
+
+def box_shares(weights: np.ndarray, cover: np.ndarray) -> dict[str, float]:
+    """
+    The shares of `SHARES`, the mean over rows of weights.
+
+    Args:
+        weights: `(R, T, P)`, at least 0; each row counts alike whatever its sum, one without any weight not at all.
+        cover: `(T, P)` from `box_cover`; a frame of zeros is one without a box.
+
+    Returns:
+        One fraction per name, NaN where there is no weight to share.
+    """
+    totals = weights.sum(axis=(1, 2))
+    weights = weights[totals > 0] / totals[totals > 0, None, None]
+    if not len(weights):
+        return dict.fromkeys(SHARES, math.nan)
+    inside = float((weights * cover).sum(axis=(1, 2)).mean())
+    on_frames = float(weights[:, cover.any(axis=1)].sum(axis=(1, 2)).mean())
+    of_frames = inside / on_frames if on_frames > 0 else math.nan
+    return {"in_boxes": inside, "on_frames": on_frames, "in_boxes_of_frames": of_frames}
+
+
+@torch.no_grad()
+def clip_shares(model: Any, collator: Any, query: dict, images: Sequence[dict]) -> dict[str, Any]:
+    """
+    What one clip is worth: `uniform`, the shares of even attention, for each of `MAPS` that the model has a list with
+    the shares for each image, and `not_on_patches`, how much attention goes elsewhere (class tokens, text).
+
+    Args:
+        model: in eval mode.
+        collator: a `RiceCollator` that hands over no boxes.
+        query: row of the queries view.
+        images: rows of the gallery view.
+
+    Raises:
+        ValueError: the clip or an image cannot be read, no frame that the model sees has a box, or the model's patches
+            are not a square grid.
+    """
+    clip, readable, failures = collator.encode_queries([query])
+    pictures, also_readable, more = collator.encode_gallery(list(images))
+    if not readable or len(also_readable) < len(images):
+        raise ValueError((failures + more)[0]["reason"])
+    inputs = pictures | {name: value.expand(len(images), *value.shape[1:]) for name, value in clip.items()}
+    attention = model.attention_maps(**inputs).double().cpu().numpy()
+    maps = {"score": attention[:, :1], "patches": attention[:, 1:]}
+    if has_maps(model):
+        maps["reconstruction"] = model.reconstruction_maps(**inputs).double().cpu().numpy()
+    side = math.isqrt(attention.shape[-1])
+    if side * side != attention.shape[-1]:
+        raise ValueError(f"the model's {attention.shape[-1]} patches are no square grid to compare with boxes.")
+    part = collator.processor.video_processor
+    frames = clip_frames(query, collator.num_frames or part.num_frames)
+    cover = np.stack([box_cover(box, side, seen_region(part)) for _, box in frames])
+    if not cover.any():
+        raise ValueError("no frame that the model sees has a box")
+    return {
+        "uniform": box_shares(np.ones((1, *cover.shape)), cover),
+        **{name: [box_shares(rows, cover) for rows in weights] for name, weights in maps.items()},
+        "not_on_patches": (1 - attention[:, 0].sum(axis=(1, 2))).tolist(),
+    }
+
+
+def measure(
+    model: Any, collator: Any, queries, gallery, *, scope: str = "live", num_clips: int = 400, quiet: bool = False
+) -> dict[str, Any]:
+    """
+    The shares of clips that are evenly spaced among those with boxes.
+
+    Args:
+        model, collator: as `clip_shares`.
+        queries, gallery: views of a data set.
+        scope: where wrong images come from, see `RetrievalTask`.
+        num_clips: clips to measure, at most.
+
+    Returns:
+        `summary` (see `summarise`), `clips` (one entry each, right image first) and `failures`.
+
+    Raises:
+        ValueError: the model has no matching decoder, no clip has a box, or none could be measured.
+    """
+    if not has_decoder(model) or not hasattr(model, "attention_maps"):
+        raise ValueError("this model has no matching decoder, so it attends to no clip: name one trained with it.")
+    task = RetrievalTask.from_datasets(queries, gallery, scope)
+    with_boxes = [i for i, boxes in enumerate(queries["boxes"]) if any(boxes or [])]
+    if not with_boxes:
+        raise ValueError("no clip of this split has a true box, so there is nothing to compare attention with.")
+    count = min(num_clips, len(with_boxes))
+    chosen = [with_boxes[(2 * i + 1) * len(with_boxes) // (2 * count)] for i in range(count)]
+    rng = np.random.default_rng(0)
+    clips, failures = [], []
+    for query in tqdm(chosen, desc="clips", unit="clip", disable=quiet):
+        members, relevant = task.gallery_of(query), task.relevant_positions(query)
+        others = sorted(set(range(len(members))) - set(relevant))
+        if not relevant or not others:
+            failures.append({"id": task.query_ids[query], "reason": "its gallery has no right or no wrong image"})
+            continue
+        places = [members[relevant[0]], members[int(rng.choice(others))]]
+        try:
+            images = [gallery[task.image_rows[place][0]] for place in places]
+            shares = clip_shares(model, collator, queries[query], images)
+        except (ValueError, OSError) as error:
+            failures.append({"id": task.query_ids[query], "reason": str(error)})
+            continue
+        clips.append({"clip_id": task.query_ids[query], "images": [task.image_ids[i] for i in places], **shares})
+    if not clips:
+        raise ValueError(f"not one of {count} clips could be measured; the first: {failures[0]['reason']}.")
+    return {"summary": summarise(clips), "clips": clips, "failures": failures}
+
+
+def summarise(clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """
+    Means over clips with 95 % bootstrap intervals over clips, `{"mean", "ci95", "num_clips"}`: for each of `MAPS` and
+    `SHARES` of `uniform`, `right`, `wrong`, `right_minus_uniform` and `right_minus_wrong`, differences paired by clip.
+    """
+    result: dict[str, Any] = {"num_clips": len(clips)}
+    for name, share in ((name, share) for name in MAPS if name in clips[0] for share in SHARES):
+        columns = [(clip["uniform"][share], *(side[share] for side in clip[name])) for clip in clips]
+        uniform, right, wrong = np.array(columns).T
+        values = {"uniform": uniform, "right": right, "wrong": wrong}
+        values |= {"right_minus_uniform": right - uniform, "right_minus_wrong": right - wrong}
+        result.setdefault(name, {})[share] = {key: _mean(numbers) for key, numbers in values.items()}
+    result["not_on_patches"] = _mean(np.array([clip["not_on_patches"][0] for clip in clips]))
+    return result
+
+
+def _mean(numbers: np.ndarray) -> dict[str, Any]:
+    known = numbers[np.isfinite(numbers)]
+    if not len(known):
+        return {"mean": None, "ci95": None, "num_clips": 0}
+    return {"mean": float(known.mean()), "ci95": bootstrap_interval(known), "num_clips": len(known)}
+
+
+def format_summary(summary: Mapping[str, Any]) -> str:
+    """The summary as a Markdown table, in percent, differences in points."""
+    columns = ("uniform", "right", "wrong", "right_minus_uniform", "right_minus_wrong")
+    lines = ["| | even | right image (95 %) | wrong image (95 %) | right - even | right - wrong |"]
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    for name, share in ((name, share) for name in MAPS if name in summary for share in SHARES):
+        cells = [_cell(summary[name][share][column], column) for column in columns]
+        lines.append(f"| {MAPS[name]}, {SHARES[share]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(value: Mapping[str, Any], column: str) -> str:
+    if value["mean"] is None:
+        return ""
+    if column == "uniform":
+        return percent(value["mean"])
+    sign = "+" if column.startswith("right_") else ""
+    low, high = value["ci95"]
+    return f"{100 * value['mean']:{sign}.1f} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation_rice.study.attention", description=__doc__.splitlines()[0]
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="checkpoint folder, or the id of a published model")
+    add("--dataset", required=True, help="mini_lpr4m, lpr4m, shop_clips, or a folder in one of their layouts")
+    add("--data_dir", help="folder of the data set's files")
+    add("--cache_dir", help="where the data set's tables are cached")
+    add("--split", default="test", choices=("validation", "test"))
+    add("--num_clips", type=int, default=400, help="clips with boxes to measure, evenly spaced; default 400")
+    add("--device", help="such as cpu or cuda; default: cuda where there is one")
+    add("--output", help="JSON file to write")
+    options = parser.parse_args(arguments)
+    # Here and not above: measuring takes any model that has the methods.
+    from data_rice import gallery_scope, load_dataset_view
+    from data_rice.collator import RiceCollator
+    from hub_rice.loading import load_model
+
+    try:
+        if options.num_clips < 1:
+            raise ValueError(f"--num_clips must be at least 1, got {options.num_clips}")
+        if options.output:
+            check_output(options.output)
+        model, processor = load_model(options.model, options.device)
+        reads_text = getattr(model.config, "text_config", None) is not None
+        dataset, split, folder = options.dataset, options.split, options.data_dir
+        cache = options.cache_dir
+        views = [load_dataset_view(dataset, view, split, folder, cache) for view in ("queries", "gallery")]
+        scope = gallery_scope(dataset, folder)
+        collator = RiceCollator(processor, use_text=reads_text)
+        result = measure(model, collator, *views, scope=scope, num_clips=options.num_clips)
+        if options.output:
+            write_output(options.output, json.dumps({**vars(options), **result}, indent=1) + "\n")
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+    summary = result["summary"]
+    print(f"\n{summary['num_clips']} clips of {options.dataset} ({options.split}); percent and points\n")
+    print(format_summary(summary))
+    print(f"\nleft out: {percent(summary['not_on_patches']['mean'])} % of that attention, on class tokens and text")
+    if result["failures"]:
+        first = result["failures"][0]
+        print(f"{len(result['failures'])} clips were not measured; the first: {first['id']} ({first['reason']})")
+
+
+if __name__ == "__main__":
+    main()

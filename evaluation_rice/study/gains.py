@@ -1,0 +1,199 @@
+r"""Which clips one evaluation gets right and another does not: the difference of R@1 by group of clips.
+
+    python -m evaluation_rice.study.gains runs/ablation/icl_pmd_pfr runs/ablation/icl --score fused \
+        --right_score embedding
+
+Each side is a folder with the results.json and query_ranks.jsonl of eval_rice.py, or an arm of a study
+(`ARM/seed0/eval`, ...), whose seeds are paired by name and, for one clip, drawn together. The groups are those of the
+breakdown (docs/baselines.md), read from the data set that was evaluated.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hub_rice.files import check_output, write_output
+from hub_rice.tables import percent
+
+from ..paired import paired_difference, verdict
+from .table import check_alike, read_folder, read_hits
+
+SHOWN = 5
+
+
+def group_gains(
+    left: Mapping[Any, np.ndarray], right: Mapping[Any, np.ndarray], groups: Mapping[str, Sequence[str]]
+) -> list[dict]:
+    """
+    How much more often `left` hits than `right` in each group, the largest gain first.
+
+    Args:
+        left, right: seed -> hits `(num_queries,)`, see `evaluation_rice.paired.paired_difference`.
+        groups: column -> group of each query.
+
+    Returns:
+        Dicts with `column`, `group`, `num_queries` (without seeds), `left`, `right` (R@1), `difference`, `ci95`.
+    """
+    rows = []
+    for column, names in groups.items():
+        names = np.array(names)
+        for group in np.unique(names):
+            chosen = names == group
+            sides = [{seed: hits[chosen] for seed, hits in side.items()} for side in (left, right)]
+            compared = paired_difference(*sides)
+            means = [float(np.mean([side[seed] for seed in compared["seeds"]])) for side in sides]
+            row = {"column": column, "group": str(group), "num_queries": int(chosen.sum())}
+            row |= {"left": means[0], "right": means[1]}
+            rows.append(row | {name: compared[name] for name in ("difference", "ci95")})
+    return sorted(rows, key=lambda row: -row["difference"])
+
+
+def one_sided(ids: Sequence[str], left: Mapping[Any, np.ndarray], right: Mapping[Any, np.ndarray]) -> dict[str, Any]:
+    """
+    Answers, queries times common seeds, that `both`, `left_only`, `right_only` or `neither` get right; and
+    `left_queries` and `right_queries`, the queries that only this side ever gets right where they differ:
+    `{"query_id", "seeds"}` with the number of seeds in which it does so, most first.
+    """
+    seeds = sorted(set(left) & set(right))
+    ours, theirs = (np.stack([side[seed] for seed in seeds]).astype(bool) for side in (left, right))
+    won, lost = (ours & ~theirs), (theirs & ~ours)
+
+    def queries(gained: np.ndarray, given: np.ndarray) -> list[dict]:
+        counts = np.where(given.any(axis=0), 0, gained.sum(axis=0))
+        order = sorted(np.flatnonzero(counts), key=lambda i: (-counts[i], i))
+        return [{"query_id": ids[i], "seeds": int(counts[i])} for i in order]
+
+    return {
+        "both": int((ours & theirs).sum()),
+        "left_only": int(won.sum()),
+        "right_only": int(lost.sum()),
+        "neither": int((~ours & ~theirs).sum()),
+        "left_queries": queries(won, lost),
+        "right_queries": queries(lost, won),
+    }
+
+
+def load_groups(results: Mapping, ids: Sequence[str], data_dir: str | None, cache_dir: str | None) -> dict[str, list]:
+    """
+    The groups of the queries with these ids, from the data set that results.json names; no picture is opened. Head and
+    tail go by the training rows of the evaluated model, or of that data set where no model says.
+
+    Raises:
+        FileNotFoundError, ValueError: the data set is not there, or its clips are others.
+    """
+    from data_rice import load_dataset_view
+    from hub_rice.training_record import trained_on
+
+    from ..breakdown import train_rows_by_category
+    from ..protocol import query_groups
+
+    dataset = results["dataset"]
+    queries = load_dataset_view(dataset, "queries", results["protocol"]["split"], data_dir, cache_dir)
+    places = {query: i for i, query in enumerate(queries["clip_id"])}
+    if set(places) != set(ids):
+        raise ValueError(
+            f"{data_dir or dataset} has other clips than the evaluation: name the folder that was evaluated by "
+            f"--data_dir."
+        )
+    try:
+        train_rows = train_rows_by_category(*(trained_on(results.get("model")) or (dataset, data_dir)), cache_dir)
+    except (ValueError, OSError) as error:
+        print(f"no groups by head and tail: the training rows cannot be counted ({' '.join(str(error).split())})")
+        train_rows = None
+    groups = query_groups(queries, train_rows)
+    return {column: [names[places[query]] for query in ids] for column, names in groups.items()}
+
+
+def compare(
+    left: str,
+    right: str,
+    score: str,
+    right_score: str | None = None,
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+) -> dict[str, Any]:
+    """
+    Two finished evaluations, each as `evaluation_rice.study.table.read_folder` takes it.
+
+    Returns:
+        `all` (see `paired_difference`), `groups` (see `group_gains`) and `answers` (see `one_sided`).
+
+    Raises:
+        FileNotFoundError, ValueError: a side has no results, they are of unlike protocols, have no such score or no
+            seed in common, or the data set cannot be read.
+    """
+    entries = [read_folder(side) for side in (left, right)]
+    for side, entry in zip((left, right), entries, strict=True):
+        if not entry.folders:
+            raise FileNotFoundError(
+                f"{side} has no results.json: name the folder of an evaluation by eval_rice.py, or of an arm."
+            )
+    check_alike(entries)
+    (ids, ours), (others, theirs) = (
+        read_hits(entry, kind) for entry, kind in zip(entries, (score, right_score or score), strict=True)
+    )
+    if ids != others:
+        raise ValueError(f"{left} and {right} are of different clips: evaluate both on the same.")
+    if len(ours) == len(theirs) == 1:
+        theirs = dict(zip(ours, theirs.values(), strict=True))
+    total = paired_difference(ours, theirs)
+    groups = group_gains(ours, theirs, load_groups(entries[0].results[0], ids, data_dir, cache_dir))
+    return {"all": total, "groups": groups, "answers": one_sided(ids, ours, theirs)}
+
+
+def format_gains(result: Mapping[str, Any]) -> str:
+    """The table of groups in Markdown, R@1 in percent and differences in points, then the one-sided queries."""
+    lines = ["| attribute | group | clips | left R@1 | right R@1 | difference | 95 % interval |"]
+    lines.append("|---|---|---:|---:|---:|---:|---|")
+    for row in result["groups"]:
+        low, high = row["ci95"]
+        lines.append(
+            f"| {row['column'].replace('_', ' ')} | {row['group']} | {row['num_queries']} | {percent(row['left'])} | "
+            f"{percent(row['right'])} | {100 * row['difference']:+.1f} | {100 * low:+.1f} to {100 * high:+.1f} |"
+        )
+    total, answers, count = result["all"], result["answers"], len(result["groups"])
+    low, high = total["ci95"]
+    clear = sum(verdict(row) != "no difference shown" for row in result["groups"])
+    lines += [
+        "",
+        f"all: {100 * total['difference']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}), "
+        f"{len(total['seeds'])} seed(s); {clear} of {count} intervals exclude 0, as about {count / 20:.0f} would if "
+        f"nothing differed",
+        f"answers: both right {answers['both']}, only left {answers['left_only']}, only right "
+        f"{answers['right_only']}, neither {answers['neither']}",
+    ]
+    for side in ("left", "right"):
+        queries = answers[f"{side}_queries"]
+        first = ", ".join(f"{query['query_id']} ({query['seeds']})" for query in queries[:SHOWN])
+        lines.append(f"clips that only {side} gets right: {len(queries)}; first, with seeds: {first or 'none'}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m evaluation_rice.study.gains", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("left", help="folder of an evaluation, or of an arm with seeds")
+    add("right", help="folder of the evaluation or arm to compare with")
+    add("--score", default="embedding", help="embedding (default), matching or fused")
+    add("--right_score", help="score of the right side; default: as the left")
+    add("--data_dir", help="folder of the data set's files, where eval_rice.py was told one")
+    add("--cache_dir", help="where the data set's tables are cached")
+    add("--output", help="JSON file to write")
+    options = parser.parse_args(arguments)
+    settings = {name: value for name, value in vars(options).items() if name != "output"}
+    try:
+        if options.output:
+            check_output(options.output)
+        result = compare(**settings)
+        if options.output:
+            write_output(options.output, json.dumps({**settings, **result}, indent=1) + "\n")
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+    print(format_gains(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""ONNX graphs of a model, and the model that runs them."""

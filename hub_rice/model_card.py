@@ -1,0 +1,229 @@
+"""
+The model card: model_cards/template.md filled from results.json and the run's own records, no figure by hand.
+
+    python -m hub_rice.model_card runs/demo/results.json --model_id someone/rice --run_dir runs/demo/model
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .files import write_atomically
+from .tables import TITLES, markdown_table, percent
+from .training_record import is_local, read_training_record
+
+TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
+
+PUBLISHED = (
+    ("LPR4M, 750K training rows, older code", {"ICL": 22.63, "ICL + PMD": 25.99, "ICL + PMD + PFR": 27.17}),
+    ("LPR4M, 750K training rows, newer code", {"ICL": 31.50, "ICL + PMD": 33.07, "ICL + PMD + PFR": 33.77}),
+    ("MovingFashion", {"ICL": 74.76, "ICL + PMD": 76.87, "ICL + PMD + PFR": 77.92}),
+)
+"""R@1 in percent by embedding, as published with the official code of RICE; not measured by this project."""
+
+NEEDED = ("protocol", "num_queries", "gallery_size", "scores", "baselines", "model", "dataset", "versions")
+NEEDED += ("failures", "ties", "command")
+"""Entries of results.json without which there is no card."""
+
+SCOPE_WORDS = {
+    "live": "each clip is searched among the product images of its own livestream",
+    "all": "each clip is searched among all images of the gallery",
+}
+
+
+def gallery_words(results: Mapping) -> str:
+    """Gallery and scope in one plain sentence."""
+    size, protocol = results["gallery_size"], results["protocol"]
+    sizes = f"{size['min']} to {size['max']} images, median {size['median']:g}"
+    if size["min"] == size["max"]:
+        sizes = f"{size['min']} images" + (" each" if protocol["num_galleries"] > 1 else "")
+    return (
+        f"{SCOPE_WORDS[protocol['gallery_scope']]}: {protocol['num_galleries']} "
+        f"{'gallery' if protocol['num_galleries'] == 1 else 'galleries'} of {sizes}, "
+        f"{protocol['num_gallery_images']} different images in all"
+    )
+
+
+def published_table() -> str:
+    """Markdown table of the published R@1."""
+    lines = ["| published, R@1 by embedding | ICL | ICL + PMD | ICL + PMD + PFR |", "| --- | ---: | ---: | ---: |"]
+    for name, values in PUBLISHED:
+        lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in values.values()) + " |")
+    return "\n".join(lines)
+
+
+def breakdown_table(groups: Mapping[str, Mapping]) -> str:
+    """Markdown table of one attribute of `by`: queries and R@1 of each score, in percent."""
+    kinds = [name for name in next(iter(groups.values())) if name != "num_queries"]
+    lines = [
+        "| group | clips | " + " | ".join(f"R@1 {kind}" for kind in kinds) + " |",
+        "| --- | ---: |" + " ---: |" * len(kinds),
+    ]
+    for name, values in groups.items():
+        cells = [name, str(values["num_queries"]), *(percent(values[kind]["R@1"]) for kind in kinds)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def scope_words(results: Mapping) -> str:
+    """What a clip was searched among, for a reader who knows nothing of the protocol."""
+    if results["protocol"]["gallery_scope"] == "live":
+        return "Each clip was compared only with the products that its own livestream sells, not with other shops'."
+    return "Each clip was compared with every product image of the data set's gallery."
+
+
+def _evaluations(results: Mapping) -> list[EvalResult]:
+    protocol, size = results["protocol"], results["gallery_size"]
+    name = dataset_name(results)
+    return [
+        EvalResult(
+            task_type="video-to-image-retrieval",
+            task_name="livestreaming product recognition",
+            dataset_type=name,
+            dataset_name=name,
+            dataset_split=protocol["split"],
+            dataset_args={
+                "gallery_scope": SCOPE_WORDS[protocol["gallery_scope"]],
+                "gallery_images_median": size["median"],
+                "num_queries": results["num_queries"],
+                "boxes": protocol["boxes"],
+                **({"asr": protocol["asr"]} if protocol.get("asr", "own") != "own" else {}),
+            },
+            metric_type=f"recall_at_{column[2:]}",
+            metric_name=f"{column}, {kind} score",
+            metric_value=round(100 * value, 2),
+        )
+        for kind, values in results["scores"].items()
+        for column, value in values.items()
+        if isinstance(value, float)
+    ]
+
+
+def dataset_name(results: Mapping) -> str:
+    """The data set's name; of a folder only its own name, since the path is nobody's business."""
+    name = str(results["dataset"])
+    return Path(name).name if is_local(name) else name
+
+
+def model_card(
+    results: Mapping | None,
+    template: str | os.PathLike = TEMPLATE,
+    *,
+    model_id: str | None = None,
+    run_dir: str | os.PathLike | None = None,
+    dataset_id: str | None = None,
+) -> str:
+    """The card's Markdown, metadata with model-index included.
+
+    Args:
+        results: what `eval_rice.py` writes to results.json; `None` for a card that claims no figure.
+        template: a Jinja file; see model_cards/README.md for the names that it may use.
+        model_id: name that the examples load; by default that of the results.
+        run_dir: folder of the training run, for recipe, cost and the model's parts.
+        dataset_id: id of the data set on the Hub, for the metadata; by default the data set's name.
+
+    Raises:
+        FileNotFoundError: there is no template.
+        ValueError: `results` lacks an entry that the card shows, or there is neither a result nor a `model_id`.
+    """
+    if not Path(template).is_file():
+        raise FileNotFoundError(f"there is no card template {template}: restore it or name another one.")
+    missing = [name for name in NEEDED if name not in results] if results is not None else []
+    if missing:
+        raise ValueError(f"the results lack {', '.join(missing)}, which the card shows: run eval_rice.py again.")
+    model_id = model_id or (results["model"] if results is not None else None)
+    if model_id is None:
+        raise ValueError("a card without results needs model_id, the name that its examples load.")
+    model_name = Path(model_id).resolve().name if os.path.isdir(model_id) else model_id
+    record = read_training_record(run_dir)
+    datasets = [dataset_id] if dataset_id else [dataset_name(results)] if results is not None else record["datasets"]
+    data = ModelCardData(
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="feature-extraction",
+        tags=["rice", "livestreaming-product-recognition", "video-to-shop", "image-retrieval", "video", "custom_code"],
+        datasets=datasets or None,
+        metrics=["recall"],
+        base_model=record["base_model"],
+        model_name=model_name,
+        eval_results=_evaluations(results) if results is not None else None,
+        **({"co2_eq_emissions": record["emissions"]} if record["emissions"] else {}),
+    )
+    shown = {}
+    if results is not None:
+        shown = {
+            "dataset": dataset_name(results),
+            "gallery": gallery_words(results),
+            "scope_words": scope_words(results),
+            "results_table": markdown_table({**results["scores"], **results["baselines"]}),
+            "breakdowns": {name: breakdown_table(groups) for name, groups in results.get("by", {}).items()},
+        }
+    card = ModelCard.from_template(
+        data,
+        template_path=str(template),
+        results=results,
+        model_id=model_id,
+        model_name=model_name,
+        has_decoder=record["has_decoder"] if results is None else "matching" in results["scores"],
+        rendered="mini_lpr4m" in (shown.get("dataset"), *record["datasets"]),
+        published_table=published_table(),
+        score_titles=TITLES,
+        **shown,
+        **{name: record[name] for name in ("parts", "recipe", "training_data", "num_processes", "cost", "base_model")},
+    )
+    return str(card)
+
+
+def write_model_card(
+    output_dir: str | os.PathLike, results: Mapping | None, template: str | os.PathLike = TEMPLATE, **options
+) -> None:
+    """Writes `README.md`, the model card, into `output_dir`; options and errors as `model_card`."""
+    write_atomically(Path(output_dir) / "README.md", model_card(results, template, **options).rstrip() + "\n")
+
+
+def read_results(results_file: str | os.PathLike) -> dict:
+    """
+    The content of a results.json.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is cut short, or lacks an entry that the card shows.
+    """
+    path = Path(results_file)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: run eval_rice.py to make it.")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no whole JSON file ({error}): run eval_rice.py again.") from error
+    missing = [name for name in NEEDED if name not in results] if isinstance(results, dict) else list(NEEDED)
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}, which the card shows: run eval_rice.py again.")
+    return results
+
+
+def card_from_file(results_file: str | os.PathLike, template: str | os.PathLike = TEMPLATE, **options) -> str:
+    """The card of a results.json on disk; options as `model_card`, errors as there and as `read_results`."""
+    return model_card(read_results(results_file), template, **options)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the card of a results.json."""
+    parser = argparse.ArgumentParser(prog="python -m hub_rice.model_card", description=main.__doc__)
+    parser.add_argument("results", help="results.json of eval_rice.py")
+    parser.add_argument("--model_id", help="name that the card's examples load; default: the model of the results")
+    parser.add_argument("--run_dir", help="folder of the training run, for recipe and cost")
+    parser.add_argument("--dataset_id", help="the data set's id on the Hub, for the metadata")
+    options = vars(parser.parse_args(arguments))
+    try:
+        print(card_from_file(options.pop("results"), **options).rstrip())
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The page that recognises products in the browser."""

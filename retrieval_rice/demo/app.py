@@ -1,0 +1,296 @@
+"""The demo's page: a clip is chosen or uploaded, the shop's products are ranked, and a pair is explained by heat."""
+
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from html import escape
+from typing import Any
+
+import gradio as gr
+from starlette.middleware import Middleware
+
+from .page import Clip, Demo, Pair, Recognition, caption, shared_words, table_rows
+from .quota import UploadGate
+
+MAX_VISITORS = 64
+"""Visitors whose clips are kept, each a few megabytes; the one that was away longest starts anew."""
+
+COLUMN_WIDTHS = ["4%", "28%", "30%", "10%", "8%", "10%", "10%"]
+COLUMNS = ["#", "product", "title", "confidence", "score", "embedding", "matching"]
+NO_BOXES = "(only drawn: this model takes none)"
+CSS = """footer { display: none !important; }
+#answer { font-size: 1.15em; }
+#ranking .thumbnail-item { display: flex; flex-direction: column; height: auto; aspect-ratio: auto; }
+#ranking img { height: auto; aspect-ratio: 1; }
+#ranking .caption-label { position: static; max-width: 100%; border: 0; text-align: left; white-space: normal; }
+.grid-wrap { min-height: 0 !important; max-height: none !important; }
+#scores * { font-family: inherit !important; }"""
+INTRODUCTION = """# RICE: which product is this clip presenting?
+Choose an example or upload a clip; the pictures of a shop are ranked for it. A picture in the ranking can be clicked:
+bright places of the frames are those that it was reconstructed from."""
+
+
+def _told(function: Callable) -> Callable:
+    """Shows a refusal as one sentence on the page."""
+
+    @functools.wraps(function)
+    def wrapped(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except (ValueError, OSError) as error:
+            raise gr.Error(escape(" ".join(str(error).split())), print_exception=False) from error
+
+    return wrapped
+
+
+class Callbacks:
+    """What the page does when something is chosen; each gives the new values of components."""
+
+    def __init__(self, demo: Demo):
+        self.demo = demo
+
+    def shop(self, live_id: str) -> list:
+        """Example pictures of a shop."""
+        return self.demo.example_pictures(live_id)
+
+    def example(self, live_id: str, boxes: str, place: int) -> tuple:
+        """As `show`, for an example."""
+        return self.show(self.demo.recognise(self.demo.example(live_id, place), live_id, boxes=boxes))
+
+    def upload(self, files: list[str] | str | None, live_id: str, boxes: str, asr: str) -> tuple:
+        """As `show`, for uploaded files, which are gone afterwards."""
+        clip: Clip = self.demo.upload([files] if isinstance(files, str) else files or [])
+        return self.show(self.demo.recognise(clip, live_id, asr or "", boxes))
+
+    def boxes(self, recognition: Recognition | None, boxes: str) -> tuple | dict:
+        """As `show`, for the clip that is on the page, with other boxes."""
+        if recognition is None:
+            return gr.skip()
+        return self.show(self.demo.recognise(recognition.clip, recognition.live_id, boxes=boxes))
+
+    def show(self, recognition: Recognition) -> tuple:
+        """State, answer, frames, ranked pictures, table, text; and the heat of the first hit, see `pair`."""
+        hits, row = recognition.answer.hits, recognition.row
+        relevant = row.get("relevant") or []
+        pictures = [
+            (self.demo.picture(hit.image_id), caption(hit, rank, relevant)) for rank, hit in enumerate(hits, 1)
+        ]
+        said = row.get("asr") or ""
+        marked = [(piece, "in the title" if shared else None) for piece, shared in shared_words(said, hits[0].title)]
+        heat = (None, None, [], "")
+        if self.demo.explains:
+            try:
+                heat = self.pair(recognition, 0)
+            except ValueError as error:
+                # The ranking stands, also where the first picture has gone since the shop was encoded.
+                heat = (None, None, [], escape(f"There is no heat map: {error}"))
+        return (
+            recognition,
+            answer_words(recognition, self.demo.index.calibration is not None),
+            self.demo.frames(recognition),
+            # A new ranking must not keep the choice made in the one before.
+            gr.Gallery(value=pictures, selected_index=None),
+            table_rows(recognition),
+            marked or [("(nothing is known of what was said)", None)],
+            *heat,
+        )
+
+    def pair(self, recognition: Recognition | None, place: int) -> tuple:
+        """State, picture with its grid, frames under heat, and what they show, of one hit."""
+        if recognition is None:
+            raise ValueError("Choose or upload a clip first.")
+        pair = self.demo.pair(recognition, place)
+        return (pair, *self._heat(pair, None))
+
+    def patch(self, pair: Pair | None, point: list[float] | None) -> tuple:
+        """Picture, frames and words of one patch of the picture, or of all of them (`None`)."""
+        if pair is None:
+            raise ValueError("Choose a product first.")
+        return self._heat(pair, None if point is None else self.demo.patch_at(pair, point))
+
+    def _heat(self, pair: Pair, patch: tuple[int, int] | None) -> tuple:
+        picture, frames = self.demo.heat(pair, patch)
+        which = "All patches" if patch is None else f"The patch in row {patch[0] + 1}, column {patch[1] + 1}"
+        words = f"{which} of <b>{escape(pair.title)}</b>: bright is what went into the reconstruction."
+        return picture, frames, words
+
+
+def answer_words(recognition: Recognition, calibrated: bool) -> str:
+    """The answer in a sentence or two of HTML."""
+    answer, clip = recognition.answer, recognition.clip
+    hit, times = answer.hits[0], answer.timings
+    title = f"<b>{escape(hit.title or hit.image_id)}</b>"
+    share = f"{100 * answer.confidence:.0f} %"
+    words = (
+        f"Not sure, or no product of this shop (the likeliest is {title}, {share})"
+        if answer.no_product
+        else f"{title}, {share}"
+    )
+    relevant = clip.row.get("relevant") or []
+    if relevant:
+        rank = next((i for i, other in enumerate(answer.hits, 1) if other.image_id in relevant), None)
+        place = f"rank {rank}" if rank else f"not among the first {len(answer.hits)}"
+        words += f" · the right product: {place}"
+    details = [
+        f"frames read and encoded in {recognition.encode_ms:.0f} ms, shop searched in {times['search_ms']:.1f} ms"
+    ]
+    if recognition.boxes == "detector":
+        found = sum(box is not None for box in recognition.row["boxes"])
+        details.insert(0, f"boxes detected: {found}, in {recognition.detect_ms:.0f} ms")
+    if times.get("match_ms"):
+        details.append(f"matched in {times['match_ms']:.1f} ms")
+    if not calibrated:
+        details.append("the share is no calibrated probability: index the shop with validation clips for that")
+    if clip.note:
+        details.append(escape(clip.note))
+    return f'<div id="answer">{words}</div><small>{" · ".join(details)}</small>'
+
+
+def _gallery(heading: str, name: str, columns: int = 5, value: list | None = None) -> gr.Gallery:
+    gr.Markdown(heading)
+    look = {"show_label": False, "height": "auto", "object_fit": "contain", "buttons": []}
+    return gr.Gallery(value, columns=columns, elem_id=name, allow_preview=False, interactive=False, **look)
+
+
+def build_demo(demo: Demo) -> gr.Blocks:
+    """The page for a model and a shop; see `serve` for safe settings of its server."""
+    callbacks, shops = Callbacks(demo), demo.shops
+    with gr.Blocks(title="RICE", analytics_enabled=False, delete_cache=(600, int(demo.limits.keep_seconds))) as page:
+        recognition = gr.State(None, time_to_live=3600)
+        pair = gr.State(None, time_to_live=3600)
+        gr.Markdown(INTRODUCTION)
+        with gr.Row():
+            with gr.Column(scale=2):
+                shop = gr.Dropdown(
+                    [(name or "all pictures", name) for name in shops],
+                    value=shops[0],
+                    label="shop to search (livestream)",
+                    visible=len(shops) > 1,
+                    elem_id="shop",
+                )
+                boxes = gr.Radio(
+                    demo.boxes,
+                    value=demo.first_boxes,
+                    label="boxes " + ("(where the model looks)" if demo.takes_boxes else NO_BOXES),
+                    visible=len(demo.boxes) > 1,
+                    elem_id="boxes",
+                )
+                with gr.Tabs():
+                    with gr.Tab("examples", visible=demo.queries is not None, id="examples"):
+                        pictures = demo.example_pictures(shops[0])
+                        examples = _gallery("Clips of this shop; click one", "examples", 4, pictures)
+                    with gr.Tab("upload", id="upload"):
+                        limits = demo.limits
+                        gr.Markdown(
+                            f"Pictures (up to {limits.max_files}) or one video of at most {limits.max_seconds:g} s, "
+                            f"{limits.max_bytes / 1e6:g} MB in all. Files are read into memory and deleted at once."
+                        )
+                        files = gr.File(file_count="multiple", type="filepath", label="clip", elem_id="files")
+                        asr = gr.Textbox(label="what was said (optional)", max_length=2000)
+                        start = gr.Button("recognise", variant="primary", elem_id="recognise")
+                gr.Markdown("**Said** in the clip; words of the first product's title are marked")
+                said = gr.HighlightedText(
+                    show_label=False, show_whitespaces=True, show_inline_category=False, elem_id="said"
+                )
+            with gr.Column(scale=3):
+                answer = gr.HTML("<div id='answer'>No clip yet.</div>")
+                frames = _gallery("**Frames** that the model looks at", "frames")
+                ranking = _gallery("**Products** of the shop, best first (✓: the right one); click one", "ranking")
+        with gr.Row(visible=demo.explains):
+            with gr.Column(scale=1):
+                gr.Markdown("**Product**; click a patch of it")
+                picture = gr.Image(show_label=False, interactive=False, buttons=[], height=260, elem_id="picture")
+                every = gr.Button("all patches", size="sm", elem_id="every")
+            with gr.Column(scale=3):
+                heat = _gallery("**Heat**: the patches of the clip that it was reconstructed from", "heat")
+                words = gr.HTML(elem_id="words")
+        with gr.Accordion("scores", open=True):
+            table = gr.Dataframe(
+                headers=COLUMNS,
+                datatype="str",
+                interactive=False,
+                wrap=True,
+                column_widths=COLUMN_WIDTHS,
+                max_height=1000,
+                elem_id="scores",
+            )
+
+        results = [recognition, answer, frames, ranking, table, said, pair, picture, heat, words]
+
+        def choose_example(live_id: str, source: str, event: gr.SelectData):
+            return callbacks.example(live_id, source, event.index)
+
+        def choose_hit(state, event: gr.SelectData):
+            return callbacks.pair(state, event.index)
+
+        def choose_patch(state, event: gr.SelectData):
+            return callbacks.patch(state, event.index)
+
+        # One visitor's work at a time, whichever it is.
+        queue = {"concurrency_id": "demo", "concurrency_limit": 1}
+        private = {"api_visibility": "private", "show_progress": "minimal", **queue}
+        shop.change(_told(callbacks.shop), shop, examples, **private)
+        examples.select(_told(choose_example), [shop, boxes], results, **private)
+        boxes.input(_told(callbacks.boxes), [recognition, boxes], results, **private)
+        start.click(_told(callbacks.upload), [files, shop, boxes, asr], results, **private).then(
+            lambda: None, None, files, **private
+        )
+        if demo.explains:
+            ranking.select(_told(choose_hit), recognition, [pair, picture, heat, words], **private)
+            picture.select(_told(choose_patch), pair, [picture, heat, words], **private)
+            every.click(_told(lambda state: callbacks.patch(state, None)), pair, [picture, heat, words], **private)
+    return page
+
+
+@contextmanager
+def upload_folder() -> Iterator[str]:
+    """A folder of its own for all that visitors upload and all pictures that are shown, deleted at the end."""
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    with tempfile.TemporaryDirectory(prefix="rice-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        try:
+            yield folder
+        finally:
+            if before is None:
+                del os.environ["GRADIO_TEMP_DIR"]
+            else:
+                os.environ["GRADIO_TEMP_DIR"] = before
+
+
+def serve(demo: Demo, host: str = "127.0.0.1", port: int | None = None, block: bool = True) -> gr.Blocks:
+    """
+    Starts the page's server, one visitor's work at a time. Call within `upload_folder`.
+
+    Args:
+        demo: What to show.
+        host: Address to listen on; "0.0.0.0" is reachable from other machines.
+        port: By default the first free one from 7860.
+        block: Wait until the server is interrupted.
+
+    Returns:
+        The page; `local_url` is its address, `close()` ends it.
+
+    Raises:
+        OSError: the port is in use.
+    """
+    page = build_demo(demo)
+    page.queue(max_size=16)
+    page.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=True,
+        max_file_size=demo.limits.max_bytes,
+        app_kwargs={"middleware": [Middleware(UploadGate, folder=demo.folder, limits=demo.limits)]},
+        state_session_capacity=MAX_VISITORS,
+        # The theme's own fonts would be fetched from elsewhere.
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=CSS,
+        ssr_mode=False,
+        quiet=True,
+    )
+    if block:
+        print(f"the demo is at {page.local_url}; interrupt to end it", flush=True)
+        page.block_thread()
+    return page

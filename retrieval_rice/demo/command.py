@@ -1,0 +1,120 @@
+"""Show the recognition of clips in a browser: ranked products, what was said, and heat maps.
+
+Example clips and the shop come from --dataset, by default the rendered mini_lpr4m; --shop names another shop: an index
+that `rice index` wrote (with calibrated confidences), a data set's folder, or a folder of pictures. With --space
+nothing is started: a folder is written that can be pushed as a Space.
+"""
+
+import argparse
+import signal
+from pathlib import Path
+
+DEFAULT_MODEL = "runs/demo/model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", default=DEFAULT_MODEL, help="checkpoint folder, or the id of a published model "
+        "(default: %(default)s, which `make demo` trains)")  # fmt: skip
+    add("--dataset", help="data set with example clips and their shop (default: mini_lpr4m, unless there is a --shop)")
+    add("--data_dir", help="folder of the data set's files")
+    add("--split", default="test", choices=("validation", "test"))
+    add("--shop", type=Path, metavar="DIR", help="shop to search: an index, a data set's folder, or pictures")
+    add("--detector", metavar="FOLDER|ID", help="product detector, whose boxes are shown, and tell a model that takes "
+        "boxes where to look (default: none)")  # fmt: skip
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
+    add("--port", type=_port, help="default: the first free one from 7860")
+    add("--device", help="such as cpu or cuda; default: cuda where there is one")
+    add("--batch_size", type=int, default=64, help="pictures per batch when the shop is encoded")
+    add("--space", type=Path, metavar="DIR", help="write a Space into this new folder instead of starting a server")
+    add("--space_examples", type=int, default=48, help="example clips that a Space gets (default: %(default)s)")
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} must be from 1 to 65535")
+    return number
+
+
+def run(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        FileNotFoundError: no such checkpoint, data set or shop.
+        FileExistsError: the folder of the Space is in use.
+        ValueError: Gradio is not installed, or what is named cannot be used.
+        OSError: the port is in use.
+    """
+    if options.space is not None:
+        from .space import write_space
+
+        queries, gallery = load_rows(options)
+        write_space(options.space, options.model, queries, gallery, options.space_examples, options.detector)
+        return
+    serve, upload_folder = _page()
+    demo = load_demo(options)
+    # What ends a container must not leave uploads behind either.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with upload_folder() as folder:
+        demo.folder = folder
+        try:
+            serve(demo, options.host, options.port)
+        except KeyboardInterrupt:
+            print("the demo has ended")
+
+
+def _page():
+    try:
+        from .app import serve, upload_folder
+    except ImportError as error:
+        if error.name is None or error.name.partition(".")[0] != "gradio":
+            raise
+        raise ValueError("the demo's page needs Gradio; install it: pip install gradio.") from None
+    return serve, upload_folder
+
+
+def load_rows(options: argparse.Namespace):
+    """
+    Rows of example clips and of the shop.
+
+    Returns:
+        The queries view (`None` where there are no example clips) and the gallery rows (`None` for an index).
+    """
+    from data_rice import load_dataset_view
+
+    from ..index_command import gallery_rows, shop_rows
+    from ..index_files import MANIFEST
+
+    source = {"data_dir": options.data_dir, "cache_dir": None, "gallery_images": None}
+    dataset, queries, gallery = options.dataset, None, None
+    if dataset is None and options.shop is None:
+        dataset = "mini_lpr4m"
+    if dataset is not None:
+        queries = load_dataset_view(dataset, "queries", options.split, data_dir=options.data_dir)
+    if options.shop is None:
+        gallery = gallery_rows(dataset, options.split, source)
+    elif not (options.shop / MANIFEST).is_file():
+        shop = {**source, "data_dir": None, "shop": str(options.shop), "split": options.split}
+        gallery, _ = shop_rows(argparse.Namespace(**shop))
+    return queries, gallery
+
+
+def load_demo(options: argparse.Namespace):
+    """The `Demo` that the options describe; encodes the shop unless it is an index."""
+    from hub_rice.loading import load_model
+
+    from ..index import GalleryIndex
+    from .page import Demo
+
+    queries, gallery = load_rows(options)
+    model, processor = load_model(options.model, options.device)
+    detector = None
+    if options.detector is not None:
+        from ..detector.product_detector import ProductDetector
+
+        detector = ProductDetector.from_pretrained(options.detector, options.device)
+    if gallery is None:
+        index = GalleryIndex.load(options.shop, model, processor)
+    else:
+        index = GalleryIndex.build(model, processor, gallery, batch_size=options.batch_size)
+    return Demo(model, processor, index, gallery, queries, detector=detector)

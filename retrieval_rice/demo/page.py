@@ -1,0 +1,374 @@
+"""What the demo shows, without the page itself: clips, answers, pictures of both, and heat maps of a pair."""
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+
+from data_rice.collator import RiceCollator
+from data_rice.decoding import decode_image, read_frames
+from evaluation_rice.frames import clip_frames
+from evaluation_rice.report.heatmap import PairMaps, draw_grid, has_maps, overlay, patch_at, row_maps, seen_region
+from processing_rice import read_video, sample_frame_indices
+
+from ..index import Answer, GalleryIndex, Hit
+from ..index_build import image_entry
+from .uploads import Upload, UploadError, UploadLimits, read_upload
+
+TOP_K = 10
+EXAMPLES = 12
+SIDE = 240
+_WORDS = re.compile(r"[a-z0-9]+|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|.", re.IGNORECASE | re.DOTALL)
+
+
+@dataclass
+class Clip:
+    """
+    Attributes:
+        row: A query row, whose frames may be bytes.
+        note: What is worth knowing of it.
+    """
+
+    row: dict[str, Any]
+    note: str = ""
+
+
+@dataclass
+class Recognition:
+    """
+    A clip with what was found for it in a shop.
+
+    Attributes:
+        clip: As it was chosen.
+        row: Its row with the boxes that were asked for.
+        live_id: The shop, "" for the whole index.
+        boxes: Where the boxes come from, see `Demo.boxes`.
+        answer: Of the index.
+        encode_ms, detect_ms: For reading and encoding the frames, and for the detector.
+    """
+
+    clip: Clip
+    row: dict[str, Any]
+    live_id: str
+    boxes: str
+    answer: Answer
+    encode_ms: float
+    detect_ms: float = 0.0
+
+
+@dataclass
+class Pair:
+    """A clip and a product image, with the maps of how the one was reconstructed from the other."""
+
+    picture: Image.Image
+    frames: list[Image.Image]
+    maps: PairMaps
+    title: str = ""
+
+
+@dataclass
+class Demo:
+    """
+    Args:
+        model, processor: From `load_model`.
+        index: Of the shop to search.
+        gallery: The rows that the index was built from, for pictures that it holds no path of.
+        queries: Query rows to choose examples from.
+        folder: Where uploads arrive; nothing else is ever read or deleted for a visitor.
+        limits: Of uploads.
+        detector: With `detect(frames)`, as a `Recogniser` takes it, or `None`.
+
+    Attributes:
+        boxes: Where boxes can come from: "none", "true" where the queries have some, "detector" where there is one.
+    """
+
+    model: Any
+    processor: Any
+    index: GalleryIndex
+    gallery: Sequence[dict] | None = None
+    queries: Any = None
+    folder: str = ""
+    limits: UploadLimits = field(default_factory=UploadLimits)
+    detector: Any = None
+
+    def __post_init__(self):
+        use_text = getattr(self.model.config, "text_config", None) is not None
+        self.collator = RiceCollator(self.processor, use_text=use_text)
+        ids = [] if self.gallery is None else column(self.gallery, "image_id")
+        self._places = {image_id: i for i, image_id in enumerate(ids)}
+        self.live_ids = self.index.live_ids()
+        self._examples: dict[str, list[int]] = {}
+        if self.queries is not None:
+            for number, live_id in enumerate(column(self.queries, "live_id")):
+                shop = live_id if live_id in self.live_ids else ""
+                self._examples.setdefault(shop, []).append(number)
+        exists = {"true": _has_boxes(self.queries), "detector": self.detector is not None}
+        self.boxes = ["none", *(source for source, there in exists.items() if there)]
+
+    @property
+    def takes_boxes(self) -> bool:
+        """Whether boxes tell the model where to look; else they are only drawn."""
+        return getattr(self.model.config, "accepts_patch_mask", True)
+
+    @property
+    def first_boxes(self) -> str:
+        """The boxes to begin with: the detector's; true ones only where they cannot help the model."""
+        return self.boxes[-1] if self.detector is not None or not self.takes_boxes else "none"
+
+    @property
+    def shops(self) -> list[str]:
+        """Livestreams to choose from, those with examples first, then "", the whole index."""
+        lives = sorted(self.live_ids, key=lambda live_id: live_id not in self._examples)
+        return [*lives, ""]
+
+    @property
+    def num_frames(self) -> int:
+        """Frames that the model looks at."""
+        return self.processor.video_processor.num_frames
+
+    def example_numbers(self, live_id: str) -> list[int]:
+        """Numbers of some query rows of a shop, evenly spaced."""
+        numbers = self._examples.get(live_id, [])
+        count = min(EXAMPLES, len(numbers))
+        return [numbers[i * len(numbers) // count] for i in range(count)]
+
+    def example_pictures(self, live_id: str) -> list[Image.Image]:
+        """A frame from the middle of each example, or a grey tile where the clip cannot be read."""
+        pictures = []
+        for number in self.example_numbers(live_id):
+            try:
+                frames = clip_frames(self.queries[number], 3)
+                pictures.append(enlarge(frames[len(frames) // 2][0]))
+            except (ValueError, OSError):
+                pictures.append(Image.new("RGB", (SIDE, SIDE), (220, 220, 220)))
+        return pictures
+
+    def example(self, live_id: str, place: int) -> Clip:
+        """The example at a place of `example_pictures`; raises `ValueError` where there is none."""
+        numbers = self.example_numbers(live_id)
+        if not 0 <= place < len(numbers):
+            raise ValueError("There is no such example; choose another one.")
+        return Clip(self.queries[numbers[place]])
+
+    def upload(self, paths: Sequence[str]) -> Clip:
+        """A clip of uploaded files, which are gone afterwards; raises `UploadError`."""
+        upload: Upload = read_upload(paths, self.folder, self.limits)
+        frames = [{"path": None, "bytes": data} for data in upload.frames]
+        return Clip({"clip_id": "upload", "frames": frames, "boxes": None, "asr": "", "relevant": []}, upload.note)
+
+    @torch.no_grad()
+    def recognise(self, clip: Clip, live_id: str, asr: str = "", boxes: str = "none") -> Recognition:
+        """
+        Ranks a shop for a clip.
+
+        Args:
+            clip: From `example` or `upload`.
+            live_id: Shop to search, "" for the whole index.
+            asr: What was said in an uploaded clip.
+            boxes: Where the boxes come from that tell the model where to look, one of `boxes`.
+
+        Raises:
+            ValueError: the clip cannot be read, or there is no such shop, or there are no such boxes.
+        """
+        if live_id and live_id not in self.live_ids:
+            raise ValueError("There is no such shop; choose one of the list.")
+        if asr:
+            clip = Clip({**clip.row, "asr": asr[:2000]}, clip.note)
+        start = time.perf_counter()
+        row = self.with_boxes(clip.row, boxes)
+        detect_ms = 1000 * (time.perf_counter() - start)
+        start = time.perf_counter()
+        inputs, readable, failures = self._collator(row).encode_queries([row])
+        if not readable:
+            raise ValueError(f"The clip cannot be read: {failures[0]['reason']}.")
+        clips = self.model.encode_clips(**inputs)
+        encode_ms = 1000 * (time.perf_counter() - start)
+        calibration = self.index.calibration
+        depth = getattr(calibration, "rerank", None) or 100
+        answer = self.index.search(clips, live_id or None, top_k=TOP_K, rerank=depth)[0]
+        if not answer.hits:
+            raise ValueError("This shop has no pictures to search.")
+        return Recognition(clip, row, live_id, boxes, answer, encode_ms, detect_ms)
+
+    def with_boxes(self, row: dict, source: str) -> dict:
+        """A query row with the boxes of one of `boxes`; the detector looks at the frames that the model looks at."""
+        if source not in self.boxes:
+            raise ValueError("There are no such boxes; choose others.")
+        if source == "true":
+            return row
+        if source == "none":
+            return {**row, "boxes": None}
+        frames = numbered_frames(row, self.num_frames)
+        found = dict(zip(frames, self.detector.detect(list(frames.values()))))
+        if row.get("video"):
+            return {**row, "boxes": list(found.values()), "box_frames": list(found)}
+        return {**row, "boxes": [found.get(number) for number in range(len(row["frames"]))]}
+
+    def _collator(self, row: dict) -> RiceCollator:
+        return replace(self.collator, use_boxes=self.takes_boxes and any(row.get("boxes") or ()))
+
+    def frames(self, recognition: Recognition) -> list[Image.Image]:
+        """The frames that the model looks at, with the chosen boxes."""
+        return [draw_box(enlarge(frame), box) for frame, box in clip_frames(recognition.row, self.num_frames)]
+
+    def entry(self, image_id: str) -> dict:
+        """An image of the shop as `{"path", "bytes"}`."""
+        if image_id in self._places:
+            return image_entry(self.gallery[self._places[image_id]]["image"])
+        return {"path": self.index.store.get([image_id])[image_id]["image"], "bytes": None}
+
+    def picture(self, image_id: str) -> Image.Image:
+        """An image of the shop, or a grey tile where it cannot be read any more."""
+        try:
+            return enlarge(decode_image(self.entry(image_id)))
+        except ValueError:
+            return Image.new("RGB", (SIDE, SIDE), (220, 220, 220))
+
+    @property
+    def explains(self) -> bool:
+        """Whether there are heat maps."""
+        return has_maps(self.model)
+
+    def pair(self, recognition: Recognition, place: int) -> Pair:
+        """
+        The clip with one of its hits.
+
+        Raises:
+            ValueError: there is no such hit, a picture cannot be read, or the model has no maps.
+        """
+        hits = recognition.answer.hits
+        if not 0 <= place < len(hits):
+            raise ValueError("There is no such product; choose another one.")
+        hit = hits[place]
+        row = {"image_id": hit.image_id, "image": self.entry(hit.image_id), "title": hit.title}
+        maps = row_maps(self.model, self._collator(recognition.row), recognition.row, row)
+        frames = [enlarge(frame) for frame, _ in clip_frames(recognition.row, self.num_frames)]
+        return Pair(enlarge(decode_image(row["image"]), 2 * SIDE), frames, maps, hit.title or hit.image_id)
+
+    def patch_at(self, pair: Pair, point: Sequence[float]) -> tuple[int, int] | None:
+        """The patch of the pair's picture at a point in pixels, `None` outside of all."""
+        region = seen_region(self.processor.image_processor)
+        return patch_at(pair.picture.size, pair.maps.grid, (point[0], point[1]), region)
+
+    def heat(self, pair: Pair, patch: tuple[int, int] | None) -> tuple[Image.Image, list[Image.Image]]:
+        """The pair's picture with its grid, and the frames under the heat of one patch, or of all."""
+        picture = draw_grid(pair.picture, pair.maps.grid, patch, seen_region(self.processor.image_processor))
+        region = seen_region(self.processor.video_processor)
+        heat = pair.maps.heat(patch)
+        return picture, [overlay(frame, values, region) for frame, values in zip(pair.frames, heat)]
+
+
+def column(rows: Sequence[dict], name: str) -> list[str]:
+    """A column of text of a data set or of a list of rows, "" where a row has none."""
+    if hasattr(rows, "column_names"):
+        return list(rows[name])
+    return [row.get(name) or "" for row in rows]
+
+
+def _has_boxes(rows: Sequence[dict] | None) -> bool:
+    if hasattr(rows, "column_names"):
+        # Iterating reads no other column, and stops at the first clip that has one.
+        return any(any(boxes or ()) for boxes in rows["boxes"])
+    return any(any(row.get("boxes") or ()) for row in rows or ())
+
+
+def numbered_frames(row: dict, num_frames: int) -> dict[int, Image.Image]:
+    """The frames of a query row that the model looks at, by their numbers in the clip."""
+    if not row.get("video"):
+        chosen = sample_frame_indices(len(row["frames"]), num_frames) if row["frames"] else []
+        return read_frames(row["frames"], chosen)[0]
+    chosen: list[int] = []
+
+    def choose(total: int, count: int) -> list[int]:
+        chosen[:] = sample_frame_indices(total, count)
+        return chosen
+
+    video = {"path": row["video"], "start": row.get("start"), "end": row.get("end")}
+    return {number: Image.fromarray(frame) for frame, number in zip(read_video(video, num_frames, choose), chosen)}
+
+
+def enlarge(picture: Image.Image, side: int = SIDE) -> Image.Image:
+    """A copy whose longer side has at least, and at most twice, `side` pixels."""
+    longest = max(picture.size)
+    scale = max(side, min(longest, 2 * side)) / longest
+    size = [max(1, round(value * scale)) for value in picture.size]
+    return picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+
+
+def draw_box(picture: Image.Image, box: Sequence[float] | None) -> Image.Image:
+    """Frames a box (ltrb in 0..1) in a picture, white within black; `None` leaves it as it is."""
+    if box is None or len(box) != 4:
+        return picture
+    corners = [value * side for value, side in zip(box, picture.size * 2)]
+    draw, width = ImageDraw.Draw(picture), max(2, max(picture.size) // 100)
+    draw.rectangle(corners, outline=(0, 0, 0), width=3 * width)
+    inner = [value + sign * width for value, sign in zip(corners, (1, 1, -1, -1))]
+    if inner[0] < inner[2] and inner[1] < inner[3]:
+        draw.rectangle(inner, outline=(255, 255, 255), width=width)
+    return picture
+
+
+def shared_words(text: str, title: str) -> list[tuple[str, bool]]:
+    """
+    The text in pieces, each with whether the title has it too: whole words, and in scripts without spaces runs of at
+    least two characters.
+    """
+    words = {word for word in _WORDS.findall(title.lower()) if len(word) > 2}
+    pieces: list[tuple[str, bool]] = []
+
+    def add(piece: str, shared: bool) -> None:
+        if pieces and pieces[-1][1] == shared:
+            piece = pieces.pop()[0] + piece
+        pieces.append((piece, shared))
+
+    for word in _WORDS.findall(text):
+        if word[0] < "\u3040":
+            add(word, word.lower() in words)
+            continue
+        place = 0
+        while place < len(word):
+            length = next((n for n in range(len(word) - place, 1, -1) if word[place : place + n] in title), 1)
+            add(word[place : place + length], length > 1)
+            place += length
+    return pieces
+
+
+def table_rows(recognition: Recognition) -> list[list[str]]:
+    """Rank, product, title, confidence and the scores of each hit, as text."""
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.3f}"
+
+    return [
+        [
+            str(rank),
+            hit.product_id,
+            hit.title,
+            f"{100 * hit.confidence:.1f} %",
+            *(number(value) for value in (hit.score, hit.embedding_score, hit.matching_score)),
+        ]
+        for rank, hit in enumerate(recognition.answer.hits, 1)
+    ]
+
+
+def caption(hit: Hit, rank: int, relevant: Sequence[str]) -> str:
+    """Line under a product's picture; where the answer is known, the right one is marked."""
+    mark = " ✓" if hit.image_id in relevant else ""
+    return f"{rank}.{mark} {100 * hit.confidence:.0f} % {hit.title or hit.image_id}"
+
+
+__all__ = [
+    "Clip",
+    "Demo",
+    "Pair",
+    "Recognition",
+    "UploadError",
+    "UploadLimits",
+    "caption",
+    "shared_words",
+    "table_rows",
+]

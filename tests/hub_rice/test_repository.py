@@ -1,0 +1,103 @@
+"""What of a folder is published, and what is made of the Hub's answers, without a Hub."""
+
+import json
+
+import pytest
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+
+from hub_rice.repository import hub_errors, is_published, portable_results, upload
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "config.json",
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "README.md",
+    ]
+    + ["processor_config.json", "preprocessor_config.json", "tokenizer.json", "modeling_rice.py", "onnx/image.onnx"],
+)
+def test_published(path):
+    assert is_published(path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "training_args.bin",
+        "optimizer.pt",
+        "rng_state.pth",
+        "pytorch_model.bin",
+        "trainer_state.json",
+        "notes.py",
+        ".env",
+    ]
+    + [
+        "train_arguments.json",
+        "unreadable_media.jsonl",
+        "checkpoint-4/model.safetensors",
+        "runs/events.out.1",
+        "token",
+    ]
+    + ["data/config.json", "sub/onnx/image.onnx"],
+)
+def test_stays_at_home(path):
+    assert not is_published(path)
+
+
+def test_results_lose_their_paths_and_keep_their_figures():
+    results = {
+        "model": "/home/me/runs/x",
+        "dataset": "/home/me/shop",
+        "command": "python eval_rice.py --model /home/me/runs/x --dataset '/home/me/my shop' --boxes none",
+        "failures": [
+            {"kind": "query", "id": "a/b", "file": "/home/me/shop/q.jpg", "reason": "no /home/me/shop/q.jpg"}
+        ],
+        "scores": {"embedding": {"R@1": 1 / 3}},
+    }
+    portable = portable_results(results, "me/rice")
+    assert "/home" not in json.dumps(portable) and portable["scores"] == results["scores"]
+    assert portable["model"] == "me/rice" and portable["dataset"] == "shop"
+    assert portable["command"] == "python eval_rice.py --model me/rice --dataset 'my shop' --boxes none"
+    assert portable["failures"] == [{"kind": "query", "id": "a/b", "file": "q.jpg", "reason": "no q.jpg"}]
+    assert results["failures"][0]["file"] == "/home/me/shop/q.jpg"
+
+
+def test_a_token_in_any_text_is_refused_before_anything_is_sent():
+    for path in ("README.md", "results.json", "extra_rice.py"):
+        with pytest.raises(ValueError, match=f"{path} holds an access token"):
+            upload({"config.json": b"{}", path: b"key = hf_" + b"aB3" * 10}, "me/rice")
+    with pytest.raises(ValueError, match="access token"):
+        upload({"README.md": b"my-own-secret"}, "me/rice", token="my-own-secret")
+
+
+@pytest.mark.parametrize(
+    "error, kind, words",
+    [
+        (LocalTokenNotFoundError("x"), PermissionError, "hf auth login"),
+        (HFValidationError("x"), ValueError, "like owner/name"),
+    ],
+)
+def test_errors_become_one_sentence(error, kind, words):
+    with pytest.raises(kind, match=words) as raised:
+        with hub_errors("me/rice"):
+            try:
+                raise error
+            except Exception as cause:
+                raise OSError("something long\nover lines") from cause
+    assert "\n" not in str(raised.value)
+
+
+def test_other_errors_pass_unchanged(tmp_path):
+    own = ValueError("my own sentence.")
+    with pytest.raises(ValueError) as raised:
+        with hub_errors(str(tmp_path)):
+            raise own
+    assert raised.value is own
+
+
+def test_without_the_network_nothing_is_sent():
+    with pytest.raises(ConnectionError, match="me/rice needs the Hub, but HF_HUB_OFFLINE is set"):
+        upload({"README.md": b"text"}, "me/rice")

@@ -1,0 +1,195 @@
+"""What all visitors together may leave on the demo's disk."""
+
+import asyncio
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from retrieval_rice.demo.quota import OVERHEAD, FolderQuota, UploadGate
+from retrieval_rice.demo.uploads import UploadLimits
+
+LIMITS = UploadLimits(max_bytes=1000, max_total_bytes=OVERHEAD + 3000, arriving_seconds=5)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "uploads"
+    path.mkdir()
+    return path
+
+
+def put(path, size: int, age: float = 0.0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(size))
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+def test_the_oldest_files_make_room(folder):
+    quota = FolderQuota(folder, 1000, 3600)
+    files = [put(folder / name, 300, age) for name, age in (("a/1", 20), ("2", 30), ("b/c/3", 10))]
+    assert quota.make_room(100) and all(file.exists() for file in files)
+    assert quota.make_room(101) and [file.exists() for file in files] == [True, False, True]
+    assert quota.make_room(700) and [file.exists() for file in files] == [False, False, True]
+    assert quota.make_room(1000) and not any(file.exists() for file in files)
+    assert not quota.make_room(1001)
+
+
+def test_old_files_go_also_where_there_is_room(folder):
+    quota = FolderQuota(folder, 1000, 60)
+    old, young = put(folder / "a/old", 10, 61), put(folder / "a/young", 10, 50)
+    empty = folder / "empty"
+    empty.mkdir()
+    os.utime(empty, (time.time() - 61,) * 2)
+    (folder / "new").mkdir()
+    assert quota.make_room()
+    assert not old.exists() and young.exists() and not empty.exists() and (folder / "new").exists()
+
+
+def test_what_was_there_at_the_beginning_stays_and_counts(folder):
+    example = put(folder / "x/example", 600, 9999)
+    quota = FolderQuota(folder, 1000, 60)
+    upload = put(folder / "x/upload", 300)
+    assert not quota.make_room(401) and example.exists() and not upload.exists()
+    assert quota.make_room(400)
+
+
+def test_nothing_outside_of_the_folder_is_touched(folder, tmp_path):
+    secret = put(tmp_path / "elsewhere" / "secret", 500, 9999)
+    quota = FolderQuota(folder, 100, 60)
+    (folder / "file").symlink_to(secret)
+    (folder / "folder").symlink_to(secret.parent)
+    quota.make_room(100)
+    assert secret.exists() and not list(folder.iterdir())
+
+
+def test_a_folder_that_is_gone_is_no_error(tmp_path):
+    assert FolderQuota(tmp_path / "gone", 100, 60).make_room(100)
+
+
+class Server:
+    """Takes what is sent to it and answers when it is told to."""
+
+    def __init__(self):
+        self.requests, self.go_on = [], asyncio.Event()
+
+    async def __call__(self, scope, receive, send):
+        self.requests.append(scope["path"])
+        await self.go_on.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def post(gate, size: int | None, path: str = "/gradio_api/upload", method: str = "POST") -> tuple[int, str]:
+    """Status and words of the answer to a request."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [] if size is None else [(b"content-length", str(size).encode())]
+    await gate({"type": "http", "method": method, "path": path, "headers": headers}, None, send)
+    return sent[0]["status"], sent[1]["body"].decode()
+
+
+def test_requests_without_or_of_too_great_length_are_refused_unread(folder):
+    async def scenario():
+        server = Server()
+        server.go_on.set()
+        gate = UploadGate(server, folder, LIMITS)
+        assert await post(gate, None) == (411, "The length of what is sent must be given.")
+        status, words = await post(gate, OVERHEAD + 1001)
+        assert status == 413 and words.startswith("This is 1 MB, more than")
+        assert (await post(gate, OVERHEAD + 1, "/gradio_api/queue/join"))[0] == 413
+        assert server.requests == []
+        assert (await post(gate, OVERHEAD + 1000))[0] == 200
+        assert (await post(gate, OVERHEAD, "/gradio_api/queue/join"))[0] == 200
+        assert (await post(gate, None, "/", "GET"))[0] == 200
+        assert len(server.requests) == 3
+
+    asyncio.run(scenario())
+
+
+def test_uploads_that_arrive_together_share_the_room(folder):
+    async def scenario():
+        server = Server()
+        gate = UploadGate(server, folder, LIMITS)
+        first = asyncio.create_task(post(gate, OVERHEAD + 1000))
+        await asyncio.sleep(0)
+        # As many as there are bytes left still fit; one more does not.
+        second = asyncio.create_task(post(gate, 2000))
+        await asyncio.sleep(0)
+        status, words = await post(gate, 1)
+        assert status == 503 and words.endswith("try again in some minutes.")
+        server.go_on.set()
+        assert [(await task)[0] for task in (first, second)] == [200, 200]
+        assert (await post(gate, OVERHEAD + 1000))[0] == 200 and gate.arriving == 0
+
+    asyncio.run(scenario())
+
+
+def test_an_upload_makes_room_and_so_does_a_click(folder):
+    async def scenario():
+        server = Server()
+        server.go_on.set()
+        gate = UploadGate(server, folder, LIMITS)
+        old, young = put(folder / "old", OVERHEAD, 20), put(folder / "young", 2500, 10)
+        assert (await post(gate, 600))[0] == 200
+        assert not old.exists() and young.exists()
+        shown = put(folder / "shown", LIMITS.max_total_bytes)
+        assert (await post(gate, 100, "/gradio_api/queue/join"))[0] == 200
+        assert not young.exists() and shown.exists()
+
+    asyncio.run(scenario())
+
+
+def test_a_slow_upload_ends_and_frees_its_room(folder):
+    async def scenario():
+        gate = UploadGate(Server(), folder, replace(LIMITS, arriving_seconds=0.05))
+        status, words = await post(gate, OVERHEAD)
+        assert status == 408 and words == "The upload took longer than 0.05 s; send something smaller."
+        assert gate.arriving == 0
+
+    asyncio.run(scenario())
+
+
+def test_errors_of_the_server_are_its_own(folder):
+    async def fail(scope, receive, send):
+        raise TimeoutError("of the server")
+
+    gate = UploadGate(fail, folder, LIMITS)
+    with pytest.raises(TimeoutError, match="of the server"):
+        asyncio.run(post(gate, 10))
+    assert gate.arriving == 0
+
+
+def test_a_served_page_bounds_what_is_sent_to_it(demo):
+    pytest.importorskip("gradio", reason="needs gradio")
+    httpx = pytest.importorskip("httpx", reason="needs httpx, as gradio does")
+    from retrieval_rice.demo.app import serve, upload_folder
+
+    demo.limits = UploadLimits(max_bytes=1_000_000, max_total_bytes=3_000_000)
+    with upload_folder() as folder:
+        demo.folder = folder
+        server = serve(demo, block=False)
+        try:
+            address = f"{server.local_url}gradio_api/upload"
+
+            def send(number: int, size: int = 900_000) -> httpx.Response:
+                return httpx.post(address, files={"files": (f"{number}.png", bytes([number]) * size)}, timeout=60)
+
+            pictures = _files(folder)
+            arrived = [send(number).json()[0] for number in range(6)]
+            assert not os.path.exists(arrived[0]) and os.path.exists(arrived[-1])
+            assert sum(path.stat().st_size for path in _files(folder)) < 3_000_000
+            assert pictures and all(path.exists() for path in pictures)
+            assert send(7, 2_500_000).status_code == 413
+        finally:
+            server.close()
+
+
+def _files(folder):
+    return [path for path in Path(folder).rglob("*") if path.is_file()]
