@@ -8,9 +8,9 @@ from evaluation_rice.recall import bootstrap_interval, expected_hit, recall_at_k
 
 
 @pytest.fixture(scope="module")
-def golden(shared_dir):
+def golden(reference_dir):
     """Outputs recorded from the official code."""
-    return json.loads((shared_dir / "reference" / "golden_functions.json").read_text())
+    return json.loads((reference_dir / "golden_functions.json").read_text())
 
 
 def rankings_of(predictions):
