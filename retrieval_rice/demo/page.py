@@ -16,7 +16,7 @@ from evaluation_rice.report.heatmap import PairMaps, draw_grid, has_maps, overla
 from processing_rice import read_video, sample_frame_indices
 
 from ..index import Answer, GalleryIndex, Hit
-from ..index_build import image_entry
+from ..index.build import image_entry
 from .uploads import Upload, UploadError, UploadLimits, read_upload
 
 TOP_K = 10
@@ -219,7 +219,7 @@ class Demo:
         """An image of the shop as `{"path", "bytes"}`."""
         if image_id in self._places:
             return image_entry(self.gallery[self._places[image_id]]["image"])
-        return {"path": self.index.store.get([image_id])[image_id]["image"], "bytes": None}
+        return {"path": self.index.records([image_id])[image_id]["image"], "bytes": None}
 
     def picture(self, image_id: str) -> Image.Image:
         """An image of the shop, or a grey tile where it cannot be read any more."""

@@ -13,14 +13,14 @@ from tqdm.auto import tqdm
 from data_rice.decoding import decode_image
 from evaluation_rice.frames import clip_frames
 
-from ..index_build import image_entry
+from ..index.build import image_entry
 from .page import column
 
 PACKAGES = ("modeling_rice", "processing_rice", "data_rice", "hub_rice", "evaluation_rice", "retrieval_rice")
 # What setup.cfg requires, and PyAV for uploaded videos; Gradio is named by the README's metadata.
 REQUIREMENTS = (
     *("transformers>=5.17", "datasets>=5.0", "accelerate>=1.15", "safetensors>=0.8", "huggingface_hub>=1.33"),
-    *("torch>=2.11", "torchvision>=0.26", "evaluate>=0.4.6", "sentencepiece>=0.2", "av"),
+    *("torch>=2.11", "torchvision>=0.26", "evaluate>=0.4.6", "sentencepiece>=0.2", "av", "lancedb>=0.40"),
 )
 MODEL_FILES = ("*.json", "*.safetensors", "*.py", "*.model", "*.txt")
 _FRAMES = 16
