@@ -7,10 +7,12 @@ has none.
 
 import json
 import os
+import random
 import re
 import shutil
+import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timedelta
@@ -36,6 +38,7 @@ _OWN = ("reason", "position", "content")
 _STATE, _CHECKSUM = b"rice", b"rice.crc32"
 _PRIMARY_KEY = {b"lance-schema:unenforced-primary-key": b"true"}
 _AT_ONCE = 8192
+_ATTEMPTS = 20
 
 
 @dataclass(frozen=True)
@@ -256,32 +259,49 @@ class ShopTable:
             return False
         return True
 
+    def commit(self, write: Callable[[Any], None]) -> None:
+        """
+        Writes a new version, on top of what others write at the same time.
+
+        Raises:
+            OSError: it cannot be written, or others were faster each time; what was there is unchanged.
+        """
+        table = self._open()
+        for attempt in range(_ATTEMPTS):
+            try:
+                with self.writing():
+                    return write(table)
+            except OSError as error:
+                if "commit conflict" not in str(error) or attempt == _ATTEMPTS - 1:
+                    raise
+                # Not in step with the other one.
+                time.sleep(0.02 * (attempt + random.random()))
+
     def upsert(self, rows: pa.Table) -> None:
         """
         Writes rows in one commit; those of an image that is there take its place.
 
         Raises:
-            OSError: they cannot be written; what was there is unchanged.
+            OSError: as `commit`.
         """
-        table = self._open()
-        with self.writing():
+
+        def write(table: Any) -> None:
             merge = table.merge_insert("image_id").when_matched_update_all().when_not_matched_insert_all()
-            # Two writers of the same image meet here: the one that comes later tries again on top of the other.
-            merge.execute(rows, on_bad_vectors="null", timeout=timedelta(minutes=10))
+            # With the column's index two writers of one new image do not see each other, and it is there twice.
+            merge.use_index(False).execute(rows, on_bad_vectors="null", timeout=timedelta(minutes=10))
+
+        self.commit(write)
 
     def delete(self, image_ids: Sequence[str]) -> None:
         """Deletes the rows of images."""
-        table = self._open()
         for start in range(0, len(image_ids), _AT_ONCE):
-            with self.writing():
-                table.delete(lancedb().expr.col("image_id").isin(list(image_ids[start : start + _AT_ONCE])))
+            wanted = lancedb().expr.col("image_id").isin(list(image_ids[start : start + _AT_ONCE]))
+            self.commit(lambda table: table.delete(wanted))
 
     def write_state(self, state: State) -> None:
         """Writes what is true of the table as a whole."""
-        table = self._open()
         metadata = {key.decode(): value.decode() for key, value in state.to_metadata().items()}
-        with self.writing():
-            table.update_field_metadata({"path": "image_id", "metadata": metadata})
+        self.commit(lambda table: table.update_field_metadata({"path": "image_id", "metadata": metadata}))
 
     def versions(self) -> list[Version]:
         """The versions that can be restored, oldest first: those that are kept and were complete."""
@@ -305,36 +325,31 @@ class ShopTable:
             raise ValueError(
                 f"the {self} was not complete in version {version}; `rice index --versions` lists those that were."
             )
-        table = self._open()
-        with self.writing():
-            table.restore(version)
+        self.commit(lambda table: table.restore(version))
 
     def compact(self, kept_for: timedelta = KEPT_FOR) -> None:
         """Joins small files, takes new rows into the indexes, and deletes versions older than `kept_for`."""
-        table = self._open()
-        with self.writing():
-            table.optimize(cleanup_older_than=kept_for)
+        self.commit(lambda table: table.optimize(cleanup_older_than=kept_for))
 
     def index_columns(self, live_ids: bool) -> None:
         """Builds the indexes by which rows of a livestream or an image are found, unless they are there."""
         configs = lancedb().index
         wanted = {"image_id": configs.BTree()} | ({"live_ids": configs.LabelList()} if live_ids else {})
-        table = self._open()
-        with self.writing():
-            there = {column for index in table.list_indices() for column in index.columns}
-            for column in wanted.keys() - there:
-                table.create_index(column, config=wanted[column])
+        for column in wanted.keys() - self._indexed().keys():
+            self.commit(lambda table: table.create_index(column, config=wanted[column]))
 
     def index_embeddings(self, config: Any) -> None:
         """Builds an approximate index of the embeddings in the place of the one that is there; `None` drops that."""
+        if config is not None:
+            self.commit(lambda table: table.create_index("embeds", config=config, replace=True))
+        elif "embeds" in self._indexed():
+            self.commit(lambda table: table.drop_index(self._indexed()["embeds"]))
+
+    def _indexed(self) -> dict[str, str]:
+        """The columns that have an index, and its name."""
         table = self._open()
-        with self.writing():
-            if config is not None:
-                table.create_index("embeds", config=config, replace=True)
-                return
-            for index in table.list_indices():
-                if index.columns == ["embeds"]:
-                    table.drop_index(index.name)
+        with self.reading():
+            return {index.columns[0]: index.name for index in table.list_indices()}
 
 
 def _is_library(error: BaseException) -> bool:
