@@ -317,8 +317,8 @@ def _product(row: dict[str, Any]) -> str:
 
 def _failure(row_id: str, file: str | None, reason: object, outcome: str = "skipped") -> Failure:
     # Logs are UTF-8, and a file may have any bytes for its name.
-    values = (row_id, file or "", str(reason), outcome)
-    return dict(zip(("id", "file", "reason", "outcome"), map(path_to_text, values)))
+    reason = str(reason).encode("utf-8", "backslashreplace").decode()
+    return {"id": row_id, "file": path_to_text(file or ""), "reason": reason, "outcome": outcome}
 
 
 __all__ = ["MediaError", "RiceCollator", "count_failures", "decode_image", "product_id_hash", "read_failure_log"]

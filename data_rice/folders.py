@@ -28,11 +28,11 @@ _SYSTEM_NAMES = frozenset(
     }
 )
 
-NOT_A_PICTURE = "no pictures by their name"
+NOT_A_PICTURE = "no suffix of a picture"
 SYSTEM = "hidden or made by the system"
-FOLDERS = "folders, which are not looked into"
-UNREADABLE = "that cannot be opened"
-LISTED = "links to folders whose pictures are listed already"
+FOLDERS = "folders are not looked into"
+UNREADABLE = "cannot be opened"
+LISTED = "leads to a folder that is listed already"
 _NAMED = 3
 
 
@@ -88,7 +88,8 @@ class Listing:
         parts = []
         for reason, names in self.left_out.items():
             shown = ", ".join(map(path_to_text, sorted(names, key=natural_key)[:_NAMED]))
-            parts.append(f"{len(names)} {reason} ({shown}{', ...' if len(names) > _NAMED else ''})")
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            parts.append(f"{shown}{more} ({reason})")
         what = "1 entry was" if total == 1 else f"{total} entries were"
         return f"{path_to_text(self.folder)}: {what} left out: {'; '.join(parts)}"
 

@@ -12,26 +12,27 @@ from . import parsing
 def path_to_text(path: str | os.PathLike) -> str:
     r"""Return a path as text that can be printed and stored, although a file may have any bytes for its name.
 
-    A byte that is no UTF-8 becomes ``\xc8``, and a backslash that would read as one of these becomes ``\x5c``, so that
-    `text_to_path` gives the path back and no two files have one text. All other paths stay as they are.
+    In a name that is no UTF-8 each byte beyond ASCII becomes ``\xc8``. A backslash that would read as one of these
+    becomes ``\x5c``, so that `text_to_path` gives the path back and no two files have one text. Other paths stay as
+    they are.
     """
     text = re.sub(r"\\(?=x[0-9a-f]{2})", r"\\x5c", os.fspath(path))
-    # Other halves of surrogate pairs stand for no byte: no file has such a name.
-    return parsing.SURROGATE.sub(lambda match: _escape(ord(match[0])), text)
+    return "/".join(_escape(name) if parsing.SURROGATE.search(name) else name for name in text.split("/"))
 
 
-def _escape(code: int) -> str:
-    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
+def _escape(name: str) -> str:
+    try:
+        data = os.fsencode(name)
+    except UnicodeEncodeError:
+        # Halves of surrogate pairs that stand for no byte; no file has such a name.
+        data = name.encode("utf-8", "surrogatepass")
+    return "".join(chr(byte) if byte < 0x80 else f"\\x{byte:02x}" for byte in data)
 
 
 def text_to_path(text: str) -> str:
     """Return the path of which `path_to_text` made ``text``, as `open` takes it."""
-
-    def byte(match: re.Match) -> str:
-        code = int(match[1], 16)
-        return "\\" if code == 0x5C else chr(0xDC00 + code)
-
-    return re.sub(r"\\x([89a-f][0-9a-f]|5c)", byte, text)
+    pattern = rb"\\x([89a-f][0-9a-f]|5c)"
+    return os.fsdecode(re.sub(pattern, lambda match: bytes.fromhex(match[1].decode()), text.encode()))
 
 
 def _composed(name: str) -> str:
