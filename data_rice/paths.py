@@ -26,7 +26,11 @@ def _escape(name: str) -> str:
     except UnicodeEncodeError:
         # Halves of surrogate pairs that stand for no byte; no file has such a name.
         data = name.encode("utf-8", "surrogatepass")
-    return "".join(chr(byte) if byte < 0x80 else f"\\x{byte:02x}" for byte in data)
+    try:
+        # What is text after all, where the locale knows ASCII alone.
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "".join(chr(byte) if byte < 0x80 else f"\\x{byte:02x}" for byte in data)
 
 
 def text_to_path(text: str) -> str:
