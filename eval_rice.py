@@ -452,6 +452,9 @@ def _one_line(error: BaseException) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser, options = parse_arguments(arguments)
+    from data_rice.terminal import print_anywhere
+
+    print_anywhere()
     command = shlex.join(["python", "eval_rice.py", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         evaluate(options, command)

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from . import parsing
 from .shop_clips import CLIP_FILES, GALLERY_FILE
+from .terminal import print_anywhere
 
 SOURCE_LISTS = {"train": "train.txt", "validation": "val.txt", "test": "test.txt"}
 MIN_CLIP, MAX_CLIP = 3, 10
@@ -325,6 +326,7 @@ def build_grocerystore(clone_dir: str | Path, output_dir: str | Path, short_side
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    print_anywhere()
     parser = argparse.ArgumentParser(prog="python -m data_rice.grocerystore", description=__doc__.splitlines()[0])
     parser.add_argument("clone_dir", help="clone of GroceryStoreDataset")
     parser.add_argument("output_dir", help="folder to write; must not exist yet")

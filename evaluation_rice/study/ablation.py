@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from data_rice.terminal import print_anywhere
 from hub_rice.files import write_atomically
 from hub_rice.tables import percent
 
@@ -369,6 +370,7 @@ def to_markdown(study: Study, summary: Mapping) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    print_anywhere()
     parser = argparse.ArgumentParser(
         prog="python -m evaluation_rice.study.ablation", description=__doc__.splitlines()[0]
     )

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from data_rice.terminal import print_anywhere
 from hub_rice.files import check_output, write_output
 from hub_rice.tables import percent
 
@@ -209,6 +210,7 @@ def _cell(value: Mapping[str, Any], column: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    print_anywhere()
     parser = argparse.ArgumentParser(
         prog="python -m evaluation_rice.study.attention", description=__doc__.splitlines()[0]
     )

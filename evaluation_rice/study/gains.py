@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from data_rice.terminal import print_anywhere
 from hub_rice.files import check_output, write_output
 from hub_rice.tables import percent
 
@@ -173,6 +174,7 @@ def format_gains(result: Mapping[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    print_anywhere()
     parser = argparse.ArgumentParser(prog="python -m evaluation_rice.study.gains", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("left", help="folder of an evaluation, or of an arm with seeds")

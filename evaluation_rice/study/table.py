@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_rice.terminal import print_anywhere
 from hub_rice.files import check_output, write_output
 from hub_rice.model_card import breakdown_table, dataset_name, gallery_words
 from hub_rice.tables import TITLES, markdown_table, percent, shown_scores
@@ -264,6 +265,7 @@ def _time_words(entries: Sequence[Entry]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    print_anywhere()
     parser = argparse.ArgumentParser(
         prog="python -m evaluation_rice.study.table",
         description="One Markdown table of the results of many methods under one protocol.",
