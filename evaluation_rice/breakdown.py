@@ -12,8 +12,6 @@ import pyarrow.parquet
 from data_rice import open_dataset_view
 from data_rice.lazy_rows import ParquetRows
 
-from .recall import wilson_interval
-
 MAX_DRAWN = 40
 """Groups of one attribute that the picture shows; of more, the largest."""
 
@@ -45,8 +43,7 @@ def can_draw() -> bool:
 
 def draw_breakdown(path: str | os.PathLike, by: Mapping[str, Mapping[str, Mapping]], title: str) -> None:
     """
-    Draws R@1 of every group, one panel per attribute, into a picture. Its intervals are Wilson's, which keep a width
-    where all clips of a small group are hits or misses, as the bootstrap does not.
+    Draws R@1 of every group with its interval, one panel per attribute, into a picture.
 
     Args:
         path: file to write, such as breakdown.png.
@@ -72,7 +69,7 @@ def draw_breakdown(path: str | os.PathLike, by: Mapping[str, Mapping[str, Mappin
         _draw_groups(axes, groups)
         axes.set_title(column.replace("_", " "), loc="left", fontsize="small")
     panels[0].legend(loc="best", fontsize="x-small")
-    panels[-1].set_xlabel("R@1 in percent, with 95 % Wilson intervals")
+    panels[-1].set_xlabel("R@1 in percent, with 95 % intervals")
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     figure.savefig(temporary, dpi=120, format="png")
     os.replace(temporary, path)
@@ -89,8 +86,7 @@ def _draw_groups(axes, groups: Mapping[str, Mapping]) -> None:
     kinds = [name for name in next(iter(groups.values())) if name != "num_queries"]
     for number, kind in enumerate(kinds):
         values = np.array([100 * group[kind]["R@1"] for group in groups.values()])
-        spread = [wilson_interval(group[kind]["R@1"], group["num_queries"]) for group in groups.values()]
-        errors = np.abs(100 * np.array(spread).T - values)
+        errors = np.abs(100 * np.array([group[kind]["R@1_ci95"] for group in groups.values()]).T - values)
         places = np.arange(len(groups)) + 0.22 * (number - (len(kinds) - 1) / 2)
         axes.errorbar(values, places, xerr=errors, fmt="o", markersize=3, linewidth=1, capsize=1.5, label=kind)
     labels = [f"{name} ({group['num_queries']})" for name, group in groups.items()]

@@ -299,7 +299,7 @@ def retrieve(
     Raises:
         ValueError: not one gallery image could be read, the fusion weight is not above 0, or that of text is below.
     """
-    books: dict[str, Rankings] = {}
+    rankings: dict[str, Rankings] = {}
     failures: list[dict] = []
     if fusion_weight is not None:
         fusion_weight = check_weight(fusion_weight)
@@ -311,10 +311,10 @@ def retrieve(
                 scores["fused"] = fuse_scores(scores, fusion_weight, fused_text_weight)
             for kind, values in scores.items():
                 if kind not in PARTS:
-                    books.setdefault(kind, Rankings(task, ks, depth)).add(query, values)
-    if not books:
-        books["embedding"] = Rankings(task, ks, depth)
-    return {kind: book.complete() for kind, book in books.items()}, failures
+                    rankings.setdefault(kind, Rankings(task, ks, depth)).add(query, values)
+    if not rankings:
+        rankings["embedding"] = Rankings(task, ks, depth)
+    return {kind: ranked.complete() for kind, ranked in rankings.items()}, failures
 
 
 def _default_collator(processor, use_boxes: bool):
@@ -369,8 +369,8 @@ def evaluate_retrieval(
     retriever = ModelRetriever(model, collator or _default_collator(processor, use_boxes), matching)
     loading = Loading(batch_size, num_workers, quiet)
     weights = {"fusion_weight": fusion_weight, "fused_text_weight": fused_text_weight}
-    books, _ = retrieve(retriever, task, queries, gallery, loading=loading, ks=ks, **weights)
-    return {kind: book.summary() for kind, book in books.items()}
+    rankings, _ = retrieve(retriever, task, queries, gallery, loading=loading, ks=ks, **weights)
+    return {kind: ranked.summary() for kind, ranked in rankings.items()}
 
 
 class FittedFusion(NamedTuple):
@@ -423,14 +423,14 @@ def rank_scores(
 ) -> tuple[dict[str, Rankings], FittedFusion | None]:
     """What `validate` makes of the scores of all queries (`all_scores`), wherever they were computed."""
     fitted = _fit(task, scores) if any("matching" in values for values in scores.values()) else None
-    books: dict[str, Rankings] = {"embedding": Rankings(task, ks)}
+    rankings: dict[str, Rankings] = {"embedding": Rankings(task, ks)}
     for query, values in scores.items():
         if fitted is not None and "matching" in values:
             values = {**values, "fused": fuse_scores(values, fitted.weight, fitted.text_weight)}
         for kind, row in values.items():
             if kind not in PARTS:
-                books.setdefault(kind, Rankings(task, ks)).add(query, row)
-    return {kind: book.complete() for kind, book in books.items()}, fitted
+                rankings.setdefault(kind, Rankings(task, ks)).add(query, row)
+    return {kind: ranked.complete() for kind, ranked in rankings.items()}, fitted
 
 
 def add_text_scores(

@@ -78,11 +78,11 @@ def validate_together(
     # In file order, or the order of ties would depend on who scored what.
     merged = dict(sorted((query, values) for part, _, _ in parts for query, values in part.items()))
     merged, text_weight = add_text_scores(task, merged)
-    books, fitted = rank_scores(task, merged)
+    rankings, fitted = rank_scores(task, merged)
     metrics = {
         f"{kind}_{name}": value
-        for kind, rankings in books.items()
-        for name, value in rankings.summary().items()
+        for kind, ranked in rankings.items()
+        for name, value in ranked.summary().items()
         if isinstance(value, float)
     }
     if text_weight is not None:

@@ -26,12 +26,12 @@ def test_head_is_as_few_categories_as_hold_half_of_the_rows(rows, head):
 def hits(shop, first):
     """Rankings in which the first `first` queries hit."""
     task = RetrievalTask.from_datasets(shop.queries, shop.gallery, "live")
-    book = Rankings(task)
+    ranked = Rankings(task)
     for query in range(len(task.query_ids)):
         scores = np.zeros(len(task.gallery_of(query)))
         scores[task.relevant_positions(query)] = 1 if query < first else -1
-        book.add(query, scores)
-    return book.complete()
+        ranked.add(query, scores)
+    return ranked.complete()
 
 
 def test_head_and_tail_stand_beside_the_categories(shop):

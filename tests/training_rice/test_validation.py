@@ -46,10 +46,10 @@ def test_parts_make_the_whole(make_model, processor, rooms, scope, world_size):
             assert merged[query][kind] == pytest.approx(row, abs=1e-5)
     if scope == "live":
         assert len(read) == len(set(read)) == len(task.image_ids)
-    books, fitted = rank_scores(task, dict(sorted(merged.items())))
+    rankings, fitted = rank_scores(task, dict(sorted(merged.items())))
     expected, expected_fit = rank_scores(task, whole)
     assert fitted.weight == expected_fit.weight
-    assert books["embedding"].summary() == expected["embedding"].summary()
+    assert rankings["embedding"].summary() == expected["embedding"].summary()
 
 
 def test_one_process(make_model, processor, rooms):
@@ -59,11 +59,11 @@ def test_one_process(make_model, processor, rooms):
     model, collator, loading = make_model(), RiceCollator(processor), Loading(2, 0, quiet=True)
     metrics, weight, failures = validate_together(model, collator, task, queries, gallery, loading)
     expected_failures: list[dict] = []
-    books, expected = validate(
+    rankings, expected = validate(
         ModelRetriever(model, collator), task, queries, gallery, loading=loading, failures=expected_failures
     )
     assert weight == expected.weight
-    assert metrics["embedding_R@1"] == books["embedding"].summary()["R@1"]
+    assert metrics["embedding_R@1"] == rankings["embedding"].summary()["R@1"]
     assert {failure["id"] for failure in failures} == {"clip25"}
     assert len(failures) == len(expected_failures) == 1
 
