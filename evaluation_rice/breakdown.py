@@ -5,12 +5,17 @@ from collections import Counter
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
 
 from data_rice import open_dataset_view
+from data_rice.commands import one_line
 from data_rice.lazy_rows import ParquetRows
+from hub_rice.training_record import trained_on
+
+from .protocol import HEAD_TAIL_RULE, head_categories
 
 MAX_DRAWN = 40
 """Groups of one attribute that the picture shows; of more, the largest."""
@@ -34,6 +39,33 @@ def train_rows_by_category(dataset: str, data_dir: str | None = None, cache_dir:
     _, first, counts = np.unique(codes, return_index=True, return_counts=True)
     names = [row["category"] for row in rows.__getitems__(first.tolist())]
     return {name: int(count) for name, count in zip(names, counts, strict=True) if name}
+
+
+def count_training_rows(
+    queries, model: str | None, dataset: str, data_dir: str | None = None, cache_dir: str | None = None
+) -> tuple[dict[str, int] | None, dict[str, Any]]:
+    """
+    Category -> training rows for the breakdown by head and tail (`None` where they cannot be told, which is printed
+    where it is news); and the rule, or what is missing.
+
+    Args:
+        queries: the queries view that is broken down.
+        model: whose training rows count; those of the data set that is evaluated where it does not say.
+        dataset, data_dir, cache_dir: the data set that is evaluated.
+    """
+    if "category" not in queries.column_names or not any(queries["category"]):
+        return None, {"missing": "the clips know no category"}
+    dataset, data_dir = trained_on(model) or (dataset, data_dir)
+    source = {"dataset": dataset, "data_dir": data_dir}
+    try:
+        rows = train_rows_by_category(dataset, data_dir, cache_dir)
+    except (ValueError, OSError) as error:
+        print(f"the training rows of {data_dir or dataset} cannot be counted: {one_line(error)}")
+        return None, {"missing": "the training rows cannot be counted", **source}
+    if not rows:
+        return None, {"missing": "the training rows know no category", **source}
+    record = {"head": sorted(head_categories(rows)), "num_categories": len(rows), "train_rows": sum(rows.values())}
+    return rows, {"rule": HEAD_TAIL_RULE, **source, **record}
 
 
 def can_draw() -> bool:

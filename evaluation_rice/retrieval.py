@@ -19,6 +19,7 @@ from .fusion import (
     FUSED_TEXT_WEIGHTS,
     check_text_weight,
     check_weight,
+    edge_words,
     fit_fusion_weight,
     fit_text_weight,
     fuse,
@@ -380,6 +381,14 @@ class FittedFusion(NamedTuple):
     curve: list[dict[str, float]]
     text_weight: float | None = None
     text_curve: list[dict[str, float]] | None = None
+
+    def edges(self) -> list[str]:
+        """What to tell of weights at an end of their grid (`evaluation_rice.fusion.edge_words`)."""
+        words = [edge_words("fusion weight", self.weight, [point["weight"] for point in self.curve])]
+        if self.text_weight is not None:
+            grid = [point["weight"] for point in self.text_curve]
+            words.append(edge_words("text weight in the fused score", self.text_weight, grid))
+        return [sentence for sentence in words if sentence]
 
 
 def fit_fusion(

@@ -28,12 +28,12 @@ from hub_rice.files import write_atomically
 from hub_rice.tables import percent
 
 from ..breakdown import can_draw
-from ..paired import draw_intervals, mean_interval, paired_difference, read_ranks, verdict
 from ..protocol import KINDS
 from ..recall import interval_words
 from ..report.results import read_results
 from .cells import Cell, cells_of
 from .definition import Comparison, Study, read_minutes, read_study, to_arguments
+from .paired import draw_intervals, mean_interval, paired_difference, read_ranks, verdict
 
 
 class Runner:

@@ -172,7 +172,7 @@ def summarise(clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     "num_clips"}`: for each of `MAPS` and `SHARES` of `uniform`, `right`, `wrong`, `right_minus_uniform` and
     `right_minus_wrong`, differences paired by clip.
     """
-    shops = np.array([clip["live_id"] for clip in clips])
+    shops = np.array([clip.get("live_id", "") for clip in clips])
     result: dict[str, Any] = {"num_clips": len(clips), "interval": interval_words(shops)}
     for name, share in ((name, share) for name in MAPS if name in clips[0] for share in SHARES):
         columns = [(clip["uniform"][share], *(side[share] for side in clip[name])) for clip in clips]

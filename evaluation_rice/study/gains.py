@@ -19,7 +19,7 @@ from data_rice.commands import mistakes_end
 from hub_rice.files import check_output, write_output
 from hub_rice.tables import percent
 
-from ..paired import paired_difference, verdict
+from .paired import paired_difference, verdict
 from .table import check_alike, read_folder, read_hits
 
 SHOWN = 5
@@ -35,7 +35,7 @@ def group_gains(
     How much more often `left` hits than `right` in each group, the largest gain first.
 
     Args:
-        left, right: seed -> hits `(num_queries,)`, see `evaluation_rice.paired.paired_difference`.
+        left, right: seed -> hits `(num_queries,)`, see `evaluation_rice.study.paired.paired_difference`.
         groups: column -> group of each query.
         shops: per query its shop, as `evaluation_rice.recall.bootstrap_interval` takes them.
 
@@ -90,9 +90,8 @@ def load_groups(results: Mapping, ids: Sequence[str], data_dir: str | None, cach
         FileNotFoundError, ValueError: the data set is not there, or its clips are others.
     """
     from data_rice import load_dataset_view
-    from hub_rice.training_record import trained_on
 
-    from ..breakdown import train_rows_by_category
+    from ..breakdown import count_training_rows
     from ..protocol import query_groups
 
     dataset = results["dataset"]
@@ -103,11 +102,7 @@ def load_groups(results: Mapping, ids: Sequence[str], data_dir: str | None, cach
             f"{data_dir or dataset} has other clips than the evaluation: name the folder that was evaluated by "
             f"--data_dir."
         )
-    try:
-        train_rows = train_rows_by_category(*(trained_on(results.get("model")) or (dataset, data_dir)), cache_dir)
-    except (ValueError, OSError) as error:
-        print(f"no groups by head and tail: the training rows cannot be counted ({' '.join(str(error).split())})")
-        train_rows = None
+    train_rows, _ = count_training_rows(queries, results.get("model"), dataset, data_dir, cache_dir)
     groups = query_groups(queries, train_rows)
     return {column: [names[places[query]] for query in ids] for column, names in groups.items()}
 

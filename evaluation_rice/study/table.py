@@ -20,11 +20,11 @@ from hub_rice.files import check_output, write_output
 from hub_rice.model_card import breakdown_table, dataset_name, gallery_words
 from hub_rice.tables import TITLES, markdown_table, percent, shown_scores
 
-from ..paired import mean_interval, read_ranks
 from ..pretrained_baselines import FAMILIES
 from ..protocol import KINDS
 from ..recall import interval_words
 from ..report.results import read_results
+from .paired import mean_interval, read_ranks
 
 NOT_RUN = "not run"
 _SAME = ("split", "gallery_scope", "gallery_images", "num_galleries", "num_gallery_images", "task_sha256")

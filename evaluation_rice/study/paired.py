@@ -8,7 +8,7 @@ import numpy as np
 
 from data_rice.parsing import read_json_lines
 
-from .recall import bootstrap_interval, hit_interval, interval_words
+from ..recall import bootstrap_interval, hit_interval, interval_words
 
 
 @dataclass(frozen=True)

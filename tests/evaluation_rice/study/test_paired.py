@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from evaluation_rice.paired import draw_intervals, hits_of, mean_interval, paired_difference, read_ranks, verdict
+from evaluation_rice.study.paired import draw_intervals, mean_interval, paired_difference, read_ranks, verdict
 
 
 def hits(*rows):
@@ -68,9 +68,9 @@ def test_ranks_are_in_order_of_the_ids(tmp_path):
         '{"query_id": "b\u2028", "embedding": 2, "fused": 1}\n{"query_id": "a", "embedding": 1}\n', encoding="utf-8"
     )
     ranks = read_ranks(tmp_path)
-    assert list(ranks) == ["a", "b\u2028"]
-    assert hits_of(ranks, "embedding").tolist() == [1.0, 0.0]
-    assert hits_of(ranks, "fused") is None
+    assert ranks.query_ids == ["a", "b\u2028"] and ranks.shops is None
+    assert ranks.hits("embedding").tolist() == [1.0, 0.0]
+    assert ranks.hits("fused") is None
 
 
 @pytest.mark.parametrize(
