@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from evaluation_rice.protocol import Rankings, RetrievalTask, breakdown, chance_recall, group_values
-from evaluation_rice.recall import recall_at_k
+from evaluation_rice.recall import hit_interval, recall_at_k
 
 
 @pytest.fixture
@@ -92,9 +93,39 @@ def test_summary_is_recall_of_the_rankings_with_an_interval(task):
         ranked.add(query, rng.random(len(task.gallery_of(query))))
     summary = ranked.complete().summary()
     low, high = summary.pop("R@1_ci95")
+    assert [low, high] == hit_interval(ranked.hits_at_1(), ["x", "y", "x", "y", "x"])
     assert summary == recall_at_k(ranked.rankings, task.relevant)
     assert low <= summary["R@1"] <= high
     assert ranked.hits_at_1().mean() == summary["R@1"]
+
+
+def test_figures_of_groups_are_those_of_their_queries(task):
+    ranked = Rankings(task)
+    rng = np.random.default_rng(3)
+    for query in range(4):
+        ranked.add(query, rng.random(len(task.gallery_of(query))))
+    groups = ["a", "b", "b", "a", "b"]
+    for name, figures in ranked.summary_by(groups).items():
+        chosen = [query for query, group in enumerate(groups) if group == name]
+        relevant = {task.query_ids[query]: task.relevant[task.query_ids[query]] for query in chosen}
+        interval = hit_interval(ranked.hits_at_1()[chosen], [task.shops[query] for query in chosen])
+        expected = recall_at_k({query: ranked.rankings.get(query, []) for query in relevant}, relevant)
+        assert figures == {**expected, "R@1_ci95": interval}
+
+
+def test_shops_are_known_whatever_is_searched(shop):
+    assert RetrievalTask.from_datasets(shop.queries, shop.gallery, "all").shops == ["x", "y", "x", "y", "x"]
+    assert RetrievalTask.from_datasets(shop.queries.remove_columns("live_id"), shop.gallery, "all").shops is None
+
+
+def test_ids_may_be_whole_numbers_on_one_side():
+    gallery = Dataset.from_dict({"image_id": [7, 8], "live_id": [1, 1]})
+    queries = Dataset.from_dict({"clip_id": ["a", "b"], "live_id": ["1", "1"], "relevant": [["8"], ["9"]]})
+    task = RetrievalTask.from_datasets(queries, gallery, "live")
+    assert task.relevant_positions(0) == [1] and task.num_unreachable() == 1
+    ranked = Rankings(task)
+    ranked.add(0, np.array([0.0, 1.0]))
+    assert ranked.recall()["R@1"] == ranked.hits_at_1().mean() == 0.5
 
 
 def test_chance_is_exact_per_gallery(task):
