@@ -34,8 +34,8 @@ class RetrievalTask:
         image_ids: unique image ids in file order.
         image_rows: per unique image the gallery rows that hold it, in file order.
         scopes: gallery name -> positions in `image_ids`, in gallery order (the order that breaks ties).
-        num_duplicate_rows: gallery rows that repeat an image within one gallery, and are counted once.
         shops: per query its livestream's id whatever its gallery, "" where it has none; intervals resample by it.
+        num_duplicate_rows: gallery rows that repeat an image within one gallery, and are counted once.
     """
 
     query_ids: list[str]
@@ -44,8 +44,8 @@ class RetrievalTask:
     image_ids: list[str]
     image_rows: list[list[int]]
     scopes: dict[str, list[int]]
+    shops: list[str]
     num_duplicate_rows: int = 0
-    shops: list[str] | None = None
 
     @classmethod
     def from_datasets(cls, queries, gallery, scope: str) -> "RetrievalTask":
@@ -70,7 +70,7 @@ class RetrievalTask:
         if len(relevant) != len(query_ids):
             twice = next(query for query, count in Counter(query_ids).items() if count > 1)
             raise ValueError(f"clip id {twice!r} occurs twice in the queries view: clip ids must be unique.")
-        shops = _live_ids(queries) if by_live or "live_id" in queries.column_names else None
+        shops = _live_ids(queries) if by_live or "live_id" in queries.column_names else [""] * len(query_ids)
         query_scopes = shops if by_live else [""] * len(query_ids)
         rows_of: dict[str, list[int]] = {}
         members: dict[str, dict[str, None]] = {}
@@ -87,7 +87,7 @@ class RetrievalTask:
             )
         num_duplicate_rows = len(gallery) - sum(map(len, scopes.values()))
         images = list(rows_of), list(rows_of.values())
-        return cls(query_ids, relevant, query_scopes, *images, scopes, num_duplicate_rows, shops)
+        return cls(query_ids, relevant, query_scopes, *images, scopes, shops, num_duplicate_rows)
 
     @cached_property
     def _places(self) -> dict[str, dict[str, int]]:
@@ -211,14 +211,11 @@ class Rankings:
         Args:
             groups: per query the name of its group, in file order.
         """
-        hits, names, shops = self.hits_at_1(), np.array(groups), self.task.shops
-        shops = None if shops is None else np.array(shops)
+        hits, names, shops = self.hits_at_1(), np.array(groups), np.array(self.task.shops)
         result = {}
         for group, figures in sorted(self._recall(groups)["by_livestream"].items()):
-            chosen = names == group
             figures.pop("num_clips")
-            interval = hit_interval(hits[chosen], None if shops is None else shops[chosen])
-            result[group] = {**figures, "R@1_ci95": interval}
+            result[group] = {**figures, "R@1_ci95": hit_interval(hits[names == group], shops[names == group])}
         return result
 
     def _recall(self, groups: Sequence[str] | None = None) -> dict:

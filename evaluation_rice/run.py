@@ -52,29 +52,24 @@ def measure(
     weights = {"fusion_weight": weight, "fused_text_weight": text_weight}
     rankings, failures = retrieve(retriever, task, queries, gallery, loading=loading, **weights)
     rankings = {kind: rankings[kind] for kind in KINDS if kind in rankings}
+    beside = _beside(options, baseline, task, queries, gallery, loading, retriever.num_frames, failures)
+    method = {
+        "num_frames": retriever.num_frames,
+        "rank_by": rank_by,
+        "ranking_depth": rankings["embedding"].depth,
+        **_describe_method(options, model, fusion, queries),
+    }
     results = {
-        "protocol": {
-            **describe_protocol(options, task, scope),
-            "num_frames": retriever.num_frames,
-            "rank_by": rank_by,
-            "ranking_depth": rankings["embedding"].depth,
-            **_describe_method(options, model, fusion, queries),
-        },
+        "protocol": {**describe_protocol(options, task, scope), **method},
         "num_queries": len(task.query_ids),
         "gallery_size": task.gallery_size(),
         "scores": {kind: ranked.summary() for kind, ranked in rankings.items()},
         **weights,
-        **_beside(options, baseline, task, queries, gallery, loading, retriever.num_frames, failures),
+        **beside,
         **_groups(options, queries, rankings),
-        "model": options.model or baseline["model"] or baseline["name"],
-        "model_sha256": weights_fingerprint(options.model or baseline["model"] or ""),
-        "baseline": baseline,
-        "parameters": retriever.num_parameters(),
-        "dataset": options.dataset,
+        **_origin(options, baseline, retriever),
         "seconds": time.perf_counter() - started,
-        "speed": retriever.summary(),
         "ties": {kind: ranked.tie_summary() for kind, ranked in rankings.items()},
-        "versions": library_versions(),
     }
     heat = partial(heat_pictures, model, retriever.collator) if has_maps(model) else None
     return Evaluation(results, task, rankings, queries, gallery, heat)
@@ -105,6 +100,19 @@ def describe_boxes(path: str, queries) -> dict[str, Any]:
     header = BoxFile(path).header
     names = ("detector", "detector_sha256", "threshold", "labels", "frames_per_clip")
     return {"file": path, **{name: header.get(name) for name in names}, **count_boxes(queries)}
+
+
+def _origin(options: argparse.Namespace, baseline: dict | None, retriever: TimedRetriever) -> dict[str, Any]:
+    """What was measured, on what, at which cost, with which libraries."""
+    return {
+        "model": options.model or baseline["model"] or baseline["name"],
+        "model_sha256": weights_fingerprint(options.model or baseline["model"] or ""),
+        "baseline": baseline,
+        "parameters": retriever.num_parameters(),
+        "dataset": options.dataset,
+        "speed": retriever.summary(),
+        "versions": library_versions(),
+    }
 
 
 def _rank_by(options: argparse.Namespace, model) -> str:

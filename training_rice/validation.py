@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -83,18 +85,23 @@ def validate_together(
     failures = [failure for _, part, _ in parts for failure in part] + task.without_gallery()
     # In file order, or the order of ties would depend on who scored what.
     merged = dict(sorted((query, values) for part, _, _ in parts for query, values in part.items()))
+    metrics, weight = _by_main_process(several, rank, partial(_measure, task, merged))
+    return metrics, weight, failures
+
+
+def _by_main_process(several: bool, rank: int, compute: Callable[[], Any]) -> Any:
+    """What `compute` returns or raises on the main process, on every process."""
     outcome: list[Any] = [None]
     if rank == 0:
         try:
-            outcome = [_measure(task, merged)]
+            outcome = [compute()]
         except (ValueError, OSError) as error:
             outcome = [error]
     if several:
         dist.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[0], Exception):
         raise outcome[0]
-    metrics, weight = outcome[0]
-    return metrics, weight, failures
+    return outcome[0]
 
 
 def _measure(task: RetrievalTask, scores: dict[int, dict[str, np.ndarray]]) -> tuple[dict[str, float], float | None]:

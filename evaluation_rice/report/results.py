@@ -50,7 +50,7 @@ def read_results(path: str | os.PathLike, needed: Iterable[str]) -> dict:
 
 
 def write_rankings(output_dir: str | os.PathLike, task: RetrievalTask, ranked: Rankings) -> None:
-    """Writes `rankings.jsonl`: `query_id`, `live_id` where the data set has it, `ranking`, `relevant`."""
+    """Writes `rankings.jsonl`: `query_id`, `live_id` (empty where there is none), `ranking`, `relevant`."""
     lines = ({"ranking": ranking, "relevant": task.relevant[q]} for q, ranking in ranked.complete().rankings.items())
     _write_lines(Path(output_dir) / "rankings.jsonl", task, lines)
 
@@ -58,7 +58,7 @@ def write_rankings(output_dir: str | os.PathLike, task: RetrievalTask, ranked: R
 def write_query_ranks(output_dir: str | os.PathLike, rankings: Mapping[str, Rankings]) -> None:
     """Writes `query_ranks.jsonl`, on which two methods are compared query by query.
 
-    `query_id`, `live_id` where the data set has it, and per kind of score the rank (from 1) of the query's first
+    `query_id`, `live_id` (empty where there is none), and per kind of score the rank (from 1) of the query's first
     relevant image, null where that is not among those kept.
     """
     ranks = {kind: ranked.first_relevant_ranks() for kind, ranked in rankings.items()}
@@ -69,6 +69,6 @@ def write_query_ranks(output_dir: str | os.PathLike, rankings: Mapping[str, Rank
 
 def _write_lines(path: Path, task: RetrievalTask, entries: Iterable[dict]) -> None:
     """One line per query in file order."""
-    shops = [{}] * len(task.query_ids) if task.shops is None else [{"live_id": name} for name in task.shops]
-    rows = ({"query_id": q, **shop, **row} for q, shop, row in zip(task.query_ids, shops, entries, strict=True))
+    columns = zip(task.query_ids, task.shops, entries, strict=True)
+    rows = ({"query_id": query, "live_id": shop, **row} for query, shop, row in columns)
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

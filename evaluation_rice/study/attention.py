@@ -159,7 +159,7 @@ def measure(
         except (ValueError, OSError) as error:
             failures.append({"id": task.query_ids[query], "reason": str(error)})
             continue
-        own = {"clip_id": task.query_ids[query], "live_id": task.shops[query] if task.shops else ""}
+        own = {"clip_id": task.query_ids[query], "live_id": task.shops[query]}
         clips.append({**own, "images": [task.image_ids[i] for i in places], **shares})
     if not clips:
         raise ValueError(f"not one of {count} clips could be measured; the first: {failures[0]['reason']}.")

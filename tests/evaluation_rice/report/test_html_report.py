@@ -167,6 +167,7 @@ def test_best_and_worst_queries():
         image_ids=["a", "b", "c"],
         image_rows=[[0], [1], [2]],
         scopes={"": [0, 1, 2]},
+        shops=[""] * 6,
     )
     ranked = Rankings(task)
     for number, scores in enumerate([[3, 2.9, 0], [3, 1, 0], [1, 2, 3], [2, 3, 1], [2, 2.1, 1]]):
