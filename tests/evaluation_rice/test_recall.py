@@ -24,9 +24,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def golden(shared_dir):
+def golden(reference_dir):
     """Outputs recorded from the official code."""
-    return json.loads((shared_dir / "reference" / "golden_functions.json").read_text())
+    return json.loads((reference_dir / "golden_functions.json").read_text())
 
 
 def rankings_of(predictions):
