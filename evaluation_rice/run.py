@@ -46,19 +46,15 @@ def measure(
     model = None if baseline else retriever.model
     rank_by = _rank_by(options, model)
     retriever, loading = TimedRetriever(retriever), Loading(options.batch_size, options.num_workers)
-    weight, text_weight, fusion = None, None, None
+    weight = text_weight = fusion = None
     if has_decoder(model):
         weight, text_weight, fusion = choose_fusion(options, retriever, scope, loading, load_views)
     weights = {"fusion_weight": weight, "fused_text_weight": text_weight}
     rankings, failures = retrieve(retriever, task, queries, gallery, loading=loading, **weights)
     rankings = {kind: rankings[kind] for kind in KINDS if kind in rankings}
     beside = _beside(options, baseline, task, queries, gallery, loading, retriever.num_frames, failures)
-    method = {
-        "num_frames": retriever.num_frames,
-        "rank_by": rank_by,
-        "ranking_depth": rankings["embedding"].depth,
-        **_describe_method(options, model, fusion, queries),
-    }
+    method = {"num_frames": retriever.num_frames, "rank_by": rank_by, "ranking_depth": rankings["embedding"].depth}
+    method |= _describe_method(options, model, fusion, queries)
     results = {
         "protocol": {**describe_protocol(options, task, scope), **method},
         "num_queries": len(task.query_ids),
