@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     # After --help, which this would keep waiting.
-    from data_rice.terminal import print_anywhere
+    from data_rice.commands import print_anywhere
 
     print_anywhere()
     try:

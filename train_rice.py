@@ -20,7 +20,7 @@ import transformers
 
 from data_rice.augmentation import ClipAugmentation
 from data_rice.collator import RiceCollator, count_failures, read_failure_log
-from data_rice.terminal import print_anywhere
+from data_rice.commands import print_anywhere
 from training_rice.arguments import parse_arguments
 from training_rice.checkpoints import is_trained
 from training_rice.monitor import run_figures, summary_table

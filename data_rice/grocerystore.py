@@ -27,8 +27,8 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from . import parsing
+from .commands import print_anywhere
 from .shop_clips import CLIP_FILES, GALLERY_FILE
-from .terminal import print_anywhere
 
 SOURCE_LISTS = {"train": "train.txt", "validation": "val.txt", "test": "test.txt"}
 MIN_CLIP, MAX_CLIP = 3, 10

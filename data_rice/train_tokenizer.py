@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .terminal import print_anywhere
+from .commands import print_anywhere
 from .views import load_dataset_view
 
 _AT_ONCE = 10_000

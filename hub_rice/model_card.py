@@ -213,7 +213,7 @@ def card_from_file(results_file: str | os.PathLike, template: str | os.PathLike 
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints the card of a results.json."""
-    from data_rice.terminal import print_anywhere
+    from data_rice.commands import print_anywhere
 
     print_anywhere()
     parser = argparse.ArgumentParser(prog="python -m hub_rice.model_card", description=main.__doc__)

@@ -6,8 +6,8 @@ import sys
 
 import datasets
 
+from ..commands import print_anywhere
 from ..prepare import PrepareSettings
-from ..terminal import print_anywhere
 from .fetch import fetch, fetch_command
 from .lpr4m import VIEWS
 from .prepare import prepare

@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .. import folders, parsing
-from ..terminal import print_anywhere
+from ..commands import print_anywhere
 from ..video import decode_frames, probe_video
 from . import layout
 

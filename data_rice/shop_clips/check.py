@@ -25,8 +25,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .. import parsing
+from ..commands import print_anywhere
 from ..paths import MediaRoot
-from ..terminal import print_anywhere
 from ..video import VideoInfo, decode_frames, probe_video
 from . import novel
 from . import shop_clips as format_

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from data_rice.terminal import print_anywhere
+from data_rice.commands import print_anywhere
 
 from . import commands
 

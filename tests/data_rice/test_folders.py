@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from data_rice import folders
+from data_rice.commands import print_anywhere
 from data_rice.folders import list_names, list_pictures, natural_key
-from data_rice.terminal import print_anywhere
 
 
 @pytest.fixture

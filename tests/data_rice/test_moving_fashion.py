@@ -496,10 +496,10 @@ def test_breakdown_by_source(load):
     from evaluation_rice.protocol import Rankings, RetrievalTask, breakdown
 
     queries, gallery = load("queries", "test"), load("gallery", "test")
-    book = Rankings(RetrievalTask.from_datasets(queries, gallery, "all"))
-    book.add(0, np.array([1.0, 0.0]))
-    book.add(1, np.array([1.0, 0.0]))
-    groups = breakdown(queries, {"embedding": book})["source"]
+    ranked = Rankings(RetrievalTask.from_datasets(queries, gallery, "all"))
+    ranked.add(0, np.array([1.0, 0.0]))
+    ranked.add(1, np.array([1.0, 0.0]))
+    groups = breakdown(queries, {"embedding": ranked})["source"]
     assert groups["regular"]["embedding"]["R@1"] == 1.0 and groups["hard"]["embedding"]["R@1"] == 0.0
 
 

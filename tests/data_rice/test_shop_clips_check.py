@@ -397,7 +397,7 @@ def test_a_folder_that_passes_can_be_loaded_and_one_that_fails_for_its_rows_cann
         assert len(load_dataset_view(folder, view, split, cache_dir=tmp_path / "cache")) >= NUM_PRODUCTS
 
 
-def test_the_real_photographs_pass(shared_dir):
-    report = check_folder(str(shared_dir / "data" / "grocerystore"), workers=2)
+def test_the_real_photographs_pass(groceries_dir):
+    report = check_folder(str(groceries_dir), workers=2)
     assert report.ok and report.files["clips_train.jsonl"]["frames"] == 2640
     assert all(problem.level == "warning" and "is not known" in problem.message for problem in report.problems)
