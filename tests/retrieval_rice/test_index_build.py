@@ -245,6 +245,7 @@ def as_table(rows):
         lambda table: pa.Table.from_pandas(table),
         lambda table: iter(table.astype({"image_id": "Int64"}).to_dict("records")),
         lambda table: Dataset.from_pandas(table),
+        lambda table: Dataset.from_dict({**table.to_dict("list"), "title": ["mug", None] * 5}),
         lambda table: [{**row, "image_id": np.int32(row["image_id"])} for row in table.to_dict("records")],
     ],
 )
