@@ -130,8 +130,8 @@ class GalleryIndex:
 
         Into a folder it goes shard by shard: the same call again goes on where one was interrupted, and a call for a
         changed shop encodes the shards that changed. Under `accelerate launch` each process encodes its share, and all
-        return the whole index. Processes that know nothing of each other do the same when told their number; the
-        folder must be one that all see.
+        return the whole index. So do processes that know nothing of each other, told their number, in a
+        folder that all see.
 
         Args:
             model: In eval mode.
@@ -153,7 +153,7 @@ class GalleryIndex:
             gets it.
 
         Raises:
-            ValueError: no rows, a bad row (told before any is encoded), no readable image, or an argument out of range.
+            ValueError: no rows, a bad row (told before encoding), no readable image, or an argument out of range.
             FileExistsError: the folder holds another index.
             BlockingIOError: another process is writing to the folder.
             OSError: the folder cannot be written.
@@ -527,14 +527,13 @@ class GalleryIndex:
         if hasattr(queries, "embeds"):
             if relevant is None or len(relevant) != len(queries):
                 raise ValueError(f"relevant must list the image ids of each of the {len(queries)} clips.")
-            batches = [(queries, list(relevant), scopes_of(live_id, len(queries)))]
+            answers = [[id_text(image_id) for image_id in images] for images in relevant]
+            batches = [(queries, answers, scopes_of(live_id, len(queries)))]
         else:
             collator = RiceCollator(self._processor_for("reading clips"), use_boxes=use_boxes)
-            reading = (batch_size, num_workers, progress)
-            batches = index_build.encoded_queries(self.model, collator, queries, self.live_ids(), reading, unreadable)
-        scored: list[ScoredClip] = []
-        for clips, answers, scopes in batches:
-            scored += self._scored(clips, answers, scopes, rerank)
+            reading = (self.live_ids(), (batch_size, num_workers, progress), unreadable)
+            batches = index_build.encoded_queries(self.model, collator, queries, *reading)
+        scored = [one for batch in batches for one in self._scored(*batch, rerank)]
         self.calibration = fit_calibration(
             scored, presence_prior=presence_prior, false_accept_rate=false_accept_rate, rerank=rerank
         )
