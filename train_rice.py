@@ -44,6 +44,7 @@ from training_rice.setup import (
     load_views,
     read_texts,
     record_arguments,
+    set_token_ids,
 )
 from training_rice.stopping import Stopped, signals_call, stop
 from training_rice.text import check_text
@@ -137,8 +138,7 @@ def build_trainer(
     choose_attention(model, model_arguments, training_arguments)
     processor = build_rice_processor(model_arguments, data_arguments, model.config, read_texts(pairs, data_arguments))
     check_text(data_arguments, model.config, processor.tokenizer)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(model.config, name, getattr(processor.tokenizer, name))
+    set_token_ids(model.config, processor.tokenizer)
     collator, eval_collator = build_collators(data_arguments, processor, _failure_log(training_arguments))
     trainer = RiceTrainer(
         model=model,

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerBase
 
 from data_rice import LazyRows, gallery_scope, load_dataset_view, open_dataset_view
 from data_rice.asr_noise import with_noisy_asr
@@ -241,6 +241,18 @@ def _normalise_as(vision_model: str, processor: RiceProcessor) -> None:
         return
     for part in (processor.image_processor, processor.video_processor):
         part.image_mean, part.image_std = theirs.image_mean, theirs.image_std
+
+
+def set_token_ids(config: RiceConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    The config and its text encoder's take over the ids of the tokenizer. Trainer sets the latter when it trains, which
+    a run that was interrupted after its last step does not do again.
+    """
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(tokenizer, name)
+        setattr(config, name, value)
+        if config.text_config is not None and value is not None:
+            setattr(config.text_config, name, value)
 
 
 def build_collators(
