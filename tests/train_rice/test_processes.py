@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoModel
 
 import train_rice
-from tests.train_rice.runs import REPOSITORY, assert_same_weights, free_port, history, results
+from tests.train_rice.runs import REPOSITORY, TEXT_CONFIG, assert_same_weights, free_port, history, results
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,8 @@ class TestProcesses:
             words += ["--model.decoder_dropout", "0.1", "--augment_crop", "0.5", "--augment_flip", "0.5"]
             words += ["--frame_sampling", "random", "--dataloader_num_workers", "1", "--ema_decay", "0.9"]
             words += ["--memory_queue_size", "16", "--batch_sampler", "random" if processes == 1 else "same_live"]
+            words += ["--use_text", "--model.text_config", json.dumps(TEXT_CONFIG)]
+            words += ["--model.text_score_weight", "0.37", "--model.num_hard_negatives", "1"]
             port = [str(free_port())] if processes > 1 else []
             return subprocess.Popen(
                 [*launcher, *port, str(REPOSITORY / "train_rice.py"), *command(folder, *words)],
@@ -103,6 +105,7 @@ class TestProcesses:
         last = start(killed)
         assert last.wait(timeout=300) == 0, last.stderr.read()
         assert_same_weights(killed, whole)
+        assert (killed / "config.json").read_text() == (whole / "config.json").read_text()
 
     @pytest.mark.slow
     def test_torchrun_without_the_variable(self, command, environment, tmp_path):
