@@ -1,5 +1,6 @@
 """Runs that are killed and go on: the same weights to the bit, from whole checkpoints only."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from data_rice.augmentation import ClipAugmentation
 from data_rice.collator import RiceCollator
+from tests.training_rice.texts import TEXT
 from training_rice import checkpoints
 from training_rice.arguments import RiceTrainingArguments
 from training_rice.averaging import AVERAGED_FILE
@@ -99,6 +101,173 @@ def in_step(number: int):
     """Kills during the backward pass of a step, counted from 1 in this process."""
 
     def change(trainer):
+        steps = []
+
+        def die(*_):
+            steps.append(None)
+            if len(steps) == number:
+                kill()
+
+        trainer.model.visual_projection.weight.register_hook(lambda gradient: die())
+
+    return change
+
+
+def in_save(part: str, number: int):
+    """Kills in a part of a checkpoint, the number-th that is written in this process."""
+
+    def change(trainer):
+        saves = []
+        function = {"optimizer": "_save_optimizer_and_scheduler", "rng": "_save_rng_state"}[part]
+        original = getattr(trainer, function)
+
+        def save(folder):
+            saves.append(None)
+            if len(saves) == number:
+                original(folder)
+                name = {"optimizer": "optimizer.pt", "rng": "rng_state.pth"}[part]
+                path = Path(folder) / name
+                path.write_bytes(path.read_bytes()[:100])
+                kill()
+            original(folder)
+
+        setattr(trainer, function, save)
+
+    return change
+
+
+class TestKilled:
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_same_weights(self, run, tmp_path, workers):
+        """Three steps are an epoch: killed in the first, second and third, within steps and within checkpoints."""
+        options = {"ema_decay": 0.9, "dataloader_num_workers": workers}
+        run("whole", **options)
+        where = [in_step(4), in_save("optimizer", 1), in_step(4), in_save("rng", 1), in_step(1)]
+        for change in where[:: 2 if workers else 1]:
+            assert killed(run, "killed", change, **options)
+            assert not (tmp_path / "killed" / "model.safetensors").exists()
+        run("killed", **options)
+        assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+        assert_same_weights(tmp_path / "killed" / "checkpoint-8", tmp_path / "whole" / "checkpoint-8")
+        assert_same_weights(tmp_path / "killed" / "checkpoint-8", tmp_path / "whole" / "checkpoint-8", AVERAGED_FILE)
+
+    def test_batch_norms_and_workers_that_stay(self, run, resnet_settings, tmp_path):
+        """Another number of workers than before changes nothing either."""
+        run("whole", settings=resnet_settings, dataloader_num_workers=1, dataloader_persistent_workers=True)
+        assert killed(run, "killed", in_step(6), settings=resnet_settings)
+        run("killed", settings=resnet_settings, dataloader_num_workers=2)
+        assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+
+    def test_accumulated_steps(self, run, tmp_path):
+        options = {"gradient_accumulation_steps": 2, "max_steps": 5, "save_steps": 1}
+        run("whole", **options)
+        assert killed(run, "killed", in_step(8), **options)
+        run("killed", **options)
+        assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+
+    def test_half_written_checkpoint_has_no_name(self, run, tmp_path):
+        assert killed(run, "killed", in_save("optimizer", 2))
+        folder = tmp_path / "killed"
+        assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+        assert (folder / checkpoints.STAGING / "checkpoint-4" / "optimizer.pt").is_file()
+        run("killed")
+        assert not (folder / checkpoints.STAGING).exists()
+
+    def test_kept_objects(self, run, tmp_path):
+        def count(trainer):
+            trainer.stateful["counter"] = counter = Counter()
+            original = trainer.compute_loss
+
+            def compute_loss(*args, **kwargs):
+                counter.rows = counter.rows * 2 + torch.rand(2)
+                return original(*args, **kwargs)
+
+            trainer.compute_loss = compute_loss
+
+        def count_and_die(trainer):
+            count(trainer)
+            in_step(5)(trainer)
+
+        whole = run("whole", count).stateful["counter"].rows
+        assert killed(run, "killed", count_and_die)
+        assert torch.equal(run("killed", count).stateful["counter"].rows, whole)
+
+    def test_without_the_seeds_of_the_data_it_differs(self, run, tmp_path, monkeypatch):
+        """The tests above would notice."""
+        from training_rice import randomness
+
+        monkeypatch.setattr(randomness.SeededCollator, "__call__", lambda self, rows: self.collator(rows))
+        run("whole")
+        assert killed(run, "killed", in_step(4))
+        run("killed")
+        with pytest.raises(AssertionError):
+            assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+
+
+class TestFitted:
+    """Validation fits weights of the text, which the mining of the next steps reads."""
+
+    @pytest.fixture
+    def reads(self, model_settings, text_pairs, text_validation):
+        """Settings of a model with text, its data, and arguments with a validation that no checkpoint follows."""
+        settings = {"text_config": TEXT | {"vocab_size": 400}, "text_score_weight": 0.37, "num_hard_negatives": 1}
+        return {
+            "settings": model_settings | settings,
+            "views": (text_pairs, text_validation),
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "ema_decay": 0.5,
+        }
+
+    @pytest.mark.parametrize("best", [False, True])
+    def test_killed(self, run, reads, tmp_path, best):
+        if best:
+            reads |= {"load_best_model_at_end": True, "eval_steps": 2}
+        run("whole", **reads)
+        for change in (in_step(6), in_save("optimizer", 1)):
+            assert killed(run, "killed", change, **reads)
+        run("killed", **reads)
+        for folder in ("", "checkpoint-8"):
+            whole, other = tmp_path / "whole" / folder, tmp_path / "killed" / folder
+            assert_same_weights(other, whole)
+            config = json.loads((whole / "config.json").read_text())
+            assert json.loads((other / "config.json").read_text()) == config
+            assert config["text_score_weight"] != 0.37 and config["fusion_weight"] > 0
+
+    def test_the_best_checkpoint_brings_its_own(self, run, reads, tmp_path, monkeypatch):
+        fitted = iter([(0.5, 2.0), (0.9, 3.0), (0.3, 4.0), (0.2, 5.0)])
+
+        def validate(self, prefix):
+            score, self.model.config.text_score_weight = next(fitted)
+            return {f"{prefix}_fused_R@1": score}
+
+        monkeypatch.setattr(RiceTrainer, "_validate", validate)
+        trainer = run("run", **reads | {"load_best_model_at_end": True, "eval_steps": 2})
+        assert trainer.model.config.text_score_weight == 3.0
+
+    def test_without_them_it_differs(self, run, reads, tmp_path, monkeypatch):
+        """The tests above would notice."""
+        monkeypatch.setattr(RiceTrainer, "fitted_fields", ())
+        run("whole", **reads)
+        assert killed(run, "killed", in_step(6), **reads)
+        run("killed", **reads)
+        with pytest.raises(AssertionError):
+            assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+
+    def test_validation_before_the_first_step_is_not_made_again(self, run, reads):
+        reads |= {"eval_on_start": True, "eval_steps": 100}
+        assert killed(run, "killed", in_step(6), **reads)
+        history = run("killed", **reads).state.log_history
+        assert [entry["step"] for entry in history if "eval_fused_R@1" in entry] == [0, 8]
+
+
+class TestEndOfAnEpoch:
+    def test_checkpoint_waits_for_the_validation_of_its_epoch(self, run, validation, pairs, tmp_path):
+        """Three steps are an epoch; what goes on from its last step must not lack its validation."""
+        options = {"views": (pairs, validation), "eval_strategy": "epoch", "save_steps": 3, "max_steps": 7}
+        whole = run("whole", **options)
+        assert killed(run, "killed", in_step(5), **options)
+        resumed = run("killed", **options)
         steps = [
             [entry["step"] for entry in one.state.log_history if "eval_fused_R@1" in entry] for one in (whole, resumed)
         ]
