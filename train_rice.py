@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import transformers
 
 from data_rice.collator import count_failures, read_failure_log
+from data_rice.commands import print_anywhere
 from training_rice.arguments import (
     DataArguments,
     ModelArguments,
@@ -30,7 +31,7 @@ from training_rice.arguments import (
 )
 from training_rice.checkpoints import is_trained, newest_whole, writing
 from training_rice.monitor import run_figures, summary_table
-from training_rice.processes import on_first_process
+from training_rice.processes import is_told, on_first_process
 from training_rice.profiling import profile_steps
 from training_rice.run_lock import run_lock
 from training_rice.setup import (
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         SystemExit: with status 2 and one sentence for a mistake of the user, 130 after Ctrl-C, 143 after SIGTERM.
     """
+    print_anywhere()
     training_arguments = None
     with signals_call(stop):
         try:
@@ -72,7 +74,8 @@ def main(argv: list[str] | None = None) -> None:
             _tell_stopped(stopped, training_arguments)
             raise
         except (ValueError, OSError, FloatingPointError) as error:
-            print(f"{program_name()}: error: {_sentence(error)}", file=sys.stderr)
+            if not is_told(error):
+                print(f"{program_name()}: error: {_sentence(error)}", file=sys.stderr)
             sys.exit(2)
 
 

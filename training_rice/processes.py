@@ -6,6 +6,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 Result = TypeVar("Result")
+_TOLD = "The first process raises this too, and tells the user."
 
 
 def are_several() -> bool:
@@ -27,20 +28,25 @@ def on_first_process(decide: Callable[[], Result]) -> Result:
         decide: Called on the first process alone; what it returns can be pickled.
 
     Raises:
-        ValueError, OSError: those of `decide`, on the first process, which tells the user.
-        SystemExit: with status 2 on the others, when the first one was refused.
+        ValueError, OSError: those of `decide`, on every process; none is left waiting.
     """
-    if not are_several():
-        return decide()
-    verdict, refusal = [None, True], None
-    if dist.get_rank() == 0:
+    several = are_several()
+    first = not several or dist.get_rank() == 0
+    outcome: list = [None]
+    if first:
         try:
-            verdict = [decide(), False]
+            outcome = [decide()]
         except (ValueError, OSError) as error:
-            refusal = error
-    dist.broadcast_object_list(verdict, src=0)
-    if refusal is not None:
-        raise refusal
-    if verdict[1]:
-        raise SystemExit(2)
-    return verdict[0]
+            outcome = [error]
+    if several:
+        dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], Exception):
+        if not first:
+            outcome[0].add_note(_TOLD)
+        raise outcome[0]
+    return outcome[0]
+
+
+def is_told(error: Exception) -> bool:
+    """Whether an error is one that the first process tells the user."""
+    return _TOLD in getattr(error, "__notes__", ())
