@@ -4,12 +4,12 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
 
 from data_rice import open_dataset_view
+from data_rice.files import replacing
 from data_rice.lazy_rows import ParquetRows
 
 from .recall import wilson_interval
@@ -73,9 +73,8 @@ def draw_breakdown(path: str | os.PathLike, by: Mapping[str, Mapping[str, Mappin
         axes.set_title(column.replace("_", " "), loc="left", fontsize="small")
     panels[0].legend(loc="best", fontsize="x-small")
     panels[-1].set_xlabel("R@1 in percent, with 95 % Wilson intervals")
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    figure.savefig(temporary, dpi=120, format="png")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def _largest(groups: Mapping[str, Mapping]) -> dict[str, Mapping]:

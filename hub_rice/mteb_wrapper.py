@@ -69,6 +69,8 @@ def evaluate(encoder, tasks, output_dir: Path, batch_size: int = 16) -> dict[str
     """Scores of mteb tasks by their name, written to `output_dir/mteb.json`; the rankings lie beside it."""
     import mteb
 
+    from data_rice.files import write_atomically
+
     output_dir.mkdir(parents=True, exist_ok=True)
     results = mteb.evaluate(
         encoder, tasks, cache=None, encode_kwargs={"batch_size": batch_size}, prediction_folder=output_dir / "rankings"
@@ -81,7 +83,7 @@ def evaluate(encoder, tasks, output_dir: Path, batch_size: int = 16) -> dict[str
             name: value for name, value in numbers.items() if isinstance(value, float) and math.isfinite(value)
         }
     about = {"model": encoder.name, "mteb": mteb.__version__, "num_frames": encoder.num_frames, "scores": scores}
-    (output_dir / "mteb.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    write_atomically(output_dir / "mteb.json", json.dumps(about, indent=2) + "\n")
     return scores
 
 

@@ -13,13 +13,14 @@ from transformers import AutoConfig, AutoImageProcessor
 
 from data_rice import LazyRows, gallery_scope, load_dataset_view, open_dataset_view
 from data_rice.asr_noise import with_noisy_asr
+from data_rice.files import write_atomically
 from hub_rice.checkpoint import check_checkpoint, check_settings
 from hub_rice.repository import hub_errors
 from modeling_rice import RiceConfig, RiceModel
 from processing_rice import RiceProcessor, build_processor
 
 from .arguments import DataArguments, ModelArguments, RiceTrainingArguments
-from .checkpoints import RESULTS_FILE, holds_finished_run, numbered_checkpoints, why_broken, write_text
+from .checkpoints import RESULTS_FILE, holds_finished_run, numbered_checkpoints, why_broken
 from .pretrained import start_from
 from .text import build_tokenizer, complete_text_settings, load_text_encoder
 
@@ -298,4 +299,4 @@ def record_arguments(
     elif training.process_index == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_name(RESULTS_FILE).unlink(missing_ok=True)
-        write_text(path, json.dumps(current, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(path, json.dumps(current, indent=2, ensure_ascii=False) + "\n")

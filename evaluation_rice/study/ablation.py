@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from hub_rice.files import write_atomically
+from data_rice.files import write_atomically
 from hub_rice.tables import percent
 
 from ..breakdown import can_draw

@@ -86,6 +86,8 @@ def export(model, processor, output_dir: Path, int8: bool = False, quiet: bool =
     from PIL import Image
     from tqdm.auto import tqdm
 
+    from data_rice.files import write_atomically
+
     from .onnx_model import DESCRIPTION
     from .towers import towers
 
@@ -103,7 +105,7 @@ def export(model, processor, output_dir: Path, int8: bool = False, quiet: bool =
         "parts": parts,
         "preprocessing": preprocessing(processor),
     }
-    (output_dir / DESCRIPTION).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    write_atomically(output_dir / DESCRIPTION, json.dumps(about, indent=2) + "\n")
     return about
 
 
