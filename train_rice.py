@@ -20,6 +20,7 @@ import transformers
 
 from data_rice.augmentation import ClipAugmentation
 from data_rice.collator import RiceCollator, count_failures, read_failure_log
+from data_rice.commands import print_anywhere
 from training_rice.arguments import parse_arguments
 from training_rice.checkpoints import is_trained
 from training_rice.monitor import run_figures, summary_table
@@ -42,6 +43,7 @@ logger = logging.getLogger("train_rice")
 
 
 def main(argv: list[str] | None = None) -> None:
+    print_anywhere()
     model_arguments, data_arguments, training_arguments = parse_arguments(argv)
     is_main = training_arguments.process_index == 0
     logging.basicConfig(format="%(message)s", level=logging.INFO if is_main else logging.ERROR)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from data_rice.collator import RiceCollator
+from data_rice.parsing import id_text
 from evaluation_rice.fusion import fuse_scores
 from evaluation_rice.retrieval import has_decoder, model_scores
 
@@ -35,7 +36,8 @@ class Hit:
     Attributes:
         image_id, product_id, title: As the shop's rows name them; without a product id, the image id.
         live_id: The livestream that was searched, or the first that sells the image; "" where there are none.
-        image: Path of the picture, "" where it came as bytes.
+        image: Path of the picture as text (`data_rice.paths.text_to_path` gives what `open` takes, should its name
+            hold bytes that are no UTF-8), "" where it came as bytes.
         score: By which hits are ranked: embedding, matching and text fused as `evaluation_rice.fusion.fuse_scores`
             does, or the embedding score without a decoder.
         embedding_score: `model.similarity`, a cosine.
@@ -136,8 +138,9 @@ class GalleryIndex:
             model: In eval mode.
             processor: Saved with the model.
             shop_rows: Gallery rows with `image_id`, `image` (a path, a PIL image or `{"path", "bytes"}`) and, where
-                there are any, `live_id`, `title` and `product_id`. Rows of one id are one image of several
-                livestreams.
+                there are any, `live_id`, `title` and `product_id`: dicts, or a table of pandas, Arrow or `datasets`.
+                Ids are texts or whole numbers (17 and 17.0 are "17"), missing values (`None`, NaN) are as good as
+                none. Rows of one id are one image of several livestreams.
             batch_size: Images per batch.
             output_dir: The index's folder; by default it is built in memory.
             num_workers: Processes that decode.
@@ -152,7 +155,8 @@ class GalleryIndex:
             gets it.
 
         Raises:
-            ValueError: no rows, a row without an id, not one readable image, or an argument out of range.
+            ValueError: no rows, a row without an id or with a value of a wrong kind (named before anything is
+                encoded), not one readable image, or an argument out of range.
             FileExistsError: the folder holds another index.
             BlockingIOError: another process is writing to the folder.
             OSError: the folder cannot be written.
@@ -160,6 +164,7 @@ class GalleryIndex:
         if model.training:
             raise ValueError("the model is in training mode; call model.eval() before building an index.")
         encoder = index_build.ShopEncoder(model, processor, batch_size, num_workers, progress, dtype)
+        shop_rows = index_build.as_rows(shop_rows)
         group = index_build.process_group() if num_processes is None else None
         index, count = group or (process_index or 0, num_processes or 1)
         if not 0 <= index < count or shard_size < 1:
@@ -350,11 +355,12 @@ class GalleryIndex:
             The images that could not be read, with `id`, `file` and `reason`; `skipped` lists them too.
 
         Raises:
-            ValueError: no rows, a row without an id, or an index that was opened without a processor.
+            ValueError: as `build` for the rows, or an index that was opened without a processor.
         """
         if self.processor is None:
             raise ValueError("the index was opened without a processor, which adding images needs; pass one to load.")
         encoder = index_build.ShopEncoder(self.model, self.processor, batch_size, progress=False, dtype=self.dtype)
+        rows = index_build.as_rows(rows)
         reader = index_build.ShopReader(encoder.collator, rows)
         images = index_build.collect_images(rows)
         known = self.store.get([image.image_id for image in images])
@@ -372,7 +378,7 @@ class GalleryIndex:
         """Takes images out and returns the ids that were not here."""
         if isinstance(image_ids, str):
             raise ValueError("image_ids is a single text; pass a list of ids.")
-        return self.store.remove(list(dict.fromkeys(image_ids)))
+        return self.store.remove(list(dict.fromkeys(map(id_text, image_ids))))
 
     def approximate(self, kind: str | None = "hnsw", progress: bool = True, **settings) -> "GalleryIndex":
         """
@@ -530,7 +536,8 @@ class GalleryIndex:
         else:
             collator = RiceCollator(self._processor_for_rows(), use_boxes=use_boxes)
             reading = (batch_size, num_workers, progress)
-            batches = index_build.encoded_queries(self.model, collator, queries, self.live_ids(), reading, unreadable)
+            rows = index_build.as_rows(queries)
+            batches = index_build.encoded_queries(self.model, collator, rows, self.live_ids(), reading, unreadable)
         scored: list[ScoredClip] = []
         for clips, answers, scopes in batches:
             scored += self._scored(clips, answers, scopes, rerank)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import parsing
+from .. import folders, parsing
 from ..files import write_atomically
 from .index import list_stats
 
@@ -31,7 +31,8 @@ def find_url_lists(data_dir: str, url_lists: Sequence[str] = ()) -> list[str]:
     """
     if not url_lists:
         root = Path(data_dir)
-        url_lists = sorted(map(str, [*root.glob("urls/*.txt"), *root.glob("*_url_*.txt")]))
+        found = [*root.glob("urls/*.txt"), *root.glob("*_url_*.txt")]
+        url_lists = sorted(str(path) for path in found if not folders.is_system_entry(path.name))
         if not url_lists:
             raise FileNotFoundError(
                 f"{root / 'urls'} holds no url list; put the lists there that LPR4M's authors send after the "

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .. import parsing
+from .. import folders, parsing
 from ..builder import ProblemLog
 from ..files import write_atomically
 from ..media import read_media, split_tar_member
@@ -179,7 +179,7 @@ def _check(picture: _Picture, root: str, decode: bool) -> tuple[str | None, str 
     member = split_tar_member(picture.path)
     try:
         if os.path.islink(picture.path):
-            parsing.check_link(picture.path, os.path.dirname(picture.path), root)
+            folders.check_link(picture.path, os.path.dirname(picture.path), root)
         data = read_media({"path": picture.path, "bytes": None})
     except FileNotFoundError:
         return "missing", None

@@ -22,7 +22,8 @@ from os import path as osp
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .. import parsing
+from .. import folders, parsing
+from ..commands import print_anywhere
 from ..files import write_atomically
 from ..video import decode_frames, probe_video
 from . import layout
@@ -175,7 +176,7 @@ class ExtractedFrames:
             elif clip is not None and size not in (None, clip.size):
                 what = f"has {size} bytes now and had {clip.size} then"
             elif clip is not None and not set(map(frame_name, clip.frames)) <= set(
-                parsing.list_names(osp.join(self.folder, video))
+                folders.list_names(osp.join(self.folder, video))
             ):
                 what = "lacks frames"
             else:
@@ -200,7 +201,7 @@ def _read_finished(folder: str, settings: FrameSettings, size: int | None) -> tu
         clip = Clip.parse(entry.get("clip"))
     except (OSError, ValueError):
         return None
-    names = set(parsing.list_names(folder))
+    names = set(folders.list_names(folder))
     whole = all(frame_name(number) in names for number in clip.frames)
     if not whole or entry.get("settings") != asdict(settings) or size not in (None, clip.size):
         return None
@@ -319,6 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status: 0 when every video is there and whole (but for those missing from the published archive), 1
         when some are not, 2 when nothing could be done.
     """
+    print_anywhere()
     options = _parse_arguments(arguments)
     output = options.output or osp.join(options.dir, "frames")
     try:

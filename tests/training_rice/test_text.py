@@ -143,10 +143,10 @@ def test_the_loss_falls_is_logged_and_the_weight_is_fitted(
     arguments = (task, queries, gallery)
     weights = {"fusion_weight": model.config.fusion_weight, "fused_text_weight": model.config.fused_text_weight}
     loading = Loading(6, 0, quiet=True)
-    books, _ = retrieve(ModelRetriever(model, collator), *arguments, loading=loading, **weights)
-    assert set(books) == {"embedding", "matching", "fused"}
-    for kind, rankings in books.items():
-        assert rankings.summary()["R@1"] == metrics[f"eval_{kind}_R@1"]
+    rankings, _ = retrieve(ModelRetriever(model, collator), *arguments, loading=loading, **weights)
+    assert set(rankings) == {"embedding", "matching", "fused"}
+    for kind, ranked in rankings.items():
+        assert ranked.summary()["R@1"] == metrics[f"eval_{kind}_R@1"]
     # Validated without text, the weight of matching goes with no text weight of before.
     trainer.eval_collator = RiceCollator(processor)
     bare = trainer.evaluate()
