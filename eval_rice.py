@@ -34,6 +34,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Argume
     names = ", ".join([*BASELINES, *FAMILIES])
     method.add_argument("--baseline", help=f"{names}, or the id or folder of a vision model of transformers, as it is")
     add("--baseline_model", help="id or folder for a family named by --baseline; default: its published model")
+    add("--trust_remote_code", action="store_true", help="run Python files that come with the model of --baseline")
     add("--dataset", required=True, help="mini_lpr4m, lpr4m, shop_clips, or a folder in one of their layouts")
     add("--data_dir", help="folder of the data set's files")
     add("--split", default="test", choices=("validation", "test"))
@@ -74,6 +75,7 @@ def build_retriever(options: argparse.Namespace):
     if options.baseline is not None:
         check_asr(options, reads_text=False)
         settings = {"num_frames": options.num_frames, "use_boxes": use_boxes, "batch_size": options.batch_size}
+        settings["trust_remote_code"] = options.trust_remote_code
         place = partial(to_device, device=options.device)
         return load_baseline(options.baseline, options.baseline_model, **settings, to_device=place)
     model, processor = load_model(options.model, options.device)

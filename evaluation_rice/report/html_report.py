@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from data_rice.collator import decode_image
-from hub_rice.files import write_atomically
+from data_rice.files import write_atomically
 from hub_rice.model_card import dataset_name, gallery_words, scope_words
 from hub_rice.tables import TITLES, table_cells
 

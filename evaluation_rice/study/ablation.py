@@ -24,7 +24,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from data_rice.commands import mistakes_end, print_anywhere
-from hub_rice.files import write_atomically
+from data_rice.files import write_atomically
 from hub_rice.tables import percent
 
 from ..breakdown import can_draw
