@@ -19,6 +19,7 @@ from .fusion import (
     FUSED_TEXT_WEIGHTS,
     check_text_weight,
     check_weight,
+    edge_words,
     fit_fusion_weight,
     fit_text_weight,
     fuse,
@@ -299,7 +300,7 @@ def retrieve(
     Raises:
         ValueError: not one gallery image could be read, the fusion weight is not above 0, or that of text is below.
     """
-    books: dict[str, Rankings] = {}
+    rankings: dict[str, Rankings] = {}
     failures: list[dict] = []
     if fusion_weight is not None:
         fusion_weight = check_weight(fusion_weight)
@@ -311,10 +312,10 @@ def retrieve(
                 scores["fused"] = fuse_scores(scores, fusion_weight, fused_text_weight)
             for kind, values in scores.items():
                 if kind not in PARTS:
-                    books.setdefault(kind, Rankings(task, ks, depth)).add(query, values)
-    if not books:
-        books["embedding"] = Rankings(task, ks, depth)
-    return {kind: book.complete() for kind, book in books.items()}, failures
+                    rankings.setdefault(kind, Rankings(task, ks, depth)).add(query, values)
+    if not rankings:
+        rankings["embedding"] = Rankings(task, ks, depth)
+    return {kind: ranked.complete() for kind, ranked in rankings.items()}, failures
 
 
 def _default_collator(processor, use_boxes: bool):
@@ -369,8 +370,8 @@ def evaluate_retrieval(
     retriever = ModelRetriever(model, collator or _default_collator(processor, use_boxes), matching)
     loading = Loading(batch_size, num_workers, quiet)
     weights = {"fusion_weight": fusion_weight, "fused_text_weight": fused_text_weight}
-    books, _ = retrieve(retriever, task, queries, gallery, loading=loading, ks=ks, **weights)
-    return {kind: book.summary() for kind, book in books.items()}
+    rankings, _ = retrieve(retriever, task, queries, gallery, loading=loading, ks=ks, **weights)
+    return {kind: ranked.summary() for kind, ranked in rankings.items()}
 
 
 class FittedFusion(NamedTuple):
@@ -380,6 +381,14 @@ class FittedFusion(NamedTuple):
     curve: list[dict[str, float]]
     text_weight: float | None = None
     text_curve: list[dict[str, float]] | None = None
+
+    def edges(self) -> list[str]:
+        """What to tell of weights at an end of their grid (`evaluation_rice.fusion.edge_words`)."""
+        words = [edge_words("fusion weight", self.weight, [point["weight"] for point in self.curve])]
+        if self.text_weight is not None:
+            grid = [point["weight"] for point in self.text_curve]
+            words.append(edge_words("text weight in the fused score", self.text_weight, grid))
+        return [sentence for sentence in words if sentence]
 
 
 def fit_fusion(
@@ -423,14 +432,14 @@ def rank_scores(
 ) -> tuple[dict[str, Rankings], FittedFusion | None]:
     """What `validate` makes of the scores of all queries (`all_scores`), wherever they were computed."""
     fitted = _fit(task, scores) if any("matching" in values for values in scores.values()) else None
-    books: dict[str, Rankings] = {"embedding": Rankings(task, ks)}
+    rankings: dict[str, Rankings] = {"embedding": Rankings(task, ks)}
     for query, values in scores.items():
         if fitted is not None and "matching" in values:
             values = {**values, "fused": fuse_scores(values, fitted.weight, fitted.text_weight)}
         for kind, row in values.items():
             if kind not in PARTS:
-                books.setdefault(kind, Rankings(task, ks)).add(query, row)
-    return {kind: book.complete() for kind, book in books.items()}, fitted
+                rankings.setdefault(kind, Rankings(task, ks)).add(query, row)
+    return {kind: ranked.complete() for kind, ranked in rankings.items()}, fitted
 
 
 def add_text_scores(

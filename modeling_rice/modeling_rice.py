@@ -15,7 +15,7 @@ from .configuration_rice import PATCH_MASK_ENCODERS, RiceConfig
 from .decoder_rice import RiceDecoder, RiceHeadMixing, RiceReconstructionHead, additive_mask
 from .features_rice import RiceClips, RiceGallery
 from .fingerprint_rice import fingerprint, weights_state
-from .layout_rice import write_layout
+from .layout_rice import write_card, write_layout
 from .loss_rice import Memory, cosines
 from .objective_rice import EncodedClips, EncodedImages, OneProcess, RiceObjective
 from .patches_rice import RicePatchSaliency, RiceSaliencyScore, pool_patches, resize_patch_mask
@@ -151,6 +151,12 @@ class RiceModel(RiceObjective, RiceTextSide, RicePreTrainedModel):
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             write_layout(save_directory)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
+        # The last step of `push_to_hub` and `save_pretrained(push_to_hub=True)`, which would leave these out.
+        write_layout(working_dir)
+        write_card(working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """The vision encoder's, as adapters ask for them."""

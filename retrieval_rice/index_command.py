@@ -65,8 +65,7 @@ def run(options: argparse.Namespace) -> None:
     if options.shop is None or options.model is None:
         raise ValueError("name the shop to index, and the model with --model.")
     _check(options)
-    rows, is_data_set = shop_rows(options)
-    _build(options, rows, is_data_set)
+    _build(options, *shop_rows(options))
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -92,7 +91,7 @@ def _show_versions(table, options: argparse.Namespace) -> None:
             print(f"version {version.number}  {version.time:%Y-%m-%d %H:%M:%S}  {version.rows:,} pictures")
 
 
-def _build(options: argparse.Namespace, rows, is_data_set: bool) -> None:
+def _build(options: argparse.Namespace, rows, left_out: str | None) -> None:
     from hub_rice.loading import load_model
 
     from .index import GalleryIndex
@@ -123,17 +122,22 @@ def _build(options: argparse.Namespace, rows, is_data_set: bool) -> None:
     if not is_first:
         return
     if options.calibrate != "none" and not (options.calibrate == "auto" and _is_calibrated(index, options)):
-        _calibrate(index, options, is_data_set)
+        _calibrate(index, options, is_data_set=left_out is None)
     if options.approximate == "none":
         index.approximate(None)
     elif options.approximate and index.approximate_kind != options.approximate:
         share = index.approximate(options.approximate)
         print(f"{options.approximate}: {share:.3f} of the 10 nearest are found, for pictures of the shop itself")
     _report(index, options.output)
+    if left_out:
+        print(left_out)
 
 
 def shop_rows(options: argparse.Namespace):
-    """Gallery rows of a data set or of a folder of pictures, and whether it is a data set."""
+    """
+    Gallery rows of a data set, and `None`; or of a folder of pictures, and a note on what was left out of it, "" for
+    nothing.
+    """
     from data_rice.views import DATASETS, prepared_folder, resolve
 
     if options.shop not in DATASETS:
@@ -144,8 +148,8 @@ def shop_rows(options: argparse.Namespace):
         except ValueError:
             known = None
         if known is None:
-            return folder_rows(Path(options.shop)), False
-    return gallery_rows(options.shop, options.split, _source(options)), True
+            return folder_rows(Path(options.shop))
+    return gallery_rows(options.shop, options.split, _source(options)), None
 
 
 def gallery_rows(dataset: str, split: str, source: dict):
@@ -169,32 +173,30 @@ def _source(options: argparse.Namespace) -> dict:
     }
 
 
-def folder_rows(folder: Path) -> list[dict]:
+def folder_rows(folder: Path) -> tuple[list[dict], str]:
     """
-    The pictures below a folder, named after their place in it.
+    The pictures below a folder, named after their place in it, and a note on what was left out.
 
     Raises:
         FileNotFoundError: there are none.
         ValueError: a link leads out of the folder.
     """
-    from data_rice.parsing import list_names
+    from data_rice.folders import list_pictures
+    from data_rice.paths import path_to_text
 
-    rows, others = [], 0
-    for place, folders, files in os.walk(folder):
-        folders.sort()
-        names = list_names(place, root=folder)
-        others += len(files) - len(set(files) & set(names))
-        for name in names:
-            path = Path(place, name)
-            image_id = path.relative_to(folder).as_posix()
-            rows.append({"image_id": image_id, "title": path.stem.replace("_", " "), "image": str(path)})
+    listing, rows = list_pictures(folder, below=True), []
+    for path in map(Path, listing.pictures):
+        # No table holds bytes that are no UTF-8, and a title is for people.
+        title = os.fsencode(path.stem).decode("utf-8", "replace").replace("_", " ")
+        image_id = path_to_text(path.relative_to(folder).as_posix())
+        rows.append({"image_id": image_id, "title": title, "image": str(path)})
     if not rows:
+        left_out = f" ({listing.note()})" if listing.left_out else ""
         raise FileNotFoundError(
-            f"{folder} has neither pictures nor the files of a data set; docs/data.md shows what a shop looks like."
+            f"{folder} has neither pictures nor the files of a data set{left_out}; docs/data.md shows what a shop "
+            "looks like."
         )
-    if others:
-        print(f"{others} files in {folder} are no pictures by their name and were left out.")
-    return rows
+    return rows, listing.note()
 
 
 def _decision(options: argparse.Namespace) -> dict:

@@ -24,7 +24,7 @@ class Hit:
     Attributes:
         image_id, product_id, title: As the shop's rows name them; without a product id, the image id.
         live_id: The livestream that was searched, or the first that sells the image; "" where there are none.
-        image: Path of the picture, "" where it came as bytes.
+        image: Path of the picture as `data_rice.paths.path_to_text` writes it, "" where it came as bytes.
         score: By which hits are ranked: embedding, matching and text fused as `evaluation_rice.fusion.fuse_scores`
             does, or the embedding score without a decoder.
         embedding_score: `model.similarity`, a cosine.

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from data_rice.collator import RiceCollator
+from data_rice.parsing import id_text
 from evaluation_rice.fusion import check_weight
 
 from .answers import Answer, answer_of, candidate_scores, relevance
@@ -24,6 +25,7 @@ from .approximate import Settings, recall, sample_of
 from .build import (
     ShopEncoder,
     ShopReader,
+    as_rows,
     collect_images,
     encoded_queries,
     finite_rows,
@@ -161,8 +163,8 @@ class GalleryIndex:
             model: In eval mode.
             processor: Saved with the model.
             shop_rows: Gallery rows with `image_id`, `image` (a path, a PIL image or `{"path", "bytes"}`) and, where
-                there are any, `live_id`, `title` and `product_id`. Rows of one id are one image of several
-                livestreams.
+                there are any, `live_id`, `title` and `product_id`, as dicts or a table (pandas, Arrow, `datasets`). An
+                id is text or a whole number. Rows of one id are one image of several livestreams.
             batch_size: Images per batch.
             output_dir: The index's folder or URI; by default it is built in memory.
             num_workers: Processes that decode.
@@ -178,8 +180,8 @@ class GalleryIndex:
             gets it.
 
         Raises:
-            ValueError: no rows, a row without an id, not one readable image, an argument out of range, or an index
-                that cannot be read.
+            ValueError: no rows, a bad row (told before encoding), not one readable image, an argument out of range, or
+                an index that cannot be read.
             FileExistsError: the place holds what only `overwrite` replaces.
             OSError: it cannot be written.
         """
@@ -193,7 +195,7 @@ class GalleryIndex:
         if output_dir is None and count > 1:
             raise ValueError("several processes need a folder to meet in; pass output_dir.")
         table = ShopTable(output_dir)
-        job = Job(table, encoder, shop_rows, commit_every, overwrite)
+        job = Job(table, encoder, as_rows(shop_rows), commit_every, overwrite)
         if group is not None and count > 1:
             build_together(job, index, count)
         else:
@@ -321,12 +323,13 @@ class GalleryIndex:
             The images that could not be read, with `id`, `file` and `reason`; `skipped` lists those that are new.
 
         Raises:
-            ValueError: no rows, a row without an id, or an index that was opened without a processor.
+            ValueError: as `build` for the rows, or an index that was opened without a processor.
             OSError: they cannot be written.
         """
         processor = self._processor_for("adding images")
         dtype = "float16" if self._newest.is_empty() else self._newest.to_write().snapshot.state.dtype
         encoder = ShopEncoder(self.model, processor, batch_size, progress=False, dtype=dtype)
+        rows = as_rows(rows)
         images = collect_images(rows)
         known = self.records([image.image_id for image in images])
         for image in images:
@@ -399,7 +402,7 @@ class GalleryIndex:
         """
         if isinstance(image_ids, str):
             raise ValueError("image_ids is a single text; pass a list of ids.")
-        wanted = list(dict.fromkeys(image_ids))
+        wanted = list(dict.fromkeys(map(id_text, image_ids)))
         if self._newest.is_empty():
             return wanted
         known = self._newest.to_write().records(wanted)
@@ -537,14 +540,13 @@ class GalleryIndex:
         if hasattr(queries, "embeds"):
             if relevant is None or len(relevant) != len(queries):
                 raise ValueError(f"relevant must list the image ids of each of the {len(queries)} clips.")
-            batches = [(queries, list(relevant), scopes_of(live_id, len(queries)))]
+            answers = [[id_text(image_id) for image_id in images] for images in relevant]
+            batches = [(queries, answers, scopes_of(live_id, len(queries)))]
         else:
             collator = RiceCollator(self._processor_for("reading clips"), use_boxes=use_boxes)
-            reading = (batch_size, num_workers, progress)
-            batches = encoded_queries(self.model, collator, queries, self.live_ids(), reading, unreadable)
-        scored: list[ScoredClip] = []
-        for clips, answers, scopes in batches:
-            scored += self._scored(clips, answers, scopes, rerank)
+            reading = (self.live_ids(), (batch_size, num_workers, progress), unreadable)
+            batches = encoded_queries(self.model, collator, queries, *reading)
+        scored = [one for batch in batches for one in self._scored(*batch, rerank)]
         self.calibration = fit_calibration(
             scored, presence_prior=presence_prior, false_accept_rate=false_accept_rate, rerank=rerank
         )

@@ -11,7 +11,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from .build import Batch, ShopEncoder, ShopImage, ShopReader, collect_images, image_entry, record_of, report_skipped
+from .build import (
+    Batch,
+    ShopEncoder,
+    ShopImage,
+    ShopReader,
+    as_rows,
+    collect_images,
+    image_entry,
+    record_of,
+    report_skipped,
+)
 from .table import RECORD, ShopTable, Snapshot, bytes_of, columns_of, damaged_rows, rows_of
 
 COMMIT_EVERY = 2048
@@ -28,7 +38,7 @@ class Job:
     Args:
         table: To write to.
         encoder: Of the model.
-        rows: Of the shop.
+        rows: Of the shop, from `as_rows`.
         commit_every: Images per commit.
         overwrite: Replace what another model encoded, delete more than half of the images, or start anew where the
             table is damaged.
@@ -324,6 +334,7 @@ def estimate(table: ShopTable, encoder: ShopEncoder, rows: Sequence[dict]) -> Es
     Raises:
         ValueError: no rows, or a row without an id.
     """
+    rows = as_rows(rows)
     images = collect_images(rows)
     there: set[str] = set()
     if table.exists():

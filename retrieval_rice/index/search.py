@@ -4,12 +4,15 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
+
+from data_rice.parsing import id_text
 
 from .calibration import check_depth
 from .table import RECORD, Snapshot, bytes_of
@@ -275,12 +278,16 @@ def live_filter(scope: tuple[str, ...]) -> str:
 
 def scopes_of(live_id: Any, count: int) -> list[Scope]:
     """What each clip searches."""
-    if live_id is None or isinstance(live_id, str):
+    if live_id is None or isinstance(live_id, (str, Number)):
         live_id = [live_id] * count
     live_id = list(live_id)
     if len(live_id) != count:
         raise ValueError(f"live_id has {len(live_id)} entries for {count} clips; give one per clip, or one text.")
-    return [None if one is None else (one,) if isinstance(one, str) else tuple(one) for one in live_id]
+    return [None if one is None else _scope([one] if isinstance(one, (str, Number)) else one) for one in live_id]
+
+
+def _scope(live_ids: Iterable) -> Scope:
+    return tuple(live_id if isinstance(live_id, str) else id_text(live_id) for live_id in live_ids)
 
 
 def check_search(top_k: Any, rerank: Any) -> None:

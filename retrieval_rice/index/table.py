@@ -32,7 +32,8 @@ KEPT_FOR = timedelta(days=7)
 """For how long versions can be restored, and files of a writer that was killed are kept."""
 
 RECORD = ("image_id", "product_id", "title", "image", "live_ids")
-"""What a search tells of an image: `live_ids` are the livestreams that sell it, `image` is its path."""
+"""What a search tells of an image: `live_ids` are the livestreams that sell it, `image` is its path, as
+`data_rice.paths.path_to_text` writes it."""
 
 _OWN = ("reason", "position", "content")
 _STATE, _CHECKSUM = b"rice", b"rice.crc32"
