@@ -284,7 +284,7 @@ class GalleryIndex:
 
     def compact(self, kept_for: timedelta = KEPT_FOR) -> None:
         """
-        Joins the small files that many changes leave, and takes new images into the approximate index.
+        Joins the small files that many changes leave, and takes new images into the indexes.
 
         Args:
             kept_for: Older versions are deleted, and can be neither restored nor searched any more.
@@ -292,6 +292,7 @@ class GalleryIndex:
         Raises:
             OSError: it cannot be written; what was there is unchanged.
         """
+        self._table.index_columns(live_ids=bool(self.live_ids()))
         self._table.compact(kept_for)
         self.refresh()
 

@@ -184,6 +184,33 @@ def test_the_command_ends_well_on_a_terminal_of_ascii(shop, checkpoint, tmp_path
     assert done.returncode == 0 and rb"left out: \u7b14\u8bb0.txt" in done.stdout
 
 
+@pytest.mark.slow
+def test_two_processes_of_one_launch_fill_one_table(shop, checkpoint, tmp_path):
+    rows = shop.make_rows(24, "plain")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0", "rice_cli.py", "index", tmp_path / "plain", "--model", checkpoint]
+    launch += ["--output", tmp_path / "index", "--batch_size", "2", "--commit_every", "2", "--num_workers", "0"]
+    ours = {
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    for expected in (24, 23):
+        done = subprocess.run(launch, capture_output=True, text=True, env=os.environ | ours, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"{expected} pictures; 0 could not be read" in done.stdout and "(1 of 2)" in done.stderr
+        index = GalleryIndex.load(tmp_path / "index", shop.model)
+        names = sorted((f"p{i}.png" for i in range(24)), key=lambda name: int(name[1:-4]))[-expected:]
+        assert index.image_ids() == names
+        hits = index.search(shop.clips(5))[0].hits
+        whole = GalleryIndex.build(shop.model, shop.processor, rows[-expected:], progress=False)
+        # Without the suffix of a file.
+        assert [hit.image_id[:-4] for hit in hits] == [hit.image_id for hit in whole.search(shop.clips(5))[0].hits]
+        # A shop that has lost one is the second try.
+        (tmp_path / "plain" / "p0.png").unlink(missing_ok=True)
+
+
 def test_an_approximate_index_is_built_kept_and_dropped(shop, checkpoint, tmp_path, capsys):
     shop.make_rows(5, "plain")
     arguments = (tmp_path / "plain", "--model", checkpoint, "--output", tmp_path / "index")

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-import torch
 from datasets import Dataset
 from PIL import Image
 
@@ -172,22 +171,6 @@ def test_processes_that_know_nothing_of_each_other_share_a_shop(build, shop, enc
     assert encoded.count == 11
     assert_same(tmp_path / "index", tmp_path / "whole")
     assert index.image_ids() == whole.image_ids()
-
-
-def _build_in_a_process(output_dir, rows, model, processor):
-    torch.set_num_threads(1)
-    index = GalleryIndex.build(model, processor, rows, output_dir=output_dir, progress=False, commit_every=3)
-    assert len(index) == 10
-
-
-@pytest.mark.slow
-def test_two_processes_of_accelerate_build_one_index(build, shop, tmp_path):
-    from accelerate import debug_launcher
-
-    build(output_dir=tmp_path / "whole")
-    arguments = (tmp_path / "index", shop.rows, shop.model, shop.processor)
-    debug_launcher(_build_in_a_process, args=arguments, num_processes=2)
-    assert_same(tmp_path / "index", tmp_path / "whole")
 
 
 def png_header(width, height):
