@@ -7,6 +7,7 @@ import runpy
 import signal
 import threading
 import time
+import zlib
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ from retrieval_rice.index.table import ShopTable
 
 # Children begin at once, in a process that has imported everything, and are no forks of one that has the library.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["retrieval_rice.index"])
+CONTEXT.set_forkserver_preload(["retrieval_rice.index", "lance_namespace", "pandas"])
 WIDTH = 8
 
 
@@ -36,12 +37,8 @@ def put(index, names, live="x"):
 
 def embedding(name):
     return torch.nn.functional.normalize(
-        torch.randn(WIDTH, generator=torch.Generator().manual_seed(hash_of(name))), dim=0
+        torch.randn(WIDTH, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))), dim=0
     )
-
-
-def hash_of(name):
-    return int.from_bytes(name.encode()[-6:], "big")
 
 
 def found(index, name, live=None):
@@ -66,11 +63,11 @@ def kill(child, pipe, seconds):
     child.join()
     told = []
     try:
-        while pipe.poll():
+        while True:
             told.append(pipe.recv())
     except EOFError:
+        # All that was told before the kill.
         return told
-    return told
 
 
 def new_index(folder, count=40):
@@ -82,6 +79,7 @@ def new_index(folder, count=40):
 
 def add_for_ever(pipe, folder, first):
     index = GalleryIndex.load(folder, model())
+    pipe.send("begun")
     for number in range(first, first + 10_000):
         put(index, [f"new{number}"])
         pipe.send(f"new{number}")
@@ -89,6 +87,7 @@ def add_for_ever(pipe, folder, first):
 
 def compact_for_ever(pipe, folder):
     index = GalleryIndex.load(folder, model())
+    pipe.send("begun")
     for number in range(10_000):
         # Each round writes what is there once more, which leaves small files to be joined.
         for i in range(0, 40, 8):
@@ -101,6 +100,7 @@ def build_slowly(pipe, folder, shop_model, processor, rows):
     encode = shop_model.encode_gallery
 
     def slowly(**inputs):
+        pipe.send("begun")
         time.sleep(0.02)
         return encode(**inputs)
 
@@ -113,7 +113,7 @@ def survive_adding(folder, kills, rng):
     index, told = new_index(folder), []
     for number in range(kills):
         child, pipe = start(add_for_ever, folder, 10_000 * number)
-        told += kill(child, pipe, rng.uniform(0.1, 0.6))
+        told += kill(child, pipe, rng.uniform(0.0, 0.5))
         names = GalleryIndex.load(folder, model()).image_ids()
         assert len(names) == len(set(names)) and set(names) >= {*told, *(f"p{i}" for i in range(40))}
     put(index, ["after"])
@@ -125,7 +125,7 @@ def survive_compacting(folder, kills, rng):
     index = new_index(folder)
     for _ in range(kills):
         child, pipe = start(compact_for_ever, folder)
-        kill(child, pipe, rng.uniform(0.1, 0.6))
+        kill(child, pipe, rng.uniform(0.0, 0.5))
         again = GalleryIndex.load(folder, model())
         assert again.image_ids() == [f"p{i}" for i in range(40)]
         assert [found(again, f"p{i}") for i in range(0, 40, 7)] == [f"p{i}" for i in range(0, 40, 7)]
@@ -140,7 +140,7 @@ def survive_building(shop, folder, kills, rng):
     kept = 0
     for _ in range(kills):
         child, pipe = start(build_slowly, folder, shop.model, shop.processor, rows)
-        kill(child, pipe, rng.uniform(0.05, 0.7))
+        kill(child, pipe, rng.uniform(0.0, 0.5))
         if ShopTable(folder).exists():
             count = len(ShopTable(folder).snapshot().read(["image_id"]))
             assert count >= kept
@@ -156,9 +156,9 @@ def survive_building(shop, folder, kills, rng):
 
 def test_kills_lose_nothing(shop, tmp_path):
     rng = random.Random(0)
-    survive_adding(tmp_path / "added", 2, rng)
+    assert survive_adding(tmp_path / "added", 2, rng)
     survive_compacting(tmp_path / "compacted", 2, rng)
-    survive_building(shop, tmp_path / "built", 2, rng)
+    assert survive_building(shop, tmp_path / "built", 2, rng) > 0
 
 
 @pytest.mark.slow
@@ -173,6 +173,7 @@ def test_many_kills_lose_nothing(shop, tmp_path):
 def write_some(pipe, folder, name, count):
     """The writer's own images, and some that the other one writes, too."""
     index = GalleryIndex.load(folder, model())
+    pipe.send("begun")
     for number in range(count):
         put(index, [f"{name}{number}", f"both{number}"])
     pipe.send("done")
@@ -190,7 +191,9 @@ def test_two_writers_lose_nothing_of_each_other(tmp_path):
 
 def write_pairs(pipe, folder, seconds):
     """Two images at a time, and the files put in order in between."""
-    index, end, number = GalleryIndex.load(folder, model()), time.monotonic() + seconds, 0
+    index, number = GalleryIndex.load(folder, model()), 0
+    pipe.send("begun")
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         put(index, [f"left{number}", f"right{number}"], live="pairs")
         if number % 3 == 2:
@@ -261,5 +264,4 @@ def test_threads_search_while_the_index_changes(tmp_path):
 if __name__ == "child":
     name, pipe, *arguments = globals()["call"]
     torch.set_num_threads(1)
-    pipe.send("begun")
     globals()[name](pipe, *arguments)
