@@ -13,18 +13,13 @@ import os
 import shlex
 import sys
 import time
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 from evaluation_rice.protocol import RetrievalTask, breakdown
 from hub_rice.checkpoint import weights_fingerprint
-
-KINDS = ("embedding", "matching", "fused")
-FUSION_RULE = "z(embedding) + weight * z(matching), per query"
-TEXT_FUSION_RULE = (
-    "z(visual) + weight * z(matching) + text_weight * text, per query; visual is the embedding score without text, "
-    "text the cosine of ASR and title, 0 where either is missing"
-)
+from modeling_rice.scoring_rice import KINDS, FusionWeights, default_ranking, pair_kinds
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -44,7 +39,11 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Argume
     add("--data_dir", help="folder of the data set's files")
     add("--split", default="test", choices=("validation", "test"))
     add("--output_dir", required=True, help="folder for results.json, rankings.jsonl, matches.png and README.md")
-    add("--rank_by", choices=KINDS, help="score of rankings.jsonl; default fused, or embedding without a decoder")
+    add(
+        "--rank_by",
+        choices=KINDS,
+        help="score of rankings.jsonl; default: as the checkpoint's config.ranking says",
+    )
     add("--batch_size", type=_positive, default=32, help="clips or images per batch")
     add("--num_workers", type=_not_negative, default=min(2, os.cpu_count() or 1), help="processes that decode images")
     add("--device", help="such as cpu or cuda; default: cuda where there is one")
@@ -83,12 +82,10 @@ def _not_negative(text: str) -> int:
 
 
 def _weight(text: str) -> float | str:
-    from evaluation_rice.fusion import check_weight
-
     if text in ("auto", "fit"):
         return text
     try:
-        return check_weight(text)
+        return FusionWeights(float(text)).fusion_weight
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor fit nor a number above 0") from error
 
@@ -192,25 +189,24 @@ def check_fit(options: argparse.Namespace) -> None:
         raise ValueError("--fit_data_dir goes with --fusion_weight fit: give both, or neither.")
 
 
-def choose_fusion(options, retriever, scope: str, loading) -> tuple[float, float | None, dict]:
-    """The weights of matching and text in the fused score, and for results.json the rule and where they come from."""
+def choose_fusion(options, retriever, scope: str, loading) -> tuple[FusionWeights, dict]:
+    """The weights of the fused score, and for results.json the rule and where they come from."""
     config = retriever.model.config
-    own, text_weight = getattr(config, "fusion_weight", None), getattr(config, "fused_text_weight", None)
-    if options.fusion_weight == "fit" or (options.fusion_weight == "auto" and not own):
-        weight, text_weight, record = fit_weights(options, retriever, scope, loading, text_weight)
+    weights = FusionWeights.of(config)
+    is_fitted = weights.fusion_weight is not None or "matching" not in pair_kinds(retriever.model)
+    if options.fusion_weight == "fit" or (options.fusion_weight == "auto" and not is_fitted):
+        weights, record = fit_weights(options, retriever, scope, loading, weights)
     elif options.fusion_weight == "auto":
-        weight = float(own)
         words = "the weight is the checkpoint's own, fitted when it was trained"
         record = {"source": "checkpoint", "source_words": words}
     else:
-        weight = options.fusion_weight
+        weights = replace(weights, fusion_weight=options.fusion_weight)
         record = {"source": "argument", "source_words": "the weight was given by hand"}
     if not reads_text_score(options, config):
-        text_weight = None
-    elif text_weight is None:
+        weights = replace(weights, fused_text_weight=None)
+    elif weights.fused_text_weight is None:
         record["source_words"] += "; there is none for text, which counts as part of the embedding score"
-    rule = FUSION_RULE if text_weight is None else TEXT_FUSION_RULE
-    return weight, text_weight, {"rule": rule, "text_weight": text_weight, **record}
+    return weights, {"rule": weights.rule(), "text_weight": weights.fused_text_weight, **record}
 
 
 def reads_text_score(options: argparse.Namespace, config) -> bool:
@@ -219,10 +215,8 @@ def reads_text_score(options: argparse.Namespace, config) -> bool:
     return options.text and has_text and config.text_score_weight is not None
 
 
-def fit_weights(
-    options, retriever, scope: str, loading, text_weight: float | None
-) -> tuple[float, float | None, dict]:
-    """As `choose_fusion`, from the validation split; where it cannot be had, 1 and the text weight that there is."""
+def fit_weights(options, retriever, scope: str, loading, own: FusionWeights) -> tuple[FusionWeights, dict]:
+    """As `choose_fusion`, from the validation split; where it cannot be had, 1 for matching and the others as are."""
     from evaluation_rice.retrieval import fit_fusion
 
     source = argparse.Namespace(**vars(options))
@@ -237,14 +231,23 @@ def fit_weights(
         if options.fusion_weight == "fit":
             raise ValueError(f"--fusion_weight fit: the weight cannot be fitted ({_one_line(error)})") from error
         print(f"fusion weight 1: the checkpoint has none, and it cannot be fitted ({_one_line(error)})")
-        return 1.0, text_weight, {"source": "default", "source_words": "the weight is the default, not fitted"}
+        words = "the weight is the default, not fitted"
+        return replace(own, fusion_weight=1.0), {"source": "default", "source_words": words}
     fitted = fit_fusion(retriever, task, queries, gallery, loading=loading)
     where = f" of {source.data_dir}" if options.fit_data_dir else ""
     words = f"the weight was fitted on the validation split{where} ({len(queries)} clips)"
     record = {"source": "validation", "source_words": words, "curve": fitted.curve}
     if fitted.text_curve is not None:
         record["text_curve"] = fitted.text_curve
-    return fitted.weight, fitted.text_weight, record
+    return fitted.weights, record
+
+
+def check_rank_by(options: argparse.Namespace, kinds: list[str]) -> None:
+    """Refuses a score that the model, which has `kinds` besides that of its embeddings, does not have."""
+    if options.rank_by not in (None, "embedding", *kinds, *["fused"][: len(kinds)]):
+        needed = "an alignment" if options.rank_by == "alignment" else "a matching decoder"
+        name = options.model or options.baseline
+        raise ValueError(f"--rank_by {options.rank_by} needs {needed}, which {name} does not have.")
 
 
 def describe_protocol(options, task: RetrievalTask, scope: str, rank_by: str, num_frames, depth: int) -> dict:
@@ -290,7 +293,7 @@ def measure(options: argparse.Namespace, command: str) -> tuple:
     from data_rice.asr_noise import with_asr
     from evaluation_rice.baselines import run_baselines
     from evaluation_rice.report import results as report
-    from evaluation_rice.retrieval import Loading, has_decoder, retrieve
+    from evaluation_rice.retrieval import Loading, retrieve
     from evaluation_rice.speed import TimedRetriever
 
     # Weights are fitted on validation clips with their own ASR: nobody knows what it will be like.
@@ -298,17 +301,15 @@ def measure(options: argparse.Namespace, command: str) -> tuple:
     scope = gallery_scope(options.dataset, options.data_dir)
     task = RetrievalTask.from_datasets(queries, gallery, scope)
     model = None if baseline else retriever.model
-    if options.rank_by in ("matching", "fused") and not has_decoder(model):
-        name = options.model or options.baseline
-        raise ValueError(f"--rank_by {options.rank_by} needs a matching decoder, which {name} does not have.")
-    rank_by = options.rank_by or ("fused" if has_decoder(model) else "embedding")
+    kinds = [] if baseline else pair_kinds(model)
+    check_rank_by(options, kinds)
+    rank_by = options.rank_by or ("embedding" if baseline else default_ranking(model.config))
     retriever = TimedRetriever(retriever)
     loading = Loading(options.batch_size, options.num_workers)
-    weight, text_weight, fusion = None, None, None
-    if has_decoder(model):
-        weight, text_weight, fusion = choose_fusion(options, retriever, scope, loading)
-    weights = {"fusion_weight": weight, "fused_text_weight": text_weight}
-    books, failures = retrieve(retriever, task, queries, gallery, loading=loading, **weights)
+    weights, fusion = FusionWeights(), None
+    if kinds:
+        weights, fusion = choose_fusion(options, retriever, scope, loading)
+    books, failures = retrieve(retriever, task, queries, gallery, loading=loading, weights=weights)
     num_frames = retriever.num_frames
     others = [name for name in options.baselines if baseline is None or name != baseline["name"]]
     baselines, failed = run_baselines(others, task, queries, gallery, loading=loading, num_frames=num_frames or 10)
@@ -321,7 +322,7 @@ def measure(options: argparse.Namespace, command: str) -> tuple:
         "num_queries": len(task.query_ids),
         "gallery_size": task.gallery_size(),
         "scores": {kind: books[kind].summary() for kind in KINDS if kind in books},
-        **weights,
+        **asdict(weights),
         "baselines": baselines,
         "by": breakdown(queries, {kind: books[kind] for kind in KINDS if kind in books}, train_rows),
         "head_tail": head_tail,

@@ -12,6 +12,7 @@ from .configuration_rice import RiceConfig
 
 # Fields and weights that no encoding depends on, or that are told by themselves.
 _TRAINING_FIELDS = (
+    "alignment_weight",
     "contrastive_",
     "decoder_dropout",
     "detach_",
@@ -25,6 +26,7 @@ _TRAINING_FIELDS = (
     "matching_scale",
     "matching_targets",
     "num_hard_negatives",
+    "ranking",
     "reconstruction_",
     "text_config",
     "text_logit_",

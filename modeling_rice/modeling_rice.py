@@ -11,6 +11,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from .comparison_rice import RiceComparison
 from .configuration_rice import PATCH_MASK_ENCODERS, RiceConfig
 from .decoder_rice import RiceDecoder, RiceHeadMixing, RiceReconstructionHead, additive_mask
 from .features_rice import RiceClips, RiceGallery
@@ -20,7 +21,6 @@ from .loss_rice import Memory, cosines
 from .objective_rice import EncodedClips, EncodedImages, OneProcess, RiceObjective
 from .patches_rice import RicePatchSaliency, RiceSaliencyScore, pool_patches, resize_patch_mask
 from .pooling_rice import POOLINGS, RiceZeroLinear
-from .ranking_rice import best_first, encode_candidates, pair_scores
 from .text_rice import EncodedText, RiceTextEncoder, RiceTextSide
 
 # Encoders that leave their last hidden state without the final norm, which the published model applies to every token.
@@ -92,7 +92,7 @@ class RicePreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-class RiceModel(RiceObjective, RiceTextSide, RicePreTrainedModel):
+class RiceModel(RiceComparison, RiceObjective, RiceTextSide, RicePreTrainedModel):
     """
     Cross-view semantic alignment: one vision encoder for clips and images (ICL), a pairwise matching decoder (PMD) and
     patch feature reconstruction (PFR).
@@ -409,117 +409,6 @@ class RiceModel(RiceObjective, RiceTextSide, RicePreTrainedModel):
         # A fused optimiser changes weights without a trace on them, so that nothing is kept from before training.
         self._fingerprint = None
         return super().train(mode)
-
-    def _refuse_foreign(self, clips: RiceClips, gallery: RiceGallery) -> None:
-        own = self.fingerprint()
-        for name, features in (("clips", clips), ("gallery", gallery)):
-            if None not in (own, features.model_fingerprint) and features.model_fingerprint != own:
-                raise ValueError(
-                    f"`{name}` was encoded by another model, or by this one before its weights changed "
-                    f"({features.model_fingerprint}, this one is {own}); encode it anew with this model."
-                )
-
-    def similarity(self, clips: RiceClips, gallery: RiceGallery, text_weight: float | None = None) -> Tensor:
-        """
-        Cosine of every clip with every image, `(num_clips, num_images)`, in -1..1; plus `text_weight` times
-        `text_similarity` where there is one.
-
-        Args:
-            text_weight: `config.text_score_weight` by default.
-
-        Raises:
-            ValueError: for features that another model encoded.
-        """
-        self._refuse_foreign(clips, gallery)
-        scores = cosines(clips.embeds.float(), gallery.embeds.float())
-        texts = self.text_similarity(clips, gallery)
-        weight = self.config.text_score_weight if text_weight is None else text_weight
-        return scores if texts is None or not weight else scores + weight * texts
-
-    def text_similarity(self, clips: RiceClips, gallery: RiceGallery) -> Tensor | None:
-        """
-        Cosine of every clip's ASR with every title, `(num_clips, num_images)`, 0 where either is missing; `None` where
-        the model has no score-level text term, or clips or gallery were encoded without text.
-        """
-        if clips.text_embeds is None or gallery.text_embeds is None:
-            return None
-        return cosines(clips.text_embeds.float(), gallery.text_embeds.float())
-
-    @torch.no_grad()
-    def match(self, clips: RiceClips, gallery: RiceGallery, max_memory: int = 512 * 2**20) -> Tensor:
-        """
-        Decoder score of every clip with every image, exact: one query row per pair against the clip's cached keys
-        and values. Call in eval mode.
-
-        Args:
-            clips, gallery: From `encode_clips` and `encode_gallery` of this model.
-            max_memory: Bytes the intermediate results may take; larger requests are worked off in chunks.
-
-        Returns:
-            `(num_clips, num_images)` float32, the head's raw output without temperature.
-
-        Raises:
-            ValueError: when the model or the one that encoded has no decoder, for features that another model encoded,
-                or in training mode with active dropout.
-        """
-        if self.decoder is None:
-            raise ValueError("This model has no matching decoder (`use_decoder=False`); rank by `similarity` instead.")
-        self._require_eval_mode("match")
-        if gallery.states is None or clips.keys is None:
-            raise ValueError("The features come from a model without a matching decoder; encode them with this one.")
-        self._refuse_foreign(clips, gallery)
-        device, dtype = self.device, self.visual_projection.weight.dtype
-        clips_at_once, images_at_once = self._match_chunks(clips.keys.shape[1], len(clips), len(gallery), max_memory)
-        scores = torch.empty(len(clips), len(gallery), device=device)
-        for first in range(0, len(clips), clips_at_once):
-            rows = slice(first, first + clips_at_once)
-            keys, values = clips.keys[rows].to(device, dtype), clips.values[rows].to(device, dtype)
-            mask = clips.mask[rows].to(device)
-            for start in range(0, len(gallery), images_at_once):
-                columns = slice(start, start + images_at_once)
-                states = gallery.states[columns].to(device, dtype)
-                scores[rows, columns] = self.decoder.score_pairs(states, keys, values, mask).float()
-        return scores
-
-    def rank(
-        self,
-        clip,
-        images,
-        top_k: int | None = None,
-        *,
-        processor,
-        titles: list[str] | None = None,
-        asr: str | None = None,
-    ) -> list[dict]:
-        """
-        Ranks images for one clip by the decoder's score, every pair, as a cross-encoder does. Call in eval mode.
-
-        Args:
-            clip: One clip, as `processor` takes it: a list of frames, an array or tensor, the path of a video.
-            images: Shop images, an encoded gallery, or the path of a saved one.
-            top_k: Entries to return at most, all by default.
-            processor: The [`RiceProcessor`] that was saved with this model.
-            titles, asr: A title per image and the clip's ASR, for models that read them.
-
-        Returns:
-            From best to worst, `{"corpus_id": index, "score": score}`, as sentence-transformers' `CrossEncoder.rank`.
-
-        Raises:
-            ValueError: as `match`, or for inputs that `processor` refuses.
-        """
-        gallery = encode_candidates(self, processor, images, titles)
-        clips = self.encode_clips(**processor(videos=[clip], asr=None if asr is None else [asr]))
-        scores, _ = pair_scores(self, clips, gallery, "matching")
-        return [{"corpus_id": i, "score": scores[0, i].item()} for i in best_first(scores[0], top_k)]
-
-    def _match_chunks(self, num_tokens: int, num_clips: int, num_images: int, max_memory: int) -> tuple[int, int]:
-        width, heads = self.config.decoder_hidden_size, self.config.decoder_num_heads
-        hidden = self.config.decoder_intermediate_size or 4 * width
-        bytes_per_pair = 4 * (2 * hidden + 5 * width + 2 * heads * num_tokens)
-        bytes_per_clip = 4 * 4 * num_tokens * width
-        images = max(1, min(num_images, max_memory // (2 * bytes_per_pair)))
-        clips = max(1, min(num_clips, max_memory // (images * bytes_per_pair + bytes_per_clip)))
-        return clips, images
 
     def _decoder_clips(
         self, clips: EncodedClips, asr_features: Tensor | None = None, has_asr: Tensor | None = None

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from evaluation_rice.protocol import RetrievalTask
 from evaluation_rice.retrieval import Loading, ModelRetriever, add_text_scores, all_scores, rank_scores
+from modeling_rice.scoring_rice import FusionWeights
 
 
 def share_of(task: RetrievalTask, rank: int, world_size: int) -> RetrievalTask:
@@ -61,7 +62,11 @@ def validate_together(
     scores, problem = {}, None
     try:
         if any(name in share.scopes for name in share.query_scopes):
-            scores = all_scores(retriever, share, queries, gallery, loading, failures)
+            # As arrays, since a pickled tensor takes its whole batch along.
+            scores = {
+                query: {kind: row.numpy() for kind, row in values.items()}
+                for query, values in all_scores(retriever, share, queries, gallery, loading, failures).items()
+            }
     except ValueError as error:
         problem = str(error)
     # What this process leaves to the others is not missing.
@@ -78,7 +83,7 @@ def validate_together(
     # In file order, or the order of ties would depend on who scored what.
     merged = dict(sorted((query, values) for part, _, _ in parts for query, values in part.items()))
     merged, text_weight = add_text_scores(task, merged)
-    books, fitted = rank_scores(task, merged)
+    books, fitted = rank_scores(task, merged, own=FusionWeights.of(model.config))
     metrics = {
         f"{kind}_{name}": value
         for kind, rankings in books.items()
@@ -89,6 +94,6 @@ def validate_together(
         metrics["text_score_weight"] = text_weight
     if fitted is None:
         return metrics, None, failures
-    if fitted.text_weight is not None:
-        metrics["fused_text_weight"] = fitted.text_weight
-    return metrics, fitted.weight, failures
+    if fitted.weights.fused_text_weight is not None:
+        metrics["fused_text_weight"] = fitted.weights.fused_text_weight
+    return metrics, fitted.weights.fusion_weight, failures

@@ -25,10 +25,11 @@ from tqdm.auto import tqdm
 
 from hub_rice.files import write_atomically
 from hub_rice.tables import percent
+from modeling_rice.scoring_rice import KINDS
 
 from ..breakdown import can_draw
 from ..paired import draw_intervals, hits_of, mean_interval, paired_difference, read_ranks, verdict
-from .definition import KINDS, Comparison, Study, read_minutes, read_study, to_arguments
+from .definition import Comparison, Study, read_minutes, read_study, to_arguments
 
 _REMEDY = "or choose another --output_dir"
 

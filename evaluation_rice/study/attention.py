@@ -19,12 +19,12 @@ from tqdm.auto import tqdm
 
 from hub_rice.files import check_output, write_output
 from hub_rice.tables import percent
+from modeling_rice.scoring_rice import pair_kinds
 
 from ..frames import clip_frames
 from ..protocol import RetrievalTask
 from ..recall import bootstrap_interval
 from ..report.heatmap import Region, has_maps, seen_region
-from ..retrieval import has_decoder
 
 MAPS = {
     "score": "attention that the score is made of",
@@ -135,7 +135,7 @@ def measure(
     Raises:
         ValueError: the model has no matching decoder, no clip has a box, or none could be measured.
     """
-    if not has_decoder(model) or not hasattr(model, "attention_maps"):
+    if "matching" not in pair_kinds(model) or not hasattr(model, "attention_maps"):
         raise ValueError("this model has no matching decoder, so it attends to no clip: name one trained with it.")
     task = RetrievalTask.from_datasets(queries, gallery, scope)
     with_boxes = [i for i, boxes in enumerate(queries["boxes"]) if any(boxes or [])]

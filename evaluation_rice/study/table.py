@@ -19,11 +19,11 @@ import numpy as np
 from hub_rice.files import check_output, write_output
 from hub_rice.model_card import breakdown_table, dataset_name, gallery_words
 from hub_rice.tables import TITLES, markdown_table, percent, shown_scores
+from modeling_rice.scoring_rice import KINDS
 
 from ..paired import hits_of, mean_interval, read_ranks
 from ..pretrained_baselines import FAMILIES
 
-KINDS = ("embedding", "matching", "fused")
 NOT_RUN = "not run"
 _SAME = ("split", "gallery_scope", "gallery_images", "num_galleries", "num_gallery_images", "task_sha256")
 

@@ -269,6 +269,10 @@ class TestEvaluation:
                 assert 0 <= metrics[f"eval_{kind}_R@{k}"] <= 1
         assert metrics["eval_fused_R@10"] == 1.0
         assert trainer.model.config.fusion_weight == metrics["eval_fusion_weight"] > 0
+        assert trainer.model.config.ranking == "fused"
+        trainer.model.config.ranking = "matching"
+        trainer.evaluate()
+        assert trainer.model.config.ranking == "matching"
         assert any("eval_fused_R@1" in entry for entry in trainer.state.log_history)
 
     def test_without_decoder(self, make_trainer, make_model):

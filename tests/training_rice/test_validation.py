@@ -48,7 +48,7 @@ def test_parts_make_the_whole(make_model, processor, rooms, scope, world_size):
         assert len(read) == len(set(read)) == len(task.image_ids)
     books, fitted = rank_scores(task, dict(sorted(merged.items())))
     expected, expected_fit = rank_scores(task, whole)
-    assert fitted.weight == expected_fit.weight
+    assert fitted.weights == expected_fit.weights
     assert books["embedding"].summary() == expected["embedding"].summary()
 
 
@@ -62,7 +62,7 @@ def test_one_process(make_model, processor, rooms):
     books, expected = validate(
         ModelRetriever(model, collator), task, queries, gallery, loading=loading, failures=expected_failures
     )
-    assert weight == expected.weight
+    assert weight == expected.weights.fusion_weight
     assert metrics["embedding_R@1"] == books["embedding"].summary()["R@1"]
     assert {failure["id"] for failure in failures} == {"clip25"}
     assert len(failures) == len(expected_failures) == 1
