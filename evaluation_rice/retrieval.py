@@ -53,7 +53,7 @@ class ModelRetriever:
 
     Args:
         model: the model; see `modeling_rice.scoring_rice.pair_kinds` for the scores that its config says it has.
-        collator: object whose `encode_gallery(rows)` and `encode_queries(rows)` decode rows into model inputs.
+        collator: object whose `collate_gallery(rows)` and `collate_queries(rows)` decode rows into model inputs.
         matching: False leaves the decoder out.
     """
 
@@ -74,10 +74,10 @@ class ModelRetriever:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def load_gallery(self, rows):
-        return self.collator.encode_gallery(rows)
+        return self.collator.collate_gallery(rows)
 
     def load_clips(self, rows):
-        return self.collator.encode_queries(rows)
+        return self.collator.collate_queries(rows)
 
     def _to_device(self, inputs):
         return {name: value.to(self.device) if hasattr(value, "to") else value for name, value in inputs.items()}

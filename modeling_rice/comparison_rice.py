@@ -16,15 +16,6 @@ _ENCODE_AT_ONCE = 64
 class RiceComparison:
     """What [`RiceModel`] makes of encodings, apart from what makes them."""
 
-    def _refuse_foreign(self, clips: RiceClips, gallery: RiceGallery) -> None:
-        own = self.fingerprint()
-        for name, features in (("clips", clips), ("gallery", gallery)):
-            if None not in (own, features.model_fingerprint) and features.model_fingerprint != own:
-                raise ValueError(
-                    f"`{name}` was encoded by another model, or by this one before its weights changed "
-                    f"({features.model_fingerprint}, this one is {own}); encode it anew with this model."
-                )
-
     def similarity(self, clips: RiceClips, gallery: RiceGallery, text_weight: float | None = None) -> Tensor:
         """
         Cosine of every clip with every image, `(num_clips, num_images)`, in -1..1; plus `text_weight` times
@@ -36,7 +27,7 @@ class RiceComparison:
         Raises:
             ValueError: for features that another model encoded.
         """
-        self._refuse_foreign(clips, gallery)
+        self.refuse_foreign(clips=clips, gallery=gallery)
         scores = cosines(clips.embeds.float(), gallery.embeds.float())
         texts = self.text_similarity(clips, gallery)
         weight = self.config.text_score_weight if text_weight is None else text_weight
@@ -66,14 +57,14 @@ class RiceComparison:
 
         Raises:
             ValueError: when the model or the one that encoded has no decoder, for features that another model encoded,
-                or in training mode with active dropout.
+                or in training mode where that changes scores.
         """
         if self.decoder is None:
             raise ValueError("This model has no matching decoder (`use_decoder=False`); rank by `similarity` instead.")
-        self._require_eval_mode("match")
+        self.require_eval_mode("match")
         if gallery.states is None or clips.keys is None:
             raise ValueError("The features come from a model without a matching decoder; encode them with this one.")
-        self._refuse_foreign(clips, gallery)
+        self.refuse_foreign(clips=clips, gallery=gallery)
         device, dtype = self.device, self.visual_projection.weight.dtype
         clips_at_once, images_at_once = self._match_chunks(clips.keys.shape[1], len(clips), len(gallery), max_memory)
         scores = torch.empty(len(clips), len(gallery), device=device)

@@ -14,11 +14,11 @@ from transformers.utils import ModelOutput
 from .comparison_rice import RiceComparison
 from .configuration_rice import PATCH_MASK_ENCODERS, RiceConfig
 from .decoder_rice import RiceDecoder, RiceHeadMixing, RiceReconstructionHead, additive_mask
-from .features_rice import RiceClips, RiceGallery
-from .fingerprint_rice import fingerprint, weights_state
+from .features_rice import RiceClips, RiceFrames, RiceGallery
+from .fingerprint_rice import RiceIdentity
 from .layout_rice import write_layout
 from .loss_rice import Memory, cosines
-from .objective_rice import EncodedClips, EncodedImages, OneProcess, RiceObjective
+from .objective_rice import ClipTokens, ImageTokens, OneProcess, RiceObjective
 from .patches_rice import RicePatchSaliency, RiceSaliencyScore, pool_patches, resize_patch_mask
 from .pooling_rice import POOLINGS, RiceZeroLinear
 from .text_rice import EncodedText, RiceTextEncoder, RiceTextSide
@@ -43,9 +43,10 @@ class RiceOutput(ModelOutput):
         contrastive_loss, matching_loss, reconstruction_loss, text_loss (scalar):
             The terms (ICL, PMD, PFR, and ASR against titles), unweighted.
         logits_per_video, logits_per_image (`(B, B)`): Cosines times `logit_scale`, plus a `logit_bias`.
-        matching_logits: Decoder scores times `matching_scale`, rows are images. With mined negatives
-            `(B, 1 + num_hard_negatives)`, the positive first; otherwise `(B, B)`.
-        matching_indices (`(B, 1 + num_hard_negatives)`): Clips of those columns.
+        matching_logits: Decoder scores times `matching_scale`, of every clip (rows) with every image, `(B, B)`, as
+            `match` and `logits_per_video` have them. Of a loss on mined negatives `(B, 1 + num_hard_negatives)`: a
+            row per pair, its image with its own clip first, then with the clips that were mined for it.
+        matching_indices (`(B, 1 + num_hard_negatives)`): Which clips those are.
         image_embeds, video_embeds (`(B, D)`): L2-normalised.
     """
 
@@ -74,8 +75,8 @@ class RicePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         if isinstance(module, RiceHeadMixing):
-            # Random signs under two ReLUs can leave the head at zero for ever, so it starts as the mean over heads.
-            init.constant_(module.weight, 1 / module.in_channels)
+            # Random signs under two ReLUs can leave the head at zero for ever, so it starts near the mean over heads.
+            init.copy_(module.weight, module.starting_weight())
             init.zeros_(module.bias)
         elif isinstance(module, RiceSaliencyScore):
             init.zeros_(module.weight)
@@ -92,7 +93,7 @@ class RicePreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-class RiceModel(RiceComparison, RiceObjective, RiceTextSide, RicePreTrainedModel):
+class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RicePreTrainedModel):
     """
     Cross-view semantic alignment: one vision encoder for clips and images (ICL), a pairwise matching decoder (PMD) and
     patch feature reconstruction (PFR).
@@ -135,7 +136,6 @@ class RiceModel(RiceComparison, RiceObjective, RiceTextSide, RicePreTrainedModel
         self.reconstruction_head = RiceReconstructionHead(config) if has_head else None
         self.patch_saliency = RicePatchSaliency(config) if config.patch_saliency == "learned" else None
         self._gather = OneProcess()
-        self._fingerprint: tuple[tuple, str | None] | None = None
         self.memory: Memory | None = None
         self.post_init()
 
@@ -156,7 +156,7 @@ class RiceModel(RiceComparison, RiceObjective, RiceTextSide, RicePreTrainedModel
         """The vision encoder's, as adapters ask for them."""
         return self.vision_model.get_input_embeddings()
 
-    def _encode_pixels(self, pixel_values: Tensor, patch_mask: Tensor | None = None, is_clip: bool = False) -> Tensor:
+    def _vision_states(self, pixel_values: Tensor, patch_mask: Tensor | None = None, is_clip: bool = False) -> Tensor:
         """Images `(n, 3, H, W)`, mask `(n, P)` -> last hidden states `(n, 1 + P, W)`, global feature first."""
         # Encoders that interpolate positions would take another size, and patches would be miscounted unnoticed.
         size = (self.config.vision_config.image_size,) * 2 if self.config.num_patches is not None else None
@@ -225,42 +225,108 @@ class RiceModel(RiceComparison, RiceObjective, RiceTextSide, RicePreTrainedModel
             states = self.vision_model.post_layernorm(states)
         return self.visual_projection(states)
 
-    def _features(self, states: Tensor) -> tuple[Tensor, Tensor]:
+    def _tokens_and_features(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states -> the tokens the decoder sees, and the projected global feature."""
         if self.config.decoder_token_source == "projected" and self.decoder is not None:
             tokens = self._project(states)
             return tokens, tokens[..., 0, :]
         return states, self._project(states[..., 0, :])
 
-    def _encode_images(self, pixel_values: Tensor) -> EncodedImages:
-        tokens, features = self._features(self._encode_pixels(pixel_values))
-        return EncodedImages(tokens, nn.functional.normalize(_at_least_single(features), dim=-1))
+    def _embed_images(self, pixel_values: Tensor) -> ImageTokens:
+        tokens, features = self._tokens_and_features(self._vision_states(pixel_values))
+        return ImageTokens(tokens, nn.functional.normalize(_at_least_single(features), dim=-1))
 
-    def _encode_clips(
-        self, pixel_values_videos: Tensor, frame_mask: Tensor | None, patch_mask: Tensor | None
-    ) -> EncodedClips:
-        frame_mask = self._check_clips(pixel_values_videos, frame_mask, patch_mask)
-        encode_padding = patch_mask is not None and not self.config.mask_padded_frames
-        encoded = torch.ones_like(frame_mask) if encode_padding else frame_mask
-        packed_mask = patch_mask.bool()[encoded] if patch_mask is not None else None
-        packed_tokens, packed_features = self._features(
-            self._encode_pixels(pixel_values_videos[encoded], packed_mask, is_clip=True)
-        )
+    def encode_frames(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> RiceFrames:
+        """
+        Encodes frames of clips, each by itself, so that clips may share them: with `pool_frames` it is what
+        `encode_clips` does, gradients included.
 
-        tokens = packed_tokens.new_zeros(*frame_mask.shape, *packed_tokens.shape[1:])
-        tokens[encoded] = packed_tokens
-        features = packed_features.new_zeros(*frame_mask.shape, packed_features.shape[-1])
-        features[encoded] = packed_features
-        features = _at_least_single(features)
+        Args:
+            pixel_values (`(n, 3, H, W)`): Preprocessed frames.
+            patch_mask (`(n, P)` bool, *optional*): `True` = patch of the intended product.
+
+        Raises:
+            ValueError: for shapes that do not fit, or a mask that the encoder does not take.
+        """
+        if patch_mask is not None:
+            patch_mask = patch_mask.bool()
+        tokens, features = self._tokens_and_features(self._vision_states(pixel_values, patch_mask, is_clip=True))
+        token_mask = None
+        if patch_mask is not None:
+            kept = resize_patch_mask(patch_mask, tokens.shape[1] - 1) > 0
+            token_mask = nn.functional.pad(kept, (1, 0), value=True)
+        # While weights change nobody compares by name, and a graph that is being made has no weights to read.
+        name = None if self.training or torch.compiler.is_compiling() else self.fingerprint()
+        return RiceFrames(tokens, _at_least_single(features), token_mask, model_fingerprint=name)
+
+    def pool_frames(
+        self,
+        frames: RiceFrames,
+        frame_mask: Tensor | None = None,
+        asr_embeds: Tensor | None = None,
+        asr_input_ids: Tensor | None = None,
+        asr_attention_mask: Tensor | None = None,
+    ) -> RiceClips:
+        """
+        Makes clips of encoded frames. A frame may be part of several clips: `frames[[0, 1, 1, 2]]` with a mask of
+        shape (2, 2) are two clips that share one.
+
+        Args:
+            frames: Of all clips, one after the other: the real ones alone, or with padded ones in their places.
+            frame_mask (`(c, T)` bool, *optional*): `True` = real frame; by default all frames are one clip's.
+            asr_embeds, asr_input_ids, asr_attention_mask: The clips' ASR, as `encode_clips`.
+
+        Raises:
+            ValueError: for a mask that does not fit, a clip without a real frame, or frames of another model.
+        """
+        if frame_mask is None:
+            frame_mask = torch.ones(1, len(frames), dtype=torch.bool, device=frames.features.device)
+        frame_mask = frame_mask.bool()
+        _refuse_empty(frame_mask)
+        if len(frames) not in (frame_mask.numel(), int(frame_mask.sum())):
+            raise ValueError(
+                f"`frame_mask` has {int(frame_mask.sum())} real frames of {frame_mask.numel()}, but there are "
+                f"{len(frames)} frames; give the real ones, or all."
+            )
+        if not self.training:
+            self.refuse_foreign(frames=frames)
+        clips = self._lay_out(frames, frame_mask)
+        self._add_asr(clips, asr_embeds, asr_input_ids, asr_attention_mask)
+        return _kept_of(clips, frames.model_fingerprint)
+
+    def pool_features(self, features: Tensor, frame_mask: Tensor) -> Tensor:
+        """Frames' features `(c, T, D)`, mask `(c, T)`, as of `pool_frames` -> L2-normalised embeddings `(c, D)`."""
         if self.config.normalize_frames:
             features = nn.functional.normalize(features, dim=-1)
-        clip_features = self.temporal_pooling(features, frame_mask)
+        return nn.functional.normalize(self.temporal_pooling(features, frame_mask), dim=-1)
 
-        mask = encoded[:, :, None].expand(-1, -1, tokens.shape[2])
-        if patch_mask is not None:
-            kept = resize_patch_mask(patch_mask.bool(), tokens.shape[2] - 1) > 0
-            mask = mask & nn.functional.pad(kept, (1, 0), value=True)
-        return EncodedClips(tokens, nn.functional.normalize(clip_features, dim=-1), mask)
+    def _lay_out(self, frames: RiceFrames, frame_mask: Tensor) -> ClipTokens:
+        """Frames in their places `(c, T)`; see `pool_frames`."""
+        is_whole = len(frames) == frame_mask.numel()
+        # Where padded frames are masked, they also are not there to be attended to.
+        counts_padding = is_whole and frames.token_mask is not None and not self.config.mask_padded_frames
+
+        def place(rows: Tensor) -> Tensor:
+            if is_whole:
+                return rows.unflatten(0, frame_mask.shape)
+            placed = rows.new_zeros(*frame_mask.shape, *rows.shape[1:])
+            placed[frame_mask] = rows
+            return placed
+
+        tokens = place(frames.tokens)
+        shown = torch.ones_like(frame_mask) if counts_padding else frame_mask
+        token_mask = shown[:, :, None].expand(-1, -1, tokens.shape[2])
+        if frames.token_mask is not None:
+            token_mask = token_mask & place(frames.token_mask)
+        return ClipTokens(tokens, token_mask, self.pool_features(place(frames.features), frame_mask))
+
+    def _embed_videos(self, videos: Tensor, frame_mask: Tensor | None, patch_mask: Tensor | None) -> ClipTokens:
+        frame_mask = self._check_clips(videos, frame_mask, patch_mask)
+        # Padded frames are encoded only where they are to be attended to.
+        counts_padding = patch_mask is not None and not self.config.mask_padded_frames
+        encoded = torch.ones_like(frame_mask) if counts_padding else frame_mask
+        frames = self.encode_frames(videos[encoded], None if patch_mask is None else patch_mask[encoded])
+        return self._lay_out(frames, frame_mask)
 
     @staticmethod
     def _check_clips(videos: Tensor, frame_mask: Tensor | None, patch_mask: Tensor | None) -> Tensor:
@@ -278,9 +344,7 @@ class RiceModel(RiceComparison, RiceObjective, RiceTextSide, RicePreTrainedModel
                 f"got shape {tuple(patch_mask.shape)}."
             )
         frame_mask = frame_mask.bool()
-        empty = (~frame_mask.any(dim=1)).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(f"Clip {empty[0]} of the batch has no real frame in `frame_mask`; leave it out.")
+        _refuse_empty(frame_mask)
         return frame_mask
 
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
@@ -295,7 +359,7 @@ class RiceModel(RiceComparison, RiceObjective, RiceTextSide, RicePreTrainedModel
             TypeError: for an argument that is no key of a batch.
         """
         _refuse_unknown("get_image_features", kwargs)
-        encoded = self._encode_images(pixel_values)
+        encoded = self._embed_images(pixel_values)
         return BaseModelOutputWithPooling(last_hidden_state=encoded.tokens, pooler_output=encoded.embeds)
 
     def get_video_features(
@@ -315,7 +379,7 @@ class RiceModel(RiceComparison, RiceObjective, RiceTextSide, RicePreTrainedModel
             ValueError: for shapes that do not fit.
         """
         _refuse_unknown("get_video_features", kwargs)
-        encoded = self._encode_clips(pixel_values_videos, frame_mask, patch_mask)
+        encoded = self._embed_videos(pixel_values_videos, frame_mask, patch_mask)
         return BaseModelOutputWithPooling(last_hidden_state=encoded.tokens, pooler_output=encoded.embeds)
 
     @torch.no_grad()
@@ -341,16 +405,16 @@ class RiceModel(RiceComparison, RiceObjective, RiceTextSide, RicePreTrainedModel
 
         Raises:
             TypeError: for an argument that is no key of a batch.
-            ValueError: for an empty batch, or in training mode with active dropout.
+            ValueError: for an empty batch, or in training mode where that changes encodings.
         """
         _refuse_unknown("encode_gallery", kwargs)
-        self._require_eval_mode("encode_gallery")
+        self.require_eval_mode("encode_gallery")
         parts, model = [], self.fingerprint()
         for batch in self._batches(batch_size, pixel_values, title_embeds, title_input_ids, title_attention_mask):
-            encoded, states = self.encode_image_side(*batch)
-            states = None if states is None else states[:, 0]
-            texts = None if encoded.text is None else encoded.text.embeds
-            parts.append(RiceGallery(embeds=encoded.embeds, states=states, text_embeds=texts, model_fingerprint=model))
+            images = self.image_tokens(*batch)
+            states = None if images.states is None else images.states[:, 0]
+            texts = None if images.text is None else images.text.embeds
+            parts.append(RiceGallery(images.embeds, states, texts, model_fingerprint=model))
         return RiceGallery.cat(parts)
 
     @torch.no_grad()
@@ -370,19 +434,11 @@ class RiceModel(RiceComparison, RiceObjective, RiceTextSide, RicePreTrainedModel
         ASR's as the title's of `encode_gallery`; `batch_size` counts clips. Raises as `encode_gallery`.
         """
         _refuse_unknown("encode_clips", kwargs)
-        self._require_eval_mode("encode_clips")
-        parts, model = [], self.fingerprint()
+        self.require_eval_mode("encode_clips")
+        model = self.fingerprint()
         clip = (pixel_values_videos, frame_mask, patch_mask, asr_embeds, asr_input_ids, asr_attention_mask)
-        for batch in self._batches(batch_size, *clip):
-            encoded, keys, values, mask = self.encode_clip_side(*batch)
-            decoder = {"keys": keys, "values": values, "mask": mask}
-            texts = None if encoded.text is None else encoded.text.embeds
-            parts.append(RiceClips(embeds=encoded.embeds, **decoder, text_embeds=texts, model_fingerprint=model))
+        parts = [_kept_of(self.clip_tokens(*batch), model) for batch in self._batches(batch_size, *clip)]
         return RiceClips.cat(parts)
-
-    def _require_eval_mode(self, method: str) -> None:
-        if self.training and self.decoder is not None and self.config.decoder_dropout > 0:
-            raise ValueError(f"`{method}` is exact in eval mode only; call `model.eval()` first.")
 
     def _batches(self, batch_size: int, *tensors: Tensor | None):
         if len(tensors[0]) == 0:
@@ -390,31 +446,6 @@ class RiceModel(RiceComparison, RiceObjective, RiceTextSide, RicePreTrainedModel
         for start in range(0, len(tensors[0]), batch_size):
             rows = slice(start, start + batch_size)
             yield [None if tensor is None else tensor[rows].to(self.device) for tensor in tensors]
-
-    def fingerprint(self) -> str | None:
-        """
-        Names what this model's encodings depend on, the settings and the weights, in 32 hexadecimal digits. Training
-        changes it; saving, moving and a bfloat16 copy do not. `None` while weights are offloaded. What
-        `encode_gallery` and `encode_clips` return carries it as `model_fingerprint`.
-        """
-        if self.training:
-            return fingerprint(self)
-        state = weights_state(self)
-        if self._fingerprint is None or self._fingerprint[0] != state:
-            self._fingerprint = (state, fingerprint(self))
-        return self._fingerprint[1]
-
-    def train(self, mode: bool = True) -> "RiceModel":
-        """As of any module."""
-        # A fused optimiser changes weights without a trace on them, so that nothing is kept from before training.
-        self._fingerprint = None
-        return super().train(mode)
-
-    def _decoder_clips(
-        self, clips: EncodedClips, asr_features: Tensor | None = None, has_asr: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = clips.tokens.detach() if self.config.detach_matching_features else clips.tokens
-        return self.decoder.encode_clips(tokens.flatten(1, 2), clips.mask.flatten(1), asr_features, has_asr)
 
     def _text_token(self, text: EncodedText | None) -> tuple[Tensor | None, Tensor | None]:
         """What the decoder is told of a text."""
@@ -454,10 +485,8 @@ class RiceModel(RiceComparison, RiceObjective, RiceTextSide, RicePreTrainedModel
             ValueError: for shapes that do not fit, or a batch too small to mine negatives from.
         """
         _refuse_unknown("forward", kwargs)
-        images, states = self.encode_image_side(pixel_values, title_embeds, **kwargs)
-        clips, keys, values, mask = self.encode_clip_side(
-            pixel_values_videos, frame_mask, patch_mask, asr_embeds, **kwargs
-        )
+        images = self.image_tokens(pixel_values, title_embeds, **kwargs)
+        clips = self.clip_tokens(pixel_values_videos, frame_mask, patch_mask, asr_embeds, **kwargs)
         logits = self.logit_scale.exp() * cosines(images.embeds, clips.embeds)
         output = RiceOutput(
             logits_per_image=logits if self.logit_bias is None else logits + self.logit_bias,
@@ -467,8 +496,8 @@ class RiceModel(RiceComparison, RiceObjective, RiceTextSide, RicePreTrainedModel
         output.logits_per_video = output.logits_per_image.T
         if not return_loss:
             if self.decoder is not None:
-                scores = self.decoder.score_pairs(states[:, 0], keys, values, mask)
-                output.matching_logits = self.config.matching_scale * scores.T
+                scores = self.decoder.score_pairs(images.states[:, 0], clips.keys, clips.values, clips.mask)
+                output.matching_logits = self.config.matching_scale * scores
             return output
 
         if len(images.embeds) != len(clips.embeds):
@@ -486,7 +515,7 @@ class RiceModel(RiceComparison, RiceObjective, RiceTextSide, RicePreTrainedModel
             output.loss = output.loss + self.config.text_loss_weight * output.text_loss
         if self.decoder is not None:
             mined = self.mine_negatives(all_images, all_clips, products, texts=texts)
-            scores = self._gather(self._score_clips(self._gather(states[:, 0]), keys, values, mask, rows, mined))
+            scores = self._gather(self._score_clips(self._gather(images.states[:, 0]), clips, rows, mined))
             mined = None if mined is None else (mined[0][rows], mined[1][rows])
             output.matching_loss, output.matching_logits = self.matching_loss(
                 scores.T[rows], scores[rows], products, rows, mined
@@ -494,29 +523,29 @@ class RiceModel(RiceComparison, RiceObjective, RiceTextSide, RicePreTrainedModel
             output.matching_indices = None if mined is None else mined[0]
             output.loss = output.loss + self.config.matching_loss_weight * output.matching_loss
         if self.reconstruction_head is not None:
-            output.reconstruction_loss = self.reconstruction_loss(images, clips, states, keys, mask)
+            output.reconstruction_loss = self.reconstruction_loss(images, clips)
             output.loss = output.loss + self.config.reconstruction_loss_weight * output.reconstruction_loss
         if self.memory is not None and self.training:
             self.memory.push(all_images.detach(), all_clips.detach(), products)
         return output
 
-    def encode_image_side(
+    def image_tokens(
         self,
         pixel_values: Tensor,
         title_embeds: Tensor | None = None,
         title_input_ids: Tensor | None = None,
         title_attention_mask: Tensor | None = None,
         **kwargs,
-    ) -> tuple[EncodedImages, Tensor | None]:
-        """What the losses need of images: their encoding, and the decoder's states `(n, L, d)` (`None` without it)."""
-        images = self._encode_images(pixel_values)
+    ) -> ImageTokens:
+        """What the losses need of images, with gradient; arguments as `encode_gallery`."""
+        images = self._embed_images(pixel_values)
         images.text = self.encode_text("title", title_embeds, title_input_ids, title_attention_mask)
-        if self.decoder is None:
-            return images, None
-        tokens = images.tokens.detach() if self.config.detach_matching_features else images.tokens
-        return images, self.decoder.encode_images(tokens, *self._text_token(images.text))
+        if self.decoder is not None:
+            tokens = images.tokens.detach() if self.config.detach_matching_features else images.tokens
+            images.states = self.decoder.encode_images(tokens, *self._text_token(images.text))
+        return images
 
-    def encode_clip_side(
+    def clip_tokens(
         self,
         pixel_values_videos: Tensor,
         frame_mask: Tensor | None = None,
@@ -525,13 +554,31 @@ class RiceModel(RiceComparison, RiceObjective, RiceTextSide, RicePreTrainedModel
         asr_input_ids: Tensor | None = None,
         asr_attention_mask: Tensor | None = None,
         **kwargs,
-    ) -> tuple[EncodedClips, Tensor | None, Tensor | None, Tensor | None]:
-        """What the losses need of clips: their encoding, and the decoder's keys, values `(c, S, d)` and mask."""
-        clips = self._encode_clips(pixel_values_videos, frame_mask, patch_mask)
-        clips.text = self.encode_text("asr", asr_embeds, asr_input_ids, asr_attention_mask)
-        if self.decoder is None:
-            return clips, None, None, None
-        return clips, *self._decoder_clips(clips, *self._text_token(clips.text))
+    ) -> ClipTokens:
+        """What the losses need of clips, with gradient; arguments as `encode_clips`."""
+        clips = self._embed_videos(pixel_values_videos, frame_mask, patch_mask)
+        self._add_asr(clips, asr_embeds, asr_input_ids, asr_attention_mask)
+        return clips
+
+    def _add_asr(self, clips: ClipTokens, vectors: Tensor | None, ids: Tensor | None, mask: Tensor | None) -> None:
+        """Gives clips their ASR, and with it the decoder's keys and values."""
+        clips.text = self.encode_text("asr", vectors, ids, mask)
+        if self.decoder is not None:
+            tokens = clips.tokens.detach() if self.config.detach_matching_features else clips.tokens
+            clips.keys, clips.values, clips.mask = self.decoder.encode_clips(
+                tokens.flatten(1, 2), clips.token_mask.flatten(1), *self._text_token(clips.text)
+            )
+
+
+def _kept_of(clips: ClipTokens, model_fingerprint: str | None) -> RiceClips:
+    texts = None if clips.text is None else clips.text.embeds
+    return RiceClips(clips.embeds, clips.keys, clips.values, clips.mask, texts, model_fingerprint=model_fingerprint)
+
+
+def _refuse_empty(frame_mask: Tensor) -> None:
+    empty = (~frame_mask.any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"Clip {empty[0]} of the batch has no real frame in `frame_mask`; leave it out.")
 
 
 def _refuse_unknown(method: str, arguments: dict) -> None:

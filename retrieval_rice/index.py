@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from data_rice.collator import RiceCollator
+from modeling_rice.fingerprint_rice import same_state
 from modeling_rice.scoring_rice import best_first, ranked_scores
 
 from . import index_build, index_files
@@ -207,7 +208,7 @@ class GalleryIndex:
                 return cls.load(folder, encoder.model, encoder.processor)
         features_class = _features_class(encoder.model)
         result = cls._of_shards(encoder, list(index_build.stored_shards(folder, keys, features_class)))
-        if calibration and manifest["model_fingerprint"] == encoder.model.fingerprint():
+        if calibration and same_state(manifest["model_fingerprint"], encoder.model.fingerprint()):
             result.calibration = Calibration(**calibration)
         result._write_manifest(folder)
         return result

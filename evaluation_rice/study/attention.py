@@ -93,8 +93,8 @@ def clip_shares(model: Any, collator: Any, query: dict, images: Sequence[dict]) 
         ValueError: the clip or an image cannot be read, no frame that the model sees has a box, or the model's patches
             are not a square grid.
     """
-    clip, readable, failures = collator.encode_queries([query])
-    pictures, also_readable, more = collator.encode_gallery(list(images))
+    clip, readable, failures = collator.collate_queries([query])
+    pictures, also_readable, more = collator.collate_gallery(list(images))
     if not readable or len(also_readable) < len(images):
         raise ValueError((failures + more)[0]["reason"])
     inputs = pictures | {name: value.expand(len(images), *value.shape[1:]) for name, value in clip.items()}

@@ -47,8 +47,8 @@ def test_scores_equal_one_plain_call(model, collator, shop):
     model.eval()
     books, _ = run(model, collator, shop, "all")
     with torch.no_grad():
-        gallery = model.encode_gallery(**collator.encode_gallery(list(shop.gallery.select([0, 1, 2, 3, 4, 6])))[0])
-        clips = model.encode_clips(**collator.encode_queries(list(shop.queries))[0])
+        gallery = model.encode_gallery(**collator.collate_gallery(list(shop.gallery.select([0, 1, 2, 3, 4, 6])))[0])
+        clips = model.encode_clips(**collator.collate_queries(list(shop.queries))[0])
         scores = model.match(clips, gallery).numpy()
     images = ["x0", "x1", "x2", "shared", "y0", "y1"]
     expected = [[images[i] for i in np.argsort(-row, kind="stable")] for row in scores]
@@ -68,8 +68,8 @@ def test_a_damaged_frame_is_listed_and_makes_a_miss_where_nothing_took_its_place
     model, collator, shop, outcome, found
 ):
     class Forgiving(type(collator)):
-        def encode_queries(self, rows):
-            inputs, loaded, _ = super().encode_queries(rows)
+        def collate_queries(self, rows):
+            inputs, loaded, _ = super().collate_queries(rows)
             failure = {"id": rows[0]["clip_id"], "file": "f", "reason": "r"}
             return inputs, loaded, [failure | ({"outcome": outcome} if outcome else {})]
 

@@ -24,7 +24,7 @@ def build(shop):
 def encode(shop, rows):
     from data_rice.collator import RiceCollator
 
-    return shop.model.encode_gallery(**RiceCollator(shop.processor).encode_gallery(rows)[0])
+    return shop.model.encode_gallery(**RiceCollator(shop.processor).collate_gallery(rows)[0])
 
 
 def found(answer):
@@ -265,7 +265,7 @@ def test_scores_are_those_of_the_evaluation_with_text(
     queries = [{**row, "asr": "" if i in (2, 3) else row["asr"]} for i, row in enumerate(demo_queries)]
     collator = RiceCollator(shop.processor, use_text=True)
     index = GalleryIndex.build(model, shop.processor, rows, progress=False, dtype="float32")
-    clips = model.encode_clips(**collator.encode_queries(queries)[0])
+    clips = model.encode_clips(**collator.collate_queries(queries)[0])
     answers = index.search(clips, top_k=5, rerank=None, live_id=[row["live_id"] for row in queries])
 
     datasets = Dataset.from_list(queries), Dataset.from_list(rows)

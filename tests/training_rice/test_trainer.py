@@ -287,9 +287,9 @@ class TestEvaluation:
     def test_fewer_queries(self, make_trainer, monkeypatch):
         trainer = make_trainer(validate=True, eval_max_queries=3)
         asked = []
-        encode = RiceCollator.encode_queries
+        encode = RiceCollator.collate_queries
         monkeypatch.setattr(
-            RiceCollator, "encode_queries", lambda self, rows: asked.extend(rows) or encode(self, rows)
+            RiceCollator, "collate_queries", lambda self, rows: asked.extend(rows) or encode(self, rows)
         )
         trainer.evaluate()
         assert [row["clip_id"] for row in asked] == ["clip20", "clip22", "clip24"]
