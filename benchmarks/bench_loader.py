@@ -28,6 +28,7 @@ from plain import measure
 
 from data_rice.collator import RiceCollator
 from data_rice.decoding import normalize_pixels
+from data_rice.folders import list_pictures
 from processing_rice import build_processor, train_tokenizer
 
 
@@ -70,9 +71,9 @@ def make_frames(content: str, options: argparse.Namespace) -> list[bytes]:
     rng = np.random.default_rng(0)
     size = (options.width, options.height)
     if content == "photo":
-        paths = sorted(p for p in options.frames_dir.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        paths = list_pictures(options.frames_dir, below=True).pictures
         if not paths:
-            raise SystemExit(f"bench_loader.py: error: {options.frames_dir} holds no .jpg or .png file")
+            raise SystemExit(f"bench_loader.py: error: {options.frames_dir} holds no picture")
         pictures = [ImageOps.fit(Image.open(path).convert("RGB"), size) for path in paths[:16]]
     elif content == "leaves":
         pictures = [draw_leaves(rng, *size) for _ in range(4)]

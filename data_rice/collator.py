@@ -16,6 +16,8 @@ from processing_rice import read_video, sample_frame_indices
 
 from .augmentation import Box, ClipAugmentation, ClipChange
 from .decoding import MediaError, decode_image, read_frames, resize_pixels, target_size, to_pixels
+from .parsing import read_json_lines
+from .paths import path_to_text
 
 logger = logging.getLogger(__name__)
 
@@ -287,8 +289,7 @@ def read_failure_log(path: str | Path) -> list[Failure]:
     """The distinct failures of a log written by [`RiceCollator`]."""
     if not os.path.isfile(path):
         return []
-    lines = dict.fromkeys(Path(path).read_text(encoding="utf-8").splitlines())
-    return [json.loads(line) for line in lines]
+    return list({tuple(failure.items()): failure for _, failure in read_json_lines(path)}.values())
 
 
 def count_failures(failures: Iterable[Failure]) -> dict[str, int]:
@@ -315,7 +316,9 @@ def _product(row: dict[str, Any]) -> str:
 
 
 def _failure(row_id: str, file: str | None, reason: object, outcome: str = "skipped") -> Failure:
-    return {"id": row_id, "file": file or "", "reason": str(reason), "outcome": outcome}
+    # Logs are UTF-8, and a file may have any bytes for its name.
+    reason = str(reason).encode("utf-8", "backslashreplace").decode()
+    return {"id": row_id, "file": path_to_text(file or ""), "reason": reason, "outcome": outcome}
 
 
 __all__ = ["MediaError", "RiceCollator", "count_failures", "decode_image", "product_id_hash", "read_failure_log"]

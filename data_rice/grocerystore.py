@@ -27,6 +27,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from . import parsing
+from .commands import print_anywhere
 from .shop_clips import CLIP_FILES, GALLERY_FILE
 
 SOURCE_LISTS = {"train": "train.txt", "validation": "val.txt", "test": "test.txt"}
@@ -325,6 +326,7 @@ def build_grocerystore(clone_dir: str | Path, output_dir: str | Path, short_side
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    print_anywhere()
     parser = argparse.ArgumentParser(prog="python -m data_rice.grocerystore", description=__doc__.splitlines()[0])
     parser.add_argument("clone_dir", help="clone of GroceryStoreDataset")
     parser.add_argument("output_dir", help="folder to write; must not exist yet")

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from data_rice.collator import decode_image
+from data_rice.commands import mistakes_end
 from hub_rice.tables import format_table
 
 from .frames import clip_frames
@@ -229,8 +230,8 @@ def run_baselines(
             scores[name] = chance_recall(task, ks)
             continue
         retriever = BaselineRetriever(BASELINES[name](num_frames))
-        books, failed = retrieve(retriever, task, queries, gallery, loading=loading, ks=ks)
-        scores[name] = books["embedding"].summary()
+        rankings, failed = retrieve(retriever, task, queries, gallery, loading=loading, ks=ks)
+        scores[name] = rankings["embedding"].summary()
         failures += [{"method": name, **failure} for failure in failed]
     return scores, failures
 
@@ -246,14 +247,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="rows per batch")
     parser.add_argument("--num_workers", type=int, default=0, help="loader processes")
     options = parser.parse_args(arguments)
-    try:
+    with mistakes_end(parser):
         queries = load_dataset_view(options.dataset, "queries", options.split, data_dir=options.data_dir)
         gallery = load_dataset_view(options.dataset, "gallery", options.split, data_dir=options.data_dir)
         task = RetrievalTask.from_datasets(queries, gallery, gallery_scope(options.dataset, options.data_dir))
         loading = Loading(options.batch_size, options.num_workers)
         scores, failures = run_baselines(options.baselines, task, queries, gallery, loading=loading)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(format_table(scores))
     for failure in failures:
         print(f"{failure['method']}: {failure['kind']} {failure['id']} {failure['file']}: {failure['reason']}")

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from data_rice import gallery_scope, load_dataset_view
+from data_rice.files import write_atomically
 from hub_rice.export.onnx_model import OnnxRice
-from hub_rice.files import write_atomically
 from hub_rice.tables import format_table
 from modeling_rice.scoring_rice import FusionWeights
 

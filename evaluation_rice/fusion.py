@@ -10,6 +10,22 @@ TEXT_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2
 FUSED_TEXT_WEIGHTS = (0.0, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20.0, 30.0, 50.0)
 """Of raw cosines beside z-scores: their spread over a gallery is a small part of 1."""
 DEFAULT_WEIGHTS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
+DEFAULT_WEIGHTS += (7.0, 10.0, 15.0, 20.0, 30.0, 50.0)
+"""At both ends one score decides almost alone: at 50 the embedding only orders images that match equally well."""
+
+
+def edge_words(name: str, weight: float, weights: Sequence[float]) -> str | None:
+    """What to tell of a weight at an end of its grid, where the best one may lie beyond; `None` for one inside.
+
+    A weight of 0 is no such end: it leaves a score out.
+    """
+    low, high = min(weights), max(weights)
+    if low < weight < high or weight == 0:
+        return None
+    end = "lower" if weight <= low else "upper"
+    return (
+        f"the {name} {weight:g} lies at the {end} end of its grid ({low:g} to {high:g}): a better one may lie beyond"
+    )
 
 
 def first_relevant_rank(scores: np.ndarray, relevant: Sequence[int]) -> np.ndarray:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from modeling_rice.scoring_rice import PARTS, FusionWeights, fuse, model_scores, pair_kinds, with_fused
 
-from .fusion import FUSED_TEXT_WEIGHTS, fit_fusion_weight, fit_text_weight
+from .fusion import FUSED_TEXT_WEIGHTS, edge_words, fit_fusion_weight, fit_text_weight
 from .protocol import Rankings, RetrievalTask
 from .recall import DEFAULT_KS
 
@@ -263,16 +263,16 @@ def retrieve(
     Raises:
         ValueError: not one gallery image could be read.
     """
-    books: dict[str, Rankings] = {}
+    rankings: dict[str, Rankings] = {}
     failures: list[dict] = []
     with _evaluating(getattr(retriever, "model", None)):
         for query, scores in iter_scores(retriever, task, queries, gallery, loading, failures):
             for kind, values in with_fused(scores, weights).items():
                 if kind not in PARTS:
-                    books.setdefault(kind, Rankings(task, ks, depth)).add(query, values)
-    if not books:
-        books["embedding"] = Rankings(task, ks, depth)
-    return {kind: book.complete() for kind, book in books.items()}, failures
+                    rankings.setdefault(kind, Rankings(task, ks, depth)).add(query, values)
+    if not rankings:
+        rankings["embedding"] = Rankings(task, ks, depth)
+    return {kind: ranked.complete() for kind, ranked in rankings.items()}, failures
 
 
 def _default_collator(processor, use_boxes: bool):
@@ -326,8 +326,8 @@ def evaluate_retrieval(
     loading = Loading(batch_size, num_workers, quiet)
     if weights is None:
         weights = FusionWeights.of(getattr(model, "config", None))
-    books, _ = retrieve(retriever, task, queries, gallery, loading=loading, ks=ks, weights=weights)
-    return {kind: book.summary() for kind, book in books.items()}
+    rankings, _ = retrieve(retriever, task, queries, gallery, loading=loading, ks=ks, weights=weights)
+    return {kind: ranked.summary() for kind, ranked in rankings.items()}
 
 
 class FittedFusion(NamedTuple):
@@ -336,6 +336,14 @@ class FittedFusion(NamedTuple):
     weights: FusionWeights
     curve: list[dict[str, float]]
     text_curve: list[dict[str, float]] | None = None
+
+    def edges(self) -> list[str]:
+        """What to tell of weights at an end of their grid (`evaluation_rice.fusion.edge_words`)."""
+        words = [edge_words("fusion weight", self.weights.fusion_weight, [point["weight"] for point in self.curve])]
+        if self.text_curve is not None:
+            grid = [point["weight"] for point in self.text_curve]
+            words.append(edge_words("text weight in the fused score", self.weights.fused_text_weight, grid))
+        return [sentence for sentence in words if sentence]
 
 
 def fit_fusion(
@@ -388,12 +396,12 @@ def rank_scores(
     """
     fitted = _fit(task, scores, own) if any("matching" in values for values in scores.values()) else None
     weights = own if fitted is None else fitted.weights
-    books: dict[str, Rankings] = {"embedding": Rankings(task, ks)}
+    rankings: dict[str, Rankings] = {"embedding": Rankings(task, ks)}
     for query, values in scores.items():
         for kind, row in with_fused(values, weights).items():
             if kind not in PARTS:
-                books.setdefault(kind, Rankings(task, ks)).add(query, row)
-    return {kind: book.complete() for kind, book in books.items()}, fitted
+                rankings.setdefault(kind, Rankings(task, ks)).add(query, row)
+    return {kind: ranked.complete() for kind, ranked in rankings.items()}, fitted
 
 
 def add_text_scores(

@@ -1,15 +1,8 @@
-"""Files that are whole or not there: every text that the project writes goes through here."""
+"""The file that a command's --output names: looked at before the work, written after it."""
 
-import os
 from pathlib import Path
 
-
-def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Writes a text file so that a reader sees the old one or the whole new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+from data_rice.files import write_atomically
 
 
 def check_output(path: str | Path) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .files import write_atomically
+from data_rice.files import write_atomically
+
 from .tables import TITLES, markdown_table, percent
 from .training_record import is_local, read_training_record
 
@@ -213,6 +214,9 @@ def card_from_file(results_file: str | os.PathLike, template: str | os.PathLike 
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints the card of a results.json."""
+    from data_rice.commands import print_anywhere
+
+    print_anywhere()
     parser = argparse.ArgumentParser(prog="python -m hub_rice.model_card", description=main.__doc__)
     parser.add_argument("results", help="results.json of eval_rice.py")
     parser.add_argument("--model_id", help="name that the card's examples load; default: the model of the results")

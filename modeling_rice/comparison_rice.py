@@ -148,6 +148,8 @@ def encode_candidates(model, processor, candidates, titles: list[str] | None = N
     count = len(candidates if gallery is None else gallery)
     if count == 0:
         raise ValueError("`candidates` is empty; give at least one shop image.")
+    # A column of a table counts and slices by its own rules.
+    titles = [titles] if isinstance(titles, str) else None if titles is None else list(titles)
     if titles is not None and len(titles) != count:
         raise ValueError(f"`titles` has {len(titles)} entries for {count} candidates; give one per candidate.")
     if gallery is not None:

@@ -16,7 +16,7 @@ from .configuration_rice import PATCH_MASK_ENCODERS, RiceConfig
 from .decoder_rice import RiceDecoder, RiceHeadMixing, RiceReconstructionHead, additive_mask
 from .features_rice import RiceClips, RiceFrames, RiceGallery
 from .fingerprint_rice import RiceIdentity
-from .layout_rice import write_layout
+from .layout_rice import write_card, write_layout
 from .loss_rice import Memory, cosines
 from .objective_rice import ClipTokens, ImageTokens, OneProcess, RiceObjective
 from .patches_rice import RicePatchSaliency, RiceSaliencyScore, pool_patches, resize_patch_mask
@@ -151,6 +151,12 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceP
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             write_layout(save_directory)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
+        # The last step of `push_to_hub` and `save_pretrained(push_to_hub=True)`, which would leave these out.
+        write_layout(working_dir)
+        write_card(working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """The vision encoder's, as adapters ask for them."""
@@ -292,7 +298,7 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceP
             self.refuse_foreign(frames=frames)
         clips = self._lay_out(frames, frame_mask)
         self._add_asr(clips, asr_embeds, asr_input_ids, asr_attention_mask)
-        return _kept_of(clips, frames.model_fingerprint)
+        return clips.kept(frames.model_fingerprint)
 
     def pool_features(self, features: Tensor, frame_mask: Tensor) -> Tensor:
         """Frames' features `(c, T, D)`, mask `(c, T)`, as of `pool_frames` -> L2-normalised embeddings `(c, D)`."""
@@ -409,12 +415,9 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceP
         """
         _refuse_unknown("encode_gallery", kwargs)
         self.require_eval_mode("encode_gallery")
-        parts, model = [], self.fingerprint()
-        for batch in self._batches(batch_size, pixel_values, title_embeds, title_input_ids, title_attention_mask):
-            images = self.image_tokens(*batch)
-            states = None if images.states is None else images.states[:, 0]
-            texts = None if images.text is None else images.text.embeds
-            parts.append(RiceGallery(images.embeds, states, texts, model_fingerprint=model))
+        model = self.fingerprint()
+        image = (pixel_values, title_embeds, title_input_ids, title_attention_mask)
+        parts = [self.image_tokens(*batch).kept(model) for batch in self._batches(batch_size, *image)]
         return RiceGallery.cat(parts)
 
     @torch.no_grad()
@@ -437,7 +440,7 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceP
         self.require_eval_mode("encode_clips")
         model = self.fingerprint()
         clip = (pixel_values_videos, frame_mask, patch_mask, asr_embeds, asr_input_ids, asr_attention_mask)
-        parts = [_kept_of(self.clip_tokens(*batch), model) for batch in self._batches(batch_size, *clip)]
+        parts = [self.clip_tokens(*batch).kept(model) for batch in self._batches(batch_size, *clip)]
         return RiceClips.cat(parts)
 
     def _batches(self, batch_size: int, *tensors: Tensor | None):
@@ -568,11 +571,6 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceP
             clips.keys, clips.values, clips.mask = self.decoder.encode_clips(
                 tokens.flatten(1, 2), clips.token_mask.flatten(1), *self._text_token(clips.text)
             )
-
-
-def _kept_of(clips: ClipTokens, model_fingerprint: str | None) -> RiceClips:
-    texts = None if clips.text is None else clips.text.embeds
-    return RiceClips(clips.embeds, clips.keys, clips.values, clips.mask, texts, model_fingerprint=model_fingerprint)
 
 
 def _refuse_empty(frame_mask: Tensor) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .features_rice import RiceClips, RiceGallery
 from .loss_rice import (
     Memory,
     contrastive_loss,
@@ -47,6 +48,12 @@ class ImageTokens:
     text: EncodedText | None = None
     states: Tensor | None = None
 
+    def kept(self, model_fingerprint: str | None) -> RiceGallery:
+        """What comparisons need."""
+        states = None if self.states is None else self.states[:, 0]
+        texts = None if self.text is None else self.text.embeds
+        return RiceGallery(self.embeds, states, texts, model_fingerprint=model_fingerprint)
+
 
 @dataclass
 class ClipTokens:
@@ -68,6 +75,11 @@ class ClipTokens:
     keys: Tensor | None = None
     values: Tensor | None = None
     mask: Tensor | None = None
+
+    def kept(self, model_fingerprint: str | None) -> RiceClips:
+        """What comparisons need."""
+        texts = None if self.text is None else self.text.embeds
+        return RiceClips(self.embeds, self.keys, self.values, self.mask, texts, model_fingerprint=model_fingerprint)
 
 
 class RiceObjective:

@@ -94,6 +94,7 @@ class ProductRetrievalPipeline(Pipeline):
         forward, postprocess = dict(rerank), {}
         if candidates is not None:
             self.model.eval()
+            titles = None if titles is None else self.processor.read_texts(titles)
             forward["gallery"] = encode_candidates(self.model, self.processor, candidates, titles)
             postprocess["labels"] = _labels(candidates, titles, labels, len(forward["gallery"]))
         elif titles is not None or labels is not None:

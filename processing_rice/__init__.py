@@ -4,6 +4,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoVideoProcessor, 
 
 from .image_processing_rice import ImageError, RicePillowImageProcessor, open_image
 from .processing_rice import RiceProcessor, build_processor
+from .text_entries_rice import is_missing, read_text, read_texts
 from .tokenization_rice import train_tokenizer
 from .video_processing_rice import RiceVideoProcessor, boxes_to_patch_mask, read_video, sample_frame_indices
 
@@ -25,7 +26,10 @@ __all__ = [
     "RiceVideoProcessor",
     "boxes_to_patch_mask",
     "build_processor",
+    "is_missing",
     "open_image",
+    "read_text",
+    "read_texts",
     "read_video",
     "sample_frame_indices",
     "train_tokenizer",

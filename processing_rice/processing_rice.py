@@ -6,6 +6,7 @@ from transformers import BatchFeature, CLIPImageProcessor, PreTrainedTokenizerBa
 from transformers.processing_utils import ProcessorMixin
 
 from .image_processing_rice import RicePillowImageProcessor, open_image
+from .text_entries_rice import read_texts
 from .video_processing_rice import RiceVideoProcessor
 
 _TEXT_ARGUMENTS = ("truncation", "max_length", "add_special_tokens")
@@ -38,9 +39,10 @@ class RiceProcessor(ProcessorMixin):
             images: One or several shop images (PIL, uint8 or 0..1 float array or tensor, path).
             text: Plain text, tokenised to `input_ids`.
             videos: One or several clips, see [`RiceVideoProcessor`].
-            titles, asr: One string per image or clip; an empty one is a text that is not there, and its attention
-                mask is zero. A title that is too long loses its end, ASR what is far from its middle, since what is
-                said at either end of a clip often belongs to the product before or after.
+            titles, asr: One string per image or clip, in a list, an array or a column of a table. One that is empty or
+                missing (`None`, NaN) is a text that is not there, and its attention mask is zero. A title that is too
+                long loses its end, ASR what is far from its middle, since what is said at either end of a clip often
+                belongs to the product before or after.
             boxes: Boxes of the intended product, see [`RiceVideosKwargs`].
             return_tensors: `"pt"`, `"np"` or `None`.
             kwargs: Settings of the video processor for this call (`num_frames`, `sampling`, `padding`), `truncation`
@@ -51,7 +53,8 @@ class RiceProcessor(ProcessorMixin):
             `asr_input_ids` and their `_attention_mask` `(n, L)`; whichever was asked for.
 
         Raises:
-            ValueError: when nothing was given, when counts do not fit, for an unknown argument, or (`ImageError`,
+            ValueError: when nothing was given, when counts do not fit, for a text that is a number or bytes, for an
+                unknown argument, or (`ImageError`,
                 `FileNotFoundError`) for a picture file that is missing or cannot be decoded.
         """
         if all(value is None for value in (images, text, videos, titles, asr)):
@@ -73,6 +76,10 @@ class RiceProcessor(ProcessorMixin):
             if unknown:
                 raise ValueError(f"Unknown argument {unknown[0]!r} for {type(self).__name__}.")
 
+        text, titles, asr = (
+            None if strings is None else read_texts(strings, name)
+            for name, strings in (("text", text), ("titles", titles), ("asr", asr))
+        )
         data = {}
         if images is not None:
             images = self.image_processor.fetch_images(_open_files(images))
@@ -84,10 +91,11 @@ class RiceProcessor(ProcessorMixin):
             data |= self.video_processor(videos, boxes=boxes, **{"return_tensors": return_tensors, **videos_kwargs})
         counts = {len(data[name]) for name in ("pixel_values", "pixel_values_videos") if name in data}
         for name, strings in (("titles", titles), ("asr", asr)):
-            given = 1 if isinstance(strings, str) else len(strings or ())
-            if counts and strings is not None and given not in counts:
+            if counts and strings is not None and len(strings) not in counts:
                 pictures = " and ".join(map(str, sorted(counts)))
-                raise ValueError(f"`{name}` has {given} entries for {pictures} images or clips; give one for each.")
+                raise ValueError(
+                    f"`{name}` has {len(strings)} entries for {pictures} images or clips; give one for each."
+                )
         for prefix, strings in (("", text), ("title_", titles), ("asr_", asr)):
             if strings is not None:
                 encoded = self._tokenize(strings, return_tensors, text_kwargs, keep_middle=prefix == "asr_")
@@ -96,10 +104,12 @@ class RiceProcessor(ProcessorMixin):
                 data |= {prefix + name: encoded[name] for name in ("input_ids", "attention_mask")}
         return BatchFeature(data)
 
-    def _tokenize(
-        self, strings: list[str] | str, return_tensors: str | None, text_kwargs: dict, keep_middle: bool = False
-    ):
-        strings = [strings] if isinstance(strings, str) else [string or "" for string in strings]
+    @staticmethod
+    def read_texts(values, name: str = "titles") -> list[str]:
+        """Texts as the processor takes them, as a list of `str`; see `text_entries_rice.read_texts`."""
+        return read_texts(values, name)
+
+    def _tokenize(self, strings: list[str], return_tensors: str | None, text_kwargs: dict, keep_middle: bool = False):
         settings = {"padding": True, "truncation": True, "return_tensors": return_tensors, **text_kwargs}
         if keep_middle and settings["truncation"]:
             longest = settings.get("max_length") or self.tokenizer.model_max_length
@@ -109,7 +119,7 @@ class RiceProcessor(ProcessorMixin):
     def _middle(self, string: str, max_tokens: int) -> str:
         """About as much around the middle of a text as gives so many tokens."""
         # No token stands for less than a byte, so that short texts need no second look.
-        if len(string.encode(errors="replace")) < max_tokens:
+        if len(string.encode()) < max_tokens:
             return string
         num_tokens = len(self.tokenizer(string, truncation=False, verbose=False)["input_ids"])
         if num_tokens <= max_tokens:
@@ -125,10 +135,10 @@ class RiceProcessor(ProcessorMixin):
         return ["pixel_values", *self.video_processor.model_input_names, *text]
 
 
-def _mask_missing(attention_mask, strings: list[str] | str) -> None:
+def _mask_missing(attention_mask, strings: list[str]) -> None:
     """Sets the rows of blank strings to zero, in place."""
-    for row, string in enumerate([strings] if isinstance(strings, str) else strings):
-        if not (string or "").strip():
+    for row, string in enumerate(strings):
+        if not string.strip():
             attention_mask[row] = [0] * len(attention_mask[row]) if isinstance(attention_mask, list) else 0
 
 

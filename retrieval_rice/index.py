@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from data_rice.collator import RiceCollator
+from data_rice.parsing import id_text
 from modeling_rice.fingerprint_rice import same_state
 from modeling_rice.scoring_rice import best_first, ranked_scores
 
@@ -35,7 +36,7 @@ class Hit:
     Attributes:
         image_id, product_id, title: As the shop's rows name them; without a product id, the image id.
         live_id: The livestream that was searched, or the first that sells the image; "" where there are none.
-        image: Path of the picture, "" where it came as bytes.
+        image: Path of the picture as `data_rice.paths.path_to_text` writes it, "" where it came as bytes.
         score: By which hits are ranked, the kind that `config.ranking` of the model says.
         embedding_score: `model.similarity`, a cosine.
         matching_score: `model.match`, `None` where it was not asked for.
@@ -124,15 +125,15 @@ class GalleryIndex:
 
         Into a folder it goes shard by shard: the same call again goes on where one was interrupted, and a call for a
         changed shop encodes the shards that changed. Under `accelerate launch` each process encodes its share, and all
-        return the whole index. Processes that know nothing of each other do the same when told their number; the
-        folder must be one that all see.
+        return the whole index. So do processes that know nothing of each other, told their number, in a
+        folder that all see.
 
         Args:
             model: In eval mode.
             processor: Saved with the model.
             shop_rows: Gallery rows with `image_id`, `image` (a path, a PIL image or `{"path", "bytes"}`) and, where
-                there are any, `live_id`, `title` and `product_id`. Rows of one id are one image of several
-                livestreams.
+                there are any, `live_id`, `title` and `product_id`, as dicts or a table (pandas, Arrow, `datasets`). An
+                id is text or a whole number. Rows of one id are one image of several livestreams.
             batch_size: Images per batch.
             output_dir: The index's folder; by default it is built in memory.
             num_workers: Processes that decode.
@@ -147,7 +148,7 @@ class GalleryIndex:
             gets it.
 
         Raises:
-            ValueError: no rows, a row without an id, not one readable image, or an argument out of range.
+            ValueError: no rows, a bad row (told before encoding), no readable image, or an argument out of range.
             FileExistsError: the folder holds another index.
             BlockingIOError: another process is writing to the folder.
             OSError: the folder cannot be written.
@@ -155,6 +156,7 @@ class GalleryIndex:
         if model.training:
             raise ValueError("the model is in training mode; call model.eval() before building an index.")
         encoder = index_build.ShopEncoder(model, processor, batch_size, num_workers, progress, dtype)
+        shop_rows = index_build.as_rows(shop_rows)
         group = index_build.process_group() if num_processes is None else None
         index, count = group or (process_index or 0, num_processes or 1)
         if not 0 <= index < count or shard_size < 1:
@@ -345,13 +347,12 @@ class GalleryIndex:
             The images that could not be read, with `id`, `file` and `reason`; `skipped` lists them too.
 
         Raises:
-            ValueError: no rows, a row without an id, or an index that was opened without a processor.
+            ValueError: as `build` for the rows, or an index that was opened without a processor.
         """
-        if self.processor is None:
-            raise ValueError("the index was opened without a processor, which adding images needs; pass one to load.")
-        encoder = index_build.ShopEncoder(self.model, self.processor, batch_size, progress=False, dtype=self.dtype)
-        reader = index_build.ShopReader(encoder.collator, rows)
-        images = index_build.collect_images(rows)
+        processor = self._processor_for("adding images")
+        encoder = index_build.ShopEncoder(self.model, processor, batch_size, progress=False, dtype=self.dtype)
+        reader = index_build.ShopReader(encoder.collator, index_build.as_rows(rows))
+        images = index_build.collect_images(reader.rows)
         known = self.store.get([image.image_id for image in images])
         for image in images:
             before = known.get(image.image_id, {}).get("live_ids", [])
@@ -367,7 +368,7 @@ class GalleryIndex:
         """Takes images out and returns the ids that were not here."""
         if isinstance(image_ids, str):
             raise ValueError("image_ids is a single text; pass a list of ids.")
-        return self.store.remove(list(dict.fromkeys(image_ids)))
+        return self.store.remove(list(dict.fromkeys(map(id_text, image_ids))))
 
     def approximate(self, kind: str | None = "hnsw", progress: bool = True, **settings) -> "GalleryIndex":
         """
@@ -523,22 +524,21 @@ class GalleryIndex:
         if hasattr(queries, "embeds"):
             if relevant is None or len(relevant) != len(queries):
                 raise ValueError(f"relevant must list the image ids of each of the {len(queries)} clips.")
-            batches = [(queries, list(relevant), scopes_of(live_id, len(queries)))]
+            answers = [[id_text(image_id) for image_id in images] for images in relevant]
+            batches = [(queries, answers, scopes_of(live_id, len(queries)))]
         else:
-            collator = RiceCollator(self._processor_for_rows(), use_boxes=use_boxes)
-            reading = (batch_size, num_workers, progress)
-            batches = index_build.encoded_queries(self.model, collator, queries, self.live_ids(), reading, unreadable)
-        scored: list[ScoredClip] = []
-        for clips, answers, scopes in batches:
-            scored += self._scored(clips, answers, scopes, rerank)
+            collator = RiceCollator(self._processor_for("reading clips"), use_boxes=use_boxes)
+            reading = (self.live_ids(), (batch_size, num_workers, progress), unreadable)
+            batches = index_build.encoded_queries(self.model, collator, queries, *reading)
+        scored = [one for batch in batches for one in self._scored(*batch, rerank)]
         self.calibration = fit_calibration(
             scored, presence_prior=presence_prior, false_accept_rate=false_accept_rate, rerank=rerank
         )
         return {**self.calibration.report, "unreadable": unreadable}
 
-    def _processor_for_rows(self):
+    def _processor_for(self, purpose: str):
         if self.processor is None:
-            raise ValueError("the index was opened without a processor, which reading clips needs; pass one to load.")
+            raise ValueError(f"the index was opened without a processor, which {purpose} needs; pass one to load.")
         return self.processor
 
     def _scored(self, clips, answers: list, scopes: list[Scope], rerank: int | None) -> list[ScoredClip]:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .stream.source import Frame, is_address, list_pictures, open_stream
+from .stream.source import Frame, frames_of_folder, is_address, open_stream
 from .stream.timeline import Hysteresis, Segment, Timeline
 from .stream.windows import Window, cut_windows
 
@@ -210,7 +210,10 @@ class Recogniser:
         if is_address(path):
             raise ValueError(f"{path} is no file; `stream` follows addresses and cameras.")
         if os.path.isdir(path):
-            return list(list_pictures(path))
+            listing = frames_of_folder(path)
+            if listing.left_out:
+                logger.warning("%s", listing.note())
+            return listing.pictures
         from data_rice.video import decode_frames, probe_video
 
         info = probe_video(path)

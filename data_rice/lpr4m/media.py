@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from .. import parsing
+from .. import folders
 from ..media import read_media, split_tar_member
 from .index import MediaIndex, index_path, shard_folders
 from .layout import frame_order
@@ -81,7 +81,7 @@ class Lpr4mMedia:
     def _find_clips(self) -> Mapping[str, str]:
         folder_of_clip: dict[str, str] = {}
         for folder in self.video_folders:
-            for clip_id in parsing.list_names(folder, folders=True, root=self.root):
+            for clip_id in folders.list_names(folder, folders=True, root=self.root):
                 folder_of_clip.setdefault(clip_id, folder)
         return folder_of_clip
 
@@ -119,7 +119,7 @@ class Lpr4mMedia:
     def _check_link(self, path: str) -> str:
         # Whether it is a link is asked first, because resolving every path would take far longer.
         if self.check_links and os.path.islink(path):
-            parsing.check_link(path, os.path.dirname(path), self.root)
+            folders.check_link(path, os.path.dirname(path), self.root)
         return path
 
     def query_frames(self, clip_id: str) -> dict[str, str]:
@@ -128,7 +128,7 @@ class Lpr4mMedia:
         No list names the frames of test clips: they are what lies in the clip's folder, or was fetched under its id.
         """
         folder = os.path.join(self.root, "query", clip_id)
-        names = parsing.list_names(folder, root=self.root)
+        names = folders.list_names(folder, root=self.root)
         frames = {os.path.splitext(name)[0]: os.path.join(folder, name) for name in names}
         if self.index:
             frames |= {frame_id: place.path for frame_id, place in self.index.find_frames(clip_id).items()}

@@ -14,8 +14,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .. import parsing
+from .. import folders, parsing
 from ..builder import ProblemLog
+from ..files import write_atomically
 from ..media import read_media, split_tar_member
 from . import layout
 from .evaluation_rows import EvaluationRows
@@ -178,7 +179,7 @@ def _check(picture: _Picture, root: str, decode: bool) -> tuple[str | None, str 
     member = split_tar_member(picture.path)
     try:
         if os.path.islink(picture.path):
-            parsing.check_link(picture.path, os.path.dirname(picture.path), root)
+            folders.check_link(picture.path, os.path.dirname(picture.path), root)
         data = read_media({"path": picture.path, "bytes": None})
     except FileNotFoundError:
         return "missing", None
@@ -284,10 +285,10 @@ def verify(
     if urls:
         text = "".join(f"{url}\n" for url in urls)
         name = f"missing_urls-{hashlib.sha256(text.encode()).hexdigest()[:8]}.txt"
-        Path(output_dir, name).write_text(text, encoding="utf-8")
+        write_atomically(Path(output_dir, name), text)
     result = Verification(references.counts, dict(expected or {}), reports.bad)
     summary = {"whole": result.whole, "counts": result.counts, "expected": result.expected, "bad": result.bad}
-    Path(output_dir, "verify.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_atomically(Path(output_dir, "verify.json"), json.dumps(summary, indent=1) + "\n")
     return result
 
 

@@ -22,7 +22,9 @@ from os import path as osp
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .. import parsing
+from .. import folders, parsing
+from ..commands import print_anywhere
+from ..files import write_atomically
 from ..video import decode_frames, probe_video
 from . import layout
 
@@ -174,7 +176,7 @@ class ExtractedFrames:
             elif clip is not None and size not in (None, clip.size):
                 what = f"has {size} bytes now and had {clip.size} then"
             elif clip is not None and not set(map(frame_name, clip.frames)) <= set(
-                parsing.list_names(osp.join(self.folder, video))
+                folders.list_names(osp.join(self.folder, video))
             ):
                 what = "lacks frames"
             else:
@@ -199,7 +201,7 @@ def _read_finished(folder: str, settings: FrameSettings, size: int | None) -> tu
         clip = Clip.parse(entry.get("clip"))
     except (OSError, ValueError):
         return None
-    names = set(parsing.list_names(folder))
+    names = set(folders.list_names(folder))
     whole = all(frame_name(number) in names for number in clip.frames)
     if not whole or entry.get("settings") != asdict(settings) or size not in (None, clip.size):
         return None
@@ -247,13 +249,6 @@ def extract_clip(root: str, video: str, output: str, settings: FrameSettings) ->
     return clip, problem, detail
 
 
-def _write_atomically(path: str, text: str) -> None:
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
-
-
 def extract_frames(
     root: str, output: str, settings: FrameSettings, workers: int = 1, progress: bool = True
 ) -> ExtractedFrames:
@@ -295,9 +290,9 @@ def extract_frames(
         json.dumps({"file": video, "reason": reason, "detail": found[video][2]}) + "\n"
         for video, reason in problems.items()
     ]
-    _write_atomically(osp.join(output, PROBLEMS), "".join(lines))
+    write_atomically(osp.join(output, PROBLEMS), "".join(lines))
     entries = {video: asdict(clip) for video, clip in clips.items()}
-    _write_atomically(manifest, json.dumps({"settings": asdict(settings), "clips": entries, "problems": problems}))
+    write_atomically(manifest, json.dumps({"settings": asdict(settings), "clips": entries, "problems": problems}))
     return ExtractedFrames(osp.abspath(output), clips, problems)
 
 
@@ -325,6 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status: 0 when every video is there and whole (but for those missing from the published archive), 1
         when some are not, 2 when nothing could be done.
     """
+    print_anywhere()
     options = _parse_arguments(arguments)
     output = options.output or osp.join(options.dir, "frames")
     try:

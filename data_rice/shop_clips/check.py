@@ -18,12 +18,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from os import path as osp
 
 from PIL import Image
 from tqdm.auto import tqdm
 
 from .. import parsing
+from ..commands import print_anywhere
 from ..paths import MediaRoot
 from ..video import VideoInfo, decode_frames, probe_video
 from . import novel
@@ -138,30 +140,25 @@ class _Checker:
         try:
             return function(*arguments)
         except ValueError as error:
-            self.add(file, line, str(error))
+            self.add(file, line, str(error).removeprefix(f"{osp.join(self.root, file)}, line {line}: "))
             return default
 
     def rows(self, file: str, keys: Iterable[str]) -> Iterator[tuple[int, dict]]:
         """Yield the readable rows of a file."""
         path, unknown, hints, count = osp.join(self.root, file), {}, {}, 0
-        with open(path, "rb") as lines:
-            for number, raw in enumerate(lines, start=1):
-                raw = raw.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") if number == 1 else raw.rstrip(b"\r\n")
-                if not raw.strip(b" "):
-                    continue
-                count += 1
-                try:
-                    row = parsing.parse_json_line(path, number, parsing.decode_line(path, number, raw))
-                except ValueError as error:
-                    self.add(file, number, str(error).removeprefix(f"{path}, line {number}: "))
-                    continue
-                for key in row:
-                    if key not in keys:
-                        unknown.setdefault(key, []).append(number)
-                        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
-                        if near and near[0] not in row:
-                            hints[key] = f"; did you mean {near[0]!r}?"
-                yield number, row
+        lines = self.attempt(file, 1, parsing.scan_lines, path, default=())
+        for number, _, raw in lines:
+            count += 1
+            row = self.attempt(file, number, _parse, path, number, raw)
+            if row is None:
+                continue
+            for key in row:
+                if key not in keys:
+                    unknown.setdefault(key, []).append(number)
+                    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
+                    if near and near[0] not in row:
+                        hints[key] = f"; did you mean {near[0]!r}?"
+            yield number, row
         self.report.files[file] = {"rows": count, "products": 0, "frames": 0, "videos": 0, "seconds": 0.0}
         for key, numbers in unknown.items():
             more = f" (and in {len(numbers) - 1} more lines)" if len(numbers) > 1 else ""
@@ -180,7 +177,7 @@ class _Checker:
         with_live_ids: bool | None = None
         for line, row in self.rows(file, format_.GALLERY_KEYS):
             image_id = self.attempt(file, line, format_.id_value, row, "gallery_id")
-            live_id = self.attempt(file, line, format_.text_value, row, "live_id", default="")
+            live_id = self.attempt(file, line, format_.optional_id, row, "live_id", default="")
             for name in ("title", "name", "category"):
                 self.attempt(file, line, format_.text_value, row, name)
             path = self.attempt(file, line, self.media.path, row.get("image"), "image path")
@@ -212,7 +209,7 @@ class _Checker:
             if name and name in first:
                 self.add(file, line, f"the query_id {name!r} appears a second time, first in line {first[name]}")
             first.setdefault(name, line)
-            live_id = self.attempt(file, line, format_.text_value, row, "live_id", default="")
+            live_id = self.attempt(file, line, format_.optional_id, row, "live_id", default="")
             relevant = None
             if gallery:
                 live_id = self.attempt(file, line, format_.check_live_id, live_id, lives)
@@ -263,13 +260,13 @@ class _Checker:
 
     def open_pictures(self) -> None:
         """Find the missing, empty and damaged pictures; each is told once, where it is first named."""
-        check = _missing if self.fast else self.decode
+        check = partial(_missing, self.media) if self.fast else self.decode
         for path, message in self.in_threads(check, list(self.pictures), "Pictures"):
             if message:
                 self.add(*self.pictures[path], f"{osp.relpath(path, self.root)} {message}")
 
     def decode(self, path: str) -> str:
-        if message := _missing(path):
+        if message := _missing(self.media, path):
             return message
         try:
             with open(path, "rb") as file:
@@ -303,7 +300,7 @@ class _Checker:
                 self.add(clip.file, clip.line, f"{message} {name}")
 
     def open_video(self, path: str, clips: list[Clip]) -> str | list[tuple[Clip, str]]:
-        if message := _missing(path):
+        if message := _missing(self.media, path):
             return f"the video {message}"
         try:
             info = self.videos[path] = probe_video(path)
@@ -368,11 +365,16 @@ class _Checker:
         return max(0.0, end - max(clip.start, 0.0))
 
 
-def _missing(path: str) -> str:
+def _parse(path: str, number: int, raw: bytes) -> dict:
+    return parsing.parse_json_line(path, number, parsing.decode_line(path, number, raw))
+
+
+def _missing(media: MediaRoot, path: str) -> str:
     try:
         status = os.stat(path)
     except (OSError, ValueError):
-        return "does not exist"
+        near = media.near(path)
+        return f"does not exist, but {near} does" if near else "does not exist"
     if not osp.isfile(path):
         return "is not a file"
     return "" if status.st_size else "is empty (0 bytes)"
@@ -399,6 +401,7 @@ def format_summary(report: Report) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 when there is no error, 1 when there is one, 2 for misuse."""
+    print_anywhere()
     parser = argparse.ArgumentParser(prog="python -m data_rice.shop_clips", description="Works on shop_clips folders.")
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser(

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from data_rice.collator import RiceCollator
 from data_rice.decoding import decode_image, read_frames
+from data_rice.paths import text_to_path
 from evaluation_rice.frames import clip_frames
 from evaluation_rice.report.heatmap import PairMaps, draw_grid, has_maps, overlay, patch_at, row_maps, seen_region
 from processing_rice import read_video, sample_frame_indices
@@ -219,7 +220,7 @@ class Demo:
         """An image of the shop as `{"path", "bytes"}`."""
         if image_id in self._places:
             return image_entry(self.gallery[self._places[image_id]]["image"])
-        return {"path": self.index.store.get([image_id])[image_id]["image"], "bytes": None}
+        return {"path": text_to_path(self.index.store.get([image_id])[image_id]["image"]), "bytes": None}
 
     def picture(self, image_id: str) -> Image.Image:
         """An image of the shop, or a grey tile where it cannot be read any more."""

@@ -5,7 +5,6 @@ not opened as a video. Read frames are small JPEGs in memory.
 """
 
 import io
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from data_rice.decoding import MediaError, decode_image
+from data_rice.folders import natural_key
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _SIDE = 640
@@ -75,7 +75,7 @@ def read_upload(paths: Sequence[str], folder: str | Path, limits: UploadLimits =
     try:
         if len(own) < len(paths):
             raise UploadError("A file was not uploaded here or is gone by now; upload it again.")
-        return _read(sorted(own, key=lambda path: _natural(path.name)), limits)
+        return _read(sorted(own, key=lambda path: natural_key(path.name)), limits)
     finally:
         for path in own:
             path.unlink(missing_ok=True)
@@ -83,11 +83,6 @@ def read_upload(paths: Sequence[str], folder: str | Path, limits: UploadLimits =
 
 def _lies_in(path: Path, folder: Path) -> bool:
     return not path.is_symlink() and path.is_file() and path.resolve().is_relative_to(folder.resolve())
-
-
-def _natural(name: str) -> list:
-    """Orders frame2 before frame10."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"([0-9]{1,18})", name)]
 
 
 def _read(paths: list[Path], limits: UploadLimits) -> Upload:

@@ -7,22 +7,20 @@ oldest frames are dropped, and counted, when recognition falls behind. A live so
 import logging
 import math
 import os
-import re
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image
 
 from data_rice.decoding import MediaError, decode_image
+from data_rice.folders import Listing, list_pictures
 
 logger = logging.getLogger(__name__)
 
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 _CAMERA_FORMATS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}"), "win32": ("dshow", "video={}")}
 _TIMEOUT_S = 10.0
 # Time stamps of a live source that jump further than this begin anew.
@@ -95,17 +93,18 @@ def open_stream(source: str | os.PathLike, fps: float = 2.5, folder_fps: float =
     return VideoStream(source, fps, **settings)
 
 
-def list_pictures(folder: str | os.PathLike) -> list[Path]:
+def frames_of_folder(folder: str | os.PathLike) -> Listing:
     """
-    Pictures of a folder in the order of their names, where 2 comes before 10.
+    A folder's pictures in the order of their names, where 2 comes before 10, and what else lies there.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no picture, or one is a link that leads out of the folder.
     """
-    files = [path for path in Path(folder).iterdir() if path.suffix.lower() in _PICTURES]
-    if not files:
-        raise ValueError(f"{folder} holds no pictures ({', '.join(_PICTURES)}).")
-    return sorted(files, key=lambda path: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", path.name)])
+    listing = list_pictures(folder)
+    if not listing.pictures:
+        left_out = f" ({listing.note()})" if listing.left_out else ""
+        raise ValueError(f"{folder} holds no pictures{left_out}; name a folder of frames, or a video file.")
+    return listing
 
 
 class _Grid:
@@ -130,21 +129,21 @@ class FolderStream:
     error = None
 
     def __init__(self, folder, fps: float, folder_fps: float, notify: Callable[[str], None] = logger.warning):
-        self.files = list_pictures(folder)
+        self.listing = frames_of_folder(folder)
         self.fps, self.folder_fps, self.notify = fps, folder_fps, notify
-        self.duration_s = len(self.files) / folder_fps
+        self.duration_s = len(self.listing.pictures) / folder_fps
         self.counts = Counts()
         self._stopped = False
 
     def __iter__(self) -> Iterator[Frame]:
         grid, error = _Grid(self.fps), None
-        for number, path in enumerate(self.files):
+        for number, path in enumerate(self.listing.pictures):
             if self._stopped:
                 return
             if not grid.takes(number / self.folder_fps):
                 continue
             try:
-                picture = decode_image({"path": str(path)})
+                picture = decode_image({"path": path})
             except MediaError as failure:
                 error = failure
                 self.counts.damaged += 1
@@ -152,6 +151,8 @@ class FolderStream:
                 continue
             self.counts.frames += 1
             yield Frame(number / self.folder_fps, picture)
+        if self.listing.left_out:
+            self.notify(self.listing.note())
         if not self.counts.frames and error is not None:
             raise ValueError(f"None of the pictures can be used: {error}.")
 

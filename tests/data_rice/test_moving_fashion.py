@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 import re
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
@@ -83,6 +85,27 @@ def problems(folder, tmp_path):
 
 def grey(picture) -> float:
     return float(np.asarray(picture, dtype=float).mean())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_lists_of_another_system_name_the_same_files(folder, tmp_path, encoding):
+    """Backslashes, the other form of an accent, and tracklets that name their video so."""
+    (folder.root / "videos/a.mp4").rename(folder.root / unicodedata.normalize("NFD", "videos/é.mp4"))
+    box = [0.1, 0.1, 0.5, 0.5]
+    folder.train["p0"] |= {
+        "video_paths": ["videos\\é.mp4", "videos\\b.mp4"],
+        "img_path": "imgs\\p0.jpg",
+        "tracklets": {"videos\\b.mp4": {"1": box}, "videos/é.mp4": None},
+    }
+    path = folder.write() / "train.json"
+    path.write_bytes(json.dumps(folder.train, ensure_ascii=False).encode(encoding))
+    rows = load_dataset_view(folder.root, "pairs", "train", cache_dir=tmp_path / "cache")
+    chosen = [row for row in rows if row["clip_id"] in ("p0#0", "p0#1")]
+    assert [row["image_id"] for row in chosen] == ["imgs/p0.jpg"] * 2
+    assert all(os.path.isfile(row["video"]) and os.path.isfile(row["image"]["path"]) for row in chosen)
+    assert [row["box_frames"] for row in chosen] == [[], [1]]
+    # p3 has the same picture, written with a slash: they are one product.
+    assert {row["product_id"] for row in rows if row["image_id"] == "imgs/p0.jpg"} == {"p0"}
 
 
 def test_pairs(folder, load):
@@ -473,10 +496,10 @@ def test_breakdown_by_source(load):
     from evaluation_rice.protocol import Rankings, RetrievalTask, breakdown
 
     queries, gallery = load("queries", "test"), load("gallery", "test")
-    book = Rankings(RetrievalTask.from_datasets(queries, gallery, "all"))
-    book.add(0, np.array([1.0, 0.0]))
-    book.add(1, np.array([1.0, 0.0]))
-    groups = breakdown(queries, {"embedding": book})["source"]
+    ranked = Rankings(RetrievalTask.from_datasets(queries, gallery, "all"))
+    ranked.add(0, np.array([1.0, 0.0]))
+    ranked.add(1, np.array([1.0, 0.0]))
+    groups = breakdown(queries, {"embedding": ranked})["source"]
     assert groups["regular"]["embedding"]["R@1"] == 1.0 and groups["hard"]["embedding"]["R@1"] == 0.0
 
 

@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from evaluation_rice.fusion import FUSED_TEXT_WEIGHTS, first_relevant_rank, fit_fusion_weight, fit_text_weight
+from evaluation_rice.fusion import (
+    DEFAULT_WEIGHTS,
+    FUSED_TEXT_WEIGHTS,
+    edge_words,
+    first_relevant_rank,
+    fit_fusion_weight,
+    fit_text_weight,
+)
 from modeling_rice.scoring_rice import FusionWeights, fuse, z_scores
 
 
@@ -56,6 +63,33 @@ def test_fit_breaks_ties_by_reciprocal_rank_then_by_the_smaller_weight():
     # Wrong at rank 1 with any weight, but a large one lifts the relevant image from rank 3 to rank 2.
     embedding, matching = [np.array([3.0, 2.0, 0.0])], [np.array([3.0, 0.0, 2.0])]
     assert fit_fusion_weight(embedding, matching, [[2]], (0.1, 5.0))[0] == 5.0
+
+
+def test_the_grid_reaches_beyond_what_matching_needs():
+    # z-scores of three images, the relevant one first: it wins by matching where that weighs more than 6.
+    embedding, matching = np.array([0.0, 1.0, 0.0]), np.array([1.0, 0.9, 0.0])
+    weight, curve = fit_fusion_weight([z_scores(embedding)], [matching], [[0]])
+    needed = (z_scores(embedding)[1] - z_scores(embedding)[0]) / (z_scores(matching)[0] - z_scores(matching)[1])
+    assert 7 < needed < weight == 10.0 and curve[-1]["weight"] == 50.0
+    assert edge_words("fusion weight", weight, DEFAULT_WEIGHTS) is None
+
+
+@pytest.mark.parametrize(
+    ("weight", "words"),
+    [
+        (50.0, "the fusion weight 50 lies at the upper end of its grid (0.01 to 50): a better one may lie beyond"),
+        (0.01, "the fusion weight 0.01 lies at the lower end of its grid (0.01 to 50): a better one may lie beyond"),
+        (70.0, "the fusion weight 70 lies at the upper end of its grid (0.01 to 50): a better one may lie beyond"),
+        (30.0, None),
+    ],
+)
+def test_a_weight_at_an_end_of_its_grid_is_told(weight, words):
+    assert edge_words("fusion weight", weight, DEFAULT_WEIGHTS) == words
+
+
+def test_leaving_the_text_out_is_no_end_of_the_grid():
+    assert edge_words("text weight", 0.0, FUSED_TEXT_WEIGHTS) is None
+    assert "upper end" in edge_words("text weight", 50.0, FUSED_TEXT_WEIGHTS)
 
 
 @pytest.mark.parametrize("weights", [(0.0,), (-1.0,), (float("nan"),), ()])

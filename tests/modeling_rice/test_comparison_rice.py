@@ -1,5 +1,7 @@
 """Candidates of any kind become the same gallery, which `rank` lists by the model's own choice of score."""
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -43,10 +45,11 @@ def test_images_a_gallery_and_a_saved_gallery_are_the_same_candidates(encoded, t
         assert found.model_fingerprint == gallery.model_fingerprint
 
 
-def test_many_images_are_encoded_in_parts_with_their_titles(make_model, make_batch):
+@pytest.mark.parametrize("column", [list, tuple, lambda titles: pd.Series(titles, index=range(7, 137)), np.array])
+def test_many_images_are_encoded_in_parts_with_their_titles(make_model, make_batch, column):
     model, pixels = make_model(), make_batch(size=5)["pixel_values"]
     processor, titles = Processor(), [str(i) for i in range(130)]
-    gallery = encode_candidates(model, processor, [pixels[i % 5] for i in range(130)], titles)
+    gallery = encode_candidates(model, processor, [pixels[i % 5] for i in range(130)], column(titles))
     assert len(gallery) == 130 and processor.titles == titles
     torch.testing.assert_close(gallery.embeds[125:], model.encode_gallery(pixels).embeds, atol=1e-5, rtol=0)
 

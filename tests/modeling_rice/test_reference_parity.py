@@ -79,8 +79,8 @@ def read_golden(path):
 
 
 @pytest.fixture
-def golden(shared_dir):
-    return lambda name: read_golden(shared_dir / "reference" / f"{name}.safetensors")
+def golden(reference_dir):
+    return lambda name: read_golden(reference_dir / f"{name}.safetensors")
 
 
 def official_weights(tensors, without=()):

@@ -122,8 +122,8 @@ def test_boxes_that_overshoot_a_little_are_cut_off(video_processor, make_picture
     assert torch.equal(mask([0.75, 0.75, 1.04, 1.05]), mask([0.75, 0.75, 1, 1]))
 
 
-def test_recorded_patch_masks_and_sampling(shared_dir):
-    recorded = json.loads((shared_dir / "reference" / "golden_functions.json").read_text())
+def test_recorded_patch_masks_and_sampling(reference_dir):
+    recorded = json.loads((reference_dir / "golden_functions.json").read_text())
     assert len(recorded["patch_mask"]) > 30
     for case in recorded["patch_mask"]:
         mask = boxes_to_patch_mask(case["boxes"], iou_threshold=case["iou_thresh"])
@@ -137,9 +137,9 @@ def test_recorded_patch_masks_and_sampling(shared_dir):
         assert sample_frame_indices(*arguments, "train") == case["train_uniform"]
 
 
-def test_recorded_ious(shared_dir):
+def test_recorded_ious(reference_dir):
     """A patch passes at its recorded IoU and fails just above it."""
-    recorded = json.loads((shared_dir / "reference" / "golden_functions.json").read_text())
+    recorded = json.loads((reference_dir / "golden_functions.json").read_text())
     cells, tested = recorded["grid_cells_ltrb"], 0
     for case in recorded["iou"]:
         for box, cell in ((case["a"], case["b"]), (case["b"], case["a"])):
@@ -412,9 +412,9 @@ def two_pass_resize(picture, size, vertical_first):
 
 @pytest.mark.parametrize("case", range(4))
 @pytest.mark.parametrize("size, name, step", [(32, "size32", 1), (224, "size224_every8", 8)])
-def test_recorded_preprocessing(shared_dir, tokenizer, case, size, name, step):
+def test_recorded_preprocessing(reference_dir, tokenizer, case, size, name, step):
     """Bit for bit by Pillow, whichever version is installed; torchvision's 8-bit weights have fewer digits."""
-    tensors = load_file(shared_dir / "reference" / "golden_preprocess.safetensors")
+    tensors = load_file(reference_dir / "golden_preprocess.safetensors")
     picture, recorded = tensors[f"inputs/rgb_uint8_{case}"].numpy(), tensors[f"outputs/{name}_{case}"]
     exact = build_processor(tokenizer, image_size=size, resize_backend="pillow")
     inputs = exact(images=[Image.fromarray(picture)], videos=[[Image.fromarray(picture)]])
@@ -474,9 +474,9 @@ def test_the_end_of_a_clip_is_dropped(num_frames, fraction, kept):
     assert drop_last_frames(range(num_frames), fraction) == list(range(kept))
 
 
-def test_recorded_frame_drop(shared_dir):
+def test_recorded_frame_drop(reference_dir):
     """The older code first spreads ten frames over the clip, then drops from their end."""
-    recorded = json.loads((shared_dir / "reference" / "golden_functions.json").read_text())["train_random_drop"]
+    recorded = json.loads((reference_dir / "golden_functions.json").read_text())["train_random_drop"]
     assert len(recorded) > 200
     for case in recorded:
         fraction = case["drop_fraction"] if case["gate"] >= 0.5 else 0.0

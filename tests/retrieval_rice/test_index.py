@@ -271,19 +271,19 @@ def test_scores_are_those_of_the_evaluation_with_text(
     datasets = Dataset.from_list(queries), Dataset.from_list(rows)
     task = RetrievalTask.from_datasets(*datasets, "live")
     loading = Loading(32, 0, quiet=True)
-    books, _ = retrieve(ModelRetriever(model, collator), task, *datasets, loading=loading, weights=weights)
+    rankings, _ = retrieve(ModelRetriever(model, collator), task, *datasets, loading=loading, weights=weights)
     for query, answer in zip(queries, answers, strict=True):
-        assert found(answer) == books["fused"].rankings[query["clip_id"]]
-        scores = books["fused"].top_scores[query["clip_id"]]
+        assert found(answer) == rankings["fused"].rankings[query["clip_id"]]
+        scores = rankings["fused"].top_scores[query["clip_id"]]
         np.testing.assert_allclose([hit.score for hit in answer.hits], scores, atol=1e-5)
     bare, _ = retrieve(
         ModelRetriever(model, RiceCollator(shop.processor)), task, *datasets, loading=loading, weights=weights
     )
-    different = [query["clip_id"] for query in queries if differs(books, bare, query["clip_id"])]
+    different = [query["clip_id"] for query in queries if differs(rankings, bare, query["clip_id"])]
     spoken = [query["clip_id"] for query in queries if query["asr"]]
     # Titles are tokens of the decoder too, which reads them for every clip.
     assert set(spoken) <= set(different)
 
 
-def differs(books, others, clip_id):
-    return books["fused"].top_scores[clip_id] != others["fused"].top_scores[clip_id]
+def differs(rankings, others, clip_id):
+    return rankings["fused"].top_scores[clip_id] != others["fused"].top_scores[clip_id]

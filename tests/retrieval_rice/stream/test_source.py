@@ -1,5 +1,6 @@
 """Reading frames: files of every kind of damage, folders, and live sources that break off or are too fast."""
 
+import os
 import threading
 import time
 from fractions import Fraction
@@ -147,6 +148,36 @@ def test_a_folder_goes_by_number(tmp_path):
     assert [(frame.time_s, frame.picture.getpixel((0, 0))[0]) for frame in frames] == [(0, 2), (1, 0), (2, 1)]
     assert times(read(tmp_path, fps=0.5)[1]) == [0.0, 2.0]
     assert times(read(tmp_path, folder_fps=10.0)[1]) == [0.0, 0.1, 0.2]
+
+
+@pytest.mark.parametrize(
+    "in_order",
+    [("①2.png", "②2.png", "③2.png"), ("x¹.png", "x².png", "x³.png"), ("f２.png", "f10.png"), ("٣.png", "١٠.png")],
+)
+def test_a_folder_goes_by_numbers_of_any_script(tmp_path, in_order):
+    save_pictures(tmp_path, *in_order[::-1])
+    shades = [frame.picture.getpixel((0, 0))[0] for frame in read(tmp_path)[1]]
+    assert shades == list(range(len(in_order)))[::-1]
+
+
+def test_what_a_folder_holds_besides_is_told_at_the_end(tmp_path):
+    save_pictures(tmp_path, "1.png", "2.PNG", "._1.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "3.jfif", format="JPEG")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "notes.txt").write_text("no picture")
+    _, frames, notices = read(tmp_path)
+    assert len(frames) == 3 and len(notices) == 1
+    assert "3 entries were left out: ._1.png (hidden or made by the system); notes.txt (no suffix" in notices[0]
+
+
+def test_a_frame_whose_name_is_no_text_is_read_or_named(tmp_path):
+    folder = os.fsencode(tmp_path)
+    save_pictures(tmp_path, "1.png")
+    os.rename(folder + b"/1.png", folder + b"/\xc8\xcb.png")
+    with open(folder + b"/\xff.png", "wb") as file:
+        file.write(b"no picture")
+    _, frames, notices = read(tmp_path)
+    assert len(frames) == 1 and "left out" in notices[0]
 
 
 def test_pictures_that_cannot_be_read(tmp_path):
