@@ -1,4 +1,4 @@
-"""Where a system lacks the modules of Unix: everything is imported, and what needs file locks says so in a sentence."""
+"""Where a system lacks the modules of Unix: everything is imported, and what needs file locks says so."""
 
 import subprocess
 import sys
