@@ -119,30 +119,30 @@ def load_encoder(name: str) -> "TimmWrapperModel":
 
 
 def build_image_processor(name: str) -> "CLIPImageProcessor":
-    """Shop images as the encoder was trained: the short side resized, the centre cropped, ImageNet's mean."""
+    """Shop images as the encoder was trained: the short side resized, the centre cropped, values from -1 to 1."""
     from transformers import CLIPImageProcessor
-    from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 
     size = ENCODERS[name].image_size
     return CLIPImageProcessor(
         size={"shortest_edge": size},
         crop_size={"height": size, "width": size},
-        image_mean=IMAGENET_DEFAULT_MEAN,
-        image_std=IMAGENET_DEFAULT_STD,
+        image_mean=IMAGENET_STANDARD_MEAN,
+        image_std=IMAGENET_STANDARD_STD,
     )
 
 
 def _pretrained_settings(image_size: int) -> dict:
     """What [`build_image_processor`] does to pictures, in timm's words, which its own tools read from the config."""
-    from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 
     return {
         "input_size": [3, image_size, image_size],
         "crop_pct": 1.0,
         "crop_mode": "center",
         "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
+        "mean": IMAGENET_STANDARD_MEAN,
+        "std": IMAGENET_STANDARD_STD,
     }
 
 

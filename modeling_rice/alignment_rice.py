@@ -7,8 +7,8 @@ encoder.
 import torch
 from torch import Tensor, nn
 
-# Cosines held at a time: what stays in a core's cache, and what keeps a GPU busy (2 MB and 1 GB in float32).
-_COSINES_AT_ONCE = {"cpu": 2**19, "cuda": 2**28}
+# Cosines held at a time: what stays in a core's cache, and what keeps a GPU busy (0.5 MB and 1 GB in float32).
+_COSINES_AT_ONCE = {"cpu": 2**17, "cuda": 2**28}
 
 
 class RiceAlignment(nn.Module):
@@ -91,13 +91,14 @@ def whitening(covariance: Tensor, rank: int, strength: float, shrinkage: float) 
     return axes * scale
 
 
+@torch.no_grad()
 def align_patches(
     image_patches: Tensor, video_patches: Tensor, video_mask: Tensor | None = None, at_once: int | None = None
 ) -> Tensor:
     """
     Late interaction of every clip with every image: the mean over an image's patches of their best cosine with any
     patch of the clip, plus the maximum over frames of the mean over the frame's patches of their best cosine with any
-    patch of the image. Memory is bounded whatever the sizes, and masked patches cost nothing.
+    patch of the image. Memory is bounded whatever the sizes, masked patches cost nothing, and no gradient is kept.
 
     Args:
         image_patches (`(n, P, R)`): L2-normalised, of any floating type.
@@ -137,9 +138,14 @@ def _align_clip(image_patches: Tensor, patches: Tensor, mask: Tensor, at_once: i
     weights = (frame_of_patch[:, None] == frames).float() / lengths[frames]
     patches = patches[mask]
     at_once = at_once or _COSINES_AT_ONCE.get(patches.device.type, _COSINES_AT_ONCE["cuda"])
+    num_images = max(1, at_once // (image_patches.shape[1] * len(patches)))
+    # One piece of memory for all products: new pages would cost as much as the maxima.
+    products = patches.new_empty(min(num_images, len(image_patches)) * image_patches.shape[1], len(patches))
     scores = []
-    for images in image_patches.split(max(1, at_once // (image_patches.shape[1] * len(patches)))):
-        cosines = (images.to(patches.dtype).flatten(0, 1) @ patches.T).unflatten(0, images.shape[:2])
+    for images in image_patches.split(num_images):
+        cosines = products[: images[..., 0].numel()]
+        torch.mm(images.to(patches.dtype).flatten(0, 1), patches.T, out=cosines)
+        cosines = cosines.unflatten(0, images.shape[:2])
         image_scores = cosines.amax(dim=2).float().mean(dim=1)
         frame_scores = cosines.amax(dim=1).float() @ weights
         scores.append(image_scores + frame_scores.amax(dim=1))
