@@ -99,11 +99,7 @@ SLOW = {
         (32, (2, 2), 0),
         None,
     ),
-    "hgnet_v2": (
-        {"stem_channels": [3, 8, 8], "stage_in_channels": [8, 16, 32, 64]},
-        (2048, (7, 7), 0),
-        None,
-    ),
+    "hgnet_v2": ({}, (2048, (7, 7), 0), None),
     "rt_detr_resnet": ({**STAGES, "embedding_size": 8, "layer_type": "basic"}, (32, (7, 7), 0), None),
     "lw_detr_vit": ({**TOKENS, "window_block_indices": [0], "num_windows": 4}, (32, (4, 4), 0), None),
 }
