@@ -25,7 +25,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Argume
     from evaluation_rice.baselines import BASELINE_NAMES, BASELINES
     from evaluation_rice.options import fusion_weight, not_negative, positive
     from evaluation_rice.pretrained_baselines import FAMILIES
-    from evaluation_rice.protocol import KINDS
+    from modeling_rice.scoring_rice import KINDS
 
     parser = argparse.ArgumentParser(description="R@k of a RICE checkpoint under one protocol (docs/protocol.md).")
     add = parser.add_argument
@@ -34,11 +34,12 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Argume
     names = ", ".join([*BASELINES, *FAMILIES])
     method.add_argument("--baseline", help=f"{names}, or the id or folder of a vision model of transformers, as it is")
     add("--baseline_model", help="id or folder for a family named by --baseline; default: its published model")
+    add("--trust_remote_code", action="store_true", help="run Python files that come with the model of --baseline")
     add("--dataset", required=True, help="mini_lpr4m, lpr4m, shop_clips, or a folder in one of their layouts")
     add("--data_dir", help="folder of the data set's files")
     add("--split", default="test", choices=("validation", "test"))
     add("--output_dir", required=True, help="folder for results.json, rankings.jsonl, matches.png and README.md")
-    add("--rank_by", choices=KINDS, help="score of rankings.jsonl; default fused, or embedding without a decoder")
+    add("--rank_by", choices=KINDS, help="score of rankings.jsonl; default: as the checkpoint's config.ranking says")
     add("--batch_size", type=positive, default=32, help="clips or images per batch")
     add("--num_workers", type=not_negative, default=min(2, os.cpu_count() or 1), help="processes that decode images")
     add("--device", help="such as cpu or cuda; default: cuda where there is one")
@@ -74,6 +75,7 @@ def build_retriever(options: argparse.Namespace):
     if options.baseline is not None:
         check_asr(options, reads_text=False)
         settings = {"num_frames": options.num_frames, "use_boxes": use_boxes, "batch_size": options.batch_size}
+        settings["trust_remote_code"] = options.trust_remote_code
         place = partial(to_device, device=options.device)
         return load_baseline(options.baseline, options.baseline_model, **settings, to_device=place)
     model, processor = load_model(options.model, options.device)

@@ -4,7 +4,6 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import pyarrow.parquet
 
 from data_rice import open_dataset_view
 from data_rice.commands import one_line
+from data_rice.files import replacing
 from data_rice.lazy_rows import ParquetRows
 from hub_rice.training_record import trained_on
 
@@ -102,9 +102,8 @@ def draw_breakdown(path: str | os.PathLike, by: Mapping[str, Mapping[str, Mappin
         axes.set_title(column.replace("_", " "), loc="left", fontsize="small")
     panels[0].legend(loc="best", fontsize="x-small")
     panels[-1].set_xlabel("R@1 in percent, with 95 % intervals")
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    figure.savefig(temporary, dpi=120, format="png")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def _largest(groups: Mapping[str, Mapping]) -> dict[str, Mapping]:

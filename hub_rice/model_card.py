@@ -12,7 +12,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .files import write_atomically
+from data_rice.files import write_atomically
+
 from .tables import TITLES, markdown_table, percent
 from .training_record import is_local, read_training_record
 

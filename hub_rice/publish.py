@@ -38,11 +38,13 @@ def run(options: argparse.Namespace) -> None:
 
         results = read_results(options.results or find_results(options.run_dir, folder))
         check_results(results, folder)
-    add_onnx(check_loading(folder), folder, wanted=options.onnx)
     from huggingface_hub import HfApi
 
+    from .loading import load_model
     from .repository import hub_errors, publication, upload
 
+    # Once as whoever downloads it will.
+    add_onnx(*load_model(folder, "cpu"), folder, wanted=options.onnx)
     files = publication(folder, options.repo_id, results, dataset_id=options.dataset_id)
     size = sum(len(item) if isinstance(item, bytes) else item.stat().st_size for item in files.values())
     print(f"Publishing {len(files)} files ({size / 1e6:.1f} MB) of {folder} ...")
@@ -90,62 +92,24 @@ def check_results(results: Mapping, folder: Path) -> None:
         )
 
 
-def add_onnx(model, folder: Path, wanted: bool) -> None:
+def add_onnx(model, processor, folder: Path, wanted: bool) -> None:
     """
     Exports a model to the folder's `onnx`, if that is wanted and has not been done.
 
     Raises:
         ValueError: files that are there were exported from other weights, or cannot be made.
     """
+    from modeling_rice.fingerprint_rice import same_state
+
     description = folder / "onnx" / "onnx.json"
     if description.is_file():
         exported = json.loads(description.read_text(encoding="utf-8")).get("model_fingerprint")
-        if exported != model.fingerprint():
+        if exported is None or not same_state(exported, model.fingerprint()):
             raise ValueError(
                 f"{folder / 'onnx'} was exported from other weights: remove it, or run `rice export {folder} "
                 f"{folder / 'onnx'}` again."
             )
     elif wanted:
-        from transformers import AutoProcessor
-
         from .export.onnx_export import export
 
-        export(model.float().eval(), AutoProcessor.from_pretrained(folder), folder / "onnx")
-
-
-def check_loading(folder: Path):
-    """
-    Loads a folder once, as whoever downloads it will.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: it is no RICE model, lacks weights, has no processor, or was saved by a newer version.
-    """
-    from transformers import AutoProcessor
-
-    from modeling_rice import RiceConfig, RiceModel
-    from processing_rice import RiceProcessor
-
-    from .checkpoint import check_settings
-    from .repository import hub_errors
-
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if model_type != RiceConfig.model_type:
-        raise ValueError(f"{folder} holds a {model_type} model: this command publishes RICE models.")
-    with hub_errors(str(folder)):
-        check_settings(folder, RiceConfig)
-        # Reported below, in the place of an error that refers to a table on the screen.
-        model, loading = RiceModel.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
-        unfit = sorted({str(key) for name in ("missing_keys", "mismatched_keys") for key in loading[name]})
-        if unfit:
-            raise ValueError(f"{folder} lacks {len(unfit)} weights of its model, such as {unfit[0]}: save it again.")
-        try:
-            processor = AutoProcessor.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{folder} has no processor that can be loaded ({reason}): save it there.") from error
-        if not isinstance(processor, RiceProcessor):
-            raise ValueError(f"{folder} has a {type(processor).__name__} in the place of its RICE processor: save it.")
-    return model
+        export(model.float(), processor, folder / "onnx")

@@ -28,6 +28,8 @@ from huggingface_hub.errors import (
 )
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from data_rice.parsing import read_json_object
+
 from .checkpoint import check_checkpoint, saved_by_newer
 from .model_card import dataset_name, model_card
 from .training_record import is_local
@@ -129,7 +131,9 @@ def _check_code(folder: Path) -> None:
         raise FileNotFoundError(f"{folder} has no processor_config.json: save its processor there.")
     modules, missing = set(), []
     for name in ("config.json", "processor_config.json"):
-        auto_map = json.loads((folder / name).read_text(encoding="utf-8")).get("auto_map")
+        auto_map = read_json_object(folder / name).get("auto_map")
+        if not isinstance(auto_map, dict) or not all(isinstance(value, str) for value in auto_map.values()):
+            auto_map = None
         missing += [] if auto_map else [f"auto_map in {name}"]
         modules |= {reference.partition(".")[0] for reference in (auto_map or {}).values()}
     for module in sorted(modules):
@@ -289,6 +293,11 @@ def explain(error: BaseException, name: str) -> OSError | ValueError | None:
     if status is not None and not first(EntryNotFoundError):
         reason = shorten(str(answer), 120)
         return ConnectionError(f"the Hub did not do what was asked for {name} ({status}): try again ({reason})")
+    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+        return ValueError(
+            f"{name} needs Python code of its own, which is not run: name a model that transformers or this project "
+            f"knows, or, where the command takes it, add --trust_remote_code."
+        )
     if isinstance(error, (OSError, ValueError, KeyError)) and (version := saved_by_newer(name)):
         reason = shorten(str(error), 120)
         return ValueError(

@@ -253,12 +253,3 @@ def rotate(folder: str | os.PathLike, limit: int | None, best: str | None) -> No
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a small file in one go: whoever reads it sees the former content or the new one."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    _sync(part)
-    os.replace(part, path)

@@ -115,27 +115,28 @@ class GradCache:
         with self.autocast():
             for chunk in map(self.prepare, chunks):
                 kept.image_random.append(_RandomState(model.device))
-                images, states = model.encode_image_side(**chunk)
+                images = model.image_tokens(**chunk)
                 image_embeds.append(images.embeds)
-                if states is not None:
-                    kept.state_dtype = states.dtype
+                if images.states is not None:
+                    kept.state_dtype = images.states.dtype
                     # A copy, since a view would keep all tokens.
-                    class_states.append(_single(states[:, 0]))
-                del images, states
+                    class_states.append(_single(images.states[:, 0]))
+                del images
             if class_states:
                 kept.class_states = torch.cat(class_states).requires_grad_()
                 with torch.enable_grad():
                     kept.all_states = model.gather(kept.class_states)
             for chunk in map(self.prepare, chunks):
                 kept.clip_random.append(_RandomState(model.device))
-                clips, keys, values, mask = model.encode_clip_side(**chunk)
+                clips = model.clip_tokens(**chunk)
                 video_embeds.append(clips.embeds)
-                if keys is not None:
-                    blocks = self._image_blocks(model, keys, len(kept.all_states))
-                    states = kept.all_states.to(kept.state_dtype)
-                    rows = [model.decoder.score_pairs(states[block], keys, values, mask) for block in blocks]
+                if clips.keys is not None:
+                    blocks = self._image_blocks(model, clips.keys, len(kept.all_states))
+                    states, keys_values = kept.all_states.to(kept.state_dtype), (clips.keys, clips.values, clips.mask)
+                    rows = [model.decoder.score_pairs(states[block], *keys_values) for block in blocks]
                     scores.append(_single(torch.cat(rows, dim=1)))
-                del clips, keys, values, mask
+                    del keys_values
+                del clips
         kept.image_embeds = torch.cat(image_embeds).requires_grad_()
         kept.video_embeds = torch.cat(video_embeds).requires_grad_()
         kept.scores = torch.cat(scores).requires_grad_() if scores else None
@@ -210,7 +211,7 @@ class GradCache:
         leaves = [images.grad, clips.grad, *([] if matching is None else [matching.gradient])]
         torch.autograd.backward(gathered, leaves)
         if matching is not None:
-            own = config.matching_scale * kept.scores.detach()[:, first : first + size].T
+            own = config.matching_scale * kept.scores.detach()[:, first : first + size]
             output.matching_loss = matching.loss
             output.matching_logits = torch.cat(matching.logits) if matching.logits else own
             output.matching_indices = torch.cat(matching.indices) if matching.indices else None
@@ -223,24 +224,24 @@ class GradCache:
         size, start, reconstruction = len(kept.video_embeds), 0, None
         all_states = None if kept.all_states is None else kept.all_states.detach().requires_grad_()
         for index, chunk in enumerate(map(self.prepare, chunks)):
-            images = states = None
+            images = None
             with self.autocast():
                 if model.reconstruction_head is not None:
                     kept.image_random[index].restore()
-                    images, states = model.encode_image_side(**chunk)
+                    images = model.image_tokens(**chunk)
                 kept.clip_random[index].restore()
-                clips, keys, values, mask = model.encode_clip_side(**chunk)
+                clips = model.clip_tokens(**chunk)
             rows = slice(start, start + len(clips.embeds))
             start = rows.stop
             outputs, gradients = [clips.embeds], [kept.video_embeds.grad[rows]]
             if all_states is not None:
-                cached = [_single(tensor).requires_grad_() for tensor in (keys, values)]
-                self._backward_pairs(model, kept, all_states, cached, mask, (keys.dtype, rows))
-                outputs += [keys, values]
+                cached = [_single(tensor).requires_grad_() for tensor in (clips.keys, clips.values)]
+                self._backward_pairs(model, kept, all_states, cached, clips.mask, (clips.keys.dtype, rows))
+                outputs += [clips.keys, clips.values]
                 gradients += [tensor.grad for tensor in cached]
             if model.reconstruction_head is not None:
                 with self.autocast():
-                    term = model.reconstruction_loss(images, clips, states, keys, mask) * (len(clips.embeds) / size)
+                    term = model.reconstruction_loss(images, clips) * (len(clips.embeds) / size)
                 reconstruction = term.detach() if reconstruction is None else reconstruction + term.detach()
                 outputs.append(term)
                 gradients.append(factor)
@@ -279,12 +280,12 @@ class GradCache:
         for index, chunk in enumerate(map(self.prepare, chunks)):
             kept.image_random[index].restore()
             with self.autocast():
-                images, states = model.encode_image_side(**chunk)
+                images = model.image_tokens(**chunk)
             rows = slice(start, start + len(images.embeds))
             start = rows.stop
             outputs, gradients = [images.embeds], [kept.image_embeds.grad[rows]]
-            if states is not None:
-                outputs.append(states[:, 0])
+            if images.states is not None:
+                outputs.append(images.states[:, 0])
                 gradients.append(kept.class_states.grad[rows])
             _backward(outputs, gradients)
 

@@ -9,19 +9,21 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerBase
+from transformers import AutoImageProcessor, PreTrainedTokenizerBase
 
 from data_rice import LazyRows, gallery_scope, load_dataset_view, open_dataset_view
 from data_rice.asr_noise import with_noisy_asr
 from data_rice.augmentation import ClipAugmentation
 from data_rice.collator import RiceCollator
-from hub_rice.checkpoint import check_checkpoint, check_settings
+from data_rice.files import write_atomically
+from hub_rice.loading import checkpoint_folder, load_processor
 from hub_rice.repository import hub_errors
+from hub_rice.settings import read_config
 from modeling_rice import RiceConfig, RiceModel
 from processing_rice import RiceProcessor, build_processor
 
 from .arguments import DataArguments, ModelArguments, RiceTrainingArguments
-from .checkpoints import RESULTS_FILE, holds_finished_run, newest_whole, numbered_checkpoints, why_broken, write_text
+from .checkpoints import RESULTS_FILE, holds_finished_run, newest_whole, numbered_checkpoints, why_broken
 from .pretrained import start_from
 from .text import build_tokenizer, complete_text_settings, load_text_encoder
 
@@ -146,13 +148,8 @@ def _build(arguments: ModelArguments, settings: dict) -> RiceModel:
 
 def _continue_from(path: str, settings: dict) -> RiceModel:
     """A checkpoint with some fields of its config changed. The decoder or its head may be new, or left out."""
-    check_checkpoint(path)
-    check_settings(path, RiceConfig)
-    former = AutoConfig.from_pretrained(path)
-    if former.model_type != RiceConfig.model_type:
-        raise ValueError(
-            f"{path} is a {former.model_type} model, no RICE checkpoint; init_vision_from takes encoders."
-        )
+    folder = checkpoint_folder(path)
+    former = read_config(folder, path)
     vision = settings.get("vision_config")
     model_type = vision.get("model_type", "clip_vision_model") if isinstance(vision, dict) else None
     if model_type not in (None, former.vision_config.model_type):
@@ -161,7 +158,12 @@ def _continue_from(path: str, settings: dict) -> RiceModel:
             f"{former.vision_config.model_type}; leave vision_config out to go on from that checkpoint."
         )
     model, info = RiceModel.from_pretrained(
-        path, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **settings
+        folder,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        # What it ranked by was chosen for the scores it had, and is chosen anew.
+        **{"ranking": None, **settings},
     )
     weights, missing, unexpected = model.state_dict(), set(info["missing_keys"]), set(info["unexpected_keys"])
     unfit = missing | unexpected | {key for key, *_ in info["mismatched_keys"]}
@@ -216,7 +218,8 @@ def _start_processor(
     model: ModelArguments, data: DataArguments, config: RiceConfig, texts: list[str]
 ) -> RiceProcessor:
     if model.model_name_or_path is not None:
-        processor = RiceProcessor.from_pretrained(model.model_name_or_path)
+        with hub_errors(model.model_name_or_path):
+            processor = load_processor(checkpoint_folder(model.model_name_or_path), model.model_name_or_path)
         processor.video_processor.num_frames = data.num_frames
         if data.image_size is not None:
             for part in (processor.image_processor, processor.video_processor):
@@ -235,7 +238,7 @@ def _start_processor(
 def _normalise_as(vision_model: str, processor: RiceProcessor) -> None:
     """Takes over the mean and standard deviation that a pretrained encoder was trained with."""
     try:
-        theirs = AutoImageProcessor.from_pretrained(vision_model)
+        theirs = AutoImageProcessor.from_pretrained(vision_model, trust_remote_code=False)
     except (OSError, ValueError):
         logger.warning("%s has no image processor; pictures are normalised as CLIP's.", vision_model)
         return
@@ -351,4 +354,4 @@ def record_arguments(
     elif training.process_index == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_name(RESULTS_FILE).unlink(missing_ok=True)
-        write_text(path, json.dumps(current, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(path, json.dumps(current, indent=2, ensure_ascii=False) + "\n")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import folders, parsing
+from ..files import write_atomically
 from .index import list_stats
 
 VENV = ".venv-img2dataset"
@@ -177,10 +178,7 @@ def _claim(output_dir: str, url_list: str, options: dict) -> None:
             raise ValueError(f"{output_dir} was begun with {changed}; repeat that, or move the folder away.")
         return
     os.makedirs(output_dir, exist_ok=True)
-    temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump({"url_list": os.path.basename(url_list), **wanted}, file)
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps({"url_list": os.path.basename(url_list), **wanted}))
 
 
 def read_stats(output_dir: str) -> dict[str, int]:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .. import folders, parsing
 from ..builder import ProblemLog
+from ..files import write_atomically
 from ..media import read_media, split_tar_member
 from . import layout
 from .evaluation_rows import EvaluationRows
@@ -284,10 +285,10 @@ def verify(
     if urls:
         text = "".join(f"{url}\n" for url in urls)
         name = f"missing_urls-{hashlib.sha256(text.encode()).hexdigest()[:8]}.txt"
-        Path(output_dir, name).write_text(text, encoding="utf-8")
+        write_atomically(Path(output_dir, name), text)
     result = Verification(references.counts, dict(expected or {}), reports.bad)
     summary = {"whole": result.whole, "counts": result.counts, "expected": result.expected, "bad": result.bad}
-    Path(output_dir, "verify.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_atomically(Path(output_dir, "verify.json"), json.dumps(summary, indent=1) + "\n")
     return result
 
 

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from .. import folders, parsing
 from ..commands import print_anywhere
+from ..files import write_atomically
 from ..video import decode_frames, probe_video
 from . import layout
 
@@ -248,13 +249,6 @@ def extract_clip(root: str, video: str, output: str, settings: FrameSettings) ->
     return clip, problem, detail
 
 
-def _write_atomically(path: str, text: str) -> None:
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
-
-
 def extract_frames(
     root: str, output: str, settings: FrameSettings, workers: int = 1, progress: bool = True
 ) -> ExtractedFrames:
@@ -296,9 +290,9 @@ def extract_frames(
         json.dumps({"file": video, "reason": reason, "detail": found[video][2]}) + "\n"
         for video, reason in problems.items()
     ]
-    _write_atomically(osp.join(output, PROBLEMS), "".join(lines))
+    write_atomically(osp.join(output, PROBLEMS), "".join(lines))
     entries = {video: asdict(clip) for video, clip in clips.items()}
-    _write_atomically(manifest, json.dumps({"settings": asdict(settings), "clips": entries, "problems": problems}))
+    write_atomically(manifest, json.dumps({"settings": asdict(settings), "clips": entries, "problems": problems}))
     return ExtractedFrames(osp.abspath(output), clips, problems)
 
 

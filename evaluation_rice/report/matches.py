@@ -2,11 +2,11 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from data_rice.collator import decode_image
+from data_rice.files import replacing
 
 from ..frames import clip_frames
 from ..protocol import Rankings, RetrievalTask
@@ -151,6 +151,5 @@ def draw_matches(
         top = TITLE + i * height
         draw.line((0, top - 2, width, top - 2), fill=(225, 225, 225))
         row.draw(canvas, top, image_of)
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    canvas.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        canvas.save(temporary, format="PNG")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from hub_rice.files import write_atomically
+from data_rice.files import write_atomically
 from hub_rice.model_card import gallery_words, write_model_card
 from hub_rice.tables import format_table, shown_scores
 

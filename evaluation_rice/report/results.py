@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from hub_rice.files import write_atomically
+from data_rice.files import write_atomically
 
 from ..protocol import Rankings, RetrievalTask
 

@@ -24,11 +24,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from data_rice.commands import mistakes_end, print_anywhere
-from hub_rice.files import write_atomically
+from data_rice.files import write_atomically
 from hub_rice.tables import percent
+from modeling_rice.scoring_rice import KINDS
 
 from ..breakdown import can_draw
-from ..protocol import KINDS
 from ..recall import interval_words
 from ..report.results import read_results
 from .cells import Cell, cells_of

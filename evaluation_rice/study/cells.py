@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hub_rice.files import write_atomically
+from data_rice.files import write_atomically
 
 from .definition import Study, to_arguments
 
