@@ -89,6 +89,7 @@ class ResumableTrainer(Trainer):
         # Done when the run began; again it would fit weights that the undisturbed run does not have.
         self.args.eval_on_start = on_start and not resume_from_checkpoint
         self._stop.number = 0
+        self._losses = _LossSum()
         try:
             with signals_call(self._stop) if self.args.save_on_signal else nullcontext():
                 output = super().train(resume_from_checkpoint, *args, **kwargs)

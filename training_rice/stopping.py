@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 
-from .processes import are_several
+from .processes import maximum
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +75,8 @@ class StopRequest:
 
     def agreed(self, device: torch.device) -> int:
         """The signal that any process got, 0 while none has; to be called by all of them."""
-        if not are_several():
-            return self.number
         # Nothing but the signal itself sets `number`, which may come at any moment, this one included.
-        number = torch.tensor(self.number, device=device)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return int(number)
+        return int(maximum(self.number, device))
 
 
 def outlive_signals(initialise: Callable[[int], None] | None, worker: int) -> None:
