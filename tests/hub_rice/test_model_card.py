@@ -6,7 +6,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from hub_rice.model_card import PUBLISHED, card_from_file, model_card, read_results
+from hub_rice.model_card import PUBLISHED, breakdown_page, card_from_file, model_card
+from hub_rice.results import read_results
 from hub_rice.training_record import recipe as training_recipe
 from training_rice.arguments import parse_arguments
 from training_rice.setup import record_arguments
@@ -192,7 +193,7 @@ def test_missing_entries_and_template_are_named(tmp_path):
         model_card(RESULTS, tmp_path / "gone.md")
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
     assert card_from_file(tmp_path / "results.json") == model_card(RESULTS)
-    for content, words in ((json.dumps(RESULTS)[:50], "no whole JSON"), ("[]", "lacks protocol")):
+    for content, words in ((json.dumps(RESULTS)[:50], "no whole results file"), ("[]", "expected a JSON object")):
         (tmp_path / "results.json").write_text(content)
         with pytest.raises(ValueError, match=words):
             read_results(tmp_path / "results.json")

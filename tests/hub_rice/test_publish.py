@@ -216,7 +216,7 @@ def test_refusals_of_the_folder(hub, client, run_folder, tmp_path):
     (run_folder / "results.json").write_text(json.dumps({"scores": {}}))
     says("results.json lacks protocol, num_queries")
     (run_folder / "results.json").write_text(whole[:100])
-    says("results.json is no whole JSON file")
+    says("results.json is no whole results file")
     (run_folder / "results.json").unlink()
     says("make it by `python eval_rice.py --model")
     config = json.loads((run_folder / "config.json").read_text())
