@@ -36,8 +36,7 @@ class Hit:
     Attributes:
         image_id, product_id, title: As the shop's rows name them; without a product id, the image id.
         live_id: The livestream that was searched, or the first that sells the image; "" where there are none.
-        image: Path of the picture as text (`data_rice.paths.text_to_path` gives what `open` takes, should its name
-            hold bytes that are no UTF-8), "" where it came as bytes.
+        image: Path of the picture as `data_rice.paths.path_to_text` writes it, "" where it came as bytes.
         score: By which hits are ranked: embedding, matching and text fused as `evaluation_rice.fusion.fuse_scores`
             does, or the embedding score without a decoder.
         embedding_score: `model.similarity`, a cosine.
@@ -131,16 +130,15 @@ class GalleryIndex:
 
         Into a folder it goes shard by shard: the same call again goes on where one was interrupted, and a call for a
         changed shop encodes the shards that changed. Under `accelerate launch` each process encodes its share, and all
-        return the whole index. Processes that know nothing of each other do the same when told their number; the
-        folder must be one that all see.
+        return the whole index. So do processes that know nothing of each other, told their number, in a
+        folder that all see.
 
         Args:
             model: In eval mode.
             processor: Saved with the model.
             shop_rows: Gallery rows with `image_id`, `image` (a path, a PIL image or `{"path", "bytes"}`) and, where
-                there are any, `live_id`, `title` and `product_id`: dicts, or a table of pandas, Arrow or `datasets`.
-                Ids are texts or whole numbers (17 and 17.0 are "17"), missing values (`None`, NaN) are as good as
-                none. Rows of one id are one image of several livestreams.
+                there are any, `live_id`, `title` and `product_id`, as dicts or a table (pandas, Arrow, `datasets`). An
+                id is text or a whole number. Rows of one id are one image of several livestreams.
             batch_size: Images per batch.
             output_dir: The index's folder; by default it is built in memory.
             num_workers: Processes that decode.
@@ -155,8 +153,7 @@ class GalleryIndex:
             gets it.
 
         Raises:
-            ValueError: no rows, a row without an id or with a value of a wrong kind (named before anything is
-                encoded), not one readable image, or an argument out of range.
+            ValueError: no rows, a bad row (told before encoding), no readable image, or an argument out of range.
             FileExistsError: the folder holds another index.
             BlockingIOError: another process is writing to the folder.
             OSError: the folder cannot be written.
@@ -357,12 +354,10 @@ class GalleryIndex:
         Raises:
             ValueError: as `build` for the rows, or an index that was opened without a processor.
         """
-        if self.processor is None:
-            raise ValueError("the index was opened without a processor, which adding images needs; pass one to load.")
-        encoder = index_build.ShopEncoder(self.model, self.processor, batch_size, progress=False, dtype=self.dtype)
-        rows = index_build.as_rows(rows)
-        reader = index_build.ShopReader(encoder.collator, rows)
-        images = index_build.collect_images(rows)
+        processor = self._processor_for("adding images")
+        encoder = index_build.ShopEncoder(self.model, processor, batch_size, progress=False, dtype=self.dtype)
+        reader = index_build.ShopReader(encoder.collator, index_build.as_rows(rows))
+        images = index_build.collect_images(reader.rows)
         known = self.store.get([image.image_id for image in images])
         for image in images:
             before = known.get(image.image_id, {}).get("live_ids", [])
@@ -532,23 +527,21 @@ class GalleryIndex:
         if hasattr(queries, "embeds"):
             if relevant is None or len(relevant) != len(queries):
                 raise ValueError(f"relevant must list the image ids of each of the {len(queries)} clips.")
-            batches = [(queries, list(relevant), scopes_of(live_id, len(queries)))]
+            answers = [[id_text(image_id) for image_id in images] for images in relevant]
+            batches = [(queries, answers, scopes_of(live_id, len(queries)))]
         else:
-            collator = RiceCollator(self._processor_for_rows(), use_boxes=use_boxes)
-            reading = (batch_size, num_workers, progress)
-            rows = index_build.as_rows(queries)
-            batches = index_build.encoded_queries(self.model, collator, rows, self.live_ids(), reading, unreadable)
-        scored: list[ScoredClip] = []
-        for clips, answers, scopes in batches:
-            scored += self._scored(clips, answers, scopes, rerank)
+            collator = RiceCollator(self._processor_for("reading clips"), use_boxes=use_boxes)
+            reading = (self.live_ids(), (batch_size, num_workers, progress), unreadable)
+            batches = index_build.encoded_queries(self.model, collator, queries, *reading)
+        scored = [one for batch in batches for one in self._scored(*batch, rerank)]
         self.calibration = fit_calibration(
             scored, presence_prior=presence_prior, false_accept_rate=false_accept_rate, rerank=rerank
         )
         return {**self.calibration.report, "unreadable": unreadable}
 
-    def _processor_for_rows(self):
+    def _processor_for(self, purpose: str):
         if self.processor is None:
-            raise ValueError("the index was opened without a processor, which reading clips needs; pass one to load.")
+            raise ValueError(f"the index was opened without a processor, which {purpose} needs; pass one to load.")
         return self.processor
 
     def _scored(self, clips, answers: list, scopes: list[Scope], rerank: int | None) -> list[ScoredClip]:

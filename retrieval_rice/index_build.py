@@ -75,7 +75,7 @@ def read_id(row: Mapping, name: str, where: str) -> str:
         ValueError: it is neither; the message begins with `where`.
     """
     value = row.get(name)
-    if value is None or (isinstance(value, str) and not value):
+    if is_missing(value) or (isinstance(value, str) and not value):
         return ""
     try:
         return id_text(value)
@@ -83,10 +83,10 @@ def read_id(row: Mapping, name: str, where: str) -> str:
         raise ValueError(f"{where}: {name} {error}.") from None
 
 
-def _without_pictures(rows: Sequence[dict], *pictures: str) -> Sequence[dict]:
+def _without_pictures(rows: Sequence[dict]) -> Sequence[dict]:
     """Rows without the columns that hold pictures, where reading a row would read those."""
-    columns = getattr(rows, "column_names", None)
-    return rows if columns is None else rows.select_columns([name for name in columns if name not in pictures])
+    names = getattr(rows, "column_names", None)
+    return rows if names is None else rows.select_columns([name for name in names if name not in ("image", "frames")])
 
 
 def collect_images(rows: Sequence[dict]) -> list[ShopImage]:
@@ -100,7 +100,7 @@ def collect_images(rows: Sequence[dict]) -> list[ShopImage]:
         ValueError: a row without an id or with a value of a wrong kind, which it names, or no rows at all.
     """
     images: dict[str, ShopImage] = {}
-    for number, row in enumerate(_without_pictures(rows, "image", "frames")):
+    for number, row in enumerate(_without_pictures(rows)):
         where = f"row {number} of the shop"
         image_id = read_id(row, "image_id", where)
         if not image_id:
@@ -379,11 +379,11 @@ def query_answers(queries: Sequence[dict]) -> tuple[list[list[str]], list[str]]:
         ValueError: an id is neither text nor a whole number, or `relevant` is no list; the message names the row.
     """
     relevant, lives = [], []
-    for number, row in enumerate(_without_pictures(queries, "image", "frames")):
+    for number, row in enumerate(_without_pictures(queries)):
         where, images = f"query row {number}", row.get("relevant")
         if isinstance(images, (str, Mapping)) or not hasattr(images, "__iter__"):
             raise ValueError(f"{where}: relevant is {images!r}; give a list of image ids.")
-        relevant.append([read_id({"relevant": image}, "relevant", where) for image in images])
+        relevant.append([read_id({"relevant": image_id}, "relevant", where) for image_id in images])
         lives.append(read_id(row, "live_id", where))
     return relevant, lives
 
@@ -391,6 +391,7 @@ def query_answers(queries: Sequence[dict]) -> tuple[list[list[str]], list[str]]:
 def encoded_queries(model, collator, rows, live_ids: list[str], reading: tuple[int, int, bool], unreadable: list):
     """Batches of clips with the images that answer them and the livestreams they search."""
     batch_size, num_workers, progress = reading
+    rows = as_rows(rows)
     relevant, searched = query_answers(rows)
     retriever = ModelRetriever(model, collator)
     loading = Loading(batch_size, num_workers, quiet=not progress)

@@ -4,7 +4,6 @@ A file that the manifest names is never written again, so a full disk or a kill 
 there, whole, and a change writes the shards that changed and no others.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +17,11 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
 from .index_store import RECORD, Shard
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 MANIFEST = "index.json"
 FORMAT, VERSION = "rice-gallery-index", 1
@@ -44,7 +48,13 @@ def write_lock(folder: Path, shared: bool = False) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process is writing.
+        OSError: the system has no such locks (Windows).
     """
+    if fcntl is None:
+        raise OSError(
+            f"the index {folder} cannot be written: other writers are kept out by file locks (fcntl), which this "
+            f"system does not have; write it on Linux or macOS, and copy it."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / _LOCK, "a") as file:
         try:

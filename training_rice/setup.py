@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, PreTrainedTokenizerBase
 
 from data_rice import LazyRows, gallery_scope, load_dataset_view, open_dataset_view
 from data_rice.asr_noise import with_noisy_asr
+from data_rice.augmentation import ClipAugmentation
+from data_rice.collator import RiceCollator
 from data_rice.files import write_atomically
 from hub_rice.loading import checkpoint_folder, load_processor
 from hub_rice.repository import hub_errors
@@ -21,7 +23,7 @@ from modeling_rice import RiceConfig, RiceModel
 from processing_rice import RiceProcessor, build_processor
 
 from .arguments import DataArguments, ModelArguments, RiceTrainingArguments
-from .checkpoints import RESULTS_FILE, holds_finished_run, numbered_checkpoints, why_broken
+from .checkpoints import RESULTS_FILE, holds_finished_run, newest_whole, numbered_checkpoints, why_broken
 from .pretrained import start_from
 from .text import build_tokenizer, complete_text_settings, load_text_encoder
 
@@ -34,8 +36,11 @@ _NEWEST = (True, "true", "True")
 _NEVER = (False, "false", "False")
 # What may differ between a run and its continuation.
 _FREE_ARGUMENTS = ("resume_from_checkpoint", "output_dir", "logging_steps", "disable_tqdm", "report_to", "run_name")
-_FREE_ARGUMENTS += ("save_total_limit", "max_nonfinite_steps", "ddp_timeout", "dataloader_num_workers")
+_FREE_ARGUMENTS += ("save_total_limit", "max_nonfinite_steps", "save_on_signal", "ddp_timeout")
+_FREE_ARGUMENTS += ("dataloader_num_workers",)
 _FREE_ARGUMENTS += ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_pin_memory")
+# What the trainer chooses where the user has not.
+_CHOSEN_ARGUMENTS = ("metric_for_best_model", "greater_is_better")
 
 # What a run may add to the checkpoint it goes on from, replace or leave out, as a whole.
 _PARTS = ("decoder", "reconstruction_head", "patch_saliency", "temporal_pooling", "text_model", "text_projection")
@@ -236,13 +241,62 @@ def _normalise_as(vision_model: str, processor: RiceProcessor) -> None:
         part.image_mean, part.image_std = theirs.image_mean, theirs.image_std
 
 
+def set_token_ids(config: RiceConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    The config and its text encoder's take over the ids of the tokenizer. Trainer sets the latter when it trains, which
+    a run that was interrupted after its last step does not do again.
+    """
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(tokenizer, name)
+        setattr(config, name, value)
+        if config.text_config is not None and value is not None:
+            setattr(config.text_config, name, value)
+
+
+def build_collators(
+    data: DataArguments, processor: RiceProcessor, failure_log: str
+) -> tuple[RiceCollator, RiceCollator]:
+    """
+    For training pairs, and for the queries and gallery of validation.
+
+    Args:
+        data: Says how pictures are drawn, decoded and changed, and what goes with them.
+        processor: Of the run.
+        failure_log: File that lists what training could not read.
+    """
+    augmentation = None
+    if data.augments:
+        augmentation = ClipAugmentation(
+            crop_scale=(data.augment_crop, 1.0),
+            crop_ratio=ClipAugmentation.crop_ratio if data.augment_crop < 1 else (1.0, 1.0),
+            flip=data.augment_flip,
+            jitter=data.augment_jitter,
+            background=data.augment_background,
+            frame_drop=data.augment_frame_drop,
+        )
+    pairs = RiceCollator(
+        processor,
+        augmentation=augmentation,
+        use_boxes=data.use_boxes,
+        num_frames=data.train_num_frames or data.num_frames,
+        sampling=data.frame_sampling,
+        use_text=data.use_text,
+        asr_noise=data.asr_noise,
+        failure_log=failure_log,
+        decode=data.decode,
+        pixels="uint8" if data.decode == "fast" else "float",
+    )
+    return pairs, RiceCollator(processor, use_boxes=data.use_boxes, use_text=data.use_text)
+
+
 def find_checkpoint(arguments: RiceTrainingArguments) -> str | None:
     """
     The checkpoint to go on from: the one asked for, else the newest whole one of the output folder. With
     `resume_from_checkpoint` false a run starts anew, for which the folder must hold none.
 
     Raises:
-        FileNotFoundError, ValueError: when the one asked for is missing or half-written, or the folder is not free.
+        FileNotFoundError, ValueError: when the one asked for is missing, half-written or damaged, or the folder is not
+            free.
     """
     asked, folder = arguments.resume_from_checkpoint, arguments.output_dir
     if asked in _NEVER:
@@ -256,14 +310,11 @@ def find_checkpoint(arguments: RiceTrainingArguments) -> str | None:
         if not os.path.isdir(asked):
             raise FileNotFoundError(f"resume_from_checkpoint: there is no folder {asked}.")
         if reason := why_broken(asked, arguments.world_size):
-            raise ValueError(f"resume_from_checkpoint: {asked} is half-written ({reason}); choose an earlier one.")
+            raise ValueError(
+                f"resume_from_checkpoint: {asked} is half-written or damaged ({reason}); choose an earlier one."
+            )
         return asked
-    for checkpoint in numbered_checkpoints(folder):
-        if reason := why_broken(checkpoint, arguments.world_size):
-            logger.warning("Passing over %s: it is half-written (%s).", checkpoint, reason)
-            continue
-        return str(checkpoint)
-    return None
+    return newest_whole(folder, arguments.world_size)
 
 
 def is_finished(arguments: RiceTrainingArguments) -> bool:
@@ -288,7 +339,9 @@ def record_arguments(
     if resuming and path.is_file():
         former = json.loads(path.read_text(encoding="utf-8"))
         for name, value in current.items():
-            if name not in _FREE_ARGUMENTS and name in former and former[name] != value:
+            if name in _FREE_ARGUMENTS or (name in _CHOSEN_ARGUMENTS and value is None):
+                continue
+            if name in former and former[name] != value:
                 raise ValueError(
                     f"{training.output_dir} holds a run with {name}={former[name]!r}, not {value!r}; choose another "
                     f"output_dir, or remove that folder to start anew."

@@ -36,6 +36,8 @@ from .validation import validate_together
 
 logger = logging.getLogger(__name__)
 
+# Of RiceConfig: how the scores of a model are put together, which validation finds out.
+FITTED_FIELDS = ("fusion_weight", "text_score_weight", "fused_text_weight")
 LOSS_TERMS = ("contrastive_loss", "matching_loss", "reconstruction_loss", "text_loss")
 
 
@@ -51,6 +53,8 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         kwargs: As `Trainer`.
     """
 
+    fitted_fields = FITTED_FIELDS
+
     def __init__(
         self,
         model: RiceModel,
@@ -61,7 +65,7 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         eval_collator: RiceCollator | None = None,
         **kwargs,
     ):
-        if args.metric_for_best_model in (None, "loss"):
+        if args.metric_for_best_model is None:
             args.metric_for_best_model = "eval_fused_R@1" if model.decoder is not None else "eval_embedding_R@1"
             args.greater_is_better = True
         self.eval_views = eval_dataset

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,8 @@ import torch.distributed as dist
 from evaluation_rice.fusion import TEXT_WEIGHTS, edge_words
 from evaluation_rice.protocol import RetrievalTask
 from evaluation_rice.retrieval import Loading, ModelRetriever, add_text_scores, all_scores, rank_scores
+
+from .processes import are_several, on_first_process
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def validate_together(
         ValueError, OSError: when a process could not read one image of its galleries, or the main one not compute the
             recall; on every process, none is left waiting.
     """
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    several = are_several()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     retriever = ModelRetriever(model, collator)
     share = share_of(task, rank, world_size) if several else task
@@ -85,23 +86,8 @@ def validate_together(
     failures = [failure for _, part, _ in parts for failure in part] + task.without_gallery()
     # In file order, or the order of ties would depend on who scored what.
     merged = dict(sorted((query, values) for part, _, _ in parts for query, values in part.items()))
-    metrics, weight = _by_main_process(several, rank, partial(_measure, task, merged))
+    metrics, weight = on_first_process(partial(_measure, task, merged))
     return metrics, weight, failures
-
-
-def _by_main_process(several: bool, rank: int, compute: Callable[[], Any]) -> Any:
-    """What `compute` returns or raises on the main process, on every process."""
-    outcome: list[Any] = [None]
-    if rank == 0:
-        try:
-            outcome = [compute()]
-        except (ValueError, OSError) as error:
-            outcome = [error]
-    if several:
-        dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
 
 
 def _measure(task: RetrievalTask, scores: dict[int, dict[str, np.ndarray]]) -> tuple[dict[str, float], float | None]:

@@ -126,7 +126,7 @@ def _parse_product(
 
 
 def _media_path(media: MediaRoot, value: object, what: str) -> str:
-    path = osp.relpath(media.path(value, what), media.root)
+    path = osp.relpath(media.path(value, what), media.root).replace(osp.sep, "/")
     if path == ".":
         raise ValueError(f"the {what} names the data folder itself")
     return path

@@ -245,6 +245,7 @@ def as_table(rows):
         lambda table: pa.Table.from_pandas(table),
         lambda table: iter(table.astype({"image_id": "Int64"}).to_dict("records")),
         lambda table: Dataset.from_pandas(table),
+        lambda table: Dataset.from_dict({**table.to_dict("list"), "title": ["mug", None] * 5}),
         lambda table: [{**row, "image_id": np.int32(row["image_id"])} for row in table.to_dict("records")],
     ],
 )
@@ -302,6 +303,9 @@ def test_queries_of_a_table_calibrate_alike(build, shop, demo_queries):
     table["video"] = float("nan")
     reports = [index.calibrate(queries, progress=False) for queries in (plain, table, table.to_dict("records"))]
     assert reports[0] == reports[1] == reports[2] and reports[0]["unreadable"] == []
+    clips, lives = shop.clips(*range(10)), [i % 2 for i in range(10)]
+    by_clips = [index.calibrate(clips, [[kind(i)] for i in range(10)], lives) for kind in (str, int, np.float64)]
+    assert by_clips[0] == by_clips[1] == by_clips[2]
 
 
 def test_a_model_in_training_mode_is_refused(build, shop):

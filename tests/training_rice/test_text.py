@@ -8,6 +8,7 @@ from data_rice.collator import RiceCollator
 from evaluation_rice.protocol import RetrievalTask
 from evaluation_rice.retrieval import Loading, ModelRetriever, add_text_scores, retrieve
 from processing_rice import train_tokenizer
+from tests.training_rice.texts import TEXT, WORDS
 from training_rice.arguments import DataArguments, ModelArguments, RiceTrainingArguments
 from training_rice.grad_cache import GradCache
 from training_rice.recipe import check_model_fields
@@ -15,25 +16,6 @@ from training_rice.setup import build_model, build_rice_processor
 from training_rice.text import check_text
 from training_rice.trainer import RiceTrainer
 from training_rice.validation import validate_together
-
-TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-TEXT |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 64}
-WORDS = [f"{colour} {thing}" for colour in ("red", "blue", "green") for thing in ("mug", "shoe", "hat", "dress")]
-
-
-def named(rows, key, words):
-    return rows.map(lambda row, i: {key: words[i]}, with_indices=True, features=rows.features)
-
-
-@pytest.fixture
-def text_pairs(pairs):
-    return named(named(pairs, "title", WORDS), "asr", [f"look at this {words}" for words in WORDS])
-
-
-@pytest.fixture
-def text_validation(validation):
-    queries, gallery, scope = validation
-    return named(queries, "asr", [f"we sell {words}" for words in WORDS]), named(gallery, "title", WORDS), scope
 
 
 def text_model(make_model, **settings):

@@ -71,7 +71,7 @@ def test_pictures_come_in_the_order_of_their_names_and_are_deleted(folder):
     shades = {"①.png": 220, "frame10.png": 200, "frame2.png": 100, "frame1.png": 50, "١.png": 20}
     paths = [picture(folder / name, (shade, shade, shade)) for name, shade in shades.items()]
     upload = read_upload(paths, folder)
-    in_order = (220, 20, 50, 100, 200)
+    in_order = (20, 220, 50, 100, 200)
     assert [abs(colour[0] - shade) <= 2 for colour, shade in zip(colours(upload), in_order)] == [True] * 5
     assert upload.note == "" and list(folder.iterdir()) == []
 
