@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from data_rice.files import write_atomically
 from modeling_rice.layout_rice import PIPELINE_TAG, TAGS
 
-from .results import NEEDED, dataset_name, read_results
+from .results import NEEDED, complete, dataset_name, read_results
 from .tables import TITLES, markdown_table, percent
 from .training_record import read_training_record
 
@@ -105,7 +105,8 @@ def _evaluations(results: Mapping) -> list[EvalResult]:
 
 def breakdown_page(results: Mapping) -> str | None:
     """R@1 by attribute of the clips as a page of its own, `None` where the clips know no attribute."""
-    tables = [f"## By {name.replace('_', ' ')}\n\n{breakdown_table(groups)}" for name, groups in results["by"].items()]
+    groups = complete(results)["by"]
+    tables = [f"## By {name.replace('_', ' ')}\n\n{breakdown_table(group)}" for name, group in groups.items()]
     if not tables:
         return None
     where = f"{results['num_queries']} clips of {dataset_name(results)}, split {results['protocol']['split']}"
@@ -167,7 +168,7 @@ def model_card(
             f"the license {license!r} is no identifier of the Hub, such as apache-2.0 or cc-by-nc-sa-4.0."
         )
     if results is not None:
-        results = {**results, "by": results.get("by") or {}, "scores": best_first(results["scores"])}
+        results = {**complete(results), "scores": best_first(results["scores"])}
     data = ModelCardData(
         license=license or record["license"],
         library_name="transformers",
@@ -218,7 +219,7 @@ def write_model_card(
     folder = Path(output_dir)
     card = model_card(results, template, picture=(folder / "matches.png").is_file(), **options)
     write_atomically(folder / "README.md", card.rstrip() + "\n")
-    page = None if results is None else breakdown_page({"by": {}, **results})
+    page = None if results is None else breakdown_page(results)
     if page is not None:
         write_atomically(folder / "breakdown.md", page)
 

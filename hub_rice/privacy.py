@@ -36,9 +36,14 @@ def without_paths(text: str, known: Iterable[str] = ()) -> str:
     """
     if _is_rooted(text) or (os.path.exists(text) and "/" in text):
         return last_part(text)
+    return _PATH.sub(lambda match: last_part(match[0]), cut(text, known))
+
+
+def cut(text: str, known: Iterable[str]) -> str:
+    """A text in which of known paths the last part is left."""
     for path in sorted(known, key=len, reverse=True):
         text = text.replace(path, last_part(path))
-    return _PATH.sub(lambda match: last_part(match[0]), text)
+    return text
 
 
 def paths_in(value) -> set[str]:

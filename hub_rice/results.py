@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_rice.parsing import is_number, read_json_object
 
-from .privacy import is_local, last_part, paths_in, portable
+from .privacy import cut, is_local, last_part, paths_in, portable
 
 NUMBER, TEXT, FLAG = "a number", "a text", "true or false"
 TEXTS = [TEXT]
@@ -126,7 +126,9 @@ def _check_shown(results: Mapping, file: str) -> None:
         for name, group in groups.items():
             same = kinds == list(group) and "num_queries" in kinds
             _check(same, "like its neighbours", file, f"by.{attribute}.{name}")
-            rows |= {f"by.{attribute}.{name}.{kind}": group[kind] for kind in kinds if kind != "num_queries"}
+            for kind in kinds:
+                recall = kind == "num_queries" or "R@1" in group[kind]
+                _check(recall, "an object with R@1", file, f"by.{attribute}.{name}.{kind}")
     _check("R@1" in columns, "a table with R@1", file, "scores")
     for where, values in rows.items():
         _check({name for name in columns if "_" not in name} <= set(values), "a row of the table", file, where)
@@ -137,23 +139,34 @@ def _check_shown(results: Mapping, file: str) -> None:
         _check(words is not None, "an object with source_words", file, "protocol.fusion")
 
 
+def complete(results: Mapping) -> dict:
+    """Results with what an evaluation may leave out, and without attributes that group no clips."""
+    by = {attribute: groups for attribute, groups in (results.get("by") or {}).items() if groups}
+    return {"fusion_weight": None, **results, "by": by}
+
+
 def portable_results(results: Mapping, repo_id: str) -> dict:
     """Results as anybody may read them: known fields alone, the model by its id, and paths by their last part."""
-    known = paths_in(results) | paths_in(shlex.split(results.get("command", "")))
-    local = str(results["model"])
-    command = [repo_id if word == local else _short(word) for word in shlex.split(results.get("command", ""))]
-    allowed = _allowed(results, FIELDS, "the results", "") | {"model": None, "command": None}
-    return portable(allowed, known) | {
-        "model": repo_id,
-        "dataset": dataset_name(results),
-        "command": portable(shlex.join(command), known),
-    }
+    local, command = str(results["model"]), str(results.get("command", ""))
+    known = paths_in(results) | paths_in(_words(command))
+    command = cut(command, known - {local} if local in _words(command) else known)
+    command = [repo_id if word == local else _short(word) for word in _words(command)]
+    own = {"model": repo_id, "dataset": dataset_name(results), "command": shlex.join(command)}
+    return portable(_allowed(results, FIELDS, "the results", "") | own, known)
 
 
 def dataset_name(results: Mapping) -> str:
     """The data set's name; of a folder only its own name, since the path is nobody's business."""
     name = str(results["dataset"])
     return last_part(name) if is_local(name) else name
+
+
+def _words(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError:
+        # A quotation that does not end.
+        return command.split()
 
 
 def _short(word: str) -> str:

@@ -1,7 +1,5 @@
 """What of a folder is published, and what is made of the Hub's answers, without a Hub."""
 
-import json
-
 import pytest
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
