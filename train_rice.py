@@ -83,8 +83,10 @@ def _tell_stopped(stopped: Stopped, arguments: RiceTrainingArguments | None) -> 
     if arguments is None or arguments.process_index > 0:
         return
     checkpoint = newest_whole(arguments.output_dir, arguments.world_size)
+    # Of a process that the signal has ended too, before this one could write a checkpoint.
+    lost = "" if stopped.__cause__ is None else f" without another checkpoint ({_sentence(stopped.__cause__)})"
     print(
-        f"{program_name()}: stopped by {stopped.name}; run the same command again to "
+        f"{program_name()}: stopped by {stopped.name}{lost}; run the same command again to "
         + ("start anew." if checkpoint is None else f"go on from {checkpoint}."),
         file=sys.stderr,
     )

@@ -105,7 +105,7 @@ class RiceCollator:
         batch["product_ids"] = torch.tensor([product_id_hash(_product(row)) for row in rows])
         return batch
 
-    def encode_queries(self, rows: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[int], list[Failure]]:
+    def collate_queries(self, rows: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[int], list[Failure]]:
         """
         Query rows for evaluation.
 
@@ -123,8 +123,8 @@ class RiceCollator:
             inputs = self._process_clips([rows[i] for i in readable], [clips[i] for i in readable], padding="longest")
         return inputs, readable, failures
 
-    def encode_gallery(self, rows: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[int], list[Failure]]:
-        """Gallery rows for evaluation; returns as `encode_queries`, an unreadable image is `"skipped"`."""
+    def collate_gallery(self, rows: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[int], list[Failure]]:
+        """Gallery rows for evaluation; returns as `collate_queries`, an unreadable image is `"skipped"`."""
         failures: list[Failure] = []
         images = [self._load_image(row["image_id"], row["image"], failures) for row in rows]
         readable = [i for i, image in enumerate(images) if image is not None]

@@ -10,6 +10,7 @@ import argparse
 import time
 
 import numpy as np
+import torch
 from PIL import Image
 
 from data_rice.collator import decode_image
@@ -202,7 +203,7 @@ class BaselineRetriever:
         return np.concatenate(parts)
 
     def scores(self, clips, gallery):
-        return {"embedding": self.baseline.similarity(clips, gallery)}
+        return {"embedding": torch.from_numpy(self.baseline.similarity(clips, gallery))}
 
 
 BASELINES = {cls.name: cls for cls in (ColorHistogram, Pixels8x8, ColorHistogramInBox)}

@@ -284,7 +284,7 @@ class FrozenEncoder:
         return np.concatenate(parts)
 
     def scores(self, clips, gallery):
-        return {"embedding": clips @ gallery.T}
+        return {"embedding": torch.from_numpy(clips @ gallery.T)}
 
 
 def _tensors(inputs) -> dict[str, torch.Tensor]:

@@ -106,10 +106,12 @@ def add_onnx(model, processor, folder: Path, wanted: bool) -> None:
     Raises:
         ValueError: files that are there were exported from other weights, or cannot be made.
     """
+    from modeling_rice.fingerprint_rice import same_state
+
     description = folder / "onnx" / "onnx.json"
     if description.is_file():
         exported = json.loads(description.read_text(encoding="utf-8")).get("model_fingerprint")
-        if exported != model.fingerprint():
+        if exported is None or not same_state(exported, model.fingerprint()):
             raise ValueError(
                 f"{folder / 'onnx'} was exported from other weights: remove it, or run `rice export {folder} "
                 f"{folder / 'onnx'}` again."

@@ -17,8 +17,8 @@ import torch
 
 from data_rice.collator import RiceCollator
 from data_rice.parsing import id_text
-from evaluation_rice.fusion import fuse_scores
-from evaluation_rice.retrieval import has_decoder, model_scores
+from modeling_rice.fingerprint_rice import same_state
+from modeling_rice.scoring_rice import best_first, ranked_scores
 
 from . import index_build, index_files
 from .calibration import PRESENCE_PRIOR, Calibration, ScoredClip, check_decision, fit_calibration, product_shares
@@ -37,8 +37,7 @@ class Hit:
         image_id, product_id, title: As the shop's rows name them; without a product id, the image id.
         live_id: The livestream that was searched, or the first that sells the image; "" where there are none.
         image: Path of the picture as `data_rice.paths.path_to_text` writes it, "" where it came as bytes.
-        score: By which hits are ranked: embedding, matching and text fused as `evaluation_rice.fusion.fuse_scores`
-            does, or the embedding score without a decoder.
+        score: By which hits are ranked, the kind that `config.ranking` of the model says.
         embedding_score: `model.similarity`, a cosine.
         matching_score: `model.match`, `None` where it was not asked for.
         confidence: Probability that the hit's product is the clip's, 0 to 1; see `GalleryIndex.calibrate`.
@@ -80,8 +79,6 @@ class GalleryIndex:
         store: Encoded images: `LocalStore`, or `index_qdrant.QdrantStore` for more than one machine holds.
         processor: Saved with the model; `add` and `calibrate` with rows need it.
         calibration: From `calibrate` of another index of the same model.
-        fusion_weight: Of matching against embedding; by default the model's own, else 1. That of text in the fused
-            score is always the model's own (`config.fused_text_weight`).
     """
 
     def __init__(
@@ -90,13 +87,11 @@ class GalleryIndex:
         store: Store | None = None,
         processor: Any = None,
         calibration: Calibration | None = None,
-        fusion_weight: float | None = None,
     ):
         self.model = model
         self.store = LocalStore() if store is None else store
         self.processor = processor
         self.calibration = calibration
-        self.fusion_weight = fusion_weight or getattr(model.config, "fusion_weight", None) or 1.0
         self.dtype = "float16"
         self._saved: tuple[Path, str] | None = None
 
@@ -215,7 +210,7 @@ class GalleryIndex:
                 return cls.load(folder, encoder.model, encoder.processor)
         features_class = _features_class(encoder.model)
         result = cls._of_shards(encoder, list(index_build.stored_shards(folder, keys, features_class)))
-        if calibration and manifest["model_fingerprint"] == encoder.model.fingerprint():
+        if calibration and same_state(manifest["model_fingerprint"], encoder.model.fingerprint()):
             result.calibration = Calibration(**calibration)
         result._write_manifest(folder)
         return result
@@ -417,8 +412,8 @@ class GalleryIndex:
             live_id: Search one livestream's images; or a list with an entry per clip, each an id, several ids, or
                 `None` for the whole index.
             top_k: Hits per clip at most.
-            rerank: Nearest images that the decoder scores, at least `top_k`; fused scores and confidences are relative
-                to these. `None`: the whole scope. 0: rank by embedding alone.
+            rerank: Nearest images that are scored by more than their embeddings, at least `top_k`; fused scores and
+                confidences are relative to these. `None`: the whole scope. 0: rank by embedding alone.
 
         Returns:
             One answer per clip.
@@ -456,7 +451,9 @@ class GalleryIndex:
             confidence = product_shares(ranked_by, 1.0, products)
         else:
             confidence = self.calibration.confidences(embedding, matching, ranked_by, products)
-        order = np.argsort(-ranked_by, kind="stable")[:top_k]
+        order = best_first(torch.from_numpy(ranked_by), top_k)
+        if not order:
+            return Answer([], True, 0.0, timings)
         hits = [
             Hit(
                 **{name: candidates.records[i][name] for name in ("image_id", "product_id", "title", "image")},
@@ -475,12 +472,12 @@ class GalleryIndex:
     def _scores(self, clip, candidates: Candidates, match: bool) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
         """Embedding and matching scores of the candidates, and those that they are ranked by, each `(k,)`."""
         features = candidates.features.to(clip.embeds.device)
-        known = model_scores(self.model, clip, features, matching=match and has_decoder(self.model))
-        scores = {kind: values[0] for kind, values in known.items()}
-        if "matching" not in scores:
-            return scores["embedding"], None, scores["embedding"]
-        text_weight = getattr(self.model.config, "fused_text_weight", None)
-        return scores["embedding"], scores["matching"], fuse_scores(scores, self.fusion_weight, text_weight)
+        ranked_by, known = ranked_scores(self.model, clip, features, None if match else "embedding")
+        embedding, matching, ranked_by = (
+            None if scores is None else scores[0].cpu().numpy()
+            for scores in (known["embedding"], known.get("matching"), ranked_by)
+        )
+        return embedding, matching, ranked_by
 
     def calibrate(
         self,

@@ -160,16 +160,16 @@ class ShopReader:
     def __call__(self, images: list[ShopImage]) -> tuple[dict, list[int], list[str], list[dict]]:
         """Model inputs, positions of the images that could be read, their paths, and failures."""
         entries = [self.entry(image) for image in images]
-        inputs, readable, failures = self.collator.encode_gallery(entries)
+        inputs, readable, failures = self.collator.collate_gallery(entries)
         replaced = False
         for i in set(range(len(images))) - set(readable):
             for attempt in range(1, len(images[i].rows)):
                 other = self.entry(images[i], attempt)
-                if self.collator.encode_gallery([other])[1]:
+                if self.collator.collate_gallery([other])[1]:
                     entries[i], replaced = other, True
                     break
         if replaced:
-            inputs, readable, failures = self.collator.encode_gallery(entries)
+            inputs, readable, failures = self.collator.collate_gallery(entries)
         return inputs, readable, [entries[i]["image"].get("path") or "" for i in readable], failures
 
     def source(self, image: ShopImage) -> list:

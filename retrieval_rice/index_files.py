@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
+from modeling_rice.fingerprint_rice import same_state
+
 from .index_store import RECORD, Shard
 
 try:
@@ -229,7 +231,7 @@ def write_manifest(folder: Path, manifest: dict) -> str:
 def check_fingerprint(stored: str | None, model: Any, name: str, model_name: str | None = None) -> None:
     """Raises `ValueError` when encodings are known to be another model's."""
     own = model.fingerprint()
-    if None not in (stored, own) and stored != own:
+    if not same_state(stored, own):
         origin = f" ({model_name})" if model_name else ""
         raise ValueError(
             f"the index {name} was encoded by another model{origin}, fingerprint {stored} and not {own}; open it with "

@@ -74,13 +74,14 @@ class StopRequest:
         self.number = number
         logger.info("%s: a checkpoint is written after this step.", signal.Signals(number).name)
 
-    def agreed(self, device: torch.device) -> bool:
-        """Whether a process was asked to stop; to be called by all of them, which then all know of it."""
-        if are_several():
-            number = torch.tensor(self.number, device=device)
-            dist.all_reduce(number, op=dist.ReduceOp.MAX)
-            self.number = int(number)
-        return self.number > 0
+    def agreed(self, device: torch.device) -> int:
+        """The signal that any process got, 0 while none has; to be called by all of them."""
+        if not are_several():
+            return self.number
+        # Nothing but the signal itself sets `number`, which may come at any moment, this one included.
+        number = torch.tensor(self.number, device=device)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return int(number)
 
 
 def outlive_signals(initialise: Callable[[int], None] | None, worker: int) -> None:

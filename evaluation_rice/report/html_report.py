@@ -276,8 +276,10 @@ def _fusion(results: Mapping) -> str:
     fusion = results["protocol"].get("fusion")
     if not fusion:
         return ""
-    text = "" if fusion.get("text_weight") is None else f", text_weight {fusion['text_weight']:g}"
-    words = f"Fused score: {fusion['rule']}; weight {results['fusion_weight']:g}{text}: {fusion['source_words']}."
+    given = {"weight": results["fusion_weight"], "alignment_weight": results.get("alignment_weight")}
+    given["text_weight"] = fusion.get("text_weight")
+    weights = ", ".join(f"{name} {value:g}" for name, value in given.items() if value is not None)
+    words = f"Fused score: {fusion['rule']}; {weights}: {fusion['source_words']}."
     curve = fusion.get("curve")
     plot = curve_plot(curve, results["fusion_weight"], "R@1 over the fusion weight, in percent") if curve else ""
     title = "<h3>R@1 in percent on the validation split</h3>" if plot else ""

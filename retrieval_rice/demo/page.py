@@ -183,7 +183,7 @@ class Demo:
         row = self.with_boxes(clip.row, boxes)
         detect_ms = 1000 * (time.perf_counter() - start)
         start = time.perf_counter()
-        inputs, readable, failures = self._collator(row).encode_queries([row])
+        inputs, readable, failures = self._collator(row).collate_queries([row])
         if not readable:
             raise ValueError(f"The clip cannot be read: {failures[0]['reason']}.")
         clips = self.model.encode_clips(**inputs)

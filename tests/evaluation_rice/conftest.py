@@ -83,10 +83,10 @@ class FakeCollator:
                 failures.append({"id": row[key], "file": "", "reason": str(error)})
         return ({name: torch.stack(values)} if values else {}), loaded, failures
 
-    def encode_gallery(self, rows):
+    def collate_gallery(self, rows):
         return self._encode(rows, "image_id", "pixel_values", lambda row: self.colour(row["image"]))
 
-    def encode_queries(self, rows):
+    def collate_queries(self, rows):
         def read(row):
             return torch.stack([self.colour(frame) for frame in row["frames"]])
 
