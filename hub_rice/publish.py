@@ -6,7 +6,6 @@ when the same command runs again. RUN_DIR is the folder of train_rice.py, or one
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -110,7 +109,9 @@ def add_onnx(model, processor, folder: Path, wanted: bool) -> None:
 
     description = folder / "onnx" / "onnx.json"
     if description.is_file():
-        exported = json.loads(description.read_text(encoding="utf-8")).get("model_fingerprint")
+        from data_rice.parsing import read_json_object
+
+        exported = read_json_object(description).get("model_fingerprint")
         if exported is None or not same_state(exported, model.fingerprint()):
             raise ValueError(
                 f"{folder / 'onnx'} was exported from other weights: remove it, or run `rice export {folder} "
