@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw
 
 from data_rice.collator import decode_image
 from data_rice.files import write_atomically
-from hub_rice.model_card import dataset_name, gallery_words, scope_words
+from hub_rice.model_card import gallery_words, scope_words
+from hub_rice.results import dataset_name
 from hub_rice.tables import TITLES, table_cells
 
 from ..frames import clip_frames
