@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from processing_rice import read_video, sample_frame_indices
+from processing_rice import MediaError, open_image, sample_frame_indices
+from processing_rice.video_media_rice import sample_video
 
 from .augmentation import Box, ClipAugmentation, ClipChange
-from .decoding import MediaError, decode_image, read_frames, resize_pixels, target_size, to_pixels
+from .decoding import read_frames, resize_pixels, target_size, to_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -185,12 +186,13 @@ class RiceCollator:
 
         video = {"path": row["video"], "start": row.get("start"), "end": row.get("end")}
         try:
-            frames = list(read_video(video, self._max_frames, choose))
-        except (ValueError, OSError) as error:
+            frames = sample_video(video, self._max_frames, choose)
+        except MediaError as error:
             failures.append(_failure(row["clip_id"], row["video"], error))
             return [], None
-        # A damaged file may end before the last frame that was chosen.
-        return frames, [boxes.get(i) for i in chosen[: len(frames)]] if boxes else None
+        for i in set(chosen) - set(frames):
+            failures.append(_failure(row["clip_id"], row["video"], f"frame {i} cannot be decoded", "left out"))
+        return list(frames.values()), [boxes.get(i) for i in frames] if boxes else None
 
     def _read_frames(self, row: dict[str, Any], failures: list[Failure], change: ClipChange | None) -> tuple:
         entries = row["frames"]
@@ -213,9 +215,9 @@ class RiceCollator:
         """Decodes for the image or video processor `part`, which resizes what the change's crop leaves."""
         size = target_size(part) if self.decode == "fast" else None
         if size is None:
-            return decode_image(entry)
+            return open_image(entry)
         left, top, right, bottom = (0.0, 0.0, 1.0, 1.0) if change is None else change.crop
-        return decode_image(entry, target=(size[0] / (bottom - top), size[1] / (right - left)))
+        return open_image(entry, target=(size[0] / (bottom - top), size[1] / (right - left)))
 
     def _finish(
         self, pictures: Sequence[Any], boxes: list[Box] | None, part: Any, change: ClipChange | None
@@ -318,4 +320,4 @@ def _failure(row_id: str, file: str | None, reason: object, outcome: str = "skip
     return {"id": row_id, "file": file or "", "reason": str(reason), "outcome": outcome}
 
 
-__all__ = ["MediaError", "RiceCollator", "count_failures", "decode_image", "product_id_hash", "read_failure_log"]
+__all__ = ["RiceCollator", "count_failures", "product_id_hash", "read_failure_log"]

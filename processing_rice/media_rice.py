@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +43,13 @@ class MediaError(ValueError):
 
     reason = ""
 
+    @classmethod
+    def of(cls, message: str, reason: str) -> "MediaError":
+        """An error with a reason; no second argument of the class, which a file error would take for its own."""
+        error = cls(message)
+        error.reason = reason
+        return error
+
 
 class MissingMediaError(MediaError, FileNotFoundError):
     """There is no such file."""
@@ -55,16 +62,12 @@ def printable(name: object) -> str:
 
 def media_error(kind: str, name: object, reason: str) -> MediaError:
     """The sentence for a file, `kind` being "image" or "video", that is there and cannot be read for a `reason`."""
-    error = MediaError(f"The {kind} file {printable(name)} {reason}; replace it or leave it out.")
-    error.reason = reason
-    return error
+    return MediaError.of(f"The {kind} file {printable(name)} {reason}; replace it or leave it out.", reason)
 
 
-def missing_media_error(kind: str, name: object) -> MissingMediaError:
-    """The sentence for a file that is not there."""
-    error = MissingMediaError(f"There is no {kind} file {printable(name)}.")
-    error.reason = "there is no such file"
-    return error
+def missing_media_error(kind: str, name: object) -> MediaError:
+    """The sentence, and the `MissingMediaError`, for a file that is not there."""
+    return MissingMediaError.of(f"There is no {kind} file {printable(name)}.", "there is no such file")
 
 
 def tar_member_path(tar_file: str, offset: int, size: int) -> str:
@@ -140,6 +143,35 @@ def open_image(
     if isinstance(source, Image.Image):
         with _named(name or getattr(source, "filename", "") or "<picture>"):
             return _upright_rgb(source, in_place=False)
+    with _opened(source, name) as image:
+        if target is not None and image.format in ("JPEG", "MPO"):
+            _reduce_scale(image, target)
+        return _upright_rgb(image, in_place=True)
+
+
+class ImageHeader(NamedTuple):
+    """What a picture file says before its pixels: PIL's name of the format, and width and height when upright."""
+
+    format: str
+    width: int
+    height: int
+
+
+def image_header(source: str | os.PathLike | bytes | Mapping[str, Any]) -> ImageHeader:
+    """
+    Reads no further than the header.
+
+    Raises:
+        MediaError: as [`open_image`], but for what only the pixels show.
+    """
+    with _opened(source) as image:
+        width, height = image.size
+        return ImageHeader(image.format, *((height, width) if _lies_on_its_side(image) else (width, height)))
+
+
+@contextmanager
+def _opened(source: str | os.PathLike | bytes | Mapping[str, Any], name: str | None = None):
+    """A picture file with its header read; what goes wrong here or within becomes a `MediaError`."""
     if not isinstance(source, Mapping):
         is_data = isinstance(source, (bytes, bytearray))
         source = {"bytes": source} if is_data else {"path": os.fspath(source)}
@@ -151,9 +183,7 @@ def open_image(
     except (OSError, ValueError) as error:
         raise media_error("image", name, f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
     with _named(name), Image.open(io.BytesIO(data), formats=readable_formats()) as image:
-        if target is not None and image.format in ("JPEG", "MPO"):
-            _reduce_scale(image, target)
-        return _upright_rgb(image, in_place=True)
+        yield image
 
 
 @contextmanager
@@ -177,11 +207,14 @@ def readable_formats() -> tuple[str, ...]:
     return tuple(format for format in FORMATS if format in Image.OPEN)
 
 
+def _lies_on_its_side(image: Image.Image) -> bool:
+    return image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+
+
 def _reduce_scale(image: Image.Image, target: tuple[float, float]) -> None:
     """Chooses libjpeg's scale, which must happen before the pixels are read."""
     height, width = (math.ceil(side * REDUCTION_MARGIN) for side in target)
-    # Orientations 5 to 8 lie on their side.
-    if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
+    if _lies_on_its_side(image):
         height, width = width, height
     image.draft(None, (width, height))
 
@@ -288,6 +321,7 @@ __all__ = [
     "MissingMediaError",
     "check_pixels",
     "flatten",
+    "image_header",
     "is_file_source",
     "media_error",
     "missing_media_error",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from PIL import Image
 
-from .media_rice import MediaError, flatten, media_error, missing_media_error, printable
+from .media_rice import MAX_PIXELS, MediaError, check_pixels, flatten, media_error, missing_media_error, printable
 
 # A clock that goes back further than this has begun anew.
 BACK_S = 0.1
@@ -58,10 +58,9 @@ def open_container(path: str | os.PathLike):
     av, name = import_av(), printable(path)
     try:
         if is_playlist(path):
-            raise MediaError(
-                f"{name} is a playlist, which only names other media; give the video file itself, or follow the "
-                f"playlist with `rice recognise`."
-            )
+            reason = "is a playlist, which only names other media"
+            hint = "give the video file itself, or follow the playlist with `rice recognise`"
+            raise MediaError.of(f"{name} {reason}; {hint}.", reason)
         file = open(path, "rb", buffering=0)
     except FileNotFoundError:
         raise missing_media_error("video", name) from None
@@ -80,27 +79,34 @@ def open_container(path: str | os.PathLike):
     return container
 
 
-def video_stream(container, name: object):
+def video_stream(container, name: object, max_pixels: int | None = None):
     """
     The picture of a container: its first video stream that is more than a cover.
 
+    Args:
+        container: Of PyAV.
+        name: What an error calls it.
+        max_pixels: Of a frame, by default `MAX_PIXELS`; larger ones that come later are not decoded.
+
     Raises:
-        MediaError: there is none, or nothing decodes it.
+        MediaError: there is none, nothing decodes it, or its frames have too many pixels.
     """
-    from_sound = 0
-    for stream in container.streams.video:
-        if int(stream.disposition) & _cover_flags():
-            from_sound += 1
-        elif stream.codec_context is None:
-            raise media_error("video", name, "cannot be decoded (no decoder for its picture)")
-        else:
-            return stream
-    raise media_error("video", name, f"holds no video{' but a cover picture' if from_sound else ''}")
-
-
-def _cover_flags() -> int:
-    av = import_av()
-    return int(av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails)
+    flags = import_av().stream.Disposition
+    covers = flags.attached_pic | flags.timed_thumbnails
+    stream = next((stream for stream in container.streams.video if not stream.disposition & covers), None)
+    if stream is None:
+        beside = " but a cover picture" if container.streams.video else ""
+        raise media_error("video", name, f"holds no video{beside}")
+    context = stream.codec_context
+    if context is None:
+        raise media_error("video", name, "cannot be decoded (no decoder for its picture)")
+    try:
+        check_pixels(context.width, context.height, max_pixels)
+    except ValueError as error:
+        raise media_error("video", name, f"has frames of {error}") from None
+    if not context.is_open:
+        context.options = {"max_pixels": str(max_pixels or MAX_PIXELS)}
+    return stream
 
 
 def start_of(container) -> float:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from .media_rice import MediaError, check_pixels, media_error, printable
+from .media_rice import MediaError, media_error, printable
 from .sampling_rice import sample_frame_indices
 from .video_container_rice import (
     BACK_S,
@@ -40,6 +40,33 @@ _NEAR = 50
 # How much earlier to look for a key frame, one after the other, in seconds.
 _STEPS_BACK = (0, 2, 10, 60)
 _KEPT_TABLES = 16
+
+
+class VideoInfo(NamedTuple):
+    """Width and height in pixels of a video's first frame as it is shown, and seconds that the file lasts."""
+
+    width: int
+    height: int
+    seconds: float
+
+
+def probe_video(path: str | os.PathLike) -> VideoInfo:
+    """
+    Reads a video's header and its first frame; all packets where the header does not tell the length.
+
+    Raises:
+        MediaError: as [`VideoReader`].
+    """
+    with open_container(path) as container:
+        stream = video_stream(container, printable(path))
+        first = next(decoded_frames(container, stream, lambda: None, lambda reason: None), None)
+        if first is None:
+            raise media_error("video", path, "cannot be decoded (not one of its frames)")
+        size, seconds = frame_picture(first, stream).size, container.duration
+    if seconds:
+        return VideoInfo(*size, seconds / 1e6)
+    with VideoReader(path) as video:
+        return VideoInfo(*size, video.end_s)
 
 
 class VideoFrame(NamedTuple):
@@ -128,7 +155,9 @@ def _scan(container, stream, packets: Iterator, until_s: float = math.inf) -> _T
     clock = Clock(container, stream)
     table.shown = array("q", [i for _, _, i in places])
     table.times = [clock.time_of(float(pts * stream.time_base)) for _, pts, _ in places]
-    table.end_s = table.times[-1] + (float(duration * stream.time_base) or clock.step_s)
+    # Where the rate is not known, nor are durations.
+    lasts_s = float(duration * stream.time_base) if stream.average_rate else 0.0
+    table.end_s = table.times[-1] + (lasts_s or clock.step_s)
     return table
 
 
@@ -171,6 +200,7 @@ class VideoReader:
     Attributes:
         times: Seconds since the start of the file of each frame, ascending.
         end_s: Where the last frame that was looked at ends.
+        num_missing: Frames that the header announces and the file, cut short, has not; 0 where that is not known.
         num_damaged: Packets that could not be decoded so far.
 
     Raises:
@@ -202,6 +232,8 @@ class VideoReader:
             raise
         self.times = self._table.times[self._first : last]
         self.end_s = self._table.end_s
+        is_listed = self._is_listed() and self.start is None and self.end is None
+        self.num_missing = max(0, len(self._stream.index_entries) - len(self._table.pts)) if is_listed else 0
 
     def __enter__(self) -> "VideoReader":
         return self
@@ -228,9 +260,6 @@ class VideoReader:
         Returns:
             Those frames in the order in which they are shown. In the place of one that cannot be decoded comes what
             is shown before it, from its key frame on; where there is nothing, it is left out.
-
-        Raises:
-            MediaError: a frame has too many pixels.
         """
         wanted = sorted(set(range(len(self)) if numbers is None else numbers))
         if wanted and not 0 <= wanted[0] <= wanted[-1] < len(self):
@@ -239,21 +268,13 @@ class VideoReader:
             )
         walk = self._count_to if self._table.is_decoded else self._jump_to
         for place, frame in walk([self._first + number for number in wanted]):
-            self._check_pixels(frame)
             yield VideoFrame(place - self._first, self._table.times[place], frame_picture(frame, self._stream))
 
     def _open(self) -> None:
         self.close()
         self._container = open_container(self.path)
-        self._stream = video_stream(self._container, self.name)
-        self._check_pixels(self._stream.codec_context)
+        self._stream = video_stream(self._container, self.name, self.max_pixels)
         self._position = None
-
-    def _check_pixels(self, frame) -> None:
-        try:
-            check_pixels(frame.width, frame.height, self.max_pixels)
-        except ValueError as error:
-            raise media_error("video", self.name, f"has frames of {error}") from None
 
     def _packets(self) -> Iterator:
         """The packets that hold something; a file that is cut short ends where it can be read no further."""
@@ -312,16 +333,19 @@ class VideoReader:
 
     def _has_one_clock(self) -> bool:
         """Whether the container has an index that shows its clock to run through, so that a part can be read alone."""
-        names = self._container.format.name.split(",")
-        if "mov" in names or "mp4" in names:
-            # Without a count of frames the file is made of fragments, which may be those of several recordings.
-            return self._stream.frames > 0
-        if "matroska" in names and len(self._stream.index_entries) and self._container.duration:
+        if self._is_listed():
+            return True
+        is_matroska = "matroska" in self._container.format.name
+        if is_matroska and len(self._stream.index_entries) and self._container.duration:
             # Recordings that were joined begin anew behind what the index of the first one knows.
             self._container.seek(self._container.duration + (self._container.start_time or 0))
             tail = _scan(self._container, self._stream, self._packets())
             return tail is not None and not tail.is_joined
         return False
+
+    def _is_listed(self) -> bool:
+        """Whether the header of an MP4 file lists all frames; one made of fragments may be several recordings."""
+        return "mp4" in self._container.format.name and self._stream.frames > 0
 
     def _seek_before(self, start: float) -> None:
         """Goes to a key frame that is shown no later than `start`, or to the start of the file."""
@@ -353,7 +377,11 @@ class VideoReader:
             return first, last
         is_late = end is not None and start < end <= times[0] + _ROUNDING_S
         shown = f"begins at {times[0]:g} s" if is_late else f"ends at {self._table.end_s:g} s"
-        raise MediaError(f"The range {self.start}..{self.end} s of {self.name} holds no frame; its picture {shown}.")
+        asked = f"{self.start}..{self.end} s"
+        raise MediaError.of(
+            f"The range {asked} of {self.name} holds no frame; its picture {shown}.",
+            f"holds no frame in the range {asked}; its picture {shown}",
+        )
 
     def _count_to(self, wanted: list[int]) -> Iterator[tuple[int, Any]]:
         """Frames by their numbers in the file, by decoding all that come before."""
@@ -516,7 +544,9 @@ def read_video(
 
 __all__ = [
     "VideoFrame",
+    "VideoInfo",
     "VideoReader",
+    "probe_video",
     "read_video",
     "sample_video",
 ]

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from data_rice.collator import RiceCollator
 from evaluation_rice.retrieval import Loading, ModelRetriever
+from processing_rice import open_image
 
 from .index_files import has_shard, read_shard, write_shard
 from .index_store import RECORD, Shard
@@ -76,7 +77,7 @@ def image_entry(value: Any) -> dict:
     An image as `{"path", "bytes"}`: from such a dict, a path or a PIL image.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for anything else, or (`MediaError`) a PIL image that cannot be read.
     """
     if isinstance(value, dict):
         return value
@@ -84,7 +85,7 @@ def image_entry(value: Any) -> dict:
         return {"path": os.fspath(value), "bytes": None}
     if isinstance(value, Image.Image):
         buffer = io.BytesIO()
-        value.save(buffer, format="PNG")
+        open_image(value).save(buffer, format="PNG")
         return {"path": None, "bytes": buffer.getvalue()}
     raise ValueError(f"an image is a path, a PIL image or a dict with path and bytes, got a {type(value).__name__}.")
 
