@@ -208,7 +208,8 @@ def readable_formats() -> tuple[str, ...]:
 
 
 def _lies_on_its_side(image: Image.Image) -> bool:
-    return image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    # Of TIFFs PIL tells the size when upright.
+    return image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
 
 
 def _reduce_scale(image: Image.Image, target: tuple[float, float]) -> None:

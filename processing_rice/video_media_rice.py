@@ -201,7 +201,8 @@ class VideoReader:
         times: Seconds since the start of the file of each frame, ascending.
         end_s: Where the last frame that was looked at ends.
         num_missing: Frames that the header announces and the file, cut short, has not; 0 where that is not known.
-        num_damaged: Packets that could not be decoded so far.
+        num_decoded: Packets handed to the decoder so far.
+        num_damaged: Those of them that could not be decoded.
 
     Raises:
         MediaError: the file is missing (`MissingMediaError`), holds no video, cannot be decoded, has too many pixels,
@@ -217,7 +218,7 @@ class VideoReader:
         self.path, self.start, self.end = _clip_range(source)
         self.name = printable(self.path)
         self.max_pixels, self.on_packet = max_pixels, on_packet
-        self.num_damaged = 0
+        self.num_decoded = self.num_damaged = 0
         self._container: Any = None
         # Time stamp to seek to for the table's first packet; None: it is the file's first.
         self._origin: int | None = None
@@ -447,6 +448,7 @@ class VideoReader:
         self._position = number + 1
 
     def _decode_packet(self, packet) -> list:
+        self.num_decoded += packet is not None
         try:
             return self._stream.decode(packet)
         except EOFError:

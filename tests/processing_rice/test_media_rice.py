@@ -1,16 +1,18 @@
 """Pictures of every kind look the same by every door; what is refused, with which sentence."""
 
 import io
+import pickle
 import struct
 import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
 
 from processing_rice import MediaError, open_image
 from processing_rice import media_rice as media
-from processing_rice.media_rice import tar_member_path
+from processing_rice.media_rice import image_header, picture_tensor, tar_member_path
 
 
 def encode(picture: Image.Image, file_format: str = "JPEG", **options) -> bytes:
@@ -72,6 +74,166 @@ class TestExact:
         assert image.copy().resize((8, 8)).size == (8, 8)
 
 
+def png(depth: int, colour: int, rows: list[bytes], width: int, transparent: bytes = b"") -> bytes:
+    """A PNG of raw rows; `colour` is 0 for grey and 2 for RGB."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, len(rows), depth, colour, 0, 0, 0))
+    extra = chunk(b"tRNS", transparent) if transparent else b""
+    data = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+    return b"\x89PNG\r\n\x1a\n" + header + extra + data + chunk(b"IEND", b"")
+
+
+class TestTransparency:
+    """What is transparent is white, whatever colour it hides."""
+
+    @pytest.mark.parametrize("file_format", ["PNG", "WEBP", "GIF", "TIFF", "AVIF"])
+    @pytest.mark.parametrize("hidden", [(0, 0, 0), (255, 255, 255), (0, 255, 0)])
+    def test_in_every_format(self, file_format, hidden):
+        picture = Image.new("RGBA", (32, 32), (*hidden, 0))
+        picture.paste((200, 10, 10, 255), (8, 8, 24, 24))
+        data = encode(picture, file_format, **({"lossless": True} if file_format == "WEBP" else {}))
+        for image in (open_image(data), open_image(Image.open(io.BytesIO(data)))):
+            assert image.getpixel((0, 0)) == (255, 255, 255)
+            np.testing.assert_allclose(image.getpixel((16, 16)), (200, 10, 10), atol=2)
+
+    @pytest.mark.parametrize("mode", ["RGBA", "RGBa", "LA", "La", "PA"])
+    def test_in_every_mode(self, mode):
+        """Half of black over white is grey."""
+        picture = Image.new("LA", (4, 4), (0, 128))
+        if mode in ("RGBa", "PA"):
+            picture = picture.convert("RGBA")
+        picture = picture.convert(mode)
+        assert {abs(level - 127) <= 1 for level in open_image(picture).getpixel((1, 1))} == {True}
+
+    def test_of_one_colour(self):
+        """As the chunk tRNS names it, for grey of 8 and 16 bits, RGB of 8 and 16 bits, and a palette."""
+        grey8 = png(8, 0, [bytes([0, 100])], 2, struct.pack(">H", 0))
+        grey16 = png(16, 0, [struct.pack(">2H", 300, 25700)], 2, struct.pack(">H", 300))
+        rgb8 = png(8, 2, [bytes([1, 2, 3, 100, 100, 100])], 2, struct.pack(">3H", 1, 2, 3))
+        rgb16 = png(
+            16, 2, [struct.pack(">6H", 9000, 9001, 9002, *[25700] * 3)], 2, struct.pack(">3H", 9000, 9001, 9002)
+        )
+        palette = Image.new("P", (2, 1))
+        palette.putpalette([7, 7, 7, 100, 100, 100])
+        palette.putpixel((1, 0), 1)
+        for data in (grey8, grey16, rgb8, rgb16, encode(palette, "PNG", transparency=0)):
+            assert np.asarray(open_image(data))[0].tolist() == [[255] * 3, [100] * 3]
+
+
+class TestDepth:
+    LEVELS = np.arange(256, dtype=np.uint16).reshape(16, 16)
+
+    @pytest.mark.parametrize("dtype", ["<u2", ">u2", "<i4"])
+    @pytest.mark.parametrize("highest", [65535, 257 * 100])
+    def test_sixteen_bits_are_divided_by_their_range_and_not_the_pictures_own(self, dtype, highest):
+        values = (257 * self.LEVELS).clip(0, highest)
+        stored = Image.fromarray(values.astype(dtype))
+        for data in (stored, encode(stored, "TIFF")):
+            assert np.array_equal(np.asarray(open_image(data))[..., 1], self.LEVELS.clip(0, highest // 257))
+
+    def test_sixteen_bits_of_a_png_and_a_pgm(self):
+        values = 257 * self.LEVELS
+        pgm = b"P5 16 16 65535\n" + values.astype(">u2").tobytes()
+        for data in (png(16, 0, [row.astype(">u2").tobytes() for row in values], 16), pgm):
+            assert np.array_equal(np.asarray(open_image(data))[..., 0], self.LEVELS)
+
+    def test_floats_are_taken_as_0_to_1(self):
+        stored = Image.fromarray((self.LEVELS / 255).astype(np.float32))
+        for data in (stored, encode(stored, "TIFF")):
+            assert np.array_equal(np.asarray(open_image(data))[..., 2], self.LEVELS)
+
+    @pytest.mark.parametrize(
+        "values", [np.float32([[0, 255]]), np.float32([[0, np.nan]]), np.float32([[-0.5, 1]]), np.int32([[0, 70000]])]
+    )
+    def test_what_has_no_known_range_is_refused(self, values):
+        for data in (Image.fromarray(values), encode(Image.fromarray(values), "TIFF")):
+            with pytest.raises(MediaError, match=r"not all in 0\.\.(1|65,535), so that white and black are not known"):
+                open_image(data)
+
+    @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"])
+    def test_other_modes(self, mode):
+        picture = Image.new("RGB", (4, 4), "white")
+        assert open_image(picture.convert(mode)).getcolors() == [(16, (255, 255, 255))]
+
+
+class TestOrientation:
+    TURNS = {
+        1: lambda a: a,
+        2: np.fliplr,
+        3: lambda a: np.rot90(a, 2),
+        4: np.flipud,
+        5: lambda a: np.rot90(np.fliplr(a)),
+        6: lambda a: np.rot90(a, -1),
+        7: lambda a: np.rot90(np.fliplr(a), -1),
+        8: np.rot90,
+    }
+
+    @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+    @pytest.mark.parametrize("orientation", TURNS)
+    def test_by_every_door(self, file_format, orientation, tmp_path):
+        stored = np.zeros((32, 64, 3), np.uint8)
+        stored[:16, :32] = 255
+        upright = self.TURNS[orientation](stored)
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encode(Image.fromarray(stored), file_format, exif=exif)
+        (tmp_path / "picture").write_bytes(data)
+        opened = Image.open(tmp_path / "picture")
+        for source in (data, tmp_path / "picture", {"path": str(tmp_path / "picture")}, {"bytes": data}, opened):
+            image = np.asarray(open_image(source))
+            assert image.shape == upright.shape and np.abs(image.astype(int) - upright).mean() < 3
+        # TIFFs are turned by PIL itself.
+        assert file_format == "TIFF" or opened.size == (64, 32), "the caller's picture is changed"
+        assert image_header(data)[1:] == (upright.shape[1], upright.shape[0])
+        assert np.array_equal(picture_tensor(opened).movedim(0, -1), image)
+
+    def test_survives_a_change_of_mode_and_is_not_applied_twice(self):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        opened = Image.open(io.BytesIO(encode(Image.new("RGB", (64, 32)), exif=exif)))
+        assert open_image(opened.convert("L")).size == (32, 64)
+        assert open_image(open_image(opened)).size == (32, 64)
+
+
+class TestNumbers:
+    PICTURE = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+
+    def test_forms_of_one_picture(self):
+        expected = torch.from_numpy(self.PICTURE).movedim(-1, 0)
+        for form in (self.PICTURE, expected, torch.from_numpy(self.PICTURE), Image.fromarray(self.PICTURE)):
+            assert torch.equal(picture_tensor(form), expected)
+        assert torch.equal(picture_tensor(self.PICTURE[:, ::-1]), expected.flip(-1))
+        assert torch.equal(picture_tensor(self.PICTURE[..., 0]), expected[:1].expand(3, -1, -1))
+        floats = picture_tensor(self.PICTURE / 255)
+        assert floats.dtype == torch.float32 and torch.equal((255 * floats).round().byte(), expected)
+
+    @pytest.mark.parametrize(
+        "values, message",
+        [
+            (PICTURE.astype(np.uint16), r"must hold uint8 or floats in 0\.\.1, got torch.uint16; convert it to uint8"),
+            (PICTURE.astype(np.int64), "got torch.int64"),
+            (PICTURE > 9, "got torch.bool"),
+            (PICTURE.astype(np.float32), "got floats from 0 to 248; give 0..255 as uint8"),
+            (np.full((6, 5, 3), np.nan), "got floats from nan to nan"),
+            (np.full((6, 5, 3), -0.5), "got floats from -0.5 to -0.5"),
+            (np.zeros((6, 5, 4), np.uint8), r"must be \(H, W, 3\) or \(3, H, W\), got shape \(6, 5, 4\)"),
+            (np.zeros((0, 5, 3), np.uint8), "got shape"),
+            (np.array(["a"]), "must be a picture, a path, or hold uint8"),
+            (None, "got NoneType"),
+        ],
+    )
+    def test_what_is_no_picture_gets_one_sentence(self, values, message):
+        with pytest.raises(ValueError, match=f"^Image 3 .*({message})") as error:
+            picture_tensor(values, "Image 3")
+        assert "\n" not in str(error.value)
+
+    def test_floats_of_any_range_for_who_does_not_rescale(self):
+        assert picture_tensor(self.PICTURE.astype(np.float64), any_range=True).max() > 100
+
+
 class TestReducedScale:
     @pytest.mark.parametrize(
         ("size", "target", "expected"),
@@ -121,6 +283,37 @@ def png_of_size(width: int, height: int) -> bytes:
 
 
 class TestDamaged:
+    def test_errors_travel_between_processes(self, tmp_path):
+        for source in (b"torn", tmp_path / "absent.jpg"):
+            with pytest.raises(MediaError) as error:
+                open_image(source)
+            copy = pickle.loads(pickle.dumps(error.value))
+            assert type(copy) is type(error.value) and str(copy) == str(error.value)
+            assert copy.reason == error.value.reason != ""
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_the_limit_holds_for_opened_pictures_and_single_bits(self, monkeypatch):
+        monkeypatch.setattr(media, "MAX_PIXELS", 100)
+        for picture in (Image.new("1", (20, 20)), Image.open(io.BytesIO(encode(Image.new("1", (20, 20)), "PNG")))):
+            with pytest.raises(MediaError, match="20 x 20 pixels, more than the 100 that are read"):
+                open_image(picture)
+
+    def test_an_opened_picture_that_is_damaged_or_closed(self, tmp_path):
+        data = encode(textured(64, 48))
+        (tmp_path / "cut.jpg").write_bytes(data[:-200])
+        with pytest.raises(MediaError, match=r"cut\.jpg cannot be decoded .*truncated"):
+            open_image(Image.open(tmp_path / "cut.jpg"))
+        with Image.open(io.BytesIO(data)) as closed:
+            pass
+        with pytest.raises(MediaError, match="<picture> cannot be decoded"):
+            open_image(closed)
+
+    @pytest.mark.parametrize("file_format", ["ICO", "JPEG2000", "PCX"])
+    def test_formats_that_are_not_read_whatever_their_name(self, file_format, tmp_path):
+        Image.new("RGB", (16, 16)).save(tmp_path / "picture.png", format=file_format)
+        with pytest.raises(MediaError, match="it is none of JPEG, PNG, WEBP"):
+            open_image(tmp_path / "picture.png")
+
     @pytest.mark.parametrize("target", [None, (64, 64)])
     def test_a_cut_off_jpeg(self, target):
         data = encode(textured(540, 960))
