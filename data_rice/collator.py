@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from processing_rice import MediaError, open_image, sample_frame_indices
+from processing_rice.media_rice import path_of
 from processing_rice.video_media_rice import sample_video
 
 from .augmentation import Box, ClipAugmentation, ClipChange
@@ -158,12 +159,12 @@ class RiceCollator:
         return None if clip is None or image is None else (row, clip, image)
 
     def _load_image(
-        self, row_id: str, entry: dict[str, Any], failures: list[Failure], change: ClipChange | None = None
+        self, row_id: str, entry: Any, failures: list[Failure], change: ClipChange | None = None
     ) -> Picture | None:
         try:
             picture = self._decode(entry, self.processor.image_processor, change)
         except MediaError as error:
-            failures.append(_failure(row_id, entry.get("path"), error))
+            failures.append(_failure(row_id, path_of(entry), error))
             return None
         return self._finish([picture], None, self.processor.image_processor, change)[0][0]
 
@@ -208,10 +209,10 @@ class RiceCollator:
             # The frames that were tried in their place would only lengthen the list.
             unreadable = [(i, error, "skipped") for i, error, _ in unreadable if i in chosen]
         for i, error, outcome in unreadable:
-            failures.append(_failure(row["clip_id"], entries[i].get("path"), error, outcome))
+            failures.append(_failure(row["clip_id"], path_of(entries[i]), error, outcome))
         return list(read.values()), [boxes[i] for i in read]
 
-    def _decode(self, entry: dict[str, Any], part: Any, change: ClipChange | None) -> Picture:
+    def _decode(self, entry: Any, part: Any, change: ClipChange | None) -> Picture:
         """Decodes for the image or video processor `part`, which resizes what the change's crop leaves."""
         size = target_size(part) if self.decode == "fast" else None
         if size is None:
@@ -317,7 +318,9 @@ def _product(row: dict[str, Any]) -> str:
 
 
 def _failure(row_id: str, file: str | None, reason: object, outcome: str = "skipped") -> Failure:
-    return {"id": row_id, "file": file or "", "reason": str(reason), "outcome": outcome}
+    # The file has a place of its own.
+    words = getattr(reason, "reason", "") or str(reason)
+    return {"id": row_id, "file": file or "", "reason": words, "outcome": outcome}
 
 
 __all__ = ["RiceCollator", "count_failures", "product_id_hash", "read_failure_log"]

@@ -96,10 +96,10 @@ def read_media(entry: Mapping[str, Any]) -> bytes:
     """
     if entry.get("bytes") is not None:
         return entry["bytes"]
-    path = entry.get("path")
+    path = path_of(entry)
     if not path:
         raise ValueError("The image entry has neither bytes nor a path; give it one of them.")
-    member = split_tar_member(path) if isinstance(path, str) else None
+    member = split_tar_member(path)
     if member is None or os.path.isfile(path):
         with open(path, "rb") as file:
             return file.read()
@@ -115,6 +115,12 @@ def read_media(entry: Mapping[str, Any]) -> bytes:
 def is_file_source(source: object) -> bool:
     """Whether a picture is given as a path, as bytes, as PIL picture or as `{"path", "bytes"}`: not as numbers."""
     return isinstance(source, (str, os.PathLike, bytes, bytearray, Mapping, Image.Image))
+
+
+def path_of(source: object) -> str:
+    """The path of a picture that is given by one, as such or in an entry of `datasets`; "" for any other."""
+    path = source.get("path") if isinstance(source, Mapping) else source
+    return os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
 
 
 def open_image(
@@ -172,10 +178,12 @@ def image_header(source: str | os.PathLike | bytes | Mapping[str, Any]) -> Image
 @contextmanager
 def _opened(source: str | os.PathLike | bytes | Mapping[str, Any], name: str | None = None):
     """A picture file with its header read; what goes wrong here or within becomes a `MediaError`."""
+    if not is_file_source(source):
+        kind = type(source).__name__
+        raise MediaError(f'A picture is a path, bytes, a PIL picture or {{"path", "bytes"}}, got a {kind}.')
+    name = name or path_of(source) or "<bytes>"
     if not isinstance(source, Mapping):
-        is_data = isinstance(source, (bytes, bytearray))
-        source = {"bytes": source} if is_data else {"path": os.fspath(source)}
-    name = name or os.fspath(source.get("path") or "<bytes>")
+        source = {"bytes" if isinstance(source, (bytes, bytearray)) else "path": source}
     try:
         data = read_media(source)
     except FileNotFoundError:
@@ -327,6 +335,7 @@ __all__ = [
     "media_error",
     "missing_media_error",
     "open_image",
+    "path_of",
     "picture_tensor",
     "printable",
     "read_media",

@@ -292,13 +292,13 @@ class VideoReader:
                 yield packet
 
     def _read_table(self) -> _Table:
-        is_part = self.start is not None or self.end is not None
-        if is_part and self._has_one_clock():
-            self._seek_before(self.start or 0.0)
-            until_s = math.inf if self.end is None else self.end
-            table = _scan(self._container, self._stream, self._packets(), until_s)
-            if table is not None:
-                return table
+        if self.start is not None or self.end is not None:
+            if self._has_one_clock():
+                self._seek_before(self.start or 0.0)
+                until_s = math.inf if self.end is None else self.end
+                table = _scan(self._container, self._stream, self._packets(), until_s)
+                if table is not None:
+                    return table
             self._origin = None
             self._open()
         status = os.stat(self.path)
@@ -339,9 +339,11 @@ class VideoReader:
         is_matroska = "matroska" in self._container.format.name
         if is_matroska and len(self._stream.index_entries) and self._container.duration:
             # Recordings that were joined begin anew behind what the index of the first one knows.
-            self._container.seek(self._container.duration + (self._container.start_time or 0))
-            tail = _scan(self._container, self._stream, self._packets())
-            return tail is not None and not tail.is_joined
+            end_s = self._container.duration / 1e6 + start_of(self._container)
+            tail = self._seek(round(end_s / self._stream.time_base)) and _scan(
+                self._container, self._stream, self._packets()
+            )
+            return bool(tail) and not tail.is_joined
         return False
 
     def _is_listed(self) -> bool:

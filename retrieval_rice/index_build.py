@@ -1,11 +1,10 @@
 """Encodes a shop's images shard by shard: resumable, over several processes, with memory bounded by a shard."""
 
 import hashlib
-import io
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +18,8 @@ from tqdm.auto import tqdm
 
 from data_rice.collator import RiceCollator
 from evaluation_rice.retrieval import Loading, ModelRetriever
-from processing_rice import open_image
+from processing_rice import MediaError, open_image
+from processing_rice.media_rice import path_of
 
 from .index_files import has_shard, read_shard, write_shard
 from .index_store import RECORD, Shard
@@ -72,24 +72,6 @@ def collect_images(rows: Sequence[dict]) -> list[ShopImage]:
     return list(images.values())
 
 
-def image_entry(value: Any) -> dict:
-    """
-    An image as `{"path", "bytes"}`: from such a dict, a path or a PIL image.
-
-    Raises:
-        ValueError: for anything else, or (`MediaError`) a PIL image that cannot be read.
-    """
-    if isinstance(value, dict):
-        return value
-    if isinstance(value, (str, os.PathLike)):
-        return {"path": os.fspath(value), "bytes": None}
-    if isinstance(value, Image.Image):
-        buffer = io.BytesIO()
-        open_image(value).save(buffer, format="PNG")
-        return {"path": None, "bytes": buffer.getvalue()}
-    raise ValueError(f"an image is a path, a PIL image or a dict with path and bytes, got a {type(value).__name__}.")
-
-
 class ShopReader:
     """Decodes batches of `ShopImage` in a loader's workers."""
 
@@ -98,7 +80,7 @@ class ShopReader:
 
     def entry(self, image: ShopImage, attempt: int = 0) -> dict:
         """Row of the image as the collator takes it."""
-        picture = image_entry(self.rows[image.rows[attempt]]["image"])
+        picture = self.rows[image.rows[attempt]]["image"]
         return {"image_id": image.image_id, "image": picture, "title": image.title}
 
     def __call__(self, images: list[ShopImage]) -> tuple[dict, list[int], list[str], list[dict]]:
@@ -114,17 +96,24 @@ class ShopReader:
                     break
         if replaced:
             inputs, readable, failures = self.collator.encode_gallery(entries)
-        return inputs, readable, [entries[i]["image"].get("path") or "" for i in readable], failures
+        return inputs, readable, [path_of(entries[i]["image"]) for i in readable], failures
 
     def source(self, image: ShopImage) -> list:
         """What tells that the pictures of an image are the same as before."""
-        return [_picture_state(image_entry(self.rows[row]["image"])) for row in image.rows]
+        return [_picture_state(self.rows[row]["image"]) for row in image.rows]
 
 
-def _picture_state(entry: dict) -> list:
-    if entry.get("bytes") is not None:
-        return [hashlib.blake2b(entry["bytes"], digest_size=16).hexdigest()]
-    path = entry.get("path") or ""
+def _picture_state(image: Any) -> list:
+    data = image.get("bytes") if isinstance(image, Mapping) else None
+    if isinstance(image, Image.Image):
+        try:
+            picture = open_image(image)
+        except MediaError as error:
+            return [str(error)]
+        data = str(picture.size).encode() + picture.tobytes()
+    if data is not None:
+        return [hashlib.blake2b(data, digest_size=16).hexdigest()]
+    path = path_of(image)
     try:
         state = os.stat(path)
         return [path, state.st_size, state.st_mtime_ns]

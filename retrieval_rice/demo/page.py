@@ -17,7 +17,6 @@ from processing_rice import open_image, sample_frame_indices
 from processing_rice.video_media_rice import sample_video
 
 from ..index import Answer, GalleryIndex, Hit
-from ..index_build import image_entry
 from .uploads import Upload, UploadError, UploadLimits, read_upload
 
 TOP_K = 10
@@ -216,10 +215,10 @@ class Demo:
         """The frames that the model looks at, with the chosen boxes."""
         return [draw_box(enlarge(frame), box) for frame, box in clip_frames(recognition.row, self.num_frames)]
 
-    def entry(self, image_id: str) -> dict:
-        """An image of the shop as `{"path", "bytes"}`."""
+    def entry(self, image_id: str) -> Any:
+        """An image of the shop as `open_image` takes it."""
         if image_id in self._places:
-            return image_entry(self.gallery[self._places[image_id]]["image"])
+            return self.gallery[self._places[image_id]]["image"]
         return {"path": self.index.store.get([image_id])[image_id]["image"], "bytes": None}
 
     def picture(self, image_id: str) -> Image.Image:

@@ -141,8 +141,8 @@ class TestTimes:
         path.write_bytes(2 * path.read_bytes())
         numbers, times = shown(path)
         assert numbers == [*range(60), *range(60)] and times == [round(i / rate, 3) for i in range(120)]
-        seam = {"path": path, "start": 58 / rate, "end": 62 / rate}
-        assert shown(seam)[0] == [58, 59, 0, 1]
+        reader._TABLES.tables.clear()
+        assert shown({"path": path, "start": 58 / rate, "end": 62 / rate})[0] == [58, 59, 0, 1]
 
     def test_a_clock_that_leaps_in_a_transport_stream_is_bridged_and_a_pause_in_a_file_is_not(self, write):
         first, second = write("a.ts", frames=20), write("b.ts", frames=20, stamps=range(50_000, 50_020))
