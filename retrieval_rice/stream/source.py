@@ -22,6 +22,7 @@ from processing_rice import MediaError, open_image
 from processing_rice.media_rice import MissingMediaError, printable
 from processing_rice.video_container_rice import (
     Clock,
+    clock_leaps,
     decoded_frames,
     frame_picture,
     import_av,
@@ -49,7 +50,7 @@ class Frame:
     A frame of a stream.
 
     Attributes:
-        time_s: Seconds from the start of the stream.
+        time_s: Seconds from the start of the stream, sound included.
         picture: RGB, upright.
     """
 
@@ -86,8 +87,8 @@ def open_stream(source: str | os.PathLike, fps: float = 2.5, folder_fps: float =
     Opens a source, so that what is wrong with it is known at once.
 
     Args:
-        source: A video file, a folder of pictures in the order of their names, an address (`rtsp://...`,
-            `https://.../live.m3u8`), or a camera (`camera:0`).
+        source: A video file, a playlist, a folder of pictures in the order of their names, an address
+            (`rtsp://...`, `https://.../live.m3u8`), or a camera (`camera:0`).
         fps: Frames per second to hand out at most.
         folder_fps: Pictures of a folder per second.
         settings: Of [`VideoStream`].
@@ -180,21 +181,21 @@ def open_source(source: str | os.PathLike):
         ValueError: it cannot be read, holds no video, or PyAV is not installed.
     """
     av, name, settings = import_av(), os.fspath(source), {}
-    if name.startswith("camera:"):
+    if not is_address(source):
+        if not os.path.exists(name):
+            raise MissingMediaError(f"There is no video file or folder {printable(name)}.")
+        if not os.path.isfile(name) or not is_playlist(name):
+            return open_container(name)
+        # Named as a file, since a name may look like an address to FFmpeg.
+        name = "file:" + os.path.abspath(name)
+    elif name.startswith("camera:"):
         system, device = _CAMERA_FORMATS.get(sys.platform, _CAMERA_FORMATS["linux"])
         name, settings = device.format(name.removeprefix("camera:")), {"format": system}
-    elif is_address(name):
+    else:
         settings = {"timeout": _TIMEOUT_S}
         if name.startswith("rtsp"):
             # Over UDP lost packets show as smeared pictures.
             settings["options"] = {"rtsp_transport": "tcp"}
-    elif not os.path.exists(name):
-        raise MissingMediaError(f"There is no video file or folder {printable(source)}.")
-    elif is_playlist(name):
-        # Named as a file, since a name may look like an address to FFmpeg.
-        name = "file:" + os.path.abspath(name)
-    else:
-        return open_container(name)
     try:
         return av.open(name, **settings)
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -244,6 +245,9 @@ class VideoStream:
         video_stream(self._container, source)
         self.duration_s = _duration(self._container)
         self.live = is_address(source) and self.duration_s is None
+        if not is_address(source) and clock_leaps(self._container):
+            # By its first and last time stamp, which says little where recordings were joined.
+            self.duration_s = None
         self._queue: deque[Frame] = deque()
         self._changed = threading.Condition()
         self._stopping = threading.Event()

@@ -134,6 +134,50 @@ def test_a_video_of_damage_only_is_refused():
         list(stream)
 
 
+def join(path, *parts):
+    """Recordings one after the other in one file, whose clock begins anew with each."""
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    return path
+
+
+def test_time_goes_on_where_recordings_were_joined(tmp_path):
+    part = write_video(tmp_path / "part.ts", [(200, 30, 30)] * 20)
+    stream, frames, notices = read(join(tmp_path / "joined.ts", part, part), fps=2.5)
+    assert times(frames) == [round(0.4 * i, 1) for i in range(10)] and notices == []
+    assert stream.duration_s is None and not stream.live
+
+
+def test_a_playlist_is_followed_and_its_clock_runs_through(tmp_path, monkeypatch):
+    part = write_video(tmp_path / "0.ts", [(200, 30, 30)] * 20)
+    join(tmp_path / "1.ts", part)
+    lines = ["#EXTM3U", "#EXT-X-TARGETDURATION:2", "#EXTINF:2,", "0.ts", "#EXTINF:2,", "1.ts", "#EXT-X-ENDLIST", ""]
+    (tmp_path / "live:1.m3u8").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    _, frames, _ = read("live:1.m3u8", fps=2.5)
+    assert times(frames) == [round(0.4 * i, 1) for i in range(10)]
+
+
+def test_any_name_and_times_of_a_player(tmp_path, monkeypatch):
+    """The picture starts a second after the sound."""
+    path = tmp_path / "camera:0"
+    with av.open(str(path.with_suffix(".mkv")), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        sound = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 16000), dtype=np.int16), format="s16", layout="mono")
+        samples.sample_rate, samples.pts = 8000, 0
+        container.mux(sound.encode(samples) + sound.encode())
+        for i in range(10):
+            frame = av.VideoFrame(64, 64, "yuv420p")
+            frame.pts, frame.time_base = 10 + i, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    path.with_suffix(".mkv").rename(path)
+    monkeypatch.chdir(tmp_path)
+    assert times(read("camera:0")[1]) == [round(1 + 0.1 * i, 1) for i in range(10)]
+
+
 def save_pictures(folder, *names):
     for i, name in enumerate(names):
         Image.new("RGB", (8, 8), (i, i, i)).save(folder / name)
