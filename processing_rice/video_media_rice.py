@@ -52,7 +52,8 @@ class VideoInfo(NamedTuple):
 
 def probe_video(path: str | os.PathLike) -> VideoInfo:
     """
-    Reads a video's header and its first frame; all packets where the header does not tell the length.
+    Reads a video's header and its first frame; also all packets, but for MP4 files whose header lists them, where the
+    length is not certain.
 
     Raises:
         MediaError: as [`VideoReader`].
@@ -62,11 +63,16 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
         first = next(decoded_frames(container, stream, lambda: None, lambda reason: None), None)
         if first is None:
             raise media_error("video", path, "cannot be decoded (not one of its frames)")
-        size, seconds = frame_picture(first, stream).size, container.duration
-    if seconds:
-        return VideoInfo(*size, seconds / 1e6)
+        size = frame_picture(first, stream).size
+        if _lists_frames(container, stream) and container.duration:
+            return VideoInfo(*size, container.duration / 1e6)
     with VideoReader(path) as video:
         return VideoInfo(*size, video.end_s)
+
+
+def _lists_frames(container, stream) -> bool:
+    """Whether the header of an MP4 file lists all frames; one made of fragments may be several recordings."""
+    return "mp4" in container.format.name and stream.frames > 0
 
 
 class VideoFrame(NamedTuple):
@@ -233,7 +239,7 @@ class VideoReader:
             raise
         self.times = self._table.times[self._first : last]
         self.end_s = self._table.end_s
-        is_listed = self._is_listed() and self.start is None and self.end is None
+        is_listed = _lists_frames(self._container, self._stream) and self.start is None and self.end is None
         self.num_missing = max(0, len(self._stream.index_entries) - len(self._table.pts)) if is_listed else 0
 
     def __enter__(self) -> "VideoReader":
@@ -334,7 +340,7 @@ class VideoReader:
 
     def _has_one_clock(self) -> bool:
         """Whether the container has an index that shows its clock to run through, so that a part can be read alone."""
-        if self._is_listed():
+        if _lists_frames(self._container, self._stream):
             return True
         is_matroska = "matroska" in self._container.format.name
         if is_matroska and len(self._stream.index_entries) and self._container.duration:
@@ -345,10 +351,6 @@ class VideoReader:
             )
             return bool(tail) and not tail.is_joined
         return False
-
-    def _is_listed(self) -> bool:
-        """Whether the header of an MP4 file lists all frames; one made of fragments may be several recordings."""
-        return "mp4" in self._container.format.name and self._stream.frames > 0
 
     def _seek_before(self, start: float) -> None:
         """Goes to a key frame that is shown no later than `start`, or to the start of the file."""

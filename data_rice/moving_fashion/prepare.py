@@ -73,7 +73,7 @@ class FrameSettings:
         the seconds ``times`` on and ends at ``end_s``."""
         count = math.ceil((end_s - times[0]) * self.fps - 1e-6)
         # Time stamps are rounded, often to milliseconds.
-        return sorted({bisect_right(times, times[0] + i / self.fps + 1e-3) - 1 for i in range(max(1, count))})
+        return sorted({bisect_right(times, times[0] + i / self.fps + 5e-4) - 1 for i in range(max(1, count))})
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ def write_video():
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
         with av.open(str(path), "w", options=options) as container:
-            stream = container.add_stream("mpeg4", rate=fps)
+            stream = container.add_stream("mpeg2video" if path.suffix == ".mpg" else "mpeg4", rate=fps)
             stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
             for i in range(num_frames):
                 picture = np.full((size[1], size[0], 3), (first_level + 10 * i) % 240, dtype=np.uint8)
