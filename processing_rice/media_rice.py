@@ -19,7 +19,7 @@ import torchvision.transforms.v2.functional as tvF
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # What shops and livestreams publish. Others that PIL knows run foreign programs or read further files.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")
 
 MAX_PIXELS = 100_000_000
 """Pictures and frames are refused that have more pixels than this after reduction; they would take gigabytes."""
