@@ -37,7 +37,7 @@ from .validation import validate_together
 logger = logging.getLogger(__name__)
 
 # Of RiceConfig: how the scores of a model are put together, which validation finds out.
-FITTED_FIELDS = ("fusion_weight", "text_score_weight", "fused_text_weight")
+FITTED_FIELDS = ("fusion_weight", "text_score_weight", "fused_text_weight", "ranking")
 LOSS_TERMS = ("contrastive_loss", "matching_loss", "reconstruction_loss", "text_loss")
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
 
-from processing_rice import ImageError, RicePillowImageProcessor, RiceProcessor, build_processor, open_image
+from processing_rice import MediaError, RicePillowImageProcessor, RiceProcessor, build_processor, open_image
 from processing_rice.image_processing_rice import resize_with_pillow
 
 
@@ -240,15 +240,15 @@ def test_picture_files_are_read_upright_and_named_in_errors(make_picture, proces
 
     (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
     for read in (open_image, lambda path: processor(images=[path]), lambda path: processor(videos=[[path]])):
-        with pytest.raises(ImageError, match=r"torn\.jpg cannot be decoded .*; replace it or leave it out") as error:
+        with pytest.raises(MediaError, match=r"torn\.jpg cannot be decoded .*; replace it or leave it out") as error:
             read(tmp_path / "torn.jpg")
         assert isinstance(error.value, ValueError)
-        with pytest.raises(ImageError, match=r"There is no image file .*absent\.jpg") as error:
+        with pytest.raises(MediaError, match=r"There is no image file .*absent\.jpg") as error:
             read(tmp_path / "absent.jpg")
         assert isinstance(error.value, FileNotFoundError)
     with pytest.raises(FileNotFoundError, match=r"There is no image file .*absent\.jpg"):
         processor(images=[str(tmp_path / "absent.jpg")])
-    with pytest.raises(ImageError, match="The image file <bytes> cannot be decoded"):
+    with pytest.raises(MediaError, match="The image file <bytes> cannot be decoded"):
         open_image(b"")
-    with pytest.raises(ImageError, match="The image file 3/cup cannot be decoded"):
+    with pytest.raises(MediaError, match="The image file 3/cup cannot be decoded"):
         open_image(b"no picture", name="3/cup")
