@@ -25,7 +25,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Argume
     from evaluation_rice.baselines import BASELINE_NAMES, BASELINES
     from evaluation_rice.options import fusion_weight, not_negative, positive
     from evaluation_rice.pretrained_baselines import FAMILIES
-    from evaluation_rice.protocol import KINDS
+    from modeling_rice.scoring_rice import KINDS
 
     parser = argparse.ArgumentParser(description="R@k of a RICE checkpoint under one protocol (docs/protocol.md).")
     add = parser.add_argument
@@ -39,7 +39,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Argume
     add("--data_dir", help="folder of the data set's files")
     add("--split", default="test", choices=("validation", "test"))
     add("--output_dir", required=True, help="folder for results.json, rankings.jsonl, matches.png and README.md")
-    add("--rank_by", choices=KINDS, help="score of rankings.jsonl; default fused, or embedding without a decoder")
+    add("--rank_by", choices=KINDS, help="score of rankings.jsonl; default: as the checkpoint's config.ranking says")
     add("--batch_size", type=positive, default=32, help="clips or images per batch")
     add("--num_workers", type=not_negative, default=min(2, os.cpu_count() or 1), help="processes that decode images")
     add("--device", help="such as cpu or cuda; default: cuda where there is one")

@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import transformers
 
 from data_rice.collator import count_failures, read_failure_log
-from data_rice.commands import print_anywhere
+from data_rice.commands import log_plainly, print_anywhere
 from training_rice.arguments import (
     DataArguments,
     ModelArguments,
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             model_arguments, data_arguments, training_arguments = parse_arguments(argv)
             is_main = training_arguments.process_index == 0
-            logging.basicConfig(format="%(message)s", level=logging.INFO if is_main else logging.ERROR)
+            log_plainly(logging.INFO if is_main else logging.ERROR)
             transformers.logging.set_verbosity_warning()
             train(model_arguments, data_arguments, training_arguments)
         except Stopped as stopped:
@@ -83,8 +83,10 @@ def _tell_stopped(stopped: Stopped, arguments: RiceTrainingArguments | None) -> 
     if arguments is None or arguments.process_index > 0:
         return
     checkpoint = newest_whole(arguments.output_dir, arguments.world_size)
+    # Of a process that the signal has ended too, before this one could write a checkpoint.
+    lost = "" if stopped.__cause__ is None else f" without another checkpoint ({_sentence(stopped.__cause__)})"
     print(
-        f"{program_name()}: stopped by {stopped.name}; run the same command again to "
+        f"{program_name()}: stopped by {stopped.name}{lost}; run the same command again to "
         + ("start anew." if checkpoint is None else f"go on from {checkpoint}."),
         file=sys.stderr,
     )

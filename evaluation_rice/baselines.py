@@ -10,11 +10,12 @@ import argparse
 import time
 
 import numpy as np
+import torch
 from PIL import Image
 
-from data_rice.collator import decode_image
 from data_rice.commands import mistakes_end
 from hub_rice.tables import format_table
+from processing_rice import open_image
 
 from .frames import clip_frames
 from .protocol import RetrievalTask, chance_recall
@@ -75,7 +76,7 @@ class Baseline:
     def encode_gallery(self, rows: list[dict]) -> tuple[np.ndarray, list[int], list[dict]]:
         """Descriptors of gallery rows, positions of the rows that could be read, and a failure for each other row."""
         features, loaded, failures = encode_rows(
-            rows, "image_id", lambda row, _: self._timed(decode_image(row["image"]))
+            rows, "image_id", lambda row, _: self._timed(open_image(row["image"]))
         )
         return _stack(features), loaded, failures
 
@@ -114,7 +115,7 @@ def _file_of(row: dict) -> str:
         return row["video"]
     for entry in row["frames"] if "frames" in row else [row["image"]]:
         try:
-            decode_image(entry)
+            open_image(entry)
         except ValueError:
             return entry.get("path") or ""
     return ""
@@ -202,7 +203,7 @@ class BaselineRetriever:
         return np.concatenate(parts)
 
     def scores(self, clips, gallery):
-        return {"embedding": self.baseline.similarity(clips, gallery)}
+        return {"embedding": torch.from_numpy(self.baseline.similarity(clips, gallery))}
 
 
 BASELINES = {cls.name: cls for cls in (ColorHistogram, Pixels8x8, ColorHistogramInBox)}

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .fusion import check_weight
+from modeling_rice.scoring_rice import FusionWeights
 
 
 def positive(text: str) -> int:
@@ -27,7 +27,7 @@ def fusion_weight(text: str) -> float | str:
     if text in ("auto", "fit"):
         return text
     try:
-        return check_weight(text)
+        return FusionWeights(float(text)).fusion_weight
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor fit nor a number above 0") from error
 

@@ -16,8 +16,6 @@ import numpy as np
 from .recall import DEFAULT_KS, check_ks, compute_recall, expected_hit, first_rank, hit_interval, read_ids
 
 SCOPES = ("live", "all")
-KINDS = ("embedding", "matching", "fused")
-"""Scores that a method may be ranked by, in the order of every table."""
 BREAKDOWN_COLUMNS = ("category", "product_scale", "visible_duration", "product_number", "source")
 MAX_GROUPS = 12
 """A numeric attribute with more distinct values than this is grouped by its quartiles."""

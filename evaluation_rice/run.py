@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -9,15 +10,16 @@ from data_rice import gallery_scope
 from data_rice.asr_noise import with_asr
 from data_rice.box_files import BoxFile, count_boxes
 from hub_rice.checkpoint import weights_fingerprint
+from modeling_rice.scoring_rice import KINDS, FusionWeights, default_ranking, pair_kinds
 
 from .baselines import run_baselines
 from .breakdown import count_training_rows
-from .protocol import KINDS, Rankings, RetrievalTask, breakdown
+from .protocol import Rankings, RetrievalTask, breakdown
 from .recall import interval_words
 from .report.heatmap import has_maps, heat_pictures
 from .report.html_report import Evaluation
 from .report.results import library_versions
-from .retrieval import Loading, Retriever, has_decoder, retrieve
+from .retrieval import Loading, Retriever, retrieve
 from .speed import TimedRetriever
 from .weights import LoadViews, choose_fusion
 
@@ -46,11 +48,10 @@ def measure(
     model = None if baseline else retriever.model
     rank_by = _rank_by(options, model)
     retriever, loading = TimedRetriever(retriever), Loading(options.batch_size, options.num_workers)
-    weight = text_weight = fusion = None
-    if has_decoder(model):
-        weight, text_weight, fusion = choose_fusion(options, retriever, scope, loading, load_views)
-    weights = {"fusion_weight": weight, "fused_text_weight": text_weight}
-    rankings, failures = retrieve(retriever, task, queries, gallery, loading=loading, **weights)
+    weights, fusion = FusionWeights(), None
+    if pair_kinds(model):
+        weights, fusion = choose_fusion(options, retriever, scope, loading, load_views)
+    rankings, failures = retrieve(retriever, task, queries, gallery, loading=loading, weights=weights)
     rankings = {kind: rankings[kind] for kind in KINDS if kind in rankings}
     beside = _beside(options, baseline, task, queries, gallery, loading, retriever.num_frames, failures)
     method = {"num_frames": retriever.num_frames, "rank_by": rank_by, "ranking_depth": rankings["embedding"].depth}
@@ -60,7 +61,7 @@ def measure(
         "num_queries": len(task.query_ids),
         "gallery_size": task.gallery_size(),
         "scores": {kind: ranked.summary() for kind, ranked in rankings.items()},
-        **weights,
+        **asdict(weights),
         **beside,
         **_groups(options, queries, rankings),
         **_origin(options, baseline, retriever),
@@ -112,10 +113,14 @@ def _origin(options: argparse.Namespace, baseline: dict | None, retriever: Timed
 
 
 def _rank_by(options: argparse.Namespace, model) -> str:
-    if options.rank_by in ("matching", "fused") and not has_decoder(model):
+    if options.rank_by is None:
+        return "embedding" if model is None else default_ranking(model.config)
+    kinds = pair_kinds(model)
+    if options.rank_by not in ("embedding", *kinds, *["fused"][: len(kinds)]):
+        needed = "an alignment" if options.rank_by == "alignment" else "a matching decoder"
         name = options.model or options.baseline
-        raise ValueError(f"--rank_by {options.rank_by} needs a matching decoder, which {name} does not have.")
-    return options.rank_by or ("fused" if has_decoder(model) else "embedding")
+        raise ValueError(f"--rank_by {options.rank_by} needs {needed}, which {name} does not have.")
+    return options.rank_by
 
 
 def _describe_method(options: argparse.Namespace, model, fusion: dict | None, queries) -> dict[str, Any]:

@@ -3,19 +3,15 @@
 import argparse
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from data_rice.commands import one_line
+from modeling_rice.scoring_rice import FusionWeights, pair_kinds
 
 from .fusion import DEFAULT_WEIGHTS, FUSED_TEXT_WEIGHTS, edge_words
 from .protocol import RetrievalTask
 from .retrieval import FittedFusion, Loading, Retriever, fit_fusion
-
-FUSION_RULE = "z(embedding) + weight * z(matching), per query"
-TEXT_FUSION_RULE = (
-    "z(visual) + weight * z(matching) + text_weight * text, per query; visual is the embedding score without text, "
-    "text the cosine of ASR and title, 0 where either is missing"
-)
 
 LoadViews = Callable[[str, str | None], tuple[Any, Any]]
 """Split and data_dir -> queries and gallery."""
@@ -23,13 +19,13 @@ LoadViews = Callable[[str, str | None], tuple[Any, Any]]
 
 def choose_fusion(
     options: argparse.Namespace, retriever: Retriever, scope: str, loading: Loading, load_views: LoadViews
-) -> tuple[float, float | None, dict[str, Any]]:
+) -> tuple[FusionWeights, dict[str, Any]]:
     """
-    The weights of matching and text in the fused score, and the entry `protocol.fusion` of results.json.
+    The weights of the fused score, and the entry `protocol.fusion` of results.json.
 
     Args:
         options: of eval_rice.py.
-        retriever: a model with a matching decoder.
+        retriever: a model with more scores than that of its embeddings.
         scope: of the galleries.
         loading: how the validation split is read, where a weight is fitted.
         load_views: gives that split.
@@ -38,31 +34,30 @@ def choose_fusion(
         ValueError: a fit was asked for, and there is no validation split to fit on.
     """
     config = retriever.model.config
-    own, text_weight = getattr(config, "fusion_weight", None), getattr(config, "fused_text_weight", None)
+    weights = FusionWeights.of(config)
+    is_fitted = weights.fusion_weight is not None or "matching" not in pair_kinds(retriever.model)
     edges: list[str | None] = []
-    if options.fusion_weight == "fit" or (options.fusion_weight == "auto" and not own):
+    if options.fusion_weight == "fit" or (options.fusion_weight == "auto" and not is_fitted):
         fitted, record = _fit(options, retriever, scope, loading, load_views)
-        weight = 1.0
-        if fitted is not None:
-            weight, text_weight, edges = fitted.weight, fitted.text_weight, fitted.edges()
+        weights = replace(weights, fusion_weight=1.0) if fitted is None else fitted.weights
+        edges = [] if fitted is None else fitted.edges()
     elif options.fusion_weight == "auto":
-        weight = float(own)
         words = "the weight is the checkpoint's own, fitted when it was trained"
         record = {"source": "checkpoint", "source_words": words}
-        edges = [edge_words("fusion weight", weight, DEFAULT_WEIGHTS)]
-        if text_weight is not None:
-            edges.append(edge_words("text weight in the fused score", text_weight, FUSED_TEXT_WEIGHTS))
+        if weights.fusion_weight is not None:
+            edges.append(edge_words("fusion weight", weights.fusion_weight, DEFAULT_WEIGHTS))
+        if weights.fused_text_weight is not None:
+            edges.append(edge_words("text weight in the fused score", weights.fused_text_weight, FUSED_TEXT_WEIGHTS))
     else:
-        weight = options.fusion_weight
+        weights = replace(weights, fusion_weight=options.fusion_weight)
         record = {"source": "argument", "source_words": "the weight was given by hand"}
     if not _reads_text_score(options, config):
-        text_weight = None
-    elif text_weight is None:
+        weights = replace(weights, fused_text_weight=None)
+    elif weights.fused_text_weight is None:
         record["source_words"] += "; there is none for text, which counts as part of the embedding score"
-    rule = FUSION_RULE if text_weight is None else TEXT_FUSION_RULE
     edges = [words for words in edges if words]
     record |= {"at_edge": bool(edges), "edge_words": edges}
-    return weight, text_weight, {"rule": rule, "text_weight": text_weight, **record}
+    return weights, {"rule": weights.rule(), "text_weight": weights.fused_text_weight, **record}
 
 
 def _reads_text_score(options: argparse.Namespace, config) -> bool:

@@ -31,19 +31,21 @@ def run(options: argparse.Namespace) -> None:
         FileExistsError: when the output folder is in use.
         ValueError: when the checkpoint is not of an official layout, naming the keys.
     """
-    output_dir: Path = options.output_dir
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise FileExistsError(f"{output_dir} is in use; name a new or empty folder.")
     from modeling_rice.convert_rice_original_to_hf import convert_original_checkpoint, load_original_state_dict
 
-    state_dict = load_original_state_dict(options.checkpoint)
-    model = convert_original_checkpoint(state_dict)
-    processor = build_original_processor(model.config, is_newer=has_newer_layout(state_dict))
-    model.save_pretrained(output_dir)
-    processor.save_pretrained(output_dir)
+    from .files import new_folder
+
+    with new_folder(options.output_dir) as folder:
+        state_dict = load_original_state_dict(options.checkpoint)
+        model = convert_original_checkpoint(state_dict)
+        processor = build_original_processor(model.config, is_newer=has_newer_layout(state_dict))
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
     parts = ["encoder"] + ["decoder"] * (model.decoder is not None)
     parts += ["reconstruction head"] * (model.reconstruction_head is not None)
-    print(f"Wrote {output_dir}: {', '.join(parts)}; {sum(p.numel() for p in model.parameters()):,} parameters.")
+    print(
+        f"Wrote {options.output_dir}: {', '.join(parts)}; {sum(p.numel() for p in model.parameters()):,} parameters."
+    )
 
 
 def has_newer_layout(state_dict: dict) -> bool:

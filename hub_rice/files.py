@@ -1,5 +1,10 @@
-"""The file that a command's --output names: looked at before the work, written after it."""
+"""What commands write: the file that --output names, and folders that are whole or not there."""
 
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from data_rice.files import write_atomically
@@ -33,3 +38,36 @@ def write_output(path: str | Path, text: str) -> None:
         write_atomically(path, text)
     except OSError as error:
         raise ValueError(f"--output {path} cannot be written ({error.strerror}): name another file.") from error
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """
+    A temporary folder that becomes `path` when the block ends well, and leaves nothing otherwise.
+
+    Raises:
+        FileExistsError: `path` is a file, or a folder that is not empty.
+        OSError: it cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} is in use; name a new or empty folder.")
+    from safetensors import SafetensorError
+
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        folder = temporary / path.name
+        # Unlike the folder around it, with the mode that the user's folders have.
+        folder.mkdir()
+        yield folder
+        os.replace(folder, path)
+    except (OSError, SafetensorError) as error:
+        # Without a number it is a sentence of this project already.
+        if isinstance(error, OSError) and error.errno is None:
+            raise
+        raise OSError(f"{path} was not written ({error}): make room, or name another folder.") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -3,10 +3,9 @@
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from .processes import are_several
+from .processes import maximum
 
 
 class UpdateGuard:
@@ -62,12 +61,8 @@ class UpdateGuard:
             norm = gradient_norm if isinstance(gradient_norm, Tensor) else torch.tensor(gradient_norm)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             bad = bad.to(norm.device) | ~torch.isfinite(norm)
-        if are_several():
-            # A loss may be bad on one process alone, and all must decide alike.
-            flag = bad.float()
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            bad = flag > 0
-        if not bad.item():
+        # A loss may be bad on one process alone, and all must decide alike.
+        if not maximum(bad, bad.device):
             self.in_a_row = 0
             return False
         self.skipped += 1

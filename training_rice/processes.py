@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 Result = TypeVar("Result")
+_exchanged: dict[torch.device, Tensor] = {}
 _TOLD = "The first process raises this too, and tells the user."
 
 
@@ -18,6 +21,18 @@ def barrier() -> None:
     """Waits until every process of the run is here."""
     if are_several():
         dist.barrier()
+
+
+def maximum(value: Tensor | float, device: torch.device) -> float:
+    """The largest of the processes' numbers; to be called by all of them."""
+    if not are_several():
+        return float(value)
+    # Kept: the thread that exchanges it would else be the one to free it, and take Python's lock for that, and a
+    # loader worker that is forked at that moment never starts.
+    shared = _exchanged.setdefault(device, torch.zeros((), device=device))
+    shared.copy_(torch.as_tensor(value))
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return shared.item()
 
 
 def on_first_process(decide: Callable[[], Result]) -> Result:

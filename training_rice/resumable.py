@@ -89,6 +89,7 @@ class ResumableTrainer(Trainer):
         # Done when the run began; again it would fit weights that the undisturbed run does not have.
         self.args.eval_on_start = on_start and not resume_from_checkpoint
         self._stop.number = 0
+        self._losses = _LossSum()
         try:
             with signals_call(self._stop) if self.args.save_on_signal else nullcontext():
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -175,10 +176,10 @@ class ResumableTrainer(Trainer):
         self.control.should_save |= self._epochs.save_due
         self._epochs.save_due = False
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        if self.args.save_on_signal and self._stop.agreed(self.args.device):
+        if self.args.save_on_signal and (number := self._stop.agreed(self.args.device)):
             if self._saved_step != self.state.global_step:
                 self._save_checkpoint(self.model_wrapped, None)
-            raise Stopped(self._stop.number)
+            raise Stopped(number)
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         """Trainer writes below the staging folder, and the first process moves the result to its place."""

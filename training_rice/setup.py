@@ -158,7 +158,12 @@ def _continue_from(path: str, settings: dict) -> RiceModel:
             f"{former.vision_config.model_type}; leave vision_config out to go on from that checkpoint."
         )
     model, info = RiceModel.from_pretrained(
-        folder, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **settings
+        folder,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        # What it ranked by was chosen for the scores it had, and is chosen anew.
+        **{"ranking": None, **settings},
     )
     weights, missing, unexpected = model.state_dict(), set(info["missing_keys"]), set(info["unexpected_keys"])
     unfit = missing | unexpected | {key for key, *_ in info["mismatched_keys"]}

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 
-from .processes import are_several
+from .processes import maximum
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +73,10 @@ class StopRequest:
         self.number = number
         logger.info("%s: a checkpoint is written after this step.", signal.Signals(number).name)
 
-    def agreed(self, device: torch.device) -> bool:
-        """Whether a process was asked to stop; to be called by all of them, which then all know of it."""
-        if are_several():
-            number = torch.tensor(self.number, device=device)
-            dist.all_reduce(number, op=dist.ReduceOp.MAX)
-            self.number = int(number)
-        return self.number > 0
+    def agreed(self, device: torch.device) -> int:
+        """The signal that any process got, 0 while none has; to be called by all of them."""
+        # Nothing but the signal itself sets `number`, which may come at any moment, this one included.
+        return int(maximum(self.number, device))
 
 
 def outlive_signals(initialise: Callable[[int], None] | None, worker: int) -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from evaluation_rice.fusion import TEXT_WEIGHTS, edge_words
 from evaluation_rice.protocol import RetrievalTask
 from evaluation_rice.retrieval import Loading, ModelRetriever, add_text_scores, all_scores, rank_scores
+from modeling_rice.scoring_rice import FusionWeights
 
 from .processes import are_several, on_first_process
 
@@ -70,7 +71,11 @@ def validate_together(
     scores, problem = {}, None
     try:
         if any(name in share.scopes for name in share.query_scopes):
-            scores = all_scores(retriever, share, queries, gallery, loading, failures)
+            # As arrays, since a pickled tensor takes its whole batch along.
+            scores = {
+                query: {kind: np.asarray(row) for kind, row in values.items()}
+                for query, values in all_scores(retriever, share, queries, gallery, loading, failures).items()
+            }
     except ValueError as error:
         problem = str(error)
     # What this process leaves to the others is not missing.
@@ -86,14 +91,16 @@ def validate_together(
     failures = [failure for _, part, _ in parts for failure in part] + task.without_gallery()
     # In file order, or the order of ties would depend on who scored what.
     merged = dict(sorted((query, values) for part, _, _ in parts for query, values in part.items()))
-    metrics, weight = on_first_process(partial(_measure, task, merged))
+    metrics, weight = on_first_process(partial(_measure, task, merged, FusionWeights.of(model.config)))
     return metrics, weight, failures
 
 
-def _measure(task: RetrievalTask, scores: dict[int, dict[str, np.ndarray]]) -> tuple[dict[str, float], float | None]:
+def _measure(
+    task: RetrievalTask, scores: dict[int, dict[str, np.ndarray]], own: FusionWeights
+) -> tuple[dict[str, float], float | None]:
     """Recall and fitted weights, and the fusion weight; a weight at an end of its grid is logged."""
     scores, text_weight = add_text_scores(task, scores)
-    rankings, fitted = rank_scores(task, scores)
+    rankings, fitted = rank_scores(task, scores, own=own)
     metrics = {
         f"{kind}_{name}": value
         for kind, ranked in rankings.items()
@@ -106,8 +113,8 @@ def _measure(task: RetrievalTask, scores: dict[int, dict[str, np.ndarray]]) -> t
         edges.append(edge_words("weight of the text in the embedding score", text_weight, TEXT_WEIGHTS))
     if fitted is not None:
         edges += fitted.edges()
-        if fitted.text_weight is not None:
-            metrics["fused_text_weight"] = fitted.text_weight
+        if fitted.weights.fused_text_weight is not None:
+            metrics["fused_text_weight"] = fitted.weights.fused_text_weight
     for words in filter(None, edges):
         logger.warning("Validation: %s.", words)
-    return metrics, None if fitted is None else fitted.weight
+    return metrics, None if fitted is None else fitted.weights.fusion_weight

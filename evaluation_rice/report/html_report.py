@@ -13,10 +13,11 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from data_rice.collator import decode_image
 from data_rice.files import write_atomically
-from hub_rice.model_card import dataset_name, gallery_words, scope_words
+from hub_rice.model_card import gallery_words, scope_words
+from hub_rice.results import dataset_name
 from hub_rice.tables import TITLES, table_cells
+from processing_rice import open_image
 
 from ..frames import clip_frames
 from ..protocol import Rankings, RetrievalTask
@@ -243,7 +244,7 @@ def _image_figure(evaluation: Evaluation, image: str, caption: str, kind: str) -
     picture = None
     if row is not None:
         try:
-            picture = decode_image(row["image"])
+            picture = open_image(row["image"])
         except ValueError:
             kind = kind or "unreadable"
         caption = " ".join(filter(None, [caption, row.get("title") or ""]))
@@ -275,8 +276,10 @@ def _fusion(results: Mapping) -> str:
     fusion = results["protocol"].get("fusion")
     if not fusion:
         return ""
-    text = "" if fusion.get("text_weight") is None else f", text_weight {fusion['text_weight']:g}"
-    words = f"Fused score: {fusion['rule']}; weight {results['fusion_weight']:g}{text}: {fusion['source_words']}."
+    given = {"weight": results["fusion_weight"], "alignment_weight": results.get("alignment_weight")}
+    given["text_weight"] = fusion.get("text_weight")
+    weights = ", ".join(f"{name} {value:g}" for name, value in given.items() if value is not None)
+    words = f"Fused score: {fusion['rule']}; {weights}: {fusion['source_words']}."
     curve = fusion.get("curve")
     plot = curve_plot(curve, results["fusion_weight"], "R@1 over the fusion weight, in percent") if curve else ""
     title = "<h3>R@1 in percent on the validation split</h3>" if plot else ""

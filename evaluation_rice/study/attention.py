@@ -20,12 +20,12 @@ from tqdm.auto import tqdm
 from data_rice.commands import mistakes_end, print_anywhere
 from hub_rice.files import check_output, write_output
 from hub_rice.tables import percent
+from modeling_rice.scoring_rice import pair_kinds
 
 from ..frames import clip_frames
 from ..protocol import RetrievalTask
 from ..recall import bootstrap_interval, interval_words
 from ..report.heatmap import Region, has_maps, seen_region
-from ..retrieval import has_decoder
 
 MAPS = {
     "score": "attention that the score is made of",
@@ -94,8 +94,8 @@ def clip_shares(model: Any, collator: Any, query: dict, images: Sequence[dict]) 
         ValueError: the clip or an image cannot be read, no frame that the model sees has a box, or the model's patches
             are not a square grid.
     """
-    clip, readable, failures = collator.encode_queries([query])
-    pictures, also_readable, more = collator.encode_gallery(list(images))
+    clip, readable, failures = collator.collate_queries([query])
+    pictures, also_readable, more = collator.collate_gallery(list(images))
     if not readable or len(also_readable) < len(images):
         raise ValueError((failures + more)[0]["reason"])
     inputs = pictures | {name: value.expand(len(images), *value.shape[1:]) for name, value in clip.items()}
@@ -136,7 +136,7 @@ def measure(
     Raises:
         ValueError: the model has no matching decoder, no clip has a box, or none could be measured.
     """
-    if not has_decoder(model) or not hasattr(model, "attention_maps"):
+    if "matching" not in pair_kinds(model) or not hasattr(model, "attention_maps"):
         raise ValueError("this model has no matching decoder, so it attends to no clip: name one trained with it.")
     task = RetrievalTask.from_datasets(queries, gallery, scope)
     with_boxes = [i for i, boxes in enumerate(queries["boxes"]) if any(boxes or [])]

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ..protocol import KINDS
+from modeling_rice.scoring_rice import KINDS
 
 _KEYS = {"recipe", "render", "seeds", "max_minutes", "start", "train", "eval", "arms", "comparisons"}
 _ARM_KEYS = {"train", "eval", "model_of", "note"}

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
-from evaluation_rice.fusion import fuse_scores
-from evaluation_rice.retrieval import has_decoder, model_scores
+from modeling_rice.scoring_rice import best_first, ranked_scores
 
 from .calibration import Calibration, product_shares
 from .search import Candidates, Scope
@@ -25,8 +25,7 @@ class Hit:
         image_id, product_id, title: As the shop's rows name them; without a product id, the image id.
         live_id: The livestream that was searched, or the first that sells the image; "" where there are none.
         image: Path of the picture as `data_rice.paths.path_to_text` writes it, "" where it came as bytes.
-        score: By which hits are ranked: embedding, matching and text fused as `evaluation_rice.fusion.fuse_scores`
-            does, or the embedding score without a decoder.
+        score: By which hits are ranked, the kind that `config.ranking` of the model says.
         embedding_score: `model.similarity`, a cosine.
         matching_score: `model.match`, `None` where it was not asked for.
         confidence: Probability that the hit's product is the clip's, 0 to 1; see `GalleryIndex.calibrate`.
@@ -61,15 +60,15 @@ class Answer:
     timings: dict[str, float] = field(default_factory=dict)
 
 
-def candidate_scores(model: Any, clip: Any, candidates: Candidates, fusion_weight: float, match: bool) -> Scores:
-    """`Scores` of the candidates of one clip (`RiceClips` of one row), by matching too where that is asked for."""
+def candidate_scores(model: Any, clip: Any, candidates: Candidates, match: bool) -> Scores:
+    """`Scores` of the candidates of a clip, `RiceClips` of one row, by the model's ranking or its embeddings alone."""
     features = candidates.features.to(clip.embeds.device)
-    known = model_scores(model, clip, features, matching=match and has_decoder(model))
-    scores = {kind: values[0] for kind, values in known.items()}
-    if "matching" not in scores:
-        return scores["embedding"], None, scores["embedding"]
-    text_weight = getattr(model.config, "fused_text_weight", None)
-    return scores["embedding"], scores["matching"], fuse_scores(scores, fusion_weight, text_weight)
+    ranked_by, known = ranked_scores(model, clip, features, None if match else "embedding")
+    embedding, matching, ranked_by = (
+        None if scores is None else scores[0].cpu().numpy()
+        for scores in (known["embedding"], known.get("matching"), ranked_by)
+    )
+    return embedding, matching, ranked_by
 
 
 def answer_of(
@@ -82,11 +81,11 @@ def answer_of(
 ) -> Answer:
     """The answer from the candidates of one clip and their scores, `None` where there are no candidates."""
     # Without a score an image cannot be found, as in evaluation.
-    known = np.zeros(0, dtype=int) if scores is None else np.flatnonzero(np.isfinite(scores[2]))
-    if not len(known):
+    order = [] if scores is None else best_first(torch.from_numpy(scores[2]))
+    if not order:
         return Answer([], True, 0.0, timings)
-    embedding, matching, ranked_by = (None if kind is None else kind[known] for kind in scores)
-    records = [candidates.records[i] for i in known]
+    embedding, matching, ranked_by = (None if kind is None else kind[order] for kind in scores)
+    records = [candidates.records[i] for i in order]
     products = [record["product_id"] for record in records]
     if calibration is None:
         confidence = product_shares(ranked_by, 1.0, products)
@@ -101,7 +100,7 @@ def answer_of(
             matching_score=None if matching is None else float(matching[i]),
             confidence=float(confidence[i]),
         )
-        for i in np.argsort(-ranked_by, kind="stable")[:top_k]
+        for i in range(min(top_k, len(order)))
     ]
     no_product = calibration is not None and hits[0].confidence < calibration.threshold
     return Answer(hits, no_product, hits[0].confidence, timings)

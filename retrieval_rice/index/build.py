@@ -1,7 +1,6 @@
 """Reads and encodes a shop's images, and tells which of them are encoded already."""
 
 import hashlib
-import io
 import json
 import logging
 import os
@@ -9,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,8 @@ from data_rice.collator import RiceCollator
 from data_rice.parsing import id_text
 from data_rice.paths import path_to_text
 from evaluation_rice.retrieval import Loading, ModelRetriever
-from processing_rice import is_missing, read_text
+from processing_rice import MediaError, is_missing, open_image, read_text
+from processing_rice.media_rice import path_of, read_media
 
 from .table import State
 
@@ -127,17 +126,6 @@ def _check_image(value: Any, where: str) -> None:
         )
 
 
-def image_entry(value: Any) -> dict:
-    """An image as `{"path", "bytes"}`: from such a dict, a path or a PIL image."""
-    if isinstance(value, dict):
-        return value
-    if isinstance(value, (str, os.PathLike)):
-        return {"path": os.fspath(value), "bytes": None}
-    buffer = io.BytesIO()
-    value.save(buffer, format="PNG")
-    return {"path": None, "bytes": buffer.getvalue()}
-
-
 class ShopReader:
     """
     Decodes batches of `ShopImage` in a loader's workers, except those whose pictures are known.
@@ -153,28 +141,22 @@ class ShopReader:
 
     def entry(self, image: ShopImage, attempt: int = 0) -> dict:
         """Row of the image as the collator takes it."""
-        return {"image_id": image.image_id, "image": self._picture(image.rows[attempt]), "title": image.title}
-
-    def _picture(self, row: int) -> dict:
-        value = self.rows[row]["image"]
+        picture = self.rows[image.rows[attempt]]["image"]
         # Of rows that hold their pictures, these are looked at one shard at a time.
-        _check_image(value, f"row {row} of the shop")
-        return image_entry(value)
+        _check_image(picture, f"row {image.rows[attempt]} of the shop")
+        return {"image_id": image.image_id, "image": picture, "title": image.title}
 
     def content(self, image: ShopImage) -> tuple[str, list[str]]:
         """A digest of the image's pictures, and of the text where the model reads it; and where the pictures lie."""
         digest = hashlib.blake2b(image.title.encode() if self.collator.use_text else b"", digest_size=16)
         paths: list[str] = []
-        for row in image.rows:
-            entry = self._picture(row)
-            data, path = entry.get("bytes"), entry.get("path") or ""
-            text = path_to_text(path)
-            if data is None and text not in paths:
-                data = _file_bytes(path)
-            if text not in paths:
-                paths.append(text)
-            if data is not None:
-                digest.update(hashlib.blake2b(data, digest_size=16).digest())
+        for row in range(len(image.rows)):
+            picture = self.entry(image, row)["image"]
+            path = path_to_text(path_of(picture))
+            # Many livestreams sell an image, which most of them take from one file.
+            if not path or path not in paths:
+                paths.append(path)
+                digest.update(hashlib.blake2b(_picture_bytes(picture), digest_size=16).digest())
         return digest.hexdigest(), paths
 
     def __call__(self, images: list[ShopImage]) -> "Batch":
@@ -183,17 +165,17 @@ class ShopReader:
         if not new:
             return Batch(images, contents, places)
         entries = [self.entry(image) for image in new]
-        inputs, readable, failures = self.collator.encode_gallery(entries)
+        inputs, readable, failures = self.collator.collate_gallery(entries)
         replaced = False
         for i in set(range(len(new))) - set(readable):
             for attempt in range(1, len(new[i].rows)):
                 other = self.entry(new[i], attempt)
-                if self.collator.encode_gallery([other])[1]:
+                if self.collator.collate_gallery([other])[1]:
                     entries[i], replaced = other, True
                     break
         if replaced:
-            inputs, readable, failures = self.collator.encode_gallery(entries)
-        paths = {new[i].image_id: path_to_text(entries[i]["image"].get("path") or "") for i in readable}
+            inputs, readable, failures = self.collator.collate_gallery(entries)
+        paths = {new[i].image_id: path_to_text(path_of(entries[i]["image"])) for i in readable}
         return Batch(images, contents, places, inputs, paths, {failure["id"]: failure for failure in failures})
 
 
@@ -217,11 +199,18 @@ class Batch:
     failures: dict[str, dict] = field(default_factory=dict)
 
 
-def _file_bytes(path: str) -> bytes:
+def _picture_bytes(picture: Any) -> bytes:
+    """What tells that a picture is the same as before."""
+    if isinstance(picture, Image.Image):
+        try:
+            picture = open_image(picture)
+        except MediaError as error:
+            return str(error).encode()
+        return str(picture.size).encode() + picture.tobytes()
     try:
-        return Path(path).read_bytes()
-    except OSError:
-        # The reader tells why; another try, once it can be read, finds other bytes.
+        return read_media(picture if isinstance(picture, Mapping) else {"path": path_of(picture)})
+    except (OSError, ValueError):
+        # The collator tells why; another try, once it can be read, finds other bytes.
         return b""
 
 
@@ -277,8 +266,8 @@ class ShopEncoder:
     @torch.no_grad()
     def encode_blank(self) -> Any:
         """Encodings of one grey picture, `RiceGallery` of one row: which fields there are, and how wide."""
-        grey = image_entry(Image.new("RGB", (32, 32), (128, 128, 128)))
-        inputs = self.collator.encode_gallery([{"image_id": "", "image": grey, "title": ""}])[0]
+        grey = Image.new("RGB", (32, 32), (128, 128, 128))
+        inputs = self.collator.collate_gallery([{"image_id": "", "image": grey, "title": ""}])[0]
         return self._encode(inputs)
 
     def _encode(self, inputs: dict) -> Any:

@@ -18,7 +18,7 @@ import torch
 
 from data_rice.collator import RiceCollator
 from data_rice.parsing import id_text
-from evaluation_rice.fusion import check_weight
+from modeling_rice.fingerprint_rice import same_state
 
 from .answers import Answer, answer_of, candidate_scores, relevance
 from .approximate import Settings, recall, sample_of
@@ -76,8 +76,6 @@ class GalleryIndex:
         model: A `RiceModel` in eval mode; clips must come from it too.
         table: Encoded images; by default none, in memory.
         processor: Saved with the model; `add` and `calibrate` with rows need it.
-        fusion_weight: Of matching against embedding, above 0; by default the model's own, else 1. That of text in the
-            fused score is always the model's own (`config.fused_text_weight`).
         cache_bytes: Encodings kept in memory.
         refresh_s: Seconds after which `search` looks for a newer version.
 
@@ -92,14 +90,11 @@ class GalleryIndex:
         model: Any,
         table: ShopTable | None = None,
         processor: Any = None,
-        fusion_weight: float | None = None,
         cache_bytes: int = CACHE_BYTES,
         refresh_s: float = 1.0,
     ):
         check_depth("cache_bytes", cache_bytes)
         self.model, self.processor = model, processor
-        weight = getattr(model.config, "fusion_weight", None) if fusion_weight is None else fusion_weight
-        self.fusion_weight = 1.0 if weight is None else check_weight(weight)
         self._table = ShopTable() if table is None else table
         self._newest = Newest(self._table, model, cache_bytes, refresh_s)
 
@@ -217,7 +212,6 @@ class GalleryIndex:
         folder: str | os.PathLike,
         model: Any,
         processor: Any = None,
-        fusion_weight: float | None = None,
         cache_bytes: int = CACHE_BYTES,
         refresh_s: float = 1.0,
     ) -> "GalleryIndex":
@@ -228,14 +222,13 @@ class GalleryIndex:
             folder: Folder or URI, written by `build` or `save`.
             model: The one that encoded it, in eval mode.
             processor: Only for `add` and for `calibrate` with rows.
-            fusion_weight, cache_bytes, refresh_s: As `GalleryIndex`.
+            cache_bytes, refresh_s: As `GalleryIndex`.
 
         Raises:
             FileNotFoundError: there is no index.
             ValueError: it is damaged, of an earlier format, not complete yet, or was encoded by another model.
         """
-        settings = {"fusion_weight": fusion_weight, "cache_bytes": cache_bytes, "refresh_s": refresh_s}
-        return cls._opened(ShopTable(folder), model, processor, **settings)
+        return cls._opened(ShopTable(folder), model, processor, cache_bytes=cache_bytes, refresh_s=refresh_s)
 
     def save(self, folder: str | os.PathLike, overwrite: bool = False) -> None:
         """
@@ -463,8 +456,8 @@ class GalleryIndex:
             live_id: Search one livestream's images; or a list with an entry per clip, each an id, several ids, or
                 `None` for the whole index.
             top_k: Hits per clip at most.
-            rerank: Nearest images that the decoder scores, at least `top_k`; fused scores and confidences are relative
-                to these. `None`: the whole scope. 0: rank by embedding alone.
+            rerank: Nearest images that are scored by more than their embeddings, at least `top_k`; fused scores and
+                confidences are relative to these. `None`: the whole scope. 0: rank by embedding alone.
 
         Returns:
             One answer per clip.
@@ -489,7 +482,7 @@ class GalleryIndex:
                 start = time.perf_counter()
                 scores = None
                 if candidates.records:
-                    scores = candidate_scores(self.model, clips[i], candidates, self.fusion_weight, rerank != 0)
+                    scores = candidate_scores(self.model, clips[i], candidates, rerank != 0)
                 timings = {"search_ms": search_ms, "match_ms": 1000 * (time.perf_counter() - start)}
                 calibration = None if rooms is None else rooms.snapshot.state.calibration
                 answers.append(answer_of(candidates, scores, scopes[i], top_k, calibration, timings))
@@ -576,15 +569,14 @@ class GalleryIndex:
                     kept = np.flatnonzero(~(relevant & gone))[:limit]
                     if len(kept):
                         chosen = candidates.take(kept)
-                        scores = candidate_scores(self.model, clips[i], chosen, self.fusion_weight, rerank != 0)
+                        scores = candidate_scores(self.model, clips[i], chosen, rerank != 0)
                         missed = bool(own) and len(kept) == limit and not gone and not relevant[kept].any()
                         scored.append(ScoredClip(*scores, relevant[kept], chosen.products, group, missed))
         return scored
 
 
 def _check_features(features: Any, snapshot: Snapshot) -> None:
-    stored = snapshot.state.model_fingerprint
-    if None not in (features.model_fingerprint, stored) and features.model_fingerprint != stored:
+    if not same_state(features.model_fingerprint, snapshot.state.model_fingerprint):
         raise ValueError("the images were encoded by another model; encode them with the index's.")
     if not finite_rows(features).all():
         raise ValueError("some of the images have encodings that are not finite; leave these out.")

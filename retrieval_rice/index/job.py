@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
+from modeling_rice.fingerprint_rice import same_state
+from processing_rice.media_rice import path_of, split_tar_member
+
 from .build import (
     Batch,
     ShopEncoder,
@@ -18,7 +21,6 @@ from .build import (
     ShopReader,
     as_rows,
     collect_images,
-    image_entry,
     record_of,
     report_skipped,
 )
@@ -99,7 +101,7 @@ class Job:
 
     def _difference(self, snapshot: Snapshot) -> str:
         state, own = snapshot.state, self.encoder.state()
-        if state.model_fingerprint != own.model_fingerprint:
+        if not same_state(state.model_fingerprint, own.model_fingerprint):
             name = f" ({state.model_name})" if state.model_name else ""
             return f"by another model{name}, fingerprint {state.model_fingerprint} and not {own.model_fingerprint}"
         changed = sorted(
@@ -345,7 +347,7 @@ def estimate(table: ShopTable, encoder: ShopEncoder, rows: Sequence[dict]) -> Es
             there = set()
     known = sum(image.image_id in there for image in images)
     spread = [images[i] for i in np.linspace(0, len(images) - 1, min(_WEIGHED, len(images))).astype(int)]
-    sizes = [_picture_size(image_entry(rows[image.rows[0]]["image"])) for image in spread]
+    sizes = [_picture_size(rows[image.rows[0]]["image"]) for image in spread]
     row_bytes = 300 + sum(map(bytes_of, columns_of(encoder.encode_blank()).values()))
     sample = spread[:_TIMED]
     timed = replace(encoder, num_workers=0, batch_size=len(sample), progress=False)
@@ -356,11 +358,14 @@ def estimate(table: ShopTable, encoder: ShopEncoder, rows: Sequence[dict]) -> Es
     return Estimate(len(images), known, round(np.mean(sizes) * len(images)), row_bytes * len(images), seconds)
 
 
-def _picture_size(entry: dict) -> int:
-    if entry.get("bytes") is not None:
-        return len(entry["bytes"])
+def _picture_size(picture: Any) -> int:
+    if isinstance(picture, Mapping) and picture.get("bytes") is not None:
+        return len(picture["bytes"])
+    member = split_tar_member(path_of(picture))
+    if member is not None:
+        return member[2]
     try:
-        return os.path.getsize(entry.get("path") or "")
+        return os.path.getsize(path_of(picture))
     except OSError:
         return 0
 

@@ -6,6 +6,8 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from modeling_rice.fingerprint_rice import same_state
+
 from .build import state_of
 from .job import features_class_of
 from .search import Rooms
@@ -101,7 +103,7 @@ class Newest:
 def check_fingerprint(state: State, model: Any, name: str) -> None:
     """Raises `ValueError` when encodings are known to be another model's."""
     own = state_of(model).model_fingerprint
-    if None not in (state.model_fingerprint, own) and state.model_fingerprint != own:
+    if not same_state(state.model_fingerprint, own):
         origin = f" ({state.model_name})" if state.model_name else ""
         raise ValueError(
             f"the {name} was encoded by another model{origin}, fingerprint {state.model_fingerprint} and not {own}; "

@@ -145,6 +145,15 @@ class TestModel:
         for name, value in without.state_dict().items():
             assert torch.equal(grown.state_dict()[name], value)
 
+    def test_what_a_checkpoint_ranks_by_is_chosen_anew(self, make_model, tmp_path):
+        model = make_model(fusion_weight=0.5, ranking="fused")
+        model.save_pretrained(tmp_path / "fused")
+        for changes in ({"use_decoder": False}, {"fusion_weight": None}, {}):
+            kept = build_model(ModelArguments(model_name_or_path=str(tmp_path / "fused"), model=changes))
+            assert kept.config.ranking is None
+        chosen = build_model(ModelArguments(model_name_or_path=str(tmp_path / "fused"), model={"ranking": "matching"}))
+        assert chosen.config.ranking == "matching"
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [

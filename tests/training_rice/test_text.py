@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from data_rice.collator import RiceCollator
 from evaluation_rice.protocol import RetrievalTask
 from evaluation_rice.retrieval import Loading, ModelRetriever, add_text_scores, retrieve
+from modeling_rice.scoring_rice import FusionWeights
 from processing_rice import train_tokenizer
 from tests.training_rice.texts import TEXT, WORDS
 from training_rice.arguments import DataArguments, ModelArguments, RiceTrainingArguments
@@ -123,9 +124,9 @@ def test_the_loss_falls_is_logged_and_the_weight_is_fitted(
     queries, gallery, scope = text_validation
     task = RetrievalTask.from_datasets(queries, gallery, scope)
     arguments = (task, queries, gallery)
-    weights = {"fusion_weight": model.config.fusion_weight, "fused_text_weight": model.config.fused_text_weight}
+    weights = FusionWeights.of(model.config)
     loading = Loading(6, 0, quiet=True)
-    rankings, _ = retrieve(ModelRetriever(model, collator), *arguments, loading=loading, **weights)
+    rankings, _ = retrieve(ModelRetriever(model, collator), *arguments, loading=loading, weights=weights)
     assert set(rankings) == {"embedding", "matching", "fused"}
     for kind, ranked in rankings.items():
         assert ranked.summary()["R@1"] == metrics[f"eval_{kind}_R@1"]

@@ -49,7 +49,7 @@ def test_parts_make_the_whole(make_model, processor, rooms, scope, world_size):
         assert len(read) == len(set(read)) == len(task.image_ids)
     rankings, fitted = rank_scores(task, dict(sorted(merged.items())))
     expected, expected_fit = rank_scores(task, whole)
-    assert fitted.weight == expected_fit.weight
+    assert fitted.weights == expected_fit.weights
     assert rankings["embedding"].summary() == expected["embedding"].summary()
 
 
@@ -63,7 +63,7 @@ def test_one_process(make_model, processor, rooms):
     rankings, expected = validate(
         ModelRetriever(model, collator), task, queries, gallery, loading=loading, failures=expected_failures
     )
-    assert weight == expected.weight
+    assert weight == expected.weights.fusion_weight
     assert metrics["embedding_R@1"] == rankings["embedding"].summary()["R@1"]
     assert {failure["id"] for failure in failures} == {"clip25"}
     assert len(failures) == len(expected_failures) == 1
@@ -125,7 +125,7 @@ def test_nobody_waits_for_a_main_process_that_fails(make_model, processor, rooms
     two_processes(0)
     monkeypatch.setattr(module.dist, "broadcast_object_list", lambda outcome, src: sent.extend(outcome))
 
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError("no room for the metric")
 
     monkeypatch.setattr(module, "rank_scores", fail)

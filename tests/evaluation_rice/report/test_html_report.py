@@ -20,6 +20,7 @@ from evaluation_rice.report.html_report import (
 from evaluation_rice.retrieval import Loading, ModelRetriever, retrieve
 from evaluation_rice.speed import TimedRetriever
 from hub_rice.tables import percent
+from modeling_rice.scoring_rice import FusionWeights
 
 CURVE = [{"weight": 0.1, "R@1": 0.5, "MRR": 0.6}, {"weight": 2.0, "R@1": 0.75, "MRR": 0.8}]
 FAILURE = {"method": "model", "kind": "query", "id": "e", "file": "e0.png", "reason": "cut <short> & odd"}
@@ -33,7 +34,8 @@ def evaluate(model, collator, shop):
         queries, gallery = shop.queries, shop.gallery
         task = RetrievalTask.from_datasets(queries, gallery, "live")
         retriever = TimedRetriever(ModelRetriever(model, collator))
-        rankings, _ = retrieve(retriever, task, queries, gallery, loading=Loading(2, 0, quiet=True), fusion_weight=2.0)
+        loading, weights = Loading(2, 0, quiet=True), FusionWeights(2.0)
+        rankings, _ = retrieve(retriever, task, queries, gallery, loading=loading, weights=weights)
         fusion = {"rule": "z(a) + weight * z(b)", "source_words": "the weight was fitted", "curve": CURVE}
         protocol = {
             "split": "test",

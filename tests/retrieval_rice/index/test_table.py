@@ -59,8 +59,13 @@ def test_a_loaded_index_answers_as_the_saved_one(saved, folder, shop, tmp_path):
 
 
 def test_encodings_of_any_kind_come_back_bit_for_bit(tmp_path):
+    @dataclasses.dataclass(repr=False, eq=False)
     class Gallery(RiceGallery):
-        fields = ("embeds", "patches", "mask", "places")
+        patches: torch.Tensor | None = None
+        mask: torch.Tensor | None = None
+        places: torch.Tensor | None = None
+
+    Gallery.fields = ("embeds", "patches", "mask", "places")
 
     features = Gallery(
         embeds=torch.randn(5, 3).half(),

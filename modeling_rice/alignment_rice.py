@@ -1,0 +1,152 @@
+"""
+Cross-view alignment without training: every patch of an image looks for its like among a clip's, and the other way
+round. This is the late interaction of ColBERT and ColPali, MaxSim, in both directions, on whitened patches of a frozen
+encoder.
+"""
+
+import torch
+from torch import Tensor, nn
+
+# Cosines held at a time: what stays in a core's cache, and what keeps a GPU busy (0.5 MB and 1 GB in float32).
+_COSINES_AT_ONCE = {"cpu": 2**17, "cuda": 2**28}
+
+
+class RiceAlignment(nn.Module):
+    """
+    What the statistics of a shop's pictures, and of clips' frames where there are any, make of an encoder's outputs.
+    Nothing in it is trained: all of it are buffers, zeros and the first axes until they are filled by `fit`.
+
+    Args:
+        patch_width: Width C of the encoder's patches at the chosen stage.
+        rank: Width R of the patches that are compared, at most C.
+        embed_width: Width D of the global feature.
+    """
+
+    def __init__(self, patch_width: int, rank: int, embed_width: int):
+        super().__init__()
+        self.register_buffer("patch_mean", torch.zeros(patch_width))
+        self.register_buffer("patch_projection", torch.eye(patch_width, rank))
+        self.register_buffer("image_mean", torch.zeros(embed_width))
+        self.register_buffer("video_mean", torch.zeros(embed_width))
+
+    def project(self, patches: Tensor) -> Tensor:
+        """Patches `(..., C)` of either view -> `(..., R)`, whitened and L2-normalised."""
+        return nn.functional.normalize((patches - self.patch_mean) @ self.patch_projection, dim=-1)
+
+    def center(self, features: Tensor, is_clip: bool) -> Tensor:
+        """Global features `(..., D)` of one view -> the same less their view's mean, L2-normalised."""
+        return nn.functional.normalize(features - (self.video_mean if is_clip else self.image_mean), dim=-1)
+
+
+class PatchStatistics:
+    """
+    Mean and covariance of patches that come batch by batch, summed up in float64.
+
+    Args:
+        width: Width C of a patch.
+    """
+
+    def __init__(self, width: int):
+        self.count = 0
+        self._sum = torch.zeros(width, dtype=torch.float64)
+        self._products = torch.zeros(width, width, dtype=torch.float64)
+
+    def update(self, patches: Tensor) -> None:
+        """Adds patches `(..., C)`, of images or of frames."""
+        patches = patches.detach().reshape(-1, len(self._sum)).to("cpu", torch.float64)
+        self.count += len(patches)
+        self._sum += patches.sum(dim=0)
+        self._products += patches.T @ patches
+
+    def mean(self) -> Tensor:
+        """`(C,)` float64."""
+        return self._sum / max(self.count, 1)
+
+    def covariance(self) -> Tensor:
+        """`(C, C)` float64, of the population."""
+        mean = self.mean()
+        return self._products / max(self.count, 1) - mean[:, None] * mean
+
+
+def whitening(covariance: Tensor, rank: int, strength: float, shrinkage: float) -> Tensor:
+    """
+    The projection that turns patches onto their principal axes and evens out how much they vary along these.
+
+    Args:
+        covariance: `(C, C)`, symmetric.
+        rank: R, axes kept, those along which patches vary most.
+        strength: 0 only turns, 1 gives every axis the same variance (ZCA and PCA whitening, up to a rotation); an
+            axis is divided by its standard deviation to this power.
+        shrinkage: Share in 0..1 of the mean variance that every axis is given before, so that axes which the
+            statistics hardly saw are not blown up.
+
+    Returns:
+        `(C, R)` in the covariance's precision.
+    """
+    variances, axes = torch.linalg.eigh(covariance)
+    variances, axes = variances.clamp(min=0).flip(0)[:rank], axes.flip(1)[:, :rank]
+    shrunk = (1 - shrinkage) * variances + shrinkage * covariance.diagonal().mean()
+    # No variance at all along an axis, and no shrinkage: nothing to even out.
+    scale = torch.where(shrunk > 0, shrunk, torch.ones_like(shrunk)) ** (-strength / 2)
+    return axes * scale
+
+
+@torch.no_grad()
+def align_patches(
+    image_patches: Tensor, video_patches: Tensor, video_mask: Tensor | None = None, at_once: int | None = None
+) -> Tensor:
+    """
+    Late interaction of every clip with every image: the mean over an image's patches of their best cosine with any
+    patch of the clip, plus the maximum over frames of the mean over the frame's patches of their best cosine with any
+    patch of the image. Memory is bounded whatever the sizes, masked patches cost nothing, and no gradient is kept.
+
+    Args:
+        image_patches (`(n, P, R)`): L2-normalised, of any floating type.
+        video_patches (`(c, T, Q, R)`): L2-normalised; cosines are computed in their type, means in float32.
+        video_mask (`(c, T, Q)` bool, *optional*): `True` = real: `frame_mask[..., None]`, a patch mask, or both. A
+            frame without a real patch does not count, and a clip without one scores 0.
+        at_once: Cosines held at a time; by default what suits the device.
+
+    Returns:
+        `(c, n)` float32 in -2..2.
+
+    Raises:
+        ValueError: when the two widths differ.
+    """
+    if image_patches.shape[-1] != video_patches.shape[-1]:
+        raise ValueError(
+            f"The patches of images have width {image_patches.shape[-1]} and those of clips "
+            f"{video_patches.shape[-1]}; encode both with one model."
+        )
+    if video_mask is None:
+        video_mask = torch.ones(video_patches.shape[:3], dtype=torch.bool, device=video_patches.device)
+    rows = [
+        _align_clip(image_patches, patches, mask.expand(patches.shape[:2]), at_once)
+        for patches, mask in zip(video_patches, video_mask, strict=True)
+    ]
+    return torch.stack(rows) if rows else image_patches.new_zeros(0, len(image_patches), dtype=torch.float32)
+
+
+def _align_clip(image_patches: Tensor, patches: Tensor, mask: Tensor, at_once: int | None) -> Tensor:
+    """One clip `(T, Q, R)` with its mask `(T, Q)` -> `(n,)`."""
+    lengths = mask.sum(dim=1)
+    frames = torch.arange(len(mask), device=mask.device)[lengths > 0]
+    if not len(frames) or not len(image_patches):
+        return patches.new_zeros(len(image_patches), dtype=torch.float32)
+    # Means over frames of unlike lengths, as one matrix product.
+    frame_of_patch = frames.repeat_interleave(lengths[frames])
+    weights = (frame_of_patch[:, None] == frames).float() / lengths[frames]
+    patches = patches[mask]
+    at_once = at_once or _COSINES_AT_ONCE.get(patches.device.type, _COSINES_AT_ONCE["cuda"])
+    num_images = max(1, at_once // (image_patches.shape[1] * len(patches)))
+    # One piece of memory for all products: new pages would cost as much as the maxima.
+    products = patches.new_empty(min(num_images, len(image_patches)) * image_patches.shape[1], len(patches))
+    scores = []
+    for images in image_patches.split(num_images):
+        cosines = products[: images[..., 0].numel()]
+        torch.mm(images.to(patches.dtype).flatten(0, 1), patches.T, out=cosines)
+        cosines = cosines.unflatten(0, images.shape[:2])
+        image_scores = cosines.amax(dim=2).float().mean(dim=1)
+        frame_scores = cosines.amax(dim=1).float() @ weights
+        scores.append(image_scores + frame_scores.amax(dim=1))
+    return torch.cat(scores)

@@ -1,0 +1,270 @@
+"""What a vision encoder of any family takes and gives, found out by one dry run instead of kept in lists of names.
+
+The run is on torch's meta device, which computes shapes and no values, wherever the encoder can do that.
+"""
+
+import copy
+import functools
+import importlib
+import inspect
+import json
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+# The side of a picture in pixels, for encoders whose config and weights do not depend on it.
+_ANY_SIZE = 224
+# A class token and a distillation token; a config says how many registers there are.
+_MOST_PREFIX_TOKENS = 2
+# Pixels that a patch stands for at most, where patches are matched with each other: a 14 x 14 grid of 224 pixels.
+_FINE_STRIDE = 16
+
+
+@dataclass(frozen=True)
+class PatchLayout:
+    """
+    Patches as an encoder gives them, at one depth.
+
+    Attributes:
+        width: Numbers per patch, W.
+        grid: Rows and columns of patches.
+        num_prefix_tokens: Tokens before the patches: class token, distillation token, registers.
+        order: Of the dimensions: `"tokens"` `(n, prefix + P, W)`, `"channels_first"` `(n, W, rows, columns)` or
+            `"channels_last"` `(n, rows, columns, W)`.
+    """
+
+    width: int
+    grid: tuple[int, int]
+    num_prefix_tokens: int
+    order: str
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def tokens(self, states: Tensor) -> Tensor:
+        """The encoder's output in its order -> `(n, prefix + P, W)`."""
+        if self.order == "tokens":
+            return states
+        return states.flatten(2).transpose(1, 2) if self.order == "channels_first" else states.flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class EncoderLayout:
+    """
+    What an encoder takes and gives.
+
+    Attributes:
+        image_size: Height and width in pixels of the pictures it was made for.
+        patches: Of its output.
+        hidden: Of each of its hidden states, `None` for one that is no grid of patches; empty where it gives none.
+        pooler_width: Of its own global feature, `None` where it has none.
+        has_class_token: Whether its first token is a global feature.
+        image_mean, image_std: Of the pictures it was trained with, where its config tells.
+    """
+
+    image_size: tuple[int, int]
+    patches: PatchLayout
+    hidden: tuple[PatchLayout | None, ...] = ()
+    pooler_width: int | None = None
+    has_class_token: bool = False
+    image_mean: tuple[float, ...] | None = None
+    image_std: tuple[float, ...] | None = None
+
+    @property
+    def stride(self) -> int:
+        """Side in pixels of what a patch of the output stands for."""
+        return round(self.image_size[0] / self.patches.grid[0])
+
+    @property
+    def fine_layer(self) -> int:
+        """The deepest hidden state whose patches are fine enough to be matched; -1, the last, where none is."""
+        rows = self.image_size[0] / _FINE_STRIDE
+        fine = [layer for layer, patches in enumerate(self.hidden) if patches and patches.grid[0] >= rows]
+        return fine[-1] if fine else -1
+
+
+def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """
+    A new encoder with random weights: what AutoModel or AutoBackbone makes of the config, or the vision part of a
+    model that is registered as a whole only (AltCLIP, BLIP, MetaCLIP 2).
+
+    Raises:
+        ValueError: for a config that no vision model belongs to, or whose values do not fit together.
+        ImportError: when the encoder needs a package that is not installed.
+    """
+    try:
+        return _new_encoder(config)
+    except ImportError as error:
+        raise ImportError(_refusal(config, error)) from error
+    except Exception as error:
+        raise ValueError(_refusal(config, error)) from error
+
+
+def _new_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    # Building writes into the config.
+    config = copy.deepcopy(config)
+    for auto in (AutoModel, AutoBackbone):
+        if type(config) in auto._model_mapping:
+            return auto.from_config(config)
+    return _part_class(config)._from_config(config)
+
+
+def _part_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    classes = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, PreTrainedModel)
+        and value.config_class is type(config)
+        and value.main_input_name == "pixel_values"
+        and "forward" in vars(value)
+    ]
+    if not classes:
+        raise ValueError("it has no vision model of its own")
+    # A part's base class shares its config, and its name is no longer than theirs.
+    return next((value for value in classes if value.__name__.endswith("Model")), classes[0])
+
+
+def encoder_inputs(encoder: nn.Module, pixel_values: Tensor) -> dict[str, Tensor | None]:
+    """Pictures `(n, 3, H, W)` as arguments of the encoder's `forward`, which may want them cut into patches."""
+    names = inspect.signature(encoder.forward).parameters
+    if "spatial_shapes" not in names:
+        return {"pixel_values": pixel_values}
+    size = encoder.config.patch_size
+    patches = pixel_values.unfold(2, size, size).unfold(3, size, size)
+    count, _, rows, columns = patches.shape[:4]
+    return {
+        "pixel_values": patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2),
+        # Every patch is real.
+        "pixel_attention_mask": None,
+        # Read as numbers by the encoder, so that the meta device would not do.
+        "spatial_shapes": torch.tensor([[rows, columns]] * count, device="cpu"),
+    }
+
+
+def last_states(output: ModelOutput) -> Tensor:
+    """The states of the last layer: a model's last hidden state, or a backbone's last feature map."""
+    states = output.get("last_hidden_state")
+    return output["feature_maps"][-1] if states is None else states
+
+
+def find_layout(config: PreTrainedConfig) -> EncoderLayout:
+    """
+    What the encoder of a config takes and gives. The answer is kept, since a config says all of it.
+
+    Raises:
+        ValueError: when the encoder cannot be built, does not take pictures, or gives no grid of patches.
+        ImportError: when it needs a package that is not installed.
+    """
+    return _find_layout(json.dumps(config.to_dict(), sort_keys=True, default=str))
+
+
+@functools.lru_cache(maxsize=64)
+def _find_layout(text: str) -> EncoderLayout:
+    settings = json.loads(text)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    try:
+        encoder, size, output = _dry_run(config, "meta")
+    except Exception:
+        # Some read numbers out of their tensors, or keep tensors that follow no device; the others fail again.
+        try:
+            with torch.random.fork_rng(devices=[]):
+                encoder, size, output = _dry_run(config, "cpu")
+        except ImportError as error:
+            raise ImportError(_refusal(config, error)) from error
+        except Exception as error:
+            raise ValueError(_refusal(config, error)) from error
+    if output.get("ids_restore") is not None:
+        raise ValueError(_refusal(config, "it leaves patches out at random"))
+    try:
+        patches = _layout(last_states(output), encoder, size)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(_refusal(config, error)) from error
+    pooled = output.get("pooler_output")
+    timm_model, trained_with = getattr(encoder, "timm_model", None), _trained_with(encoder)
+    return EncoderLayout(
+        image_size=size,
+        patches=patches,
+        hidden=tuple(_layout_or_none(states, encoder, size) for states in output.get("hidden_states") or ()),
+        pooler_width=None if pooled is None else math.prod(pooled.shape[1:]),
+        has_class_token=patches.num_prefix_tokens > 0 and bool(getattr(timm_model, "has_class_token", True)),
+        image_mean=tuple(trained_with["mean"]) if "mean" in trained_with else None,
+        image_std=tuple(trained_with["std"]) if "std" in trained_with else None,
+    )
+
+
+def _dry_run(config: PreTrainedConfig, device: str) -> tuple[nn.Module, tuple[int, int], ModelOutput]:
+    """A new encoder, the size of its pictures, and what it makes of an empty one."""
+    with torch.no_grad(), torch.device(device):
+        encoder = _new_encoder(config).eval()
+        size = _image_size(config, _trained_with(encoder))
+        inputs = encoder_inputs(encoder, torch.zeros(1, 3, *size))
+        try:
+            return encoder, size, encoder(**inputs, output_hidden_states=True)
+        except (TypeError, ValueError, NotImplementedError):
+            # Not every encoder gives its hidden states.
+            return encoder, size, encoder(**inputs)
+
+
+def _trained_with(encoder: nn.Module) -> dict:
+    """timm's description of the pictures a network was trained with, as its config tells or its architecture does."""
+    own = getattr(getattr(encoder, "timm_model", None), "pretrained_cfg", None) or {}
+    return {**own, **(getattr(encoder.config, "pretrained_cfg", None) or {})}
+
+
+def _image_size(config: PreTrainedConfig, trained_with: dict) -> tuple[int, int]:
+    size = getattr(config, "image_size", None)
+    if size is None and isinstance(getattr(config, "num_patches", None), int):
+        size = math.isqrt(config.num_patches) * config.patch_size
+    if size is None:
+        size = trained_with.get("input_size", _ANY_SIZE)
+    return (size, size) if isinstance(size, int) else tuple(size[-2:])
+
+
+def _layout(states: Tensor, encoder: nn.Module, size: tuple[int, int]) -> PatchLayout:
+    if states.dim() == 4:
+        timm_format = str(getattr(getattr(encoder, "timm_model", None), "output_fmt", ""))
+        if timm_format.endswith("NHWC"):
+            return PatchLayout(states.shape[3], tuple(states.shape[1:3]), 0, "channels_last")
+        return PatchLayout(states.shape[1], tuple(states.shape[2:]), 0, "channels_first")
+    if states.dim() != 3:
+        raise ValueError(f"its output has {states.dim()} dimensions")
+    grid, prefix = _grid(states.shape[1], encoder, size)
+    return PatchLayout(states.shape[2], grid, prefix, "tokens")
+
+
+def _layout_or_none(states: object, encoder: nn.Module, size: tuple[int, int]) -> PatchLayout | None:
+    try:
+        return _layout(states, encoder, size) if torch.is_tensor(states) else None
+    except ValueError:
+        return None
+
+
+def _grid(num_tokens: int, encoder: nn.Module, size: tuple[int, int]) -> tuple[tuple[int, int], int]:
+    """Rows and columns of patches among so many tokens, and how many tokens come before them."""
+    config = encoder.config
+    side = getattr(config, "patch_size", None)
+    most = _MOST_PREFIX_TOKENS + (getattr(config, "num_register_tokens", 0) or 0)
+    most = max(most, getattr(getattr(encoder, "timm_model", None), "num_prefix_tokens", 0) or 0)
+    if isinstance(side, int):
+        grid = (size[0] // side, size[1] // side)
+        if 0 <= num_tokens - math.prod(grid) <= most:
+            return grid, num_tokens - math.prod(grid)
+    # The grid shrinks on the way, or the config does not tell; it has the picture's shape in any case.
+    for prefix in range(most + 1):
+        rows = round(math.sqrt((num_tokens - prefix) * size[0] / size[1])) if num_tokens > prefix else 0
+        columns = round(rows * size[1] / size[0])
+        if rows and rows * columns == num_tokens - prefix:
+            return (rows, columns), prefix
+    raise ValueError(f"its {num_tokens} tokens are no grid of patches of a {size[0]} x {size[1]} picture")
+
+
+def _refusal(config: PreTrainedConfig, reason: Exception | str) -> str:
+    reason = (" ".join(str(reason).split()) or type(reason).__name__).rstrip(".")
+    return f"The vision model {config.model_type!r} cannot be RICE's encoder ({reason}); choose another."

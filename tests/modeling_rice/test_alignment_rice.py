@@ -1,0 +1,134 @@
+"""Cross-view alignment: late interaction equals its definition, and statistics equal those of all patches at once."""
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from modeling_rice.alignment_rice import PatchStatistics, RiceAlignment, align_patches, whitening
+
+
+def plain_alignment(image_patches, video_patches, video_mask):
+    """The definition, one pair at a time."""
+    scores = torch.zeros(len(video_patches), len(image_patches))
+    for c, (clip, mask) in enumerate(zip(video_patches, video_mask, strict=True)):
+        frames = [frame[kept] for frame, kept in zip(clip, mask, strict=True) if kept.any()]
+        if not frames:
+            continue
+        for n, image in enumerate(image_patches):
+            image_side = torch.stack([max(p @ q for frame in frames for q in frame) for p in image]).mean()
+            frame_side = [torch.stack([(image @ q).max() for q in frame]).mean() for frame in frames]
+            scores[c, n] = image_side + torch.stack(frame_side).max()
+    return scores
+
+
+def patches(*shape):
+    return normalize(torch.randn(*shape), dim=-1)
+
+
+@pytest.fixture
+def masked_clips():
+    """Three clips of four frames: boxes that hide patches, padded frames, a frame without a patch, nothing at all."""
+    mask = torch.rand(3, 4, 9) > 0.4
+    mask[0, 2:] = False
+    mask[1, 1] = False
+    mask[2] = False
+    return patches(3, 4, 9, 5), mask
+
+
+@pytest.mark.parametrize("at_once", [None, 1, 500])
+def test_equals_the_definition(masked_clips, at_once):
+    images, (clips, mask) = patches(7, 6, 5), masked_clips
+    expected = plain_alignment(images, clips, mask)
+    assert expected[2].eq(0).all() and expected[:2].ne(0).all()
+    torch.testing.assert_close(align_patches(images, clips, mask, at_once), expected, atol=1e-5, rtol=0)
+
+
+def test_without_a_mask_every_patch_counts():
+    images, clips = patches(4, 6, 5), patches(2, 3, 9, 5)
+    expected = plain_alignment(images, clips, torch.ones(2, 3, 9, dtype=torch.bool))
+    torch.testing.assert_close(align_patches(images, clips), expected, atol=1e-5, rtol=0)
+
+
+def test_a_frame_mask_serves_for_all_patches_of_a_frame():
+    images, clips = patches(4, 6, 5), patches(2, 3, 9, 5)
+    frame_mask = torch.tensor([[True, True, False], [True, False, False]])
+    expected = torch.cat([align_patches(images, clips[:1, :2]), align_patches(images, clips[1:, :1])])
+    torch.testing.assert_close(align_patches(images, clips, frame_mask[..., None]), expected)
+
+
+def test_a_pair_worked_out_by_hand():
+    """Image patches at 0 and 90 degrees; frames at 0 and 180 degrees, and at 60 and 60."""
+    image = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    half, root = 0.5, 3**0.5 / 2
+    clip = torch.tensor([[[[1.0, 0.0], [-1.0, 0.0]], [[half, root], [half, root]]]])
+    # Image patches find 1 and cos 30; the first frame's find 1 and 0, the second's cos 30 twice.
+    assert align_patches(image, clip).item() == pytest.approx((1 + root) / 2 + root)
+
+
+def test_half_precision_is_near_and_scores_are_float32(masked_clips):
+    images, (clips, mask) = patches(7, 6, 5), masked_clips
+    expected = align_patches(images, clips, mask)
+    for kind in (torch.bfloat16, torch.float16):
+        scores = align_patches(images.half(), clips.to(kind), mask)
+        assert scores.dtype == torch.float32
+        torch.testing.assert_close(scores, expected, atol=0.02, rtol=0)
+
+
+def test_no_images_and_no_clips_give_empty_scores():
+    assert align_patches(patches(0, 6, 5), patches(2, 3, 9, 5)).shape == (2, 0)
+    assert align_patches(patches(4, 6, 5), patches(0, 3, 9, 5)).shape == (0, 4)
+
+
+def test_other_widths_are_refused():
+    with pytest.raises(ValueError, match="images have width 5 and those of clips 6; encode both with one model"):
+        align_patches(patches(4, 6, 5), patches(2, 3, 9, 6))
+
+
+def test_statistics_in_parts_equal_those_of_all_patches():
+    batches = [torch.randn(3, 4, 6) * torch.arange(1, 7) + 100 for _ in range(5)]
+    statistics = PatchStatistics(6)
+    for batch in batches:
+        statistics.update(batch)
+    everything = torch.cat(batches).flatten(0, 1).double()
+    assert statistics.count == 60
+    torch.testing.assert_close(statistics.mean(), everything.mean(dim=0))
+    torch.testing.assert_close(statistics.covariance(), torch.cov(everything.T, correction=0))
+
+
+@pytest.fixture
+def covariance():
+    """Variances 16, 4 and 1 along axes that are not those of the coordinates."""
+    axes = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64)).Q
+    return axes @ torch.diag(torch.tensor([16.0, 4.0, 1.0], dtype=torch.float64)) @ axes.T
+
+
+@pytest.mark.parametrize(
+    "strength, shrinkage, expected",
+    [
+        (0, 0, [16, 4, 1]),
+        (1, 0, [1, 1, 1]),
+        (0.5, 0, [4, 2, 1]),
+        # Half of the mean variance, 7, is added to half of each: 11.5, 5.5 and 4.
+        (1, 0.5, [16 / 11.5, 4 / 5.5, 1 / 4]),
+    ],
+)
+def test_whitened_variances(covariance, strength, shrinkage, expected):
+    projection = whitening(covariance, 3, strength, shrinkage)
+    expected = torch.diag(torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(projection.T @ covariance @ projection, expected, atol=1e-9, rtol=0)
+
+
+def test_a_lower_rank_keeps_the_axes_of_most_variance(covariance):
+    torch.testing.assert_close(whitening(covariance, 2, 0.5, 0.1), whitening(covariance, 3, 0.5, 0.1)[:, :2])
+
+
+def test_patches_that_never_vary_give_finite_projections():
+    assert torch.isfinite(whitening(torch.zeros(4, 4), 4, 1.0, 0.0)).all()
+
+
+def test_a_new_module_only_normalises():
+    alignment = RiceAlignment(patch_width=6, rank=6, embed_width=4)
+    x, features = torch.randn(2, 3, 6), torch.randn(2, 4)
+    torch.testing.assert_close(alignment.project(x), normalize(x, dim=-1))
+    for is_clip in (False, True):
+        torch.testing.assert_close(alignment.center(features, is_clip), normalize(features, dim=-1))

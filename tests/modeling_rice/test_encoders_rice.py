@@ -1,0 +1,209 @@
+"""Every family of vision encoders: what the dry run finds is what the encoder gives, or one sentence says why not."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from modeling_rice.encoders_rice import build_encoder, encoder_inputs, find_layout, last_states
+
+TOKENS = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "image_size": 64,
+    "patch_size": 16,
+}
+STAGES = {"hidden_sizes": [8, 16, 32, 32], "depths": [1, 1, 1, 1]}
+WINDOWS = {"image_size": 64, "patch_size": 4, "embed_dim": 8, "depths": [1, 1, 1], "num_heads": [1, 2, 2]}
+
+# Name -> settings of a tiny encoder, (width, grid, prefix tokens) of its output, width of its pooler.
+FAST = {
+    "clip_vision_model": (TOKENS, (32, (4, 4), 1), 32),
+    "siglip_vision_model": (TOKENS, (32, (4, 4), 0), 32),
+    "siglip2_vision_model": ({**TOKENS, "image_size": None, "num_patches": 16}, (32, (4, 4), 0), 32),
+    "deit": (TOKENS, (32, (4, 4), 2), 32),
+    "swin": ({**WINDOWS, "window_size": 4}, (32, (4, 4), 0), 32),
+    "resnet": ({**STAGES, "embedding_size": 8}, (32, (7, 7), 0), 32),
+    "altclip_vision_model": (TOKENS, (32, (4, 4), 1), 32),
+    "dinov3_convnext": ({**STAGES, "image_size": 64}, (32, (2, 2), 1), 32),
+}
+SLOW = {
+    "vit": (TOKENS, (32, (4, 4), 1), 32),
+    "dinov2": (TOKENS, (32, (4, 4), 1), 32),
+    "dinov2_with_registers": ({**TOKENS, "num_register_tokens": 4}, (32, (4, 4), 5), 32),
+    "dinov3_vit": ({**TOKENS, "num_register_tokens": 4}, (32, (4, 4), 5), 32),
+    "chinese_clip_vision_model": (TOKENS, (32, (4, 4), 1), 32),
+    "metaclip_2_vision_model": (TOKENS, (32, (4, 4), 1), 32),
+    "blip_vision_model": (TOKENS, (32, (4, 4), 1), 32),
+    "beit": (TOKENS, (32, (4, 4), 1), 32),
+    "data2vec-vision": (TOKENS, (32, (4, 4), 1), None),
+    "aimv2_vision_model": (TOKENS, (32, (4, 4), 0), 32),
+    "vit_msn": (TOKENS, (32, (4, 4), 1), None),
+    "ijepa": (TOKENS, (32, (4, 4), 0), None),
+    "vitdet": (TOKENS, (32, (4, 4), 0), None),
+    "swinv2": ({**WINDOWS, "window_size": 4}, (32, (4, 4), 0), 32),
+    "maskformer-swin": ({**WINDOWS, "window_size": 4}, (32, (4, 4), 0), 32),
+    "hiera": (
+        {
+            "image_size": [64, 64],
+            "embed_dim": 8,
+            "num_heads": [1, 1, 2, 2],
+            "depths": [1, 1, 1, 1],
+        },
+        (64, (2, 2), 0),
+        64,
+    ),
+    "convnext": ({**STAGES, "image_size": 64}, (32, (2, 2), 0), 32),
+    "convnextv2": ({**STAGES, "image_size": 64}, (32, (2, 2), 0), 32),
+    "regnet": ({**STAGES, "embedding_size": 8, "groups_width": 8}, (32, (7, 7), 0), 32),
+    "bit": ({**STAGES, "embedding_size": 8, "num_groups": 4}, (32, (7, 7), 0), 32),
+    "mobilenet_v1": ({"image_size": 64, "depth_multiplier": 0.25}, (256, (2, 2), 0), 256),
+    "mobilenet_v2": ({"image_size": 64, "depth_multiplier": 0.25}, (1280, (2, 2), 0), 1280),
+    "mobilevit": (
+        {
+            "image_size": 64,
+            "hidden_sizes": [16, 16, 16],
+            "neck_hidden_sizes": [8, 8, 8, 16, 16, 16, 32],
+            "num_attention_heads": 2,
+        },
+        (32, (2, 2), 0),
+        32,
+    ),
+    "mobilevitv2": ({"image_size": 64, "width_multiplier": 0.5}, (256, (2, 2), 0), 256),
+    "efficientnet": (
+        {"image_size": 64, "width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 320},
+        (320, (2, 2), 0),
+        320,
+    ),
+    "cvt": ({"embed_dim": [8, 16, 32], "depth": [1, 2, 3], "num_heads": [1, 1, 2]}, (32, (14, 14), 0), None),
+    "pvt": ({**STAGES, "image_size": 64, "num_attention_heads": [1, 2, 2, 2]}, (32, (2, 2), 1), None),
+    "pvt_v2": ({**STAGES, "image_size": 64, "num_attention_heads": [1, 2, 2, 2]}, (32, (2, 2), 0), None),
+    "poolformer": (STAGES, (32, (7, 7), 0), None),
+    "focalnet": ({"image_size": 64, "embed_dim": 8, "depths": [1, 1, 1, 1]}, (64, (2, 2), 0), 64),
+    "levit": (
+        {
+            "image_size": 128,
+            "hidden_sizes": [16, 32, 48],
+            "num_attention_heads": [1, 2, 3],
+            "depths": [1, 1, 1],
+            "key_dim": [8, 8, 8],
+        },
+        (48, (2, 2), 0),
+        48,
+    ),
+    "segformer": (
+        {"image_size": 64, **STAGES},
+        (32, (2, 2), 0),
+        None,
+    ),
+    "hgnet_v2": ({}, (2048, (7, 7), 0), None),
+    "rt_detr_resnet": ({**STAGES, "embedding_size": 8, "layer_type": "basic"}, (32, (7, 7), 0), None),
+    "lw_detr_vit": ({**TOKENS, "window_block_indices": [0], "num_windows": 4}, (32, (4, 4), 0), None),
+}
+TIMM = {
+    "tf_efficientnet_lite0": ((1280, (7, 7), 0), 1280),
+    "vit_tiny_patch16_224": ((192, (14, 14), 1), 192),
+    "swin_tiny_patch4_window7_224": ((768, (7, 7), 0), 768),
+    "vit_pe_core_tiny_patch16_384": ((192, (24, 24), 1), 192),
+    "vit_base_patch16_siglip_gap_224": ((768, (14, 14), 0), 768),
+}
+
+
+def check(config, expected, pooler_width):
+    layout = find_layout(config)
+    found = (layout.patches.width, layout.patches.grid, layout.patches.num_prefix_tokens)
+    assert found == expected and layout.pooler_width == pooler_width
+    # The shapes found are those of a real run, whatever the batch.
+    encoder = build_encoder(config).eval()
+    with torch.no_grad():
+        output = encoder(**encoder_inputs(encoder, torch.rand(2, 3, *layout.image_size)))
+    tokens = layout.patches.tokens(last_states(output))
+    assert tokens.shape == (2, layout.patches.num_prefix_tokens + layout.patches.num_patches, layout.patches.width)
+    assert torch.isfinite(tokens).all()
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_families(name):
+    settings, *expected = FAST[name]
+    check(AutoConfig.for_model(name, **settings), *expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_more_families(name):
+    settings, *expected = SLOW[name]
+    check(AutoConfig.for_model(name, **settings), *expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", TIMM)
+def test_networks_of_timm(architecture):
+    pytest.importorskip("timm")
+    check(AutoConfig.for_model("timm_wrapper", architecture=architecture), *TIMM[architecture])
+
+
+def test_a_timm_network_tells_its_stages_and_its_pictures():
+    pytest.importorskip("timm")
+    settings = {"input_size": [3, 64, 64], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    config = AutoConfig.for_model("timm_wrapper", architecture="tf_efficientnet_lite0", pretrained_cfg=settings)
+    layout = find_layout(config)
+    assert layout.image_size == (64, 64) and layout.patches.grid == (2, 2) and layout.stride == 32
+    assert layout.image_mean == (0.1, 0.2, 0.3) and layout.image_std == (0.4, 0.5, 0.6)
+    assert [(stage.width, stage.grid[0]) for stage in layout.hidden] == [
+        (16, 32),
+        (24, 16),
+        (40, 8),
+        (112, 4),
+        (320, 2),
+    ]
+    assert layout.fine_layer == 3
+
+
+def test_an_encoder_of_one_grid_is_matched_at_its_end():
+    layout = find_layout(AutoConfig.for_model("clip_vision_model", **TOKENS))
+    assert len(layout.hidden) == 3 and layout.hidden[-1] == layout.patches and layout.fine_layer == 2
+    assert layout.has_class_token and layout.image_mean is None
+
+
+def test_pictures_that_are_wider_than_high():
+    layout = find_layout(AutoConfig.for_model("vitdet", **{**TOKENS, "image_size": [32, 64]}))
+    assert layout.image_size == (32, 64) and layout.patches.grid == (2, 4)
+
+
+def test_siglip2_sees_patches_in_the_order_of_its_own_processor():
+    from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
+
+    config = AutoConfig.for_model("siglip2_vision_model", **FAST["siglip2_vision_model"][0])
+    picture = torch.rand(1, 3, 32, 48)
+    inputs = encoder_inputs(build_encoder(config), picture)
+    expected = convert_image_to_patches(picture[0], 16)
+    torch.testing.assert_close(inputs["pixel_values"][0], expected.reshape(6, -1))
+    assert inputs["spatial_shapes"].tolist() == [[2, 3]]
+
+
+def test_neither_finding_out_nor_building_changes_the_config():
+    config = AutoConfig.for_model("clip_vision_model", **TOKENS)
+    before = copy.deepcopy(config.to_dict())
+    find_layout(config)
+    build_encoder(config)
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    "name, settings, reason",
+    [
+        ("vit_mae", TOKENS, "leaves patches out at random"),
+        ("timesformer", TOKENS, "not enough values to unpack"),
+        ("bert", {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}, "."),
+        ("pvt", {**STAGES, "num_attention_heads": [1, 2, 5, 8]}, "hidden size .32. is not a multiple of the number"),
+        ("yolos", {**TOKENS, "image_size": [64, 64]}, "117 tokens are no grid of patches of a 64 x 64 picture"),
+        ("llama", {}, "has no vision model of its own"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_sentence(name, settings, reason):
+    sentence = rf"^The vision model '{name}' cannot be RICE's encoder \(.*{reason}.*\); choose another\.$"
+    with pytest.raises(ValueError, match=sentence):
+        find_layout(AutoConfig.for_model(name, **settings))
