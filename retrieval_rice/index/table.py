@@ -40,6 +40,7 @@ _STATE, _CHECKSUM = b"rice", b"rice.crc32"
 _PRIMARY_KEY = {b"lance-schema:unenforced-primary-key": b"true"}
 _AT_ONCE = 8192
 _ATTEMPTS = 20
+_encode = json.JSONEncoder(sort_keys=True).encode
 
 
 @dataclass(frozen=True)
@@ -537,7 +538,7 @@ def bytes_of(one: pa.Field) -> int:
 def checksums(rows: pa.Table, fields: dict[str, pa.Field]) -> np.ndarray:
     """CRC-32 of each row, records and encodings, `(n,)` int64."""
     texts = rows.select([*RECORD, *_OWN]).to_pylist()
-    sums = [zlib.crc32(json.dumps(record, sort_keys=True).encode()) for record in texts]
+    sums = [zlib.crc32(_encode(record).encode()) for record in texts]
     for name in sorted(fields):
         column = rows[name].combine_chunks()
         whole = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))

@@ -55,19 +55,19 @@ def start(function, *arguments):
     return child, here
 
 
-def kill(child, pipe, seconds):
-    """Kills a child some time after it has begun, and returns all that it told."""
-    assert pipe.recv() == "begun"
-    time.sleep(seconds)
-    os.kill(child.pid, signal.SIGKILL)
-    child.join()
-    told = []
+def kill(child, pipe, rng):
+    """Kills a child at any moment after a few of its steps, unless it ends before; returns all that it told."""
+    told, last = [], rng.randint(2, 7)
     try:
         while True:
             told.append(pipe.recv())
+            if len(told) == last:
+                time.sleep(rng.uniform(0.0, 0.05))
+                os.kill(child.pid, signal.SIGKILL)
     except EOFError:
-        # All that was told before the kill.
-        return told
+        child.join()
+    assert child.exitcode in (0, -signal.SIGKILL)
+    return [one for one in told if one != "begun"]
 
 
 def new_index(folder, count=40):
@@ -89,9 +89,10 @@ def compact_for_ever(pipe, folder):
     index = GalleryIndex.load(folder, model())
     pipe.send("begun")
     for number in range(10_000):
-        # Each round writes what is there once more, which leaves small files to be joined.
-        for i in range(0, 40, 8):
-            put(index, [f"p{j}" for j in range(i, i + 8)])
+        # Each round writes some of what is there once more, which leaves small files to be joined.
+        for i in (0, 20):
+            put(index, [f"p{j}" for j in range(i, i + 20)])
+            pipe.send(number)
         index.compact()
         pipe.send(number)
 
@@ -113,7 +114,7 @@ def survive_adding(folder, kills, rng):
     index, told = new_index(folder), []
     for number in range(kills):
         child, pipe = start(add_for_ever, folder, 10_000 * number)
-        told += kill(child, pipe, rng.uniform(0.0, 0.5))
+        told += kill(child, pipe, rng)
         names = GalleryIndex.load(folder, model()).image_ids()
         assert len(names) == len(set(names)) and set(names) >= {*told, *(f"p{i}" for i in range(40))}
     put(index, ["after"])
@@ -125,7 +126,7 @@ def survive_compacting(folder, kills, rng):
     index = new_index(folder)
     for _ in range(kills):
         child, pipe = start(compact_for_ever, folder)
-        kill(child, pipe, rng.uniform(0.0, 0.5))
+        kill(child, pipe, rng)
         again = GalleryIndex.load(folder, model())
         assert again.image_ids() == [f"p{i}" for i in range(40)]
         assert [found(again, f"p{i}") for i in range(0, 40, 7)] == [f"p{i}" for i in range(0, 40, 7)]
@@ -140,7 +141,7 @@ def survive_building(shop, folder, kills, rng):
     kept = 0
     for _ in range(kills):
         child, pipe = start(build_slowly, folder, shop.model, shop.processor, rows)
-        kill(child, pipe, rng.uniform(0.0, 0.5))
+        kill(child, pipe, rng)
         if ShopTable(folder).exists():
             count = len(ShopTable(folder).snapshot().read(["image_id"]))
             assert count >= kept
