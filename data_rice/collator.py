@@ -55,7 +55,7 @@ class RiceCollator:
             then one more key of a training batch: whose ASR is another's.
         failure_log: File to append one JSON line per unreadable file to.
         decode: `"exact"` decodes whole pictures and leaves resizing to the processor; `"fast"` decodes large JPEGs at
-            reduced scale and resizes in 8 bits, see `data_rice.decoding`.
+            reduced scale and resizes in 8 bits, see `processing_rice.open_image`.
         pixels: `"float"` gives what the model takes; `"uint8"` a quarter of the bytes, for
             `data_rice.decoding.normalize_pixels` on the device.
 
