@@ -35,12 +35,12 @@ def masked_clips():
     return patches(3, 4, 9, 5), mask
 
 
-@pytest.mark.parametrize("at_once", [None, 1, 500])
-def test_equals_the_definition(masked_clips, at_once):
+@pytest.mark.parametrize("max_memory", [None, 1, 2000])
+def test_equals_the_definition(masked_clips, max_memory):
     images, (clips, mask) = patches(7, 6, 5), masked_clips
     expected = plain_alignment(images, clips, mask)
     assert expected[2].eq(0).all() and expected[:2].ne(0).all()
-    torch.testing.assert_close(align_patches(images, clips, mask, at_once), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(align_patches(images, clips, mask, max_memory), expected, atol=1e-5, rtol=0)
 
 
 def test_without_a_mask_every_patch_counts():
@@ -63,6 +63,20 @@ def test_a_pair_worked_out_by_hand():
     clip = torch.tensor([[[[1.0, 0.0], [-1.0, 0.0]], [[half, root], [half, root]]]])
     # Image patches find 1 and cos 30; the first frame's find 1 and 0, the second's cos 30 twice.
     assert align_patches(image, clip).item() == pytest.approx((1 + root) / 2 + root)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_best_of_unlike_patches_may_be_below_zero(kind):
+    image = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
+    clip = torch.tensor([[[[-1.0, 0.0], [-0.5, 0.75**0.5]], [[-1.0, 0.0], [-1.0, 0.0]]]])
+    # The image's patches find -0.5 at best; the first frame's find -1 and -0.5, the second's -1.
+    assert align_patches(image, clip.to(kind)).item() == -0.5 - 0.75
+
+
+def test_a_patch_that_is_not_a_number_shows_in_the_score():
+    clip = patches(1, 2, 9, 5)
+    clip[0, 0, 0] = float("nan")
+    assert align_patches(patches(3, 6, 5), clip).isnan().all()
 
 
 def test_half_precision_is_near_and_scores_are_float32(masked_clips):
