@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import transformers
 
 from data_rice.collator import count_failures, read_failure_log
-from data_rice.commands import print_anywhere
+from data_rice.commands import log_plainly, print_anywhere
 from training_rice.arguments import (
     DataArguments,
     ModelArguments,
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             model_arguments, data_arguments, training_arguments = parse_arguments(argv)
             is_main = training_arguments.process_index == 0
-            logging.basicConfig(format="%(message)s", level=logging.INFO if is_main else logging.ERROR)
+            log_plainly(logging.INFO if is_main else logging.ERROR)
             transformers.logging.set_verbosity_warning()
             train(model_arguments, data_arguments, training_arguments)
         except Stopped as stopped:

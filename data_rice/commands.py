@@ -4,6 +4,7 @@ import argparse
 import codecs
 import io
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,12 @@ def mistakes_end(
         yield
     except kinds as error:
         parser.exit(2, f"{parser.prog}: error: {one_line(error)}\n")
+
+
+def log_plainly(level: int = logging.INFO) -> None:
+    """Show log messages as they are, but not each request that the Hub's client makes."""
+    logging.basicConfig(format="%(message)s", level=level)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def print_anywhere() -> None:

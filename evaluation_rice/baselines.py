@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_rice.collator import decode_image
 from data_rice.commands import mistakes_end
 from hub_rice.tables import format_table
+from processing_rice import open_image
 
 from .frames import clip_frames
 from .protocol import RetrievalTask, chance_recall
@@ -76,7 +76,7 @@ class Baseline:
     def encode_gallery(self, rows: list[dict]) -> tuple[np.ndarray, list[int], list[dict]]:
         """Descriptors of gallery rows, positions of the rows that could be read, and a failure for each other row."""
         features, loaded, failures = encode_rows(
-            rows, "image_id", lambda row, _: self._timed(decode_image(row["image"]))
+            rows, "image_id", lambda row, _: self._timed(open_image(row["image"]))
         )
         return _stack(features), loaded, failures
 
@@ -115,7 +115,7 @@ def _file_of(row: dict) -> str:
         return row["video"]
     for entry in row["frames"] if "frames" in row else [row["image"]]:
         try:
-            decode_image(entry)
+            open_image(entry)
         except ValueError:
             return entry.get("path") or ""
     return ""

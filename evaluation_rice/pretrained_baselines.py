@@ -15,9 +15,9 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from data_rice.collator import decode_image
 from hub_rice.checkpoint import check_checkpoint
 from hub_rice.repository import hub_errors
+from processing_rice import open_image
 
 from .baselines import BASELINES, BaselineRetriever, crop_to_box, encode_rows
 from .frames import clip_frames
@@ -218,9 +218,7 @@ class FrozenEncoder:
         return self.model.device
 
     def load_gallery(self, rows):
-        pictures, loaded, failures = encode_rows(
-            rows, "image_id", lambda row, _: [decode_image(row["image"]).convert("RGB")]
-        )
+        pictures, loaded, failures = encode_rows(rows, "image_id", lambda row, _: [open_image(row["image"])])
         return self._prepare(pictures), loaded, failures
 
     def load_clips(self, rows):

@@ -1,6 +1,5 @@
 """Whether a checkpoint folder is whole and of a known version, told before anything tries to load it."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -11,10 +10,6 @@ from packaging.version import InvalidVersion, Version
 from safetensors import SafetensorError, safe_open
 
 from data_rice.parsing import file_sha256, read_json_object
-
-# What transformers, its Trainer or a training script adds to any model's config.
-_GENERIC_SETTINGS = ("auto_map", "custom_pipelines", "quantization_config", "torch_dtype", "tie_word_embeddings")
-_GENERIC_SETTINGS += ("use_cache", "loss_type", "num_labels", "gradient_checkpointing")
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -112,30 +107,6 @@ def saved_by_newer(path: str | os.PathLike) -> str | None:
         return version if version and Version(version) > Version(__version__) else None
     except (ValueError, TypeError, AttributeError, RecursionError, InvalidVersion):
         return None
-
-
-def check_settings(settings: dict, config_class: type, name: str | os.PathLike) -> None:
-    """
-    Refuses a config with settings that are not known here, which would be dropped without a word.
-
-    Args:
-        settings: The content of config.json.
-        config_class: The strict transformers configuration that it is for.
-        name: What the message calls the checkpoint.
-
-    Raises:
-        ValueError: naming the first such setting.
-    """
-    known = {field.name for field in dataclasses.fields(config_class)}.union(
-        config_class().to_dict(), _GENERIC_SETTINGS
-    )
-    unknown = sorted(key for key in settings if key not in known and not key.startswith("_"))
-    unknown = [key for key in unknown if not key.endswith("_token_id")]
-    if unknown:
-        raise ValueError(
-            f"{name} was saved by a newer version of this project: its config has the setting {unknown[0]!r}, which "
-            f"this one does not know; install the newer version."
-        )
 
 
 def weights_fingerprint(path: str | os.PathLike) -> str | None:

@@ -1,5 +1,6 @@
 """What commands write: the file that --output names, and folders that are whole or not there."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator

@@ -6,7 +6,6 @@ when the same command runs again. RUN_DIR is the folder of train_rice.py, or one
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--revision", help="branch to write to, created where it is missing; default: main")
     add("--results", type=Path, help="results.json of eval_rice.py; default: the one in RUN_DIR or RUN_DIR/eval")
     add("--without_results", action="store_true", help="publish a model that has not been evaluated, and say so")
+    add(
+        "--license", help="licence of the model, such as apache-2.0; needed where that of the training data is unknown"
+    )
+    add("--without_picture", action="store_true", help="leave matches.png, clips and what was found for them, at home")
     add("--dataset_id", help="the data set's id on the Hub, for the card's metadata")
     add("--onnx", action="store_true", help="add ONNX files; without those of `rice export`, they are made first")
     add("--message", default="Publish RICE", help="commit message (default: %(default)s)")
@@ -32,12 +35,14 @@ def run(options: argparse.Namespace) -> None:
         PermissionError, ConnectionError: what the Hub answered, see `hub_rice.repository.hub_errors`.
     """
     folder = find_model(options.run_dir)
-    results = None
+    results = picture = None
     if not options.without_results:
-        from .model_card import read_results
+        from .results import read_results
 
-        results = read_results(options.results or find_results(options.run_dir, folder))
+        file = options.results or find_results(options.run_dir, folder)
+        results = read_results(file)
         check_results(results, folder)
+        picture = None if options.without_picture else file.parent / "matches.png"
     from huggingface_hub import HfApi
 
     from .loading import load_model
@@ -45,7 +50,8 @@ def run(options: argparse.Namespace) -> None:
 
     # Once as whoever downloads it will.
     add_onnx(*load_model(folder, "cpu"), folder, wanted=options.onnx)
-    files = publication(folder, options.repo_id, results, dataset_id=options.dataset_id)
+    about = {"license": options.license, "dataset_id": options.dataset_id, "picture": picture}
+    files = publication(folder, options.repo_id, results, **about)
     size = sum(len(item) if isinstance(item, bytes) else item.stat().st_size for item in files.values())
     print(f"Publishing {len(files)} files ({size / 1e6:.1f} MB) of {folder} ...")
     commit = upload(
@@ -103,7 +109,9 @@ def add_onnx(model, processor, folder: Path, wanted: bool) -> None:
 
     description = folder / "onnx" / "onnx.json"
     if description.is_file():
-        exported = json.loads(description.read_text(encoding="utf-8")).get("model_fingerprint")
+        from data_rice.parsing import read_json_object
+
+        exported = read_json_object(description).get("model_fingerprint")
         if exported is None or not same_state(exported, model.fingerprint()):
             raise ValueError(
                 f"{folder / 'onnx'} was exported from other weights: remove it, or run `rice export {folder} "

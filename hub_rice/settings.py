@@ -1,5 +1,6 @@
 """Settings that a stranger wrote: a model folder's JSON, each field looked at before a model is built from it."""
 
+import dataclasses
 import math
 import os
 import re
@@ -10,7 +11,7 @@ from textwrap import shorten
 
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from PIL import Image
 from safetensors import safe_open
 from tokenizers import Tokenizer
@@ -21,8 +22,12 @@ from data_rice.parsing import read_json_object
 from modeling_rice import RiceConfig, RiceModel
 from processing_rice import RiceProcessor, RiceVideoProcessor
 
-from .checkpoint import check_settings, weight_files
+from .checkpoint import weight_files
 from .repository import explain
+
+# What transformers, its Trainer or a training script adds to any model's config.
+_GENERIC_SETTINGS = ("auto_map", "custom_pipelines", "quantization_config", "torch_dtype", "tie_word_embeddings")
+_GENERIC_SETTINGS += ("use_cache", "loss_type", "num_labels", "gradient_checkpointing")
 
 # Above any width, vocabulary or length that a model has; a dictionary of so many labels still fits into memory.
 _LARGEST = 10**6
@@ -94,11 +99,24 @@ def read_config(folder: str | os.PathLike, name: str) -> RiceConfig:
 
 
 def check_known(settings: dict, name: str) -> None:
-    """As `check_settings`, for RICE's own configuration."""
-    try:
-        check_settings(settings, RiceConfig, name)
-    except ValueError as error:
-        raise Refusal(str(error)) from error
+    """
+    Refuses a config with settings that are not known here, which would be dropped without a word.
+
+    Args:
+        settings: The content of config.json.
+        name: What the message calls the checkpoint.
+
+    Raises:
+        ValueError: naming the first such setting.
+    """
+    known = {field.name for field in dataclasses.fields(RiceConfig)}.union(RiceConfig().to_dict(), _GENERIC_SETTINGS)
+    unknown = sorted(key for key in settings if key not in known and not key.startswith("_"))
+    unknown = [key for key in unknown if not key.endswith("_token_id")]
+    if unknown:
+        raise Refusal(
+            f"{name} was saved by a newer version of this project: its config has the setting {unknown[0]!r}, which "
+            f"this one does not know; install the newer version."
+        )
 
 
 def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -150,36 +168,31 @@ def _build(settings: dict, path: Path) -> tuple[RiceConfig, dict[str, tuple[int,
 
     try:
         return build(settings)
-    except StrictDataclassError as error:
+    except StrictDataclassFieldValidationError as error:
         raise Refusal(f"{path}: {_reason(error)}; save the model again.") from error
     except Exception as error:
         field = _culprit(settings, build)
         if field is None:
             raise
-        reason = shorten(f"{type(error).__name__}: {error}", 200)
+        reason = shorten(f"{type(error).__name__}: {_reason(error)}", 200)
         raise Refusal(f"{path}: {field} cannot be used ({reason}): save the model again.") from error
 
 
 def _culprit(settings: dict, build: Callable) -> str | None:
-    """The one field without which a model can be built, with its value."""
-    trials = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            trials |= {f"{name}.{k}={item!r}": {**settings, name: _without(value, k)} for k, item in value.items()}
-        else:
-            trials[f"{name}={value!r}"] = _without(settings, name)
-    for field, trial in trials.items():
-        try:
-            build(trial)
-        except Exception:
-            # It is not this one's fault, or not alone.
-            continue
-        return shorten(field, 80)
+    """The one field with whose default, or with 1 in the place of its number, a model can be built; with its value."""
+    places = [(None, name) for name, value in settings.items() if not isinstance(value, Mapping)]
+    places += [(part, name) for part, value in settings.items() if isinstance(value, Mapping) for name in value]
+    for part, name in places:
+        section = settings if part is None else settings[part]
+        rest = {key: item for key, item in section.items() if key != name}
+        for trial in [rest, {**rest, name: 1}] if isinstance(section[name], int) else [rest]:
+            try:
+                build(trial if part is None else {**settings, part: trial})
+            except Exception:
+                # It is not this one's fault, or not alone.
+                continue
+            return shorten(f"{part}.{name}={section[name]!r}".removeprefix("None."), 80)
     return None
-
-
-def _without(section: Mapping, name: str) -> dict:
-    return {key: value for key, value in section.items() if key != name}
 
 
 def check_processor_files(folder: str | os.PathLike) -> None:
@@ -215,7 +228,7 @@ def _check_section(section, schema: type, path: Path, prefix: str = "") -> None:
     floats = ("image_mean", "image_std", "rescale_factor")
     try:
         validate_typed_dict(schema, settings | {key: _as_floats(settings[key]) for key in floats if key in settings})
-    except StrictDataclassError as error:
+    except StrictDataclassFieldValidationError as error:
         raise ValueError(f"{path}: {prefix[:-1]} {_reason(error)}: save the processor again.") from error
     for where, value in _leaves(settings):
         check = _RANGES.get(where.partition(".")[0])
@@ -225,7 +238,7 @@ def _check_section(section, schema: type, path: Path, prefix: str = "") -> None:
 
 def _reason(error: Exception) -> str:
     """What a strict dataclass found, without the names of its classes."""
-    return shorten(re.sub(r"^Validation error for field '\w+':\s*\w+: ", "", str(error)), 200)
+    return shorten(re.sub(r"^(Validation|Class validation) error for \w+ '\w+':\s*\w+: ", "", str(error)), 200)
 
 
 def _as_floats(value):

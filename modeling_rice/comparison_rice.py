@@ -1,6 +1,7 @@
 """Encoded clips against encoded images: every score of a model, and a ranking in one call."""
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,15 @@ _ENCODE_AT_ONCE = 64
 
 class RiceComparison:
     """What [`RiceModel`] makes of encodings, apart from what makes them."""
+
+    # Of the model.
+    config: Any
+    decoder: Any
+    device: Any
+    visual_projection: Any
+    encode_clips: Any
+    refuse_foreign: Any
+    require_eval_mode: Any
 
     def similarity(self, clips: RiceClips, gallery: RiceGallery, text_weight: float | None = None) -> Tensor:
         """
@@ -62,7 +72,7 @@ class RiceComparison:
         if self.decoder is None:
             raise ValueError("This model has no matching decoder (`use_decoder=False`); rank by `similarity` instead.")
         self.require_eval_mode("match")
-        if gallery.states is None or clips.keys is None:
+        if gallery.states is None or clips.keys is None or clips.values is None or clips.mask is None:
             raise ValueError("The features come from a model without a matching decoder; encode them with this one.")
         self.refuse_foreign(clips=clips, gallery=gallery)
         device, dtype = self.device, self.visual_projection.weight.dtype

@@ -1,6 +1,7 @@
 """What a shop's images and a set of clips leave behind once encoded: enough to be compared and matched for ever."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -79,7 +80,7 @@ class _RiceFeatures:
         if any(part._tensors().keys() != names for part in parts):
             raise ValueError(f"The parts given to {cls.__name__}.cat hold different fields; encode them alike.")
         models = {part.model_fingerprint for part in parts}
-        known = sorted(models - {None})
+        known = sorted(name for name in models if name is not None)
         if any(not same_state(known[0], other) for other in known[1:]):
             raise ValueError(
                 f"The parts given to {cls.__name__}.cat come from different models ({', '.join(known)}); encode them "
@@ -90,7 +91,7 @@ class _RiceFeatures:
         # Rows of an unknown origin make the whole unknown.
         return cls(model_fingerprint=None if None in models else known[0], **tensors)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | os.PathLike) -> None:
         """
         Writes a safetensors file.
 
@@ -106,7 +107,7 @@ class _RiceFeatures:
         save_file(tensors, str(path), metadata={"rice": json.dumps(about)})
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Self:
+    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> Self:
         """
         Reads a file written by `save`.
 

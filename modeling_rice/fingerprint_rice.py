@@ -134,7 +134,7 @@ def weights_state(model: nn.Module) -> tuple:
     return weights, tuple(_adapters_in_use(m) for m in modules if _is_adapted(m))
 
 
-def fingerprint(model: nn.Module) -> str | None:
+def fingerprint(model: Any) -> str | None:
     """
     32 hexadecimal digits for what the encodings of a [`RiceModel`] depend on, `None` while its weights are offloaded.
 
@@ -142,20 +142,19 @@ def fingerprint(model: nn.Module) -> str | None:
     training step moves: the first 16 with the numbers rounded to bfloat16, the last 16 to float16. A copy in either
     precision so keeps one half; no rounding would give all three one name.
     """
-    adapted = {name: module for name, module in model.named_modules() if _is_adapted(module)}
     weights = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if b.is_floating_point()}
     if any(tensor.is_meta for tensor in weights.values()):
         return None
-    about = {"settings": _settings(model.config)}
-    in_use = {name: _adapters_in_use(module) for name, module in adapted.items()}
+    about: dict[str, Any] = {"settings": _settings(model.config)}
+    in_use = {name: _adapters_in_use(module) for name, module in model.named_modules() if _is_adapted(module)}
     if any(in_use.values()):
         about["adapters"] = in_use
     digests = {
         dtype: hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8)
         for dtype in (torch.bfloat16, torch.float16)
     }
-    named = ((_plain_name(name, adapted, in_use), tensor) for name, tensor in weights.items())
-    for name, tensor in sorted((item for item in named if item[0] is not None), key=lambda item: item[0]):
+    named = {plain: tensor for name, tensor in weights.items() if (plain := _plain_name(name, in_use)) is not None}
+    for name, tensor in sorted(named.items()):
         if name.startswith(_TRAINING_WEIGHTS):
             continue
         numbers = tensor.detach().flatten()
@@ -172,7 +171,7 @@ def _is_adapted(module: nn.Module) -> bool:
     return hasattr(module, "disable_adapters") and any(hasattr(module, name) for name in _ORIGINALS)
 
 
-def _adapters_in_use(module: nn.Module) -> list:
+def _adapters_in_use(module: Any) -> list:
     """The adapters that change what a layer returns, with their scale, in order; none while they are switched off."""
     merged = list(getattr(module, "merged_adapters", []))
     if module.disable_adapters:
@@ -182,7 +181,7 @@ def _adapters_in_use(module: nn.Module) -> list:
     return [[name, scales.get(name)] for name in module.active_adapters if name not in merged]
 
 
-def _plain_name(name: str, adapted: dict[str, nn.Module], in_use: dict[str, list]) -> str | None:
+def _plain_name(name: str, in_use: dict[str, list]) -> str | None:
     """
     What a weight is called without adapters, its own name for an adapter's; `None` for weights that take no part.
     """

@@ -17,8 +17,8 @@ from .decoder_rice import RiceDecoder, RiceHeadMixing, RiceReconstructionHead, a
 from .features_rice import RiceClips, RiceFrames, RiceGallery
 from .fingerprint_rice import RiceIdentity
 from .layout_rice import write_card, write_layout
-from .loss_rice import Memory, cosines
-from .objective_rice import ClipTokens, ImageTokens, OneProcess, RiceObjective
+from .loss_rice import cosines
+from .objective_rice import ClipTokens, ImageTokens, RiceObjective
 from .patches_rice import RicePatchSaliency, RiceSaliencyScore, pool_patches, resize_patch_mask
 from .pooling_rice import POOLINGS, RiceZeroLinear
 from .text_rice import EncodedText, RiceTextEncoder, RiceTextSide
@@ -135,8 +135,6 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceP
         has_head = config.use_decoder and config.use_reconstruction
         self.reconstruction_head = RiceReconstructionHead(config) if has_head else None
         self.patch_saliency = RicePatchSaliency(config) if config.patch_saliency == "learned" else None
-        self._gather = OneProcess()
-        self.memory: Memory | None = None
         self.post_init()
 
     # Trainer would otherwise rescale the loss, since `forward` takes keyword arguments it does not name.
@@ -443,12 +441,12 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceP
         parts = [self.clip_tokens(*batch).kept(model) for batch in self._batches(batch_size, *clip)]
         return RiceClips.cat(parts)
 
-    def _batches(self, batch_size: int, *tensors: Tensor | None):
-        if len(tensors[0]) == 0:
+    def _batches(self, batch_size: int, first: Tensor, *others: Tensor | None):
+        if len(first) == 0:
             raise ValueError("There is nothing to encode: the batch is empty.")
-        for start in range(0, len(tensors[0]), batch_size):
+        for start in range(0, len(first), batch_size):
             rows = slice(start, start + batch_size)
-            yield [None if tensor is None else tensor[rows].to(self.device) for tensor in tensors]
+            yield [None if tensor is None else tensor[rows].to(self.device) for tensor in (first, *others)]
 
     def _text_token(self, text: EncodedText | None) -> tuple[Tensor | None, Tensor | None]:
         """What the decoder is told of a text."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,6 +90,21 @@ class RiceObjective:
     the whole.
     """
 
+    # Of the model.
+    config: Any
+    decoder: Any
+    reconstruction_head: Any
+    logit_scale: Tensor
+    logit_bias: Any
+    text_logit_scale: Any
+    device: Any
+    training: bool
+    image_tokens: Any
+    clip_tokens: Any
+
+    memory: Memory | None = None
+    _gather: Any = OneProcess()
+
     def set_gather(self, gather: Callable[[Tensor], Tensor]) -> None:
         """
         Sets how rows of other processes are fetched in the loss: a callable that concatenates the tensors of all
@@ -97,7 +113,7 @@ class RiceObjective:
         self._gather = gather
 
     @property
-    def gather(self) -> Callable[[Tensor], Tensor]:
+    def gather(self) -> Any:
         """See `set_gather`."""
         return self._gather
 

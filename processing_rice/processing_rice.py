@@ -1,15 +1,22 @@
 """One processor for everything RICE reads: shop images, clips with boxes, titles and ASR text."""
 
 import os
+import urllib.request
+from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
 from transformers import BatchFeature, CLIPImageProcessor, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
-from .image_processing_rice import RicePillowImageProcessor, open_image
+from .image_processing_rice import RicePillowImageProcessor
+from .media_rice import is_file_source, media_error, open_image, picture_tensor
 from .text_entries_rice import read_texts
 from .video_processing_rice import RiceVideoProcessor
 
 _TEXT_ARGUMENTS = ("truncation", "max_length", "add_special_tokens")
+_DOWNLOAD_S = 30
 
 
 class RiceProcessor(ProcessorMixin):
@@ -36,7 +43,8 @@ class RiceProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """
         Args:
-            images: One or several shop images (PIL, uint8 or 0..1 float array or tensor, path).
+            images: One or several shop images: PIL pictures, paths, web addresses, encoded bytes, `{"path", "bytes"}`
+                of `datasets`, or arrays and tensors, `(H, W, 3)` or `(3, H, W)`, each uint8 or floats in 0..1.
             text: Plain text, tokenised to `input_ids`.
             videos: One or several clips, see [`RiceVideoProcessor`].
             titles, asr: One string per image or clip, in a list, an array or a column of a table. One that is empty or
@@ -54,8 +62,8 @@ class RiceProcessor(ProcessorMixin):
 
         Raises:
             ValueError: when nothing was given, when counts do not fit, for a text that is a number or bytes, for an
-                unknown argument, or (`ImageError`,
-                `FileNotFoundError`) for a picture file that is missing or cannot be decoded.
+                unknown argument, numbers that are no picture, or (`MediaError`, also `FileNotFoundError`) a file that
+                is missing or cannot be decoded.
         """
         if all(value is None for value in (images, text, videos, titles, asr)):
             raise ValueError("Nothing to process: give `images`, `videos`, `titles`, `asr` or `text`.")
@@ -82,11 +90,7 @@ class RiceProcessor(ProcessorMixin):
         )
         data = {}
         if images is not None:
-            images = self.image_processor.fetch_images(_open_files(images))
-            if _is_floating(images):
-                # As for frames: floats are in 0..1 already.
-                images_kwargs = {"do_rescale": False, **images_kwargs}
-            data |= self.image_processor(images, **{"return_tensors": return_tensors, **images_kwargs})
+            data |= self._process_images(images, {"return_tensors": return_tensors, **images_kwargs})
         if videos is not None:
             data |= self.video_processor(videos, boxes=boxes, **{"return_tensors": return_tensors, **videos_kwargs})
         counts = {len(data[name]) for name in ("pixel_values", "pixel_values_videos") if name in data}
@@ -103,6 +107,25 @@ class RiceProcessor(ProcessorMixin):
                     _mask_missing(encoded["attention_mask"], strings)
                 data |= {prefix + name: encoded[name] for name in ("input_ids", "attention_mask")}
         return BatchFeature(data)
+
+    def _process_images(self, images: Any, settings: dict[str, Any]) -> BatchFeature:
+        """Floats are in 0..1 already, so that they and the others of a list go apart through the image processor."""
+        any_range = not settings.get("do_rescale", self.image_processor.do_rescale)
+        pictures = [_load_picture(image, i, any_range) for i, image in enumerate(flatten_images(images))]
+        is_float = [not isinstance(picture, Image.Image) and picture.is_floating_point() for picture in pictures]
+        if not any(is_float):
+            return self.image_processor(pictures, **settings)
+        if all(is_float):
+            return self.image_processor(pictures, **{**settings, "do_rescale": False})
+        parts = {
+            kind: iter(
+                self._process_images([p for p, f in zip(pictures, is_float) if f == kind], settings)["pixel_values"]
+            )
+            for kind in (True, False)
+        }
+        rows = [next(parts[kind]) for kind in is_float]
+        stack = {"pt": torch.stack, "np": np.stack}.get(settings["return_tensors"], list)
+        return BatchFeature({"pixel_values": stack(rows)})
 
     @staticmethod
     def read_texts(values, name: str = "titles") -> list[str]:
@@ -142,23 +165,35 @@ def _mask_missing(attention_mask, strings: list[str]) -> None:
             attention_mask[row] = [0] * len(attention_mask[row]) if isinstance(attention_mask, list) else 0
 
 
-def _is_floating(images) -> bool:
-    if isinstance(images, (list, tuple)):
-        return len(images) > 0 and _is_floating(images[0])
-    return hasattr(images, "dtype") and "float" in str(images.dtype)
+def flatten_images(images: Any) -> list:
+    """
+    One image, a batch of them in one array, or lists of either, as a list of images.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
+        flat = [image for entry in images for image in flatten_images(entry)]
+        if not flat:
+            raise ValueError("`images` is empty; give at least one image.")
+        return flat
+    return [images]
 
 
-def _open_files(images):
-    """Opens what is named by a path; web addresses and base64 are left to transformers."""
-    is_address = isinstance(images, str) and images.startswith(("http://", "https://", "data:"))
-    # No base64 has a dot in it.
-    if isinstance(images, os.PathLike) or (
-        isinstance(images, str) and not is_address and (os.path.isfile(images) or "." in images)
-    ):
-        return open_image(images)
-    if isinstance(images, (list, tuple)):
-        return [_open_files(image) for image in images]
-    return images
+def _load_picture(image: Any, index: int, any_range: bool) -> Image.Image | torch.Tensor:
+    if not is_file_source(image):
+        return picture_tensor(image, f"Image {index}", any_range)
+    if isinstance(image, str) and image.startswith(("http://", "https://", "data:")) and not os.path.exists(image):
+        return open_image(_download(image), name=image[:200])
+    return open_image(image)
+
+
+def _download(address: str) -> bytes:
+    try:
+        with urllib.request.urlopen(address, timeout=_DOWNLOAD_S) as answer:
+            return answer.read()
+    except (OSError, ValueError) as error:
+        raise media_error("image", address[:200], f"cannot be fetched ({error})") from error
 
 
 def build_processor(

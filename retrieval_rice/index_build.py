@@ -1,7 +1,6 @@
 """Encodes a shop's images shard by shard: resumable, over several processes, with memory bounded by a shard."""
 
 import hashlib
-import io
 import json
 import logging
 import os
@@ -21,7 +20,8 @@ from data_rice.collator import RiceCollator
 from data_rice.parsing import id_text
 from data_rice.paths import path_to_text
 from evaluation_rice.retrieval import Loading, ModelRetriever
-from processing_rice import is_missing, read_text
+from processing_rice import MediaError, is_missing, open_image, read_text
+from processing_rice.media_rice import path_of
 
 from .index_files import has_shard, read_shard, write_shard
 from .index_store import RECORD, Shard
@@ -130,17 +130,6 @@ def _check_image(value: Any, where: str) -> None:
         )
 
 
-def image_entry(value: Any) -> dict:
-    """An image as `{"path", "bytes"}`: from such a dict, a path or a PIL image."""
-    if isinstance(value, dict):
-        return value
-    if isinstance(value, (str, os.PathLike)):
-        return {"path": os.fspath(value), "bytes": None}
-    buffer = io.BytesIO()
-    value.save(buffer, format="PNG")
-    return {"path": None, "bytes": buffer.getvalue()}
-
-
 class ShopReader:
     """Decodes batches of `ShopImage` in a loader's workers."""
 
@@ -149,13 +138,10 @@ class ShopReader:
 
     def entry(self, image: ShopImage, attempt: int = 0) -> dict:
         """Row of the image as the collator takes it."""
-        return {"image_id": image.image_id, "image": self._picture(image.rows[attempt]), "title": image.title}
-
-    def _picture(self, row: int) -> dict:
-        value = self.rows[row]["image"]
+        picture = self.rows[image.rows[attempt]]["image"]
         # Of rows that hold their pictures, these are looked at one shard at a time.
-        _check_image(value, f"row {row} of the shop")
-        return image_entry(value)
+        _check_image(picture, f"row {image.rows[attempt]} of the shop")
+        return {"image_id": image.image_id, "image": picture, "title": image.title}
 
     def __call__(self, images: list[ShopImage]) -> tuple[dict, list[int], list[str], list[dict]]:
         """Model inputs, positions of the images that could be read, their paths, and failures."""
@@ -170,17 +156,24 @@ class ShopReader:
                     break
         if replaced:
             inputs, readable, failures = self.collator.collate_gallery(entries)
-        return inputs, readable, [entries[i]["image"].get("path") or "" for i in readable], failures
+        return inputs, readable, [path_of(entries[i]["image"]) for i in readable], failures
 
     def source(self, image: ShopImage) -> list:
         """What tells that the pictures of an image are the same as before."""
-        return [_picture_state(self._picture(row)) for row in image.rows]
+        return [_picture_state(self.rows[row]["image"]) for row in image.rows]
 
 
-def _picture_state(entry: dict) -> list:
-    if entry.get("bytes") is not None:
-        return [hashlib.blake2b(entry["bytes"], digest_size=16).hexdigest()]
-    path = entry.get("path") or ""
+def _picture_state(image: Any) -> list:
+    data = image.get("bytes") if isinstance(image, Mapping) else None
+    if isinstance(image, Image.Image):
+        try:
+            picture = open_image(image)
+        except MediaError as error:
+            return [str(error)]
+        data = str(picture.size).encode() + picture.tobytes()
+    if data is not None:
+        return [hashlib.blake2b(data, digest_size=16).hexdigest()]
+    path = path_of(image)
     try:
         state = os.stat(path)
         return [path, state.st_size, state.st_mtime_ns]

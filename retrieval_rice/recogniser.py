@@ -15,6 +15,10 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from processing_rice import open_image, sample_frame_indices
+from processing_rice.media_rice import is_file_source, picture_tensor
+from processing_rice.video_media_rice import VideoReader
+
 from .stream.source import Frame, frames_of_folder, is_address, open_stream
 from .stream.timeline import Hysteresis, Segment, Timeline
 from .stream.windows import Window, cut_windows
@@ -202,8 +206,6 @@ class Recogniser:
         return dict(self.processor(videos=list(clips), **kwargs))
 
     def _sample(self, count: int) -> list[int]:
-        from processing_rice import sample_frame_indices
-
         return sample_frame_indices(count, self.num_frames)
 
     def _read_clip(self, path: str | os.PathLike, sample: bool) -> list:
@@ -214,15 +216,13 @@ class Recogniser:
             if listing.left_out:
                 logger.warning("%s", listing.note())
             return listing.pictures
-        from data_rice.video import decode_frames, probe_video
-
-        info = probe_video(path)
-        chosen = self._sample(info.num_frames) if sample else range(info.num_frames)
-        frames = [picture for _, picture in decode_frames(path, chosen)]
-        if len(frames) < len(chosen):
-            logger.warning(
-                "%s is cut short: %d of %d frames could be read and are used", path, len(frames), len(chosen)
-            )
+        with VideoReader(path) as video:
+            frames = [frame.picture for frame in video.frames(self._sample(len(video)) if sample else None)]
+            if video.num_missing:
+                logger.warning(
+                    "%s is cut short: %d of %d frames could be read and are used",
+                    *(path, len(video), len(video) + video.num_missing),
+                )
         return frames
 
 
@@ -235,13 +235,11 @@ def _with_progress(frames: Iterable[Frame], length_s: float) -> Iterator[Frame]:
 
 def _to_picture(frame) -> Image.Image:
     """Detectors take PIL pictures."""
-    if isinstance(frame, Image.Image):
-        return frame
+    if is_file_source(frame):
+        return open_image(frame)
     from torchvision.transforms.v2.functional import to_pil_image
 
-    from processing_rice.video_processing_rice import load_frame
-
-    return to_pil_image(load_frame(frame))
+    return to_pil_image(picture_tensor(frame, "A frame"))
 
 
 class _WindowEncoder:

@@ -183,6 +183,10 @@ class RiceTrainingArguments(TrainingArguments):
     hub_private_repo: bool | None = field(
         default=True, metadata={"help": "Whether a repository that push_to_hub creates is private."}
     )
+    hub_license: str | None = field(
+        default=None,
+        metadata={"help": "With push_to_hub: licence of the model; needed where the training data's is not known."},
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best one among them."})
     report_to: None | str | list[str] = field(
         default="auto",

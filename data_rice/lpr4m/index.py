@@ -18,8 +18,9 @@ import pyarrow
 import pyarrow.parquet
 from tqdm.auto import tqdm
 
+from processing_rice.media_rice import tar_member_path
+
 from .. import folders, parsing
-from ..media import tar_member_path
 from ..prepare_shards import UnsafeTar, tar_members
 
 _STATS_FILE = re.compile(r"(\d+)_stats\.json")
@@ -37,7 +38,7 @@ class Place:
     """Where one picture lies.
 
     Attributes:
-        path: a file, or a member of a tar file as `data_rice.media.read_media` reads it.
+        path: a file, or a member of a tar file as `processing_rice.media_rice.read_media` reads it.
         original_size: (width, height) before img2dataset resized it, which is what pixel boxes refer to, or None.
     """
 

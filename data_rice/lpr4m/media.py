@@ -1,15 +1,13 @@
 """Where the pictures of LPR4M's clips and shops lie: in the LPR750K tree, or where img2dataset put them."""
 
 import glob
-import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from PIL import Image
+from processing_rice.media_rice import MediaError, image_header
 
 from .. import folders
-from ..media import read_media, split_tar_member
 from .index import MediaIndex, index_path, shard_folders
 from .layout import frame_order
 
@@ -20,14 +18,12 @@ def training_video_folders(root: str) -> list[str]:
     return sorted(folder for folder in found if os.path.isdir(folder))
 
 
-def image_size(paths: Sequence[str]) -> tuple[int, int] | None:
+def first_size(paths: Sequence[str]) -> tuple[int, int] | None:
     """Return (width, height) of the first of ``paths`` whose header can be read, or None."""
     for path in paths:
         try:
-            source = io.BytesIO(read_media({"path": path, "bytes": None})) if split_tar_member(path) else path
-            with Image.open(source) as image:
-                return image.size
-        except (OSError, ValueError, Image.DecompressionBombError):
+            return image_header(path)[1:]
+        except MediaError:
             continue
     return None
 
@@ -48,7 +44,7 @@ class ClipMedia:
 
     def pixel_size(self) -> tuple[int, int] | None:
         """Return the (width, height) to which the clip's pixel boxes refer, or None where no frame can be read."""
-        return self.original_size or (image_size(self.paths) if self.found else None)
+        return self.original_size or (first_size(self.paths) if self.found else None)
 
 
 class Lpr4mMedia:

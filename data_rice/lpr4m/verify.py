@@ -2,7 +2,6 @@
 
 import glob
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,13 +10,14 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image
 from tqdm.auto import tqdm
+
+from processing_rice import MediaError, open_image
+from processing_rice.media_rice import read_media, split_tar_member
 
 from .. import folders, parsing
 from ..builder import ProblemLog
 from ..files import write_atomically
-from ..media import read_media, split_tar_member
 from . import layout
 from .evaluation_rows import EvaluationRows
 from .fetch import find_url_lists
@@ -188,10 +188,9 @@ def _check(picture: _Picture, root: str, decode: bool) -> tuple[str | None, str 
     digest = None if member else hashlib.sha256(data).hexdigest()
     if decode:
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return f"cannot be decoded ({type(error).__name__}: {error})", digest
+            open_image(data)
+        except MediaError as error:
+            return error.reason, digest
     return None, digest
 
 

@@ -9,7 +9,6 @@ every line is looked at, every picture is opened, and the ends of every clip of 
 import argparse
 import difflib
 import hashlib
-import io
 import json
 import math
 import os
@@ -21,13 +20,15 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from os import path as osp
 
-from PIL import Image
 from tqdm.auto import tqdm
+
+from processing_rice import MediaError, open_image
+from processing_rice.media_rice import read_media
+from processing_rice.video_media_rice import VideoReader, probe_video
 
 from .. import parsing
 from ..commands import print_anywhere
 from ..paths import MediaRoot
-from ..video import VideoInfo, decode_frames, probe_video
 from . import novel
 from . import shop_clips as format_
 
@@ -116,7 +117,7 @@ class _Checker:
         self.clips: list[Clip] = []
         self.pictures: dict[str, tuple[str, int]] = {}
         self.digests: dict[str, str] = {}
-        self.videos: dict[str, VideoInfo] = {}
+        self.seconds_of: dict[str, float] = {}
 
     def run(self) -> Report:
         gallery = self.read_gallery()
@@ -269,12 +270,12 @@ class _Checker:
         if message := _missing(self.media, path):
             return message
         try:
-            with open(path, "rb") as file:
-                data = file.read()
-            with Image.open(io.BytesIO(data)) as picture:
-                picture.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return f"cannot be decoded ({type(error).__name__}: {error})"
+            data = read_media({"path": path})
+            open_image(data)
+        except MediaError as error:
+            return error.reason
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
         self.digests[path] = hashlib.sha256(data).hexdigest()
         return ""
 
@@ -296,37 +297,47 @@ class _Checker:
             if isinstance(result, str):
                 self.add(clips[path][0].file, clips[path][0].line, f"{name}: {result}")
                 continue
-            for clip, message in result:
-                self.add(clip.file, clip.line, f"{message} {name}")
+            for clip, message, level in result:
+                self.add(clip.file, clip.line, f"{message} {name}", level)
 
-    def open_video(self, path: str, clips: list[Clip]) -> str | list[tuple[Clip, str]]:
+    def open_video(self, path: str, clips: list[Clip]) -> str | list[tuple[Clip, str, str]]:
         if message := _missing(self.media, path):
             return f"the video {message}"
         try:
-            info = self.videos[path] = probe_video(path)
-        except ValueError as error:
-            return str(error).removeprefix(f"{path} ")
-        problems, ends = [], {}
+            seconds = self.seconds_of[path] = self.read_length(path)
+        except MediaError as error:
+            return error.reason or str(error).rstrip(".")
+        problems = []
         for clip in clips:
-            if clip.start >= info.seconds:
-                problems.append((clip, f"the clip starts at {clip.start:g} s, after the {info.seconds:g} s of"))
-            elif clip.end > info.seconds + _END_TOLERANCE:
-                problems.append((clip, f"the clip ends at {clip.end:g} s, after the {info.seconds:g} s of"))
-            else:
-                first = int(max(clip.start, 0) * info.fps)
-                last = info.num_frames if clip.end < 0 else min(info.num_frames, math.ceil(clip.end * info.fps))
-                # Containers overstate their length by a frame or two without being damaged.
-                ends[clip.line, clip.file] = clip, {first, max(first, last - 3)}
-        if not self.fast:
-            wanted = sorted(set().union(*(frames for _, frames in ends.values())))
-            try:
-                decoded = {number for number, _ in decode_frames(path, wanted)}
-            except ValueError as error:
-                return str(error).removeprefix(f"{path} ")
-            for clip, frames in ends.values():
-                if missing := frames - decoded:
-                    problems.append((clip, f"frame {min(missing)} cannot be decoded, the file is damaged:"))
+            if clip.start >= seconds:
+                problems.append((clip, f"the clip starts at {clip.start:g} s, after the {seconds:g} s of", "error"))
+            elif clip.end > seconds + _END_TOLERANCE:
+                problems.append((clip, f"the clip ends at {clip.end:g} s, after the {seconds:g} s of", "error"))
+            elif not self.fast and (found := self.read_ends(clip)):
+                problems.append((clip, *found))
         return problems
+
+    def read_length(self, path: str) -> float:
+        """Seconds of a video, by its header only where the check is to be fast."""
+        if self.fast:
+            return probe_video(path).seconds
+        with VideoReader(path) as video:
+            return video.end_s
+
+    def read_ends(self, clip: Clip) -> tuple[str, str] | None:
+        """What is wrong with the first and the last frame of a clip, as the loader reads them, and how bad it is."""
+        try:
+            with VideoReader({"path": clip.video, "start": clip.start, "end": clip.end}) as video:
+                ends = {0, len(video) - 1}
+                if len(list(video.frames(ends))) < len(ends):
+                    return "the first or last frame of the clip cannot be decoded, in", "error"
+                if video.num_missing:
+                    return f"{video.num_missing} frames at the end are missing, it is cut short:", "warning"
+                if video.num_damaged:
+                    return "frames cannot be decoded and are replaced by others, it is damaged:", "warning"
+        except MediaError as error:
+            return f"the clip cannot be read ({error.reason}):", "error"
+        return None
 
     def find_leaks(self) -> None:
         """Find clips that show what a clip of another split shows."""
@@ -360,8 +371,8 @@ class _Checker:
                 files[file]["seconds"] = round(sum(self.seconds(clip) for clip in clips), 3)
 
     def seconds(self, clip: Clip) -> float:
-        info = self.videos.get(clip.video)
-        end = min(clip.end, info.seconds) if info and clip.end >= 0 else info.seconds if info else 0.0
+        whole = self.seconds_of.get(clip.video, 0.0)
+        end = whole if clip.end < 0 else min(clip.end, whole)
         return max(0.0, end - max(clip.start, 0.0))
 
 

@@ -13,10 +13,11 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from data_rice.collator import decode_image
 from data_rice.files import write_atomically
-from hub_rice.model_card import dataset_name, gallery_words, scope_words
+from hub_rice.model_card import gallery_words, scope_words
+from hub_rice.results import dataset_name
 from hub_rice.tables import TITLES, table_cells
+from processing_rice import open_image
 
 from ..frames import clip_frames
 from ..protocol import Rankings, RetrievalTask
@@ -243,7 +244,7 @@ def _image_figure(evaluation: Evaluation, image: str, caption: str, kind: str) -
     picture = None
     if row is not None:
         try:
-            picture = decode_image(row["image"])
+            picture = open_image(row["image"])
         except ValueError:
             kind = kind or "unreadable"
         caption = " ".join(filter(None, [caption, row.get("title") or ""]))

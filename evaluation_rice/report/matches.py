@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_rice.collator import decode_image
 from data_rice.files import replacing
+from processing_rice import open_image
 
 from ..frames import clip_frames
 from ..protocol import Rankings, RetrievalTask
@@ -103,7 +103,7 @@ class _Row:
 
 def _framed(canvas, draw, corner, entry, colour, label, font) -> None:
     x, y = corner
-    canvas.paste(_tile(_read(decode_image, entry) if entry else None), corner)
+    canvas.paste(_tile(_read(open_image, entry) if entry else None), corner)
     draw.rectangle((x - 3, y - 3, x + TILE + 2, y + TILE + 2), outline=colour, width=1 if colour == PLAIN else 4)
     draw.text((x + TILE // 2, y + TILE + 5), label, INK if colour == PLAIN else colour, font, "ma")
 

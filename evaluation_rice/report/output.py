@@ -86,5 +86,6 @@ def _print_files(results: Mapping, output: Path, report: bool) -> None:
     if results["by"] and not drawn:
         print("no breakdown.png: matplotlib, the extra `plot`, is not installed; the figures are in results.json")
     files = ["results.json", "rankings.jsonl", "query_ranks.jsonl", "matches.png", "README.md"]
+    files += ["breakdown.md"] * (bool(results["by"]) and not results["baseline"])
     files += ["breakdown.png"] * drawn + ["report.html"] * report
     print(f"\nwritten to {output}: {', '.join(files)}")

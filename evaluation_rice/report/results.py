@@ -29,26 +29,6 @@ def write_results(output_dir: str | os.PathLike, results: Mapping) -> None:
     write_atomically(Path(output_dir) / "results.json", text + "\n")
 
 
-def read_results(path: str | os.PathLike, needed: Iterable[str]) -> dict:
-    """
-    The content of a results.json.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is cut short, or lacks one of the entries in `needed`.
-    """
-    try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(results, dict) or not isinstance(results.get("protocol", {}), dict):
-            raise ValueError("it holds no results")
-    except ValueError as error:
-        raise ValueError(f"{path} is no whole results file ({error}): run eval_rice.py again.") from error
-    missing = [name for name in needed if name not in results]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: run eval_rice.py again.")
-    return results
-
-
 def write_rankings(output_dir: str | os.PathLike, task: RetrievalTask, ranked: Rankings) -> None:
     """Writes `rankings.jsonl`: `query_id`, `live_id` (empty where there is none), `ranking`, `relevant`."""
     lines = ({"ranking": ranking, "relevant": task.relevant[q]} for q, ranking in ranked.complete().rankings.items())

@@ -25,12 +25,12 @@ from tqdm.auto import tqdm
 
 from data_rice.commands import mistakes_end, print_anywhere
 from data_rice.files import write_atomically
+from hub_rice.results import read_results
 from hub_rice.tables import percent
 from modeling_rice.scoring_rice import KINDS
 
 from ..breakdown import can_draw
 from ..recall import interval_words
-from ..report.results import read_results
 from .cells import Cell, cells_of
 from .definition import Comparison, Study, read_minutes, read_study, to_arguments
 from .paired import draw_intervals, mean_interval, paired_difference, read_ranks, verdict

@@ -17,13 +17,13 @@ import numpy as np
 
 from data_rice.commands import mistakes_end, print_anywhere
 from hub_rice.files import check_output, write_output
-from hub_rice.model_card import breakdown_table, dataset_name, gallery_words
+from hub_rice.model_card import breakdown_table, gallery_words
+from hub_rice.results import dataset_name, read_results
 from hub_rice.tables import TITLES, markdown_table, percent, shown_scores
 from modeling_rice.scoring_rice import KINDS
 
 from ..pretrained_baselines import FAMILIES
 from ..recall import interval_words
-from ..report.results import read_results
 from .paired import mean_interval, read_ranks
 
 NOT_RUN = "not run"

@@ -16,8 +16,19 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from data_rice.decoding import MediaError, decode_image
 from data_rice.folders import Listing, list_pictures
+from processing_rice import MediaError, open_image
+from processing_rice.media_rice import MissingMediaError, printable
+from processing_rice.video_container_rice import (
+    Clock,
+    clock_leaps,
+    decoded_frames,
+    frame_picture,
+    import_av,
+    is_playlist,
+    open_container,
+    video_stream,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +48,7 @@ class Frame:
     A frame of a stream.
 
     Attributes:
-        time_s: Seconds from the start of the stream.
+        time_s: Seconds from the start of the stream, sound included.
         picture: RGB, upright.
     """
 
@@ -65,7 +76,8 @@ class Counts:
 
 def is_address(source: str | os.PathLike) -> bool:
     """Whether a source is a web address or a camera, and no file or folder."""
-    return isinstance(source, str) and ("://" in source or source.startswith("camera:"))
+    is_named = isinstance(source, str) and ("://" in source or source.startswith("camera:"))
+    return is_named and not os.path.exists(source)
 
 
 def open_stream(source: str | os.PathLike, fps: float = 2.5, folder_fps: float = 1.0, **settings):
@@ -73,8 +85,8 @@ def open_stream(source: str | os.PathLike, fps: float = 2.5, folder_fps: float =
     Opens a source, so that what is wrong with it is known at once.
 
     Args:
-        source: A video file, a folder of pictures in the order of their names, an address (`rtsp://...`,
-            `https://.../live.m3u8`), or a camera (`camera:0`).
+        source: A video file, a playlist, a folder of pictures in the order of their names, an address
+            (`rtsp://...`, `https://.../live.m3u8`), or a camera (`camera:0`).
         fps: Frames per second to hand out at most.
         folder_fps: Pictures of a folder per second.
         settings: Of [`VideoStream`].
@@ -143,7 +155,7 @@ class FolderStream:
             if not grid.takes(number / self.folder_fps):
                 continue
             try:
-                picture = decode_image({"path": path})
+                picture = open_image({"path": path})
             except MediaError as failure:
                 error = failure
                 self.counts.damaged += 1
@@ -161,41 +173,38 @@ class FolderStream:
         self._stopped = True
 
 
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
-
-
-def open_container(source: str | os.PathLike):
+def open_source(source: str | os.PathLike):
     """
-    Opens a video by PyAV.
+    Opens a video file, a playlist, an address or a camera by PyAV. Playlists and addresses may name further media.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it cannot be read, holds no video stream, or PyAV is not installed.
+        ValueError: it cannot be read, holds no video, or PyAV is not installed.
     """
-    try:
-        import av
-    except ImportError:
-        raise ValueError("Video is read with PyAV; install it: pip install av.") from None
-    name, settings = os.fspath(source), {}
-    if name.startswith("camera:"):
+    av, name, settings = import_av(), os.fspath(source), {}
+    if not is_address(source):
+        if not os.path.exists(name):
+            raise MissingMediaError(f"There is no video file or folder {printable(name)}.")
+        if not os.path.isfile(name) or not is_playlist(name):
+            return open_container(name)
+        # Named as a file, since a name may look like an address to FFmpeg.
+        name = "file:" + os.path.abspath(name)
+    elif name.startswith("camera:"):
         system, device = _CAMERA_FORMATS.get(sys.platform, _CAMERA_FORMATS["linux"])
         name, settings = device.format(name.removeprefix("camera:")), {"format": system}
-    elif is_address(name):
+    else:
         settings = {"timeout": _TIMEOUT_S}
         if name.startswith("rtsp"):
             # Over UDP lost packets show as smeared pictures.
             settings["options"] = {"rtsp_transport": "tcp"}
-    elif not os.path.isfile(name):
-        raise FileNotFoundError(f"There is no video file or folder {source}.")
     try:
-        container = av.open(name, **settings)
+        return av.open(name, **settings)
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise ValueError(f"{source} cannot be read as a video ({_reason(error)}).") from error
-    if not container.streams.video:
-        container.close()
-        raise ValueError(f"{source} holds no video stream.")
-    return container
+        raise MediaError(f"{source} cannot be read as a video ({_reason(error)}).") from error
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 class VideoStream:
@@ -209,7 +218,7 @@ class VideoStream:
         backoff_s: The first of these pauses.
         queue_size: Frames that may wait to be taken.
         notify: Is told in one sentence what happens: frames dropped, connection lost, file cut short.
-        opener: Opens a container, see [`open_container`].
+        opener: Opens a container, see [`open_source`].
 
     Attributes:
         live: Whether the source does not wait: an address or camera without a known length.
@@ -229,12 +238,17 @@ class VideoStream:
     ):
         self.source, self.fps, self.notify = source, fps, notify
         self.max_reconnects, self.backoff_s, self.queue_size = max_reconnects, backoff_s, queue_size
-        self.opener = opener or open_container
+        self.opener = opener or open_source
         self.counts = Counts()
         self.error: str | None = None
         self._container = self.opener(source)
+        # Told at once, and not when frames are asked for.
+        video_stream(self._container, source)
         self.duration_s = _duration(self._container)
         self.live = is_address(source) and self.duration_s is None
+        if not is_address(source) and clock_leaps(self._container):
+            # By its first and last time stamp, which says little where recordings were joined.
+            self.duration_s = None
         self._queue: deque[Frame] = deque()
         self._changed = threading.Condition()
         self._stopping = threading.Event()
@@ -297,39 +311,25 @@ class VideoStream:
 
     def _read(self) -> str | None:
         """Hands out a container's frames; returns why it ended early, `None` at its end."""
-        from av import FFmpegError
-
         container = self._container
-        stream = container.streams.video[0]
+        stream = video_stream(container, self.source)
         stream.thread_type = "AUTO"
-        times = _Times(self, float(stream.average_rate or 0) or 25.0)
-        packets, problem = container.demux(stream), None
-        while not self._stopping.is_set():
-            try:
-                packet = next(packets, None)
-            except (FFmpegError, OSError) as error:
-                problem = _reason(error)
-                packet = None
-            try:
-                # At a break the decoder's threads still hold a few frames; at an ordinary end they are given already.
-                frames = packet.decode() if packet is not None else stream.decode(None) if problem else []
-            except FFmpegError:
-                self.counts.damaged += 1
-                frames = []
-            for frame in frames:
-                self._hand_out(frame, times.of(frame))
-            if packet is None:
-                return problem
-        return None
+        times = _LiveTimes(self, stream) if self.live else Clock(container, stream)
+        problems: list[str] = []
+        for frame in decoded_frames(container, stream, self._count_damage, problems.append):
+            if self._stopping.is_set():
+                return None
+            self._hand_out(frame, stream, times.time_of(frame.time))
+        return problems[0] if problems else None
 
-    def _hand_out(self, frame, time_s: float) -> None:
+    def _count_damage(self) -> None:
+        self.counts.damaged += 1
+
+    def _hand_out(self, frame, stream, time_s: float) -> None:
         self._last_s = time_s
         self._failed_in_a_row = 0
         if self._grid.takes(time_s):
-            picture = frame.to_image()
-            # Phones store upright videos lying on their side.
-            picture = picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
-            self._put(Frame(time_s, picture))
+            self._put(Frame(time_s, frame_picture(frame, stream)))
 
     def _put(self, frame: Frame) -> None:
         with self._changed:
@@ -392,33 +392,32 @@ def _duration(container) -> float | None:
     return container.duration / 1e6 if container.duration else None
 
 
-class _Times:
-    """Seconds from the start of a stream for the frames of one of its containers."""
+class _LiveTimes:
+    """Seconds from the start of a live source for the frames of one of its containers."""
 
-    def __init__(self, stream: VideoStream, rate: float):
-        self.stream, self.step_s = stream, 1 / rate
+    def __init__(self, source: VideoStream, stream):
+        self.source, self.step_s = source, 1 / (float(stream.average_rate or 0) or 25.0)
         self.first_s: float | None = None
         self.base_s = 0.0
         self.latest_s: float | None = None
 
-    def of(self, frame) -> float:
+    def time_of(self, stamp_s: float | None) -> float:
         """
-        Time stamps go on from where the last container ended, but for the time that passed in between. Those of a
-        live source that go back or leap begin anew in the same way.
+        Time stamps go on from where the last container ended, but for the time that passed in between. Those that go
+        back or leap begin anew in the same way.
         """
-        stamp = frame.time
         # What a decoder gives up at a break has lost its clock.
-        if stamp is None or not math.isfinite(stamp):
-            stamp = 0.0 if self.latest_s is None else self.latest_s + self.step_s
-        jumps = self.latest_s is not None and not -1.0 <= stamp - self.latest_s <= _LONGEST_JUMP_S
-        if self.first_s is None or (jumps and self.stream.live):
-            self.first_s, self.base_s = stamp, self._now()
-        self.latest_s = stamp
-        return self.base_s + stamp - self.first_s
+        if stamp_s is None or not math.isfinite(stamp_s):
+            stamp_s = 0.0 if self.latest_s is None else self.latest_s + self.step_s
+        jumps = self.latest_s is not None and not -1.0 <= stamp_s - self.latest_s <= _LONGEST_JUMP_S
+        if self.first_s is None or jumps:
+            self.first_s, self.base_s = stamp_s, self._now()
+        self.latest_s = stamp_s
+        return self.base_s + stamp_s - self.first_s
 
     def _now(self) -> float:
-        stream, now = self.stream, time.monotonic()
-        if stream._started_s is None:
-            stream._started_s = now
+        source, now = self.source, time.monotonic()
+        if source._started_s is None:
+            source._started_s = now
             return 0.0
-        return max(now - stream._started_s, (stream._last_s or 0.0) + self.step_s)
+        return max(now - source._started_s, (source._last_s or 0.0) + self.step_s)

@@ -11,16 +11,9 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from data_rice.augmentation import ClipAugmentation
-from data_rice.collator import (
-    MediaError,
-    RiceCollator,
-    count_failures,
-    decode_image,
-    product_id_hash,
-    read_failure_log,
-)
+from data_rice.collator import RiceCollator, count_failures, product_id_hash, read_failure_log
 from data_rice.decoding import normalize_pixels
-from processing_rice import build_processor, sample_frame_indices, train_tokenizer
+from processing_rice import MediaError, build_processor, open_image, sample_frame_indices, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -350,8 +343,8 @@ def test_images_may_be_bytes(processor, make_row, tmp_path):
     with open(row["image"]["path"], "rb") as file:
         row["image"] = {"path": None, "bytes": file.read()}
     assert grey_levels(RiceCollator(processor)([row])["pixel_values"]) == [130]
-    with pytest.raises(MediaError, match="<bytes>: cannot be decoded"):
-        decode_image({"path": None, "bytes": b"torn"})
+    with pytest.raises(MediaError, match="<bytes> cannot be decoded"):
+        open_image({"path": None, "bytes": b"torn"})
 
 
 def test_workers_can_be_sent_a_collator(processor, make_row):
@@ -470,14 +463,11 @@ class TestAugmentation:
 
     def test_a_crop_is_not_blown_up_from_a_reduced_picture(self, processor, make_row, tmp_path, monkeypatch):
         """32 of 160 pixels are a fifth; the picture is decoded at a quarter of its size, a crop of a third is not."""
-        from data_rice import decoding
-
         Image.new("RGB", (160, 160)).save(tmp_path / "large.jpg")
         large = {"path": str(tmp_path / "large.jpg"), "bytes": None}
         seen = []
         monkeypatch.setattr(
-            "data_rice.collator.decode_image",
-            lambda *args, **kw: seen.append(decoding.decode_image(*args, **kw)) or seen[-1],
+            "data_rice.collator.open_image", lambda *args, **kw: seen.append(open_image(*args, **kw)) or seen[-1]
         )
         row = make_row("a", frames=[large], boxes=[None], image=large)
         RiceCollator(processor, decode="fast")([row])

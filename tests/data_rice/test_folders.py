@@ -68,12 +68,12 @@ def test_any_two_names_can_be_compared():
     + [(suffix, "PPM") for suffix in (".ppm", ".pgm", ".pbm", ".pnm")],
 )
 def test_what_is_listed_can_be_decoded(tmp_path, suffix, file_format):
-    from data_rice.decoding import decode_image
+    from processing_rice import open_image
 
     mode = {".pgm": "L", ".pbm": "1"}.get(suffix, "RGB")
     Image.new(mode, (8, 8)).save(tmp_path / f"p{suffix}", format=file_format)
     (path,) = list_pictures(tmp_path).pictures
-    assert decode_image({"path": path}).size == (8, 8)
+    assert open_image({"path": path}).size == (8, 8)
 
 
 SYSTEM_ENTRIES = [

@@ -352,7 +352,13 @@ class TestExtraction:
         ],
     )
     def test_choice_of_frames(self, settings, num_frames, fps, expected):
-        assert settings.choose(num_frames, fps) == expected
+        times = [3 + i / fps for i in range(num_frames)]
+        assert settings.choose(times, 3 + num_frames / fps) == expected
+
+    def test_choice_by_time_where_the_rate_changes(self):
+        """Three frames in the first three seconds, then ten in one second."""
+        times = [0.0, 1.0, 2.0, *(3 + i / 10 for i in range(10))]
+        assert FrameSettings(fps=2).choose(times, 4.0) == [0, 1, 2, 3, 8]
 
     def test_the_builder_uses_them_and_their_boxes(self, folder, load):
         folder.train["p1"]["tracklets"] = {"5": [16, 0, 48, 24], "6": [0, 0, 64, 48], "15": [0, 0, 32, 48]}
@@ -391,15 +397,8 @@ class TestExtraction:
         assert problems("queries", "test") == [("q1#0", "kept as misses: the video cannot be decoded")]
         assert load("queries", "test")[1]["frames"] == []
 
-    def test_a_video_that_is_cut_short_keeps_the_frames_before(self, folder, problems, write_video, monkeypatch):
-        from data_rice.moving_fashion import prepare
-
-        whole = prepare.decode_frames
-
-        def stop_early(path, indices):
-            yield from (item for item in whole(path, indices) if not path.endswith("a.mp4") or item[0] < 10)
-
-        monkeypatch.setattr(prepare, "decode_frames", stop_early)
+    def test_a_video_that_is_cut_short_keeps_the_frames_before(self, folder, problems, cut_after):
+        cut_after(folder.write_video(folder.root / "videos/a.mp4", movflags="faststart"), 10)
         extracted = self.extract(folder)
         assert extracted.problems == {"videos/a.mp4": CUT_SHORT} and extracted.clips["videos/a.mp4"].frames == (0, 5)
         assert problems("pairs", "train") == [("p0#0", "kept: the video is cut short")]
@@ -436,8 +435,8 @@ class TestExtraction:
         from data_rice.moving_fashion import prepare
 
         self.extract(folder)
-        decoded, decode = [], prepare.decode_frames
-        monkeypatch.setattr(prepare, "decode_frames", lambda path, n: decoded.append(path) or decode(path, n))
+        decoded, read = [], prepare.VideoReader
+        monkeypatch.setattr(prepare, "VideoReader", lambda path: decoded.append(path) or read(path))
         self.extract(folder)
         assert decoded == []
         self.extract(folder, FrameSettings(fps=5, short_side=24))

@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from data_rice import load_dataset_view
+from data_rice.collator import RiceCollator
 from data_rice.shop_clips.check import check_folder, main
+from processing_rice import build_processor, train_tokenizer
 
 NUM_PRODUCTS = 10
 nfc, nfd = partial(unicodedata.normalize, "NFC"), partial(unicodedata.normalize, "NFD")
@@ -295,7 +297,7 @@ def test_damaged_videos(shop, found):
     whole = (shop.root / "v.mp4").read_bytes()
     (shop.root / "v.mp4").write_bytes(b"no video")
     (line,) = found()
-    assert line.startswith("clips_train.jsonl:11: v.mp4: is no video file that can be read")
+    assert line.startswith("clips_train.jsonl:11: v.mp4: cannot be decoded")
     data = whole.index(b"mdat") + 4
     (shop.root / "v.mp4").write_bytes(
         whole[:data] + bytes(len(whole[data:]) // 4) + whole[data + len(whole[data:]) // 4 :]
@@ -401,3 +403,31 @@ def test_the_real_photographs_pass(groceries_dir):
     report = check_folder(str(groceries_dir), workers=2)
     assert report.ok and report.files["clips_train.jsonl"]["frames"] == 2640
     assert all(problem.level == "warning" and "is not known" in problem.message for problem in report.problems)
+
+
+def test_check_and_loader_agree(shop, found, tmp_path, write_video, cut_after):
+    """On a picture of a kind that is not read, on recordings that were joined, and on one that is cut short."""
+    Image.new("RGB", (16, 16)).save(shop.root / "frames/named.png", format="JPEG2000")
+    part = write_video(shop.root / "part.mpg", num_frames=25, fps=25)
+    (shop.root / "joined.mpg").write_bytes(2 * part.read_bytes())
+    cut_after(write_video(shop.root / "cut.mp4", movflags="faststart"), 10)
+    clips = shop.clips["val"]
+    clips[0]["frames"] = ["frames/named.png"]
+    for i, where in enumerate(
+        (
+            {"video": "joined.mpg", "start": 1.5, "end": 1.9},
+            {"video": "cut.mp4"},
+            {"video": "cut.mp4", "start": 3, "end": 4},
+        )
+    ):
+        clips[i + 1] = {"query_id": f"v{i}", "gt_gallery_ids": [f"g{i}"], **where}
+    lines = found()
+    assert [line.split(": ")[0] for line in lines] == [f"clips_val.jsonl:{line}" for line in (1, 3, 4)]
+    assert "warning: 10 frames at the end are missing" in lines[1] and "after the 2 s of cut.mp4" in lines[2]
+    assert not any("joined" in line for line in found(fast=True))
+
+    rows = load_dataset_view(shop.root, "queries", "validation", cache_dir=tmp_path / "cache").select(range(4))
+    processor = build_processor(train_tokenizer(["a red cup"] * 9, vocab_size=400), image_size=16, patch_size=8)
+    _, readable, failures = RiceCollator(processor).collate_queries(list(rows))
+    assert readable == [1, 2]
+    assert failures[0]["reason"] in lines[0] and "its picture ends at 2 s" in failures[1]["reason"]

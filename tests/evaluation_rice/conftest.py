@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from data_rice.collator import decode_image
+from processing_rice import open_image
 
 QUERY = Features(
     {
@@ -71,7 +71,7 @@ class FakeCollator:
 
     @staticmethod
     def colour(entry):
-        return torch.from_numpy(np.asarray(decode_image(entry), dtype=np.float32).mean((0, 1)) / 255)
+        return torch.from_numpy(np.asarray(open_image(entry), dtype=np.float32).mean((0, 1)) / 255)
 
     def _encode(self, rows, key, name, read):
         values, loaded, failures = [], [], []

@@ -278,7 +278,7 @@ def test_both_work_from_the_server_where_the_project_cannot_be_imported(
 ):
     from safetensors.torch import load_file
 
-    files = publication(tiny_checkpoint, "someone/libraries")
+    files = publication(tiny_checkpoint, "someone/libraries", license="apache-2.0")
     assert {"modules.json", "sentence_bert_config.json", "pipeline_rice.py"} < files.keys()
     hub.add(
         "someone/libraries", {n: item if isinstance(item, bytes) else item.read_bytes() for n, item in files.items()}
@@ -305,7 +305,7 @@ def test_mteb_loads_the_repository_without_code(hub, fresh_process, tiny_checkpo
     from safetensors.torch import load_file
 
     pytest.importorskip("mteb")
-    files = publication(tiny_checkpoint, "someone/for_mteb")
+    files = publication(tiny_checkpoint, "someone/for_mteb", license="apache-2.0")
     hub.add(
         "someone/for_mteb", {n: item if isinstance(item, bytes) else item.read_bytes() for n, item in files.items()}
     )

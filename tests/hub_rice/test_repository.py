@@ -1,11 +1,9 @@
 """What of a folder is published, and what is made of the Hub's answers, without a Hub."""
 
-import json
-
 import pytest
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
-from hub_rice.repository import hub_errors, is_published, portable_results, upload
+from hub_rice.repository import hub_errors, is_published, upload
 
 
 @pytest.mark.parametrize(
@@ -45,24 +43,6 @@ def test_published(path):
 )
 def test_stays_at_home(path):
     assert not is_published(path)
-
-
-def test_results_lose_their_paths_and_keep_their_figures():
-    results = {
-        "model": "/home/me/runs/x",
-        "dataset": "/home/me/shop",
-        "command": "python eval_rice.py --model /home/me/runs/x --dataset '/home/me/my shop' --boxes none",
-        "failures": [
-            {"kind": "query", "id": "a/b", "file": "/home/me/shop/q.jpg", "reason": "no /home/me/shop/q.jpg"}
-        ],
-        "scores": {"embedding": {"R@1": 1 / 3}},
-    }
-    portable = portable_results(results, "me/rice")
-    assert "/home" not in json.dumps(portable) and portable["scores"] == results["scores"]
-    assert portable["model"] == "me/rice" and portable["dataset"] == "shop"
-    assert portable["command"] == "python eval_rice.py --model me/rice --dataset 'my shop' --boxes none"
-    assert portable["failures"] == [{"kind": "query", "id": "a/b", "file": "q.jpg", "reason": "no q.jpg"}]
-    assert results["failures"][0]["file"] == "/home/me/shop/q.jpg"
 
 
 def test_a_token_in_any_text_is_refused_before_anything_is_sent():

@@ -322,3 +322,14 @@ def test_datasets_are_read_without_their_pictures(build, shop):
     clips = shop.clips(1)
     assert [hit.score for hit in one.search(clips)[0].hits] == [hit.score for hit in other.search(clips)[0].hits]
     np.testing.assert_array_equal(one.store.shards[0].features.embeds, other.store.shards[0].features.embeds)
+
+
+def test_opened_pictures_of_every_mode_and_one_that_cannot_be_read(build, shop):
+    cmyk = Image.open(shop.rows[0]["image"]["path"]).convert("CMYK")
+    unknown = Image.new("F", (8, 8), 300.0)
+    rows = [{"image_id": name, "image": image} for name, image in (("cmyk", cmyk), ("unknown", unknown))]
+    index = build(rows)
+    assert list(index.store.column("image_id")) == ["cmyk"]
+    assert [(failure["id"], "not all in 0..1" in failure["reason"]) for failure in index.skipped] == [
+        ("unknown", True)
+    ]

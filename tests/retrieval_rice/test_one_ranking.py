@@ -3,11 +3,12 @@
 import pytest
 from datasets import Dataset
 
-from data_rice.collator import RiceCollator, decode_image
+from data_rice.collator import RiceCollator
 from evaluation_rice.protocol import Rankings
 from evaluation_rice.retrieval import evaluate_retrieval
 from modeling_rice import RiceModel
 from modeling_rice.pipeline_rice import ProductRetrievalPipeline
+from processing_rice import open_image
 from retrieval_rice.index import GalleryIndex
 
 TEXT = {"vocab_size": 400, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -57,7 +58,7 @@ def test_rank_pipeline_index_and_evaluation_agree(
     retrieve = ProductRetrievalPipeline(model=model, processor=index_processor)
     index = GalleryIndex.build(model, index_processor, rows, progress=False, dtype="float32")
     for query in queries:
-        frames, asr = [decode_image(frame) for frame in query["frames"]], query["asr"] if reads_text else None
+        frames, asr = [open_image(frame) for frame in query["frames"]], query["asr"] if reads_text else None
         expected = [int(image.removeprefix("p")) for image in books[kind][query["clip_id"]]]
         ranked = model.rank(frames, pictures, processor=index_processor, titles=titles, asr=asr)
         assert [entry["corpus_id"] for entry in ranked] == expected

@@ -228,8 +228,8 @@ def test_a_clip_that_is_cut_short_is_used_as_far_as_it_goes(tmp_path, caplog):
     data = path.read_bytes()
     path.write_bytes(data[: -len(data) // 4])
     assert recogniser().recognise(path).hits[0].product_id == "green"
-    assert "cut short" in caplog.text and "of 10 frames" in caplog.text
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    assert "cut short" in caplog.text and "of 50 frames" in caplog.text
+    with pytest.raises(FileNotFoundError, match="There is no video file"):
         recogniser().recognise(tmp_path / "missing.mp4")
     with pytest.raises(ValueError, match="is no file"):
         recogniser().recognise("rtsp://shop/1")
@@ -381,16 +381,23 @@ class Camera:
         if self.opened:
             raise ValueError("no answer")
         self.opened = True
-        video = SimpleNamespace(average_rate=10, thread_type=None, decode=lambda packet: [])
-        return SimpleNamespace(
-            streams=SimpleNamespace(video=[video]), duration=None, demux=self.packets, close=lambda: None
+        video = SimpleNamespace(
+            average_rate=10,
+            thread_type=None,
+            decode=lambda packet: [],
+            disposition=av.stream.Disposition(0),
+            codec_context=SimpleNamespace(width=8, height=8, is_open=True),
+            sample_aspect_ratio=None,
         )
+        streams = SimpleNamespace(video=[video])
+        return SimpleNamespace(streams=streams, duration=None, demux=self.packets, close=lambda: None)
 
     def packets(self, stream):
         for i in range(self.count):
             if i == self.interrupt_after:
                 os.kill(os.getpid(), signal.SIGINT)
-            frame = SimpleNamespace(time=i / 10, rotation=0, to_image=lambda: picture("green"))
+            pixels = SimpleNamespace(has_palette=False, components=[])
+            frame = SimpleNamespace(time=i / 10, format=pixels, side_data={}, to_image=lambda: picture("green"))
             yield SimpleNamespace(decode=lambda frame=frame: [frame])
             # Not faster than the model, and slow enough to be stopped.
             threading.Event().wait(0.002)
@@ -398,7 +405,7 @@ class Camera:
 
 
 def test_a_lost_camera_is_an_error_after_everything_is_written(shop, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("retrieval_rice.stream.source.open_container", Camera(count=100))
+    monkeypatch.setattr("retrieval_rice.stream.source.open_source", Camera(count=100))
     with pytest.raises(SystemExit) as end:
         rice("camera:0", *options(shop), "--jsonl", tmp_path / "out.jsonl", "--max_reconnects", "0")
     captured = capsys.readouterr()
@@ -409,7 +416,7 @@ def test_a_lost_camera_is_an_error_after_everything_is_written(shop, tmp_path, c
 
 
 def test_ctrl_c_writes_what_is_known(shop, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("retrieval_rice.stream.source.open_container", Camera(interrupt_after=200))
+    monkeypatch.setattr("retrieval_rice.stream.source.open_source", Camera(interrupt_after=200))
     before = signal.getsignal(signal.SIGINT)
     assert rice("camera:0", *options(shop), "--vtt", tmp_path / "out.vtt") == 0
     assert signal.getsignal(signal.SIGINT) is before

@@ -87,7 +87,7 @@ def test_what_is_no_video(tmp_path):
     with pytest.raises(FileNotFoundError, match="no video file or folder"):
         open_stream(tmp_path / "missing.mp4")
     (tmp_path / "text.mp4").write_text("this is no video")
-    with pytest.raises(ValueError, match="cannot be read as a video"):
+    with pytest.raises(ValueError, match="text.mp4 cannot be decoded"):
         open_stream(tmp_path / "text.mp4")
     with av.open(str(tmp_path / "sound.wav"), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000)
@@ -95,7 +95,7 @@ def test_what_is_no_video(tmp_path):
         sound.sample_rate = 8000
         for packet in [*stream.encode(sound), *stream.encode()]:
             container.mux(packet)
-    with pytest.raises(ValueError, match="sound.wav holds no video stream"):
+    with pytest.raises(ValueError, match="sound.wav holds no video"):
         open_stream(tmp_path / "sound.wav")
     with pytest.raises(ValueError, match="cannot be read as a video"):
         open_stream("http://127.0.0.1:9/live.m3u8")
@@ -114,7 +114,7 @@ def test_a_truncated_file_is_used_as_far_as_it_goes(tmp_path):
     # Where the directory stands at the end, nothing is left of it.
     path = noise_video(tmp_path / "plain.mp4", 60)
     path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(ValueError, match="plain.mp4 cannot be read as a video"):
+    with pytest.raises(ValueError, match="plain.mp4 cannot be decoded"):
         open_stream(path)
 
 
@@ -133,6 +133,50 @@ def test_a_video_of_damage_only_is_refused():
     stream = VideoStream("x.mp4", opener=FakeSource([[]], duration=5_000_000))
     with pytest.raises(ValueError, match="x.mp4 holds no frame"):
         list(stream)
+
+
+def join(path, *parts):
+    """Recordings one after the other in one file, whose clock begins anew with each."""
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    return path
+
+
+def test_time_goes_on_where_recordings_were_joined(tmp_path):
+    part = write_video(tmp_path / "part.ts", [(200, 30, 30)] * 20)
+    stream, frames, notices = read(join(tmp_path / "joined.ts", part, part), fps=2.5)
+    assert times(frames) == [round(0.4 * i, 1) for i in range(10)] and notices == []
+    assert stream.duration_s is None and not stream.live
+
+
+def test_a_playlist_is_followed_and_its_clock_runs_through(tmp_path, monkeypatch):
+    part = write_video(tmp_path / "0.ts", [(200, 30, 30)] * 20)
+    join(tmp_path / "1.ts", part)
+    lines = ["#EXTM3U", "#EXT-X-TARGETDURATION:2", "#EXTINF:2,", "0.ts", "#EXTINF:2,", "1.ts", "#EXT-X-ENDLIST", ""]
+    (tmp_path / "live:1.m3u8").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    _, frames, _ = read("live:1.m3u8", fps=2.5)
+    assert times(frames) == [round(0.4 * i, 1) for i in range(10)]
+
+
+def test_any_name_and_times_of_a_player(tmp_path, monkeypatch):
+    """The picture starts a second after the sound."""
+    path = tmp_path / "camera:0"
+    with av.open(str(path.with_suffix(".mkv")), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        sound = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 16000), dtype=np.int16), format="s16", layout="mono")
+        samples.sample_rate, samples.pts = 8000, 0
+        container.mux(sound.encode(samples) + sound.encode())
+        for i in range(10):
+            frame = av.VideoFrame(64, 64, "yuv420p")
+            frame.pts, frame.time_base = 10 + i, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    path.with_suffix(".mkv").rename(path)
+    monkeypatch.chdir(tmp_path)
+    assert times(read("camera:0")[1]) == [round(1 + 0.1 * i, 1) for i in range(10)]
 
 
 def save_pictures(folder, *names):
@@ -210,9 +254,18 @@ class FakeSource:
         if isinstance(content, Exception):
             raise content
         duration, content = content if isinstance(content, tuple) else (self.duration, content)
-        video = SimpleNamespace(average_rate=Fraction(10), thread_type=None, decode=lambda packet: [])
+        video = SimpleNamespace(
+            average_rate=Fraction(10),
+            thread_type=None,
+            decode=lambda packet: [],
+            disposition=av.stream.Disposition(0),
+            codec_context=SimpleNamespace(width=2, height=2, is_open=True),
+            sample_aspect_ratio=None,
+        )
         return SimpleNamespace(
             streams=SimpleNamespace(video=[video]),
+            format=SimpleNamespace(flags=0),
+            start_time=0,
             duration=duration,
             demux=lambda stream: self.packets(content),
             close=lambda: None,
@@ -225,7 +278,8 @@ class FakeSource:
             if callable(stamp):
                 stamp()
                 continue
-            frame = SimpleNamespace(time=stamp, rotation=0, to_image=lambda: self.picture)
+            pixels = SimpleNamespace(has_palette=False, components=[])
+            frame = SimpleNamespace(time=stamp, format=pixels, side_data={}, to_image=lambda: self.picture)
             yield SimpleNamespace(decode=lambda frame=frame: [frame])
 
 
