@@ -14,20 +14,60 @@ _COSINES_AT_ONCE = {"cpu": 2**17, "cuda": 2**28}
 class RiceAlignment(nn.Module):
     """
     What the statistics of a shop's pictures, and of clips' frames where there are any, make of an encoder's outputs.
-    Nothing in it is trained: all of it are buffers, zeros and the first axes until they are filled by `fit`.
+    Nothing in it is trained; its buffers are filled by `fit`.
 
     Args:
         patch_width: Width C of the encoder's patches at the chosen stage.
-        rank: Width R of the patches that are compared, at most C.
+        rank: Width R of the patches that are compared; C where that is less.
         embed_width: Width D of the global feature.
     """
 
     def __init__(self, patch_width: int, rank: int, embed_width: int):
         super().__init__()
         self.register_buffer("patch_mean", torch.zeros(patch_width))
-        self.register_buffer("patch_projection", torch.eye(patch_width, rank))
+        self.register_buffer("patch_projection", torch.eye(patch_width, min(rank, patch_width)))
         self.register_buffer("image_mean", torch.zeros(embed_width))
         self.register_buffer("video_mean", torch.zeros(embed_width))
+
+    def fit(self, images: "ViewStatistics", frames: "ViewStatistics", strength: float, shrinkage: float) -> str | None:
+        """
+        Fills the buffers from unlabelled pictures and frames.
+
+        Patches of both views are whitened by the statistics of frames alone where there are any: in a shop's pictures,
+        which are mostly products cut out before white, the background outweighs the products.
+
+        Args:
+            images, frames: Of the two views; a view of fewer than two pictures has no statistics.
+            strength, shrinkage: As in [`whitening`].
+
+        Returns:
+            One sentence that says what is done without, or `None`.
+
+        Raises:
+            ValueError: when there is neither a picture nor a frame.
+        """
+        if not images.count and not frames.count:
+            raise ValueError("There is no picture to take statistics from; give at least one.")
+        self.image_mean.zero_()
+        self.video_mean.zero_()
+        seen = [view for view in (frames, images) if view.count > 1]
+        if not seen:
+            whole = images if images.count else frames
+            # Axes still have to be chosen where the rank is lower than the width.
+            self.patch_mean.zero_()
+            self.patch_projection.copy_(whitening(whole.patches.second_moment(), self.patch_projection.shape[1], 0, 0))
+            return "One picture has no statistics: embeddings are not centred, and patches are not whitened."
+        patches = seen[0].patches
+        self.patch_mean.copy_(patches.mean())
+        self.patch_projection.copy_(
+            whitening(patches.covariance(), self.patch_projection.shape[1], strength, shrinkage)
+        )
+        if len(seen) == 1:
+            # Both views less the mean of one would move apart.
+            return "Embeddings are not centred, which takes two pictures and two frames."
+        self.image_mean.copy_(images.mean())
+        self.video_mean.copy_(frames.mean())
+        return None
 
     def project(self, patches: Tensor) -> Tensor:
         """Patches `(..., C)` of either view -> `(..., R)`, whitened and L2-normalised."""
@@ -52,7 +92,7 @@ class PatchStatistics:
         self._products = torch.zeros(width, width, dtype=torch.float64)
 
     def update(self, patches: Tensor) -> None:
-        """Adds patches `(..., C)`, of images or of frames."""
+        """Adds patches `(..., C)`."""
         patches = patches.detach().reshape(-1, len(self._sum)).to("cpu", torch.float64)
         self.count += len(patches)
         self._sum += patches.sum(dim=0)
@@ -62,10 +102,43 @@ class PatchStatistics:
         """`(C,)` float64."""
         return self._sum / max(self.count, 1)
 
+    def second_moment(self) -> Tensor:
+        """`(C, C)` float64, about zero."""
+        return self._products / max(self.count, 1)
+
     def covariance(self) -> Tensor:
         """`(C, C)` float64, of the population."""
         mean = self.mean()
-        return self._products / max(self.count, 1) - mean[:, None] * mean
+        return self.second_moment() - mean[:, None] * mean
+
+
+class ViewStatistics:
+    """
+    What one view, shop pictures or frames, has been seen to look like.
+
+    Args:
+        patch_width: Width C of the encoder's patches at the chosen stage.
+        embed_width: Width D of the global feature.
+
+    Attributes:
+        count: Pictures or frames seen.
+        patches: Statistics of theirs.
+    """
+
+    def __init__(self, patch_width: int, embed_width: int):
+        self.count = 0
+        self.patches = PatchStatistics(patch_width)
+        self._sum = torch.zeros(embed_width, dtype=torch.float64)
+
+    def update(self, patches: Tensor, features: Tensor) -> None:
+        """Adds pictures or frames: patches `(n, P, C)` and global features `(n, D)`."""
+        self.count += len(features)
+        self.patches.update(patches)
+        self._sum += features.detach().to("cpu", torch.float64).sum(dim=0)
+
+    def mean(self) -> Tensor:
+        """Of the global features, `(D,)` float64."""
+        return self._sum / max(self.count, 1)
 
 
 def whitening(covariance: Tensor, rank: int, strength: float, shrinkage: float) -> Tensor:
