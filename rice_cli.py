@@ -97,6 +97,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     parser = build_parser()
     options = parser.parse_args(arguments)
+    # After --help, which this would keep waiting.
+    from data_rice.commands import print_anywhere
+
+    print_anywhere()
     try:
         options.run(options)
     except (ValueError, OSError) as error:

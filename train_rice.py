@@ -11,6 +11,8 @@ whole checkpoint. The output folder ends up with the model, its processor and th
 import logging
 import os
 import sys
+from contextlib import ExitStack
+from functools import partial
 
 # Threads that spin while they wait slow each other down many times over as soon as loader workers share the cores
 # (measured in docs/LOG.md); the OpenMP runtime reads this when torch is first imported.
@@ -18,13 +20,22 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import transformers
 
-from data_rice.augmentation import ClipAugmentation
-from data_rice.collator import RiceCollator, count_failures, read_failure_log
-from training_rice.arguments import parse_arguments
-from training_rice.checkpoints import is_trained
+from data_rice.collator import count_failures, read_failure_log
+from data_rice.commands import log_plainly, print_anywhere
+from training_rice.arguments import (
+    DataArguments,
+    ModelArguments,
+    RiceTrainingArguments,
+    parse_arguments,
+    program_name,
+)
+from training_rice.checkpoints import is_trained, newest_whole, writing
 from training_rice.monitor import run_figures, summary_table
+from training_rice.processes import is_told, on_first_process
 from training_rice.profiling import profile_steps
+from training_rice.run_lock import run_lock
 from training_rice.setup import (
+    build_collators,
     build_model,
     build_rice_processor,
     check_processes,
@@ -34,7 +45,9 @@ from training_rice.setup import (
     load_views,
     read_texts,
     record_arguments,
+    set_token_ids,
 )
+from training_rice.stopping import Stopped, signals_call, stop
 from training_rice.text import check_text
 from training_rice.trainer import RiceTrainer
 
@@ -42,15 +55,41 @@ logger = logging.getLogger("train_rice")
 
 
 def main(argv: list[str] | None = None) -> None:
-    model_arguments, data_arguments, training_arguments = parse_arguments(argv)
-    is_main = training_arguments.process_index == 0
-    logging.basicConfig(format="%(message)s", level=logging.INFO if is_main else logging.ERROR)
-    transformers.logging.set_verbosity_warning()
-    try:
-        train(model_arguments, data_arguments, training_arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"train_rice.py: error: {_sentence(error)}", file=sys.stderr)
-        sys.exit(2)
+    """
+    Trains as the arguments say, `sys.argv`'s by default.
+
+    Raises:
+        SystemExit: with status 2 and one sentence for a mistake of the user, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    print_anywhere()
+    training_arguments = None
+    with signals_call(stop):
+        try:
+            model_arguments, data_arguments, training_arguments = parse_arguments(argv)
+            is_main = training_arguments.process_index == 0
+            log_plainly(logging.INFO if is_main else logging.ERROR)
+            transformers.logging.set_verbosity_warning()
+            train(model_arguments, data_arguments, training_arguments)
+        except Stopped as stopped:
+            _tell_stopped(stopped, training_arguments)
+            raise
+        except (ValueError, OSError, FloatingPointError) as error:
+            if not is_told(error):
+                print(f"{program_name()}: error: {_sentence(error)}", file=sys.stderr)
+            sys.exit(2)
+
+
+def _tell_stopped(stopped: Stopped, arguments: RiceTrainingArguments | None) -> None:
+    if arguments is None or arguments.process_index > 0:
+        return
+    checkpoint = newest_whole(arguments.output_dir, arguments.world_size)
+    # Of a process that the signal has ended too, before this one could write a checkpoint.
+    lost = "" if stopped.__cause__ is None else f" without another checkpoint ({_sentence(stopped.__cause__)})"
+    print(
+        f"{program_name()}: stopped by {stopped.name}{lost}; run the same command again to "
+        + ("start anew." if checkpoint is None else f"go on from {checkpoint}."),
+        file=sys.stderr,
+    )
 
 
 def _sentence(error: Exception) -> str:
@@ -61,74 +100,87 @@ def _sentence(error: Exception) -> str:
     return " ".join(lines)
 
 
-def train(model_arguments, data_arguments, training_arguments) -> None:
+def train(
+    model_arguments: ModelArguments, data_arguments: DataArguments, training_arguments: RiceTrainingArguments
+) -> None:
+    """Trains, goes on with a run, or finds that there is nothing to do; raises what the user has to hear."""
     check_processes(training_arguments)
-    profile = training_arguments.profile
-    checkpoint = None if profile else find_checkpoint(training_arguments)
-    finished = not profile and is_finished(training_arguments)
-    exists = finished or checkpoint is not None
-    if not profile:
-        record_arguments(model_arguments, data_arguments, training_arguments, resuming=exists)
-    if finished:
-        logger.info("The run in %s is finished, there is nothing to do.", training_arguments.output_dir)
+    arguments = model_arguments, data_arguments, training_arguments
+    if training_arguments.profile:
+        logger.info(profile_steps(build_trainer(*arguments)))
         return
-    transformers.set_seed(training_arguments.seed)
+    with ExitStack() as while_running:
+        checkpoint, finished = on_first_process(partial(_claim, training_arguments, while_running))
+        record = partial(record_arguments, *arguments, resuming=finished or checkpoint is not None)
+        with writing("the arguments", training_arguments.output_dir):
+            record()
+        if finished:
+            logger.info("The run in %s is finished, there is nothing to do.", training_arguments.output_dir)
+            return
+        trainer = build_trainer(*arguments)
+        # Again, with what the trainer has chosen.
+        with writing("the arguments", training_arguments.output_dir):
+            record()
+        report(trainer, run(trainer, checkpoint))
 
+
+def _claim(arguments: RiceTrainingArguments, while_running: ExitStack) -> tuple[str | None, bool]:
+    """Keeps other runs out of the output folder; the checkpoint to go on from, and whether the run is finished."""
+    # A finished run is left as it is, to the byte.
+    if not is_finished(arguments):
+        while_running.enter_context(run_lock(arguments.output_dir))
+    if is_finished(arguments):
+        return None, True
+    return find_checkpoint(arguments), False
+
+
+def build_trainer(
+    model_arguments: ModelArguments, data_arguments: DataArguments, training_arguments: RiceTrainingArguments
+) -> RiceTrainer:
+    """Data, model, processor and trainer, ready to train."""
+    transformers.set_seed(training_arguments.seed)
     with training_arguments.main_process_first(desc="building the data tables"):
         pairs, validation = load_views(data_arguments, training_arguments)
     model = build_model(model_arguments, data_arguments)
     choose_attention(model, model_arguments, training_arguments)
     processor = build_rice_processor(model_arguments, data_arguments, model.config, read_texts(pairs, data_arguments))
     check_text(data_arguments, model.config, processor.tokenizer)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(model.config, name, getattr(processor.tokenizer, name))
-    failure_log = f"{training_arguments.output_dir}/unreadable_media.jsonl"
-    augmentation = None
-    if data_arguments.augments:
-        crops = data_arguments.augment_crop < 1
-        augmentation = ClipAugmentation(
-            crop_scale=(data_arguments.augment_crop, 1.0),
-            crop_ratio=ClipAugmentation.crop_ratio if crops else (1.0, 1.0),
-            flip=data_arguments.augment_flip,
-            jitter=data_arguments.augment_jitter,
-            background=data_arguments.augment_background,
-            frame_drop=data_arguments.augment_frame_drop,
-        )
-    collator = RiceCollator(
-        processor,
-        augmentation=augmentation,
-        use_boxes=data_arguments.use_boxes,
-        num_frames=data_arguments.train_num_frames or data_arguments.num_frames,
-        sampling=data_arguments.frame_sampling,
-        use_text=data_arguments.use_text,
-        asr_noise=data_arguments.asr_noise,
-        failure_log=failure_log,
-        decode=data_arguments.decode,
-        pixels="uint8" if data_arguments.decode == "fast" else "float",
-    )
+    set_token_ids(model.config, processor.tokenizer)
+    collator, eval_collator = build_collators(data_arguments, processor, _failure_log(training_arguments))
     trainer = RiceTrainer(
         model=model,
         args=training_arguments,
         train_dataset=pairs,
         eval_dataset=validation,
         data_collator=collator,
-        eval_collator=RiceCollator(processor, use_boxes=data_arguments.use_boxes, use_text=data_arguments.use_text),
+        eval_collator=eval_collator,
         processing_class=processor,
     )
     logger.info(trainer.describe())
-    if profile:
-        logger.info(profile_steps(trainer))
-        return
+    return trainer
+
+
+def _failure_log(arguments: RiceTrainingArguments) -> str:
+    return f"{arguments.output_dir}/unreadable_media.jsonl"
+
+
+def run(trainer: RiceTrainer, checkpoint: str | None) -> dict[str, float]:
+    """Trains from the start or a checkpoint to the end, and measures; returns what was measured."""
     if checkpoint is not None:
         logger.info("Going on from %s.", checkpoint)
-    metrics = {}
     if checkpoint is not None and is_trained(checkpoint):
         # Trainer would make a step beyond the last one.
-        trainer.load_trained(checkpoint)
+        metrics = trainer.load_trained(checkpoint)
     else:
         metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
-    if validation is not None:
+    if trainer.eval_views is not None:
         metrics |= trainer.evaluate()
+    return metrics
+
+
+def report(trainer: RiceTrainer, metrics: dict[str, float]) -> None:
+    """Leaves the model and the figures of its training in the output folder, and publishes them if asked to."""
+    folder, failure_log = trainer.args.output_dir, _failure_log(trainer.args)
     unreadable = count_failures(read_failure_log(failure_log))
     if unreadable["unreadable_media"]:
         logger.warning(
@@ -139,10 +191,11 @@ def train(model_arguments, data_arguments, training_arguments) -> None:
         )
     metrics |= run_figures(trainer.state.log_history) | unreadable
     # Published below, when the record of its training is there too.
-    trainer.save_model(_internal_call=True)
-    trainer.save_metrics("train", metrics)
-    logger.info("%s\nSaved the model to %s.", summary_table(metrics), training_arguments.output_dir)
-    if training_arguments.push_to_hub:
+    trainer.save_final()
+    with writing("the results", folder):
+        trainer.save_metrics("train", metrics)
+    logger.info("%s\nSaved the model to %s.", summary_table(metrics), folder)
+    if trainer.args.push_to_hub:
         publish(trainer)
 
 

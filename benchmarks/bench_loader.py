@@ -3,7 +3,7 @@
     python benchmarks/bench_loader.py [--frames_dir FOLDER]
 
 One JSON line per content and side. The plain side opens each frame with PIL, decodes it whole, resizes it by bicubic,
-and normalises it in float32, one frame at a time. The other sides are `RiceCollator.encode_queries`: `exact`; `fast`,
+and normalises it in float32, one frame at a time. The other sides are `RiceCollator.collate_queries`: `exact`; `fast`,
 which decodes at reduced scale and gives uint8, as loader workers do in training; and `fast_with_normalize`, which adds
 what the device does with them, on the CPU. Rates are per second of CPU time of one core, since loader workers share
 nothing but the disk; encoded frames are read from memory.
@@ -28,6 +28,7 @@ from plain import measure
 
 from data_rice.collator import RiceCollator
 from data_rice.decoding import normalize_pixels
+from data_rice.folders import list_pictures
 from processing_rice import build_processor, train_tokenizer
 
 
@@ -70,9 +71,9 @@ def make_frames(content: str, options: argparse.Namespace) -> list[bytes]:
     rng = np.random.default_rng(0)
     size = (options.width, options.height)
     if content == "photo":
-        paths = sorted(p for p in options.frames_dir.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        paths = list_pictures(options.frames_dir, below=True).pictures
         if not paths:
-            raise SystemExit(f"bench_loader.py: error: {options.frames_dir} holds no .jpg or .png file")
+            raise SystemExit(f"bench_loader.py: error: {options.frames_dir} holds no picture")
         pictures = [ImageOps.fit(Image.open(path).convert("RGB"), size) for path in paths[:16]]
     elif content == "leaves":
         pictures = [draw_leaves(rng, *size) for _ in range(4)]
@@ -131,7 +132,7 @@ def compare(content: str, options: argparse.Namespace) -> list[dict]:
 
     def each_clip(collator: RiceCollator, finish: Callable = lambda inputs: inputs) -> None:
         for clip in clips:
-            finish(collator.encode_queries([clip])[0])
+            finish(collator.collate_queries([clip])[0])
 
     sides = {
         "plain": lambda: [plain_clip(frames[i : i + options.frames], side, mean, std) for i in starts],
@@ -153,7 +154,7 @@ def compare(content: str, options: argparse.Namespace) -> list[dict]:
             "speedup": round(rate / plain_rate, 2),
         }
         if name != "plain":
-            inputs = (exact if name == "exact" else fast).encode_queries(clips)[0]
+            inputs = (exact if name == "exact" else fast).collate_queries(clips)[0]
             pixels = inputs["pixel_values_videos"].flatten(0, 1).movedim(1, -1).numpy()
             difference = np.abs(pixels.astype(np.int16) - bicubic)
             row |= {"mean_difference": round(float(difference.mean()), 3), "max_difference": int(difference.max())}

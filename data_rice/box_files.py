@@ -24,7 +24,8 @@ from typing import NamedTuple
 
 import datasets
 
-from .media import read_media
+from processing_rice.media_rice import read_media
+
 from .parsing import check_box, clip_box, fingerprint, is_number, read_json_lines, row_error
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from . import parsing
 from .features import view_features
+from .paths import path_to_text
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +19,7 @@ _CODE_FILES = (
     "builder.py",
     "features.py",
     "detection.py",
+    "folders.py",
     "lpr4m/lpr4m.py",
     "lpr4m/layout.py",
     "lpr4m/index.py",
@@ -53,6 +55,11 @@ class ViewConfig(datasets.BuilderConfig):
             raise ValueError("data_dir is missing; pass the folder that holds the data.")
         if not os.path.isdir(self.data_dir):
             raise FileNotFoundError(f"data_dir {self.data_dir} is not a folder; pass the folder that holds the data.")
+        if parsing.SURROGATE.search(os.path.abspath(self.data_dir)):
+            raise ValueError(
+                f"data_dir {path_to_text(os.path.abspath(self.data_dir))}: the name is no UTF-8, which tables of rows "
+                "cannot hold; rename the folder."
+            )
 
     def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
         """See `datasets.BuilderConfig.create_config_id`; adds the state of the source."""

@@ -12,10 +12,14 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from processing_rice import read_video, sample_frame_indices
+from processing_rice import MediaError, open_image, sample_frame_indices
+from processing_rice.media_rice import path_of
+from processing_rice.video_media_rice import sample_video
 
 from .augmentation import Box, ClipAugmentation, ClipChange
-from .decoding import MediaError, decode_image, read_frames, resize_pixels, target_size, to_pixels
+from .decoding import read_frames, resize_pixels, target_size, to_pixels
+from .parsing import read_json_lines
+from .paths import path_to_text
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +107,7 @@ class RiceCollator:
         batch["product_ids"] = torch.tensor([product_id_hash(_product(row)) for row in rows])
         return batch
 
-    def encode_queries(self, rows: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[int], list[Failure]]:
+    def collate_queries(self, rows: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[int], list[Failure]]:
         """
         Query rows for evaluation.
 
@@ -121,8 +125,8 @@ class RiceCollator:
             inputs = self._process_clips([rows[i] for i in readable], [clips[i] for i in readable], padding="longest")
         return inputs, readable, failures
 
-    def encode_gallery(self, rows: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[int], list[Failure]]:
-        """Gallery rows for evaluation; returns as `encode_queries`, an unreadable image is `"skipped"`."""
+    def collate_gallery(self, rows: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[int], list[Failure]]:
+        """Gallery rows for evaluation; returns as `collate_queries`, an unreadable image is `"skipped"`."""
         failures: list[Failure] = []
         images = [self._load_image(row["image_id"], row["image"], failures) for row in rows]
         readable = [i for i, image in enumerate(images) if image is not None]
@@ -157,12 +161,12 @@ class RiceCollator:
         return None if clip is None or image is None else (row, clip, image)
 
     def _load_image(
-        self, row_id: str, entry: dict[str, Any], failures: list[Failure], change: ClipChange | None = None
+        self, row_id: str, entry: Any, failures: list[Failure], change: ClipChange | None = None
     ) -> Picture | None:
         try:
             picture = self._decode(entry, self.processor.image_processor, change)
         except MediaError as error:
-            failures.append(_failure(row_id, entry.get("path"), error))
+            failures.append(_failure(row_id, path_of(entry), error))
             return None
         return self._finish([picture], None, self.processor.image_processor, change)[0][0]
 
@@ -185,12 +189,13 @@ class RiceCollator:
 
         video = {"path": row["video"], "start": row.get("start"), "end": row.get("end")}
         try:
-            frames = list(read_video(video, self._max_frames, choose))
-        except (ValueError, OSError) as error:
+            frames = sample_video(video, self._max_frames, choose)
+        except MediaError as error:
             failures.append(_failure(row["clip_id"], row["video"], error))
             return [], None
-        # A damaged file may end before the last frame that was chosen.
-        return frames, [boxes.get(i) for i in chosen[: len(frames)]] if boxes else None
+        for i in set(chosen) - set(frames):
+            failures.append(_failure(row["clip_id"], row["video"], f"frame {i} cannot be decoded", "left out"))
+        return list(frames.values()), [boxes.get(i) for i in frames] if boxes else None
 
     def _read_frames(self, row: dict[str, Any], failures: list[Failure], change: ClipChange | None) -> tuple:
         entries = row["frames"]
@@ -206,16 +211,16 @@ class RiceCollator:
             # The frames that were tried in their place would only lengthen the list.
             unreadable = [(i, error, "skipped") for i, error, _ in unreadable if i in chosen]
         for i, error, outcome in unreadable:
-            failures.append(_failure(row["clip_id"], entries[i].get("path"), error, outcome))
+            failures.append(_failure(row["clip_id"], path_of(entries[i]), error, outcome))
         return list(read.values()), [boxes[i] for i in read]
 
-    def _decode(self, entry: dict[str, Any], part: Any, change: ClipChange | None) -> Picture:
+    def _decode(self, entry: Any, part: Any, change: ClipChange | None) -> Picture:
         """Decodes for the image or video processor `part`, which resizes what the change's crop leaves."""
         size = target_size(part) if self.decode == "fast" else None
         if size is None:
-            return decode_image(entry)
+            return open_image(entry)
         left, top, right, bottom = (0.0, 0.0, 1.0, 1.0) if change is None else change.crop
-        return decode_image(entry, target=(size[0] / (bottom - top), size[1] / (right - left)))
+        return open_image(entry, target=(size[0] / (bottom - top), size[1] / (right - left)))
 
     def _finish(
         self, pictures: Sequence[Any], boxes: list[Box] | None, part: Any, change: ClipChange | None
@@ -287,8 +292,7 @@ def read_failure_log(path: str | Path) -> list[Failure]:
     """The distinct failures of a log written by [`RiceCollator`]."""
     if not os.path.isfile(path):
         return []
-    lines = dict.fromkeys(Path(path).read_text(encoding="utf-8").splitlines())
-    return [json.loads(line) for line in lines]
+    return list({tuple(failure.items()): failure for _, failure in read_json_lines(path)}.values())
 
 
 def count_failures(failures: Iterable[Failure]) -> dict[str, int]:
@@ -315,7 +319,10 @@ def _product(row: dict[str, Any]) -> str:
 
 
 def _failure(row_id: str, file: str | None, reason: object, outcome: str = "skipped") -> Failure:
-    return {"id": row_id, "file": file or "", "reason": str(reason), "outcome": outcome}
+    # The file has a place of its own. Logs are UTF-8, and a file may have any bytes for its name.
+    words = getattr(reason, "reason", "") or str(reason)
+    words = words.encode("utf-8", "backslashreplace").decode()
+    return {"id": row_id, "file": path_to_text(file or ""), "reason": words, "outcome": outcome}
 
 
-__all__ = ["MediaError", "RiceCollator", "count_failures", "decode_image", "product_id_hash", "read_failure_log"]
+__all__ = ["RiceCollator", "count_failures", "product_id_hash", "read_failure_log"]

@@ -1,88 +1,21 @@
-"""Encoded pictures to pixels: exactly, or fast (large JPEGs at reduced scale, 8 bits per channel up to the device)."""
+"""The frames of a clip that can be read, and pixels of 8 bits per channel up to the device."""
 
-import io
-import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as tvF
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from transformers.image_utils import PILImageResampling
 
-from .media import read_media
-
-# What shops and livestreams publish. Others that PIL knows run foreign programs or read further files.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-
-MAX_PIXELS = 100_000_000
-"""Pictures are refused that have more pixels than this after reduction; they would take gigabytes to decode."""
-
-REDUCTION_MARGIN = 1.2
-"""A reduced picture keeps this many times the target's sides: with less than that, the difference to the exact way can
-pass 2 of 255 grey levels on average (docs/LOG.md has the measurements)."""
-
-
-class MediaError(ValueError):
-    """An image or clip that cannot be read; the message names the file and the reason."""
-
-
-def decode_image(entry: Mapping[str, Any], target: tuple[float, float] | None = None) -> Image.Image:
-    """
-    Decodes a row's image entry `{"path", "bytes"}` to RGB, upright. The format is told by the content.
-
-    Args:
-        entry: As `data_rice.media.read_media` reads it.
-        target: Height and width in pixels that the picture is to be reduced to. A JPEG is then decoded at 1/2, 1/4
-            or 1/8 of its size where that leaves `REDUCTION_MARGIN` times as much; a fraction of the work, and not
-            quite what decoding it whole gives. By default, and in other formats, the whole picture is decoded.
-
-    Raises:
-        MediaError: when the file is missing, empty, no image, damaged, or larger than `MAX_PIXELS`.
-    """
-    name = entry.get("path") or "<bytes>"
-    try:
-        data = read_media(entry)
-    except FileNotFoundError:
-        raise MediaError(f"{name}: there is no such file") from None
-    except (OSError, ValueError) as error:
-        raise MediaError(f"{name}: cannot be read ({error})") from error
-    try:
-        with Image.open(io.BytesIO(data), formats=_readable_formats()) as image:
-            if target is not None and image.format in ("JPEG", "MPO"):
-                _reduce_scale(image, target)
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} that are read")
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return image if image.mode == "RGB" else image.convert("RGB")
-    # PIL's readers raise whatever their parsing of damaged bytes runs into.
-    except Exception as error:
-        raise MediaError(f"{name}: cannot be decoded ({type(error).__name__}: {error})") from error
-
-
-@cache
-def _readable_formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that the installed PIL was built with."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def _reduce_scale(image: Image.Image, target: tuple[float, float]) -> None:
-    """Chooses libjpeg's scale, which must happen before the pixels are read."""
-    height, width = (math.ceil(side * REDUCTION_MARGIN) for side in target)
-    # Orientations 5 to 8 lie on their side.
-    if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
-        height, width = width, height
-    image.draft(None, (width, height))
+from processing_rice import MediaError, open_image
 
 
 def read_frames(
     entries: Sequence[Mapping[str, Any]],
     chosen: Sequence[int],
-    decode: Callable[[Mapping[str, Any]], Any] = decode_image,
+    decode: Callable[[Mapping[str, Any]], Any] = open_image,
 ) -> tuple[dict[int, Any], list[tuple[int, MediaError, str]]]:
     """
     Decodes some frames of a clip. One that cannot be read is replaced by the nearest frame, the earlier of two, that

@@ -2,8 +2,8 @@
 
 ``pairs`` rows join a clip with one shop image and are what training reads; ``queries`` rows are clips with the list of
 images that answer them; ``gallery`` rows are the shop's images; ``detection`` rows are single frames with their boxes.
-Images stay encoded (``{"path": ..., "bytes": ...}``, see `data_rice.media.read_media`); whoever reads the row decodes
-them.
+Images stay encoded (``{"path": ..., "bytes": ...}``, see `processing_rice.media_rice.read_media`); whoever reads the
+row decodes them.
 """
 
 from collections.abc import Sequence

@@ -23,10 +23,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm.auto import tqdm
 
+from processing_rice import MediaError, open_image
+
 from . import parsing
+from .commands import print_anywhere
 from .shop_clips import CLIP_FILES, GALLERY_FILE
 
 SOURCE_LISTS = {"train": "train.txt", "validation": "val.txt", "test": "test.txt"}
@@ -198,12 +201,11 @@ def _title(dataset_dir: Path, product: Product) -> str:
 def _shrink(source: Path, target: Path, short_side: int) -> tuple[int, int]:
     """Write ``source`` as JPEG with at most ``short_side`` pixels on its short side; return (width, height)."""
     try:
-        with Image.open(source) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
+        image = open_image(source)
     except FileNotFoundError:
         raise FileNotFoundError(f"{source} does not exist; the clone is incomplete, restore it.") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source} cannot be read as an image ({error}); restore the clone.") from None
+    except MediaError as error:
+        raise ValueError(f"{source} {error.reason}; restore the clone.") from None
     scale = short_side / min(image.size)
     if scale < 1:
         image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
@@ -325,6 +327,7 @@ def build_grocerystore(clone_dir: str | Path, output_dir: str | Path, short_side
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    print_anywhere()
     parser = argparse.ArgumentParser(prog="python -m data_rice.grocerystore", description=__doc__.splitlines()[0])
     parser.add_argument("clone_dir", help="clone of GroceryStoreDataset")
     parser.add_argument("output_dir", help="folder to write; must not exist yet")

@@ -161,27 +161,20 @@ def _select_rows(files, select, problems, ids, groups) -> Iterator[tuple]:
 
 def _scan_lines(files: Sequence[str]) -> Iterator[tuple[int, int, int, bytes]]:
     """Yield ``(file number, line number, offset, bytes without line end)`` of all lines that are not blank."""
-    for path in files:
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path} does not exist; put the annotation file there.")
+    lines = [parsing.scan_lines(path, by_offset=True) for path in files]
     total = sum(os.path.getsize(path) for path in files)
     progress = tqdm(
         total=total, unit="B", unit_scale=True, desc="Indexing annotation rows", disable=total < _PROGRESS_BYTES
     )
     with progress:
+        before = 0
         for number, path in enumerate(files):
-            offset = reported = 0
-            with open(path, "rb", buffering=1 << 20) as file:
-                for line, raw in enumerate(file, start=1):
-                    start = 3 if line == 1 and raw.startswith(b"\xef\xbb\xbf") else 0
-                    text = raw[start:].rstrip(b"\r\n")
-                    if text.strip(b" "):
-                        yield number, line, offset + start, text
-                    offset += len(raw)
-                    if offset - reported > 1 << 22:
-                        progress.update(offset - reported)
-                        reported = offset
-            progress.update(offset - reported)
+            for line, offset, text in lines[number]:
+                yield number, line, offset, text
+                if before + offset - progress.n > 1 << 22:
+                    progress.update(before + offset - progress.n)
+            before += os.path.getsize(path)
+            progress.update(before - progress.n)
 
 
 def _refuse_duplicates(hashes: np.ndarray, records: str, files: list[str]) -> None:

@@ -4,14 +4,20 @@ Nothing here evaluates text as code. Lists that were written as Python literals 
 unambiguous, and refused otherwise.
 """
 
+import codecs
 import hashlib
+import io
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
+from numbers import Integral
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 from tqdm.auto import tqdm
 
 # Below this size a file is read in less than a few seconds, and a progress bar would only be noise.
@@ -19,7 +25,8 @@ _PROGRESS_BYTES = 64 * 1024 * 1024
 # Rows keep boxes in single precision, where two numbers near 1 that are closer than this may become one.
 _SMALLEST_SIDE = 1e-6
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair, which neither UTF-8 nor Arrow can hold."""
 
 
 def row_error(path: str | os.PathLike, line: int, message: str) -> ValueError:
@@ -27,17 +34,68 @@ def row_error(path: str | os.PathLike, line: int, message: str) -> ValueError:
     return ValueError(f"{path}, line {line}: {message}")
 
 
-def read_lines(path: str | os.PathLike, description: str | None = None) -> Iterator[tuple[int, str]]:
-    """Yield ``(line number, text)`` of the non-blank lines of a UTF-8 file.
+def scan_lines(path: str | os.PathLike, by_offset: bool = False) -> Iterator[tuple[int, int, bytes]]:
+    """Open a file of lines and return ``(line number, offset in bytes, line)`` of those that are not blank.
 
-    Lines end at a line feed only, because titles and speech may hold other separators of Unicode.
+    Lines are UTF-8, without their end and without a byte order mark. A file in UTF-16 or UTF-32, or one whose lines
+    end with carriage returns alone, is turned into that in memory. Otherwise lines end at a line feed only, because
+    titles and speech may hold other separators of Unicode.
+
+    Args:
+        path: the file.
+        by_offset: the lines will be looked up in the file by their offsets, so refuse what would have to be turned.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged UTF-16 or UTF-32, or is refused (see above).
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} does not exist; put the annotation file there.")
+    file = open(path, "rb", buffering=1 << 20)
+    try:
+        encoding = _encoding_of(file.read(4))
+        file.seek(0)
+        turned = None
+        if encoding != "utf-8":
+            turned = decode_text(file.read(), path).encode("utf-8")
+            file.close()
+            file = io.BytesIO(turned)
+        first = file.readline()
+        if not first.endswith(b"\n") and b"\r" in first.rstrip(b"\r"):
+            turned = first.replace(b"\r", b"\n")
+            file.close()
+            file = io.BytesIO(turned)
+        if turned is not None and by_offset:
+            raise row_error(
+                path, 1, "lists that are streamed must be UTF-8 with line feeds, and this one is not; save it so."
+            )
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    return _scan(file)
+
+
+def _scan(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
+    offset = 0
+    with file:
+        for number, raw in enumerate(file, start=1):
+            start = len(codecs.BOM_UTF8) if number == 1 and raw.startswith(codecs.BOM_UTF8) else 0
+            line = raw[start:].rstrip(b"\r\n")
+            # A line of tabs is a row of empty columns, not a blank line.
+            if line.strip(b" "):
+                yield number, offset + start, line
+            offset += len(raw)
+
+
+def read_lines(path: str | os.PathLike, description: str | None = None) -> Iterator[tuple[int, str]]:
+    """Yield ``(line number, text)`` of the lines of a file that are not blank, see `scan_lines`.
 
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: a line is not UTF-8 or holds a NUL character.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} does not exist; put the annotation file there.")
+    lines = scan_lines(path)
     size = os.path.getsize(path)
     progress = tqdm(
         total=size,
@@ -46,16 +104,30 @@ def read_lines(path: str | os.PathLike, description: str | None = None) -> Itera
         desc=description or f"Reading {os.path.basename(path)}",
         disable=description is None or size < _PROGRESS_BYTES,
     )
-    with open(path, "rb") as file, progress:
-        for number, raw in enumerate(file, start=1):
-            progress.update(len(raw))
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            raw = raw.rstrip(b"\r\n")
-            # A line of tabs is a row of empty columns, not a blank line.
-            if not raw.strip(b" "):
-                continue
+    with progress:
+        for number, offset, raw in lines:
+            progress.update(offset - progress.n)
             yield number, decode_line(path, number, raw)
+
+
+def _encoding_of(start: bytes) -> str:
+    """Tell UTF-16 and UTF-32 by their byte order marks, or by the zero bytes of a first ASCII character."""
+    return json.detect_encoding(start).replace("utf-8-sig", "utf-8")
+
+
+def decode_text(data: bytes, path: str | os.PathLike) -> str:
+    """Return the text of a file in UTF-8, UTF-16 or UTF-32, without a byte order mark; ``path`` is for the message.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    encoding = _encoding_of(data[:4])
+    try:
+        return data.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].decode(encoding, errors="replace").count("\n") + 1
+        name = encoding.upper().removesuffix("-LE").removesuffix("-BE")
+        raise row_error(path, line, f"not {name} ({error.reason}); save the file as UTF-8.") from None
 
 
 def decode_line(path: str | os.PathLike, number: int, raw: bytes) -> str:
@@ -69,7 +141,7 @@ def decode_line(path: str | os.PathLike, number: int, raw: bytes) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise row_error(path, number, f"the line is not UTF-8 ({error.reason}); convert the file.") from None
+        raise row_error(path, number, f"the line is not UTF-8 ({error.reason}); save the file as UTF-8.") from None
 
 
 def read_table(
@@ -124,11 +196,9 @@ def _loads(text: str) -> object:
     except RecursionError:
         raise ValueError("the value is nested too deeply") from None
     if "\\ud" in text.lower():
-        # An escaped half of a surrogate pair is valid JSON, but neither a file name nor Arrow can hold it.
-        try:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError("a text holds half of a surrogate pair; write the whole character") from None
+        # An escaped half of a surrogate pair is valid JSON.
+        if SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+            raise ValueError("a text holds half of a surrogate pair; write the whole character")
     return value
 
 
@@ -150,13 +220,11 @@ def parse_json_object(data: bytes, path: str | os.PathLike) -> dict:
     Raises:
         ValueError: as `read_json_object`.
     """
+    text = decode_text(data, path)
     try:
-        value = _loads(data.decode("utf-8-sig"))
+        value = _loads(text)
     except json.JSONDecodeError as error:
         raise row_error(path, error.lineno, f"not valid JSON ({error.msg}); restore the file.") from None
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise row_error(path, line, f"not UTF-8 ({error.reason}); restore the file.") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}.") from None
     if not isinstance(value, dict):
@@ -215,6 +283,25 @@ def is_number(value: object) -> bool:
     if type(value) is int:
         return abs(value) <= sys.float_info.max
     return type(value) is float and math.isfinite(value)
+
+
+def id_text(value: object) -> str:
+    """Return an id as text. Whole numbers are written without a decimal point: 17 and 17.0 are "17".
+
+    Raises:
+        ValueError: it is empty, or neither text nor a whole number (without file and line, which the caller adds).
+    """
+    if isinstance(value, str) and value:
+        if SURROGATE.search(value):
+            raise ValueError(f"is {value!r}, which holds half of a surrogate pair; write the whole character")
+        return str(value)
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, (float, np.floating)) and float(value).is_integer():
+        if abs(value) < 2 ** (np.finfo(type(value)).nmant + 1):
+            return str(int(value))
+        raise ValueError(f"is {value}, too large for a number with a decimal point to be exact; write it as text")
+    raise ValueError(f"is {value!r}, neither text nor a whole number; write it as text")
 
 
 def check_box(value: object) -> list[float]:
@@ -302,62 +389,6 @@ def fingerprint(paths: Iterable[str | os.PathLike]) -> str:
             state = "missing"
         digest.update(f"{os.path.realpath(path)}\0{state}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
-
-
-def list_names(
-    folder: str | os.PathLike, *, folders: bool = False, root: str | os.PathLike | None = None
-) -> list[str]:
-    """Return the sorted names of the image files (or of the folders) right inside ``folder``, [] if it is missing.
-
-    Raises:
-        ValueError: one of them is a link that leads out of ``folder``, and out of ``root`` where that is given.
-    """
-    names = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if folders:
-                    wanted = entry.is_dir()
-                else:
-                    wanted = os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES
-                if wanted:
-                    if entry.is_symlink():
-                        check_link(entry.path, folder, root or folder)
-                    names.append(entry.name)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return sorted(names)
-
-
-def list_paths(folder: str | os.PathLike) -> list[str]:
-    """Return the sorted paths of everything right inside ``folder``, [] if it is missing.
-
-    Raises:
-        ValueError: one of them is a link that leads out of ``folder``.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            paths = sorted((entry.path, entry.is_symlink()) for entry in entries)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    for path, is_link in paths:
-        if is_link:
-            check_link(path, folder)
-    return [path for path, _ in paths]
-
-
-def check_link(path: str | os.PathLike, *roots: str | os.PathLike) -> None:
-    """Refuse a path whose real place lies in none of ``roots``.
-
-    Raises:
-        ValueError: it leads elsewhere; the message names it.
-    """
-    real = os.path.realpath(path)
-    for root in roots:
-        top = os.path.realpath(root)
-        if real == top or real.startswith(top.rstrip(os.sep) + os.sep):
-            return
-    raise ValueError(f"{path} is a link that leads out of {roots[-1]}; put the files themselves there.")
 
 
 def file_sha256(path: str | os.PathLike) -> str:

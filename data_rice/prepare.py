@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from . import parsing
 from .features import view_features
+from .files import WRITING, replacing, write_atomically
 from .prepare_rows import Sampling, prepare_row
 from .prepare_shards import check_parquet, read_shard_rows, write_shard
 
@@ -97,10 +98,8 @@ def _run_job(job: _Job) -> None:
         (job.report, lambda target: _write_lines(target, lost)),
         (job.shard, lambda target: write_shard(target, rows, view_features(job.view))),
     ):
-        suffix = os.path.splitext(path)[1]
-        temporary = f"{path.removesuffix(suffix)}.part-{os.getpid()}{suffix}"
-        write(temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            write(os.fspath(temporary))
 
 
 def _write_lines(path: str, entries: list[dict]) -> None:
@@ -173,7 +172,7 @@ def prepare_views(
     jobs = _plan(views, settings, output_dir)
     for folder in {os.path.dirname(path) for job in jobs for path in (job.shard, job.report)}:
         os.makedirs(folder, exist_ok=True)
-        for stale in Path(folder).glob("*.part-*"):
+        for stale in Path(folder).glob(f"{WRITING}*"):
             stale.unlink()
     todo = [job for job in jobs if not os.path.isfile(job.shard)]
     if len(todo) < len(jobs):
@@ -213,12 +212,15 @@ def _claim(output_dir: Path, state: dict) -> None:
                 f"{output_dir} was begun with another {' and '.join(different)}; repeat that or choose another folder."
             )
         return
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+    if output_dir.exists() and (not output_dir.is_dir() or not _is_empty(output_dir)):
         raise ValueError(f"{output_dir} holds something else; choose a folder that is empty or does not exist.")
     output_dir.mkdir(parents=True, exist_ok=True)
-    temporary = output_dir.with_name(f"{output_dir.name}.{os.getpid()}{_STATE}")
-    temporary.write_text(json.dumps(state), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps(state))
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a killed run was about to write first."""
+    return all(path.name.startswith(WRITING) for path in folder.iterdir())
 
 
 def _finish(output_dir: Path, state: dict, jobs: list[_Job]) -> dict:
@@ -237,10 +239,8 @@ def _finish(output_dir: Path, state: dict, jobs: list[_Job]) -> dict:
         lost += [{"view": job.view, "split": job.split, **entry} for entry in entries]
     _write_lines(str(output_dir / "dropped.jsonl"), lost)
     manifest = {**{key: value for key, value in state.items() if key != "rows"}, "views": summary}
-    (output_dir / "README.md").write_text(_card(manifest), encoding="utf-8")
-    temporary = output_dir / f"{MANIFEST}.part-{os.getpid()}"
-    temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, output_dir / MANIFEST)
+    write_atomically(output_dir / "README.md", _card(manifest))
+    write_atomically(output_dir / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     return manifest
 
 

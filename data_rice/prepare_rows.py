@@ -4,11 +4,10 @@ import io
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from processing_rice import sample_frame_indices
-
-from .media import read_media
+from processing_rice import MediaError, open_image, sample_frame_indices
+from processing_rice.media_rice import image_header, read_media
 
 _SUFFIX_OF_FORMAT = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 
@@ -36,18 +35,14 @@ def reduce_picture(data: bytes, short_side: int, quality: int) -> tuple[bytes, s
         ValueError: the picture cannot be decoded to its end.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            shortest = min(image.size)
-            suffix = _SUFFIX_OF_FORMAT.get(image.format)
-            if suffix and (not short_side or shortest <= short_side):
-                image.load()
-                return data, suffix
-            if short_side and shortest > short_side:
-                # Decoding at half or a quarter of the size is faster; twice the target leaves the resize its work.
-                image.draft("RGB", tuple(2 * side * short_side // shortest for side in image.size))
-            picture = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot be decoded ({type(error).__name__}: {error})") from None
+        header = image_header(data)
+        scale = short_side / min(header[1:]) if short_side else 1.0
+        picture = open_image(data, target=(header.height * scale, header.width * scale) if scale < 1 else None)
+    except MediaError as error:
+        raise ValueError(error.reason) from None
+    suffix = _SUFFIX_OF_FORMAT.get(header.format)
+    if suffix and scale >= 1:
+        return data, suffix
     if short_side and min(picture.size) > short_side:
         scale = short_side / min(picture.size)
         picture = picture.resize(tuple(max(1, round(side * scale)) for side in picture.size), Image.Resampling.BICUBIC)

@@ -10,8 +10,9 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
+from processing_rice.media_rice import tar_member_path
+
 from . import parsing
-from .media import tar_member_path
 
 # Rows hold up to a megabyte of pictures; readers load whole row groups, and mix the rows of as many as memory holds.
 _ROW_GROUP = 16
@@ -57,7 +58,7 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def read_shard_rows(files: Sequence[str], state: object = None) -> Iterator[dict]:
-    """Yield the rows of tar shards; pictures are paths into the tar file, see `data_rice.media.read_media`.
+    """Yield the rows of tar shards; pictures are paths into the tar file, see `processing_rice.media_rice.read_media`.
 
     Args:
         files: paths of the shards.

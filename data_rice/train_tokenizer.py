@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from .commands import print_anywhere
 from .views import load_dataset_view
 
 _AT_ONCE = 10_000
@@ -91,6 +92,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Argume
 
 
 def main(arguments: list[str] | None = None) -> None:
+    print_anywhere()
     parser, options = parse_arguments(arguments)
     from processing_rice import train_tokenizer
 

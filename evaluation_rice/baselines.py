@@ -10,10 +10,12 @@ import argparse
 import time
 
 import numpy as np
+import torch
 from PIL import Image
 
-from data_rice.collator import decode_image
+from data_rice.commands import mistakes_end
 from hub_rice.tables import format_table
+from processing_rice import open_image
 
 from .frames import clip_frames
 from .protocol import RetrievalTask, chance_recall
@@ -74,7 +76,7 @@ class Baseline:
     def encode_gallery(self, rows: list[dict]) -> tuple[np.ndarray, list[int], list[dict]]:
         """Descriptors of gallery rows, positions of the rows that could be read, and a failure for each other row."""
         features, loaded, failures = encode_rows(
-            rows, "image_id", lambda row, _: self._timed(decode_image(row["image"]))
+            rows, "image_id", lambda row, _: self._timed(open_image(row["image"]))
         )
         return _stack(features), loaded, failures
 
@@ -113,7 +115,7 @@ def _file_of(row: dict) -> str:
         return row["video"]
     for entry in row["frames"] if "frames" in row else [row["image"]]:
         try:
-            decode_image(entry)
+            open_image(entry)
         except ValueError:
             return entry.get("path") or ""
     return ""
@@ -201,7 +203,7 @@ class BaselineRetriever:
         return np.concatenate(parts)
 
     def scores(self, clips, gallery):
-        return {"embedding": self.baseline.similarity(clips, gallery)}
+        return {"embedding": torch.from_numpy(self.baseline.similarity(clips, gallery))}
 
 
 BASELINES = {cls.name: cls for cls in (ColorHistogram, Pixels8x8, ColorHistogramInBox)}
@@ -228,8 +230,8 @@ def run_baselines(
             scores[name] = chance_recall(task, ks)
             continue
         retriever = BaselineRetriever(BASELINES[name](num_frames))
-        books, failed = retrieve(retriever, task, queries, gallery, loading=loading, ks=ks)
-        scores[name] = books["embedding"].summary()
+        rankings, failed = retrieve(retriever, task, queries, gallery, loading=loading, ks=ks)
+        scores[name] = rankings["embedding"].summary()
         failures += [{"method": name, **failure} for failure in failed]
     return scores, failures
 
@@ -245,14 +247,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="rows per batch")
     parser.add_argument("--num_workers", type=int, default=0, help="loader processes")
     options = parser.parse_args(arguments)
-    try:
+    with mistakes_end(parser):
         queries = load_dataset_view(options.dataset, "queries", options.split, data_dir=options.data_dir)
         gallery = load_dataset_view(options.dataset, "gallery", options.split, data_dir=options.data_dir)
         task = RetrievalTask.from_datasets(queries, gallery, gallery_scope(options.dataset, options.data_dir))
         loading = Loading(options.batch_size, options.num_workers)
         scores, failures = run_baselines(options.baselines, task, queries, gallery, loading=loading)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(format_table(scores))
     for failure in failures:
         print(f"{failure['method']}: {failure['kind']} {failure['id']} {failure['file']}: {failure['reason']}")

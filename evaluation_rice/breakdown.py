@@ -4,15 +4,18 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from importlib.util import find_spec
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
 
 from data_rice import open_dataset_view
+from data_rice.commands import one_line
+from data_rice.files import replacing
 from data_rice.lazy_rows import ParquetRows
+from hub_rice.training_record import trained_on
 
-from .recall import wilson_interval
+from .protocol import HEAD_TAIL_RULE, head_categories
 
 MAX_DRAWN = 40
 """Groups of one attribute that the picture shows; of more, the largest."""
@@ -38,6 +41,33 @@ def train_rows_by_category(dataset: str, data_dir: str | None = None, cache_dir:
     return {name: int(count) for name, count in zip(names, counts, strict=True) if name}
 
 
+def count_training_rows(
+    queries, model: str | None, dataset: str, data_dir: str | None = None, cache_dir: str | None = None
+) -> tuple[dict[str, int] | None, dict[str, Any]]:
+    """
+    Category -> training rows for the breakdown by head and tail (`None` where they cannot be told, which is printed
+    where it is news); and the rule, or what is missing.
+
+    Args:
+        queries: the queries view that is broken down.
+        model: whose training rows count; those of the data set that is evaluated where it does not say.
+        dataset, data_dir, cache_dir: the data set that is evaluated.
+    """
+    if "category" not in queries.column_names or not any(queries["category"]):
+        return None, {"missing": "the clips know no category"}
+    dataset, data_dir = trained_on(model) or (dataset, data_dir)
+    source = {"dataset": dataset, "data_dir": data_dir}
+    try:
+        rows = train_rows_by_category(dataset, data_dir, cache_dir)
+    except (ValueError, OSError) as error:
+        print(f"the training rows of {data_dir or dataset} cannot be counted: {one_line(error)}")
+        return None, {"missing": "the training rows cannot be counted", **source}
+    if not rows:
+        return None, {"missing": "the training rows know no category", **source}
+    record = {"head": sorted(head_categories(rows)), "num_categories": len(rows), "train_rows": sum(rows.values())}
+    return rows, {"rule": HEAD_TAIL_RULE, **source, **record}
+
+
 def can_draw() -> bool:
     """Whether matplotlib, the optional extra `plot`, is installed."""
     return find_spec("matplotlib") is not None
@@ -45,8 +75,7 @@ def can_draw() -> bool:
 
 def draw_breakdown(path: str | os.PathLike, by: Mapping[str, Mapping[str, Mapping]], title: str) -> None:
     """
-    Draws R@1 of every group, one panel per attribute, into a picture. Its intervals are Wilson's, which keep a width
-    where all clips of a small group are hits or misses, as the bootstrap does not.
+    Draws R@1 of every group with its interval, one panel per attribute, into a picture.
 
     Args:
         path: file to write, such as breakdown.png.
@@ -72,10 +101,9 @@ def draw_breakdown(path: str | os.PathLike, by: Mapping[str, Mapping[str, Mappin
         _draw_groups(axes, groups)
         axes.set_title(column.replace("_", " "), loc="left", fontsize="small")
     panels[0].legend(loc="best", fontsize="x-small")
-    panels[-1].set_xlabel("R@1 in percent, with 95 % Wilson intervals")
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    figure.savefig(temporary, dpi=120, format="png")
-    os.replace(temporary, path)
+    panels[-1].set_xlabel("R@1 in percent, with 95 % intervals")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def _largest(groups: Mapping[str, Mapping]) -> dict[str, Mapping]:
@@ -89,8 +117,7 @@ def _draw_groups(axes, groups: Mapping[str, Mapping]) -> None:
     kinds = [name for name in next(iter(groups.values())) if name != "num_queries"]
     for number, kind in enumerate(kinds):
         values = np.array([100 * group[kind]["R@1"] for group in groups.values()])
-        spread = [wilson_interval(group[kind]["R@1"], group["num_queries"]) for group in groups.values()]
-        errors = np.abs(100 * np.array(spread).T - values)
+        errors = np.abs(100 * np.array([group[kind]["R@1_ci95"] for group in groups.values()]).T - values)
         places = np.arange(len(groups)) + 0.22 * (number - (len(kinds) - 1) / 2)
         axes.errorbar(values, places, xerr=errors, fmt="o", markersize=3, linewidth=1, capsize=1.5, label=kind)
     labels = [f"{name} ({group['num_queries']})" for name, group in groups.items()]

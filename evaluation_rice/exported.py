@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 from data_rice import gallery_scope, load_dataset_view
+from data_rice.files import write_atomically
 from hub_rice.export.onnx_model import OnnxRice
-from hub_rice.files import write_atomically
 from hub_rice.tables import format_table
+from modeling_rice.scoring_rice import FusionWeights
 
 from .retrieval import evaluate_retrieval
 
@@ -42,11 +43,18 @@ def compare_export(
     models = {"torch": model, "onnx": OnnxRice(folder)}
     if int8:
         models["int8"] = OnnxRice(folder, int8=True)
-    scope = gallery_scope(dataset, data_dir)
+    scope, weights = gallery_scope(dataset, data_dir), FusionWeights.of(model.config)
     rows = {}
     for name, candidate in models.items():
         scores = evaluate_retrieval(
-            candidate, processor, queries, gallery, scope=scope, num_workers=num_workers, batch_size=16
+            candidate,
+            processor,
+            queries,
+            gallery,
+            scope=scope,
+            weights=weights,
+            num_workers=num_workers,
+            batch_size=16,
         )
         rows |= {f"{name}, {kind}": values for kind, values in scores.items()}
     print(f"\n{len(queries)} clips of {dataset} ({split}), recall in percent\n\n{format_table(rows)}\n")

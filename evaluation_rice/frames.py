@@ -3,7 +3,8 @@
 from PIL import Image
 
 from data_rice.decoding import read_frames
-from processing_rice import read_video, sample_frame_indices
+from processing_rice import sample_frame_indices
+from processing_rice.video_media_rice import sample_video
 
 
 def clip_frames(
@@ -20,14 +21,7 @@ def clip_frames(
     if row.get("video"):
         video = {"path": row["video"], "start": row.get("start"), "end": row.get("end")}
         known = dict(zip(row.get("box_frames") or [], row.get("boxes") or [], strict=False))
-        chosen: list[int] = []
-
-        def choose(total: int, max_frames: int) -> list[int]:
-            chosen[:] = sample_frame_indices(total, max_frames)
-            return chosen
-
-        frames = read_video(video, num_frames, choose)
-        return [(Image.fromarray(frame), known.get(i)) for i, frame in zip(chosen, frames, strict=False)]
+        return [(frame, known.get(number)) for number, frame in sample_video(video, num_frames).items()]
     if not row["frames"]:
         raise ValueError("the clip has no frames")
     boxes = row.get("boxes") or [None] * len(row["frames"])

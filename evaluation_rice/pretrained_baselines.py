@@ -15,9 +15,9 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from data_rice.collator import decode_image
 from hub_rice.checkpoint import check_checkpoint
 from hub_rice.repository import hub_errors
+from processing_rice import open_image
 
 from .baselines import BASELINES, BaselineRetriever, crop_to_box, encode_rows
 from .frames import clip_frames
@@ -71,13 +71,16 @@ def choose_model(baseline: str, baseline_model: str | None) -> tuple[str | None,
     return None, baseline
 
 
-def load_encoder(path: str, family: str | None = None) -> tuple[PreTrainedModel, BaseImageProcessor, bool]:
+def load_encoder(
+    path: str, family: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, BaseImageProcessor, bool]:
     """
     Model in eval mode and single precision, its image processor, and whether its pooler was never trained.
 
     Args:
         path: folder or Hub id of any model that `AutoModel` knows.
         family: name in `FAMILIES` that the model must belong to.
+        trust_remote_code: run Python files that come with the model.
 
     Raises:
         OSError: no such model, or it cannot be reached.
@@ -86,13 +89,14 @@ def load_encoder(path: str, family: str | None = None) -> tuple[PreTrainedModel,
     check_checkpoint(path)
     with hub_errors(path):
         try:
-            config = AutoConfig.from_pretrained(path)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
             _check_kind(path, config, family)
-            model, loading = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+            settings = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+            model, loading = AutoModel.from_pretrained(path, output_loading_info=True, **settings)
         except (OSError, ValueError) as error:
             raise ValueError(f"the baseline model {path} cannot be loaded: {' '.join(str(error).split())}") from error
         try:
-            processor = AutoImageProcessor.from_pretrained(path)
+            processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(
                 f"{path} has no image processor that can be loaded: save one beside the model."
@@ -129,6 +133,7 @@ def load_baseline(
     use_boxes: bool = False,
     batch_size: int = 32,
     to_device: Callable = lambda model: model,
+    trust_remote_code: bool = False,
 ):
     """
     What `--baseline` names, as a `Retriever`, and its entry in results.json: `name`, and `model` where it has one.
@@ -140,6 +145,7 @@ def load_baseline(
         use_boxes: look only at the boxed part of each frame.
         batch_size: pictures encoded at once.
         to_device: puts a model where it is to run.
+        trust_remote_code: as `load_encoder`.
 
     Raises:
         OSError, ValueError: as `choose_model` and `load_encoder`.
@@ -154,7 +160,7 @@ def load_baseline(
             )
         return BaselineRetriever(descriptor(num_frames or 10, use_boxes)), {"name": baseline, "model": None}
     family, path = choose_model(baseline, baseline_model)
-    model, processor, untrained_pooler = load_encoder(path, family)
+    model, processor, untrained_pooler = load_encoder(path, family, trust_remote_code)
     retriever = FrozenEncoder(to_device(model), processor, num_frames, use_boxes, batch_size, untrained_pooler)
     return retriever, {"name": family or model.config.model_type, "model": path}
 
@@ -212,9 +218,7 @@ class FrozenEncoder:
         return self.model.device
 
     def load_gallery(self, rows):
-        pictures, loaded, failures = encode_rows(
-            rows, "image_id", lambda row, _: [decode_image(row["image"]).convert("RGB")]
-        )
+        pictures, loaded, failures = encode_rows(rows, "image_id", lambda row, _: [open_image(row["image"])])
         return self._prepare(pictures), loaded, failures
 
     def load_clips(self, rows):
@@ -278,7 +282,7 @@ class FrozenEncoder:
         return np.concatenate(parts)
 
     def scores(self, clips, gallery):
-        return {"embedding": clips @ gallery.T}
+        return {"embedding": torch.from_numpy(clips @ gallery.T)}
 
 
 def _tensors(inputs) -> dict[str, torch.Tensor]:

@@ -6,13 +6,14 @@ the first k; ties keep the gallery order and are counted; every query stays in t
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from .recall import DEFAULT_KS, bootstrap_interval, check_ks, expected_hit, recall_at_k
+from .recall import DEFAULT_KS, check_ks, compute_recall, expected_hit, first_rank, hit_interval, read_ids
 
 SCOPES = ("live", "all")
 BREAKDOWN_COLUMNS = ("category", "product_scale", "visible_duration", "product_number", "source")
@@ -31,6 +32,7 @@ class RetrievalTask:
         image_ids: unique image ids in file order.
         image_rows: per unique image the gallery rows that hold it, in file order.
         scopes: gallery name -> positions in `image_ids`, in gallery order (the order that breaks ties).
+        shops: per query its livestream's id whatever its gallery, "" where it has none; intervals resample by it.
         num_duplicate_rows: gallery rows that repeat an image within one gallery, and are counted once.
     """
 
@@ -40,6 +42,7 @@ class RetrievalTask:
     image_ids: list[str]
     image_rows: list[list[int]]
     scopes: dict[str, list[int]]
+    shops: list[str]
     num_duplicate_rows: int = 0
 
     @classmethod
@@ -60,38 +63,29 @@ class RetrievalTask:
             raise ValueError("the queries view has no rows: there is nothing to evaluate.")
         if len(gallery) == 0:
             raise ValueError("the gallery is empty: it needs at least one image to retrieve.")
-        query_ids = list(queries["clip_id"])
-        relevant = dict(zip(query_ids, queries["relevant"]))
+        query_ids, by_live = list(queries["clip_id"]), scope == "live"
+        relevant = {query: read_ids("relevant", ids) for query, ids in zip(query_ids, queries["relevant"])}
         if len(relevant) != len(query_ids):
-            seen: set[str] = set()
-            twice = next(q for q in query_ids if q in seen or seen.add(q))
+            twice = next(query for query, count in Counter(query_ids).items() if count > 1)
             raise ValueError(f"clip id {twice!r} occurs twice in the queries view: clip ids must be unique.")
-        by_live = scope == "live"
-        query_scopes = list(queries["live_id"]) if by_live else [""] * len(query_ids)
-        positions: dict[str, int] = {}
-        image_rows: list[list[int]] = []
-        members: dict[str, dict[int, None]] = {}
-        for row, (image_id, live_id) in enumerate(zip(gallery["image_id"], gallery["live_id"])):
-            position = positions.setdefault(image_id, len(positions))
-            if position == len(image_rows):
-                image_rows.append([])
-            image_rows[position].append(row)
-            members.setdefault(live_id if by_live else "", {})[position] = None
-        scopes = {name: list(images) for name, images in members.items()}
+        shops = _live_ids(queries) if by_live or "live_id" in queries.column_names else [""] * len(query_ids)
+        query_scopes = shops if by_live else [""] * len(query_ids)
+        rows_of: dict[str, list[int]] = {}
+        members: dict[str, dict[str, None]] = {}
+        image_ids = read_ids("image_id", gallery["image_id"])
+        for row, (image_id, live_id) in enumerate(zip(image_ids, _live_ids(gallery))):
+            rows_of.setdefault(image_id, []).append(row)
+            members.setdefault(live_id if by_live else "", {})[image_id] = None
+        positions = {image_id: position for position, image_id in enumerate(rows_of)}
+        scopes = {name: [positions[image] for image in images] for name, images in members.items()}
         if not any(name in scopes for name in query_scopes):
             raise ValueError(
                 f"the gallery is empty for every query: no gallery image has the live_id of a query, such as "
                 f"{query_scopes[0]!r}."
             )
-        return cls(
-            query_ids=query_ids,
-            relevant={query: list(ids) for query, ids in relevant.items()},
-            query_scopes=query_scopes,
-            image_ids=list(positions),
-            image_rows=image_rows,
-            scopes=scopes,
-            num_duplicate_rows=len(gallery) - sum(map(len, scopes.values())),
-        )
+        num_duplicate_rows = len(gallery) - sum(map(len, scopes.values()))
+        images = list(rows_of), list(rows_of.values())
+        return cls(query_ids, relevant, query_scopes, *images, scopes, shops, num_duplicate_rows)
 
     @cached_property
     def _places(self) -> dict[str, dict[str, int]]:
@@ -128,6 +122,10 @@ class RetrievalTask:
             for query, name in zip(self.query_ids, self.query_scopes)
             if name not in self.scopes
         ]
+
+
+def _live_ids(rows) -> list[str]:
+    return read_ids("live_id", ["" if name is None else name for name in rows["live_id"]])
 
 
 @dataclass
@@ -189,27 +187,38 @@ class Rankings:
 
     def hits_at_1(self) -> np.ndarray:
         """1.0 for each query whose first image is relevant and 0.0 for the others, in file order."""
-        relevant = self.task.relevant
-        return np.array([float(r[:1] != [] and r[0] in relevant[q]) for q, r in self.complete().rankings.items()])
+        tops = ((self.rankings.get(query, [])[:1], self.task.relevant[query]) for query in self.task.query_ids)
+        return np.array([float(first_rank(top, wanted) == 1) for top, wanted in tops])
 
     def first_relevant_ranks(self) -> dict[str, int | None]:
         """Query id -> rank (from 1) of its first relevant image, `None` where that is not among those kept."""
-        return {
-            query: next((i for i, image in enumerate(ranking, 1) if image in set(self.task.relevant[query])), None)
-            for query, ranking in self.complete().rankings.items()
-        }
+        relevant = self.task.relevant
+        return {query: first_rank(self.rankings.get(query, []), relevant[query]) for query in self.task.query_ids}
 
-    def recall(self, query_ids: Iterable[str] | None = None) -> dict[str, float]:
-        """R@k over all queries, or over those of `query_ids`."""
-        chosen = self.task.query_ids if query_ids is None else list(query_ids)
-        relevant = {query: self.task.relevant[query] for query in chosen}
-        return recall_at_k({query: self.rankings.get(query, []) for query in chosen}, relevant, self.ks)
+    def recall(self) -> dict[str, float]:
+        """R@k over all queries."""
+        return self._recall()
 
-    def summary(self, query_ids: Iterable[str] | None = None) -> dict[str, float | list[float]]:
-        """R@k over all queries, or those of `query_ids`, and `R@1_ci95`, the bootstrap interval of R@1 over them."""
-        chosen = self.task.query_ids if query_ids is None else list(query_ids)
-        hits = [float(bool(self.rankings.get(q)) and self.rankings[q][0] in self.task.relevant[q]) for q in chosen]
-        return {**self.recall(chosen), "R@1_ci95": bootstrap_interval(hits)}
+    def summary(self) -> dict[str, float | list[float]]:
+        """R@k over all queries, and `R@1_ci95`, the interval of R@1 by `evaluation_rice.recall.hit_interval`."""
+        return {**self.recall(), "R@1_ci95": hit_interval(self.hits_at_1(), self.task.shops)}
+
+    def summary_by(self, groups: Sequence[str]) -> dict[str, dict[str, float | list[float]]]:
+        """`summary` of the queries of each group, by name.
+
+        Args:
+            groups: per query the name of its group, in file order.
+        """
+        hits, names, shops = self.hits_at_1(), np.array(groups), np.array(self.task.shops)
+        result = {}
+        for group, figures in sorted(self._recall(groups)["by_livestream"].items()):
+            figures.pop("num_clips")
+            result[group] = {**figures, "R@1_ci95": hit_interval(hits[names == group], shops[names == group])}
+        return result
+
+    def _recall(self, groups: Sequence[str] | None = None) -> dict:
+        rankings = [self.rankings.get(query, []) for query in self.task.query_ids]
+        return compute_recall(rankings, [self.task.relevant[query] for query in self.task.query_ids], self.ks, groups)
 
     def tie_summary(self) -> dict[str, float]:
         """Share of tied queries, and the R@1 to expect if ties were broken at random and not by gallery order.
@@ -305,13 +314,11 @@ def breakdown(
         any value is left out.
     """
     result = {}
-    ids = list(queries["clip_id"])
     for column, groups in query_groups(queries, train_rows).items():
-        members: dict[str, list[str]] = {}
-        for query_id, group in zip(ids, groups):
-            members.setdefault(group, []).append(query_id)
+        counts = Counter(groups)
+        summaries = {kind: ranked.summary_by(groups) for kind, ranked in rankings.items()}
         result[column] = {
-            group: {"num_queries": len(chosen), **{name: book.summary(chosen) for name, book in rankings.items()}}
-            for group, chosen in sorted(members.items())
+            group: {"num_queries": counts[group], **{kind: summary[group] for kind, summary in summaries.items()}}
+            for group in sorted(counts)
         }
     return result

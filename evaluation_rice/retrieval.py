@@ -6,31 +6,23 @@ grows with the gallery and not with the number of clips.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from .fusion import (
-    FUSED_TEXT_WEIGHTS,
-    check_text_weight,
-    check_weight,
-    fit_fusion_weight,
-    fit_text_weight,
-    fuse,
-    fuse_scores,
-)
+from modeling_rice.scoring_rice import PARTS, FusionWeights, fuse, model_scores, pair_kinds, with_fused
+
+from .fusion import FUSED_TEXT_WEIGHTS, edge_words, fit_fusion_weight, fit_text_weight
 from .protocol import Rankings, RetrievalTask
 from .recall import DEFAULT_KS
 
 GALLERY_CHUNK = 2048
 """Gallery images scored against one batch of clips at a time, which bounds the memory of matching."""
-PARTS = ("visual", "text")
-"""Scores that only make up others, and by which nothing is ranked."""
+_NOTHING = torch.zeros(0)
 
 
 class Retriever(Protocol):
@@ -39,8 +31,8 @@ class Retriever(Protocol):
     `load_*` take a list of dataset rows and return `(inputs, positions of the rows that loaded, failures)`, each
     failure a dict with `id`, `file`, `reason`, and `outcome` where the row loaded all the same, with other frames
     ("replaced") or fewer ("left out"). `encode_*` turn inputs into an object with `len` and slices, `cat`
-    joins such objects, and `scores` gives one `(num_clips, num_images)` array per kind of score: "embedding", and what
-    else `model_scores` names and the method has.
+    joins such objects, and `scores` gives one `(num_clips, num_images)` tensor on the CPU per kind of score:
+    "embedding", and what else `modeling_rice.scoring_rice.model_scores` names and the method has.
     """
 
     def load_gallery(self, rows: list[dict]) -> tuple[Any, list[int], list[dict]]: ...
@@ -53,23 +45,23 @@ class Retriever(Protocol):
 
     def cat(self, parts: list[Any]) -> Any: ...
 
-    def scores(self, clips: Any, gallery: Any) -> dict[str, np.ndarray]: ...
+    def scores(self, clips: Any, gallery: Any) -> dict[str, torch.Tensor]: ...
 
 
 class ModelRetriever:
-    """Any model with `encode_gallery`, `encode_clips`, `similarity` and, where it has a decoder, `match`.
+    """Any model with `encode_gallery`, `encode_clips`, `similarity`, and `match` and `align` where it has such scores.
 
     Args:
-        model: the model; `model.config.use_decoder` False means that it has no `match`.
-        collator: object whose `encode_gallery(rows)` and `encode_queries(rows)` decode rows into model inputs.
-        matching: also score with `match`; by default when the model has a decoder.
+        model: the model; see `modeling_rice.scoring_rice.pair_kinds` for the scores that its config says it has.
+        collator: object whose `collate_gallery(rows)` and `collate_queries(rows)` decode rows into model inputs.
+        matching: False leaves the decoder out.
     """
 
-    def __init__(self, model, collator, matching: bool | None = None):
+    def __init__(self, model, collator, matching: bool = True):
         self.model = model
         self.collator = collator
         self.device = model.device if hasattr(model, "device") else next(model.parameters()).device
-        self.matching = has_decoder(model) if matching is None else matching
+        self.kinds = [kind for kind in pair_kinds(model) if matching or kind != "matching"]
 
     @property
     def num_frames(self) -> int | None:
@@ -82,10 +74,10 @@ class ModelRetriever:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def load_gallery(self, rows):
-        return self.collator.encode_gallery(rows)
+        return self.collator.collate_gallery(rows)
 
     def load_clips(self, rows):
-        return self.collator.encode_queries(rows)
+        return self.collator.collate_queries(rows)
 
     def _to_device(self, inputs):
         return {name: value.to(self.device) if hasattr(value, "to") else value for name, value in inputs.items()}
@@ -100,28 +92,7 @@ class ModelRetriever:
         return type(parts[0]).cat(parts)
 
     def scores(self, clips, gallery):
-        return model_scores(self.model, clips, gallery, self.matching)
-
-
-def model_scores(model, clips, gallery, matching: bool = True) -> dict[str, np.ndarray]:
-    """What a model knows of every clip and image, each float32 `(num_clips, num_images)`.
-
-    Args:
-        model: with `similarity`, and `match` and `text_similarity` where it has such scores.
-        clips, gallery: as the model encoded them.
-        matching: also score with `match`.
-
-    Returns:
-        "embedding"; with a score-level text term and texts on both sides also its parts, "visual" and "text" (without
-        weight, 0 where a text is missing); and "matching" where asked for.
-    """
-    result = {"embedding": model.similarity(clips, gallery)}
-    texts = model.text_similarity(clips, gallery) if hasattr(model, "text_similarity") else None
-    if texts is not None:
-        result |= {"visual": model.similarity(clips, gallery, text_weight=0.0), "text": texts}
-    if matching:
-        result["matching"] = model.match(clips, gallery)
-    return {name: value.float().cpu().numpy() for name, value in result.items()}
+        return {kind: values.cpu() for kind, values in model_scores(self.model, clips, gallery, self.kinds).items()}
 
 
 @dataclass(frozen=True)
@@ -160,11 +131,6 @@ def _evaluating(model):
             model.train()
 
 
-def has_decoder(model) -> bool:
-    """Whether the model can match: it has `match`, and its config does not switch the decoder off."""
-    return hasattr(model, "match") and getattr(getattr(model, "config", None), "use_decoder", True)
-
-
 def _encode_gallery(retriever, task: RetrievalTask, gallery, loading: Loading):
     """Encodes every unique image once; returns encodings, image position -> encoding position, and failures.
 
@@ -201,8 +167,8 @@ def _take(retriever, encodings, positions: list[int]):
 
 def iter_scores(
     retriever: Retriever, task: RetrievalTask, queries, gallery, loading: Loading, failures: list[dict]
-) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Yields `(query number, {score name: array over the query's gallery})`, livestream by livestream.
+) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """Yields `(query number, {score name: tensor over the query's gallery})`, livestream by livestream.
 
     An image that could not be read has NaN for a score, a query of which nothing could be read is not yielded, and
     both are appended to `failures`, as are single frames that could not be read. Raises `ValueError` when not one
@@ -241,26 +207,26 @@ def iter_scores(
                 yield query, {kind: values[row] for kind, values in scores.items()}
 
 
-def _score(retriever, clips, shop, kept: list[int], size: int) -> dict[str, np.ndarray]:
+def _score(retriever, clips, shop, kept: list[int], size: int) -> dict[str, torch.Tensor]:
     """Scores over the whole gallery of a scope, `(num_clips, size)`, NaN where an image could not be read."""
     if shop is None:
-        return {"embedding": np.full((len(clips), size), np.nan)}
+        return {"embedding": torch.full((len(clips), size), torch.nan)}
     parts = [retriever.scores(clips, shop[i : i + GALLERY_CHUNK]) for i in range(0, len(kept), GALLERY_CHUNK)]
     result = {}
     for kind in parts[0]:
-        values = np.concatenate([part[kind] for part in parts], axis=1)
+        values = torch.cat([part[kind] for part in parts], dim=1)
         if len(kept) < size:
-            full = np.full((len(values), size), np.nan, dtype=values.dtype)
+            full = values.new_full((len(values), size), torch.nan)
             full[:, kept] = values
             values = full
         result[kind] = values
     return result
 
 
-def _not_finite(query_id: str, scores: dict[str, np.ndarray]) -> list[dict]:
+def _not_finite(query_id: str, scores: dict[str, torch.Tensor]) -> list[dict]:
     failures = []
     for kind, values in scores.items():
-        bad = int((~np.isfinite(values)).sum())
+        bad = int((~values.isfinite()).sum())
         if bad:
             reason = f"{bad} of {len(values)} {kind} scores are not finite: those images cannot be retrieved"
             failures.append({"kind": "query", "id": query_id, "file": "", "reason": reason})
@@ -274,8 +240,7 @@ def retrieve(
     gallery,
     *,
     loading: Loading = Loading(),
-    fusion_weight: float | None = None,
-    fused_text_weight: float | None = None,
+    weights: FusionWeights = FusionWeights(),
     ks=DEFAULT_KS,
     depth: int = 100,
 ) -> tuple[dict[str, Rankings], list[dict]]:
@@ -287,8 +252,7 @@ def retrieve(
         queries: the queries view.
         gallery: the gallery view.
         loading: batch size, workers and progress.
-        fusion_weight: also rank by the fused score with this weight, where there are matching scores.
-        fused_text_weight: of the text in it, see `evaluation_rice.fusion.fuse_scores`.
+        weights: also rank by the fused score with these, where there are scores that have one.
         ks: cut-offs of the recall.
         depth: entries kept per ranking.
 
@@ -297,24 +261,18 @@ def retrieve(
         `kind` ("query" or "gallery"), `id`, `file` and `reason`.
 
     Raises:
-        ValueError: not one gallery image could be read, the fusion weight is not above 0, or that of text is below.
+        ValueError: not one gallery image could be read.
     """
-    books: dict[str, Rankings] = {}
+    rankings: dict[str, Rankings] = {}
     failures: list[dict] = []
-    if fusion_weight is not None:
-        fusion_weight = check_weight(fusion_weight)
-    if fused_text_weight is not None:
-        fused_text_weight = check_text_weight(fused_text_weight)
     with _evaluating(getattr(retriever, "model", None)):
         for query, scores in iter_scores(retriever, task, queries, gallery, loading, failures):
-            if fusion_weight is not None and "matching" in scores:
-                scores["fused"] = fuse_scores(scores, fusion_weight, fused_text_weight)
-            for kind, values in scores.items():
+            for kind, values in with_fused(scores, weights).items():
                 if kind not in PARTS:
-                    books.setdefault(kind, Rankings(task, ks, depth)).add(query, values)
-    if not books:
-        books["embedding"] = Rankings(task, ks, depth)
-    return {kind: book.complete() for kind, book in books.items()}, failures
+                    rankings.setdefault(kind, Rankings(task, ks, depth)).add(query, values)
+    if not rankings:
+        rankings["embedding"] = Rankings(task, ks, depth)
+    return {kind: ranked.complete() for kind, ranked in rankings.items()}, failures
 
 
 def _default_collator(processor, use_boxes: bool):
@@ -330,26 +288,24 @@ def evaluate_retrieval(
     gallery,
     *,
     scope: str = "live",
-    fusion_weight: float | None = None,
-    fused_text_weight: float | None = None,
+    weights: FusionWeights | None = None,
     use_boxes: bool = False,
     collator=None,
     batch_size: int = 32,
     num_workers: int = 0,
-    matching: bool | None = None,
+    matching: bool = True,
     ks=DEFAULT_KS,
     quiet: bool = False,
 ) -> dict[str, dict[str, float | list[float]]]:
     """R@k of a model, for instance on a validation split during training; the model's mode is restored afterwards.
 
     Args:
-        model: object with `encode_gallery`, `encode_clips`, `similarity` and, with a decoder, `match`.
+        model: as of `ModelRetriever`.
         processor: turns images and clips into model inputs.
         queries: queries view of a dataset.
         gallery: gallery view of the same dataset.
         scope: "live" (each query searches its livestream's images) or "all".
-        fusion_weight: also report fused scores with this weight.
-        fused_text_weight: of the text in it, as `retrieve`.
+        weights: of the fused score; by default those of the model's config.
         use_boxes: hand the clips' boxes to the processor (intended product detection at test time).
         collator: decodes rows; by default `data_rice.collator.RiceCollator`.
         batch_size: rows per batch.
@@ -368,18 +324,26 @@ def evaluate_retrieval(
     task = RetrievalTask.from_datasets(queries, gallery, scope)
     retriever = ModelRetriever(model, collator or _default_collator(processor, use_boxes), matching)
     loading = Loading(batch_size, num_workers, quiet)
-    weights = {"fusion_weight": fusion_weight, "fused_text_weight": fused_text_weight}
-    books, _ = retrieve(retriever, task, queries, gallery, loading=loading, ks=ks, **weights)
-    return {kind: book.summary() for kind, book in books.items()}
+    if weights is None:
+        weights = FusionWeights.of(getattr(model, "config", None))
+    rankings, _ = retrieve(retriever, task, queries, gallery, loading=loading, ks=ks, weights=weights)
+    return {kind: ranked.summary() for kind, ranked in rankings.items()}
 
 
 class FittedFusion(NamedTuple):
     """Weights of the fused score with their validation curves (`fit_fusion_weight`), `None` where there is no text."""
 
-    weight: float
+    weights: FusionWeights
     curve: list[dict[str, float]]
-    text_weight: float | None = None
     text_curve: list[dict[str, float]] | None = None
+
+    def edges(self) -> list[str]:
+        """What to tell of weights at an end of their grid (`evaluation_rice.fusion.edge_words`)."""
+        words = [edge_words("fusion weight", self.weights.fusion_weight, [point["weight"] for point in self.curve])]
+        if self.text_curve is not None:
+            grid = [point["weight"] for point in self.text_curve]
+            words.append(edge_words("text weight in the fused score", self.weights.fused_text_weight, grid))
+        return [sentence for sentence in words if sentence]
 
 
 def fit_fusion(
@@ -389,12 +353,13 @@ def fit_fusion(
 
     That of matching is fitted as `fit_fusion_weight` says, from visual and matching scores alone as if there were no
     text; then that of the text, given the first, as `fit_text_weight` says. So a clip without ASR gets what is best
-    without text, whatever text is worth to the others.
+    without text, whatever text is worth to the others. That of an alignment stays the model's own.
 
     A query that could not be read or has no gallery counts as a miss at every weight. Raises `ValueError` when the
     method has no matching scores.
     """
-    return _fit(task, all_scores(retriever, task, queries, gallery, loading), **options)
+    own = _own_weights(retriever)
+    return _fit(task, all_scores(retriever, task, queries, gallery, loading), own, **options)
 
 
 def validate(
@@ -415,27 +380,33 @@ def validate(
         score name -> rankings of every query, and the weights (`None` where the method has no matching scores). The
         fused figure is an optimistic one, since the weights were chosen on the same queries.
     """
-    return rank_scores(task, all_scores(retriever, task, queries, gallery, loading, failures), ks)
+    scores = all_scores(retriever, task, queries, gallery, loading, failures)
+    return rank_scores(task, scores, ks, _own_weights(retriever))
 
 
 def rank_scores(
-    task: RetrievalTask, scores: dict[int, dict[str, np.ndarray]], ks=DEFAULT_KS
+    task: RetrievalTask,
+    scores: dict[int, dict[str, torch.Tensor]],
+    ks=DEFAULT_KS,
+    own: FusionWeights = FusionWeights(),
 ) -> tuple[dict[str, Rankings], FittedFusion | None]:
-    """What `validate` makes of the scores of all queries (`all_scores`), wherever they were computed."""
-    fitted = _fit(task, scores) if any("matching" in values for values in scores.values()) else None
-    books: dict[str, Rankings] = {"embedding": Rankings(task, ks)}
+    """What `validate` makes of the scores of all queries (`all_scores`), wherever they were computed.
+
+    `own` are the model's weights, of which those that are fitted here are replaced.
+    """
+    fitted = _fit(task, scores, own) if any("matching" in values for values in scores.values()) else None
+    weights = own if fitted is None else fitted.weights
+    rankings: dict[str, Rankings] = {"embedding": Rankings(task, ks)}
     for query, values in scores.items():
-        if fitted is not None and "matching" in values:
-            values = {**values, "fused": fuse_scores(values, fitted.weight, fitted.text_weight)}
-        for kind, row in values.items():
+        for kind, row in with_fused(values, weights).items():
             if kind not in PARTS:
-                books.setdefault(kind, Rankings(task, ks)).add(query, row)
-    return {kind: book.complete() for kind, book in books.items()}, fitted
+                rankings.setdefault(kind, Rankings(task, ks)).add(query, row)
+    return {kind: ranked.complete() for kind, ranked in rankings.items()}, fitted
 
 
 def add_text_scores(
-    task: RetrievalTask, scores: dict[int, dict[str, np.ndarray]]
-) -> tuple[dict[int, dict[str, np.ndarray]], float | None]:
+    task: RetrievalTask, scores: dict[int, dict[str, torch.Tensor]]
+) -> tuple[dict[int, dict[str, torch.Tensor]], float | None]:
     """Fits the weight of the text in the embedding scores, and makes these anew with it.
 
     Args:
@@ -459,25 +430,36 @@ def add_text_scores(
 
 def all_scores(
     retriever, task: RetrievalTask, queries, gallery, loading: Loading, failures: list[dict] | None = None
-) -> dict[int, dict[str, np.ndarray]]:
-    """Query number -> score name -> array over the query's gallery; see `iter_scores`."""
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Query number -> score name -> tensor over the query's gallery; see `iter_scores`."""
     failures = [] if failures is None else failures
     with _evaluating(getattr(retriever, "model", None)):
         return dict(iter_scores(retriever, task, queries, gallery, loading, failures))
 
 
-def _fit(task: RetrievalTask, scores: dict[int, dict[str, np.ndarray]], **options) -> FittedFusion:
+def _own_weights(retriever) -> FusionWeights:
+    return FusionWeights.of(getattr(getattr(retriever, "model", None), "config", None))
+
+
+def _fit(
+    task: RetrievalTask, scores: dict[int, dict[str, torch.Tensor]], own: FusionWeights, **options
+) -> FittedFusion:
     if not any("matching" in values for values in scores.values()):
         raise ValueError("the model gives no matching scores, so there is no fusion weight to fit.")
-    nothing = np.zeros(0)
     rows = [scores.get(i, {}) for i in range(len(task.query_ids))]
-    rows = [values if "matching" in values else {} for values in rows]
-    relevant = [task.relevant_positions(i) if values else [] for i, values in enumerate(rows)]
-    visual = [values.get("visual", values.get("embedding", nothing)) for values in rows]
-    matching = [values.get("matching", nothing) for values in rows]
-    weight, curve = fit_fusion_weight(visual, matching, relevant, **options)
+    rows = [values if "matching" in values else dict.fromkeys(("embedding", "matching"), _NOTHING) for values in rows]
+    relevant = [task.relevant_positions(i) if len(values["matching"]) else [] for i, values in enumerate(rows)]
+    # As if there were no text, see `fit_fusion`.
+    silent = [{**values, "embedding": values.get("visual", values["embedding"])} for values in rows]
+    others = [
+        fuse({kind: row for kind, row in values.items() if kind != "matching"}, replace(own, fused_text_weight=None))
+        for values in silent
+    ]
+    weight, curve = fit_fusion_weight(others, [values["matching"] for values in rows], relevant, **options)
+    weights = replace(own, fusion_weight=weight, fused_text_weight=None)
     if not any("text" in values for values in rows):
-        return FittedFusion(weight, curve)
-    fused = [fuse(seen, matched, weight) for seen, matched in zip(visual, matching)]
-    texts = [values.get("text", np.zeros(len(row))) for values, row in zip(rows, fused)]
-    return FittedFusion(weight, curve, *fit_text_weight(fused, texts, relevant, FUSED_TEXT_WEIGHTS))
+        return FittedFusion(weights, curve)
+    fused = [fuse(values, weights) for values in silent]
+    texts = [values.get("text", torch.zeros(len(row))) for values, row in zip(rows, fused)]
+    text_weight, text_curve = fit_text_weight(fused, texts, relevant, FUSED_TEXT_WEIGHTS)
+    return FittedFusion(replace(weights, fused_text_weight=text_weight), curve, text_curve)

@@ -1,6 +1,5 @@
 """Whether a checkpoint folder is whole and of a known version, told before anything tries to load it."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -10,9 +9,9 @@ from huggingface_hub import try_to_load_from_cache
 from packaging.version import InvalidVersion, Version
 from safetensors import SafetensorError, safe_open
 
-# What transformers, its Trainer or a training script adds to any model's config.
-_GENERIC_SETTINGS = ("auto_map", "custom_pipelines", "quantization_config", "torch_dtype", "tie_word_embeddings")
-_GENERIC_SETTINGS += ("use_cache", "loss_type", "num_labels", "gradient_checkpointing")
+from data_rice.parsing import file_sha256, read_json_object
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def check_checkpoint(path: str | os.PathLike, made_by: str = "train_rice.py") -> None:
@@ -37,19 +36,60 @@ def check_checkpoint(path: str | os.PathLike, made_by: str = "train_rice.py") ->
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{path} is no checkpoint: it has no config.json.")
     try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        index = folder / "model.safetensors.index.json"
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else None
-    except (ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        read_json_object(folder / "config.json")
+        files = weight_files(folder)
+    except ValueError as error:
         raise ValueError(f"{path} is a half-written checkpoint: its JSON cannot be read ({error}).") from error
-    for name in sorted(names or {"model.safetensors"}):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{path} is a half-written checkpoint: {name} is missing, so save it again.")
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{path} is a half-written checkpoint: {file.name} is missing, so save it again.")
         try:
-            with safe_open(str(folder / name), framework="pt"):
+            with safe_open(str(file), framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{folder / name} is cut short or damaged ({error}): save it again.") from error
+            raise ValueError(f"{file} is cut short or damaged ({error}): save it again.") from error
+
+
+def weight_files(folder: str | os.PathLike) -> list[Path]:
+    """
+    The files from which transformers reads a model's weights, in order of their names: model.safetensors, else the
+    shards that its index lists. Other `*.safetensors` of the folder, such as an encoded gallery, are none of them.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
+    folder = Path(folder)
+    index = folder / _INDEX
+    if (folder / _WEIGHTS).is_file() or not index.is_file():
+        return [folder / _WEIGHTS]
+    shards = read_json_object(index).get("weight_map")
+    names = set(shards.values()) if isinstance(shards, dict) and shards else {None}
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise ValueError(f"{index}: weight_map does not name the files of the weights: save the model again.")
+    return [folder / name for name in sorted(names)]
+
+
+def check_hashes(folder: str | os.PathLike) -> None:
+    """
+    Compares weights with the hashes that were saved beside them, as `sha256sum --check` does. A folder without
+    hashes, or with weights that they do not list, passes.
+
+    Raises:
+        ValueError: a file is not what was saved.
+    """
+    from modeling_rice.layout_rice import HASHES
+
+    file = Path(folder) / HASHES
+    if not file.is_file():
+        return
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    saved = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for path in weight_files(folder):
+        if path.name in saved and file_sha256(path) != saved[path.name]:
+            raise ValueError(
+                f"{path} is not what was saved ({HASHES} tells its hash): copy or download it again, or remove "
+                f"{HASHES} if you changed the weights yourself."
+            )
 
 
 def saved_by_newer(path: str | os.PathLike) -> str | None:
@@ -65,42 +105,16 @@ def saved_by_newer(path: str | os.PathLike) -> str | None:
     try:
         version = json.loads(Path(config).read_text(encoding="utf-8")).get("transformers_version")
         return version if version and Version(version) > Version(__version__) else None
-    except (ValueError, TypeError, AttributeError, InvalidVersion):
+    except (ValueError, TypeError, AttributeError, RecursionError, InvalidVersion):
         return None
-
-
-def check_settings(path: str | os.PathLike, config_class: type) -> None:
-    """
-    Refuses a checkpoint whose config has settings that are not known here, which would be dropped without a word.
-
-    Args:
-        path: Checkpoint folder or id of a published model.
-        config_class: A strict transformers configuration; a checkpoint of another model type passes.
-
-    Raises:
-        ValueError: naming the first such setting.
-    """
-    settings, _ = config_class.get_config_dict(path)
-    if settings.get("model_type") != config_class.model_type:
-        return
-    known = {field.name for field in dataclasses.fields(config_class)}.union(
-        config_class().to_dict(), _GENERIC_SETTINGS
-    )
-    unknown = sorted(name for name in settings if name not in known and not name.startswith("_"))
-    unknown = [name for name in unknown if not name.endswith("_token_id")]
-    if unknown:
-        raise ValueError(
-            f"{path} was saved by a newer version of this project: its config has the setting {unknown[0]!r}, which "
-            f"this one does not know; install the newer version."
-        )
 
 
 def weights_fingerprint(path: str | os.PathLike) -> str | None:
-    """SHA-256 over a folder's weight files in order of their names; `None` where `path` is no folder."""
-    if not os.path.isdir(path):
+    """SHA-256 over the hashes of a folder's `weight_files`; `None` where `path` is no folder or has none."""
+    files = weight_files(path) if os.path.isdir(path) else []
+    if not files or not all(file.is_file() for file in files):
         return None
     digest = hashlib.sha256()
-    for file in sorted(Path(path).glob("*.safetensors")):
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    for file in files:
+        digest.update(bytes.fromhex(file_sha256(file)))
     return digest.hexdigest()

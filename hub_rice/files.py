@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: every text that the project writes goes through here."""
+"""What commands write: the file that --output names, and folders that are whole or not there."""
 
 import os
 import shutil
@@ -7,13 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
-def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Writes a text file so that a reader sees the old one or the whole new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+from data_rice.files import write_atomically
 
 
 def check_output(path: str | Path) -> None:

@@ -2,45 +2,101 @@
 
 import os
 
+# What is downloaded of a published model. Its Python files stay there: the classes are this project's own.
+_DOWNLOADED = ("*config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+_DOWNLOADED += ("tokenizer.json", "special_tokens_map.json")
 
-def load_model(path: str | os.PathLike, device: str | None = None):
+
+def load_model(
+    path: str | os.PathLike, device: str | None = None, *, revision: str | None = None, check_weights: bool = True
+):
     """
+    Model and processor by the classes of this project. No code of the checkpoint is run, and nothing is asked.
+
     Args:
         path: Checkpoint folder, or id of a published model.
         device: Such as "cpu" or "cuda"; by default cuda where there is one.
+        revision: Of the published model; by default main.
+        check_weights: Whether weights of a folder that has their hashes (`model.sha256`) are compared with them,
+            which takes about a second per GB. Of a published model the download is trusted.
 
     Returns:
         Model in eval mode on its device, and processor.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: the checkpoint is not whole, is of another kind, has no processor, or the device cannot be used.
+        ValueError: the checkpoint is not whole, is of another kind, has settings that cannot be used or no processor,
+            or the device cannot be used.
         PermissionError, ConnectionError: what the Hub answered, see `hub_rice.repository.hub_errors`.
     """
-    from transformers import AutoModel, AutoProcessor
+    from modeling_rice import RiceModel
 
-    import modeling_rice
-    import processing_rice  # noqa: F401  (registers the processor with AutoProcessor)
-
-    from .checkpoint import check_checkpoint, check_settings
+    from .checkpoint import check_hashes
     from .repository import hub_errors
+    from .settings import read_config, try_out, usable
 
     path = os.fspath(path)
-    check_checkpoint(path)
     with hub_errors(path):
-        check_settings(path, modeling_rice.RiceConfig)
-        model, report = AutoModel.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True)
-        missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
+        folder = checkpoint_folder(path, revision)
+        read_config(folder, path)
+        if check_weights:
+            check_hashes(folder)
+        with usable(path, "config.json"):
+            model, report = RiceModel.from_pretrained(folder, output_loading_info=True)
+        missing = sorted(report["missing_keys"])
         if missing:
             raise ValueError(f"{path} lacks {len(missing)} weights of its model, such as {missing[0]}: save it again.")
-        if not hasattr(model, "encode_gallery"):
-            raise ValueError(f"{path} holds a {model.config.model_type} model: name one of RICE.")
+        processor = load_processor(folder, path)
+        try_out(model.eval(), processor, path)
+    return to_device(model, device), processor
+
+
+def checkpoint_folder(path: str, revision: str | None = None) -> str:
+    """
+    The folder of a whole checkpoint: `path` itself, or where a published model lies, downloaded if need be.
+
+    Raises:
+        FileNotFoundError, ValueError: as `hub_rice.checkpoint.check_checkpoint`.
+    """
+    from huggingface_hub import snapshot_download
+
+    from .checkpoint import check_checkpoint
+
+    check_checkpoint(path)
+    if os.path.isdir(path):
+        return path
+    folder = snapshot_download(path, revision=revision, allow_patterns=list(_DOWNLOADED))
+    check_checkpoint(folder)
+    return folder
+
+
+def load_processor(folder: str | os.PathLike, name: str):
+    """
+    The processor of a checkpoint.
+
+    Args:
+        folder: Where its files lie.
+        name: What the user called it.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, it is of another kind, or a setting cannot be used.
+    """
+    from transformers import AutoProcessor
+
+    from processing_rice import RiceProcessor
+
+    from .settings import Refusal, check_processor_files, check_tokenizer, usable
+
+    check_processor_files(folder)
+    with usable(name, "processor_config.json or tokenizer_config.json"):
         try:
-            processor = AutoProcessor.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{path} has no processor that can be loaded ({reason}): save it there.") from error
-    return to_device(model, device).eval(), processor
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        except BaseException:
+            check_tokenizer(folder, name)
+            raise
+        if not isinstance(processor, RiceProcessor):
+            raise Refusal(f"{name} has a {type(processor).__name__} in the place of its RICE processor: save it.")
+    return processor
 
 
 def to_device(model, device: str | None = None):

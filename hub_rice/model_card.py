@@ -5,16 +5,20 @@ The model card: model_cards/template.md filled from results.json and the run's o
 """
 
 import argparse
-import json
 import os
+import re
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .files import write_atomically
+from data_rice.files import write_atomically
+from modeling_rice.layout_rice import PIPELINE_TAG, TAGS
+
+from .results import NEEDED, complete, dataset_name, read_results
 from .tables import TITLES, markdown_table, percent
-from .training_record import is_local, read_training_record
+from .training_record import read_training_record
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
 
@@ -24,10 +28,6 @@ PUBLISHED = (
     ("MovingFashion", {"ICL": 74.76, "ICL + PMD": 76.87, "ICL + PMD + PFR": 77.92}),
 )
 """R@1 in percent by embedding, as published with the official code of RICE; not measured by this project."""
-
-NEEDED = ("protocol", "num_queries", "gallery_size", "scores", "baselines", "model", "dataset", "versions")
-NEEDED += ("failures", "ties", "command")
-"""Entries of results.json without which there is no card."""
 
 SCOPE_WORDS = {
     "live": "each clip is searched among the product images of its own livestream",
@@ -103,10 +103,28 @@ def _evaluations(results: Mapping) -> list[EvalResult]:
     ]
 
 
-def dataset_name(results: Mapping) -> str:
-    """The data set's name; of a folder only its own name, since the path is nobody's business."""
-    name = str(results["dataset"])
-    return Path(name).name if is_local(name) else name
+def breakdown_page(results: Mapping) -> str | None:
+    """R@1 by attribute of the clips as a page of its own, `None` where the clips know no attribute."""
+    groups = complete(results)["by"]
+    tables = [f"## By {name.replace('_', ' ')}\n\n{breakdown_table(group)}" for name, group in groups.items()]
+    if not tables:
+        return None
+    where = f"{results['num_queries']} clips of {dataset_name(results)}, split {results['protocol']['split']}"
+    return "\n\n".join([f"# Breakdown\n\nR@1 in percent; {where}.", *tables]) + "\n"
+
+
+def best_first(scores: Mapping[str, Mapping]) -> dict[str, Mapping]:
+    """The scores of a model by their R@1, the best one first."""
+    return dict(sorted(scores.items(), key=lambda item: -item[1]["R@1"]))
+
+
+def project_urls() -> dict[str, str]:
+    """What setup.cfg says of addresses, by its labels; nothing where the project is not installed."""
+    try:
+        entries = metadata("rice-retrieval").get_all("Project-URL") or []
+    except PackageNotFoundError:
+        return {}
+    return {label: url for label, _, url in (entry.partition(", ") for entry in entries)}
 
 
 def model_card(
@@ -116,6 +134,8 @@ def model_card(
     model_id: str | None = None,
     run_dir: str | os.PathLike | None = None,
     dataset_id: str | None = None,
+    license: str | None = None,
+    picture: bool = False,
 ) -> str:
     """The card's Markdown, metadata with model-index included.
 
@@ -124,11 +144,14 @@ def model_card(
         template: a Jinja file; see model_cards/README.md for the names that it may use.
         model_id: name that the examples load; by default that of the results.
         run_dir: folder of the training run, for recipe, cost and the model's parts.
-        dataset_id: id of the data set on the Hub, for the metadata; by default the data set's name.
+        dataset_id: id of the data set on the Hub, for the metadata.
+        license: as the Hub writes it; by default that of the training data where it is known, else none is claimed.
+        picture: whether matches.png lies beside the card, which then shows it.
 
     Raises:
         FileNotFoundError: there is no template.
-        ValueError: `results` lacks an entry that the card shows, or there is neither a result nor a `model_id`.
+        ValueError: `results` lacks an entry that the card shows, there is neither a result nor a `model_id`, or the
+            licence is no identifier.
     """
     if not Path(template).is_file():
         raise FileNotFoundError(f"there is no card template {template}: restore it or name another one.")
@@ -140,13 +163,18 @@ def model_card(
         raise ValueError("a card without results needs model_id, the name that its examples load.")
     model_name = Path(model_id).resolve().name if os.path.isdir(model_id) else model_id
     record = read_training_record(run_dir)
-    datasets = [dataset_id] if dataset_id else [dataset_name(results)] if results is not None else record["datasets"]
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
+        raise ValueError(
+            f"the license {license!r} is no identifier of the Hub, such as apache-2.0 or cc-by-nc-sa-4.0."
+        )
+    if results is not None:
+        results = {**complete(results), "scores": best_first(results["scores"])}
     data = ModelCardData(
-        license="apache-2.0",
+        license=license or record["license"],
         library_name="transformers",
-        pipeline_tag="feature-extraction",
-        tags=["rice", "livestreaming-product-recognition", "video-to-shop", "image-retrieval", "video", "custom_code"],
-        datasets=datasets or None,
+        pipeline_tag=PIPELINE_TAG,
+        tags=list(TAGS),
+        datasets=[dataset_id] if dataset_id else record["datasets"] or None,
         metrics=["recall"],
         base_model=record["base_model"],
         model_name=model_name,
@@ -160,7 +188,7 @@ def model_card(
             "gallery": gallery_words(results),
             "scope_words": scope_words(results),
             "results_table": markdown_table({**results["scores"], **results["baselines"]}),
-            "breakdowns": {name: breakdown_table(groups) for name, groups in results.get("by", {}).items()},
+            "has_breakdown": bool(results["by"]),
         }
     card = ModelCard.from_template(
         data,
@@ -169,8 +197,11 @@ def model_card(
         model_id=model_id,
         model_name=model_name,
         has_decoder=record["has_decoder"] if results is None else "matching" in results["scores"],
-        rendered="mini_lpr4m" in (shown.get("dataset"), *record["datasets"]),
+        rendered="mini_lpr4m" in (shown.get("dataset"), record["training_data"]),
         published_table=published_table(),
+        picture=picture and results is not None,
+        repository=project_urls().get("Repository"),
+        license=license or record["license"],
         score_titles=TITLES,
         **shown,
         **{name: record[name] for name in ("parts", "recipe", "training_data", "num_processes", "cost", "base_model")},
@@ -181,29 +212,16 @@ def model_card(
 def write_model_card(
     output_dir: str | os.PathLike, results: Mapping | None, template: str | os.PathLike = TEMPLATE, **options
 ) -> None:
-    """Writes `README.md`, the model card, into `output_dir`; options and errors as `model_card`."""
-    write_atomically(Path(output_dir) / "README.md", model_card(results, template, **options).rstrip() + "\n")
-
-
-def read_results(results_file: str | os.PathLike) -> dict:
     """
-    The content of a results.json.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is cut short, or lacks an entry that the card shows.
+    Writes `README.md`, the model card, into `output_dir`, and `breakdown.md` where the results have one; options and
+    errors as `model_card`. A matches.png that lies there is shown.
     """
-    path = Path(results_file)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}: run eval_rice.py to make it.")
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no whole JSON file ({error}): run eval_rice.py again.") from error
-    missing = [name for name in NEEDED if name not in results] if isinstance(results, dict) else list(NEEDED)
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}, which the card shows: run eval_rice.py again.")
-    return results
+    folder = Path(output_dir)
+    card = model_card(results, template, picture=(folder / "matches.png").is_file(), **options)
+    write_atomically(folder / "README.md", card.rstrip() + "\n")
+    page = None if results is None else breakdown_page(results)
+    if page is not None:
+        write_atomically(folder / "breakdown.md", page)
 
 
 def card_from_file(results_file: str | os.PathLike, template: str | os.PathLike = TEMPLATE, **options) -> str:
@@ -213,11 +231,15 @@ def card_from_file(results_file: str | os.PathLike, template: str | os.PathLike 
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints the card of a results.json."""
+    from data_rice.commands import print_anywhere
+
+    print_anywhere()
     parser = argparse.ArgumentParser(prog="python -m hub_rice.model_card", description=main.__doc__)
     parser.add_argument("results", help="results.json of eval_rice.py")
     parser.add_argument("--model_id", help="name that the card's examples load; default: the model of the results")
     parser.add_argument("--run_dir", help="folder of the training run, for recipe and cost")
     parser.add_argument("--dataset_id", help="the data set's id on the Hub, for the metadata")
+    parser.add_argument("--license", help="licence of the model; default: that of the training data, where known")
     options = vars(parser.parse_args(arguments))
     try:
         print(card_from_file(options.pop("results"), **options).rstrip())

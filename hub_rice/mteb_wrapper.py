@@ -34,16 +34,13 @@ def run(options: argparse.Namespace) -> None:
         import mteb
     except ImportError as error:
         raise ValueError(f"mteb is not installed ({error}): pip install mteb torchcodec") from error
-    from .checkpoint import check_checkpoint
     from .repository import hub_errors
 
     try:
         tasks = mteb.get_tasks(tasks=options.tasks, exclude_beta=False)
     except KeyError as error:
         raise ValueError(f"mteb has no such task: {error.args[0]}") from error
-    check_checkpoint(options.model)
-    with hub_errors(options.model):
-        encoder = RiceEncoder(options.model, device=options.device, num_frames=options.num_frames)
+    encoder = RiceEncoder(options.model, device=options.device, num_frames=options.num_frames)
     check_torchcodec()
     with hub_errors("the tasks' data"):
         scores = evaluate(encoder, tasks, options.output_dir, options.batch_size)
@@ -69,6 +66,8 @@ def evaluate(encoder, tasks, output_dir: Path, batch_size: int = 16) -> dict[str
     """Scores of mteb tasks by their name, written to `output_dir/mteb.json`; the rankings lie beside it."""
     import mteb
 
+    from data_rice.files import write_atomically
+
     output_dir.mkdir(parents=True, exist_ok=True)
     results = mteb.evaluate(
         encoder, tasks, cache=None, encode_kwargs={"batch_size": batch_size}, prediction_folder=output_dir / "rankings"
@@ -81,7 +80,7 @@ def evaluate(encoder, tasks, output_dir: Path, batch_size: int = 16) -> dict[str
             name: value for name, value in numbers.items() if isinstance(value, float) and math.isfinite(value)
         }
     about = {"model": encoder.name, "mteb": mteb.__version__, "num_frames": encoder.num_frames, "scores": scores}
-    (output_dir / "mteb.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    write_atomically(output_dir / "mteb.json", json.dumps(about, indent=2) + "\n")
     return scores
 
 
@@ -97,18 +96,10 @@ class RiceEncoder:
     """
 
     def __init__(self, model_name: str, revision: str | None = None, *, device: str | None = None, num_frames=None):
-        import torch
-        from transformers import AutoModel, AutoProcessor
-
-        import modeling_rice
-        import processing_rice  # noqa: F401  (registers the processor with AutoProcessor)
+        from .loading import load_model
 
         self.name, self.revision = str(model_name), revision
-        model = AutoModel.from_pretrained(model_name, revision=revision)
-        if not isinstance(model, modeling_rice.RiceModel):
-            raise ValueError(f"{model_name} holds a {model.config.model_type} model: name a RICE one.")
-        self.model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-        self.processor = AutoProcessor.from_pretrained(model_name, revision=revision)
+        self.model, self.processor = load_model(model_name, device, revision=revision)
         self.num_frames = num_frames or self.processor.video_processor.num_frames
 
     def encode(self, inputs, *, task_metadata, hf_split, hf_subset, prompt_type=None, **kwargs):

@@ -6,7 +6,6 @@ when the same command runs again. RUN_DIR is the folder of train_rice.py, or one
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--revision", help="branch to write to, created where it is missing; default: main")
     add("--results", type=Path, help="results.json of eval_rice.py; default: the one in RUN_DIR or RUN_DIR/eval")
     add("--without_results", action="store_true", help="publish a model that has not been evaluated, and say so")
+    add(
+        "--license", help="licence of the model, such as apache-2.0; needed where that of the training data is unknown"
+    )
+    add("--without_picture", action="store_true", help="leave matches.png, clips and what was found for them, at home")
     add("--dataset_id", help="the data set's id on the Hub, for the card's metadata")
     add("--onnx", action="store_true", help="add ONNX files; without those of `rice export`, they are made first")
     add("--message", default="Publish RICE", help="commit message (default: %(default)s)")
@@ -32,18 +35,23 @@ def run(options: argparse.Namespace) -> None:
         PermissionError, ConnectionError: what the Hub answered, see `hub_rice.repository.hub_errors`.
     """
     folder = find_model(options.run_dir)
-    results = None
+    results = picture = None
     if not options.without_results:
-        from .model_card import read_results
+        from .results import read_results
 
-        results = read_results(options.results or find_results(options.run_dir, folder))
+        file = options.results or find_results(options.run_dir, folder)
+        results = read_results(file)
         check_results(results, folder)
-    add_onnx(check_loading(folder), folder, wanted=options.onnx)
+        picture = None if options.without_picture else file.parent / "matches.png"
     from huggingface_hub import HfApi
 
+    from .loading import load_model
     from .repository import hub_errors, publication, upload
 
-    files = publication(folder, options.repo_id, results, dataset_id=options.dataset_id)
+    # Once as whoever downloads it will.
+    add_onnx(*load_model(folder, "cpu"), folder, wanted=options.onnx)
+    about = {"license": options.license, "dataset_id": options.dataset_id, "picture": picture}
+    files = publication(folder, options.repo_id, results, **about)
     size = sum(len(item) if isinstance(item, bytes) else item.stat().st_size for item in files.values())
     print(f"Publishing {len(files)} files ({size / 1e6:.1f} MB) of {folder} ...")
     commit = upload(
@@ -90,62 +98,26 @@ def check_results(results: Mapping, folder: Path) -> None:
         )
 
 
-def add_onnx(model, folder: Path, wanted: bool) -> None:
+def add_onnx(model, processor, folder: Path, wanted: bool) -> None:
     """
     Exports a model to the folder's `onnx`, if that is wanted and has not been done.
 
     Raises:
         ValueError: files that are there were exported from other weights, or cannot be made.
     """
+    from modeling_rice.fingerprint_rice import same_state
+
     description = folder / "onnx" / "onnx.json"
     if description.is_file():
-        exported = json.loads(description.read_text(encoding="utf-8")).get("model_fingerprint")
-        if exported != model.fingerprint():
+        from data_rice.parsing import read_json_object
+
+        exported = read_json_object(description).get("model_fingerprint")
+        if exported is None or not same_state(exported, model.fingerprint()):
             raise ValueError(
                 f"{folder / 'onnx'} was exported from other weights: remove it, or run `rice export {folder} "
                 f"{folder / 'onnx'}` again."
             )
     elif wanted:
-        from transformers import AutoProcessor
-
         from .export.onnx_export import export
 
-        export(model.float().eval(), AutoProcessor.from_pretrained(folder), folder / "onnx")
-
-
-def check_loading(folder: Path):
-    """
-    Loads a folder once, as whoever downloads it will.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: it is no RICE model, lacks weights, has no processor, or was saved by a newer version.
-    """
-    from transformers import AutoProcessor
-
-    from modeling_rice import RiceConfig, RiceModel
-    from processing_rice import RiceProcessor
-
-    from .checkpoint import check_settings
-    from .repository import hub_errors
-
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if model_type != RiceConfig.model_type:
-        raise ValueError(f"{folder} holds a {model_type} model: this command publishes RICE models.")
-    with hub_errors(str(folder)):
-        check_settings(folder, RiceConfig)
-        # Reported below, in the place of an error that refers to a table on the screen.
-        model, loading = RiceModel.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
-        unfit = sorted({str(key) for name in ("missing_keys", "mismatched_keys") for key in loading[name]})
-        if unfit:
-            raise ValueError(f"{folder} lacks {len(unfit)} weights of its model, such as {unfit[0]}: save it again.")
-        try:
-            processor = AutoProcessor.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{folder} has no processor that can be loaded ({reason}): save it there.") from error
-        if not isinstance(processor, RiceProcessor):
-            raise ValueError(f"{folder} has a {type(processor).__name__} in the place of its RICE processor: save it.")
-    return model
+        export(model.float(), processor, folder / "onnx")

@@ -10,8 +10,9 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from .checkpoint import weights_fingerprint
-from .model_card import read_results
 from .repository import hub_errors, publication, upload
+from .results import read_results
+from .training_record import license_of
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +25,15 @@ class PublishingTrainer(Trainer):
     """
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Creates the repository; raises as `hub_rice.repository.hub_errors`."""
+        """Creates the repository; raises `ValueError` without a licence, and as `hub_rice.repository.hub_errors`."""
         if not self.is_world_process_zero():
             return
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         private = self.args.hub_private_repo if private is None else private
+        if self.args.hub_license is None and license_of(self.args.output_dir) is None:
+            raise ValueError(
+                "push_to_hub: the licence of the training data is not known: name the model's by hub_license."
+            )
         with hub_errors(name):
             self.hub_model_id = create_repo(name, token=token, private=private is not False, exist_ok=True).repo_id
         self.push_in_progress = None
@@ -72,7 +77,8 @@ class PublishingTrainer(Trainer):
         if measured is not None and measured.get("model_sha256") != weights_fingerprint(folder):
             measured = None
         options["revision"] = options.get("revision") or args.hub_revision
-        files = publication(folder, self.hub_model_id, measured)
+        picture = Path(folder) / "matches.png"
+        files = publication(folder, self.hub_model_id, measured, license=args.hub_license, picture=picture)
         return upload(files, self.hub_model_id, private=args.hub_private_repo is not False, message=message, **options)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import shlex
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -28,9 +27,13 @@ from huggingface_hub.errors import (
 )
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .checkpoint import check_checkpoint, saved_by_newer
-from .model_card import dataset_name, model_card
-from .training_record import is_local
+from data_rice.parsing import read_json_object
+
+from .checkpoint import check_checkpoint, saved_by_newer, weight_files
+from .model_card import breakdown_page, model_card
+from .privacy import paths_in
+from .results import portable_results
+from .training_record import license_of
 
 # An allow list: a run's folder also holds optimiser states, pickles and logs, which stay where they are.
 PUBLISHED = (
@@ -49,13 +52,17 @@ PUBLISHED = (
     "onnx/*.onnx",
     "onnx/*.onnx.data",
     "onnx/*.json",
+    "model.sha256",
     "README.md",
     "results.json",
+    "breakdown.md",
+    "matches.png",
 )
 """Patterns of the files that are published, relative to the run's folder."""
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
-_NAME_KEYS = ("_name_or_path", "name_or_path")
+# What the caller of `published_files` makes or chooses.
+_MADE = ("README.md", "results.json", "breakdown.md", "matches.png")
 _TEXT_SUFFIXES = (".json", ".py", ".md")
 
 
@@ -63,8 +70,8 @@ def published_files(folder: str | os.PathLike) -> dict[str, Path | bytes]:
     """
     The files of a checkpoint folder that may be published, by their path in the repository.
 
-    JSON files come as bytes, with local folders taken out of them; `README.md` and `results.json` are left to the
-    caller, who knows the repository's name.
+    Settings come as bytes, with local folders taken out of them. Of the weights those are taken that the model is
+    loaded from. Card, results and picture are left to the caller, who knows the repository's name.
 
     Raises:
         FileNotFoundError, ValueError: the checkpoint is not whole, or lacks the Python files that it is loaded with.
@@ -73,50 +80,64 @@ def published_files(folder: str | os.PathLike) -> dict[str, Path | bytes]:
     check_checkpoint(folder)
     _check_code(folder)
     files: dict[str, Path | bytes] = {}
+    weights = {file.name for file in weight_files(folder)}
+    stale = {file.name for file in folder.glob("model*.safetensors")} - weights
+    stale |= {"model.safetensors.index.json"} if "model.safetensors" in weights else set()
     for path in sorted([*folder.glob("*"), *folder.glob("onnx/*")]):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in ("README.md", "results.json") and is_published(name):
-            files[name] = _without_folders(path) if path.suffix == ".json" else path
+        if path.is_file() and name not in _MADE and is_published(name) and name not in stale:
+            # A vocabulary holds no settings, but may hold whatever looks like a path.
+            files[name] = _without_folders(path) if name.endswith("config.json") else path
     return files
 
 
 def publication(
-    folder: str | os.PathLike, repo_id: str, results: Mapping | None = None, **card_options
+    folder: str | os.PathLike,
+    repo_id: str,
+    results: Mapping | None = None,
+    *,
+    license: str | None = None,
+    dataset_id: str | None = None,
+    picture: str | os.PathLike | None = None,
 ) -> dict[str, Path | bytes]:
     """
-    All that is published of a checkpoint folder: its files, the model card, and the results without local paths.
+    All that is published of a checkpoint folder: its files, the model card, the results without local paths, their
+    breakdown, and a picture of what was found.
 
     Args:
         folder: A whole checkpoint with its processor.
         repo_id: `owner/name`, which the card's examples load.
         results: What `eval_rice.py` measured, if anything.
-        card_options: See `hub_rice.model_card.model_card`.
+        license: As the Hub writes it; may be left out where the training data's licence is known.
+        dataset_id: The data set's id on the Hub, for the card.
+        picture: The matches.png of the same evaluation.
 
     Raises:
-        FileNotFoundError, ValueError: as `published_files` and `model_card`.
+        FileNotFoundError, ValueError: as `published_files` and `model_card`, or no licence.
     """
     files = published_files(folder)
+    if license is None and license_of(folder) is None:
+        raise ValueError(
+            f"the licence of what {folder} was trained on is not known: name the model's own by --license, such as "
+            f"cc-by-4.0 (in training by --hub_license)."
+        )
     if results is not None:
         results = portable_results(results, repo_id)
         files["results.json"] = (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode()
-    files["README.md"] = (
-        model_card(results, model_id=repo_id, run_dir=folder, **card_options).rstrip() + "\n"
-    ).encode()
+        if page := breakdown_page(results):
+            files["breakdown.md"] = page.encode()
+        if picture is not None and os.path.isfile(picture):
+            files["matches.png"] = Path(picture)
+    card = model_card(
+        results,
+        model_id=repo_id,
+        run_dir=folder,
+        dataset_id=dataset_id,
+        license=license,
+        picture="matches.png" in files,
+    )
+    files["README.md"] = (card.rstrip() + "\n").encode()
     return files
-
-
-def portable_results(results: Mapping, repo_id: str) -> dict:
-    """Results as they may be read by anybody: the model by its id, and of local paths only the last part."""
-    failures = []
-    for failure in results.get("failures", []):
-        file = failure.get("file") or ""
-        reason = failure.get("reason", "").replace(file, Path(file).name) if file else failure.get("reason", "")
-        failures.append({**failure, "file": Path(file).name, "reason": reason})
-    words = shlex.split(results.get("command", ""))
-    local = str(results["model"])
-    words = [repo_id if word == local else Path(word).name if "/" in word else word for word in words]
-    own = {"model": repo_id, "dataset": dataset_name(results), "failures": failures, "command": shlex.join(words)}
-    return {**results, **own}
 
 
 def is_published(path: str) -> bool:
@@ -129,7 +150,9 @@ def _check_code(folder: Path) -> None:
         raise FileNotFoundError(f"{folder} has no processor_config.json: save its processor there.")
     modules, missing = set(), []
     for name in ("config.json", "processor_config.json"):
-        auto_map = json.loads((folder / name).read_text(encoding="utf-8")).get("auto_map")
+        auto_map = read_json_object(folder / name).get("auto_map")
+        if not isinstance(auto_map, dict) or not all(isinstance(value, str) for value in auto_map.values()):
+            auto_map = None
         missing += [] if auto_map else [f"auto_map in {name}"]
         modules |= {reference.partition(".")[0] for reference in (auto_map or {}).values()}
     for module in sorted(modules):
@@ -148,20 +171,17 @@ def _check_code(folder: Path) -> None:
 def _without_folders(path: Path) -> bytes:
     """A JSON file's content, the local folders that its parts were once loaded from blanked out."""
     text = path.read_text(encoding="utf-8")
-    content = json.loads(text)
+    content = read_json_object(path)
+    found = paths_in(content)
 
-    def clean(value) -> bool:
+    def blank(value):
+        if isinstance(value, dict):
+            return {key: blank(item) for key, item in value.items()}
         if isinstance(value, list):
-            return any([clean(item) for item in value])
-        if not isinstance(value, dict):
-            return False
-        changed = any([clean(item) for item in value.values()])
-        for key in _NAME_KEYS:
-            if isinstance(value.get(key), str) and is_local(value[key]):
-                value[key], changed = "", True
-        return changed
+            return [blank(item) for item in value]
+        return "" if isinstance(value, str) and value in found else value
 
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n" if clean(content) else text).encode()
+    return (json.dumps(blank(content), indent=2, ensure_ascii=False) + "\n" if found else text).encode()
 
 
 def upload(
@@ -289,6 +309,11 @@ def explain(error: BaseException, name: str) -> OSError | ValueError | None:
     if status is not None and not first(EntryNotFoundError):
         reason = shorten(str(answer), 120)
         return ConnectionError(f"the Hub did not do what was asked for {name} ({status}): try again ({reason})")
+    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+        return ValueError(
+            f"{name} needs Python code of its own, which is not run: name a model that transformers or this project "
+            f"knows, or, where the command takes it, add --trust_remote_code."
+        )
     if isinstance(error, (OSError, ValueError, KeyError)) and (version := saved_by_newer(name)):
         reason = shorten(str(error), 120)
         return ValueError(

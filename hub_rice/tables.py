@@ -5,6 +5,7 @@ from collections.abc import Mapping
 TITLES = {
     "embedding": "RICE, embedding",
     "matching": "RICE, matching",
+    "alignment": "RICE, alignment",
     "fused": "RICE, fused",
     "color_histogram": "colour histogram",
     "chance": "chance",

@@ -2,13 +2,18 @@
 
 import csv
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import DatasetCard
 from transformers import TrainingArguments
+
+from data_rice.parsing import is_number, read_json_object
+from data_rice.views import MINI_LPR4M_MANIFEST
+
+from .privacy import is_local, last_part, portable, without_paths
 
 ARGUMENTS_FILE, RESULTS_FILE, EMISSIONS_FILE = "train_arguments.json", "train_results.json", "emissions.csv"
 
@@ -19,10 +24,16 @@ _MACHINE_PREFIXES = ("push_to_hub", "hub_", "logging_", "log_", "do_", "resume_"
 _SHOWN = ("per_device_train_batch_size", "learning_rate", "seed")
 _MACHINE_NAMES = ("dataset", "model", "num_processes", "ddp_backend", "project")
 
+_DATA_LICENSES = {"mini_lpr4m": "apache-2.0", "moving_fashion": "cc-by-nc-sa-4.0"}
 
-def is_local(name: str) -> bool:
-    """Whether the name of a model or data set is a path on this machine rather than a plain name or an id."""
-    return bool(name) and (os.path.exists(name) or name.count("/") > 1 or name.startswith((".", "/", "~")))
+# What is read of the records, and whether it is what was written.
+_KINDS = {
+    **dict.fromkeys(("dataset", "data_dir", "model_name_or_path", "init_vision_from"), (str, "a text")),
+    "num_processes": (int, "a whole number"),
+    "model": (dict, "an object"),
+    "vision_config": (dict, "an object"),
+    "train_runtime": (float, "a number"),
+}
 
 
 def read_training_record(run_dir: str | os.PathLike | None) -> dict[str, Any]:
@@ -33,8 +44,12 @@ def read_training_record(run_dir: str | os.PathLike | None) -> dict[str, Any]:
         run_dir: Folder of a run, or a `checkpoint-*` within one; what it does not hold is not claimed.
 
     Returns:
-        `recipe` (YAML or ""), `training_data`, `datasets`, `base_model` (an id of the Hub or `None`), `num_processes`
-        in words, `cost` in words, `emissions` (metadata or `None`), `parts` in words, `has_decoder`.
+        `recipe` (YAML or ""), `training_data`, `datasets` (ids of the Hub), `license` (of the data, or `None`),
+        `base_model` (an id of the Hub or `None`), `num_processes` in words, `cost` in words, `emissions` (metadata or
+        `None`), `parts` in words, `has_decoder`.
+
+    Raises:
+        ValueError: a file is damaged, or a field holds something else than it should.
     """
     folder = Path(run_dir) if run_dir is not None and os.path.isdir(run_dir) else None
     arguments, results, config, emissions = {}, {}, {}, None
@@ -43,13 +58,14 @@ def read_training_record(run_dir: str | os.PathLike | None) -> dict[str, Any]:
         arguments, config = _read(run / ARGUMENTS_FILE), _read(folder / "config.json")
         results, emissions = _read(run / RESULTS_FILE), _emissions(run / EMISSIONS_FILE)
     origins = [arguments.get(name) for name in ("model_name_or_path", "init_vision_from")]
-    data = str(arguments.get("dataset") or "")
-    data = Path(data).name if is_local(data) else data
-    processes = arguments.get("num_processes", 1)
+    data = arguments.get("dataset") or ""
+    data = last_part(data) if is_local(data) else data
+    processes = arguments.get("num_processes") or 1
     return {
         "recipe": recipe(arguments),
         "training_data": data,
-        "datasets": [data] if data else [],
+        "datasets": [data] if data.count("/") == 1 else [],
+        "license": data_license(arguments.get("dataset"), arguments.get("data_dir")),
         "base_model": next((origin for origin in origins if origin and not is_local(origin)), None),
         "num_processes": "one process" if processes == 1 else f"{processes} processes",
         "cost": _cost(results, emissions),
@@ -59,17 +75,40 @@ def read_training_record(run_dir: str | os.PathLike | None) -> dict[str, Any]:
     }
 
 
+def license_of(run_dir: str | os.PathLike) -> str | None:
+    """The licence of the data that the run of a checkpoint was trained on, where it is known."""
+    data = trained_on(run_dir)
+    return None if data is None else data_license(*data)
+
+
+def data_license(dataset: str | None, data_dir: str | None) -> str | None:
+    """The licence of a data set, as the Hub writes it, where it is known or the README.md of its folder states it."""
+    if dataset in _DATA_LICENSES:
+        return _DATA_LICENSES[dataset]
+    for folder in [Path(name) for name in (data_dir, dataset) if name and os.path.isdir(name)]:
+        if (folder / MINI_LPR4M_MANIFEST).is_file():
+            return _DATA_LICENSES["mini_lpr4m"]
+        if (folder / "README.md").is_file():
+            try:
+                stated = DatasetCard.load(folder / "README.md", ignore_metadata_errors=True).data.license
+            except (ValueError, yaml.YAMLError):
+                continue
+            if isinstance(stated, str):
+                return stated
+    return None
+
+
 def recipe(arguments: dict[str, Any]) -> str:
     """
     The recipe that repeats a run, as YAML: what train_arguments.json holds and is not transformers' default, without
-    the folders and the settings of its machine.
+    the folders and the settings of its machine. Of other paths the last part is left.
     """
     if not arguments:
         return ""
     defaults = {
         field.name: field.default for field in dataclasses.fields(TrainingArguments) if field.name not in _SHOWN
     }
-    kept = {"dataset": Path(arguments["dataset"]).name} if arguments.get("dataset") else {}
+    kept = {"dataset": last_part(arguments["dataset"])} if arguments.get("dataset") else {}
     for name, value in arguments.items():
         of_machine = name.endswith(_MACHINE) or name.startswith(_MACHINE_PREFIXES) or name in _MACHINE_NAMES
         of_machine = of_machine or (name.endswith(("_path", "_from")) and is_local(str(value)))
@@ -79,7 +118,7 @@ def recipe(arguments: dict[str, Any]) -> str:
             kept[name] = value
     if model := _cleaned(arguments.get("model") or {}):
         kept["model"] = model
-    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).rstrip()
+    return yaml.safe_dump(portable(kept), sort_keys=False, allow_unicode=True).rstrip()
 
 
 def _differs(value: Any, default: Any) -> bool:
@@ -106,10 +145,15 @@ def _read(path: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path)
     except ValueError as error:
         raise ValueError(f"{path} is no whole JSON file ({error}): train again, or remove it.") from error
-    return content if isinstance(content, dict) else {}
+    for name, (kind, words) in _KINDS.items():
+        value = content.get(name)
+        fits = is_number(value) if kind is float else isinstance(value, kind) and value is not True
+        if value is not None and not fits:
+            raise ValueError(f"{path}: {name} is not {words}: train again, or remove it.")
+    return content
 
 
 def _parts(config: dict) -> str:
@@ -119,7 +163,7 @@ def _parts(config: dict) -> str:
     if config.get("use_decoder", True):
         parts.append("the pairwise matching decoder (PMD)")
         parts += ["patch feature reconstruction (PFR)"] * bool(config.get("use_reconstruction", True))
-    encoder = config.get("vision_config", {}).get("model_type", "")
+    encoder = (config.get("vision_config") or {}).get("model_type", "")
     return ", ".join(parts) + (f", on a {encoder} encoder" if encoder else "")
 
 
@@ -131,14 +175,13 @@ def _emissions(path: Path) -> dict | None:
         rows = list(csv.DictReader(file))
     try:
         last = rows[-1]
+        gpu = last.get("gpu_model")
         found = {"emissions": round(1000 * float(last["emissions"]), 3), "source": "codecarbon"}
     except (IndexError, KeyError, ValueError) as error:
         raise ValueError(
             f"{path} is no emissions file of codecarbon: remove it, or let codecarbon write it."
         ) from error
-    return (
-        found | {"training_type": "training"} | ({"hardware_used": last["gpu_model"]} if last.get("gpu_model") else {})
-    )
+    return found | {"training_type": "training"} | ({"hardware_used": without_paths(gpu)} if gpu else {})
 
 
 def _cost(results: dict, emissions: dict | None) -> str:

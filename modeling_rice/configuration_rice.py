@@ -151,6 +151,12 @@ class RiceConfig(PreTrainedConfig):
             then is of the visual cosine alone, >= 0; fitted on a validation split, after `fusion_weight`. `None` for a
             model without score-level text; in a checkpoint that has it and was saved before this field was, the
             embedding z-score goes on to include the text, as `fusion_weight` was fitted.
+        alignment_weight (`float`, *optional*):
+            Weight of the alignment z-score in the fused score, >= 0; `None` for a model without alignment scores.
+        ranking (`"embedding"`, `"matching"`, `"alignment"`, `"fused"`, *optional*):
+            The score that images are ranked by wherever none is asked for; training sets it to `"fused"` once it has
+            fitted the weights, unless it was set before. By default the fused score where it has a weight, else
+            matching where there is a decoder, else the embeddings' score.
         initializer_range (`float`, defaults to 0.02).
 
     Raises:
@@ -218,6 +224,8 @@ class RiceConfig(PreTrainedConfig):
     text_loss_weight: float | int = 1.0
     fusion_weight: float | int | None = None
     fused_text_weight: float | int | None = None
+    alignment_weight: float | int | None = None
+    ranking: Literal["embedding", "matching", "alignment", "fused"] | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
@@ -374,6 +382,7 @@ class RiceConfig(PreTrainedConfig):
                 f"`decoder_num_heads={self.decoder_num_heads}`."
             )
         self._validate_text()
+        self._validate_ranking()
         for name, asked in (
             ("patch_mask_pooling", self.patch_mask_pooling),
             ("patch_saliency", self.patch_saliency != "none"),
@@ -404,11 +413,27 @@ class RiceConfig(PreTrainedConfig):
                 )
         if self.text_score_weight is not None and self.text_width is None:
             raise ValueError("`text_score_weight` needs texts; set `text_config`, or `text_embed_dim`.")
-        for name in ("text_score_weight", "fused_text_weight", "frame_consensus_scale"):
+        for name in ("text_score_weight", "fused_text_weight", "alignment_weight", "frame_consensus_scale"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")
         if self.text_logit_scale_init_value <= 0:
             raise ValueError(f"`text_logit_scale_init_value` must be above 0, got {self.text_logit_scale_init_value}.")
+
+    def _validate_ranking(self):
+        if self.fusion_weight is not None and self.fusion_weight <= 0:
+            raise ValueError(f"`fusion_weight` must be above 0, got {self.fusion_weight}.")
+        has_alignment = self.alignment_weight is not None
+        needed = {
+            "matching": (self.use_decoder, "`use_decoder=True`"),
+            "alignment": (has_alignment, "an `alignment_weight`"),
+            "fused": (
+                has_alignment or (self.use_decoder and self.fusion_weight is not None),
+                "a `fusion_weight` beside `use_decoder=True`, or an `alignment_weight`",
+            ),
+        }
+        fits, what = needed.get(self.ranking, (True, ""))
+        if not fits:
+            raise ValueError(f"`ranking={self.ranking!r}` needs {what}; set it, or choose another `ranking`.")
 
 
 RiceConfig.register_for_auto_class()

@@ -306,7 +306,23 @@ class RiceDecoder(nn.Module):
 
 
 class RiceHeadMixing(nn.Conv2d):
-    """A 1x1 convolution over heads; a class of its own because it starts as their mean."""
+    """A 1x1 convolution over heads; a class of its own because it starts near their mean."""
+
+    def starting_weight(self) -> Tensor:
+        """
+        The mean over inputs, `1 / in_channels`, and around it values that are evenly spread over the outputs, in an
+        order that is drawn for each input; over the inputs where there is one output.
+
+        Channels that are equal would get equal gradients, and stay equal for ever. All weights are above 0 (of up to
+        57 inputs), and so is what the ReLUs behind are given of attention weights: no channel starts dead.
+        """
+        outputs, inputs = self.weight.shape[:2]
+        count = outputs if outputs > 1 else inputs
+        # Half the mean, and at least what makes a standard deviation of 1e-2 of many values.
+        width = max(0.5 / inputs, 0.0175) if count > 1 else 0.0
+        orders = torch.rand(inputs if outputs > 1 else 1, count).argsort(dim=1)
+        offsets = torch.linspace(-width, width, count)[orders]
+        return (1 / inputs + (offsets.T if outputs > 1 else offsets))[:, :, None, None]
 
 
 class RiceReconstructionHead(nn.Module):

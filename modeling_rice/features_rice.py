@@ -1,16 +1,22 @@
 """What a shop's images and a set of clips leave behind once encoded: enough to be compared and matched for ever."""
 
 import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .fingerprint_rice import same_state
 
+
+@dataclass
 class _RiceFeatures:
     """
     A few tensors with one row per item; the first field is always there, the others may be `None`.
@@ -22,25 +28,22 @@ class _RiceFeatures:
     # Those with one entry per token, of which clips have different numbers.
     token_fields: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, model_fingerprint: str | None = None, **tensors: Tensor | None):
-        self.model_fingerprint = model_fingerprint
-        unknown = tensors.keys() - set(self.fields)
-        if unknown:
-            raise TypeError(f"{type(self).__name__} has no field {min(unknown)!r}; it has {', '.join(self.fields)}.")
-        for name in self.fields:
-            setattr(self, name, tensors.get(name))
+    model_fingerprint: str | None = field(default=None, kw_only=True)
+
+    def __init_subclass__(cls):
+        cls.fields = tuple(cls.__annotations__)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.fields if getattr(self, name) is not None}
 
-    def _map(self, function) -> "_RiceFeatures":
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         tensors = {name: function(tensor) for name, tensor in self._tensors().items()}
         return type(self)(model_fingerprint=self.model_fingerprint, **tensors)
 
     def __len__(self) -> int:
-        return len(self.embeds)
+        return len(getattr(self, self.fields[0]))
 
-    def __getitem__(self, index) -> "_RiceFeatures":
+    def __getitem__(self, index) -> Self:
         """Rows by slice, index tensor or list; a single integer keeps the row dimension."""
         if isinstance(index, Integral):
             index = int(index)
@@ -53,7 +56,7 @@ class _RiceFeatures:
         shapes = ", ".join(f"{name}={tuple(tensor.shape)}" for name, tensor in self._tensors().items())
         return f"{type(self).__name__}({shapes})"
 
-    def to(self, *args, **kwargs) -> "_RiceFeatures":
+    def to(self, *args, **kwargs) -> Self:
         """Moves or casts as `Tensor.to` does (e.g. `.to(torch.float16)` halves the storage); masks stay bool."""
 
         def move(tensor: Tensor) -> Tensor:
@@ -63,7 +66,7 @@ class _RiceFeatures:
         return self._map(move)
 
     @classmethod
-    def cat(cls, parts: list["_RiceFeatures"]) -> "_RiceFeatures":
+    def cat(cls, parts: Sequence[Self]) -> Self:
         """
         Concatenates along rows; clips of unequal length are padded and masked.
 
@@ -77,17 +80,18 @@ class _RiceFeatures:
         if any(part._tensors().keys() != names for part in parts):
             raise ValueError(f"The parts given to {cls.__name__}.cat hold different fields; encode them alike.")
         models = {part.model_fingerprint for part in parts}
-        if len(models - {None}) > 1:
+        known = sorted(name for name in models if name is not None)
+        if any(not same_state(known[0], other) for other in known[1:]):
             raise ValueError(
-                f"The parts given to {cls.__name__}.cat come from different models "
-                f"({', '.join(sorted(models - {None}))}); encode them with one."
+                f"The parts given to {cls.__name__}.cat come from different models ({', '.join(known)}); encode them "
+                f"with one."
             )
         columns = {name: [getattr(part, name) for part in parts] for name in names}
         tensors = {name: torch.cat(_pad(c) if name in cls.token_fields else c) for name, c in columns.items()}
         # Rows of an unknown origin make the whole unknown.
-        return cls(model_fingerprint=models.pop() if len(models) == 1 else None, **tensors)
+        return cls(model_fingerprint=None if None in models else known[0], **tensors)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | os.PathLike) -> None:
         """
         Writes a safetensors file.
 
@@ -103,7 +107,7 @@ class _RiceFeatures:
         save_file(tensors, str(path), metadata={"rice": json.dumps(about)})
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "_RiceFeatures":
+    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> Self:
         """
         Reads a file written by `save`.
 
@@ -121,6 +125,11 @@ class _RiceFeatures:
             raise ValueError(f"The feature file {path} cannot be read ({error}); write it anew.") from error
         if about.get("type") != cls.__name__:
             raise ValueError(f"{path} holds {about.get('type') or 'no RICE features'}, not {cls.__name__}.")
+        if cls.fields[0] not in tensors or not tensors.keys() <= set(cls.fields):
+            raise ValueError(
+                f"{path} holds {', '.join(sorted(tensors))}, where a {cls.__name__} has {', '.join(cls.fields)}; "
+                f"write it anew with this version."
+            )
         return cls(model_fingerprint=about.get("model_fingerprint"), **tensors)
 
 
@@ -130,6 +139,7 @@ def _pad(tensors: list[Tensor]) -> list[Tensor]:
     return [nn.functional.pad(t, (0, 0) * (t.dim() - 2) + (0, length - t.shape[1])) for t in tensors]
 
 
+@dataclass(repr=False, eq=False)
 class RiceGallery(_RiceFeatures):
     """
     Encoded shop images.
@@ -140,9 +150,12 @@ class RiceGallery(_RiceFeatures):
         text_embeds (`(n, E)`, *optional*): Of the titles, normalised, zero where there is none.
     """
 
-    fields = ("embeds", "states", "text_embeds")
+    embeds: Tensor
+    states: Tensor | None = None
+    text_embeds: Tensor | None = None
 
 
+@dataclass(repr=False, eq=False)
 class RiceClips(_RiceFeatures):
     """
     Encoded clips.
@@ -154,5 +167,26 @@ class RiceClips(_RiceFeatures):
         text_embeds (`(c, E)`, *optional*): Of the ASR, normalised, zero where there is none.
     """
 
-    fields = ("embeds", "keys", "values", "mask", "text_embeds")
+    embeds: Tensor
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    mask: Tensor | None = None
+    text_embeds: Tensor | None = None
+
     token_fields = ("keys", "values", "mask")
+
+
+@dataclass(repr=False, eq=False)
+class RiceFrames(_RiceFeatures):
+    """
+    Encoded frames, each by itself, of which [`RiceModel.pool_frames`] makes clips.
+
+    Attributes:
+        tokens (`(n, 1 + P, d)`): Those the decoder sees, the frame's global token first.
+        features (`(n, D)`): Projected global features, not normalised, in at least single precision.
+        token_mask (`(n, 1 + P)` bool, *optional*): `True` = token that counts; `None` where no patch was masked.
+    """
+
+    tokens: Tensor
+    features: Tensor
+    token_mask: Tensor | None = None

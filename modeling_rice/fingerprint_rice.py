@@ -1,8 +1,15 @@
-"""Which model encoded a gallery: a short name for what a model's encodings depend on."""
+"""The same model in the same state: one rule by which encodings are known to be comparable.
+
+Two models are the same where these are: the settings that encodings depend on, the weights that take part in them, up
+to a cast to bfloat16 or float16, and which adapters are active. Training or eval mode, device and attention back end
+are no part of it, nor are weights and settings of the losses and of the scores' sum. An adapter that is switched off
+is as good as absent, and one that was merged is weights of its layer.
+"""
 
 import dataclasses
 import hashlib
 import json
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -12,6 +19,7 @@ from .configuration_rice import RiceConfig
 
 # Fields and weights that no encoding depends on, or that are told by themselves.
 _TRAINING_FIELDS = (
+    "alignment_weight",
     "contrastive_",
     "decoder_dropout",
     "detach_",
@@ -25,6 +33,7 @@ _TRAINING_FIELDS = (
     "matching_scale",
     "matching_targets",
     "num_hard_negatives",
+    "ranking",
     "reconstruction_",
     "text_config",
     "text_logit_",
@@ -36,36 +45,156 @@ _TRAINING_FIELDS = (
 _TRAINING_WEIGHTS = ("logit_", "reconstruction_head.", "text_logit_")
 _SAMPLES_PER_WEIGHT = 1024
 
+# What PEFT calls the layer that adapters are attached to.
+_ORIGINALS = ("base_layer", "original_module")
+
+
+class RiceIdentity(nn.Module):
+    """What [`RiceModel`] knows of its own state."""
+
+    _fingerprint: tuple[tuple, str | None] | None = None
+
+    def fingerprint(self) -> str | None:
+        """
+        Names what this model's encodings depend on, the settings and the weights, in 32 hexadecimal digits, to be
+        compared by `same_state`. Training changes it, and so does switching an adapter; saving, moving and a copy in
+        half precision do not. `None` while weights are offloaded. What `encode_gallery` and `encode_clips` return
+        carries it as `model_fingerprint`.
+        """
+        if self.training:
+            return fingerprint(self)
+        state = weights_state(self)
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            self._fingerprint = (state, fingerprint(self))
+        return self._fingerprint[1]
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module."""
+        # A fused optimiser changes weights without a trace on them, so that nothing is kept from before training.
+        self._fingerprint = None
+        return super().train(mode)
+
+    def refuse_foreign(self, **encodings: Any) -> None:
+        """Raises `ValueError` for encodings, by their name, that are known to be another model's."""
+        own = self.fingerprint()
+        for name, features in encodings.items():
+            if not same_state(own, features.model_fingerprint):
+                raise ValueError(
+                    f"`{name}` was encoded by another model, or by this one before its weights changed or its "
+                    f"adapters were switched ({features.model_fingerprint}, this one is {own}); encode it anew with "
+                    f"this model."
+                )
+
+    def require_eval_mode(self, method: str) -> None:
+        """Raises `ValueError` where training mode would change what `method` returns, or the model while it runs."""
+        if any(changes_in_training(module) for module in self.modules()):
+            raise ValueError(
+                f"`{method}` needs the model in eval mode, since dropout or batch normalisation is active in training "
+                f"mode; call `model.eval()` first."
+            )
+
+
+def changes_in_training(module: nn.Module) -> bool:
+    """Whether a module is in training mode and then does something else: batch normalisation, dropout in any form."""
+    if not module.training:
+        return False
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return module.track_running_stats
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    # Attention and stochastic depth keep their rates as plain numbers: `dropout`, `attention_dropout`, `drop_prob`.
+    rates = (value for name, value in vars(module).items() if "drop" in name)
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def same_state(one: str | None, other: str | None) -> bool:
+    """
+    Whether two fingerprints may be of one model in one state. A model and its copy in half precision share a half of
+    their names; a name that is not known is taken to fit.
+    """
+    if one is None or other is None or one == other:
+        return True
+    return any(a == b for a, b in zip(_halves(one), _halves(other), strict=False))
+
+
+def _halves(name: str) -> tuple[str, ...]:
+    # Names with an ending, such as those of quantised copies, are whole or not the same.
+    return (name[:16], name[16:]) if len(name) == 32 else ()
+
 
 def weights_state(model: nn.Module) -> tuple:
     """
-    Changes when the weights do, at next to no cost: where they lie, and how often they were written to. What fused
-    optimisers do, or writing through `.data`, is not counted.
+    Changes when the weights or the adapters in use do, at next to no cost: where weights lie, and how often they were
+    written to. What fused optimisers do, or writing through `.data`, is not counted.
     """
     # `parameters()` also builds names and looks for duplicates, which takes longer than matching a few pairs.
-    tensors = (t for m in model.modules() for group in (m._parameters, m._buffers) for t in group.values())
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None)
+    modules = list(model.modules())
+    tensors = (t for m in modules for group in (m._parameters, m._buffers) for t in group.values())
+    weights = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None)
+    return weights, tuple(_adapters_in_use(m) for m in modules if _is_adapted(m))
 
 
-def fingerprint(model: nn.Module) -> str | None:
+def fingerprint(model: Any) -> str | None:
     """
     32 hexadecimal digits for what the encodings of a [`RiceModel`] depend on, `None` while its weights are offloaded.
 
     They stand for the settings and, for speed, up to 2,048 evenly spaced numbers of each weight, some of which any
-    training step moves. Rounded to bfloat16, so that a copy in that precision has the same name.
+    training step moves: the first 16 with the numbers rounded to bfloat16, the last 16 to float16. A copy in either
+    precision so keeps one half; no rounding would give all three one name.
     """
     weights = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if b.is_floating_point()}
     if any(tensor.is_meta for tensor in weights.values()):
         return None
-    digest = hashlib.blake2b(json.dumps(_settings(model.config), sort_keys=True).encode(), digest_size=16)
-    for name, tensor in sorted(weights.items()):
+    about: dict[str, Any] = {"settings": _settings(model.config)}
+    in_use = {name: _adapters_in_use(module) for name, module in model.named_modules() if _is_adapted(module)}
+    if any(in_use.values()):
+        about["adapters"] = in_use
+    digests = {
+        dtype: hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8)
+        for dtype in (torch.bfloat16, torch.float16)
+    }
+    named = {plain: tensor for name, tensor in weights.items() if (plain := _plain_name(name, in_use)) is not None}
+    for name, tensor in sorted(named.items()):
         if name.startswith(_TRAINING_WEIGHTS):
             continue
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
         numbers = tensor.detach().flatten()
-        numbers = numbers[:: max(1, len(numbers) // _SAMPLES_PER_WEIGHT)]
-        digest.update(numbers.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+        # By way of single precision, as a copy of a double model in half precision may have come about.
+        numbers = numbers[:: max(1, len(numbers) // _SAMPLES_PER_WEIGHT)].to("cpu", torch.float32)
+        for dtype, digest in digests.items():
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(numbers.to(dtype).contiguous().view(torch.int16).numpy().tobytes())
+    return "".join(digest.hexdigest() for digest in digests.values())
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    """Whether a layer carries adapters, as PEFT attaches them."""
+    return hasattr(module, "disable_adapters") and any(hasattr(module, name) for name in _ORIGINALS)
+
+
+def _adapters_in_use(module: Any) -> list:
+    """The adapters that change what a layer returns, with their scale, in order; none while they are switched off."""
+    merged = list(getattr(module, "merged_adapters", []))
+    if module.disable_adapters:
+        # PEFT takes merged weights apart again at the next forward pass: a state that is about to change.
+        return [["merged and switched off", *merged]] if merged else []
+    scales = getattr(module, "scaling", {})
+    return [[name, scales.get(name)] for name in module.active_adapters if name not in merged]
+
+
+def _plain_name(name: str, in_use: dict[str, list]) -> str | None:
+    """
+    What a weight is called without adapters, its own name for an adapter's; `None` for weights that take no part.
+    """
+    for prefix, adapters in in_use.items():
+        rest = name.removeprefix(f"{prefix}.")
+        if rest == name:
+            continue
+        first, _, inner = rest.partition(".")
+        if first in _ORIGINALS:
+            name = f"{prefix}.{inner}"
+        elif not {adapter for adapter, *_ in adapters} & set(inner.split(".")):
+            return None
+    return name
 
 
 def _settings(config: RiceConfig) -> dict[str, str]:

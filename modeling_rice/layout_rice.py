@@ -1,8 +1,46 @@
-"""What a saved model tells libraries besides transformers: the files of the sentence-transformers layout."""
+"""What a saved model has besides weights and config: the sentence-transformers layout, a card, the weights' hashes."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
+
+HASHES = "model.sha256"
+"""Hashes of the weight files, in the format of `sha256sum`, which checks them by `sha256sum --check model.sha256`."""
+
+PIPELINE_TAG = "image-feature-extraction"
+TAGS = ("rice", "livestreaming-product-recognition", "video-to-shop", "image-retrieval", "video")
+TAGS += ("sentence-transformers", "custom_code")
+"""What the Hub lists a model under."""
+
+# Of the card that transformers puts where there is none.
+_AUTOMATIC = "This model card has been automatically generated"
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: {pipeline_tag}
+tags:
+{tags}
+---
+
+# {name}
+
+Recognises which product a livestream clip is presenting: the clip is the query, the product images of a shop are the
+gallery. The model is RICE ([Cross-view Semantic Alignment for Livestreaming Product
+Recognition](https://arxiv.org/abs/2308.04912), ICCV 2023).
+
+```python
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
+shop = model.get_image_features(**processor(images=["red_mug.jpg", "blue_mug.jpg"])).pooler_output
+clip = model.get_video_features(**processor(videos=[["frame_0.jpg", "frame_1.jpg"]])).pooler_output
+print(clip @ shop.T)
+```
+
+Not evaluated yet: no figure is claimed. No licence is stated; ask whoever published the model.
+"""
 
 _FEATURES = {
     kind: {"method": f"get_{kind}_features", "method_output_name": "pooler_output"} for kind in ("image", "video")
@@ -23,6 +61,25 @@ _FILES = {
 
 
 def write_layout(folder: str | os.PathLike) -> None:
-    """Writes the files by which `SentenceTransformer(folder)` and mteb know that images and clips can be encoded."""
+    """
+    Writes the files by which `SentenceTransformer(folder)` and mteb know that images and clips can be encoded, and
+    the hashes of the weights.
+    """
+    folder = Path(folder)
     for name, content in _FILES.items():
-        (Path(folder) / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    lines = []
+    for path in sorted([*folder.glob("model.safetensors"), *folder.glob("model-*-of-*.safetensors")]):
+        with open(path, "rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+    (folder / HASHES).write_text("".join(lines), encoding="utf-8")
+
+
+def write_card(folder: str | os.PathLike, repo_id: str) -> None:
+    """Writes README.md where there is none, or none but the one that transformers puts there."""
+    path = Path(folder) / "README.md"
+    if path.is_file() and _AUTOMATIC not in path.read_text(encoding="utf-8"):
+        return
+    tags = "\n".join(f"- {tag}" for tag in TAGS)
+    card = _CARD.format(pipeline_tag=PIPELINE_TAG, tags=tags, name=repo_id.rpartition("/")[2], repo_id=repo_id)
+    path.write_text(card, encoding="utf-8")

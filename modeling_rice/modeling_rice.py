@@ -11,16 +11,16 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from .comparison_rice import RiceComparison
 from .configuration_rice import PATCH_MASK_ENCODERS, RiceConfig
 from .decoder_rice import RiceDecoder, RiceHeadMixing, RiceReconstructionHead, additive_mask
-from .features_rice import RiceClips, RiceGallery
-from .fingerprint_rice import fingerprint, weights_state
-from .layout_rice import write_layout
-from .loss_rice import Memory, cosines
-from .objective_rice import EncodedClips, EncodedImages, OneProcess, RiceObjective
+from .features_rice import RiceClips, RiceFrames, RiceGallery
+from .fingerprint_rice import RiceIdentity
+from .layout_rice import write_card, write_layout
+from .loss_rice import cosines
+from .objective_rice import ClipTokens, ImageTokens, RiceObjective
 from .patches_rice import RicePatchSaliency, RiceSaliencyScore, pool_patches, resize_patch_mask
 from .pooling_rice import POOLINGS, RiceZeroLinear
-from .ranking_rice import best_first, encode_candidates, pair_scores
 from .text_rice import EncodedText, RiceTextEncoder, RiceTextSide
 
 # Encoders that leave their last hidden state without the final norm, which the published model applies to every token.
@@ -43,9 +43,10 @@ class RiceOutput(ModelOutput):
         contrastive_loss, matching_loss, reconstruction_loss, text_loss (scalar):
             The terms (ICL, PMD, PFR, and ASR against titles), unweighted.
         logits_per_video, logits_per_image (`(B, B)`): Cosines times `logit_scale`, plus a `logit_bias`.
-        matching_logits: Decoder scores times `matching_scale`, rows are images. With mined negatives
-            `(B, 1 + num_hard_negatives)`, the positive first; otherwise `(B, B)`.
-        matching_indices (`(B, 1 + num_hard_negatives)`): Clips of those columns.
+        matching_logits: Decoder scores times `matching_scale`, of every clip (rows) with every image, `(B, B)`, as
+            `match` and `logits_per_video` have them. Of a loss on mined negatives `(B, 1 + num_hard_negatives)`: a
+            row per pair, its image with its own clip first, then with the clips that were mined for it.
+        matching_indices (`(B, 1 + num_hard_negatives)`): Which clips those are.
         image_embeds, video_embeds (`(B, D)`): L2-normalised.
     """
 
@@ -74,8 +75,8 @@ class RicePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         if isinstance(module, RiceHeadMixing):
-            # Random signs under two ReLUs can leave the head at zero for ever, so it starts as the mean over heads.
-            init.constant_(module.weight, 1 / module.in_channels)
+            # Random signs under two ReLUs can leave the head at zero for ever, so it starts near the mean over heads.
+            init.copy_(module.weight, module.starting_weight())
             init.zeros_(module.bias)
         elif isinstance(module, RiceSaliencyScore):
             init.zeros_(module.weight)
@@ -92,7 +93,7 @@ class RicePreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-class RiceModel(RiceObjective, RiceTextSide, RicePreTrainedModel):
+class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RicePreTrainedModel):
     """
     Cross-view semantic alignment: one vision encoder for clips and images (ICL), a pairwise matching decoder (PMD) and
     patch feature reconstruction (PFR).
@@ -134,9 +135,6 @@ class RiceModel(RiceObjective, RiceTextSide, RicePreTrainedModel):
         has_head = config.use_decoder and config.use_reconstruction
         self.reconstruction_head = RiceReconstructionHead(config) if has_head else None
         self.patch_saliency = RicePatchSaliency(config) if config.patch_saliency == "learned" else None
-        self._gather = OneProcess()
-        self._fingerprint: tuple[tuple, str | None] | None = None
-        self.memory: Memory | None = None
         self.post_init()
 
     # Trainer would otherwise rescale the loss, since `forward` takes keyword arguments it does not name.
@@ -152,11 +150,17 @@ class RiceModel(RiceObjective, RiceTextSide, RicePreTrainedModel):
         if is_main_process:
             write_layout(save_directory)
 
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
+        # The last step of `push_to_hub` and `save_pretrained(push_to_hub=True)`, which would leave these out.
+        write_layout(working_dir)
+        write_card(working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         """The vision encoder's, as adapters ask for them."""
         return self.vision_model.get_input_embeddings()
 
-    def _encode_pixels(self, pixel_values: Tensor, patch_mask: Tensor | None = None, is_clip: bool = False) -> Tensor:
+    def _vision_states(self, pixel_values: Tensor, patch_mask: Tensor | None = None, is_clip: bool = False) -> Tensor:
         """Images `(n, 3, H, W)`, mask `(n, P)` -> last hidden states `(n, 1 + P, W)`, global feature first."""
         # Encoders that interpolate positions would take another size, and patches would be miscounted unnoticed.
         size = (self.config.vision_config.image_size,) * 2 if self.config.num_patches is not None else None
@@ -225,42 +229,108 @@ class RiceModel(RiceObjective, RiceTextSide, RicePreTrainedModel):
             states = self.vision_model.post_layernorm(states)
         return self.visual_projection(states)
 
-    def _features(self, states: Tensor) -> tuple[Tensor, Tensor]:
+    def _tokens_and_features(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states -> the tokens the decoder sees, and the projected global feature."""
         if self.config.decoder_token_source == "projected" and self.decoder is not None:
             tokens = self._project(states)
             return tokens, tokens[..., 0, :]
         return states, self._project(states[..., 0, :])
 
-    def _encode_images(self, pixel_values: Tensor) -> EncodedImages:
-        tokens, features = self._features(self._encode_pixels(pixel_values))
-        return EncodedImages(tokens, nn.functional.normalize(_at_least_single(features), dim=-1))
+    def _embed_images(self, pixel_values: Tensor) -> ImageTokens:
+        tokens, features = self._tokens_and_features(self._vision_states(pixel_values))
+        return ImageTokens(tokens, nn.functional.normalize(_at_least_single(features), dim=-1))
 
-    def _encode_clips(
-        self, pixel_values_videos: Tensor, frame_mask: Tensor | None, patch_mask: Tensor | None
-    ) -> EncodedClips:
-        frame_mask = self._check_clips(pixel_values_videos, frame_mask, patch_mask)
-        encode_padding = patch_mask is not None and not self.config.mask_padded_frames
-        encoded = torch.ones_like(frame_mask) if encode_padding else frame_mask
-        packed_mask = patch_mask.bool()[encoded] if patch_mask is not None else None
-        packed_tokens, packed_features = self._features(
-            self._encode_pixels(pixel_values_videos[encoded], packed_mask, is_clip=True)
-        )
+    def encode_frames(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> RiceFrames:
+        """
+        Encodes frames of clips, each by itself, so that clips may share them: with `pool_frames` it is what
+        `encode_clips` does, gradients included.
 
-        tokens = packed_tokens.new_zeros(*frame_mask.shape, *packed_tokens.shape[1:])
-        tokens[encoded] = packed_tokens
-        features = packed_features.new_zeros(*frame_mask.shape, packed_features.shape[-1])
-        features[encoded] = packed_features
-        features = _at_least_single(features)
+        Args:
+            pixel_values (`(n, 3, H, W)`): Preprocessed frames.
+            patch_mask (`(n, P)` bool, *optional*): `True` = patch of the intended product.
+
+        Raises:
+            ValueError: for shapes that do not fit, or a mask that the encoder does not take.
+        """
+        if patch_mask is not None:
+            patch_mask = patch_mask.bool()
+        tokens, features = self._tokens_and_features(self._vision_states(pixel_values, patch_mask, is_clip=True))
+        token_mask = None
+        if patch_mask is not None:
+            kept = resize_patch_mask(patch_mask, tokens.shape[1] - 1) > 0
+            token_mask = nn.functional.pad(kept, (1, 0), value=True)
+        # While weights change nobody compares by name, and a graph that is being made has no weights to read.
+        name = None if self.training or torch.compiler.is_compiling() else self.fingerprint()
+        return RiceFrames(tokens, _at_least_single(features), token_mask, model_fingerprint=name)
+
+    def pool_frames(
+        self,
+        frames: RiceFrames,
+        frame_mask: Tensor | None = None,
+        asr_embeds: Tensor | None = None,
+        asr_input_ids: Tensor | None = None,
+        asr_attention_mask: Tensor | None = None,
+    ) -> RiceClips:
+        """
+        Makes clips of encoded frames. A frame may be part of several clips: `frames[[0, 1, 1, 2]]` with a mask of
+        shape (2, 2) are two clips that share one.
+
+        Args:
+            frames: Of all clips, one after the other: the real ones alone, or with padded ones in their places.
+            frame_mask (`(c, T)` bool, *optional*): `True` = real frame; by default all frames are one clip's.
+            asr_embeds, asr_input_ids, asr_attention_mask: The clips' ASR, as `encode_clips`.
+
+        Raises:
+            ValueError: for a mask that does not fit, a clip without a real frame, or frames of another model.
+        """
+        if frame_mask is None:
+            frame_mask = torch.ones(1, len(frames), dtype=torch.bool, device=frames.features.device)
+        frame_mask = frame_mask.bool()
+        _refuse_empty(frame_mask)
+        if len(frames) not in (frame_mask.numel(), int(frame_mask.sum())):
+            raise ValueError(
+                f"`frame_mask` has {int(frame_mask.sum())} real frames of {frame_mask.numel()}, but there are "
+                f"{len(frames)} frames; give the real ones, or all."
+            )
+        if not self.training:
+            self.refuse_foreign(frames=frames)
+        clips = self._lay_out(frames, frame_mask)
+        self._add_asr(clips, asr_embeds, asr_input_ids, asr_attention_mask)
+        return clips.kept(frames.model_fingerprint)
+
+    def pool_features(self, features: Tensor, frame_mask: Tensor) -> Tensor:
+        """Frames' features `(c, T, D)`, mask `(c, T)`, as of `pool_frames` -> L2-normalised embeddings `(c, D)`."""
         if self.config.normalize_frames:
             features = nn.functional.normalize(features, dim=-1)
-        clip_features = self.temporal_pooling(features, frame_mask)
+        return nn.functional.normalize(self.temporal_pooling(features, frame_mask), dim=-1)
 
-        mask = encoded[:, :, None].expand(-1, -1, tokens.shape[2])
-        if patch_mask is not None:
-            kept = resize_patch_mask(patch_mask.bool(), tokens.shape[2] - 1) > 0
-            mask = mask & nn.functional.pad(kept, (1, 0), value=True)
-        return EncodedClips(tokens, nn.functional.normalize(clip_features, dim=-1), mask)
+    def _lay_out(self, frames: RiceFrames, frame_mask: Tensor) -> ClipTokens:
+        """Frames in their places `(c, T)`; see `pool_frames`."""
+        is_whole = len(frames) == frame_mask.numel()
+        # Where padded frames are masked, they also are not there to be attended to.
+        counts_padding = is_whole and frames.token_mask is not None and not self.config.mask_padded_frames
+
+        def place(rows: Tensor) -> Tensor:
+            if is_whole:
+                return rows.unflatten(0, frame_mask.shape)
+            placed = rows.new_zeros(*frame_mask.shape, *rows.shape[1:])
+            placed[frame_mask] = rows
+            return placed
+
+        tokens = place(frames.tokens)
+        shown = torch.ones_like(frame_mask) if counts_padding else frame_mask
+        token_mask = shown[:, :, None].expand(-1, -1, tokens.shape[2])
+        if frames.token_mask is not None:
+            token_mask = token_mask & place(frames.token_mask)
+        return ClipTokens(tokens, token_mask, self.pool_features(place(frames.features), frame_mask))
+
+    def _embed_videos(self, videos: Tensor, frame_mask: Tensor | None, patch_mask: Tensor | None) -> ClipTokens:
+        frame_mask = self._check_clips(videos, frame_mask, patch_mask)
+        # Padded frames are encoded only where they are to be attended to.
+        counts_padding = patch_mask is not None and not self.config.mask_padded_frames
+        encoded = torch.ones_like(frame_mask) if counts_padding else frame_mask
+        frames = self.encode_frames(videos[encoded], None if patch_mask is None else patch_mask[encoded])
+        return self._lay_out(frames, frame_mask)
 
     @staticmethod
     def _check_clips(videos: Tensor, frame_mask: Tensor | None, patch_mask: Tensor | None) -> Tensor:
@@ -278,9 +348,7 @@ class RiceModel(RiceObjective, RiceTextSide, RicePreTrainedModel):
                 f"got shape {tuple(patch_mask.shape)}."
             )
         frame_mask = frame_mask.bool()
-        empty = (~frame_mask.any(dim=1)).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(f"Clip {empty[0]} of the batch has no real frame in `frame_mask`; leave it out.")
+        _refuse_empty(frame_mask)
         return frame_mask
 
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
@@ -295,7 +363,7 @@ class RiceModel(RiceObjective, RiceTextSide, RicePreTrainedModel):
             TypeError: for an argument that is no key of a batch.
         """
         _refuse_unknown("get_image_features", kwargs)
-        encoded = self._encode_images(pixel_values)
+        encoded = self._embed_images(pixel_values)
         return BaseModelOutputWithPooling(last_hidden_state=encoded.tokens, pooler_output=encoded.embeds)
 
     def get_video_features(
@@ -315,7 +383,7 @@ class RiceModel(RiceObjective, RiceTextSide, RicePreTrainedModel):
             ValueError: for shapes that do not fit.
         """
         _refuse_unknown("get_video_features", kwargs)
-        encoded = self._encode_clips(pixel_values_videos, frame_mask, patch_mask)
+        encoded = self._embed_videos(pixel_values_videos, frame_mask, patch_mask)
         return BaseModelOutputWithPooling(last_hidden_state=encoded.tokens, pooler_output=encoded.embeds)
 
     @torch.no_grad()
@@ -341,16 +409,13 @@ class RiceModel(RiceObjective, RiceTextSide, RicePreTrainedModel):
 
         Raises:
             TypeError: for an argument that is no key of a batch.
-            ValueError: for an empty batch, or in training mode with active dropout.
+            ValueError: for an empty batch, or in training mode where that changes encodings.
         """
         _refuse_unknown("encode_gallery", kwargs)
-        self._require_eval_mode("encode_gallery")
-        parts, model = [], self.fingerprint()
-        for batch in self._batches(batch_size, pixel_values, title_embeds, title_input_ids, title_attention_mask):
-            encoded, states = self.encode_image_side(*batch)
-            states = None if states is None else states[:, 0]
-            texts = None if encoded.text is None else encoded.text.embeds
-            parts.append(RiceGallery(embeds=encoded.embeds, states=states, text_embeds=texts, model_fingerprint=model))
+        self.require_eval_mode("encode_gallery")
+        model = self.fingerprint()
+        image = (pixel_values, title_embeds, title_input_ids, title_attention_mask)
+        parts = [self.image_tokens(*batch).kept(model) for batch in self._batches(batch_size, *image)]
         return RiceGallery.cat(parts)
 
     @torch.no_grad()
@@ -370,162 +435,18 @@ class RiceModel(RiceObjective, RiceTextSide, RicePreTrainedModel):
         ASR's as the title's of `encode_gallery`; `batch_size` counts clips. Raises as `encode_gallery`.
         """
         _refuse_unknown("encode_clips", kwargs)
-        self._require_eval_mode("encode_clips")
-        parts, model = [], self.fingerprint()
+        self.require_eval_mode("encode_clips")
+        model = self.fingerprint()
         clip = (pixel_values_videos, frame_mask, patch_mask, asr_embeds, asr_input_ids, asr_attention_mask)
-        for batch in self._batches(batch_size, *clip):
-            encoded, keys, values, mask = self.encode_clip_side(*batch)
-            decoder = {"keys": keys, "values": values, "mask": mask}
-            texts = None if encoded.text is None else encoded.text.embeds
-            parts.append(RiceClips(embeds=encoded.embeds, **decoder, text_embeds=texts, model_fingerprint=model))
+        parts = [self.clip_tokens(*batch).kept(model) for batch in self._batches(batch_size, *clip)]
         return RiceClips.cat(parts)
 
-    def _require_eval_mode(self, method: str) -> None:
-        if self.training and self.decoder is not None and self.config.decoder_dropout > 0:
-            raise ValueError(f"`{method}` is exact in eval mode only; call `model.eval()` first.")
-
-    def _batches(self, batch_size: int, *tensors: Tensor | None):
-        if len(tensors[0]) == 0:
+    def _batches(self, batch_size: int, first: Tensor, *others: Tensor | None):
+        if len(first) == 0:
             raise ValueError("There is nothing to encode: the batch is empty.")
-        for start in range(0, len(tensors[0]), batch_size):
+        for start in range(0, len(first), batch_size):
             rows = slice(start, start + batch_size)
-            yield [None if tensor is None else tensor[rows].to(self.device) for tensor in tensors]
-
-    def fingerprint(self) -> str | None:
-        """
-        Names what this model's encodings depend on, the settings and the weights, in 32 hexadecimal digits. Training
-        changes it; saving, moving and a bfloat16 copy do not. `None` while weights are offloaded. What
-        `encode_gallery` and `encode_clips` return carries it as `model_fingerprint`.
-        """
-        if self.training:
-            return fingerprint(self)
-        state = weights_state(self)
-        if self._fingerprint is None or self._fingerprint[0] != state:
-            self._fingerprint = (state, fingerprint(self))
-        return self._fingerprint[1]
-
-    def train(self, mode: bool = True) -> "RiceModel":
-        """As of any module."""
-        # A fused optimiser changes weights without a trace on them, so that nothing is kept from before training.
-        self._fingerprint = None
-        return super().train(mode)
-
-    def _refuse_foreign(self, clips: RiceClips, gallery: RiceGallery) -> None:
-        own = self.fingerprint()
-        for name, features in (("clips", clips), ("gallery", gallery)):
-            if None not in (own, features.model_fingerprint) and features.model_fingerprint != own:
-                raise ValueError(
-                    f"`{name}` was encoded by another model, or by this one before its weights changed "
-                    f"({features.model_fingerprint}, this one is {own}); encode it anew with this model."
-                )
-
-    def similarity(self, clips: RiceClips, gallery: RiceGallery, text_weight: float | None = None) -> Tensor:
-        """
-        Cosine of every clip with every image, `(num_clips, num_images)`, in -1..1; plus `text_weight` times
-        `text_similarity` where there is one.
-
-        Args:
-            text_weight: `config.text_score_weight` by default.
-
-        Raises:
-            ValueError: for features that another model encoded.
-        """
-        self._refuse_foreign(clips, gallery)
-        scores = cosines(clips.embeds.float(), gallery.embeds.float())
-        texts = self.text_similarity(clips, gallery)
-        weight = self.config.text_score_weight if text_weight is None else text_weight
-        return scores if texts is None or not weight else scores + weight * texts
-
-    def text_similarity(self, clips: RiceClips, gallery: RiceGallery) -> Tensor | None:
-        """
-        Cosine of every clip's ASR with every title, `(num_clips, num_images)`, 0 where either is missing; `None` where
-        the model has no score-level text term, or clips or gallery were encoded without text.
-        """
-        if clips.text_embeds is None or gallery.text_embeds is None:
-            return None
-        return cosines(clips.text_embeds.float(), gallery.text_embeds.float())
-
-    @torch.no_grad()
-    def match(self, clips: RiceClips, gallery: RiceGallery, max_memory: int = 512 * 2**20) -> Tensor:
-        """
-        Decoder score of every clip with every image, exact: one query row per pair against the clip's cached keys
-        and values. Call in eval mode.
-
-        Args:
-            clips, gallery: From `encode_clips` and `encode_gallery` of this model.
-            max_memory: Bytes the intermediate results may take; larger requests are worked off in chunks.
-
-        Returns:
-            `(num_clips, num_images)` float32, the head's raw output without temperature.
-
-        Raises:
-            ValueError: when the model or the one that encoded has no decoder, for features that another model encoded,
-                or in training mode with active dropout.
-        """
-        if self.decoder is None:
-            raise ValueError("This model has no matching decoder (`use_decoder=False`); rank by `similarity` instead.")
-        self._require_eval_mode("match")
-        if gallery.states is None or clips.keys is None:
-            raise ValueError("The features come from a model without a matching decoder; encode them with this one.")
-        self._refuse_foreign(clips, gallery)
-        device, dtype = self.device, self.visual_projection.weight.dtype
-        clips_at_once, images_at_once = self._match_chunks(clips.keys.shape[1], len(clips), len(gallery), max_memory)
-        scores = torch.empty(len(clips), len(gallery), device=device)
-        for first in range(0, len(clips), clips_at_once):
-            rows = slice(first, first + clips_at_once)
-            keys, values = clips.keys[rows].to(device, dtype), clips.values[rows].to(device, dtype)
-            mask = clips.mask[rows].to(device)
-            for start in range(0, len(gallery), images_at_once):
-                columns = slice(start, start + images_at_once)
-                states = gallery.states[columns].to(device, dtype)
-                scores[rows, columns] = self.decoder.score_pairs(states, keys, values, mask).float()
-        return scores
-
-    def rank(
-        self,
-        clip,
-        images,
-        top_k: int | None = None,
-        *,
-        processor,
-        titles: list[str] | None = None,
-        asr: str | None = None,
-    ) -> list[dict]:
-        """
-        Ranks images for one clip by the decoder's score, every pair, as a cross-encoder does. Call in eval mode.
-
-        Args:
-            clip: One clip, as `processor` takes it: a list of frames, an array or tensor, the path of a video.
-            images: Shop images, an encoded gallery, or the path of a saved one.
-            top_k: Entries to return at most, all by default.
-            processor: The [`RiceProcessor`] that was saved with this model.
-            titles, asr: A title per image and the clip's ASR, for models that read them.
-
-        Returns:
-            From best to worst, `{"corpus_id": index, "score": score}`, as sentence-transformers' `CrossEncoder.rank`.
-
-        Raises:
-            ValueError: as `match`, or for inputs that `processor` refuses.
-        """
-        gallery = encode_candidates(self, processor, images, titles)
-        clips = self.encode_clips(**processor(videos=[clip], asr=None if asr is None else [asr]))
-        scores, _ = pair_scores(self, clips, gallery, "matching")
-        return [{"corpus_id": i, "score": scores[0, i].item()} for i in best_first(scores[0], top_k)]
-
-    def _match_chunks(self, num_tokens: int, num_clips: int, num_images: int, max_memory: int) -> tuple[int, int]:
-        width, heads = self.config.decoder_hidden_size, self.config.decoder_num_heads
-        hidden = self.config.decoder_intermediate_size or 4 * width
-        bytes_per_pair = 4 * (2 * hidden + 5 * width + 2 * heads * num_tokens)
-        bytes_per_clip = 4 * 4 * num_tokens * width
-        images = max(1, min(num_images, max_memory // (2 * bytes_per_pair)))
-        clips = max(1, min(num_clips, max_memory // (images * bytes_per_pair + bytes_per_clip)))
-        return clips, images
-
-    def _decoder_clips(
-        self, clips: EncodedClips, asr_features: Tensor | None = None, has_asr: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = clips.tokens.detach() if self.config.detach_matching_features else clips.tokens
-        return self.decoder.encode_clips(tokens.flatten(1, 2), clips.mask.flatten(1), asr_features, has_asr)
+            yield [None if tensor is None else tensor[rows].to(self.device) for tensor in (first, *others)]
 
     def _text_token(self, text: EncodedText | None) -> tuple[Tensor | None, Tensor | None]:
         """What the decoder is told of a text."""
@@ -565,10 +486,8 @@ class RiceModel(RiceObjective, RiceTextSide, RicePreTrainedModel):
             ValueError: for shapes that do not fit, or a batch too small to mine negatives from.
         """
         _refuse_unknown("forward", kwargs)
-        images, states = self.encode_image_side(pixel_values, title_embeds, **kwargs)
-        clips, keys, values, mask = self.encode_clip_side(
-            pixel_values_videos, frame_mask, patch_mask, asr_embeds, **kwargs
-        )
+        images = self.image_tokens(pixel_values, title_embeds, **kwargs)
+        clips = self.clip_tokens(pixel_values_videos, frame_mask, patch_mask, asr_embeds, **kwargs)
         logits = self.logit_scale.exp() * cosines(images.embeds, clips.embeds)
         output = RiceOutput(
             logits_per_image=logits if self.logit_bias is None else logits + self.logit_bias,
@@ -578,8 +497,8 @@ class RiceModel(RiceObjective, RiceTextSide, RicePreTrainedModel):
         output.logits_per_video = output.logits_per_image.T
         if not return_loss:
             if self.decoder is not None:
-                scores = self.decoder.score_pairs(states[:, 0], keys, values, mask)
-                output.matching_logits = self.config.matching_scale * scores.T
+                scores = self.decoder.score_pairs(images.states[:, 0], clips.keys, clips.values, clips.mask)
+                output.matching_logits = self.config.matching_scale * scores
             return output
 
         if len(images.embeds) != len(clips.embeds):
@@ -597,7 +516,7 @@ class RiceModel(RiceObjective, RiceTextSide, RicePreTrainedModel):
             output.loss = output.loss + self.config.text_loss_weight * output.text_loss
         if self.decoder is not None:
             mined = self.mine_negatives(all_images, all_clips, products, texts=texts)
-            scores = self._gather(self._score_clips(self._gather(states[:, 0]), keys, values, mask, rows, mined))
+            scores = self._gather(self._score_clips(self._gather(images.states[:, 0]), clips, rows, mined))
             mined = None if mined is None else (mined[0][rows], mined[1][rows])
             output.matching_loss, output.matching_logits = self.matching_loss(
                 scores.T[rows], scores[rows], products, rows, mined
@@ -605,29 +524,29 @@ class RiceModel(RiceObjective, RiceTextSide, RicePreTrainedModel):
             output.matching_indices = None if mined is None else mined[0]
             output.loss = output.loss + self.config.matching_loss_weight * output.matching_loss
         if self.reconstruction_head is not None:
-            output.reconstruction_loss = self.reconstruction_loss(images, clips, states, keys, mask)
+            output.reconstruction_loss = self.reconstruction_loss(images, clips)
             output.loss = output.loss + self.config.reconstruction_loss_weight * output.reconstruction_loss
         if self.memory is not None and self.training:
             self.memory.push(all_images.detach(), all_clips.detach(), products)
         return output
 
-    def encode_image_side(
+    def image_tokens(
         self,
         pixel_values: Tensor,
         title_embeds: Tensor | None = None,
         title_input_ids: Tensor | None = None,
         title_attention_mask: Tensor | None = None,
         **kwargs,
-    ) -> tuple[EncodedImages, Tensor | None]:
-        """What the losses need of images: their encoding, and the decoder's states `(n, L, d)` (`None` without it)."""
-        images = self._encode_images(pixel_values)
+    ) -> ImageTokens:
+        """What the losses need of images, with gradient; arguments as `encode_gallery`."""
+        images = self._embed_images(pixel_values)
         images.text = self.encode_text("title", title_embeds, title_input_ids, title_attention_mask)
-        if self.decoder is None:
-            return images, None
-        tokens = images.tokens.detach() if self.config.detach_matching_features else images.tokens
-        return images, self.decoder.encode_images(tokens, *self._text_token(images.text))
+        if self.decoder is not None:
+            tokens = images.tokens.detach() if self.config.detach_matching_features else images.tokens
+            images.states = self.decoder.encode_images(tokens, *self._text_token(images.text))
+        return images
 
-    def encode_clip_side(
+    def clip_tokens(
         self,
         pixel_values_videos: Tensor,
         frame_mask: Tensor | None = None,
@@ -636,13 +555,26 @@ class RiceModel(RiceObjective, RiceTextSide, RicePreTrainedModel):
         asr_input_ids: Tensor | None = None,
         asr_attention_mask: Tensor | None = None,
         **kwargs,
-    ) -> tuple[EncodedClips, Tensor | None, Tensor | None, Tensor | None]:
-        """What the losses need of clips: their encoding, and the decoder's keys, values `(c, S, d)` and mask."""
-        clips = self._encode_clips(pixel_values_videos, frame_mask, patch_mask)
-        clips.text = self.encode_text("asr", asr_embeds, asr_input_ids, asr_attention_mask)
-        if self.decoder is None:
-            return clips, None, None, None
-        return clips, *self._decoder_clips(clips, *self._text_token(clips.text))
+    ) -> ClipTokens:
+        """What the losses need of clips, with gradient; arguments as `encode_clips`."""
+        clips = self._embed_videos(pixel_values_videos, frame_mask, patch_mask)
+        self._add_asr(clips, asr_embeds, asr_input_ids, asr_attention_mask)
+        return clips
+
+    def _add_asr(self, clips: ClipTokens, vectors: Tensor | None, ids: Tensor | None, mask: Tensor | None) -> None:
+        """Gives clips their ASR, and with it the decoder's keys and values."""
+        clips.text = self.encode_text("asr", vectors, ids, mask)
+        if self.decoder is not None:
+            tokens = clips.tokens.detach() if self.config.detach_matching_features else clips.tokens
+            clips.keys, clips.values, clips.mask = self.decoder.encode_clips(
+                tokens.flatten(1, 2), clips.token_mask.flatten(1), *self._text_token(clips.text)
+            )
+
+
+def _refuse_empty(frame_mask: Tensor) -> None:
+    empty = (~frame_mask.any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"Clip {empty[0]} of the batch has no real frame in `frame_mask`; leave it out.")
 
 
 def _refuse_unknown(method: str, arguments: dict) -> None:

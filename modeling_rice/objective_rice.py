@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .features_rice import RiceClips, RiceGallery
 from .loss_rice import (
     Memory,
     contrastive_loss,
@@ -31,22 +33,54 @@ class OneProcess:
 
 
 @dataclass
-class EncodedImages:
-    """Tokens `(n, 1 + P, d)`, normalised embeddings `(n, D)`, and titles."""
+class ImageTokens:
+    """
+    Images with all that the losses need of them.
+
+    Attributes:
+        tokens (`(n, 1 + P, d)`): Global token first.
+        embeds (`(n, D)`): L2-normalised embeddings.
+        text: Of the titles.
+        states (`(n, L, d)`, *optional*): From the decoder's `encode_images`.
+    """
 
     tokens: Tensor
     embeds: Tensor
     text: EncodedText | None = None
+    states: Tensor | None = None
+
+    def kept(self, model_fingerprint: str | None) -> RiceGallery:
+        """What comparisons need."""
+        states = None if self.states is None else self.states[:, 0]
+        texts = None if self.text is None else self.text.embeds
+        return RiceGallery(self.embeds, states, texts, model_fingerprint=model_fingerprint)
 
 
 @dataclass
-class EncodedClips:
-    """Tokens `(n, T, 1 + P, d)`, normalised embeddings `(n, D)`, mask `(n, T, 1 + P)` of real tokens, and ASR."""
+class ClipTokens:
+    """
+    Clips with all that the losses need of them.
+
+    Attributes:
+        tokens (`(c, T, 1 + P, d)`): Frame by frame, each frame's global token first.
+        token_mask (`(c, T, 1 + P)` bool): `True` = token of a real frame that is not masked.
+        embeds (`(c, D)`): L2-normalised embeddings.
+        text: Of the ASR.
+        keys, values (`(c, S, d)`), mask (`(c, S)` bool): From the decoder's `encode_clips`, an ASR token last.
+    """
 
     tokens: Tensor
+    token_mask: Tensor
     embeds: Tensor
-    mask: Tensor
     text: EncodedText | None = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    mask: Tensor | None = None
+
+    def kept(self, model_fingerprint: str | None) -> RiceClips:
+        """What comparisons need."""
+        texts = None if self.text is None else self.text.embeds
+        return RiceClips(self.embeds, self.keys, self.values, self.mask, texts, model_fingerprint=model_fingerprint)
 
 
 class RiceObjective:
@@ -56,6 +90,21 @@ class RiceObjective:
     the whole.
     """
 
+    # Of the model.
+    config: Any
+    decoder: Any
+    reconstruction_head: Any
+    logit_scale: Tensor
+    logit_bias: Any
+    text_logit_scale: Any
+    device: Any
+    training: bool
+    image_tokens: Any
+    clip_tokens: Any
+
+    memory: Memory | None = None
+    _gather: Any = OneProcess()
+
     def set_gather(self, gather: Callable[[Tensor], Tensor]) -> None:
         """
         Sets how rows of other processes are fetched in the loss: a callable that concatenates the tensors of all
@@ -64,7 +113,7 @@ class RiceObjective:
         self._gather = gather
 
     @property
-    def gather(self) -> Callable[[Tensor], Tensor]:
+    def gather(self) -> Any:
         """See `set_gather`."""
         return self._gather
 
@@ -123,23 +172,18 @@ class RiceObjective:
         return mine_hard_negatives(similarity, self.config.num_hard_negatives, ignore, rows.start)
 
     def _score_clips(
-        self,
-        class_states: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        mask: Tensor,
-        rows: slice,
-        mined: tuple[Tensor, Tensor] | None,
+        self, class_states: Tensor, clips: ClipTokens, rows: slice, mined: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         """
         Scores `(b, B)` of this process's clips with the images of all: an image costs one row of width d to exchange,
         a clip hundreds. Pairs that no image has mined stay zero.
         """
+        keys_values = clips.keys, clips.values, clips.mask
         if mined is None:
-            return self.decoder.score_pairs(class_states, keys, values, mask)
-        chosen = torch.zeros(len(class_states), len(class_states), dtype=torch.bool, device=keys.device)
+            return self.decoder.score_pairs(class_states, *keys_values)
+        chosen = torch.zeros(len(class_states), len(class_states), dtype=torch.bool, device=class_states.device)
         chosen = chosen.scatter_(1, mined[0], True).T[rows]
-        return self.decoder.score_chosen_pairs(class_states, keys, values, mask, chosen)
+        return self.decoder.score_chosen_pairs(class_states, *keys_values, chosen)
 
     def matching_loss(
         self,
@@ -159,22 +203,22 @@ class RiceObjective:
             mined: What `mine_negatives` says of these rows.
 
         Returns:
-            The loss, unweighted, and its logits, rows are images: `(r, 1 + num_hard_negatives)`, the positive first,
-            or with every pair `(r, r)`, those of these rows.
+            The loss, unweighted, and its logits as [`RiceOutput`] has them: those of these rows' clips with their
+            images, `(r, r)`, or with mined negatives `(r, 1 + num_hard_negatives)`.
         """
-        by_image = self.config.matching_scale * by_image
+        by_image, by_clip = self.config.matching_scale * by_image, self.config.matching_scale * by_clip
         if mined is not None:
             logits = mined_logits(by_image, *mined)
             return mined_loss(logits), logits
         loss = symmetric_loss(
             by_image,
-            self.config.matching_scale * by_clip,
+            by_clip,
             None if product_ids is None else product_ids[rows],
             product_ids,
             rows.start,
             self.config.matching_targets,
         )
-        return loss, by_image[:, rows]
+        return loss, by_clip[:, rows]
 
     def reconstruction_weights(self, states: Tensor, keys: Tensor, mask: Tensor, tokens_per_frame: int) -> Tensor:
         """
@@ -216,13 +260,13 @@ class RiceObjective:
         """
         if self.reconstruction_head is None:
             raise ValueError("This model has no reconstruction head, so it has no reconstruction maps.")
-        images, states, clips, keys, mask = self._encode_pairs(pixel_values, pixel_values_videos, batch)
+        images, clips = self._pair_tokens(pixel_values, pixel_values_videos, batch)
         tokens_per_frame, frames = images.tokens.shape[1], clips.tokens.shape[1]
-        weights = self.reconstruction_weights(states, keys, mask, tokens_per_frame)
+        weights = self.reconstruction_weights(images.states, clips.keys, clips.mask, tokens_per_frame)
         if self.config.reconstruction_include_cls:
             weights = _drop_class_keys(weights[:, 1:], tokens_per_frame)
         # The mixing of heads has a bias, which would light up what was never attended to.
-        weights = weights.unflatten(-1, (frames, -1)) * clips.mask[:, None, :, 1:]
+        weights = weights.unflatten(-1, (frames, -1)) * clips.token_mask[:, None, :, 1:]
         return weights.clamp(min=0)
 
     @torch.no_grad()
@@ -245,34 +289,30 @@ class RiceObjective:
         """
         if self.decoder is None:
             raise ValueError("This model has no matching decoder, so it has no attention maps.")
-        images, states, clips, keys, mask = self._encode_pairs(pixel_values, pixel_values_videos, batch)
+        images, clips = self._pair_tokens(pixel_values, pixel_values_videos, batch)
         tokens_per_frame, frames = images.tokens.shape[1], clips.tokens.shape[1]
-        attention = self.decoder.positive_attention(states, keys, mask).mean(dim=1)
+        attention = self.decoder.positive_attention(images.states, clips.keys, clips.mask).mean(dim=1)
         # Title and ASR stand last on their sides.
         attention = attention[:, :tokens_per_frame, : frames * tokens_per_frame]
         return _drop_class_keys(attention, tokens_per_frame).unflatten(-1, (frames, -1))
 
-    def _encode_pairs(
+    def _pair_tokens(
         self, pixel_values: Tensor, pixel_values_videos: Tensor, batch: dict
-    ) -> tuple[EncodedImages, Tensor, EncodedClips, Tensor, Tensor]:
-        """Images with the decoder's states, clips with its keys and mask, on the model's device."""
+    ) -> tuple[ImageTokens, ClipTokens]:
+        """Images and as many clips, on the model's device."""
         if len(pixel_values) != len(pixel_values_videos):
             raise ValueError(
                 f"The maps need pairs, got {len(pixel_values)} images and {len(pixel_values_videos)} clips."
             )
         batch = {"pixel_values": pixel_values, "pixel_values_videos": pixel_values_videos, **batch}
         batch = {name: value.to(self.device) if hasattr(value, "to") else value for name, value in batch.items()}
-        images, states = self.encode_image_side(**batch)
-        clips, keys, _, mask = self.encode_clip_side(**batch)
-        return images, states, clips, keys, mask
+        return self.image_tokens(**batch), self.clip_tokens(**batch)
 
-    def reconstruction_loss(
-        self, images: EncodedImages, clips: EncodedClips, states: Tensor, keys: Tensor, mask: Tensor
-    ) -> Tensor:
+    def reconstruction_loss(self, images: ImageTokens, clips: ClipTokens) -> Tensor:
         """PFR of pairs, unweighted; the mean over pairs, which need not be a whole batch."""
-        weights = self.reconstruction_weights(states, keys, mask, images.tokens.shape[1])
+        weights = self.reconstruction_weights(images.states, clips.keys, clips.mask, images.tokens.shape[1])
         first = 0 if self.config.reconstruction_include_cls else 1
-        clip_tokens = (clips.tokens * clips.mask[..., None])[:, :, first:].flatten(1, 2)
+        clip_tokens = (clips.tokens * clips.token_mask[..., None])[:, :, first:].flatten(1, 2)
         return reconstruction_loss(weights, clip_tokens, images.tokens[:, first:])
 
 

@@ -5,7 +5,8 @@ import os
 from PIL import Image
 from transformers import Pipeline
 
-from .ranking_rice import best_first, default_ranking, encode_candidates, pair_scores
+from .comparison_rice import encode_candidates
+from .scoring_rice import best_first, ranked_scores
 
 TASK = "product-retrieval"
 
@@ -18,7 +19,7 @@ CUSTOM_PIPELINES = {
 class ProductRetrievalPipeline(Pipeline):
     """
     Ranks a shop's images for livestream clips. Images are found by embedding, and the best of them are ranked by the
-    fused score, or by the matching decoder where the fused score has no weight.
+    model's own choice of score, `config.ranking`.
 
     Examples:
 
@@ -52,10 +53,10 @@ class ProductRetrievalPipeline(Pipeline):
             labels (`list`, *optional*): What the answers call the candidates; by default the title, else the path,
                 else the index.
             top_k (`int`, *optional*, defaults to 5): Answers per clip at most.
-            rank_by (`str`, *optional*): `"fused"`, `"matching"` or `"embedding"`; by default the fused score where its
-                weight was fitted (`config.fusion_weight`), else matching where there is a decoder.
-            rerank (`int`, *optional*, defaults to 100): With the first two, how many images the decoder scores, the
-                most similar ones; at least `top_k`. `None`: all of them.
+            rank_by (`str`, *optional*): `"embedding"`, `"matching"`, `"alignment"` or `"fused"`, those that the model
+                has; by default `config.ranking`, see there.
+            rerank (`int`, *optional*, defaults to 100): By other scores than the embedding's, how many images are
+                scored, the most similar ones; at least `top_k`. Fused scores are relative to these. `None`: all.
             batch_size (`int`, *optional*, defaults to 1): Clips at a time.
 
         Returns:
@@ -93,6 +94,7 @@ class ProductRetrievalPipeline(Pipeline):
         forward, postprocess = dict(rerank), {}
         if candidates is not None:
             self.model.eval()
+            titles = None if titles is None else self.processor.read_texts(titles)
             forward["gallery"] = encode_candidates(self.model, self.processor, candidates, titles)
             postprocess["labels"] = _labels(candidates, titles, labels, len(forward["gallery"]))
         elif titles is not None or labels is not None:
@@ -118,8 +120,8 @@ class ProductRetrievalPipeline(Pipeline):
         if rerank is not None:
             rerank = max(rerank, top_k)
         clips = self.model.encode_clips(**model_inputs)
-        scores, cosines = pair_scores(self.model, clips, gallery, rank_by or default_ranking(self.model), rerank)
-        return {"scores": scores, "cosines": cosines}
+        scores, known = ranked_scores(self.model, clips, gallery, rank_by, rerank)
+        return {"scores": scores, "cosines": known["embedding"]}
 
     def postprocess(self, model_outputs, labels: list | None = None, top_k: int = 5) -> list[dict]:
         scores, cosines = model_outputs["scores"][0], model_outputs["cosines"][0]

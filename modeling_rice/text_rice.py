@@ -5,13 +5,14 @@ no token in the decoder, and its embedding is the zero vector, so that its cosin
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
 from .configuration_rice import RiceConfig
-from .loss_rice import cosines, pair_masks
+from .loss_rice import Targets, cosines, pair_masks
 
 
 @dataclass
@@ -71,6 +72,13 @@ class RiceTextEncoder(nn.Module):
 
 class RiceTextSide:
     """What [`RiceModel`] knows of texts: `text_model` and `text_projection` are `None` where it has no such part."""
+
+    # Of the model.
+    config: Any
+    gather: Any
+    text_model: Any
+    text_projection: Any
+    text_logit_scale: Any
 
     def encode_text(
         self, kind: str, vectors: Tensor | None, input_ids: Tensor | None, attention_mask: Tensor | None
@@ -145,7 +153,7 @@ def text_contrastive_loss(
     scale: Tensor | float,
     product_ids: Tensor | None = None,
     rows: slice | None = None,
-    targets: str = "masked",
+    targets: Targets = "masked",
 ) -> Tensor:
     """
     Symmetric InfoNCE between the titles and the ASR of some rows of the global batch. Pairs that lack either text are

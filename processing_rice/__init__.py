@@ -2,10 +2,13 @@
 
 from transformers import AutoImageProcessor, AutoProcessor, AutoVideoProcessor, PreTrainedConfig
 
-from .image_processing_rice import ImageError, RicePillowImageProcessor, open_image
+from .image_processing_rice import RicePillowImageProcessor
+from .media_rice import MediaError, open_image
 from .processing_rice import RiceProcessor, build_processor
+from .text_entries_rice import is_missing, read_text, read_texts
 from .tokenization_rice import train_tokenizer
-from .video_processing_rice import RiceVideoProcessor, boxes_to_patch_mask, read_video, sample_frame_indices
+from .video_media_rice import read_video
+from .video_processing_rice import RiceVideoProcessor, boxes_to_patch_mask, sample_frame_indices
 
 
 class _RegistryKey(PreTrainedConfig):
@@ -19,13 +22,16 @@ AutoVideoProcessor.register(_RegistryKey, RiceVideoProcessor, exist_ok=True)
 AutoImageProcessor.register(_RegistryKey, image_processor_classes={"pil": RicePillowImageProcessor}, exist_ok=True)
 
 __all__ = [
-    "ImageError",
+    "MediaError",
     "RicePillowImageProcessor",
     "RiceProcessor",
     "RiceVideoProcessor",
     "boxes_to_patch_mask",
     "build_processor",
+    "is_missing",
     "open_image",
+    "read_text",
+    "read_texts",
     "read_video",
     "sample_frame_indices",
     "train_tokenizer",

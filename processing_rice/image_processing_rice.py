@@ -1,45 +1,11 @@
-"""Picture files to pictures, and the resizing of the official code."""
+"""The resizing of pictures as the official code does it."""
 
-import io
-import os
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import CLIPImageProcessorPil
 from transformers.image_utils import PILImageResampling
-
-
-class ImageError(ValueError):
-    """A picture that cannot be read; the message names the file and the reason."""
-
-
-class MissingImageError(ImageError, FileNotFoundError):
-    """There is no such file."""
-
-
-def open_image(source: str | os.PathLike | bytes, name: str | None = None) -> Image.Image:
-    """
-    A picture file, or its bytes, as an upright RGB picture.
-
-    Args:
-        source: Path or encoded bytes.
-        name: What an error calls it; by default the path.
-
-    Raises:
-        ImageError: when it is missing (`MissingImageError`), empty, damaged, too large, or no picture.
-    """
-    name = name or ("<bytes>" if isinstance(source, bytes) else os.fspath(source))
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise MissingImageError(f"There is no image file {name}.") from None
-    # PIL's readers raise whatever their parsing of damaged bytes runs into.
-    except Exception as error:
-        raise ImageError(
-            f"The image file {name} cannot be decoded ({type(error).__name__}: {error}); replace it or leave it out."
-        ) from error
 
 
 def resize_with_pillow(picture: Image.Image, size: Sequence[int], resample: PILImageResampling) -> Image.Image:
@@ -69,4 +35,4 @@ class RicePillowImageProcessor(CLIPImageProcessorPil):
 
 RicePillowImageProcessor.register_for_auto_class("AutoImageProcessor")
 
-__all__ = ["ImageError", "MissingImageError", "RicePillowImageProcessor", "open_image", "resize_with_pillow"]
+__all__ = ["RicePillowImageProcessor", "resize_with_pillow"]

@@ -1,14 +1,22 @@
 """One processor for everything RICE reads: shop images, clips with boxes, titles and ASR text."""
 
 import os
+import urllib.request
+from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
 from transformers import BatchFeature, CLIPImageProcessor, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
-from .image_processing_rice import RicePillowImageProcessor, open_image
+from .image_processing_rice import RicePillowImageProcessor
+from .media_rice import is_file_source, media_error, open_image, picture_tensor
+from .text_entries_rice import read_texts
 from .video_processing_rice import RiceVideoProcessor
 
 _TEXT_ARGUMENTS = ("truncation", "max_length", "add_special_tokens")
+_DOWNLOAD_S = 30
 
 
 class RiceProcessor(ProcessorMixin):
@@ -35,12 +43,14 @@ class RiceProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """
         Args:
-            images: One or several shop images (PIL, uint8 or 0..1 float array or tensor, path).
+            images: One or several shop images: PIL pictures, paths, web addresses, encoded bytes, `{"path", "bytes"}`
+                of `datasets`, or arrays and tensors, `(H, W, 3)` or `(3, H, W)`, each uint8 or floats in 0..1.
             text: Plain text, tokenised to `input_ids`.
             videos: One or several clips, see [`RiceVideoProcessor`].
-            titles, asr: One string per image or clip; an empty one is a text that is not there, and its attention
-                mask is zero. A title that is too long loses its end, ASR what is far from its middle, since what is
-                said at either end of a clip often belongs to the product before or after.
+            titles, asr: One string per image or clip, in a list, an array or a column of a table. One that is empty or
+                missing (`None`, NaN) is a text that is not there, and its attention mask is zero. A title that is too
+                long loses its end, ASR what is far from its middle, since what is said at either end of a clip often
+                belongs to the product before or after.
             boxes: Boxes of the intended product, see [`RiceVideosKwargs`].
             return_tensors: `"pt"`, `"np"` or `None`.
             kwargs: Settings of the video processor for this call (`num_frames`, `sampling`, `padding`), `truncation`
@@ -51,8 +61,9 @@ class RiceProcessor(ProcessorMixin):
             `asr_input_ids` and their `_attention_mask` `(n, L)`; whichever was asked for.
 
         Raises:
-            ValueError: when nothing was given, when counts do not fit, for an unknown argument, or (`ImageError`,
-                `FileNotFoundError`) for a picture file that is missing or cannot be decoded.
+            ValueError: when nothing was given, when counts do not fit, for a text that is a number or bytes, for an
+                unknown argument, numbers that are no picture, or (`MediaError`, also `FileNotFoundError`) a file that
+                is missing or cannot be decoded.
         """
         if all(value is None for value in (images, text, videos, titles, asr)):
             raise ValueError("Nothing to process: give `images`, `videos`, `titles`, `asr` or `text`.")
@@ -73,21 +84,22 @@ class RiceProcessor(ProcessorMixin):
             if unknown:
                 raise ValueError(f"Unknown argument {unknown[0]!r} for {type(self).__name__}.")
 
+        text, titles, asr = (
+            None if strings is None else read_texts(strings, name)
+            for name, strings in (("text", text), ("titles", titles), ("asr", asr))
+        )
         data = {}
         if images is not None:
-            images = self.image_processor.fetch_images(_open_files(images))
-            if _is_floating(images):
-                # As for frames: floats are in 0..1 already.
-                images_kwargs = {"do_rescale": False, **images_kwargs}
-            data |= self.image_processor(images, **{"return_tensors": return_tensors, **images_kwargs})
+            data |= self._process_images(images, {"return_tensors": return_tensors, **images_kwargs})
         if videos is not None:
             data |= self.video_processor(videos, boxes=boxes, **{"return_tensors": return_tensors, **videos_kwargs})
         counts = {len(data[name]) for name in ("pixel_values", "pixel_values_videos") if name in data}
         for name, strings in (("titles", titles), ("asr", asr)):
-            given = 1 if isinstance(strings, str) else len(strings or ())
-            if counts and strings is not None and given not in counts:
+            if counts and strings is not None and len(strings) not in counts:
                 pictures = " and ".join(map(str, sorted(counts)))
-                raise ValueError(f"`{name}` has {given} entries for {pictures} images or clips; give one for each.")
+                raise ValueError(
+                    f"`{name}` has {len(strings)} entries for {pictures} images or clips; give one for each."
+                )
         for prefix, strings in (("", text), ("title_", titles), ("asr_", asr)):
             if strings is not None:
                 encoded = self._tokenize(strings, return_tensors, text_kwargs, keep_middle=prefix == "asr_")
@@ -96,10 +108,31 @@ class RiceProcessor(ProcessorMixin):
                 data |= {prefix + name: encoded[name] for name in ("input_ids", "attention_mask")}
         return BatchFeature(data)
 
-    def _tokenize(
-        self, strings: list[str] | str, return_tensors: str | None, text_kwargs: dict, keep_middle: bool = False
-    ):
-        strings = [strings] if isinstance(strings, str) else [string or "" for string in strings]
+    def _process_images(self, images: Any, settings: dict[str, Any]) -> BatchFeature:
+        """Floats are in 0..1 already, so that they and the others of a list go apart through the image processor."""
+        any_range = not settings.get("do_rescale", self.image_processor.do_rescale)
+        pictures = [_load_picture(image, i, any_range) for i, image in enumerate(flatten_images(images))]
+        is_float = [not isinstance(picture, Image.Image) and picture.is_floating_point() for picture in pictures]
+        if not any(is_float):
+            return self.image_processor(pictures, **settings)
+        if all(is_float):
+            return self.image_processor(pictures, **{**settings, "do_rescale": False})
+        parts = {
+            kind: iter(
+                self._process_images([p for p, f in zip(pictures, is_float) if f == kind], settings)["pixel_values"]
+            )
+            for kind in (True, False)
+        }
+        rows = [next(parts[kind]) for kind in is_float]
+        stack = {"pt": torch.stack, "np": np.stack}.get(settings["return_tensors"], list)
+        return BatchFeature({"pixel_values": stack(rows)})
+
+    @staticmethod
+    def read_texts(values, name: str = "titles") -> list[str]:
+        """Texts as the processor takes them, as a list of `str`; see `text_entries_rice.read_texts`."""
+        return read_texts(values, name)
+
+    def _tokenize(self, strings: list[str], return_tensors: str | None, text_kwargs: dict, keep_middle: bool = False):
         settings = {"padding": True, "truncation": True, "return_tensors": return_tensors, **text_kwargs}
         if keep_middle and settings["truncation"]:
             longest = settings.get("max_length") or self.tokenizer.model_max_length
@@ -109,7 +142,7 @@ class RiceProcessor(ProcessorMixin):
     def _middle(self, string: str, max_tokens: int) -> str:
         """About as much around the middle of a text as gives so many tokens."""
         # No token stands for less than a byte, so that short texts need no second look.
-        if len(string.encode(errors="replace")) < max_tokens:
+        if len(string.encode()) < max_tokens:
             return string
         num_tokens = len(self.tokenizer(string, truncation=False, verbose=False)["input_ids"])
         if num_tokens <= max_tokens:
@@ -125,30 +158,42 @@ class RiceProcessor(ProcessorMixin):
         return ["pixel_values", *self.video_processor.model_input_names, *text]
 
 
-def _mask_missing(attention_mask, strings: list[str] | str) -> None:
+def _mask_missing(attention_mask, strings: list[str]) -> None:
     """Sets the rows of blank strings to zero, in place."""
-    for row, string in enumerate([strings] if isinstance(strings, str) else strings):
-        if not (string or "").strip():
+    for row, string in enumerate(strings):
+        if not string.strip():
             attention_mask[row] = [0] * len(attention_mask[row]) if isinstance(attention_mask, list) else 0
 
 
-def _is_floating(images) -> bool:
-    if isinstance(images, (list, tuple)):
-        return len(images) > 0 and _is_floating(images[0])
-    return hasattr(images, "dtype") and "float" in str(images.dtype)
+def flatten_images(images: Any) -> list:
+    """
+    One image, a batch of them in one array, or lists of either, as a list of images.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
+        flat = [image for entry in images for image in flatten_images(entry)]
+        if not flat:
+            raise ValueError("`images` is empty; give at least one image.")
+        return flat
+    return [images]
 
 
-def _open_files(images):
-    """Opens what is named by a path; web addresses and base64 are left to transformers."""
-    is_address = isinstance(images, str) and images.startswith(("http://", "https://", "data:"))
-    # No base64 has a dot in it.
-    if isinstance(images, os.PathLike) or (
-        isinstance(images, str) and not is_address and (os.path.isfile(images) or "." in images)
-    ):
-        return open_image(images)
-    if isinstance(images, (list, tuple)):
-        return [_open_files(image) for image in images]
-    return images
+def _load_picture(image: Any, index: int, any_range: bool) -> Image.Image | torch.Tensor:
+    if not is_file_source(image):
+        return picture_tensor(image, f"Image {index}", any_range)
+    if isinstance(image, str) and image.startswith(("http://", "https://", "data:")) and not os.path.exists(image):
+        return open_image(_download(image), name=image[:200])
+    return open_image(image)
+
+
+def _download(address: str) -> bytes:
+    try:
+        with urllib.request.urlopen(address, timeout=_DOWNLOAD_S) as answer:
+            return answer.read()
+    except (OSError, ValueError) as error:
+        raise media_error("image", address[:200], f"cannot be fetched ({error})") from error
 
 
 def build_processor(

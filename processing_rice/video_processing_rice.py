@@ -1,9 +1,7 @@
 """From a clip's frames, or a video file, to what RICE takes: sampled frames, frame mask, patch mask."""
 
-import math
 import os
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,86 +12,18 @@ from transformers import BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
-from transformers.video_utils import load_video
 
-from .image_processing_rice import open_image, resize_with_pillow
+from .image_processing_rice import resize_with_pillow
+from .media_rice import picture_tensor
+from .sampling_rice import sample_frame_indices
+from .video_media_rice import sample_video
 
-Frame = Any  # PIL image, (H, W, 3) or (3, H, W) array or tensor, or a path
+Frame = Any  # what `media_rice.picture_tensor` takes
 Box = Sequence[float] | Sequence[Sequence[float]] | None
 
 
 # Boxes drawn by people and detectors overshoot the frame a little; beyond this they are in another unit.
 _BOX_OVERSHOOT = 0.05
-
-# How frames are spread over the clip, and which clips may then lose their end at random.
-_SAMPLING_MODES = {
-    "train": ("train", None),
-    "eval": ("eval", None),
-    "train_random_drop": ("train", "any"),
-    "train_random_drop_full": ("train", "full"),
-    "eval_random_drop_full": ("eval", "full"),
-}
-
-
-def sample_frame_indices(num_frames: int, max_frames: int, mode: str = "eval") -> list[int]:
-    """
-    Which frames of a clip are used, as both official code bases choose them.
-
-    Args:
-        num_frames: Frames the clip has, >= 1.
-        max_frames: Frames to keep at most, >= 1.
-        mode: `"train"` spreads over the whole clip with both ends included; `"eval"` leaves the end out. The others
-            then drop the end of the clip at random, see [`draw_frame_drop`]: `"train_random_drop"` as the older
-            official code trains, `"train_random_drop_full"` as the newer one does, which leaves clips alone that have
-            fewer than `max_frames` frames, and `"eval_random_drop_full"` as the newer one does at test time.
-
-    Returns:
-        Ascending indices; all of them when `num_frames <= max_frames` and nothing is dropped.
-
-    Raises:
-        ValueError: for numbers that are not whole or below 1, or an unknown mode.
-    """
-    for name, value in (("num_frames", num_frames), ("max_frames", max_frames)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
-    if num_frames < 1:
-        raise ValueError(
-            f"`num_frames` must be at least 1, got {num_frames}: a clip without frames cannot be sampled."
-        )
-    if max_frames < 1:
-        raise ValueError(f"`max_frames` must be at least 1, got {max_frames}.")
-    if mode not in _SAMPLING_MODES:
-        raise ValueError(f"`mode` must be one of {', '.join(_SAMPLING_MODES)}, got {mode!r}.")
-    spread, drop = _SAMPLING_MODES[mode]
-    if num_frames <= max_frames:
-        indices = list(range(num_frames))
-    elif spread == "train":
-        indices = np.linspace(0, num_frames - 1, max_frames).astype(int).tolist()
-    else:
-        indices = np.linspace(0, num_frames, max_frames, endpoint=False).astype(int).tolist()
-    if drop == "any" or (drop == "full" and len(indices) == max_frames):
-        indices = drop_last_frames(indices, draw_frame_drop())
-    return indices
-
-
-def drop_last_frames(indices: Sequence[int], fraction: float) -> list[int]:
-    """
-    Keeps the first `n - floor(n * fraction)` of n frames, at least one, as both official code bases do.
-
-    Args:
-        indices: The frames of a clip, after sampling.
-        fraction: 0..1.
-    """
-    return list(indices[: max(1, len(indices) - math.floor(len(indices) * fraction))])
-
-
-def draw_frame_drop() -> float:
-    """
-    The share of a clip's frames that official training drops from its end: with probability 0.5 nothing, otherwise
-    one of 0, 0.1, ..., 0.9. Drawn from torch's random state, which a DataLoader seeds in each of its workers.
-    """
-    gate, drop = torch.randint(10, (2,)).tolist()
-    return 0.1 * drop if gate >= 5 else 0.0
 
 
 def boxes_to_patch_mask(
@@ -308,10 +238,10 @@ class RiceVideoProcessor(BaseVideoProcessor):
         max_frames, sampling = (settings["num_frames"], settings["sampling"])
         if not settings["do_sample_frames"]:
             max_frames, sampling = None, "eval"
-        if isinstance(clip, (str, os.PathLike, dict)):
+        if isinstance(clip, (str, os.PathLike, Mapping)):
             if boxes is not None:
                 raise ValueError(f"Clip {index} is a video file; boxes need a list of frames to belong to.")
-            return list(torch.from_numpy(read_video(clip, max_frames, sampling)).movedim(-1, 1)), None
+            return [picture_tensor(frame) for frame in sample_video(clip, max_frames, sampling).values()], None
         if len(clip) == 0:
             raise ValueError(f"Clip {index} has no frames; a clip needs at least one.")
         if boxes is not None and len(boxes) != len(clip):
@@ -321,7 +251,8 @@ class RiceVideoProcessor(BaseVideoProcessor):
         if settings["frames_without_box"] == "drop" and kept:
             shown = frames_with_box(kept)
             chosen, kept = [chosen[i] for i in shown], [kept[i] for i in shown]
-        return [load_frame(clip[i]) for i in chosen], kept
+        any_range = not settings["do_rescale"]
+        return [picture_tensor(clip[i], f"Clip {index}, frame {i}", any_range) for i in chosen], kept
 
     @staticmethod
     def _to_pixels(frames: list[torch.Tensor], settings: dict) -> torch.Tensor:
@@ -351,11 +282,6 @@ class RiceVideoProcessor(BaseVideoProcessor):
             batch = batch if as_bytes else batch.float()
             if settings["do_rescale"] and dtype == torch.uint8:
                 batch = batch * (settings["rescale_factor"] or 1 / 255)
-            # Resizing may overshoot a little; 0..255 and missing numbers are far beyond.
-            elif settings["do_rescale"] and not batch.abs().max() < 2:
-                raise ValueError(
-                    "Frames must be uint8 or floats in 0..1; give 0..255 as uint8, or set `do_rescale=False`."
-                )
             output[rows] = batch
         if settings["do_normalize"]:
             output = tvF.normalize(output, list(settings["image_mean"]), list(settings["image_std"]), inplace=True)
@@ -381,7 +307,7 @@ class RiceVideoProcessor(BaseVideoProcessor):
 
 def make_clips(videos) -> list:
     """One clip or several -> a list of clips. Lists of clips within the list, one per sample, are joined."""
-    if isinstance(videos, (str, os.PathLike, dict)):
+    if isinstance(videos, (str, os.PathLike, Mapping)):
         return [videos]
     if isinstance(videos, (np.ndarray, torch.Tensor)):
         return [videos] if videos.ndim == 4 else list(videos)
@@ -400,93 +326,6 @@ def _holds_clips(entry) -> bool:
     return isinstance(entry[0], (list, tuple)) or getattr(entry[0], "ndim", 0) == 4
 
 
-def load_frame(frame: Frame) -> torch.Tensor:
-    """
-    One frame as a `(3, H, W)` tensor, uint8 or float in 0..1.
-
-    Raises:
-        ImageError: naming the file that is missing or cannot be decoded.
-        ValueError: for an array that is no picture.
-    """
-    if isinstance(frame, (str, os.PathLike)):
-        frame = open_image(frame)
-    if isinstance(frame, Image.Image):
-        return tvF.pil_to_tensor(frame.convert("RGB"))
-    frame = torch.as_tensor(frame)
-    if frame.dtype != torch.uint8 and not frame.is_floating_point():
-        raise ValueError(f"A frame must hold uint8 or floats, got {frame.dtype}; convert it to uint8.")
-    if frame.dim() == 2:
-        frame = frame[None].expand(3, -1, -1)
-    if frame.dim() != 3 or 3 not in (frame.shape[0], frame.shape[-1]):
-        raise ValueError(f"A frame must be (H, W, 3) or (3, H, W), got shape {tuple(frame.shape)}.")
-    return frame if frame.shape[0] == 3 else frame.movedim(-1, 0)
-
-
-@cache
-def _video_backend() -> str:
-    # torchcodec can be installed without the FFmpeg libraries it loads at first use; PyAV brings its own.
-    try:
-        from torchcodec.decoders import VideoDecoder
-
-        VideoDecoder(b"")
-    except (ImportError, OSError):
-        return "pyav"
-    except (RuntimeError, ValueError) as error:
-        return "pyav" if "libtorchcodec" in str(error) else "torchcodec"
-    return "torchcodec"
-
-
-def _count_frames(path: str) -> int:
-    import av
-
-    with av.open(path) as container:
-        return sum(packet.size > 0 for packet in container.demux(video=0))
-
-
-def read_video(
-    clip, max_frames: int | None = None, sampling: str | Callable[[int, int], Sequence[int]] = "eval"
-) -> np.ndarray:
-    """
-    Frames of a video file, or of its range of seconds; only the chosen ones are decoded.
-
-    Args:
-        clip: Path, or `{"path", "start", "end"}` in seconds, where a missing or negative end means the whole rest.
-        max_frames: Frames to sample at most, all by default.
-        sampling: See [`sample_frame_indices`], or a function of the first two of its arguments.
-
-    Returns:
-        `(T, H, W, 3)` uint8, RGB.
-
-    Raises:
-        FileNotFoundError, ValueError: for a missing or undecodable file, or a range without a frame.
-    """
-    entry = clip if isinstance(clip, dict) else {"path": clip}
-    path = str(entry["path"])
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no video file {path}.")
-
-    def choose(metadata, **_) -> np.ndarray:
-        # Containers made from streams often do not state their number of frames.
-        first, last = 0, metadata.total_num_frames or _count_frames(path)
-        if entry.get("end") is not None and entry["end"] >= 0:
-            last = min(last, max(int(np.ceil(entry["end"] * metadata.fps)), 1))
-        if entry.get("start") is not None and entry["start"] > 0:
-            first = int(entry["start"] * metadata.fps)
-        if first >= last:
-            raise ValueError(f"The range {entry.get('start')}..{entry.get('end')} s of {path} holds no frame.")
-        sample = sampling if callable(sampling) else partial(sample_frame_indices, mode=sampling)
-        return np.array(sample(last - first, max_frames or last - first)) + first
-
-    try:
-        frames, _ = load_video(path, backend=_video_backend(), sample_indices_fn=choose)
-    except (RuntimeError, OSError, IndexError, StopIteration, ValueError) as error:
-        # A plain one is a request that was refused above; the decoders raise subclasses.
-        if type(error) is ValueError:
-            raise
-        raise ValueError(f"The video file {path} cannot be decoded ({error}); replace it or leave it out.") from error
-    return frames.numpy() if isinstance(frames, torch.Tensor) else np.asarray(frames)
-
-
 RiceVideoProcessor.register_for_auto_class("AutoVideoProcessor")
 
-__all__ = ["RiceVideoProcessor", "boxes_to_patch_mask", "read_video", "sample_frame_indices"]
+__all__ = ["RiceVideoProcessor", "boxes_to_patch_mask", "sample_frame_indices"]

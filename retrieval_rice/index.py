@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from data_rice.collator import RiceCollator
-from evaluation_rice.fusion import fuse_scores
-from evaluation_rice.retrieval import has_decoder, model_scores
+from data_rice.parsing import id_text
+from modeling_rice.fingerprint_rice import same_state
+from modeling_rice.scoring_rice import best_first, ranked_scores
 
 from . import index_build, index_files
 from .calibration import PRESENCE_PRIOR, Calibration, ScoredClip, check_decision, fit_calibration, product_shares
@@ -35,9 +36,8 @@ class Hit:
     Attributes:
         image_id, product_id, title: As the shop's rows name them; without a product id, the image id.
         live_id: The livestream that was searched, or the first that sells the image; "" where there are none.
-        image: Path of the picture, "" where it came as bytes.
-        score: By which hits are ranked: embedding, matching and text fused as `evaluation_rice.fusion.fuse_scores`
-            does, or the embedding score without a decoder.
+        image: Path of the picture as `data_rice.paths.path_to_text` writes it, "" where it came as bytes.
+        score: By which hits are ranked, the kind that `config.ranking` of the model says.
         embedding_score: `model.similarity`, a cosine.
         matching_score: `model.match`, `None` where it was not asked for.
         confidence: Probability that the hit's product is the clip's, 0 to 1; see `GalleryIndex.calibrate`.
@@ -79,8 +79,6 @@ class GalleryIndex:
         store: Encoded images: `LocalStore`, or `index_qdrant.QdrantStore` for more than one machine holds.
         processor: Saved with the model; `add` and `calibrate` with rows need it.
         calibration: From `calibrate` of another index of the same model.
-        fusion_weight: Of matching against embedding; by default the model's own, else 1. That of text in the fused
-            score is always the model's own (`config.fused_text_weight`).
     """
 
     def __init__(
@@ -89,13 +87,11 @@ class GalleryIndex:
         store: Store | None = None,
         processor: Any = None,
         calibration: Calibration | None = None,
-        fusion_weight: float | None = None,
     ):
         self.model = model
         self.store = LocalStore() if store is None else store
         self.processor = processor
         self.calibration = calibration
-        self.fusion_weight = fusion_weight or getattr(model.config, "fusion_weight", None) or 1.0
         self.dtype = "float16"
         self._saved: tuple[Path, str] | None = None
 
@@ -129,15 +125,15 @@ class GalleryIndex:
 
         Into a folder it goes shard by shard: the same call again goes on where one was interrupted, and a call for a
         changed shop encodes the shards that changed. Under `accelerate launch` each process encodes its share, and all
-        return the whole index. Processes that know nothing of each other do the same when told their number; the
-        folder must be one that all see.
+        return the whole index. So do processes that know nothing of each other, told their number, in a
+        folder that all see.
 
         Args:
             model: In eval mode.
             processor: Saved with the model.
             shop_rows: Gallery rows with `image_id`, `image` (a path, a PIL image or `{"path", "bytes"}`) and, where
-                there are any, `live_id`, `title` and `product_id`. Rows of one id are one image of several
-                livestreams.
+                there are any, `live_id`, `title` and `product_id`, as dicts or a table (pandas, Arrow, `datasets`). An
+                id is text or a whole number. Rows of one id are one image of several livestreams.
             batch_size: Images per batch.
             output_dir: The index's folder; by default it is built in memory.
             num_workers: Processes that decode.
@@ -152,7 +148,7 @@ class GalleryIndex:
             gets it.
 
         Raises:
-            ValueError: no rows, a row without an id, not one readable image, or an argument out of range.
+            ValueError: no rows, a bad row (told before encoding), no readable image, or an argument out of range.
             FileExistsError: the folder holds another index.
             BlockingIOError: another process is writing to the folder.
             OSError: the folder cannot be written.
@@ -160,6 +156,7 @@ class GalleryIndex:
         if model.training:
             raise ValueError("the model is in training mode; call model.eval() before building an index.")
         encoder = index_build.ShopEncoder(model, processor, batch_size, num_workers, progress, dtype)
+        shop_rows = index_build.as_rows(shop_rows)
         group = index_build.process_group() if num_processes is None else None
         index, count = group or (process_index or 0, num_processes or 1)
         if not 0 <= index < count or shard_size < 1:
@@ -213,7 +210,7 @@ class GalleryIndex:
                 return cls.load(folder, encoder.model, encoder.processor)
         features_class = _features_class(encoder.model)
         result = cls._of_shards(encoder, list(index_build.stored_shards(folder, keys, features_class)))
-        if calibration and manifest["model_fingerprint"] == encoder.model.fingerprint():
+        if calibration and same_state(manifest["model_fingerprint"], encoder.model.fingerprint()):
             result.calibration = Calibration(**calibration)
         result._write_manifest(folder)
         return result
@@ -350,13 +347,12 @@ class GalleryIndex:
             The images that could not be read, with `id`, `file` and `reason`; `skipped` lists them too.
 
         Raises:
-            ValueError: no rows, a row without an id, or an index that was opened without a processor.
+            ValueError: as `build` for the rows, or an index that was opened without a processor.
         """
-        if self.processor is None:
-            raise ValueError("the index was opened without a processor, which adding images needs; pass one to load.")
-        encoder = index_build.ShopEncoder(self.model, self.processor, batch_size, progress=False, dtype=self.dtype)
-        reader = index_build.ShopReader(encoder.collator, rows)
-        images = index_build.collect_images(rows)
+        processor = self._processor_for("adding images")
+        encoder = index_build.ShopEncoder(self.model, processor, batch_size, progress=False, dtype=self.dtype)
+        reader = index_build.ShopReader(encoder.collator, index_build.as_rows(rows))
+        images = index_build.collect_images(reader.rows)
         known = self.store.get([image.image_id for image in images])
         for image in images:
             before = known.get(image.image_id, {}).get("live_ids", [])
@@ -372,7 +368,7 @@ class GalleryIndex:
         """Takes images out and returns the ids that were not here."""
         if isinstance(image_ids, str):
             raise ValueError("image_ids is a single text; pass a list of ids.")
-        return self.store.remove(list(dict.fromkeys(image_ids)))
+        return self.store.remove(list(dict.fromkeys(map(id_text, image_ids))))
 
     def approximate(self, kind: str | None = "hnsw", progress: bool = True, **settings) -> "GalleryIndex":
         """
@@ -416,8 +412,8 @@ class GalleryIndex:
             live_id: Search one livestream's images; or a list with an entry per clip, each an id, several ids, or
                 `None` for the whole index.
             top_k: Hits per clip at most.
-            rerank: Nearest images that the decoder scores, at least `top_k`; fused scores and confidences are relative
-                to these. `None`: the whole scope. 0: rank by embedding alone.
+            rerank: Nearest images that are scored by more than their embeddings, at least `top_k`; fused scores and
+                confidences are relative to these. `None`: the whole scope. 0: rank by embedding alone.
 
         Returns:
             One answer per clip.
@@ -455,7 +451,9 @@ class GalleryIndex:
             confidence = product_shares(ranked_by, 1.0, products)
         else:
             confidence = self.calibration.confidences(embedding, matching, ranked_by, products)
-        order = np.argsort(-ranked_by, kind="stable")[:top_k]
+        order = best_first(torch.from_numpy(ranked_by), top_k)
+        if not order:
+            return Answer([], True, 0.0, timings)
         hits = [
             Hit(
                 **{name: candidates.records[i][name] for name in ("image_id", "product_id", "title", "image")},
@@ -474,12 +472,12 @@ class GalleryIndex:
     def _scores(self, clip, candidates: Candidates, match: bool) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
         """Embedding and matching scores of the candidates, and those that they are ranked by, each `(k,)`."""
         features = candidates.features.to(clip.embeds.device)
-        known = model_scores(self.model, clip, features, matching=match and has_decoder(self.model))
-        scores = {kind: values[0] for kind, values in known.items()}
-        if "matching" not in scores:
-            return scores["embedding"], None, scores["embedding"]
-        text_weight = getattr(self.model.config, "fused_text_weight", None)
-        return scores["embedding"], scores["matching"], fuse_scores(scores, self.fusion_weight, text_weight)
+        ranked_by, known = ranked_scores(self.model, clip, features, None if match else "embedding")
+        embedding, matching, ranked_by = (
+            None if scores is None else scores[0].cpu().numpy()
+            for scores in (known["embedding"], known.get("matching"), ranked_by)
+        )
+        return embedding, matching, ranked_by
 
     def calibrate(
         self,
@@ -526,22 +524,21 @@ class GalleryIndex:
         if hasattr(queries, "embeds"):
             if relevant is None or len(relevant) != len(queries):
                 raise ValueError(f"relevant must list the image ids of each of the {len(queries)} clips.")
-            batches = [(queries, list(relevant), scopes_of(live_id, len(queries)))]
+            answers = [[id_text(image_id) for image_id in images] for images in relevant]
+            batches = [(queries, answers, scopes_of(live_id, len(queries)))]
         else:
-            collator = RiceCollator(self._processor_for_rows(), use_boxes=use_boxes)
-            reading = (batch_size, num_workers, progress)
-            batches = index_build.encoded_queries(self.model, collator, queries, self.live_ids(), reading, unreadable)
-        scored: list[ScoredClip] = []
-        for clips, answers, scopes in batches:
-            scored += self._scored(clips, answers, scopes, rerank)
+            collator = RiceCollator(self._processor_for("reading clips"), use_boxes=use_boxes)
+            reading = (self.live_ids(), (batch_size, num_workers, progress), unreadable)
+            batches = index_build.encoded_queries(self.model, collator, queries, *reading)
+        scored = [one for batch in batches for one in self._scored(*batch, rerank)]
         self.calibration = fit_calibration(
             scored, presence_prior=presence_prior, false_accept_rate=false_accept_rate, rerank=rerank
         )
         return {**self.calibration.report, "unreadable": unreadable}
 
-    def _processor_for_rows(self):
+    def _processor_for(self, purpose: str):
         if self.processor is None:
-            raise ValueError("the index was opened without a processor, which reading clips needs; pass one to load.")
+            raise ValueError(f"the index was opened without a processor, which {purpose} needs; pass one to load.")
         return self.processor
 
     def _scored(self, clips, answers: list, scopes: list[Scope], rerank: int | None) -> list[ScoredClip]:

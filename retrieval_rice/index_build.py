@@ -1,11 +1,10 @@
 """Encodes a shop's images shard by shard: resumable, over several processes, with memory bounded by a shard."""
 
 import hashlib
-import io
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +17,11 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from data_rice.collator import RiceCollator
+from data_rice.parsing import id_text
+from data_rice.paths import path_to_text
 from evaluation_rice.retrieval import Loading, ModelRetriever
+from processing_rice import MediaError, is_missing, open_image, read_text
+from processing_rice.media_rice import path_of
 
 from .index_files import has_shard, read_shard, write_shard
 from .index_store import RECORD, Shard
@@ -40,30 +43,79 @@ class ShopImage:
     rows: list[int] = field(default_factory=list)
 
 
+def as_rows(rows: Any) -> Sequence[dict]:
+    """
+    Rows of any table by number, with `None` where a value is missing: of lists of dicts, a pandas or Arrow table, a
+    `datasets.Dataset` (which is left as it is), or anything that gives dicts.
+
+    Raises:
+        ValueError: a mapping in the place of rows, or a row that is none.
+    """
+    if isinstance(rows, (Mapping, str)):
+        raise ValueError(f"rows are a {type(rows).__name__}; give a list of dicts, one per row.")
+    if hasattr(rows, "column_names") and hasattr(rows, "select_columns"):
+        return rows
+    if hasattr(rows, "iloc"):
+        rows = rows.to_dict("records")
+    elif hasattr(rows, "to_pylist"):
+        rows = rows.to_pylist()
+    clean = []
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"row {number} is a {type(row).__name__}; give dicts of column names and values.")
+        clean.append({name: None if is_missing(value) else value for name, value in row.items()})
+    return clean
+
+
+def read_id(row: Mapping, name: str, where: str) -> str:
+    """
+    An id of a row as text, "" where it is missing; whole numbers are ids, too.
+
+    Raises:
+        ValueError: it is neither; the message begins with `where`.
+    """
+    value = row.get(name)
+    if is_missing(value) or (isinstance(value, str) and not value):
+        return ""
+    try:
+        return id_text(value)
+    except ValueError as error:
+        raise ValueError(f"{where}: {name} {error}.") from None
+
+
+def _without_pictures(rows: Sequence[dict]) -> Sequence[dict]:
+    """Rows without the columns that hold pictures, where reading a row would read those."""
+    names = getattr(rows, "column_names", None)
+    return rows if names is None else rows.select_columns([name for name in names if name not in ("image", "frames")])
+
+
 def collect_images(rows: Sequence[dict]) -> list[ShopImage]:
     """
     Joins rows of the same `image_id`, which several livestreams may show, in the order of their first row.
 
+    Args:
+        rows: From `as_rows`.
+
     Raises:
-        ValueError: a row without an id, or no rows at all.
+        ValueError: a row without an id or with a value of a wrong kind, which it names, or no rows at all.
     """
-    columns = getattr(rows, "column_names", None)
-    if columns is not None:
-        # Without the pictures, which may lie in the rows.
-        texts = rows.select_columns([name for name in columns if name not in ("image", "frames")])
-    else:
-        texts = rows
     images: dict[str, ShopImage] = {}
-    for number, row in enumerate(texts):
-        image_id = row.get("image_id")
-        if not isinstance(image_id, str) or not image_id:
-            raise ValueError(f"row {number} of the shop has no image_id; give every image one.")
+    for number, row in enumerate(_without_pictures(rows)):
+        where = f"row {number} of the shop"
+        image_id = read_id(row, "image_id", where)
+        if not image_id:
+            raise ValueError(f"{where} has no image_id; give every image one.")
+        product_id, live = read_id(row, "product_id", where), read_id(row, "live_id", where)
+        try:
+            title = read_text(row.get("title"))
+        except ValueError as error:
+            raise ValueError(f"{where}: title {error}.") from None
+        if "image" in row or not hasattr(rows, "column_names"):
+            _check_image(row.get("image"), where)
         image = images.get(image_id)
         if image is None:
-            image = ShopImage(image_id, row.get("product_id") or image_id, row.get("title") or "")
-            images[image_id] = image
+            image = images[image_id] = ShopImage(image_id, product_id or image_id, title)
         image.rows.append(number)
-        live = row.get("live_id")
         if live and live not in image.live_ids:
             image.live_ids.append(live)
     if not images:
@@ -71,22 +123,11 @@ def collect_images(rows: Sequence[dict]) -> list[ShopImage]:
     return list(images.values())
 
 
-def image_entry(value: Any) -> dict:
-    """
-    An image as `{"path", "bytes"}`: from such a dict, a path or a PIL image.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if isinstance(value, dict):
-        return value
-    if isinstance(value, (str, os.PathLike)):
-        return {"path": os.fspath(value), "bytes": None}
-    if isinstance(value, Image.Image):
-        buffer = io.BytesIO()
-        value.save(buffer, format="PNG")
-        return {"path": None, "bytes": buffer.getvalue()}
-    raise ValueError(f"an image is a path, a PIL image or a dict with path and bytes, got a {type(value).__name__}.")
+def _check_image(value: Any, where: str) -> None:
+    if not isinstance(value, (dict, str, os.PathLike, Image.Image)):
+        raise ValueError(
+            f"{where}: image must be a path, a PIL image or a dict with path and bytes, got a {type(value).__name__}."
+        )
 
 
 class ShopReader:
@@ -97,33 +138,42 @@ class ShopReader:
 
     def entry(self, image: ShopImage, attempt: int = 0) -> dict:
         """Row of the image as the collator takes it."""
-        picture = image_entry(self.rows[image.rows[attempt]]["image"])
+        picture = self.rows[image.rows[attempt]]["image"]
+        # Of rows that hold their pictures, these are looked at one shard at a time.
+        _check_image(picture, f"row {image.rows[attempt]} of the shop")
         return {"image_id": image.image_id, "image": picture, "title": image.title}
 
     def __call__(self, images: list[ShopImage]) -> tuple[dict, list[int], list[str], list[dict]]:
         """Model inputs, positions of the images that could be read, their paths, and failures."""
         entries = [self.entry(image) for image in images]
-        inputs, readable, failures = self.collator.encode_gallery(entries)
+        inputs, readable, failures = self.collator.collate_gallery(entries)
         replaced = False
         for i in set(range(len(images))) - set(readable):
             for attempt in range(1, len(images[i].rows)):
                 other = self.entry(images[i], attempt)
-                if self.collator.encode_gallery([other])[1]:
+                if self.collator.collate_gallery([other])[1]:
                     entries[i], replaced = other, True
                     break
         if replaced:
-            inputs, readable, failures = self.collator.encode_gallery(entries)
-        return inputs, readable, [entries[i]["image"].get("path") or "" for i in readable], failures
+            inputs, readable, failures = self.collator.collate_gallery(entries)
+        return inputs, readable, [path_of(entries[i]["image"]) for i in readable], failures
 
     def source(self, image: ShopImage) -> list:
         """What tells that the pictures of an image are the same as before."""
-        return [_picture_state(image_entry(self.rows[row]["image"])) for row in image.rows]
+        return [_picture_state(self.rows[row]["image"]) for row in image.rows]
 
 
-def _picture_state(entry: dict) -> list:
-    if entry.get("bytes") is not None:
-        return [hashlib.blake2b(entry["bytes"], digest_size=16).hexdigest()]
-    path = entry.get("path") or ""
+def _picture_state(image: Any) -> list:
+    data = image.get("bytes") if isinstance(image, Mapping) else None
+    if isinstance(image, Image.Image):
+        try:
+            picture = open_image(image)
+        except MediaError as error:
+            return [str(error)]
+        data = str(picture.size).encode() + picture.tobytes()
+    if data is not None:
+        return [hashlib.blake2b(data, digest_size=16).hexdigest()]
+    path = path_of(image)
     try:
         state = os.stat(path)
         return [path, state.st_size, state.st_mtime_ns]
@@ -231,7 +281,7 @@ def _record(image: ShopImage, path: str) -> dict:
         "product_id": image.product_id,
         "live_ids": image.live_ids,
         "title": image.title,
-        "image": path,
+        "image": path_to_text(path),
     }
 
 
@@ -314,10 +364,29 @@ def report_skipped(skipped: Sequence[dict], total: int) -> None:
         )
 
 
+def query_answers(queries: Sequence[dict]) -> tuple[list[list[str]], list[str]]:
+    """
+    The ids of the images that answer each query row, and its livestream or "".
+
+    Raises:
+        ValueError: an id is neither text nor a whole number, or `relevant` is no list; the message names the row.
+    """
+    relevant, lives = [], []
+    for number, row in enumerate(_without_pictures(queries)):
+        where, images = f"query row {number}", row.get("relevant")
+        if isinstance(images, (str, Mapping)) or not hasattr(images, "__iter__"):
+            raise ValueError(f"{where}: relevant is {images!r}; give a list of image ids.")
+        relevant.append([read_id({"relevant": image_id}, "relevant", where) for image_id in images])
+        lives.append(read_id(row, "live_id", where))
+    return relevant, lives
+
+
 def encoded_queries(model, collator, rows, live_ids: list[str], reading: tuple[int, int, bool], unreadable: list):
     """Batches of clips with the images that answer them and the livestreams they search."""
     batch_size, num_workers, progress = reading
-    retriever, lives = ModelRetriever(model, collator), set(live_ids)
+    rows = as_rows(rows)
+    relevant, searched = query_answers(rows)
+    retriever = ModelRetriever(model, collator)
     loading = Loading(batch_size, num_workers, quiet=not progress)
     for loaded, inputs, failures in loading.batches(rows, list(range(len(rows))), retriever.load_clips, "calibrating"):
         unreadable += [failure for failure in failures if failure.get("outcome", "skipped") == "skipped"]
@@ -325,6 +394,5 @@ def encoded_queries(model, collator, rows, live_ids: list[str], reading: tuple[i
             continue
         with torch.no_grad():
             clips = retriever.encode_clips(inputs)
-        chosen = [rows[i] for i in loaded]
-        scopes = [(row["live_id"],) if lives and row.get("live_id") else None for row in chosen]
-        yield clips, [row["relevant"] for row in chosen], scopes
+        scopes = [(searched[i],) if live_ids and searched[i] else None for i in loaded]
+        yield clips, [relevant[i] for i in loaded], scopes

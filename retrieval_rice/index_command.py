@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
         )
     if options.calibrate == "none" and options.boxes_file is not None:
         raise ValueError("--boxes_file belongs to a calibration; leave out --calibrate none.")
-    rows, is_data_set = shop_rows(options)
+    rows, left_out = shop_rows(options)
     model, processor = load_model(options.model, options.device)
     if options.boxes_file is not None and not model.config.accepts_patch_mask:
         raise ValueError(f"--boxes_file: the encoder of {options.model} takes no patch mask; leave it out.")
@@ -85,19 +85,24 @@ def run(options: argparse.Namespace) -> None:
         return
     changed = False
     if options.calibrate != "none" and not (options.calibrate == "auto" and _is_calibrated(index, options)):
-        changed = _calibrate(index, options, is_data_set)
+        changed = _calibrate(index, options, is_data_set=left_out is None)
     if options.approximate:
         index.approximate(options.approximate)
         changed = True
     if changed:
         index.save(options.output)
     _report(index, options.output)
+    if left_out:
+        print(left_out)
     if options.qdrant:
         _upload(index, options)
 
 
 def shop_rows(options: argparse.Namespace):
-    """Gallery rows of a data set or of a folder of pictures, and whether it is a data set."""
+    """
+    Gallery rows of a data set, and `None`; or of a folder of pictures, and a note on what was left out of it, "" for
+    nothing.
+    """
     from data_rice.views import DATASETS, prepared_folder, resolve
 
     if options.shop not in DATASETS:
@@ -108,8 +113,8 @@ def shop_rows(options: argparse.Namespace):
         except ValueError:
             known = None
         if known is None:
-            return folder_rows(Path(options.shop)), False
-    return gallery_rows(options.shop, options.split, _source(options)), True
+            return folder_rows(Path(options.shop))
+    return gallery_rows(options.shop, options.split, _source(options)), None
 
 
 def gallery_rows(dataset: str, split: str, source: dict):
@@ -133,32 +138,30 @@ def _source(options: argparse.Namespace) -> dict:
     }
 
 
-def folder_rows(folder: Path) -> list[dict]:
+def folder_rows(folder: Path) -> tuple[list[dict], str]:
     """
-    The pictures below a folder, named after their place in it.
+    The pictures below a folder, named after their place in it, and a note on what was left out.
 
     Raises:
         FileNotFoundError: there are none.
         ValueError: a link leads out of the folder.
     """
-    from data_rice.parsing import list_names
+    from data_rice.folders import list_pictures
+    from data_rice.paths import path_to_text
 
-    rows, others = [], 0
-    for place, folders, files in os.walk(folder):
-        folders.sort()
-        names = list_names(place, root=folder)
-        others += len(files) - len(set(files) & set(names))
-        for name in names:
-            path = Path(place, name)
-            image_id = path.relative_to(folder).as_posix()
-            rows.append({"image_id": image_id, "title": path.stem.replace("_", " "), "image": str(path)})
+    listing, rows = list_pictures(folder, below=True), []
+    for path in map(Path, listing.pictures):
+        # No table holds bytes that are no UTF-8, and a title is for people.
+        title = os.fsencode(path.stem).decode("utf-8", "replace").replace("_", " ")
+        image_id = path_to_text(path.relative_to(folder).as_posix())
+        rows.append({"image_id": image_id, "title": title, "image": str(path)})
     if not rows:
+        left_out = f" ({listing.note()})" if listing.left_out else ""
         raise FileNotFoundError(
-            f"{folder} has neither pictures nor the files of a data set; docs/data.md shows what a shop looks like."
+            f"{folder} has neither pictures nor the files of a data set{left_out}; docs/data.md shows what a shop "
+            "looks like."
         )
-    if others:
-        print(f"{others} files in {folder} are no pictures by their name and were left out.")
-    return rows
+    return rows, listing.note()
 
 
 def _decision(options: argparse.Namespace) -> dict:

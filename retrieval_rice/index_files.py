@@ -4,7 +4,6 @@ A file that the manifest names is never written again, so a full disk or a kill 
 there, whole, and a change writes the shards that changed and no others.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
+from modeling_rice.fingerprint_rice import same_state
+
 from .index_store import RECORD, Shard
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 MANIFEST = "index.json"
 FORMAT, VERSION = "rice-gallery-index", 1
@@ -44,7 +50,13 @@ def write_lock(folder: Path, shared: bool = False) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process is writing.
+        OSError: the system has no such locks (Windows).
     """
+    if fcntl is None:
+        raise OSError(
+            f"the index {folder} cannot be written: other writers are kept out by file locks (fcntl), which this "
+            f"system does not have; write it on Linux or macOS, and copy it."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / _LOCK, "a") as file:
         try:
@@ -219,7 +231,7 @@ def write_manifest(folder: Path, manifest: dict) -> str:
 def check_fingerprint(stored: str | None, model: Any, name: str, model_name: str | None = None) -> None:
     """Raises `ValueError` when encodings are known to be another model's."""
     own = model.fingerprint()
-    if None not in (stored, own) and stored != own:
+    if not same_state(stored, own):
         origin = f" ({model_name})" if model_name else ""
         raise ValueError(
             f"the index {name} was encoded by another model{origin}, fingerprint {stored} and not {own}; open it with "

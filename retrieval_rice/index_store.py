@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Number
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
+
+from data_rice.parsing import id_text
 
 RECORD = pa.schema(
     [
@@ -18,7 +21,8 @@ RECORD = pa.schema(
         ("image", pa.string()),
     ]
 )
-"""What is known of an image besides its encoding: `live_ids` are the livestreams that sell it, `image` is its path."""
+"""What is known of an image besides its encoding: `live_ids` are the livestreams that sell it, `image` is its path,
+as `data_rice.paths.path_to_text` writes it."""
 
 CHUNK = 32_768
 """Images compared with the clips at a time, which bounds the memory of a search."""
@@ -276,12 +280,16 @@ def _beside(features, clips):
 
 def scopes_of(live_id: Any, count: int) -> list[Scope]:
     """What each clip searches."""
-    if live_id is None or isinstance(live_id, str):
+    if live_id is None or isinstance(live_id, (str, Number)):
         live_id = [live_id] * count
     live_id = list(live_id)
     if len(live_id) != count:
         raise ValueError(f"live_id has {len(live_id)} entries for {count} clips; give one per clip, or one text.")
-    return [None if one is None else (one,) if isinstance(one, str) else tuple(one) for one in live_id]
+    return [None if one is None else _scope([one] if isinstance(one, (str, Number)) else one) for one in live_id]
+
+
+def _scope(live_ids: Iterable) -> Scope:
+    return tuple(live_id if isinstance(live_id, str) else id_text(live_id) for live_id in live_ids)
 
 
 def live_of(record: dict, scope: Scope) -> str:

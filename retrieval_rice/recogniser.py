@@ -15,9 +15,13 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .stream.source import Frame, is_address, list_pictures, open_stream
+from processing_rice import open_image, sample_frame_indices
+from processing_rice.media_rice import is_file_source, picture_tensor
+from processing_rice.video_media_rice import VideoReader
+
+from .stream.source import Frame, frames_of_folder, is_address, open_stream
 from .stream.timeline import Hysteresis, Segment, Timeline
-from .stream.windows import Window, cut_windows, join_frames, shares_frames
+from .stream.windows import Window, cut_windows
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +32,8 @@ _FRAMES_AT_ONCE = 32
 class Recogniser:
     """
     Args:
-        model: With `encode_clips`, in eval mode, such as a `RiceModel`.
+        model: A `RiceModel` in eval mode, or what has its `encode_clips` and, for streams, `encode_frames` and
+            `pool_frames`.
         processor: The one saved with it.
         index: A `GalleryIndex` of the same model, or what searches like one.
         boxes: Where the boxes of the intended product come from: `"none"` (the whole frame counts), `"detector"`, or
@@ -133,8 +138,7 @@ class Recogniser:
         What a stream shows from when to when. Overlapping windows are searched for, and answers joined to segments;
         each is given as soon as it is closed. Memory does not grow with time.
 
-        A frame is encoded once and shared by its windows, unless the model's way from frames to a clip forbids it
-        (see [`shares_frames`]); then windows are encoded whole.
+        A frame is encoded once and shared by its windows.
 
         Args:
             source: What [`open_stream`] opens, one that is open (which tells what was dropped, and can be stopped),
@@ -164,8 +168,6 @@ class Recogniser:
             logger.warning(
                 "the index is not calibrated: some product is named at all times, and confidences are no probabilities"
             )
-        if not shares_frames(self.model):
-            logger.warning("this model's windows are encoded whole: each frame is encoded once per window")
         length_s = getattr(source, "duration_s", None) or 0.0
         frames = _with_progress(source, length_s) if progress else source
         windows = cut_windows(frames, window_s, hop_s, 1 / fps, length_s)
@@ -204,24 +206,23 @@ class Recogniser:
         return dict(self.processor(videos=list(clips), **kwargs))
 
     def _sample(self, count: int) -> list[int]:
-        from processing_rice import sample_frame_indices
-
         return sample_frame_indices(count, self.num_frames)
 
     def _read_clip(self, path: str | os.PathLike, sample: bool) -> list:
         if is_address(path):
             raise ValueError(f"{path} is no file; `stream` follows addresses and cameras.")
         if os.path.isdir(path):
-            return list(list_pictures(path))
-        from data_rice.video import decode_frames, probe_video
-
-        info = probe_video(path)
-        chosen = self._sample(info.num_frames) if sample else range(info.num_frames)
-        frames = [picture for _, picture in decode_frames(path, chosen)]
-        if len(frames) < len(chosen):
-            logger.warning(
-                "%s is cut short: %d of %d frames could be read and are used", path, len(frames), len(chosen)
-            )
+            listing = frames_of_folder(path)
+            if listing.left_out:
+                logger.warning("%s", listing.note())
+            return listing.pictures
+        with VideoReader(path) as video:
+            frames = [frame.picture for frame in video.frames(self._sample(len(video)) if sample else None)]
+            if video.num_missing:
+                logger.warning(
+                    "%s is cut short: %d of %d frames could be read and are used",
+                    *(path, len(video), len(video) + video.num_missing),
+                )
         return frames
 
 
@@ -234,22 +235,19 @@ def _with_progress(frames: Iterable[Frame], length_s: float) -> Iterator[Frame]:
 
 def _to_picture(frame) -> Image.Image:
     """Detectors take PIL pictures."""
-    if isinstance(frame, Image.Image):
-        return frame
+    if is_file_source(frame):
+        return open_image(frame)
     from torchvision.transforms.v2.functional import to_pil_image
 
-    from processing_rice.video_processing_rice import load_frame
-
-    return to_pil_image(load_frame(frame))
+    return to_pil_image(picture_tensor(frame, "A frame"))
 
 
 class _WindowEncoder:
-    """Keeps what was done of the frames that the next windows share."""
+    """Encodes each frame once, for all windows that share it."""
 
     def __init__(self, recogniser: Recogniser):
         self.recogniser, self.model = recogniser, recogniser.model
-        self.shares = shares_frames(self.model)
-        # By a frame's number: its encoding where those are shared, else its model inputs.
+        # By a frame's number.
         self.known: dict[int, Any] = {}
         # Frames in which nothing was found, where the processor leaves those out of a clip.
         self.empty: set[int] = set()
@@ -258,27 +256,25 @@ class _WindowEncoder:
 
     def encode(self, window: Window):
         """`RiceClips` with the window as its one row."""
-        detector = self.recogniser.detector
         self.known = {number: self.known[number] for number in window.numbers if number in self.known}
         new = [(n, f.picture) for n, f in zip(window.numbers, window.frames) if n not in self.known]
         for start in range(0, len(new), _FRAMES_AT_ONCE):
-            part = new[start : start + _FRAMES_AT_ONCE]
-            pictures = [picture for _, picture in part]
-            found = [None] * len(part) if detector is None else detector.detect(pictures)
-            if detector is not None and self.drops_empty:
-                self.empty |= {number for (number, _), box in zip(part, found) if box is None}
-            inputs = self.recogniser._process([[picture] for picture in pictures], [[box] for box in found])
-            if self.shares:
-                encoded = self.model.encode_clips(**inputs)
-                self.known |= {number: encoded[row] for row, (number, _) in enumerate(part)}
-            else:
-                self.known |= {
-                    number: {name: value[row : row + 1] for name, value in inputs.items()}
-                    for row, (number, _) in enumerate(part)
-                }
+            numbers, pictures = zip(*new[start : start + _FRAMES_AT_ONCE])
+            encoded = self._encode_frames(numbers, pictures)
+            self.known |= {number: encoded[row] for row, number in enumerate(numbers)}
         self.empty &= self.known.keys()
         shown = [number for number in window.numbers if number not in self.empty] or window.numbers
         parts = [self.known[number] for number in shown]
-        if self.shares:
-            return join_frames(type(parts[0]).cat(parts), getattr(self.model, "temporal_pooling", None))
-        return self.model.encode_clips(**{name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]})
+        return self.model.pool_frames(type(parts[0]).cat(parts))
+
+    def _encode_frames(self, numbers: Sequence[int], pictures: Sequence):
+        detector, boxes = self.recogniser.detector, [None] * len(pictures)
+        if detector is not None:
+            boxes = detector.detect(list(pictures))
+        if detector is not None and self.drops_empty:
+            self.empty |= {number for number, box in zip(numbers, boxes) if box is None}
+        # Each picture is a clip of its own here.
+        inputs = self.recogniser._process([[picture] for picture in pictures], [[box] for box in boxes])
+        frames = (inputs.get(name) for name in ("pixel_values_videos", "patch_mask"))
+        device = getattr(self.model, "device", None)
+        return self.model.encode_frames(*(None if part is None else part[:, 0].to(device) for part in frames))

@@ -58,10 +58,26 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def _reference_folder(*places: str, holding: str) -> Path:
+    """The first of the places within RICE_REFERENCE_DIR that holds a file; tests skip where the variable is unset."""
+    root = os.environ.get("RICE_REFERENCE_DIR")
+    if not root:
+        pytest.skip("needs RICE_REFERENCE_DIR, the folder of recorded reference values and real photographs")
+    for place in places:
+        if (Path(root) / place / holding).is_file():
+            return Path(root) / place
+    pytest.fail(
+        f"RICE_REFERENCE_DIR={root} holds no {holding}; name the folder with reference/ and data/, or unset it"
+    )
+
+
 @pytest.fixture(scope="session")
-def shared_dir() -> Path:
-    """The folder of real photographs and reference values beside the checkout; tests that need it skip elsewhere."""
-    path = REPOSITORY.parent / "shared"
-    if not path.is_dir():
-        pytest.skip(f"needs the folder {path}, which is not part of the repository")
-    return path
+def reference_dir() -> Path:
+    """Values recorded from both official code bases."""
+    return _reference_folder("reference", ".", holding="golden_functions.json")
+
+
+@pytest.fixture(scope="session")
+def groceries_dir() -> Path:
+    """Real photographs of groceries in the layout of shop_clips."""
+    return _reference_folder("data/grocerystore", "../data/grocerystore", ".", holding="gallery.jsonl")

@@ -83,7 +83,8 @@ def test_writes_results_rankings_picture_and_card(model_dir, shop, tmp_path, cap
     results = run(model_dir, shop, output)
     files = {path.name for path in output.iterdir()}
     assert files == {
-        "README.md", "breakdown.png", "matches.png", "query_ranks.jsonl", "rankings.jsonl", "results.json"
+        "README.md", "breakdown.md", "breakdown.png", "matches.png", "query_ranks.jsonl", "rankings.jsonl",
+        "results.json",
     }  # fmt: skip
     assert {
         "protocol", "num_queries", "gallery_size", "scores", "fusion_weight", "baselines", "by", "model", "dataset",
@@ -161,6 +162,37 @@ def test_without_a_validation_split_the_weight_is_one_and_said_so(model_dir, sho
     results = run(model_dir, shop, tmp_path / "out")
     assert results["fusion_weight"] == 1.0 and results["protocol"]["fusion"]["source"] == "default"
     assert "fusion weight 1: the checkpoint has none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("weight", "at_edge"), [(50.0, True), (0.35, False)])
+def test_a_weight_at_an_end_of_its_grid_is_told(model_dir, shop, tmp_path, capsys, weight, at_edge):
+    give_weights(model_dir, fusion_weight=weight)
+    fusion = run(model_dir, shop, tmp_path / "out", "--baselines")["protocol"]["fusion"]
+    words = "the fusion weight 50 lies at the upper end of its grid (0.01 to 50): a better one may lie beyond"
+    assert fusion["at_edge"] is at_edge and fusion["edge_words"] == [words] * at_edge
+    assert (words in capsys.readouterr().out) is at_edge
+    assert (words in (tmp_path / "out" / "README.md").read_text()) is at_edge
+
+
+def test_intervals_resample_shops_where_there_are_several(model_dir, shop, tmp_path, capsys):
+    rule = "percentile bootstrap over clips, since no two shops are told apart (10000 resamples, seed 0)"
+    assert run(model_dir, shop, tmp_path / "one")["protocol"]["interval"] == rule
+    for name, key in (("gallery", "gallery_id"), ("clips_test", "gt_gallery_ids"), ("clips_val", "gt_gallery_ids")):
+        rows = [json.loads(line) for line in (shop / f"{name}.jsonl").read_text().splitlines()]
+        for row in rows:
+            product = row[key] if name == "gallery" else row[key][0]
+            row["live_id"] = "warm" if product in ("red", "yellow") else "cold"
+        write_lines(shop / f"{name}.jsonl", rows)
+    results = run(model_dir, shop, tmp_path / "two", "--report")
+    rule = "percentile bootstrap over 2 shops, then over the clips of each (10000 resamples, seed 0)"
+    assert results["protocol"]["interval"] == rule and f"interval of R@1: {rule}" in capsys.readouterr().out
+    assert all(rule in (tmp_path / "two" / name).read_text() for name in ("README.md", "report.html"))
+    for name in ("rankings.jsonl", "query_ranks.jsonl"):
+        lines = [json.loads(line) for line in (tmp_path / "two" / name).read_text().splitlines()]
+        assert {line["live_id"] for line in lines} == {"warm", "cold"} and list(lines[0])[:2] == [
+            "query_id",
+            "live_id",
+        ]
 
 
 def test_number_of_frames_and_boxes_are_recorded(model_dir, shop, tmp_path):
@@ -354,6 +386,8 @@ def test_refuses_weights_that_lack_a_part(model_dir, shop, tmp_path, capsys):
     weights = load_file(model_dir / "model.safetensors")
     weights.pop("visual_projection.weight")
     save_file(weights, model_dir / "model.safetensors", metadata={"format": "pt"})
+    assert "model.safetensors is not what was saved" in refusal(capsys, model_dir, shop, tmp_path / "out")
+    (model_dir / "model.sha256").unlink()
     assert "lacks 1 weights of its model, such as visual_projection.weight" in refusal(
         capsys, model_dir, shop, tmp_path / "out"
     )

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 import eval_rice
-from evaluation_rice.study.ablation import cell_commands, read_study
+from evaluation_rice.study.cells import cells_of
+from evaluation_rice.study.definition import read_study
 from modeling_rice import RiceConfig
 from training_rice.arguments import parse_arguments
 
@@ -17,8 +18,8 @@ STUDIES = [path for path in sorted(CONFIGS.glob("*.yaml")) if "\narms:" in path.
 def test_every_command_of_a_study_is_understood(path, tmp_path, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
     study = read_study(path)
-    for name in [*(["start"] if study.start else []), *study.arms]:
-        for command in cell_commands(study, tmp_path, name, 0):
+    for cell in cells_of(study, tmp_path).values():
+        for command in cell.commands:
             if command[0] == "eval_rice.py":
                 eval_rice.parse_arguments(command[1:])
                 continue

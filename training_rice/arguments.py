@@ -183,6 +183,10 @@ class RiceTrainingArguments(TrainingArguments):
     hub_private_repo: bool | None = field(
         default=True, metadata={"help": "Whether a repository that push_to_hub creates is private."}
     )
+    hub_license: str | None = field(
+        default=None,
+        metadata={"help": "With push_to_hub: licence of the model; needed where the training data's is not known."},
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best one among them."})
     report_to: None | str | list[str] = field(
         default="auto",
@@ -221,6 +225,13 @@ class RiceTrainingArguments(TrainingArguments):
     max_nonfinite_steps: int = field(
         default=10,
         metadata={"help": "Stop after so many steps in a row whose loss or gradient is not finite; 0 never stops."},
+    )
+    save_on_signal: bool = field(
+        default=False,
+        metadata={
+            "help": "On Ctrl-C or SIGTERM finish the step, with a validation that is due after it, and write a "
+            "checkpoint before the run ends; a second signal does not wait."
+        },
     )
     batch_sampler: Literal["random", "same_live", "class_balanced"] = field(
         default="random",
@@ -287,7 +298,11 @@ class RiceTrainingArguments(TrainingArguments):
             self.report_to = _reporters() or "none"
         if self.profile:
             self.report_to = "none"
+        chosen = self.metric_for_best_model, self.greater_is_better
         super().__post_init__()
+        if chosen[0] is None:
+            # What stands for the trainer's choice; TrainingArguments would name a loss that validation does not have.
+            self.metric_for_best_model, self.greater_is_better = chosen
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
 
 
@@ -312,6 +327,11 @@ def _reporters() -> list[str]:
 _CLASSES = (ModelArguments, DataArguments, RiceTrainingArguments)
 
 
+def program_name() -> str:
+    """What the user has called, which messages begin with."""
+    return sys.argv[0] if sys.argv[0].startswith("rice ") else "train_rice.py"
+
+
 def parse_arguments(
     argv: Sequence[str] | None = None,
 ) -> tuple[ModelArguments, DataArguments, RiceTrainingArguments]:
@@ -323,7 +343,7 @@ def parse_arguments(
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(
         _CLASSES,
-        prog="train_rice.py",
+        prog=program_name(),
         usage="%(prog)s [recipe.yaml] [--name value ...] [--model.name value ...]",
         allow_abbrev=False,
     )
@@ -344,7 +364,7 @@ def parse_arguments(
             name = unknown[0].lstrip("-").partition("=")[0]
             raise ValueError(f"unknown argument {unknown[0]}{suggest(name, _field_names())}")
     except (ValueError, OSError) as error:
-        parser.exit(2, f"train_rice.py: error: {' '.join(str(error).splitlines())}\n")
+        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).splitlines())}\n")
     model_arguments.model = model
     return model_arguments, data_arguments, training_arguments
 

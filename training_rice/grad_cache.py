@@ -115,27 +115,28 @@ class GradCache:
         with self.autocast():
             for chunk in map(self.prepare, chunks):
                 kept.image_random.append(_RandomState(model.device))
-                images, states = model.encode_image_side(**chunk)
+                images = model.image_tokens(**chunk)
                 image_embeds.append(images.embeds)
-                if states is not None:
-                    kept.state_dtype = states.dtype
+                if images.states is not None:
+                    kept.state_dtype = images.states.dtype
                     # A copy, since a view would keep all tokens.
-                    class_states.append(_single(states[:, 0]))
-                del images, states
+                    class_states.append(_single(images.states[:, 0]))
+                del images
             if class_states:
                 kept.class_states = torch.cat(class_states).requires_grad_()
                 with torch.enable_grad():
                     kept.all_states = model.gather(kept.class_states)
             for chunk in map(self.prepare, chunks):
                 kept.clip_random.append(_RandomState(model.device))
-                clips, keys, values, mask = model.encode_clip_side(**chunk)
+                clips = model.clip_tokens(**chunk)
                 video_embeds.append(clips.embeds)
-                if keys is not None:
-                    blocks = self._image_blocks(model, keys, len(kept.all_states))
-                    states = kept.all_states.to(kept.state_dtype)
-                    rows = [model.decoder.score_pairs(states[block], keys, values, mask) for block in blocks]
+                if clips.keys is not None:
+                    blocks = self._image_blocks(model, clips.keys, len(kept.all_states))
+                    states, keys_values = kept.all_states.to(kept.state_dtype), (clips.keys, clips.values, clips.mask)
+                    rows = [model.decoder.score_pairs(states[block], *keys_values) for block in blocks]
                     scores.append(_single(torch.cat(rows, dim=1)))
-                del clips, keys, values, mask
+                    del keys_values
+                del clips
         kept.image_embeds = torch.cat(image_embeds).requires_grad_()
         kept.video_embeds = torch.cat(video_embeds).requires_grad_()
         kept.scores = torch.cat(scores).requires_grad_() if scores else None
@@ -180,10 +181,7 @@ class GradCache:
         sources = [tensor for tensor in (kept.image_embeds, kept.video_embeds, kept.scores) if tensor is not None]
         gathered = [model.gather(tensor) for tensor in sources]
         images, clips = (tensor.detach().requires_grad_() for tensor in gathered[:2])
-        scores = scores_gradient = None
-        if kept.scores is not None:
-            scores = gathered[2].detach()
-            scores_gradient = torch.zeros_like(scores)
+        matching = None if kept.scores is None else _Matching(gathered[2].detach())
         # Stands for the loss that is computed later, in the third pass, to learn what `backward` does to it.
         reconstruction = torch.zeros((), device=images.device, dtype=images.dtype, requires_grad=True)
         output = RiceOutput(
@@ -191,7 +189,7 @@ class GradCache:
             image_embeds=kept.image_embeds.detach(),
             video_embeds=kept.video_embeds.detach(),
         )
-        output.contrastive_loss, matching, logits, indices = torch.zeros_like(output.loss), 0.0, [], []
+        output.contrastive_loss = torch.zeros_like(output.loss)
         first = model.gather.rank * size
         for start in range(0, size, self.chunk_size):
             stop = min(start + self.chunk_size, size)
@@ -202,28 +200,21 @@ class GradCache:
                     config.contrastive_loss_weight * term + config.reconstruction_loss_weight * share * reconstruction
                 )
                 output.contrastive_loss += term.detach()
-                if scores is not None:
-                    mined = model.mine_negatives(images, clips, products, rows)
-                    # Leaves of a block's size: the gradient of a slice would be as large as all scores.
-                    by_image, by_clip = (part.clone().requires_grad_() for part in (scores[:, rows].T, scores[rows]))
-                    term, block_logits = model.matching_loss(by_image, by_clip, products, rows, mined)
-                    loss = loss + config.matching_loss_weight * share * term
-                    matching = matching + share * term.detach()
-                    if mined is not None:
-                        logits.append(block_logits.detach())
-                        indices.append(mined[0])
+                if matching is not None:
+                    term = share * matching.loss_of(model, images, clips, products, rows)
+                    matching.loss = matching.loss + term.detach()
+                    loss = loss + config.matching_loss_weight * term
             backward(loss)
             output.loss += loss.detach()
-            if scores is not None:
-                scores_gradient[:, rows] += by_image.grad.T
-                if by_clip.grad is not None:
-                    scores_gradient[rows] += by_clip.grad
-        torch.autograd.backward(gathered, [images.grad, clips.grad, scores_gradient][: len(gathered)])
-        if scores is not None:
-            output.matching_loss = matching
-            own = config.matching_scale * kept.scores.detach()[:, first : first + size].T
-            output.matching_logits = torch.cat(logits) if logits else own
-            output.matching_indices = torch.cat(indices) if indices else None
+            if matching is not None:
+                matching.add_gradients()
+        leaves = [images.grad, clips.grad, *([] if matching is None else [matching.gradient])]
+        torch.autograd.backward(gathered, leaves)
+        if matching is not None:
+            own = config.matching_scale * kept.scores.detach()[:, first : first + size]
+            output.matching_loss = matching.loss
+            output.matching_logits = torch.cat(matching.logits) if matching.logits else own
+            output.matching_indices = torch.cat(matching.indices) if matching.indices else None
         if model.memory is not None and model.training:
             model.memory.push(images.detach(), clips.detach(), products)
         return output, reconstruction.grad
@@ -233,24 +224,24 @@ class GradCache:
         size, start, reconstruction = len(kept.video_embeds), 0, None
         all_states = None if kept.all_states is None else kept.all_states.detach().requires_grad_()
         for index, chunk in enumerate(map(self.prepare, chunks)):
-            images = states = None
+            images = None
             with self.autocast():
                 if model.reconstruction_head is not None:
                     kept.image_random[index].restore()
-                    images, states = model.encode_image_side(**chunk)
+                    images = model.image_tokens(**chunk)
                 kept.clip_random[index].restore()
-                clips, keys, values, mask = model.encode_clip_side(**chunk)
+                clips = model.clip_tokens(**chunk)
             rows = slice(start, start + len(clips.embeds))
             start = rows.stop
             outputs, gradients = [clips.embeds], [kept.video_embeds.grad[rows]]
             if all_states is not None:
-                cached = [_single(tensor).requires_grad_() for tensor in (keys, values)]
-                self._backward_pairs(model, kept, all_states, cached, mask, (keys.dtype, rows))
-                outputs += [keys, values]
+                cached = [_single(tensor).requires_grad_() for tensor in (clips.keys, clips.values)]
+                self._backward_pairs(model, kept, all_states, cached, clips.mask, (clips.keys.dtype, rows))
+                outputs += [clips.keys, clips.values]
                 gradients += [tensor.grad for tensor in cached]
             if model.reconstruction_head is not None:
                 with self.autocast():
-                    term = model.reconstruction_loss(images, clips, states, keys, mask) * (len(clips.embeds) / size)
+                    term = model.reconstruction_loss(images, clips) * (len(clips.embeds) / size)
                 reconstruction = term.detach() if reconstruction is None else reconstruction + term.detach()
                 outputs.append(term)
                 gradients.append(factor)
@@ -289,12 +280,12 @@ class GradCache:
         for index, chunk in enumerate(map(self.prepare, chunks)):
             kept.image_random[index].restore()
             with self.autocast():
-                images, states = model.encode_image_side(**chunk)
+                images = model.image_tokens(**chunk)
             rows = slice(start, start + len(images.embeds))
             start = rows.stop
             outputs, gradients = [images.embeds], [kept.image_embeds.grad[rows]]
-            if states is not None:
-                outputs.append(states[:, 0])
+            if images.states is not None:
+                outputs.append(images.states[:, 0])
                 gradients.append(kept.class_states.grad[rows])
             _backward(outputs, gradients)
 
@@ -320,6 +311,38 @@ class _Kept:
     state_dtype: torch.dtype = torch.float32
     image_random: list["_RandomState"] = field(default_factory=list)
     clip_random: list["_RandomState"] = field(default_factory=list)
+
+
+class _Matching:
+    """
+    The matching loss of the second pass, block by block: its value, the gradient of all scores, and of mined pairs
+    their logits and places.
+    """
+
+    def __init__(self, scores: Tensor):
+        self.scores, self.gradient = scores, torch.zeros_like(scores)
+        self.loss: Tensor | float = 0.0
+        self.logits: list[Tensor] = []
+        self.indices: list[Tensor] = []
+
+    def loss_of(self, model: RiceModel, images: Tensor, clips: Tensor, products: Tensor | None, rows: slice) -> Tensor:
+        """Of the images and clips of some rows."""
+        mined = model.mine_negatives(images, clips, products, rows)
+        # Leaves of a block's size: the gradient of a slice would be as large as all scores.
+        parts = (self.scores[:, rows].T, self.scores[rows])
+        self._block = (rows, *(part.clone().requires_grad_() for part in parts))
+        loss, logits = model.matching_loss(*self._block[1:], products, rows, mined)
+        if mined is not None:
+            self.logits.append(logits.detach())
+            self.indices.append(mined[0])
+        return loss
+
+    def add_gradients(self) -> None:
+        """Of the block that [`loss_of`] saw last, once its loss is differentiated."""
+        rows, by_image, by_clip = self._block
+        self.gradient[:, rows] += by_image.grad.T
+        if by_clip.grad is not None:
+            self.gradient[rows] += by_clip.grad
 
 
 class _RandomState:

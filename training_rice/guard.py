@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from .processes import maximum
 
 
 class UpdateGuard:
@@ -37,6 +38,10 @@ class UpdateGuard:
         """The loss of each batch of the update, on this process."""
         self._losses.append(loss.detach().float())
 
+    def loss(self) -> float:
+        """Of the update, on this process."""
+        return sum(loss.item() for loss in self._losses)
+
     def refuses(self, gradient_norm: Tensor | float | None, scaled: bool, step: int) -> bool:
         """
         Whether the update must be left out; to be asked once per update, by all processes.
@@ -56,12 +61,8 @@ class UpdateGuard:
             norm = gradient_norm if isinstance(gradient_norm, Tensor) else torch.tensor(gradient_norm)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             bad = bad.to(norm.device) | ~torch.isfinite(norm)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            # A loss may be bad on one process alone, and all must decide alike.
-            flag = bad.float()
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            bad = flag > 0
-        if not bad.item():
+        # A loss may be bad on one process alone, and all must decide alike.
+        if not maximum(bad, bad.device):
             self.in_a_row = 0
             return False
         self.skipped += 1

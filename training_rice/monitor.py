@@ -1,13 +1,17 @@
 """What a long run shows besides its losses: accuracy within the batch, speed, waiting for data, memory, a summary."""
 
 import platform
-import resource
 import time
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
+
+try:
+    import resource
+except ImportError:
+    resource = None
 
 
 def in_batch_accuracy(logits: Tensor, product_ids: Tensor | None = None) -> Tensor:
@@ -58,9 +62,14 @@ class StepClock(TrainerCallback):
 
 
 def peak_memory_gb(device: torch.device) -> dict[str, float]:
-    """Most memory so far in 2^30 bytes: of this process (without its loader workers), and of its GPU if it has one."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    memory = {"memory_gb": peak / (2**30 if platform.system() == "Darwin" else 2**20)}
+    """
+    Most memory so far in 2^30 bytes: `memory_gb` of this process (without its loader workers) where the system tells,
+    which Windows does not, and `gpu_memory_gb` of its GPU if it has one.
+    """
+    memory = {}
+    if resource is not None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory["memory_gb"] = peak / (2**30 if platform.system() == "Darwin" else 2**20)
     if device.type == "cuda":
         memory["gpu_memory_gb"] = torch.cuda.max_memory_allocated(device) / 2**30
     return memory

@@ -27,10 +27,10 @@ def load_encoder(path: str) -> PreTrainedModel:
     """
     if not list(Path(path).glob("*.bin")):
         check_checkpoint(path)
-    architectures = AutoConfig.from_pretrained(path).architectures or []
+    architectures = AutoConfig.from_pretrained(path, trust_remote_code=False).architectures or []
     # AutoModel would leave its projection behind.
     whole = CLIPVisionModelWithProjection if "CLIPVisionModelWithProjection" in architectures else AutoModel
-    return whole.from_pretrained(path, dtype=torch.float32)
+    return whole.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
 
 
 def start_from(path: str, settings: dict[str, Any]) -> RiceModel:

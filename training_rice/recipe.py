@@ -13,6 +13,10 @@ from transformers import CONFIG_MAPPING, HfArgumentParser
 
 from modeling_rice import RiceConfig
 
+# Beside this file in an installed package; in a checkout, also one that is installed as editable, in configs/.
+_INSTALLED = Path(__file__).with_name("recipes")
+RECIPES = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[1] / "configs"
+
 
 class _RecipeLoader(yaml.SafeLoader):
     """YAML 1.2's scalars, where `1e-3` is a number and `no` a word; PyYAML's 1.1 takes them for text and false."""
@@ -35,17 +39,38 @@ _RecipeLoader.add_implicit_resolver(
 )
 
 
+def find_recipe(name: str | Path, names: Collection[str]) -> Path:
+    """
+    The file of a recipe: `name` itself, else the recipe of that name that comes with the project, `configs/` before
+    it or not.
+
+    Raises:
+        FileNotFoundError: there is neither; the message lists the recipes that come with the project.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    packaged = RECIPES / path.name
+    if packaged.is_file() and path.parent in (Path("."), Path("configs")):
+        return packaged
+    # The folder also holds studies, which are no recipes.
+    known = [file.name for file in sorted(RECIPES.glob("*.yaml")) if _is_recipe(file, names)]
+    raise FileNotFoundError(f"there is no recipe {name}: name a YAML file, or one of {', '.join(known)}.")
+
+
+def _is_recipe(path: Path, names: Collection[str]) -> bool:
+    return _load_yaml(path.read_text(encoding="utf-8")).keys() <= set(names)
+
+
 def read_recipe(path: str | Path, names: Collection[str]) -> dict[str, Any]:
     """
     Reads a recipe: a flat YAML mapping of argument names (those of `names`), and `model:` with fields of `RiceConfig`.
 
     Raises:
-        FileNotFoundError: when there is no such file.
+        FileNotFoundError: as `find_recipe`.
         ValueError: for broken YAML or an unknown key, naming it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no recipe {path}")
+    path = find_recipe(path, names)
     try:
         recipe = _load_yaml(path.read_text(encoding="utf-8")) or {}
     except ValueError as error:

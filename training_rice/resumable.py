@@ -2,19 +2,31 @@
 
 import os
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from .averaging import AveragedWeights, load_averaged
-from .checkpoints import STAGING, clear_staging, numbered_checkpoints, publish, rotate, why_broken
+from .checkpoints import (
+    STAGING,
+    clear_staging,
+    newest_whole,
+    publish,
+    publish_model,
+    rotate,
+    why_broken,
+    writing,
+)
 from .guard import UpdateGuard
+from .processes import barrier
 from .randomness import EpochCallback, SeededCollator
+from .stopping import Stopped, StopRequest, outlive_signals, signals_call
 
 # In a checkpoint: what is neither model, optimiser, schedule nor random state.
 STATE_FILE = "rice_state.pt"
@@ -34,13 +46,19 @@ class ResumableTrainer(Trainer):
     to the bit on CPU with the same number of processes.
 
     Beyond what Trainer restores (weights, optimiser, schedule, random states, position in the epoch), the draws of the
-    loader workers are a function of seed, epoch and batch, averaged weights and the count of bad steps are kept, and a
-    checkpoint appears under its name only once it is written.
+    loader workers are a function of seed, epoch and batch; averaged weights, the count of bad steps, the sum of the
+    losses and what validation has fitted are kept; and a checkpoint appears under its name only once it is written.
+
+    With `save_on_signal`, Ctrl-C and SIGTERM let the step end, with all that is due after it, and then write a
+    checkpoint.
 
     Attributes:
         stateful: By name, further objects that checkpoints keep; to be filled before `train`. They must be alike on
             all processes, since the first one writes them.
+        fitted_fields: Names of fields of the model's config that validation fits, which come back with the weights.
     """
+
+    fitted_fields: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module, args, **kwargs):
         super().__init__(model, args, **kwargs)
@@ -48,13 +66,43 @@ class ResumableTrainer(Trainer):
         self.guard = UpdateGuard(model, args.max_nonfinite_steps, self.last_checkpoint)
         self.averaged: AveragedWeights | None = None
         self._staging: Path | None = None
+        self._losses = _LossSum()
+        self._stop = StopRequest()
+        self._saved_step: int | None = None
+        self._epochs = _EpochEnds()
+        self.add_callback(self._epochs)
         if args.ema_decay:
             self.add_callback(_Averaging(self))
 
     def last_checkpoint(self) -> str | None:
         """The newest whole checkpoint of the output folder."""
-        found = numbered_checkpoints(self.args.output_dir)
-        return next((str(path) for path in found if why_broken(path, self.args.world_size) is None), None)
+        return newest_whole(self.args.output_dir, self.args.world_size)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
+        """
+        As `Trainer.train`. `train_loss` is the mean over all steps of the run, those before an interruption included.
+
+        Raises:
+            Stopped: after a signal, with `save_on_signal`.
+        """
+        on_start = self.args.eval_on_start
+        # Done when the run began; again it would fit weights that the undisturbed run does not have.
+        self.args.eval_on_start = on_start and not resume_from_checkpoint
+        self._stop.number = 0
+        self._losses = _LossSum()
+        try:
+            with signals_call(self._stop) if self.args.save_on_signal else nullcontext():
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
+        except Exception as error:
+            if not self._stop.number:
+                raise
+            # The signal has ended another process too, which this one was waiting for.
+            raise Stopped(self._stop.number) from error
+        finally:
+            self.args.eval_on_start = on_start
+        if self._stop.number:
+            raise Stopped(self._stop.number)
+        return output._replace(training_loss=output.metrics["train_loss"])
 
     def get_train_dataloader(self) -> DataLoader:
         args, plain = self.args, self.data_collator
@@ -70,7 +118,10 @@ class ResumableTrainer(Trainer):
         self.add_callback(EpochCallback(seeded))
         # Or each new iterator would draw its workers' seed from the generator that dropout draws from, and there are
         # more new iterators in a run that was interrupted.
-        getattr(loader, "base_dataloader", loader).generator = torch.Generator().manual_seed(args.seed)
+        inner = getattr(loader, "base_dataloader", loader)
+        inner.generator = torch.Generator().manual_seed(args.seed)
+        if args.save_on_signal:
+            inner.worker_init_fn = partial(outlive_signals, inner.worker_init_fn)
         return loader
 
     def get_batch_samples(self, *args, **kwargs):
@@ -89,7 +140,20 @@ class ResumableTrainer(Trainer):
         if self.guard.refuses(grad_norm, scaled, self.state.global_step):
             # An optimiser passes over parameters without gradients, weight decay included.
             model.zero_grad(set_to_none=True)
+        else:
+            self._losses.add(self.guard.loss())
         return grad_norm
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "train_loss" in logs and self._losses.count:
+            # Trainer's own is of the steps since it was started.
+            logs["train_loss"] = self._summed_losses() / self._losses.count
+        super().log(logs, *args, **kwargs)
+
+    def _summed_losses(self) -> float:
+        """Mean over processes, each of which has the losses of its own part; to be called by all of them."""
+        total = torch.tensor(self._losses.total, device=self.args.device)
+        return self.accelerator.reduce(total, "mean").item()
 
     def evaluation_weights(self):
         """The context that validation runs in: with the averaged weights while training goes on."""
@@ -100,46 +164,80 @@ class ResumableTrainer(Trainer):
     def _get_output_dir(self, trial) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        """
+        What is due after a step. Trainer calls this a second time at the end of an epoch, for what is due then; the
+        checkpoint of an epoch's last step waits for that, or a run that goes on from it would never make up for it.
+        """
+        last = self.control.should_training_stop or self.state.epoch == int(self.state.epoch)
+        if last and not self._epochs.ended:
+            self._epochs.save_due, self.control.should_save = self.control.should_save, False
+            return super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.control.should_save |= self._epochs.save_due
+        self._epochs.save_due = False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.args.save_on_signal and (number := self._stop.agreed(self.args.device)):
+            if self._saved_step != self.state.global_step:
+                if self.state.best_global_step == self.state.global_step:
+                    # The undisturbed run has no checkpoint of this step to end with.
+                    self.state.best_global_step = None
+                self._save_checkpoint(self.model_wrapped, None)
+            raise Stopped(number)
+
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         """Trainer writes below the staging folder, and the first process moves the result to its place."""
         args, folder = self.args, Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
+        with writing(name, folder):
+            self._write_checkpoint(model, trial, folder, name)
+        self._saved_step = self.state.global_step
+        barrier()
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
+
+    def _write_checkpoint(self, model: nn.Module, trial, folder: Path, name: str) -> None:
         best = f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
-        if args.should_save:
+        if self.args.should_save:
             clear_staging(folder)
-        self._barrier()
+        barrier()
         self._staging = folder / STAGING
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
-        self._barrier()
+        barrier()
         if best is not None and (best == name or (folder / best).is_dir()):
             self.state.best_model_checkpoint = str(folder / best)
-        if args.should_save:
+        if self.args.should_save:
             self.state.save_to_json(str(folder / STAGING / name / "trainer_state.json"))
             publish(folder / STAGING / name, folder)
-            rotate(folder, args.save_total_limit, self.state.best_model_checkpoint)
+            rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
             clear_staging(folder).rmdir()
-        self._barrier()
-        if args.push_to_hub:
-            self._push_from_checkpoint(str(folder / name))
+
+    def save_final(self) -> None:
+        """Writes the model and its processor into the output folder, where they appear once they are written."""
+        folder = Path(self.args.output_dir)
+        with writing("the model", folder):
+            if self.args.should_save:
+                clear_staging(folder)
+            barrier()
+            self.save_model(str(folder / STAGING / "model"), _internal_call=True)
+            if self.args.should_save:
+                publish_model(folder / STAGING / "model", folder)
+                clear_staging(folder).rmdir()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer asks for this while the checkpoint is still being written.
         if self._staging is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
-    @staticmethod
-    def _barrier() -> None:
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.barrier()
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        losses = self._summed_losses()
         if not self.args.should_save:
             return
         state = {name: kept.state_dict() for name, kept in self._kept().items()}
+        state["losses"] = {"total": losses, "count": self._losses.count}
         if self.averaged is not None:
             state["averaged_updates"] = self.averaged.updates
             self.averaged.save(output_dir)
@@ -159,21 +257,81 @@ class ResumableTrainer(Trainer):
             self.averaged.load(checkpoint, state["averaged_updates"])
 
     def _kept(self) -> dict[str, Stateful]:
-        return {"guard": self.guard, **self.stateful}
+        return {"guard": self.guard, "losses": self._losses, **self.stateful}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._restore_fitted(resume_from_checkpoint)
+
+    def _restore_fitted(self, checkpoint: str) -> None:
+        """The config takes over what validation had fitted by the time of a checkpoint, for mining reads it."""
+        if not self.fitted_fields:
+            return
+        config = self.accelerator.unwrap_model(self.model).config
+        saved = type(config).from_pretrained(checkpoint)
+        for name in self.fitted_fields:
+            setattr(config, name, getattr(saved, name))
 
     def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if reason := why_broken(best, model_only=True):
+            raise ValueError(
+                f"the run ends with its best checkpoint {best}, which is half-written or damaged ({reason}); restore "
+                f"that folder and run the same command again, or train in another output_dir."
+            )
         super()._load_best_model()
-        load_averaged(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+        self._restore_fitted(best)
+        load_averaged(self.accelerator.unwrap_model(self.model), best)
         self.averaged = None
 
-    def load_trained(self, checkpoint: str | os.PathLike) -> None:
-        """Takes the weights that a run ends with, the best or the last, from the checkpoint after its last step."""
+    def load_trained(self, checkpoint: str | os.PathLike) -> dict[str, float]:
+        """
+        Takes the weights that a run ends with, the best or the last, from the checkpoint after its last step.
+
+        Returns:
+            `train_loss` as [`train`] has it, where the checkpoint tells.
+        """
+        losses = torch.load(os.path.join(checkpoint, STATE_FILE), weights_only=True).get("losses")
+        metrics = {} if losses is None else {"train_loss": losses["total"] / max(losses["count"], 1)}
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             # Looked for beside the last one, since the folder may have moved.
-            checkpoint = os.path.join(os.path.dirname(checkpoint), os.path.basename(self.state.best_model_checkpoint))
-        self._load_from_checkpoint(checkpoint)
+            best = os.path.basename(self.state.best_model_checkpoint)
+            self.state.best_model_checkpoint = os.path.join(os.path.dirname(checkpoint), best)
+            self._load_best_model()
+            return metrics
+        self._load_from_checkpoint(str(checkpoint))
         load_averaged(self.accelerator.unwrap_model(self.model), checkpoint)
+        return metrics
+
+
+class _LossSum:
+    """Losses of the updates that were made, over the whole run."""
+
+    def __init__(self):
+        self.total, self.count = 0.0, 0
+
+    def add(self, loss: float) -> None:
+        self.total += loss
+        self.count += 1
+
+    def state_dict(self) -> dict[str, float]:
+        return {"total": self.total, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.total, self.count = state["total"], state["count"]
+
+
+class _EpochEnds(TrainerCallback):
+    """Tells what is due after a step from what is due after an epoch, and keeps a checkpoint that waits for it."""
+
+    ended = save_due = False
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.ended = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.ended = True
 
 
 class _Averaging(TrainerCallback):

@@ -9,17 +9,21 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoImageProcessor, PreTrainedTokenizerBase
 
 from data_rice import LazyRows, gallery_scope, load_dataset_view, open_dataset_view
 from data_rice.asr_noise import with_noisy_asr
-from hub_rice.checkpoint import check_checkpoint, check_settings
+from data_rice.augmentation import ClipAugmentation
+from data_rice.collator import RiceCollator
+from data_rice.files import write_atomically
+from hub_rice.loading import checkpoint_folder, load_processor
 from hub_rice.repository import hub_errors
+from hub_rice.settings import read_config
 from modeling_rice import RiceConfig, RiceModel
 from processing_rice import RiceProcessor, build_processor
 
 from .arguments import DataArguments, ModelArguments, RiceTrainingArguments
-from .checkpoints import RESULTS_FILE, holds_finished_run, numbered_checkpoints, why_broken, write_text
+from .checkpoints import RESULTS_FILE, holds_finished_run, newest_whole, numbered_checkpoints, why_broken
 from .pretrained import start_from
 from .text import build_tokenizer, complete_text_settings, load_text_encoder
 
@@ -32,8 +36,11 @@ _NEWEST = (True, "true", "True")
 _NEVER = (False, "false", "False")
 # What may differ between a run and its continuation.
 _FREE_ARGUMENTS = ("resume_from_checkpoint", "output_dir", "logging_steps", "disable_tqdm", "report_to", "run_name")
-_FREE_ARGUMENTS += ("save_total_limit", "max_nonfinite_steps", "ddp_timeout", "dataloader_num_workers")
+_FREE_ARGUMENTS += ("save_total_limit", "max_nonfinite_steps", "save_on_signal", "ddp_timeout")
+_FREE_ARGUMENTS += ("dataloader_num_workers",)
 _FREE_ARGUMENTS += ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_pin_memory")
+# What the trainer chooses where the user has not.
+_CHOSEN_ARGUMENTS = ("metric_for_best_model", "greater_is_better")
 
 # What a run may add to the checkpoint it goes on from, replace or leave out, as a whole.
 _PARTS = ("decoder", "reconstruction_head", "patch_saliency", "temporal_pooling", "text_model", "text_projection")
@@ -141,13 +148,8 @@ def _build(arguments: ModelArguments, settings: dict) -> RiceModel:
 
 def _continue_from(path: str, settings: dict) -> RiceModel:
     """A checkpoint with some fields of its config changed. The decoder or its head may be new, or left out."""
-    check_checkpoint(path)
-    check_settings(path, RiceConfig)
-    former = AutoConfig.from_pretrained(path)
-    if former.model_type != RiceConfig.model_type:
-        raise ValueError(
-            f"{path} is a {former.model_type} model, no RICE checkpoint; init_vision_from takes encoders."
-        )
+    folder = checkpoint_folder(path)
+    former = read_config(folder, path)
     vision = settings.get("vision_config")
     model_type = vision.get("model_type", "clip_vision_model") if isinstance(vision, dict) else None
     if model_type not in (None, former.vision_config.model_type):
@@ -156,7 +158,12 @@ def _continue_from(path: str, settings: dict) -> RiceModel:
             f"{former.vision_config.model_type}; leave vision_config out to go on from that checkpoint."
         )
     model, info = RiceModel.from_pretrained(
-        path, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **settings
+        folder,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        # What it ranked by was chosen for the scores it had, and is chosen anew.
+        **{"ranking": None, **settings},
     )
     weights, missing, unexpected = model.state_dict(), set(info["missing_keys"]), set(info["unexpected_keys"])
     unfit = missing | unexpected | {key for key, *_ in info["mismatched_keys"]}
@@ -211,7 +218,8 @@ def _start_processor(
     model: ModelArguments, data: DataArguments, config: RiceConfig, texts: list[str]
 ) -> RiceProcessor:
     if model.model_name_or_path is not None:
-        processor = RiceProcessor.from_pretrained(model.model_name_or_path)
+        with hub_errors(model.model_name_or_path):
+            processor = load_processor(checkpoint_folder(model.model_name_or_path), model.model_name_or_path)
         processor.video_processor.num_frames = data.num_frames
         if data.image_size is not None:
             for part in (processor.image_processor, processor.video_processor):
@@ -230,12 +238,60 @@ def _start_processor(
 def _normalise_as(vision_model: str, processor: RiceProcessor) -> None:
     """Takes over the mean and standard deviation that a pretrained encoder was trained with."""
     try:
-        theirs = AutoImageProcessor.from_pretrained(vision_model)
+        theirs = AutoImageProcessor.from_pretrained(vision_model, trust_remote_code=False)
     except (OSError, ValueError):
         logger.warning("%s has no image processor; pictures are normalised as CLIP's.", vision_model)
         return
     for part in (processor.image_processor, processor.video_processor):
         part.image_mean, part.image_std = theirs.image_mean, theirs.image_std
+
+
+def set_token_ids(config: RiceConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    The config and its text encoder's take over the ids of the tokenizer. Trainer sets the latter when it trains, which
+    a run that was interrupted after its last step does not do again.
+    """
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(tokenizer, name)
+        setattr(config, name, value)
+        if config.text_config is not None and value is not None:
+            setattr(config.text_config, name, value)
+
+
+def build_collators(
+    data: DataArguments, processor: RiceProcessor, failure_log: str
+) -> tuple[RiceCollator, RiceCollator]:
+    """
+    For training pairs, and for the queries and gallery of validation.
+
+    Args:
+        data: Says how pictures are drawn, decoded and changed, and what goes with them.
+        processor: Of the run.
+        failure_log: File that lists what training could not read.
+    """
+    augmentation = None
+    if data.augments:
+        augmentation = ClipAugmentation(
+            crop_scale=(data.augment_crop, 1.0),
+            crop_ratio=ClipAugmentation.crop_ratio if data.augment_crop < 1 else (1.0, 1.0),
+            flip=data.augment_flip,
+            jitter=data.augment_jitter,
+            background=data.augment_background,
+            frame_drop=data.augment_frame_drop,
+        )
+    pairs = RiceCollator(
+        processor,
+        augmentation=augmentation,
+        use_boxes=data.use_boxes,
+        num_frames=data.train_num_frames or data.num_frames,
+        sampling=data.frame_sampling,
+        use_text=data.use_text,
+        asr_noise=data.asr_noise,
+        failure_log=failure_log,
+        decode=data.decode,
+        pixels="uint8" if data.decode == "fast" else "float",
+    )
+    return pairs, RiceCollator(processor, use_boxes=data.use_boxes, use_text=data.use_text)
 
 
 def find_checkpoint(arguments: RiceTrainingArguments) -> str | None:
@@ -244,7 +300,8 @@ def find_checkpoint(arguments: RiceTrainingArguments) -> str | None:
     `resume_from_checkpoint` false a run starts anew, for which the folder must hold none.
 
     Raises:
-        FileNotFoundError, ValueError: when the one asked for is missing or half-written, or the folder is not free.
+        FileNotFoundError, ValueError: when the one asked for is missing, half-written or damaged, or the folder is not
+            free.
     """
     asked, folder = arguments.resume_from_checkpoint, arguments.output_dir
     if asked in _NEVER:
@@ -258,14 +315,11 @@ def find_checkpoint(arguments: RiceTrainingArguments) -> str | None:
         if not os.path.isdir(asked):
             raise FileNotFoundError(f"resume_from_checkpoint: there is no folder {asked}.")
         if reason := why_broken(asked, arguments.world_size):
-            raise ValueError(f"resume_from_checkpoint: {asked} is half-written ({reason}); choose an earlier one.")
+            raise ValueError(
+                f"resume_from_checkpoint: {asked} is half-written or damaged ({reason}); choose an earlier one."
+            )
         return asked
-    for checkpoint in numbered_checkpoints(folder):
-        if reason := why_broken(checkpoint, arguments.world_size):
-            logger.warning("Passing over %s: it is half-written (%s).", checkpoint, reason)
-            continue
-        return str(checkpoint)
-    return None
+    return newest_whole(folder, arguments.world_size)
 
 
 def is_finished(arguments: RiceTrainingArguments) -> bool:
@@ -290,7 +344,9 @@ def record_arguments(
     if resuming and path.is_file():
         former = json.loads(path.read_text(encoding="utf-8"))
         for name, value in current.items():
-            if name not in _FREE_ARGUMENTS and name in former and former[name] != value:
+            if name in _FREE_ARGUMENTS or (name in _CHOSEN_ARGUMENTS and value is None):
+                continue
+            if name in former and former[name] != value:
                 raise ValueError(
                     f"{training.output_dir} holds a run with {name}={former[name]!r}, not {value!r}; choose another "
                     f"output_dir, or remove that folder to start anew."
@@ -298,4 +354,4 @@ def record_arguments(
     elif training.process_index == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_name(RESULTS_FILE).unlink(missing_ok=True)
-        write_text(path, json.dumps(current, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(path, json.dumps(current, indent=2, ensure_ascii=False) + "\n")

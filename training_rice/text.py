@@ -30,7 +30,9 @@ def complete_text_settings(settings: dict[str, Any], arguments: ModelArguments, 
             raise ValueError("init_text_from and model.text_config both name a text encoder; pass one of them.")
         with hub_errors(arguments.init_text_from):
             check_checkpoint(arguments.init_text_from)
-            return settings | {"text_config": AutoConfig.from_pretrained(arguments.init_text_from)}
+            return settings | {
+                "text_config": AutoConfig.from_pretrained(arguments.init_text_from, trust_remote_code=False)
+            }
     if isinstance(text, dict):
         # Through RiceConfig, since a checkpoint's config would take a mapping as it is.
         return settings | {"text_config": RiceConfig(text_config={"vocab_size": data.vocab_size} | text).text_config}
@@ -45,7 +47,7 @@ def load_text_encoder(model: RiceModel, path: str) -> None:
         FileNotFoundError, ValueError: for an encoder that cannot be read, or that does not fit.
     """
     with hub_errors(path):
-        source = AutoModel.from_pretrained(path, dtype=torch.float32)
+        source = AutoModel.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
     # Of a model of both, such as CLIP, the text side.
     source = getattr(source, "text_model", source)
     try:
@@ -88,7 +90,7 @@ def _read_tokenizer(path: str, argument: str) -> PreTrainedTokenizerBase:
     remedy = "name a folder that holds tokenizer.json, or the id of a published one, by --tokenizer."
     try:
         with hub_errors(path):
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (PermissionError, FileNotFoundError, ConnectionError):
         raise
     except (OSError, ValueError) as error:

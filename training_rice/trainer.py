@@ -36,6 +36,8 @@ from .validation import validate_together
 
 logger = logging.getLogger(__name__)
 
+# Of RiceConfig: how the scores of a model are put together, which validation finds out.
+FITTED_FIELDS = ("fusion_weight", "text_score_weight", "fused_text_weight", "ranking")
 LOSS_TERMS = ("contrastive_loss", "matching_loss", "reconstruction_loss", "text_loss")
 
 
@@ -51,6 +53,8 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         kwargs: As `Trainer`.
     """
 
+    fitted_fields = FITTED_FIELDS
+
     def __init__(
         self,
         model: RiceModel,
@@ -61,7 +65,7 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         eval_collator: RiceCollator | None = None,
         **kwargs,
     ):
-        if args.metric_for_best_model in (None, "loss"):
+        if args.metric_for_best_model is None:
             args.metric_for_best_model = "eval_fused_R@1" if model.decoder is not None else "eval_embedding_R@1"
             args.greater_is_better = True
         self.eval_views = eval_dataset
@@ -205,7 +209,8 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         Returns:
             `{prefix}_embedding_R@1`, `{prefix}_matching_R@1`, `{prefix}_fused_R@1` and so on, in 0..1, and
             `{prefix}_fusion_weight`, which is fitted on this very split; with a score-level text term also
-            `{prefix}_text_score_weight` and `{prefix}_fused_text_weight`. The config takes them over.
+            `{prefix}_text_score_weight` and `{prefix}_fused_text_weight`. The config takes them over, and names the
+            fused score as its `ranking` unless it names another.
         """
         start = time.time()
         with self.evaluation_weights():
@@ -238,6 +243,7 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
             model.config.fusion_weight = weight
             # That of an earlier fit would not go with this weight.
             model.config.fused_text_weight = scores.get("fused_text_weight")
+            model.config.ranking = model.config.ranking or "fused"
             metrics[f"{prefix}_fusion_weight"] = weight
         if "text_score_weight" in scores:
             model.config.text_score_weight = scores["text_score_weight"]

@@ -1,12 +1,21 @@
 """R@k on a validation split, scored by all processes together."""
 
 import dataclasses
+import logging
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 
+from evaluation_rice.fusion import TEXT_WEIGHTS, edge_words
 from evaluation_rice.protocol import RetrievalTask
 from evaluation_rice.retrieval import Loading, ModelRetriever, add_text_scores, all_scores, rank_scores
+from modeling_rice.scoring_rice import FusionWeights
+
+from .processes import are_several, on_first_process
+
+logger = logging.getLogger(__name__)
 
 
 def share_of(task: RetrievalTask, rank: int, world_size: int) -> RetrievalTask:
@@ -51,9 +60,10 @@ def validate_together(
         and the failures; the same on every process.
 
     Raises:
-        ValueError: when a process could not read one image of its galleries; on every process, none is left waiting.
+        ValueError, OSError: when a process could not read one image of its galleries, or the main one not compute the
+            recall; on every process, none is left waiting.
     """
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    several = are_several()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     retriever = ModelRetriever(model, collator)
     share = share_of(task, rank, world_size) if several else task
@@ -61,7 +71,11 @@ def validate_together(
     scores, problem = {}, None
     try:
         if any(name in share.scopes for name in share.query_scopes):
-            scores = all_scores(retriever, share, queries, gallery, loading, failures)
+            # As arrays, since a pickled tensor takes its whole batch along.
+            scores = {
+                query: {kind: np.asarray(row) for kind, row in values.items()}
+                for query, values in all_scores(retriever, share, queries, gallery, loading, failures).items()
+            }
     except ValueError as error:
         problem = str(error)
     # What this process leaves to the others is not missing.
@@ -77,18 +91,30 @@ def validate_together(
     failures = [failure for _, part, _ in parts for failure in part] + task.without_gallery()
     # In file order, or the order of ties would depend on who scored what.
     merged = dict(sorted((query, values) for part, _, _ in parts for query, values in part.items()))
-    merged, text_weight = add_text_scores(task, merged)
-    books, fitted = rank_scores(task, merged)
+    metrics, weight = on_first_process(partial(_measure, task, merged, FusionWeights.of(model.config)))
+    return metrics, weight, failures
+
+
+def _measure(
+    task: RetrievalTask, scores: dict[int, dict[str, np.ndarray]], own: FusionWeights
+) -> tuple[dict[str, float], float | None]:
+    """Recall and fitted weights, and the fusion weight; a weight at an end of its grid is logged."""
+    scores, text_weight = add_text_scores(task, scores)
+    rankings, fitted = rank_scores(task, scores, own=own)
     metrics = {
         f"{kind}_{name}": value
-        for kind, rankings in books.items()
-        for name, value in rankings.summary().items()
+        for kind, ranked in rankings.items()
+        for name, value in ranked.summary().items()
         if isinstance(value, float)
     }
+    edges = []
     if text_weight is not None:
         metrics["text_score_weight"] = text_weight
-    if fitted is None:
-        return metrics, None, failures
-    if fitted.text_weight is not None:
-        metrics["fused_text_weight"] = fitted.text_weight
-    return metrics, fitted.weight, failures
+        edges.append(edge_words("weight of the text in the embedding score", text_weight, TEXT_WEIGHTS))
+    if fitted is not None:
+        edges += fitted.edges()
+        if fitted.weights.fused_text_weight is not None:
+            metrics["fused_text_weight"] = fitted.weights.fused_text_weight
+    for words in filter(None, edges):
+        logger.warning("Validation: %s.", words)
+    return metrics, None if fitted is None else fitted.weights.fusion_weight

@@ -6,6 +6,7 @@ import sys
 
 import datasets
 
+from ..commands import print_anywhere
 from ..prepare import PrepareSettings
 from .fetch import fetch, fetch_command
 from .lpr4m import VIEWS
@@ -137,6 +138,7 @@ def _run_verify(options: dict) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    print_anywhere()
     parser = argparse.ArgumentParser(
         prog="python -m data_rice.lpr4m", description=__doc__.splitlines()[0], epilog=_EPILOG
     )

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import parsing
+from .. import folders, parsing
+from ..files import write_atomically
 from .index import list_stats
 
 VENV = ".venv-img2dataset"
@@ -30,7 +31,8 @@ def find_url_lists(data_dir: str, url_lists: Sequence[str] = ()) -> list[str]:
     """
     if not url_lists:
         root = Path(data_dir)
-        url_lists = sorted(map(str, [*root.glob("urls/*.txt"), *root.glob("*_url_*.txt")]))
+        found = [*root.glob("urls/*.txt"), *root.glob("*_url_*.txt")]
+        url_lists = sorted(str(path) for path in found if not folders.is_system_entry(path.name))
         if not url_lists:
             raise FileNotFoundError(
                 f"{root / 'urls'} holds no url list; put the lists there that LPR4M's authors send after the "
@@ -176,10 +178,7 @@ def _claim(output_dir: str, url_list: str, options: dict) -> None:
             raise ValueError(f"{output_dir} was begun with {changed}; repeat that, or move the folder away.")
         return
     os.makedirs(output_dir, exist_ok=True)
-    temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump({"url_list": os.path.basename(url_list), **wanted}, file)
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps({"url_list": os.path.basename(url_list), **wanted}))
 
 
 def read_stats(output_dir: str) -> dict[str, int]:

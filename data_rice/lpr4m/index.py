@@ -18,8 +18,9 @@ import pyarrow
 import pyarrow.parquet
 from tqdm.auto import tqdm
 
-from .. import parsing
-from ..media import tar_member_path
+from processing_rice.media_rice import tar_member_path
+
+from .. import folders, parsing
 from ..prepare_shards import UnsafeTar, tar_members
 
 _STATS_FILE = re.compile(r"(\d+)_stats\.json")
@@ -37,7 +38,7 @@ class Place:
     """Where one picture lies.
 
     Attributes:
-        path: a file, or a member of a tar file as `data_rice.media.read_media` reads it.
+        path: a file, or a member of a tar file as `processing_rice.media_rice.read_media` reads it.
         original_size: (width, height) before img2dataset resized it, which is what pixel boxes refer to, or None.
     """
 
@@ -55,13 +56,13 @@ def id_of_url(url: object) -> str:
         raise ValueError(f"the url {url!r} is not a string")
     name = unquote(urlsplit(url.strip()).path).rpartition("/")[2]
     stem, suffix = os.path.splitext(name)
-    return parsing.check_name(stem if suffix.lower() in parsing.IMAGE_SUFFIXES else name, f"id in the url {url!r}")
+    return parsing.check_name(stem if suffix.lower() in folders.PICTURE_SUFFIXES else name, f"id in the url {url!r}")
 
 
 def shard_folders(root: str) -> list[str]:
     """Return the output folders of img2dataset in ``ROOT/img2dataset``: those that hold ``00000_stats.json`` etc."""
     top = os.path.join(root, "img2dataset")
-    return [folder for folder in [top, *parsing.list_paths(top)] if any(list_stats(folder))]
+    return [folder for folder in [top, *folders.list_paths(top)] if any(list_stats(folder))]
 
 
 def list_stats(folder: str) -> list[str]:
@@ -156,7 +157,7 @@ class MediaIndex:
                 continue
             path = os.path.join(folder, name)
             if os.path.islink(path):
-                parsing.check_link(path, folder)
+                folders.check_link(path, folder)
             if match[1] not in whole:
                 self.problems.append((path, "unfinished: fetch goes on with it"))
                 continue
@@ -219,9 +220,9 @@ def read_shard(path: str) -> Iterator[tuple]:
 def _scan_folder(path: str) -> tuple[dict[str, tuple], dict[str, str]]:
     pictures: dict[str, tuple] = {}
     metas: dict[str, str] = {}
-    for file in parsing.list_paths(path):
+    for file in folders.list_paths(path):
         key, suffix = os.path.splitext(os.path.basename(file))
-        if suffix.lower() in parsing.IMAGE_SUFFIXES:
+        if suffix.lower() in folders.PICTURE_SUFFIXES:
             pictures[key] = (os.path.basename(file), None, None)
         elif suffix == ".json":
             metas[key] = file
@@ -234,7 +235,7 @@ def _scan_tar(path: str) -> tuple[dict[str, tuple], dict[str, tuple[int, int]]]:
     try:
         for name, offset, size in tar_members(path):
             key, suffix = os.path.splitext(name)
-            if suffix.lower() in parsing.IMAGE_SUFFIXES:
+            if suffix.lower() in folders.PICTURE_SUFFIXES:
                 pictures[key] = (None, offset, size)
             elif suffix == ".json":
                 metas[key] = (offset, size)

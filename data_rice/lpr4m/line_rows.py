@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from functools import partial
 
-from .. import parsing
+from .. import folders, parsing
 from ..builder import ProblemLog
 from ..features import pair_features
 from ..lazy_rows import LineRows
@@ -146,7 +146,7 @@ class _ClipFolders(Mapping):
             path = os.path.join(folder, clip_id)
             if os.path.isdir(path):
                 if os.path.islink(path):
-                    parsing.check_link(path, folder, self._root)
+                    folders.check_link(path, folder, self._root)
                 return folder
         raise KeyError(clip_id)
 

@@ -11,7 +11,7 @@ from os import path as osp
 
 import datasets
 
-from .. import parsing
+from .. import folders, parsing
 from ..builder import ProblemLog, ViewBuilder, ViewConfig
 from ..detection import detection_row
 from ..features import clip_row
@@ -96,7 +96,7 @@ class Lpr4mConfig(ViewConfig):
             paths += training_video_folders(self.data_dir)
         if self.name in ("queries", "detection"):
             query = osp.join(self.data_dir, "query")
-            paths += [osp.join(query, name) for name in parsing.list_names(query, folders=True, root=self.data_dir)]
+            paths += [osp.join(query, name) for name in folders.list_names(query, folders=True, root=self.data_dir)]
         return paths
 
 

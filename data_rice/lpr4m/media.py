@@ -1,15 +1,13 @@
 """Where the pictures of LPR4M's clips and shops lie: in the LPR750K tree, or where img2dataset put them."""
 
 import glob
-import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from PIL import Image
+from processing_rice.media_rice import MediaError, image_header
 
-from .. import parsing
-from ..media import read_media, split_tar_member
+from .. import folders
 from .index import MediaIndex, index_path, shard_folders
 from .layout import frame_order
 
@@ -20,14 +18,12 @@ def training_video_folders(root: str) -> list[str]:
     return sorted(folder for folder in found if os.path.isdir(folder))
 
 
-def image_size(paths: Sequence[str]) -> tuple[int, int] | None:
+def first_size(paths: Sequence[str]) -> tuple[int, int] | None:
     """Return (width, height) of the first of ``paths`` whose header can be read, or None."""
     for path in paths:
         try:
-            source = io.BytesIO(read_media({"path": path, "bytes": None})) if split_tar_member(path) else path
-            with Image.open(source) as image:
-                return image.size
-        except (OSError, ValueError, Image.DecompressionBombError):
+            return image_header(path)[1:]
+        except MediaError:
             continue
     return None
 
@@ -48,7 +44,7 @@ class ClipMedia:
 
     def pixel_size(self) -> tuple[int, int] | None:
         """Return the (width, height) to which the clip's pixel boxes refer, or None where no frame can be read."""
-        return self.original_size or (image_size(self.paths) if self.found else None)
+        return self.original_size or (first_size(self.paths) if self.found else None)
 
 
 class Lpr4mMedia:
@@ -81,7 +77,7 @@ class Lpr4mMedia:
     def _find_clips(self) -> Mapping[str, str]:
         folder_of_clip: dict[str, str] = {}
         for folder in self.video_folders:
-            for clip_id in parsing.list_names(folder, folders=True, root=self.root):
+            for clip_id in folders.list_names(folder, folders=True, root=self.root):
                 folder_of_clip.setdefault(clip_id, folder)
         return folder_of_clip
 
@@ -119,7 +115,7 @@ class Lpr4mMedia:
     def _check_link(self, path: str) -> str:
         # Whether it is a link is asked first, because resolving every path would take far longer.
         if self.check_links and os.path.islink(path):
-            parsing.check_link(path, os.path.dirname(path), self.root)
+            folders.check_link(path, os.path.dirname(path), self.root)
         return path
 
     def query_frames(self, clip_id: str) -> dict[str, str]:
@@ -128,7 +124,7 @@ class Lpr4mMedia:
         No list names the frames of test clips: they are what lies in the clip's folder, or was fetched under its id.
         """
         folder = os.path.join(self.root, "query", clip_id)
-        names = parsing.list_names(folder, root=self.root)
+        names = folders.list_names(folder, root=self.root)
         frames = {os.path.splitext(name)[0]: os.path.join(folder, name) for name in names}
         if self.index:
             frames |= {frame_id: place.path for frame_id, place in self.index.find_frames(clip_id).items()}

@@ -2,7 +2,6 @@
 
 import glob
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,12 +10,14 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image
 from tqdm.auto import tqdm
 
-from .. import parsing
+from processing_rice import MediaError, open_image
+from processing_rice.media_rice import read_media, split_tar_member
+
+from .. import folders, parsing
 from ..builder import ProblemLog
-from ..media import read_media, split_tar_member
+from ..files import write_atomically
 from . import layout
 from .evaluation_rows import EvaluationRows
 from .fetch import find_url_lists
@@ -178,7 +179,7 @@ def _check(picture: _Picture, root: str, decode: bool) -> tuple[str | None, str 
     member = split_tar_member(picture.path)
     try:
         if os.path.islink(picture.path):
-            parsing.check_link(picture.path, os.path.dirname(picture.path), root)
+            folders.check_link(picture.path, os.path.dirname(picture.path), root)
         data = read_media({"path": picture.path, "bytes": None})
     except FileNotFoundError:
         return "missing", None
@@ -187,10 +188,9 @@ def _check(picture: _Picture, root: str, decode: bool) -> tuple[str | None, str 
     digest = None if member else hashlib.sha256(data).hexdigest()
     if decode:
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return f"cannot be decoded ({type(error).__name__}: {error})", digest
+            open_image(data)
+        except MediaError as error:
+            return error.reason, digest
     return None, digest
 
 
@@ -284,10 +284,10 @@ def verify(
     if urls:
         text = "".join(f"{url}\n" for url in urls)
         name = f"missing_urls-{hashlib.sha256(text.encode()).hexdigest()[:8]}.txt"
-        Path(output_dir, name).write_text(text, encoding="utf-8")
+        write_atomically(Path(output_dir, name), text)
     result = Verification(references.counts, dict(expected or {}), reports.bad)
     summary = {"whole": result.whole, "counts": result.counts, "expected": result.expected, "bad": result.bad}
-    Path(output_dir, "verify.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_atomically(Path(output_dir, "verify.json"), json.dumps(summary, indent=1) + "\n")
     return result
 
 

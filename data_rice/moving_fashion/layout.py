@@ -6,9 +6,8 @@ relative to the folder they lie in. docs/data.md describes them and the notation
 """
 
 import hashlib
-import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import path as osp
 
@@ -115,7 +114,10 @@ def _parse_product(
         raise ValueError(f"source must be 1 (regular), or 0 or 2 (hard), not {_short(source)}")
     product_id = first_with_image.setdefault(image, key)
     try:
-        tracklets, read = parse_tracklets(entry.get("tracklets"), videos), True
+        tracklets = parse_tracklets(
+            entry.get("tracklets"), videos, lambda path: _media_path(media, path, "path in tracklets")
+        )
+        read = True
     except ValueError:
         if strict:
             raise
@@ -124,8 +126,7 @@ def _parse_product(
 
 
 def _media_path(media: MediaRoot, value: object, what: str) -> str:
-    media.path(value, what)
-    path = posixpath.normpath(value)
+    path = osp.relpath(media.path(value, what), media.root).replace(osp.sep, "/")
     if path == ".":
         raise ValueError(f"the {what} names the data folder itself")
     return path
@@ -141,12 +142,19 @@ def choose_products(product_ids: Sequence[str], count: int) -> frozenset[str]:
     return frozenset(sorted(product_ids, key=lambda name: hashlib.sha256(name.encode()).hexdigest())[:count])
 
 
-def parse_tracklets(value: object, videos: tuple[str, ...]) -> tuple[Tracklet | None, ...]:
+def parse_tracklets(
+    value: object, videos: tuple[str, ...], normalise: Callable[[str], str] = osp.normpath
+) -> tuple[Tracklet | None, ...]:
     """Read ``tracklets`` as one frame number -> box mapping, or None, per video.
 
     A tracklet is ``{frame number: box or null}`` or a list with one box or null per frame from the first on. The value
     is a tracklet (of a product with one video), a list with one tracklet or null per video, or ``{video path:
     tracklet}``.
+
+    Args:
+        value: what the annotation holds.
+        videos: the product's videos.
+        normalise: turns a path as it is written into that of ``videos``.
 
     Raises:
         ValueError: it is anything else.
@@ -154,7 +162,7 @@ def parse_tracklets(value: object, videos: tuple[str, ...]) -> tuple[Tracklet | 
     if value is None:
         return (None,) * len(videos)
     if isinstance(value, dict) and value and not any(_FRAME_NUMBER.fullmatch(key) for key in value):
-        by_video = {posixpath.normpath(path): tracklet for path, tracklet in value.items()}
+        by_video = {normalise(path): tracklet for path, tracklet in value.items()}
         if unknown := set(by_video) - set(videos):
             raise ValueError(f"tracklets name {_short(min(unknown))}, which is not in video_paths")
         if len(by_video) != len(value):

@@ -11,10 +11,12 @@ from os import path as osp
 
 import datasets
 
+from processing_rice import MediaError
+from processing_rice.video_media_rice import probe_video
+
 from .. import parsing
 from ..builder import ProblemLog, ViewBuilder, ViewConfig
 from ..features import clip_row
-from ..video import probe_video
 from . import layout
 from .prepare import UNDECODABLE, ExtractedFrames, missing_reason
 
@@ -209,9 +211,8 @@ class _Media:
         size = None
         if not all(map(layout.in_fractions, tracklet.values())):
             try:
-                info = probe_video(path)
-            except ValueError:
+                size = probe_video(path)[:2]
+            except MediaError:
                 return where, UNDECODABLE
-            size = info.width, info.height
         boxes = layout.normalise_tracklet(tracklet, size)
         return where | {"boxes": list(boxes.values()), "box_frames": list(boxes)}, ""

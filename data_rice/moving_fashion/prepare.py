@@ -13,8 +13,9 @@ import math
 import os
 import shutil
 import sys
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from os import path as osp
@@ -22,8 +23,13 @@ from os import path as osp
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .. import parsing
-from ..video import decode_frames, probe_video
+from processing_rice import MediaError
+from processing_rice.media_rice import media_error
+from processing_rice.video_media_rice import VideoReader
+
+from .. import folders, parsing
+from ..commands import print_anywhere
+from ..files import write_atomically
 from . import layout
 
 MANIFEST = "manifest.json"
@@ -64,11 +70,12 @@ class FrameSettings:
             if type(value) is not int or not 1 <= value <= highest:
                 raise ValueError(f"{name} must be a whole number from 1 to {highest}, not {value!r}.")
 
-    def choose(self, num_frames: int, fps: float) -> list[int]:
-        """Numbers of the frames to take of a video with ``num_frames`` frames at ``fps`` frames per second."""
-        step = max(1.0, fps / self.fps)
-        # The tiny numbers keep a rate of 29.999999 from choosing other frames than one of 30.
-        return [int(i * step + 1e-6) for i in range(math.ceil(num_frames / step - 1e-6))]
+    def choose(self, times: Sequence[float], end_s: float) -> list[int]:
+        """Numbers of the frames that are on screen every 1 / ``fps`` seconds, of a video that shows its frames from
+        the seconds ``times`` on and ends at ``end_s``."""
+        count = math.ceil((end_s - times[0]) * self.fps - 1e-6)
+        # Time stamps are rounded, often to milliseconds.
+        return sorted({bisect_right(times, times[0] + i / self.fps + 5e-4) - 1 for i in range(max(1, count))})
 
 
 @dataclass(frozen=True)
@@ -174,7 +181,7 @@ class ExtractedFrames:
             elif clip is not None and size not in (None, clip.size):
                 what = f"has {size} bytes now and had {clip.size} then"
             elif clip is not None and not set(map(frame_name, clip.frames)) <= set(
-                parsing.list_names(osp.join(self.folder, video))
+                folders.list_names(osp.join(self.folder, video))
             ):
                 what = "lacks frames"
             else:
@@ -199,7 +206,7 @@ def _read_finished(folder: str, settings: FrameSettings, size: int | None) -> tu
         clip = Clip.parse(entry.get("clip"))
     except (OSError, ValueError):
         return None
-    names = set(parsing.list_names(folder))
+    names = set(folders.list_names(folder))
     whole = all(frame_name(number) in names for number in clip.frames)
     if not whole or entry.get("settings") != asdict(settings) or size not in (None, clip.size):
         return None
@@ -224,20 +231,21 @@ def extract_clip(root: str, video: str, output: str, settings: FrameSettings) ->
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
     try:
-        info = probe_video(path)
-        wanted = settings.choose(info.num_frames, info.fps)
-        numbers = []
-        for number, picture in decode_frames(path, wanted):
-            _save_frame(picture, osp.join(partial, frame_name(number)), settings)
-            numbers.append(number)
-    except ValueError as error:
+        with VideoReader(path) as video:
+            numbers = []
+            for number, _, picture in video.frames(settings.choose(video.times, video.end_s)):
+                _save_frame(picture, osp.join(partial, frame_name(number)), settings)
+                numbers.append(number)
+        if not numbers:
+            raise media_error("video", path, "cannot be decoded (none of the chosen frames)")
+    except MediaError as error:
         shutil.rmtree(partial)
         return None, UNDECODABLE, str(error)
     problem, detail = "", ""
-    # Containers overstate their length by a frame or two without being damaged.
-    if len(wanted) - len(numbers) > 1:
-        problem, detail = CUT_SHORT, f"{len(numbers)} of {len(wanted)} frames can be decoded"
-    clip = Clip(tuple(numbers), info.fps, info.width, info.height, size)
+    if video.num_missing:
+        problem, detail = CUT_SHORT, f"{len(video)} of {len(video) + video.num_missing} frames can be read"
+    fps = len(video) / (video.end_s - video.times[0])
+    clip = Clip(tuple(numbers), fps, *picture.size, size)
     with open(osp.join(partial, CLIP_FILE), "w", encoding="utf-8") as file:
         entry = {"settings": asdict(settings), "clip": asdict(clip), "problem": problem, "detail": detail}
         json.dump(entry, file)
@@ -245,13 +253,6 @@ def extract_clip(root: str, video: str, output: str, settings: FrameSettings) ->
     os.makedirs(osp.dirname(folder), exist_ok=True)
     os.rename(partial, folder)
     return clip, problem, detail
-
-
-def _write_atomically(path: str, text: str) -> None:
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
 
 
 def extract_frames(
@@ -295,9 +296,9 @@ def extract_frames(
         json.dumps({"file": video, "reason": reason, "detail": found[video][2]}) + "\n"
         for video, reason in problems.items()
     ]
-    _write_atomically(osp.join(output, PROBLEMS), "".join(lines))
+    write_atomically(osp.join(output, PROBLEMS), "".join(lines))
     entries = {video: asdict(clip) for video, clip in clips.items()}
-    _write_atomically(manifest, json.dumps({"settings": asdict(settings), "clips": entries, "problems": problems}))
+    write_atomically(manifest, json.dumps({"settings": asdict(settings), "clips": entries, "problems": problems}))
     return ExtractedFrames(osp.abspath(output), clips, problems)
 
 
@@ -325,6 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status: 0 when every video is there and whole (but for those missing from the published archive), 1
         when some are not, 2 when nothing could be done.
     """
+    print_anywhere()
     options = _parse_arguments(arguments)
     output = options.output or osp.join(options.dir, "frames")
     try:

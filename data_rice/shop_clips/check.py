@@ -9,7 +9,6 @@ every line is looked at, every picture is opened, and the ends of every clip of 
 import argparse
 import difflib
 import hashlib
-import io
 import json
 import math
 import os
@@ -18,14 +17,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from os import path as osp
 
-from PIL import Image
 from tqdm.auto import tqdm
 
+from processing_rice import MediaError, open_image
+from processing_rice.media_rice import read_media
+from processing_rice.video_media_rice import VideoReader, probe_video
+
 from .. import parsing
+from ..commands import print_anywhere
 from ..paths import MediaRoot
-from ..video import VideoInfo, decode_frames, probe_video
 from . import novel
 from . import shop_clips as format_
 
@@ -114,7 +117,7 @@ class _Checker:
         self.clips: list[Clip] = []
         self.pictures: dict[str, tuple[str, int]] = {}
         self.digests: dict[str, str] = {}
-        self.videos: dict[str, VideoInfo] = {}
+        self.seconds_of: dict[str, float] = {}
 
     def run(self) -> Report:
         gallery = self.read_gallery()
@@ -138,30 +141,25 @@ class _Checker:
         try:
             return function(*arguments)
         except ValueError as error:
-            self.add(file, line, str(error))
+            self.add(file, line, str(error).removeprefix(f"{osp.join(self.root, file)}, line {line}: "))
             return default
 
     def rows(self, file: str, keys: Iterable[str]) -> Iterator[tuple[int, dict]]:
         """Yield the readable rows of a file."""
         path, unknown, hints, count = osp.join(self.root, file), {}, {}, 0
-        with open(path, "rb") as lines:
-            for number, raw in enumerate(lines, start=1):
-                raw = raw.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") if number == 1 else raw.rstrip(b"\r\n")
-                if not raw.strip(b" "):
-                    continue
-                count += 1
-                try:
-                    row = parsing.parse_json_line(path, number, parsing.decode_line(path, number, raw))
-                except ValueError as error:
-                    self.add(file, number, str(error).removeprefix(f"{path}, line {number}: "))
-                    continue
-                for key in row:
-                    if key not in keys:
-                        unknown.setdefault(key, []).append(number)
-                        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
-                        if near and near[0] not in row:
-                            hints[key] = f"; did you mean {near[0]!r}?"
-                yield number, row
+        lines = self.attempt(file, 1, parsing.scan_lines, path, default=())
+        for number, _, raw in lines:
+            count += 1
+            row = self.attempt(file, number, _parse, path, number, raw)
+            if row is None:
+                continue
+            for key in row:
+                if key not in keys:
+                    unknown.setdefault(key, []).append(number)
+                    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
+                    if near and near[0] not in row:
+                        hints[key] = f"; did you mean {near[0]!r}?"
+            yield number, row
         self.report.files[file] = {"rows": count, "products": 0, "frames": 0, "videos": 0, "seconds": 0.0}
         for key, numbers in unknown.items():
             more = f" (and in {len(numbers) - 1} more lines)" if len(numbers) > 1 else ""
@@ -180,7 +178,7 @@ class _Checker:
         with_live_ids: bool | None = None
         for line, row in self.rows(file, format_.GALLERY_KEYS):
             image_id = self.attempt(file, line, format_.id_value, row, "gallery_id")
-            live_id = self.attempt(file, line, format_.text_value, row, "live_id", default="")
+            live_id = self.attempt(file, line, format_.optional_id, row, "live_id", default="")
             for name in ("title", "name", "category"):
                 self.attempt(file, line, format_.text_value, row, name)
             path = self.attempt(file, line, self.media.path, row.get("image"), "image path")
@@ -212,7 +210,7 @@ class _Checker:
             if name and name in first:
                 self.add(file, line, f"the query_id {name!r} appears a second time, first in line {first[name]}")
             first.setdefault(name, line)
-            live_id = self.attempt(file, line, format_.text_value, row, "live_id", default="")
+            live_id = self.attempt(file, line, format_.optional_id, row, "live_id", default="")
             relevant = None
             if gallery:
                 live_id = self.attempt(file, line, format_.check_live_id, live_id, lives)
@@ -263,21 +261,21 @@ class _Checker:
 
     def open_pictures(self) -> None:
         """Find the missing, empty and damaged pictures; each is told once, where it is first named."""
-        check = _missing if self.fast else self.decode
+        check = partial(_missing, self.media) if self.fast else self.decode
         for path, message in self.in_threads(check, list(self.pictures), "Pictures"):
             if message:
                 self.add(*self.pictures[path], f"{osp.relpath(path, self.root)} {message}")
 
     def decode(self, path: str) -> str:
-        if message := _missing(path):
+        if message := _missing(self.media, path):
             return message
         try:
-            with open(path, "rb") as file:
-                data = file.read()
-            with Image.open(io.BytesIO(data)) as picture:
-                picture.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return f"cannot be decoded ({type(error).__name__}: {error})"
+            data = read_media({"path": path})
+            open_image(data)
+        except MediaError as error:
+            return error.reason
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
         self.digests[path] = hashlib.sha256(data).hexdigest()
         return ""
 
@@ -299,37 +297,47 @@ class _Checker:
             if isinstance(result, str):
                 self.add(clips[path][0].file, clips[path][0].line, f"{name}: {result}")
                 continue
-            for clip, message in result:
-                self.add(clip.file, clip.line, f"{message} {name}")
+            for clip, message, level in result:
+                self.add(clip.file, clip.line, f"{message} {name}", level)
 
-    def open_video(self, path: str, clips: list[Clip]) -> str | list[tuple[Clip, str]]:
-        if message := _missing(path):
+    def open_video(self, path: str, clips: list[Clip]) -> str | list[tuple[Clip, str, str]]:
+        if message := _missing(self.media, path):
             return f"the video {message}"
         try:
-            info = self.videos[path] = probe_video(path)
-        except ValueError as error:
-            return str(error).removeprefix(f"{path} ")
-        problems, ends = [], {}
+            seconds = self.seconds_of[path] = self.read_length(path)
+        except MediaError as error:
+            return error.reason or str(error).rstrip(".")
+        problems = []
         for clip in clips:
-            if clip.start >= info.seconds:
-                problems.append((clip, f"the clip starts at {clip.start:g} s, after the {info.seconds:g} s of"))
-            elif clip.end > info.seconds + _END_TOLERANCE:
-                problems.append((clip, f"the clip ends at {clip.end:g} s, after the {info.seconds:g} s of"))
-            else:
-                first = int(max(clip.start, 0) * info.fps)
-                last = info.num_frames if clip.end < 0 else min(info.num_frames, math.ceil(clip.end * info.fps))
-                # Containers overstate their length by a frame or two without being damaged.
-                ends[clip.line, clip.file] = clip, {first, max(first, last - 3)}
-        if not self.fast:
-            wanted = sorted(set().union(*(frames for _, frames in ends.values())))
-            try:
-                decoded = {number for number, _ in decode_frames(path, wanted)}
-            except ValueError as error:
-                return str(error).removeprefix(f"{path} ")
-            for clip, frames in ends.values():
-                if missing := frames - decoded:
-                    problems.append((clip, f"frame {min(missing)} cannot be decoded, the file is damaged:"))
+            if clip.start >= seconds:
+                problems.append((clip, f"the clip starts at {clip.start:g} s, after the {seconds:g} s of", "error"))
+            elif clip.end > seconds + _END_TOLERANCE:
+                problems.append((clip, f"the clip ends at {clip.end:g} s, after the {seconds:g} s of", "error"))
+            elif not self.fast and (found := self.read_ends(clip)):
+                problems.append((clip, *found))
         return problems
+
+    def read_length(self, path: str) -> float:
+        """Seconds of a video, by its header only where the check is to be fast."""
+        if self.fast:
+            return probe_video(path).seconds
+        with VideoReader(path) as video:
+            return video.end_s
+
+    def read_ends(self, clip: Clip) -> tuple[str, str] | None:
+        """What is wrong with the first and the last frame of a clip, as the loader reads them, and how bad it is."""
+        try:
+            with VideoReader({"path": clip.video, "start": clip.start, "end": clip.end}) as video:
+                ends = {0, len(video) - 1}
+                if len(list(video.frames(ends))) < len(ends):
+                    return "the first or last frame of the clip cannot be decoded, in", "error"
+                if video.num_missing:
+                    return f"{video.num_missing} frames at the end are missing, it is cut short:", "warning"
+                if video.num_damaged:
+                    return "frames cannot be decoded and are replaced by others, it is damaged:", "warning"
+        except MediaError as error:
+            return f"the clip cannot be read ({error.reason}):", "error"
+        return None
 
     def find_leaks(self) -> None:
         """Find clips that show what a clip of another split shows."""
@@ -363,16 +371,21 @@ class _Checker:
                 files[file]["seconds"] = round(sum(self.seconds(clip) for clip in clips), 3)
 
     def seconds(self, clip: Clip) -> float:
-        info = self.videos.get(clip.video)
-        end = min(clip.end, info.seconds) if info and clip.end >= 0 else info.seconds if info else 0.0
+        whole = self.seconds_of.get(clip.video, 0.0)
+        end = whole if clip.end < 0 else min(clip.end, whole)
         return max(0.0, end - max(clip.start, 0.0))
 
 
-def _missing(path: str) -> str:
+def _parse(path: str, number: int, raw: bytes) -> dict:
+    return parsing.parse_json_line(path, number, parsing.decode_line(path, number, raw))
+
+
+def _missing(media: MediaRoot, path: str) -> str:
     try:
         status = os.stat(path)
     except (OSError, ValueError):
-        return "does not exist"
+        near = media.near(path)
+        return f"does not exist, but {near} does" if near else "does not exist"
     if not osp.isfile(path):
         return "is not a file"
     return "" if status.st_size else "is empty (0 bytes)"
@@ -399,6 +412,7 @@ def format_summary(report: Report) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 when there is no error, 1 when there is one, 2 for misuse."""
+    print_anywhere()
     parser = argparse.ArgumentParser(prog="python -m data_rice.shop_clips", description="Works on shop_clips folders.")
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser(

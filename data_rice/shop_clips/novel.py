@@ -31,11 +31,7 @@ class _Clip:
     text: str
     row: dict
     relevant: list[str]
-
-    @property
-    def media(self) -> list[str]:
-        paths = self.row["frames"] if self.row.get("video") is None else [self.row["video"]]
-        return [osp.normpath(path) for path in paths]
+    media: list[str]
 
 
 @dataclass(frozen=True)
@@ -175,8 +171,15 @@ def _read_clips(shop: str, file: str, gallery: dict[str, dict]) -> list[_Clip]:
     path = osp.join(shop, file)
     checked = format_._read_clips(shop, path, gallery)
     return [
-        _Clip(file, line, text, parsing.parse_json_line(path, line, text), relevant)
-        for (line, text), (_, _, relevant) in zip(parsing.read_lines(path), checked, strict=True)
+        _Clip(
+            file,
+            line,
+            text,
+            parsing.parse_json_line(path, line, text),
+            relevant,
+            [osp.relpath(media, shop) for media in (*clip["frames"], clip["video"]) if media],
+        )
+        for (line, text), (_, clip, relevant) in zip(parsing.read_lines(path), checked, strict=True)
     ]
 
 

@@ -117,11 +117,22 @@ def text_value(row: dict, name: str) -> str:
 
 
 def id_value(row: dict, name: str) -> str:
-    """Return an id; ValueError when it is absent or empty."""
-    value = text_value(row, name)
+    """Return an id; ValueError when it is absent or empty, or cannot be one."""
+    value = optional_id(row, name)
     if not value:
         raise ValueError(f"{name} is missing or empty")
     return value
+
+
+def optional_id(row: dict, name: str) -> str:
+    """Return an id, "" when it is absent or empty."""
+    value = row.get(name)
+    if value in (None, ""):
+        return ""
+    try:
+        return parsing.id_text(value)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
 
 
 def read_gallery(root: str) -> dict[str, dict]:
@@ -140,7 +151,7 @@ def read_gallery(root: str) -> dict[str, dict]:
             image_id = id_value(row, "gallery_id")
             if image_id in gallery:
                 raise ValueError(f"the gallery_id {image_id!r} appears a second time")
-            live_id = text_value(row, "live_id")
+            live_id = optional_id(row, "live_id")
             if with_live_ids is None:
                 with_live_ids = bool(live_id)
             if bool(live_id) != with_live_ids:
@@ -170,7 +181,7 @@ def _read_clips(root: str, file: str, gallery: dict[str, dict]):
             if clip_id in seen:
                 raise ValueError(f"the query_id {clip_id!r} appears a second time")
             seen.add(clip_id)
-            live_id = check_live_id(text_value(row, "live_id"), lives)
+            live_id = check_live_id(optional_id(row, "live_id"), lives)
             relevant = check_relevant(row.get("gt_gallery_ids"), live_id, gallery)
             frames, boxes = frames_and_boxes(media, row)
             video, start, end = video_range(media, row)
@@ -205,7 +216,7 @@ def check_live_id(live_id: str, lives: set[str]) -> str:
 def check_relevant(value: object, live_id: str, gallery: dict[str, dict]) -> list[str]:
     if not isinstance(value, list):
         raise ValueError("gt_gallery_ids must be a list of gallery ids")
-    relevant = [str(item) if parsing.is_number(item) else item for item in value]
+    relevant = [parsing.id_text(item) if parsing.is_number(item) else item for item in value]
     for image_id in relevant:
         if not isinstance(image_id, str) or image_id not in gallery:
             raise ValueError(f"the relevant image {image_id!r} is not in {GALLERY_FILE}")

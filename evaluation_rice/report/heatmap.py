@@ -95,8 +95,8 @@ def row_maps(model: Any, collator: Any, query: dict, image: dict) -> PairMaps:
         collator: A `RiceCollator`, with the settings of the evaluation.
         query, image: Rows of the queries and gallery views.
     """
-    clip, readable, failures = collator.encode_queries([query])
-    picture, also_readable, more = collator.encode_gallery([image])
+    clip, readable, failures = collator.collate_queries([query])
+    picture, also_readable, more = collator.collate_gallery([image])
     if not readable or not also_readable:
         raise ValueError((failures + more)[0]["reason"])
     maps = pair_maps(model, {**clip, **picture})

@@ -7,8 +7,6 @@ from html import escape
 
 from hub_rice.tables import percent
 
-from ..recall import wilson_interval
-
 INK, FAINT, GRID, BAR = "#222", "#6b6b6b", "#e2e2e2", "#4878a8"
 ROW = 22
 LABEL_WIDTH, PLOT_WIDTH, VALUE_WIDTH = 180, 260, 100
@@ -29,12 +27,8 @@ def group_bars(groups: Mapping[str, Mapping], kind: str) -> list[Bar]:
     bars = []
     for name, values in groups.items():
         if kind in values:
-            share, count = values[kind]["R@1"], values["num_queries"]
             interval = values[kind].get("R@1_ci95")
-            # Resampling what is all alike gives no spread, however few clips there are.
-            if interval is None or share in (0, 1):
-                interval = wilson_interval(share, count)
-            bars.append(Bar(name, share, tuple(interval), count))
+            bars.append(Bar(name, values[kind]["R@1"], interval and tuple(interval), values["num_queries"]))
     return bars
 
 
@@ -103,7 +97,7 @@ def curve_plot(curve: Sequence[Mapping[str, float]], chosen: float, title: str) 
         y = y_of(step / 20)
         parts += [_line(left, y, width - 20, y, GRID), _text(left - 8, y + 4, f"{5 * step}", "end", FAINT)]
     for weight in weights:
-        if any(abs(weight - mark) < 1e-9 for mark in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)):
+        if any(abs(weight - mark) < 1e-9 for mark in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)):
             parts.append(_text(x_of(weight), height - bottom + 18, f"{weight:g}", "middle", FAINT))
     points = " ".join(f"{x_of(w):.1f},{y_of(v):.1f}" for w, v in zip(weights, values))
     parts.append(f'<polyline points="{points}" fill="none" stroke="{BAR}" stroke-width="2" />')

@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,14 +13,14 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from data_rice.collator import decode_image
-from hub_rice.files import write_atomically
-from hub_rice.model_card import dataset_name, gallery_words, scope_words
+from data_rice.files import write_atomically
+from hub_rice.model_card import gallery_words, scope_words
+from hub_rice.results import dataset_name
 from hub_rice.tables import TITLES, table_cells
+from processing_rice import open_image
 
 from ..frames import clip_frames
 from ..protocol import Rankings, RetrievalTask
-from ..recall import wilson_interval
 from ..speed import STEPS
 from .html_plots import Bar, bar_plot, curve_plot, group_bars
 
@@ -67,7 +68,7 @@ class Evaluation:
 
     Attributes:
         results: Content of results.json.
-        task, books: Queries with their galleries, and the rankings by each score.
+        task, rankings: Queries with their galleries, and the rankings by each score.
         queries, gallery: The views.
         heat: Gives the frames of a query row under the heat of a gallery row, or raises `ValueError`; `None` where
             the model has no such maps.
@@ -75,7 +76,7 @@ class Evaluation:
 
     results: Mapping
     task: RetrievalTask
-    books: Mapping[str, Rankings]
+    rankings: Mapping[str, Rankings]
     queries: Any
     gallery: Any
     heat: HeatPictures | None = None
@@ -84,7 +85,7 @@ class Evaluation:
     def shown(self) -> str:
         """The kind of score that plots and examples are about."""
         kind = self.results["protocol"]["rank_by"]
-        return kind if kind in self.books else "embedding"
+        return kind if kind in self.rankings else "embedding"
 
     def image_row(self, image_id: str) -> dict | None:
         """The gallery row of an image."""
@@ -92,20 +93,19 @@ class Evaluation:
         return self.gallery[self.task.image_rows[places[image_id]][0]] if image_id in places else None
 
 
-def by_livestream(task: RetrievalTask, books: Mapping[str, Rankings]) -> dict[str, dict]:
+def by_livestream(task: RetrievalTask, rankings: Mapping[str, Rankings]) -> dict[str, dict]:
     """`{live_id: {"num_queries": n, score name: {"R@1": ...}}}`; empty where there is one gallery for all."""
-    members: dict[str, list[str]] = {}
-    for query, name in zip(task.query_ids, task.query_scopes):
-        members.setdefault(name, []).append(query)
-    if len(members) < 2:
+    counts = Counter(task.query_scopes)
+    if len(counts) < 2:
         return {}
+    summaries = {kind: ranked.summary_by(task.query_scopes) for kind, ranked in rankings.items()}
     return {
-        name: {"num_queries": len(chosen), **{kind: book.recall(chosen) for kind, book in books.items()}}
-        for name, chosen in members.items()
+        name: {"num_queries": count, **{kind: summary[name] for kind, summary in summaries.items()}}
+        for name, count in counts.items()
     }
 
 
-def choose_examples(task: RetrievalTask, book: Rankings, count: int = EXAMPLES) -> tuple[list[int], list[int]]:
+def choose_examples(task: RetrievalTask, ranked: Rankings, count: int = EXAMPLES) -> tuple[list[int], list[int]]:
     """
     The best queries, right and with the widest lead over the first wrong image among the five best; and the worst,
     with the right image deepest, or absent, then with the widest lead of the wrong one. Equal ones stay in file order.
@@ -113,10 +113,10 @@ def choose_examples(task: RetrievalTask, book: Rankings, count: int = EXAMPLES) 
     Returns:
         Query numbers, worst ones first in the second list. Queries without a ranking are in neither.
     """
-    ranks = book.first_relevant_ranks()
+    ranks = ranked.first_relevant_ranks()
     right, wrong = [], []
     for number, query in enumerate(task.query_ids):
-        ranking, scores = book.rankings[query], book.top_scores.get(query, [])
+        ranking, scores = ranked.rankings[query], ranked.top_scores.get(query, [])
         if not ranking:
             continue
         is_right = [image in task.relevant[query] for image in ranking[: len(scores)]]
@@ -194,15 +194,15 @@ def _groups(evaluation: Evaluation) -> str:
 
 
 def _livestreams(evaluation: Evaluation) -> str:
-    groups, kind = by_livestream(evaluation.task, evaluation.books), evaluation.shown
+    groups, kind = by_livestream(evaluation.task, evaluation.rankings), evaluation.shown
     if not groups:
         return ""
     bars = sorted(group_bars(groups, kind), key=lambda bar: -bar.value)
     values = [100 * bar.value for bar in bars]
     words = (
         f"R@1 in percent by {kind} score over {len(bars)} livestreams: from {values[-1]:.1f} to {values[0]:.1f}, "
-        f"median {median(values):.1f}. Clips of one livestream are alike, so this spread says more about the next "
-        f"shop than the interval above."
+        f"median {median(values):.1f}. Clips of one livestream are alike, which is "
+        f"why the intervals above resample livestreams first; those here are over the clips of each."
     )
     if len(bars) > 40:
         words += " The 20 best and the 20 worst are shown."
@@ -211,10 +211,10 @@ def _livestreams(evaluation: Evaluation) -> str:
 
 
 def _query(evaluation: Evaluation, number: int) -> str:
-    task, book = evaluation.task, evaluation.books[evaluation.shown]
+    task, ranked = evaluation.task, evaluation.rankings[evaluation.shown]
     query_id, row = task.query_ids[number], evaluation.queries[number]
-    ranking, relevant = book.rankings[query_id], task.relevant[query_id]
-    rank, size = book.first_relevant_ranks()[query_id], len(task.gallery_of(number))
+    ranking, relevant = ranked.rankings[query_id], task.relevant[query_id]
+    rank, size = ranked.first_relevant_ranks()[query_id], len(task.gallery_of(number))
     place = f"right image at rank {rank}" if rank else f"right image not among the first {len(ranking)}"
     title = " · ".join(filter(None, [query_id, row.get("category") or "", f"{place} of {size}"]))
     try:
@@ -227,7 +227,7 @@ def _query(evaluation: Evaluation, number: int) -> str:
     figures = []
     for i, image in enumerate(ranking[:SHOWN]):
         kind = "right" if image in relevant else "wrong" if i == 0 else ""
-        figures.append(_image_figure(evaluation, image, f"{i + 1}: {book.top_scores[query_id][i]:.3f}", kind))
+        figures.append(_image_figure(evaluation, image, f"{i + 1}: {ranked.top_scores[query_id][i]:.3f}", kind))
     answer = ranking[rank - 1] if rank else next(iter(relevant), None)
     if answer is not None and answer not in ranking[:SHOWN]:
         figures.append(_image_figure(evaluation, answer, f"right, rank {rank}" if rank else "right", "right"))
@@ -244,7 +244,7 @@ def _image_figure(evaluation: Evaluation, image: str, caption: str, kind: str) -
     picture = None
     if row is not None:
         try:
-            picture = decode_image(row["image"])
+            picture = open_image(row["image"])
         except ValueError:
             kind = kind or "unreadable"
         caption = " ".join(filter(None, [caption, row.get("title") or ""]))
@@ -264,7 +264,7 @@ def _heat(evaluation: Evaluation, query: dict, image: str | None, words: str) ->
 
 
 def _examples(evaluation: Evaluation, count: int) -> str:
-    best, worst = choose_examples(evaluation.task, evaluation.books[evaluation.shown], count)
+    best, worst = choose_examples(evaluation.task, evaluation.rankings[evaluation.shown], count)
     lead = "The clips that were right with the widest lead over a wrong image"
     deep = "The clips with the right image deepest in the ranking, or not in it; frames are spread over the clip"
     return _section(
@@ -276,8 +276,10 @@ def _fusion(results: Mapping) -> str:
     fusion = results["protocol"].get("fusion")
     if not fusion:
         return ""
-    text = "" if fusion.get("text_weight") is None else f", text_weight {fusion['text_weight']:g}"
-    words = f"Fused score: {fusion['rule']}; weight {results['fusion_weight']:g}{text}: {fusion['source_words']}."
+    given = {"weight": results["fusion_weight"], "alignment_weight": results.get("alignment_weight")}
+    given["text_weight"] = fusion.get("text_weight")
+    weights = ", ".join(f"{name} {value:g}" for name, value in given.items() if value is not None)
+    words = f"Fused score: {fusion['rule']}; {weights}: {fusion['source_words']}."
     curve = fusion.get("curve")
     plot = curve_plot(curve, results["fusion_weight"], "R@1 over the fusion weight, in percent") if curve else ""
     title = "<h3>R@1 in percent on the validation split</h3>" if plot else ""
@@ -356,7 +358,7 @@ def html_report(evaluation: Evaluation, num_examples: int = EXAMPLES) -> str:
     results = evaluation.results
     title = f"Product recognition on {dataset_name(results)}, {results['protocol']['split']} split"
     best = results["scores"][evaluation.shown]
-    low, high = best.get("R@1_ci95") or wilson_interval(best["R@1"], results["num_queries"])
+    low, high = best["R@1_ci95"]
     summary = (
         f"R@1 by {evaluation.shown} score is {100 * best['R@1']:.1f} % (95 %: {100 * low:.1f} to "
         f"{100 * high:.1f}) over {results['num_queries']} clips."

@@ -2,11 +2,11 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_rice.collator import decode_image
+from data_rice.files import replacing
+from processing_rice import open_image
 
 from ..frames import clip_frames
 from ..protocol import Rankings, RetrievalTask
@@ -63,11 +63,11 @@ def _shorten(text: str, length: int = 44) -> str:
 class _Row:
     """One query: frames on the left, ranking on the right, the right image at the end where it is not among them."""
 
-    def __init__(self, task: RetrievalTask, book: Rankings, queries, index: int):
+    def __init__(self, task: RetrievalTask, ranked: Rankings, queries, index: int):
         self.query_id = task.query_ids[index]
         self.row = queries[index]
-        self.ranking = book.rankings[self.query_id]
-        self.scores = book.top_scores.get(self.query_id, [])
+        self.ranking = ranked.rankings[self.query_id]
+        self.scores = ranked.top_scores.get(self.query_id, [])
         self.relevant = task.relevant[self.query_id]
         self.size = len(task.gallery_of(index))
         self.rank = next((i for i, image in enumerate(self.ranking, 1) if image in self.relevant), 0)
@@ -103,7 +103,7 @@ class _Row:
 
 def _framed(canvas, draw, corner, entry, colour, label, font) -> None:
     x, y = corner
-    canvas.paste(_tile(_read(decode_image, entry) if entry else None), corner)
+    canvas.paste(_tile(_read(open_image, entry) if entry else None), corner)
     draw.rectangle((x - 3, y - 3, x + TILE + 2, y + TILE + 2), outline=colour, width=1 if colour == PLAIN else 4)
     draw.text((x + TILE // 2, y + TILE + 5), label, INK if colour == PLAIN else colour, font, "ma")
 
@@ -111,7 +111,7 @@ def _framed(canvas, draw, corner, entry, colour, label, font) -> None:
 def draw_matches(
     path: str | os.PathLike,
     task: RetrievalTask,
-    book: Rankings,
+    ranked: Rankings,
     queries,
     gallery,
     kind: str,
@@ -122,15 +122,15 @@ def draw_matches(
     Args:
         path: file to write.
         task: queries and galleries.
-        book: the rankings to show.
+        ranked: the rankings to show.
         queries: the queries view.
         gallery: the gallery view.
         kind: name of the score, for the title.
         num_rows: queries shown, half of them hits and half misses where there are enough of both.
     """
-    hit = book.hits_at_1()
+    hit = ranked.hits_at_1()
     hits, misses = choose_rows([i for i, h in enumerate(hit) if h], [i for i, h in enumerate(hit) if not h], num_rows)
-    chosen = [_Row(task, book, queries, i) for i in hits + misses]
+    chosen = [_Row(task, ranked, queries, i) for i in hits + misses]
     places = {image: i for i, image in enumerate(task.image_ids)}
 
     def image_of(image_id: str) -> dict | None:
@@ -151,6 +151,5 @@ def draw_matches(
         top = TITLE + i * height
         draw.line((0, top - 2, width, top - 2), fill=(225, 225, 225))
         row.draw(canvas, top, image_of)
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    canvas.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        canvas.save(temporary, format="PNG")

@@ -3,11 +3,11 @@
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from hub_rice.files import write_atomically
+from data_rice.files import write_atomically
 
 from ..protocol import Rankings, RetrievalTask
 
@@ -29,26 +29,26 @@ def write_results(output_dir: str | os.PathLike, results: Mapping) -> None:
     write_atomically(Path(output_dir) / "results.json", text + "\n")
 
 
-def write_rankings(output_dir: str | os.PathLike, task: RetrievalTask, book: Rankings) -> None:
-    """Writes `rankings.jsonl`, one line per query in file order: `query_id`, `ranking`, `relevant`."""
-    lines = (
-        json.dumps({"query_id": q, "ranking": ranking, "relevant": task.relevant[q]}, ensure_ascii=False) + "\n"
-        for q, ranking in book.complete().rankings.items()
-    )
-    write_atomically(Path(output_dir) / "rankings.jsonl", "".join(lines))
+def write_rankings(output_dir: str | os.PathLike, task: RetrievalTask, ranked: Rankings) -> None:
+    """Writes `rankings.jsonl`: `query_id`, `live_id` (empty where there is none), `ranking`, `relevant`."""
+    lines = ({"ranking": ranking, "relevant": task.relevant[q]} for q, ranking in ranked.complete().rankings.items())
+    _write_lines(Path(output_dir) / "rankings.jsonl", task, lines)
 
 
-def write_query_ranks(output_dir: str | os.PathLike, books: Mapping[str, Rankings]) -> None:
+def write_query_ranks(output_dir: str | os.PathLike, rankings: Mapping[str, Rankings]) -> None:
     """Writes `query_ranks.jsonl`, on which two methods are compared query by query.
 
-    One line per query in file order: `query_id`, and per kind of score the rank (from 1) of its first relevant image,
-    null where that is not among those kept.
+    `query_id`, `live_id` (empty where there is none), and per kind of score the rank (from 1) of the query's first
+    relevant image, null where that is not among those kept.
     """
-    ranks = {kind: book.first_relevant_ranks() for kind, book in books.items()}
-    task = next(iter(books.values())).task
-    lines = (
-        json.dumps({"query_id": query, **{kind: values[query] for kind, values in ranks.items()}}, ensure_ascii=False)
-        + "\n"
-        for query in task.query_ids
-    )
-    write_atomically(Path(output_dir) / "query_ranks.jsonl", "".join(lines))
+    ranks = {kind: ranked.first_relevant_ranks() for kind, ranked in rankings.items()}
+    task = next(iter(rankings.values())).task
+    lines = ({kind: values[query] for kind, values in ranks.items()} for query in task.query_ids)
+    _write_lines(Path(output_dir) / "query_ranks.jsonl", task, lines)
+
+
+def _write_lines(path: Path, task: RetrievalTask, entries: Iterable[dict]) -> None:
+    """One line per query in file order."""
+    columns = zip(task.query_ids, task.shops, entries, strict=True)
+    rows = ({"query_id": query, "live_id": shop, **row} for query, shop, row in columns)
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

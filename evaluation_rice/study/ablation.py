@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,87 +23,17 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from hub_rice.files import write_atomically
+from data_rice.commands import mistakes_end, print_anywhere
+from data_rice.files import write_atomically
+from hub_rice.results import read_results
 from hub_rice.tables import percent
+from modeling_rice.scoring_rice import KINDS
 
 from ..breakdown import can_draw
-from ..paired import draw_intervals, hits_of, mean_interval, paired_difference, read_ranks, verdict
-from .definition import KINDS, Comparison, Study, read_minutes, read_study, to_arguments
-
-_REMEDY = "or choose another --output_dir"
-
-
-def cell_commands(study: Study, output_dir: str | Path, name: str, seed: int) -> list[list[str]]:
-    """The commands of one cell, training, evaluation or both; the interpreter, which is this one, is left out."""
-    output_dir = Path(output_dir)
-    folder = output_dir / name / f"seed{seed}"
-    train = ["train_rice.py", study.recipe, "--output_dir", str(folder / "model"), "--seed", str(seed)]
-    if name == "start":
-        return [[*train, *to_arguments(study.train, study.start)]]
-    arm = study.arms[name]
-    model = output_dir / (arm.model_of or name) / f"seed{seed}" / "model"
-    evaluate = ["eval_rice.py", "--model", str(model), "--output_dir", str(folder / "eval"), "--baselines"]
-    evaluate += to_arguments(study.eval, arm.eval)
-    if arm.model_of:
-        return [evaluate]
-    shared = {"model_name_or_path": str(output_dir / "start" / f"seed{seed}" / "model")} if study.start else {}
-    return [[*train, *to_arguments(shared, study.train, arm.train)], evaluate]
-
-
-def _before(study: Study, name: str) -> list[str]:
-    """What a cell goes on from, the nearest first: the arm whose model it evaluates, the shared start."""
-    if name == "start":
-        return []
-    model_of = study.arms[name].model_of
-    return [*([model_of] if model_of else []), *(["start"] if study.start else [])]
-
-
-def _settings_of(study: Study, output_dir: str | Path, name: str, seed: int) -> dict[str, Any]:
-    """What a cell's result depends on: its commands, and those of what it goes on from."""
-    before = [cell_commands(study, output_dir, part, seed) for part in _before(study, name)]
-    return {"commands": cell_commands(study, output_dir, name, seed), "before": before}
-
-
-def _record(output_dir: str | Path, name: str, seed: int) -> dict[str, Any] | None:
-    """The cell.json of a cell that was begun; `before` is missing in those of former versions."""
-    path = Path(output_dir) / name / f"seed{seed}" / "cell.json"
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        whole = isinstance(record["commands"], list) and isinstance(record["seconds"], int | float | None)
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{path} is damaged: remove it, and the cell is run again.")
-    return record
-
-
-def _changed(study: Study, output_dir: str | Path, name: str, seed: int) -> str | None:
-    """Why the folder of a cell must not pass for one of this study, naming the folder with other settings."""
-    lineage = [name, *_before(study, name)]
-    records = {part: _record(output_dir, part, seed) for part in lineage}
-    settings = {part: _settings_of(study, output_dir, part, seed) for part in lineage}
-    folders = {part: Path(output_dir) / part / f"seed{seed}" for part in lineage}
-    begun = [part for part in lineage if records[part] is not None]
-    start = "" if name in begun else "not run: "
-    for part in begun:
-        if records[part]["commands"] == settings[part]["commands"]:
-            continue
-        if part == name or start:
-            return f"{start}{folders[part]} is of other settings: remove it {_REMEDY}"
-        return f"{folders[name]} goes on from {folders[part]}, which is of other settings: remove both {_REMEDY}"
-    for part in begun:
-        if records[part].get("before", settings[part]["before"]) != settings[part]["before"]:
-            parents = " or ".join(_before(study, part))
-            return f"{start}{folders[part]} went on from {parents} of other settings: remove it {_REMEDY}"
-    return None
-
-
-def _seconds(study: Study, output_dir: str | Path, name: str, seed: int) -> float | None:
-    """How long a finished cell took; `None` when it is not finished, or it or what it goes on from has changed."""
-    record = _record(output_dir, name, seed)
-    return None if record is None or _changed(study, output_dir, name, seed) else record["seconds"]
+from ..recall import interval_words
+from .cells import Cell, cells_of
+from .definition import Comparison, Study, read_minutes, read_study, to_arguments
+from .paired import draw_intervals, mean_interval, paired_difference, read_ranks, verdict
 
 
 class Runner:
@@ -120,6 +50,7 @@ class Runner:
     def __init__(self, study: Study, output_dir: str | Path, jobs: int = 1, max_minutes: float | None = None):
         self.study = study
         self.output_dir = Path(output_dir)
+        self.cells = cells_of(study, output_dir)
         self.jobs = jobs
         self.minutes = study.max_minutes if max_minutes is None else max_minutes
         self.deadline = time.monotonic() + 60 * self.minutes
@@ -138,55 +69,52 @@ class Runner:
         wanted = {arm.model_of for arm in chosen if arm.model_of} | {arm.name for arm in chosen}
         names = ["start"] if self.study.start else []
         names += [name for name in self.study.arms if name in wanted]
-        cells = [(name, seed) for name in names for seed in self.study.seeds]
+        cells = [self.cells[name, seed] for name in names for seed in self.study.seeds]
         # A damaged record is told before hours of work, and not when their tables are made.
-        for name in ("start", *self.study.arms):
-            for seed in self.study.seeds:
-                _record(self.output_dir, name, seed)
+        for cell in self.cells.values():
+            cell.record()
         for folder, settings in self.study.render.items() if self.minutes > 0 else ():
             command = [sys.executable, "-m", "data_rice.mini_lpr4m", "--output_dir", folder, *to_arguments(settings)]
             self._call(command, self.output_dir / "render.log")
         running: dict[tuple[str, int], concurrent.futures.Future] = {}
         with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
-            for name, seed in cells:
-                # It is handed out earlier than the cell, which may therefore wait for it.
-                before = next(iter(_before(self.study, name)), None)
-                running[name, seed] = pool.submit(self._run_cell, name, seed, before, running.get((before, seed)))
-            for cell in tqdm(cells, desc="cells", unit="cell"):
-                running[cell].result()
+            for cell in cells:
+                # What it goes on from is handed out earlier, and may therefore be waited for.
+                awaited = running.get((cell.before[0].name, cell.seed)) if cell.before else None
+                running[cell.name, cell.seed] = pool.submit(self._run_cell, cell, awaited)
+            for future in tqdm(running.values(), desc="cells", unit="cell"):
+                future.result()
 
-    def _run_cell(self, name: str, seed: int, before: str | None, awaited: concurrent.futures.Future | None) -> None:
-        folder = self.output_dir / name / f"seed{seed}"
-        settings = _settings_of(self.study, self.output_dir, name, seed)
-        changed = _changed(self.study, self.output_dir, name, seed)
+    def _run_cell(self, cell: Cell, awaited: concurrent.futures.Future | None) -> None:
+        key = (cell.name, cell.seed)
+        changed, finished = cell.state()
         if changed:
-            self.problems[name, seed] = changed
+            self.problems[key] = changed
             return
-        finished = _seconds(self.study, self.output_dir, name, seed)
         if finished is not None:
             self.longest = max(self.longest, finished)
             return
         if awaited is not None:
             awaited.result()
-            if _seconds(self.study, self.output_dir, before, seed) is None:
-                self.problems[name, seed] = f"not run: {before} of seed {seed} is missing"
+            before = cell.before[0]
+            if before.state()[1] is None:
+                self.problems[key] = f"not run: {before.name} of seed {cell.seed} is missing"
                 return
         if time.monotonic() + self.longest > self.deadline:
-            self.problems[name, seed] = "not run: no time left"
+            self.problems[key] = "not run: no time left"
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        record = folder / "cell.json"
-        write_atomically(record, json.dumps({**settings, "seconds": None}, indent=2) + "\n")
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        cell.write(None)
         started = time.monotonic()
         try:
-            for command in settings["commands"]:
-                self._call(command, folder / f"{'eval' if 'eval_rice.py' in command else 'train'}.log")
+            for command in cell.commands:
+                self._call(command, cell.folder / f"{'eval' if 'eval_rice.py' in command else 'train'}.log")
         except RuntimeError as error:
-            self.problems[name, seed] = f"failed: {error}"
+            self.problems[key] = f"failed: {error}"
             return
         seconds = time.monotonic() - started
         self.longest = max(self.longest, seconds)
-        write_atomically(record, json.dumps({**settings, "seconds": seconds}, indent=2) + "\n")
+        cell.write(seconds)
 
     def _call(self, command: list[str], log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -209,11 +137,13 @@ class Answers:
 
     Attributes:
         query_ids: queries in order.
+        shops: per query its shop, `None` where that is not known.
         task: `task_sha256` of its results.json, `None` where there is none.
         hits: kind of score -> hits at 1, `(num_queries,)`.
     """
 
     query_ids: list[str]
+    shops: list[str] | None
     task: str | None
     hits: dict[str, np.ndarray]
 
@@ -232,42 +162,41 @@ def read_answers(folder: str | Path) -> Answers:
         FileNotFoundError, ValueError: a file is missing or damaged; the message names it.
     """
     ranks, path = read_ranks(folder), Path(folder) / "results.json"
-    hits = {kind: hits_of(ranks, kind) for kind in KINDS}
+    hits = {kind: ranks.hits(kind) for kind in KINDS}
     hits = {kind: values for kind, values in hits.items() if values is not None}
     if "embedding" not in hits:
         raise ValueError(
             f"{Path(folder) / 'query_ranks.jsonl'} lacks the embedding of a clip: run eval_rice.py again."
         )
-    try:
-        task = json.loads(path.read_text(encoding="utf-8"))["protocol"].get("task_sha256") if path.is_file() else None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no whole results file ({error}): run eval_rice.py again.") from error
-    return Answers(list(ranks), task, hits)
+    task = read_results(path, ["protocol"])["protocol"].get("task_sha256") if path.is_file() else None
+    return Answers(ranks.query_ids, ranks.shops, task, hits)
 
 
-def read_cells(study: Study, output_dir: str | Path) -> tuple[dict[str, dict[int, Answers]], dict]:
-    """Arm -> seed -> answers of every finished cell, and `(arm, seed)` -> why there are none, of the unreadable."""
+def read_cells(cells: Iterable[Cell]) -> tuple[dict[str, dict[int, Answers]], dict]:
+    """Arm -> seed -> answers of finished cells, and `(arm, seed)` -> why there are none, of the unreadable."""
     answers: dict[str, dict[int, Answers]] = {}
     problems: dict[tuple[str, int], str] = {}
-    for name in study.arms:
-        for seed in study.seeds:
-            if _seconds(study, output_dir, name, seed) is None:
-                continue
-            folder = Path(output_dir) / name / f"seed{seed}" / "eval"
-            try:
-                found = read_answers(folder)
-            except (ValueError, OSError) as error:
-                problems[name, seed] = str(error)
-                continue
-            first = next(iter(answers.get(name, {}).items()), (seed, found))
-            unlike = found.unlike(first[1])
-            if unlike:
-                problems[name, seed] = (
-                    f"{folder} has {unlike} than seed {first[0]}: run eval_rice.py again on the same."
-                )
-            else:
-                answers.setdefault(name, {})[seed] = found
+    for cell in cells:
+        folder = cell.folder / "eval"
+        try:
+            found = read_answers(folder)
+        except (ValueError, OSError) as error:
+            problems[cell.name, cell.seed] = str(error)
+            continue
+        first = next(iter(answers.get(cell.name, {}).items()), (cell.seed, found))
+        unlike = found.unlike(first[1])
+        if unlike:
+            problems[cell.name, cell.seed] = (
+                f"{folder} has {unlike} than seed {first[0]}: run eval_rice.py again on the same."
+            )
+        else:
+            answers.setdefault(cell.name, {})[cell.seed] = found
     return answers, problems
+
+
+def _shops(*answers: Answers) -> list[str] | None:
+    """The shops of queries that all answers share, from the first that knows them."""
+    return next((found.shops for found in answers if found.shops is not None), None)
 
 
 def _compare(comparison: Comparison, answers: Mapping[str, Mapping[int, Answers]]) -> dict[str, Any]:
@@ -283,8 +212,20 @@ def _compare(comparison: Comparison, answers: Mapping[str, Mapping[int, Answers]
     if unlike:
         return entry | {"refused": unlike}
     sides = zip((left, right), (comparison.left[1], comparison.right[1]), strict=True)
-    entry |= paired_difference(*({seed: side[seed].hits[kind] for seed in seeds} for side, kind in sides))
+    hits = ({seed: side[seed].hits[kind] for seed in seeds} for side, kind in sides)
+    entry |= paired_difference(*hits, _shops(*left.values(), *right.values()))
     return entry | {"verdict": verdict(entry)}
+
+
+def _figures(seeds: Mapping[int, Answers], kind: str) -> dict[str, Any] | None:
+    """R@1 over the seeds that have this kind of score; `None` where there is none."""
+    hits = {seed: found.hits[kind] for seed, found in seeds.items() if kind in found.hits}
+    if not hits:
+        return None
+    shops = _shops(*seeds.values())
+    mean, interval = mean_interval(hits, shops)
+    by_seed = {str(seed): float(values.mean()) for seed, values in hits.items()}
+    return {"R@1": mean, "R@1_ci95": interval, "interval": interval_words(shops), "by_seed": by_seed}
 
 
 def summarise(study: Study, output_dir: str | Path, problems: Mapping[tuple[str, int], str]) -> dict:
@@ -298,32 +239,22 @@ def summarise(study: Study, output_dir: str | Path, problems: Mapping[tuple[str,
     Raises:
         ValueError: a cell.json is damaged.
     """
-    answers, unreadable = read_cells(study, output_dir)
-    rows: dict[str, dict] = {}
-    for name, seeds in answers.items():
-        for kind in KINDS:
-            hits = {seed: found.hits[kind] for seed, found in seeds.items() if kind in found.hits}
-            if hits:
-                mean, interval = mean_interval(hits)
-                by_seed = {str(seed): float(values.mean()) for seed, values in hits.items()}
-                rows.setdefault(name, {})[kind] = {"R@1": mean, "R@1_ci95": interval, "by_seed": by_seed}
-    names = [*(["start"] if study.start else []), *study.arms]
-    cells = {(name, seed): _seconds(study, output_dir, name, seed) for name in names for seed in study.seeds}
+    cells = cells_of(study, output_dir)
+    states = {key: cell.state() for key, cell in cells.items()}
+    finished = [key for key, (_, seconds) in states.items() if seconds is not None]
+    answers, unreadable = read_cells(cells[key] for key in finished if key[0] != "start")
+    rows = {name: {kind: _figures(seeds, kind) for kind in KINDS} for name, seeds in answers.items()}
     reasons = {**problems, **unreadable}
     missing = [
-        {
-            "arm": cell[0],
-            "seed": cell[1],
-            "reason": reasons.get(cell) or _changed(study, output_dir, *cell) or "not run",
-        }
-        for cell, seconds in cells.items()
-        if seconds is None or cell in unreadable
+        {"arm": key[0], "seed": key[1], "reason": reasons.get(key) or changed or "not run"}
+        for key, (changed, _) in states.items()
+        if key not in finished or key in unreadable
     ]
     return {
-        "arms": rows,
+        "arms": {name: {kind: row for kind, row in row_of.items() if row} for name, row_of in rows.items()},
         "comparisons": [_compare(comparison, answers) for comparison in study.comparisons],
         "not_run": missing,
-        "seconds": {f"{name}/seed{seed}": value for (name, seed), value in cells.items() if value is not None},
+        "seconds": {f"{name}/seed{seed}": states[name, seed][1] for name, seed in finished},
     }
 
 
@@ -362,6 +293,9 @@ def to_markdown(study: Study, summary: Mapping) -> str:
             f"| {title} | {100 * entry['difference']:+.1f} | {100 * low:+.1f} to {100 * high:+.1f} | {by_seed} | "
             f"{entry['num_queries']} | {entry['verdict']} |"
         )
+    rules = [figures["interval"] for arm in summary["arms"].values() for figures in arm.values()]
+    if rules:
+        lines += ["", f"Intervals, 95 %: {'; '.join(dict.fromkeys(rules))}."]
     if summary["not_run"]:
         lines += ["", "Cells without a result:", ""]
         lines += [f"- {cell['arm']}, seed {cell['seed']}: {cell['reason']}" for cell in summary["not_run"]]
@@ -369,6 +303,7 @@ def to_markdown(study: Study, summary: Mapping) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    print_anywhere()
     parser = argparse.ArgumentParser(
         prog="python -m evaluation_rice.study.ablation", description=__doc__.splitlines()[0]
     )
@@ -378,7 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="cells run at once, each with its share of the cores")
     parser.add_argument("--arms", nargs="+", help="run only these arms")
     options = parser.parse_args(arguments)
-    try:
+    with mistakes_end(parser, (ValueError, OSError, RuntimeError)):
         study = read_study(options.study)
         unknown = sorted(set(options.arms or []) - set(study.arms))
         if unknown:
@@ -399,8 +334,6 @@ def main(arguments: list[str] | None = None) -> None:
         summary = summarise(study, output, runner.problems)
         text = to_markdown(study, summary)
         files = _write(output, summary, text)
-    except (ValueError, OSError, RuntimeError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(text)
     print(f"written to {output}: {files}")
     if any(not cell["reason"].startswith("not run") for cell in summary["not_run"]):
@@ -421,7 +354,7 @@ def _write(output: Path, summary: Mapping, text: str) -> str:
         return "ablation.json, ablation.md, but no ablation.png, as there is no result yet"
     if not can_draw():
         return "ablation.json, ablation.md, but no ablation.png, which needs matplotlib"
-    draw_intervals(output / "ablation.png", rows, "R@1 in percent, 95 % interval over queries")
+    draw_intervals(output / "ablation.png", rows, "R@1 in percent, with 95 % intervals")
     return "ablation.json, ablation.md, ablation.png"
 
 

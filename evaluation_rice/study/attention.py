@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from data_rice.commands import mistakes_end, print_anywhere
 from hub_rice.files import check_output, write_output
 from hub_rice.tables import percent
+from modeling_rice.scoring_rice import pair_kinds
 
 from ..frames import clip_frames
 from ..protocol import RetrievalTask
-from ..recall import bootstrap_interval
+from ..recall import bootstrap_interval, interval_words
 from ..report.heatmap import Region, has_maps, seen_region
-from ..retrieval import has_decoder
 
 MAPS = {
     "score": "attention that the score is made of",
@@ -93,8 +94,8 @@ def clip_shares(model: Any, collator: Any, query: dict, images: Sequence[dict]) 
         ValueError: the clip or an image cannot be read, no frame that the model sees has a box, or the model's patches
             are not a square grid.
     """
-    clip, readable, failures = collator.encode_queries([query])
-    pictures, also_readable, more = collator.encode_gallery(list(images))
+    clip, readable, failures = collator.collate_queries([query])
+    pictures, also_readable, more = collator.collate_gallery(list(images))
     if not readable or len(also_readable) < len(images):
         raise ValueError((failures + more)[0]["reason"])
     inputs = pictures | {name: value.expand(len(images), *value.shape[1:]) for name, value in clip.items()}
@@ -135,7 +136,7 @@ def measure(
     Raises:
         ValueError: the model has no matching decoder, no clip has a box, or none could be measured.
     """
-    if not has_decoder(model) or not hasattr(model, "attention_maps"):
+    if "matching" not in pair_kinds(model) or not hasattr(model, "attention_maps"):
         raise ValueError("this model has no matching decoder, so it attends to no clip: name one trained with it.")
     task = RetrievalTask.from_datasets(queries, gallery, scope)
     with_boxes = [i for i, boxes in enumerate(queries["boxes"]) if any(boxes or [])]
@@ -158,7 +159,8 @@ def measure(
         except (ValueError, OSError) as error:
             failures.append({"id": task.query_ids[query], "reason": str(error)})
             continue
-        clips.append({"clip_id": task.query_ids[query], "images": [task.image_ids[i] for i in places], **shares})
+        own = {"clip_id": task.query_ids[query], "live_id": task.shops[query]}
+        clips.append({**own, "images": [task.image_ids[i] for i in places], **shares})
     if not clips:
         raise ValueError(f"not one of {count} clips could be measured; the first: {failures[0]['reason']}.")
     return {"summary": summarise(clips), "clips": clips, "failures": failures}
@@ -166,25 +168,28 @@ def measure(
 
 def summarise(clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
-    Means over clips with 95 % bootstrap intervals over clips, `{"mean", "ci95", "num_clips"}`: for each of `MAPS` and
-    `SHARES` of `uniform`, `right`, `wrong`, `right_minus_uniform` and `right_minus_wrong`, differences paired by clip.
+    Means over clips with 95 % bootstrap intervals over shops (`live_id`) and their clips, `{"mean", "ci95",
+    "num_clips"}`: for each of `MAPS` and `SHARES` of `uniform`, `right`, `wrong`, `right_minus_uniform` and
+    `right_minus_wrong`, differences paired by clip.
     """
-    result: dict[str, Any] = {"num_clips": len(clips)}
+    shops = np.array([clip.get("live_id", "") for clip in clips])
+    result: dict[str, Any] = {"num_clips": len(clips), "interval": interval_words(shops)}
     for name, share in ((name, share) for name in MAPS if name in clips[0] for share in SHARES):
         columns = [(clip["uniform"][share], *(side[share] for side in clip[name])) for clip in clips]
         uniform, right, wrong = np.array(columns).T
         values = {"uniform": uniform, "right": right, "wrong": wrong}
         values |= {"right_minus_uniform": right - uniform, "right_minus_wrong": right - wrong}
-        result.setdefault(name, {})[share] = {key: _mean(numbers) for key, numbers in values.items()}
-    result["not_on_patches"] = _mean(np.array([clip["not_on_patches"][0] for clip in clips]))
+        result.setdefault(name, {})[share] = {key: _mean(numbers, shops) for key, numbers in values.items()}
+    result["not_on_patches"] = _mean(np.array([clip["not_on_patches"][0] for clip in clips]), shops)
     return result
 
 
-def _mean(numbers: np.ndarray) -> dict[str, Any]:
-    known = numbers[np.isfinite(numbers)]
-    if not len(known):
+def _mean(numbers: np.ndarray, shops: np.ndarray) -> dict[str, Any]:
+    known = np.isfinite(numbers)
+    if not known.any():
         return {"mean": None, "ci95": None, "num_clips": 0}
-    return {"mean": float(known.mean()), "ci95": bootstrap_interval(known), "num_clips": len(known)}
+    interval = bootstrap_interval(numbers[known], shops[known])
+    return {"mean": float(numbers[known].mean()), "ci95": interval, "num_clips": int(known.sum())}
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:
@@ -209,6 +214,7 @@ def _cell(value: Mapping[str, Any], column: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    print_anywhere()
     parser = argparse.ArgumentParser(
         prog="python -m evaluation_rice.study.attention", description=__doc__.splitlines()[0]
     )
@@ -227,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     from data_rice.collator import RiceCollator
     from hub_rice.loading import load_model
 
-    try:
+    with mistakes_end(parser):
         if options.num_clips < 1:
             raise ValueError(f"--num_clips must be at least 1, got {options.num_clips}")
         if options.output:
@@ -242,12 +248,11 @@ def main(arguments: list[str] | None = None) -> None:
         result = measure(model, collator, *views, scope=scope, num_clips=options.num_clips)
         if options.output:
             write_output(options.output, json.dumps({**vars(options), **result}, indent=1) + "\n")
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
     summary = result["summary"]
     print(f"\n{summary['num_clips']} clips of {options.dataset} ({options.split}); percent and points\n")
     print(format_summary(summary))
     print(f"\nleft out: {percent(summary['not_on_patches']['mean'])} % of that attention, on class tokens and text")
+    print(f"intervals: {summary['interval']}")
     if result["failures"]:
         first = result["failures"][0]
         print(f"{len(result['failures'])} clips were not measured; the first: {first['id']} ({first['reason']})")

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-KINDS = ("embedding", "matching", "fused")
+from modeling_rice.scoring_rice import KINDS
+
 _KEYS = {"recipe", "render", "seeds", "max_minutes", "start", "train", "eval", "arms", "comparisons"}
 _ARM_KEYS = {"train", "eval", "model_of", "note"}
 

@@ -15,24 +15,29 @@ from typing import Any
 
 import numpy as np
 
+from data_rice.commands import mistakes_end, print_anywhere
 from hub_rice.files import check_output, write_output
 from hub_rice.tables import percent
 
-from ..paired import paired_difference, verdict
+from .paired import paired_difference, verdict
 from .table import check_alike, read_folder, read_hits
 
 SHOWN = 5
 
 
 def group_gains(
-    left: Mapping[Any, np.ndarray], right: Mapping[Any, np.ndarray], groups: Mapping[str, Sequence[str]]
+    left: Mapping[Any, np.ndarray],
+    right: Mapping[Any, np.ndarray],
+    groups: Mapping[str, Sequence[str]],
+    shops: Sequence[str] | None = None,
 ) -> list[dict]:
     """
     How much more often `left` hits than `right` in each group, the largest gain first.
 
     Args:
-        left, right: seed -> hits `(num_queries,)`, see `evaluation_rice.paired.paired_difference`.
+        left, right: seed -> hits `(num_queries,)`, see `evaluation_rice.study.paired.paired_difference`.
         groups: column -> group of each query.
+        shops: per query its shop, as `evaluation_rice.recall.bootstrap_interval` takes them.
 
     Returns:
         Dicts with `column`, `group`, `num_queries` (without seeds), `left`, `right` (R@1), `difference`, `ci95`.
@@ -43,7 +48,7 @@ def group_gains(
         for group in np.unique(names):
             chosen = names == group
             sides = [{seed: hits[chosen] for seed, hits in side.items()} for side in (left, right)]
-            compared = paired_difference(*sides)
+            compared = paired_difference(*sides, None if shops is None else np.array(shops)[chosen])
             means = [float(np.mean([side[seed] for seed in compared["seeds"]])) for side in sides]
             row = {"column": column, "group": str(group), "num_queries": int(chosen.sum())}
             row |= {"left": means[0], "right": means[1]}
@@ -85,9 +90,8 @@ def load_groups(results: Mapping, ids: Sequence[str], data_dir: str | None, cach
         FileNotFoundError, ValueError: the data set is not there, or its clips are others.
     """
     from data_rice import load_dataset_view
-    from hub_rice.training_record import trained_on
 
-    from ..breakdown import train_rows_by_category
+    from ..breakdown import count_training_rows
     from ..protocol import query_groups
 
     dataset = results["dataset"]
@@ -98,11 +102,7 @@ def load_groups(results: Mapping, ids: Sequence[str], data_dir: str | None, cach
             f"{data_dir or dataset} has other clips than the evaluation: name the folder that was evaluated by "
             f"--data_dir."
         )
-    try:
-        train_rows = train_rows_by_category(*(trained_on(results.get("model")) or (dataset, data_dir)), cache_dir)
-    except (ValueError, OSError) as error:
-        print(f"no groups by head and tail: the training rows cannot be counted ({' '.join(str(error).split())})")
-        train_rows = None
+    train_rows, _ = count_training_rows(queries, results.get("model"), dataset, data_dir, cache_dir)
     groups = query_groups(queries, train_rows)
     return {column: [names[places[query]] for query in ids] for column, names in groups.items()}
 
@@ -132,16 +132,21 @@ def compare(
                 f"{side} has no results.json: name the folder of an evaluation by eval_rice.py, or of an arm."
             )
     check_alike(entries)
-    (ids, ours), (others, theirs) = (
-        read_hits(entry, kind) for entry, kind in zip(entries, (score, right_score or score), strict=True)
-    )
-    if ids != others:
+    sides = [
+        read_hits(entry.folders, kind) for entry, kind in zip(entries, (score, right_score or score), strict=True)
+    ]
+    ids, (ours, theirs) = sides[0].query_ids, [side.by_seed for side in sides]
+    if ids != sides[1].query_ids:
         raise ValueError(f"{left} and {right} are of different clips: evaluate both on the same.")
     if len(ours) == len(theirs) == 1:
         theirs = dict(zip(ours, theirs.values(), strict=True))
-    total = paired_difference(ours, theirs)
-    groups = group_gains(ours, theirs, load_groups(entries[0].results[0], ids, data_dir, cache_dir))
-    return {"all": total, "groups": groups, "answers": one_sided(ids, ours, theirs)}
+    shops = next((side.shops for side in sides if side.shops is not None), None)
+    groups = load_groups(entries[0].results[0], ids, data_dir, cache_dir)
+    return {
+        "all": paired_difference(ours, theirs, shops),
+        "groups": group_gains(ours, theirs, groups, shops),
+        "answers": one_sided(ids, ours, theirs),
+    }
 
 
 def format_gains(result: Mapping[str, Any]) -> str:
@@ -162,6 +167,7 @@ def format_gains(result: Mapping[str, Any]) -> str:
         f"all: {100 * total['difference']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}), "
         f"{len(total['seeds'])} seed(s); {clear} of {count} intervals exclude 0, as about {count / 20:.0f} would if "
         f"nothing differed",
+        f"intervals: {total['interval']}",
         f"answers: both right {answers['both']}, only left {answers['left_only']}, only right "
         f"{answers['right_only']}, neither {answers['neither']}",
     ]
@@ -173,6 +179,7 @@ def format_gains(result: Mapping[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    print_anywhere()
     parser = argparse.ArgumentParser(prog="python -m evaluation_rice.study.gains", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("left", help="folder of an evaluation, or of an arm with seeds")
@@ -184,14 +191,12 @@ def main(arguments: list[str] | None = None) -> None:
     add("--output", help="JSON file to write")
     options = parser.parse_args(arguments)
     settings = {name: value for name, value in vars(options).items() if name != "output"}
-    try:
+    with mistakes_end(parser):
         if options.output:
             check_output(options.output)
         result = compare(**settings)
         if options.output:
             write_output(options.output, json.dumps({**settings, **result}, indent=1) + "\n")
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
     print(format_gains(result))
 
 

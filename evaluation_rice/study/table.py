@@ -9,21 +9,23 @@ Published models that no result is of are listed as not run too. Results of unli
 """
 
 import argparse
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from data_rice.commands import mistakes_end, print_anywhere
 from hub_rice.files import check_output, write_output
-from hub_rice.model_card import breakdown_table, dataset_name, gallery_words
+from hub_rice.model_card import breakdown_table, gallery_words
+from hub_rice.results import dataset_name, read_results
 from hub_rice.tables import TITLES, markdown_table, percent, shown_scores
+from modeling_rice.scoring_rice import KINDS
 
-from ..paired import hits_of, mean_interval, read_ranks
 from ..pretrained_baselines import FAMILIES
+from ..recall import interval_words
+from .paired import mean_interval, read_ranks
 
-KINDS = ("embedding", "matching", "fused")
 NOT_RUN = "not run"
 _SAME = ("split", "gallery_scope", "gallery_images", "num_galleries", "num_gallery_images", "task_sha256")
 
@@ -74,14 +76,7 @@ def read_folder(folder: str | Path, title: str = "") -> Entry:
 
 
 def _read(path: Path) -> dict:
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        missing = [name for name in ("protocol", "scores", "dataset", "num_queries") if name not in results]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no whole results file ({error}): run eval_rice.py again.") from error
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: run eval_rice.py again.")
-    return results
+    return read_results(path, ("protocol", "scores", "dataset", "num_queries"))
 
 
 def _title(path: Path, results: Mapping) -> str:
@@ -115,33 +110,58 @@ def check_alike(entries: Sequence[Entry]) -> None:
                     )
 
 
-def read_hits(entry: Entry, kind: str) -> tuple[list[str], dict[str, np.ndarray]]:
+@dataclass(frozen=True)
+class Hits:
     """
-    Query ids in order, and hits at 1 of each seed, 1.0 or 0.0, `(num_queries,)`, by the name of the seed's folder.
+    The hits of an entry by one kind of score.
+
+    Attributes:
+        query_ids: queries in order.
+        shops: per query its shop, `None` where no file names them.
+        by_seed: hits at 1 of each seed, 1.0 or 0.0, `(num_queries,)`, by the name of the seed's folder.
+    """
+
+    query_ids: list[str]
+    shops: list[str] | None
+    by_seed: dict[str, np.ndarray]
+
+
+def read_hits(folders: Sequence[Path], kind: str) -> Hits:
+    """
+    The hits in the query_ranks.jsonl of each folder, one folder per seed.
 
     Raises:
         FileNotFoundError: a folder has no query_ranks.jsonl.
         ValueError: a file is broken, holds other clips than the first, or has no such score.
     """
-    ids, hits = [], {}
-    for folder in entry.folders:
-        path, ranks = folder / "query_ranks.jsonl", read_ranks(folder)
-        values, names = hits_of(ranks, kind), list(ranks)
+    read = {folder: read_ranks(folder) for folder in folders}
+    first, by_seed = next(iter(read.values())), {}
+    for folder, ranks in read.items():
+        path, values = folder / "query_ranks.jsonl", ranks.hits(kind)
         if values is None:
-            known = ", ".join(next(iter(ranks.values()))) or "none"
-            raise ValueError(f"{path} has no score {kind!r} of every clip, but {known}: name one.")
-        if ids and names != ids:
-            raise ValueError(f"{path} is of other clips than {entry.folders[0]}: evaluate both on the same.")
-        ids, hits[folder.parent.name] = names, values
-    return ids, hits
+            raise ValueError(f"{path} has no score {kind!r} of every clip, but {ranks.kinds() or 'none'}: name one.")
+        if ranks.query_ids != first.query_ids:
+            raise ValueError(f"{path} is of other clips than {folders[0]}: evaluate both on the same.")
+        by_seed[folder.parent.name] = values
+    shops = next((ranks.shops for ranks in read.values() if ranks.shops is not None), None)
+    return Hits(first.query_ids, shops, by_seed)
 
 
 def _figures(entry: Entry, kind: str) -> dict:
-    """R@k as the mean over seeds, and the interval of R@1 with a query's seeds drawn together."""
-    scores = [results["scores"][kind] for results in entry.results]
-    figures = {name: float(np.mean([s[name] for s in scores])) for name, value in scores[0].items() if "_" not in name}
-    interval = scores[0].get("R@1_ci95") if len(scores) == 1 else mean_interval(read_hits(entry, kind)[1])[1]
-    return {**figures, "R@1_ci95": interval}
+    """
+    R@k by one kind of score as the mean over the seeds that have it, the interval of R@1 with a query's seeds drawn
+    together, that interval's rule, and the number of those seeds.
+    """
+    known = [(f, r) for f, r in zip(entry.folders, entry.results, strict=True) if kind in r["scores"]]
+    scores = [results["scores"][kind] for _, results in known]
+    names = [name for name in scores[0] if "_" not in name and all(name in figures for figures in scores)]
+    figures = {name: float(np.mean([seed[name] for seed in scores])) for name in names}
+    if len(scores) == 1:
+        interval, rule = scores[0].get("R@1_ci95"), known[0][1]["protocol"].get("interval")
+    else:
+        hits = read_hits([folder for folder, _ in known], kind)
+        interval, rule = mean_interval(hits.by_seed, hits.shops)[1], interval_words(hits.shops)
+    return {**figures, "R@1_ci95": interval, "rule": rule, "seeds": len(scores)}
 
 
 def _mean_cost(entry: Entry, name: str) -> float | None:
@@ -203,17 +223,18 @@ def markdown(entries: Sequence[Entry], list_missing: bool = True) -> str:
     first = next((results for entry in entries for results in entry.results), None)
     if first is None:
         raise ValueError("there is no result yet, only methods that were not run: run eval_rice.py first.")
-    columns = [name for name in next(iter(first["scores"].values())) if name.startswith("R@") and "_" not in name]
+    columns = _columns(entries)
     header = ["method", "score", columns[0], f"95 % of {columns[0]}", *columns[1:]]
     header += ["boxes", "frames", "parameters", "ms per clip", "ms per image", "seeds"]
     if any(_asr(entry) not in ("", "own") for entry in entries):
         header.append("ASR")
-    rows = []
+    rows, rules = [], {}
     for entry in entries:
         kinds = [kind for kind in KINDS if any(kind in results["scores"] for results in entry.results)]
         for kind in kinds:
-            seeds = str(len(entry.results)) if entry.results[0].get("baseline") is None else ""
-            row = [entry.title, kind, *_recall(_figures(entry, kind), columns), *_costs(entry), seeds, _asr(entry)]
+            figures = _figures(entry, kind)
+            rules.setdefault(figures["rule"])
+            row = [entry.title, kind, *_recall(figures, columns), *_costs(entry), _seeds(entry, figures), _asr(entry)]
             rows.append(row[: len(header)])
         if not kinds:
             rows.append([entry.title, NOT_RUN])
@@ -223,7 +244,30 @@ def markdown(entries: Sequence[Entry], list_missing: bool = True) -> str:
     width = len(header)
     table = "\n".join("| " + " | ".join([*line, *[""] * (width - len(line))]) + " |" for line in lines)
     title = f"{first['num_queries']} clips of {dataset_name(first)} ({first['protocol']['split']}); "
-    return f"{title}{gallery_words(first)}. Recall in percent.{_time_words(entries)}\n\n{table}\n"
+    words = f"Recall in percent.{_rule_words(rules)}{_time_words(entries)}"
+    return f"{title}{gallery_words(first)}. {words}\n\n{table}\n"
+
+
+def _columns(entries: Sequence[Entry]) -> list[str]:
+    """The R@k of any result, by k."""
+    scores = [figures for entry in entries for results in entry.results for figures in results["scores"].values()]
+    names = {name for figures in scores for name in figures if name.startswith("R@") and "_" not in name}
+    if not names:
+        raise ValueError("the results have no recall by any score: run eval_rice.py again.")
+    return sorted(names, key=lambda name: int(name[2:]))
+
+
+def _seeds(entry: Entry, figures: Mapping) -> str:
+    """How many seeds a row is the mean of, and of how many where not all have its score."""
+    if entry.results[0].get("baseline") is not None:
+        return ""
+    total = len(entry.results)
+    return str(total) if figures["seeds"] == total else f"{figures['seeds']} of {total}"
+
+
+def _rule_words(rules: Iterable[str | None]) -> str:
+    """Intervals by unlike rules must not pass for one kind."""
+    return "".join(f" Interval: {rule}." for rule in rules if rule)
 
 
 def baseline_page(results: Mapping) -> str:
@@ -235,7 +279,8 @@ def baseline_page(results: Mapping) -> str:
         "",
         f"{what}: nothing was trained here. {results['num_queries']} clips of {dataset_name(results)} "
         f"({results['protocol']['split']}); {gallery_words(results)}. Boxes at test time: "
-        f"{results['protocol']['boxes']}. Recall in percent.",
+        f"{results['protocol']['boxes']}. Recall in percent; the interval of R@1 is a "
+        f"{results['protocol']['interval']}.",
         "",
         markdown_table(shown_scores(results)),
     ]
@@ -247,7 +292,7 @@ def baseline_page(results: Mapping) -> str:
 def _recall(figures: Mapping, columns: Sequence[str]) -> list[str]:
     interval = figures.get("R@1_ci95")
     spread = f"{percent(interval[0])} to {percent(interval[1])}" if interval else ""
-    values = [percent(figures[name]) for name in columns]
+    values = [percent(figures[name]) if name in figures else "" for name in columns]
     return [values[0], spread, *values[1:]]
 
 
@@ -264,6 +309,7 @@ def _time_words(entries: Sequence[Entry]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    print_anywhere()
     parser = argparse.ArgumentParser(
         prog="python -m evaluation_rice.study.table",
         description="One Markdown table of the results of many methods under one protocol.",
@@ -272,14 +318,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", help="file for the table, which is printed in any case")
     parser.add_argument("--only_run", action="store_true", help="do not list published models that were not run")
     options = parser.parse_args(arguments)
-    try:
+    with mistakes_end(parser):
         if options.output:
             check_output(options.output)
         text = markdown([read_entry(argument) for argument in options.results], not options.only_run)
         if options.output:
             write_output(options.output, text)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(text)
 
 

@@ -54,15 +54,12 @@ def run(options: argparse.Namespace) -> tuple:
 
 def load(folder: Path):
     """Model in eval mode and processor; raises `FileNotFoundError` or `ValueError` as `rice publish` does."""
-    from transformers import AutoProcessor
-
-    from ..checkpoint import check_checkpoint
-    from ..publish import check_loading
+    from ..loading import load_model
 
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: name one that train_rice.py wrote.")
-    check_checkpoint(folder)
-    return check_loading(folder).float().eval(), AutoProcessor.from_pretrained(folder)
+    model, processor = load_model(folder, "cpu")
+    return model.float(), processor
 
 
 def export(model, processor, output_dir: Path, int8: bool = False, quiet: bool = False) -> dict:
@@ -86,6 +83,8 @@ def export(model, processor, output_dir: Path, int8: bool = False, quiet: bool =
     from PIL import Image
     from tqdm.auto import tqdm
 
+    from data_rice.files import write_atomically
+
     from .onnx_model import DESCRIPTION
     from .towers import towers
 
@@ -103,7 +102,7 @@ def export(model, processor, output_dir: Path, int8: bool = False, quiet: bool =
         "parts": parts,
         "preprocessing": preprocessing(processor),
     }
-    (output_dir / DESCRIPTION).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    write_atomically(output_dir / DESCRIPTION, json.dumps(about, indent=2) + "\n")
     return about
 
 

@@ -52,9 +52,12 @@ class OnnxRice:
                 )
             self.sessions[name] = onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"])
         self.config = SimpleNamespace(use_decoder="pairs" in self.sessions)
-        self.fingerprint = self.about["model_fingerprint"]
-        if int8 and self.fingerprint is not None:
-            self.fingerprint += "-int8"
+        self.int8 = int8
+
+    def fingerprint(self) -> str | None:
+        """As `RiceModel.fingerprint` of the exported model, which quantised weights are not."""
+        name = self.about["model_fingerprint"]
+        return f"{name}-int8" if self.int8 and name is not None else name
 
     def run(self, name: str, *inputs: Tensor) -> list[Tensor]:
         """One part (`image`, `video`, `pairs`) on its inputs in order."""
@@ -68,7 +71,7 @@ class OnnxRice:
         parts = []
         for pixels in pixel_values.float().split(batch_size):
             fields = dict(zip(("embeds", "states"), self.run("image", pixels)))
-            parts.append(RiceGallery(model_fingerprint=self.fingerprint, **fields))
+            parts.append(RiceGallery(model_fingerprint=self.fingerprint(), **fields))
         return RiceGallery.cat(parts)
 
     def encode_clips(
@@ -93,7 +96,7 @@ class OnnxRice:
             if tokens:
                 fields |= {"keys": unpack(tokens[0], mask), "values": unpack(tokens[1], mask)}
                 fields["mask"] = mask[:, :, None].expand(-1, -1, tokens[0].shape[1]).flatten(1)
-            parts.append(RiceClips(model_fingerprint=self.fingerprint, **fields))
+            parts.append(RiceClips(model_fingerprint=self.fingerprint(), **fields))
         return RiceClips.cat(parts)
 
     def similarity(self, clips: RiceClips, gallery: RiceGallery) -> Tensor:

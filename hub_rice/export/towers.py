@@ -50,15 +50,13 @@ class VideoTower(nn.Module):
 
     def forward(self, pixel_values: Tensor, frame_index: Tensor, frame_mask: Tensor) -> tuple[Tensor, ...]:
         model = self.model
-        tokens, features = model._features(model._encode_pixels(pixel_values, is_clip=True))
-        features = features.float()
-        if model.config.normalize_frames:
-            features = nn.functional.normalize(features, dim=-1)
-        embeds = nn.functional.normalize(model.temporal_pooling(features[frame_index], frame_mask), dim=-1)
+        frames = model.encode_frames(pixel_values)
+        embeds = model.pool_features(frames.features[frame_index], frame_mask)
         if model.decoder is None:
             return (embeds,)
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        keys, values, _ = model.decoder.encode_clips(tokens, mask)
+        # A clip's keys and values are its frames', so that frames may be in several clips here too.
+        mask = torch.ones(frames.tokens.shape[:2], dtype=torch.bool, device=pixel_values.device)
+        keys, values, _ = model.decoder.encode_clips(frames.tokens, mask)
         return embeds, keys, values
 
 

@@ -1,7 +1,7 @@
 """Recall at k of product retrieval from livestream clips, as a module of `evaluate`.
 
-The folder stands alone: it imports nothing of the project, so that it can be copied to the Hub as it is. A test of the
-project compares it with `evaluation_rice.recall.recall_at_k`.
+The folder stands alone: it imports nothing of the project, so that it can be copied to the Hub as it is. The project
+computes every recall with it, through `evaluation_rice.recall`.
 """
 
 import datasets
@@ -30,14 +30,21 @@ Args:
     live_ids: one livestream id per clip; the result then holds each livestream's own recall too.
     galleries: livestream id -> its image ids; rankings are cut to the gallery of the livestream, in their order.
         Needs `live_ids`.
+    An id is a text or a whole number, and 7 is the same id as "7".
 Returns:
     "R@k" for each k, a fraction between 0 and 1; with `live_ids` also "by_livestream", a dict of livestream id -> the
     same of its clips, with "num_clips".
+Raises:
+    ValueError: there is no clip, a list is missing, an id is neither text nor whole number, a k is no whole number of
+        at least 1, or livestreams do not fit; the message names the entry.
 Examples:
     >>> metric = evaluate.load("metrics/livestream_recall")
     >>> metric.compute(predictions=[["mug", "lamp"], ["lamp", "sock"]], references=[["mug"], ["sock"]], ks=(1, 3))
     {'R@1': 0.5, 'R@3': 1.0}
 """
+
+_IDS = "a list of image ids"
+_PER_CLIP = "a list with one list of ids per clip"
 
 
 class LivestreamRecall(evaluate.Metric):
@@ -57,27 +64,60 @@ class LivestreamRecall(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/2308.04912"],
         )
 
-    def _compute(self, predictions, references, ks=(1, 3, 5, 10), live_ids=None, galleries=None):
-        ks = _check_ks(ks)
-        if not len(references):
-            raise ValueError("references is empty: recall needs at least one clip.")
-        if live_ids is not None and len(live_ids) != len(references):
-            raise ValueError(f"live_ids has {len(live_ids)} entries for {len(references)} clips: give one per clip.")
+    def compute(self, *, predictions=None, references=None, ks=(1, 3, 5, 10), live_ids=None, galleries=None):
+        """Recall over the given clips, or over those added before."""
+        # All is checked before the clips are stored: `evaluate` keeps what a call that fails has stored.
+        lives, names = (None, None) if live_ids is None else _read_names("live_ids", live_ids)
         if galleries is not None:
-            predictions = _cut(predictions, live_ids, galleries)
-        hits = [_hits(ranking, relevant, ks) for ranking, relevant in zip(predictions, references)]
-        result = _mean(hits, ks)
-        if live_ids is not None:
+            if lives is None:
+                raise ValueError("galleries needs live_ids, which say whose gallery a clip is searched in.")
+            galleries = _read_galleries(galleries)
+            missing = next((live for live in lives if live not in galleries), None)
+            if missing is not None:
+                raise ValueError(f"galleries has no livestream {missing!r}, which live_ids names.")
+        if predictions is not None:
+            predictions = _entries("predictions", predictions, _PER_CLIP)
+        count = len(self) + len(predictions or ())
+        if not count:
+            raise ValueError("predictions is empty: recall needs at least one clip.")
+        if lives is not None and len(lives) != count:
+            raise ValueError(f"live_ids has {len(lives)} entries for {count} clips: give one per clip.")
+        options = {"ks": check_ks(ks), "lives": lives, "names": names, "galleries": galleries}
+        return super().compute(predictions=predictions, references=references, **options)
+
+    def add_batch(self, *, predictions=None, references=None):
+        """Adds clips: a list of rankings, and as many lists of right images."""
+        rankings = _id_lists("predictions", predictions, ordered=True)
+        relevant = _id_lists("references", references)
+        if len(rankings) != len(relevant):
+            raise ValueError(f"predictions has {len(rankings)} clips and references {len(relevant)}: give one each.")
+        if rankings:
+            super().add_batch(predictions=rankings, references=relevant)
+
+    def add(self, *, prediction=None, reference=None):
+        """Adds one clip: its ranking, and the list of its right images."""
+        self.add_batch(predictions=[prediction], references=[reference])
+
+    def _compute(self, predictions, references, ks, lives, names, galleries):
+        if galleries is not None:
+            cut = ((ranking, galleries[live]) for ranking, live in zip(predictions, lives))
+            predictions = [[image for image in ranking if image in own] for ranking, own in cut]
+        ranks = [first_rank(ranking, relevant) for ranking, relevant in zip(predictions, references)]
+        result = _recall(ranks, ks)
+        if lives is not None:
             groups = {}
-            for live_id, clip in zip(live_ids, hits):
-                groups.setdefault(live_id, []).append(clip)
+            for live, rank in zip(lives, ranks):
+                groups.setdefault(live, []).append(rank)
             result["by_livestream"] = {
-                live_id: {"num_clips": len(clips), **_mean(clips, ks)} for live_id, clips in groups.items()
+                names[live]: {"num_clips": len(own), **_recall(own, ks)} for live, own in groups.items()
             }
         return result
 
 
-def _check_ks(ks):
+def check_ks(ks):
+    """`ks` as a tuple of whole numbers; raises `ValueError` where it is none of at least 1."""
+    if isinstance(ks, (str, bytes)) or not hasattr(ks, "__iter__"):
+        raise ValueError(f"ks must be a sequence of whole numbers such as (1, 3, 5, 10), not {ks!r}.")
     ks = tuple(ks)
     if not ks:
         raise ValueError("ks is empty: name at least one k, such as (1, 5).")
@@ -87,21 +127,71 @@ def _check_ks(ks):
     return tuple(int(k) for k in ks)
 
 
-def _cut(predictions, live_ids, galleries):
-    if live_ids is None:
-        raise ValueError("galleries needs live_ids, which say whose gallery a clip is searched in.")
-    own = {live_id: set(images) for live_id, images in galleries.items()}
-    for live_id in live_ids:
-        if live_id not in own:
-            raise ValueError(f"galleries has no livestream {live_id!r}, which live_ids names.")
-    return [[image for image in ranking if image in own[live]] for ranking, live in zip(predictions, live_ids)]
+def read_ids(where, value, ordered=False):
+    """The ids of a list as texts; raises `ValueError`, naming `where`, unless all are texts or whole numbers.
+
+    A set, which has no order, is a list of right images (`ordered` False), but no ranking.
+    """
+    return [entry if type(entry) is str else _read_id(where, entry) for entry in _entries(where, value, _IDS, ordered)]
 
 
-def _hits(ranking, relevant, ks):
+def first_rank(ranking, relevant):
+    """Rank (from 1) of the first id of `ranking` that is in `relevant`, `None` where there is none."""
     relevant = set(relevant)
-    first = next((i for i, image in enumerate(ranking, 1) if image in relevant), None)
-    return [first is not None and first <= k for k in ks]
+    return next((rank for rank, image in enumerate(ranking, 1) if image in relevant), None)
 
 
-def _mean(hits, ks):
-    return {f"R@{k}": sum(clip[i] for clip in hits) / len(hits) for i, k in enumerate(ks)}
+def _entries(where, value, what, ordered=True):
+    # A string would be walked letter by letter, and give a plausible wrong figure.
+    wrong = (str, bytes, dict, set, frozenset) if ordered else (str, bytes, dict)
+    try:
+        return list(None if isinstance(value, wrong) else value)
+    except TypeError:
+        raise ValueError(f"{where} must be {what}, not {_short(value)}.") from None
+
+
+def _id_lists(name, lists, ordered=False):
+    return [read_ids(f"{name}[{i}]", ids, ordered) for i, ids in enumerate(_entries(name, lists, _PER_CLIP))]
+
+
+def _read_id(where, entry):
+    if isinstance(entry, str):
+        return str(entry)
+    if isinstance(entry, (list, tuple, dict, set)) or getattr(entry, "ndim", 0):
+        raise ValueError(f"{where} holds {_short(entry)}: give image ids alone, without scores.")
+    try:
+        # Booleans pass for whole numbers, those of arrays too.
+        return str((None if "bool" in str(getattr(entry, "dtype", type(entry))) else entry).__index__())
+    except (AttributeError, TypeError):
+        raise ValueError(f"{where} holds {_short(entry)}: an id is a text or a whole number.") from None
+
+
+def _read_names(where, value):
+    """The ids as texts, and of each the name that stands in the result: a number where it was given as one."""
+    given = _entries(where, value, "a list with one livestream id per clip")
+    ids = [_read_id(where, entry) for entry in given]
+    names = {}
+    for live, entry in zip(ids, given):
+        names.setdefault(live, live if isinstance(entry, str) else int(live))
+    return ids, names
+
+
+def _read_galleries(galleries):
+    if not hasattr(galleries, "items"):
+        raise ValueError(f"galleries must map a livestream id to its image ids, not be {_short(galleries)}.")
+    own = {}
+    for given, images in galleries.items():
+        live = _read_id("galleries", given)
+        if live in own:
+            raise ValueError(f"galleries names livestream {live!r} twice, as text and as number: give it once.")
+        own[live] = set(read_ids(f"galleries[{given!r}]", images))
+    return own
+
+
+def _recall(ranks, ks):
+    return {f"R@{k}": sum(rank is not None and rank <= k for rank in ranks) / len(ranks) for k in ks}
+
+
+def _short(value):
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -95,7 +95,9 @@ def load_rows(options: argparse.Namespace):
         gallery = gallery_rows(dataset, options.split, source)
     elif not (options.shop / MANIFEST).is_file():
         shop = {**source, "data_dir": None, "shop": str(options.shop), "split": options.split}
-        gallery, _ = shop_rows(argparse.Namespace(**shop))
+        gallery, left_out = shop_rows(argparse.Namespace(**shop))
+        if left_out:
+            print(left_out)
     return queries, gallery
 
 

@@ -10,13 +10,14 @@ import torch
 from PIL import Image, ImageDraw
 
 from data_rice.collator import RiceCollator
-from data_rice.decoding import decode_image, read_frames
+from data_rice.decoding import read_frames
+from data_rice.paths import text_to_path
 from evaluation_rice.frames import clip_frames
 from evaluation_rice.report.heatmap import PairMaps, draw_grid, has_maps, overlay, patch_at, row_maps, seen_region
-from processing_rice import read_video, sample_frame_indices
+from processing_rice import open_image, sample_frame_indices
+from processing_rice.video_media_rice import sample_video
 
 from ..index import Answer, GalleryIndex, Hit
-from ..index_build import image_entry
 from .uploads import Upload, UploadError, UploadLimits, read_upload
 
 TOP_K = 10
@@ -182,7 +183,7 @@ class Demo:
         row = self.with_boxes(clip.row, boxes)
         detect_ms = 1000 * (time.perf_counter() - start)
         start = time.perf_counter()
-        inputs, readable, failures = self._collator(row).encode_queries([row])
+        inputs, readable, failures = self._collator(row).collate_queries([row])
         if not readable:
             raise ValueError(f"The clip cannot be read: {failures[0]['reason']}.")
         clips = self.model.encode_clips(**inputs)
@@ -215,16 +216,16 @@ class Demo:
         """The frames that the model looks at, with the chosen boxes."""
         return [draw_box(enlarge(frame), box) for frame, box in clip_frames(recognition.row, self.num_frames)]
 
-    def entry(self, image_id: str) -> dict:
-        """An image of the shop as `{"path", "bytes"}`."""
+    def entry(self, image_id: str) -> Any:
+        """An image of the shop as `open_image` takes it."""
         if image_id in self._places:
-            return image_entry(self.gallery[self._places[image_id]]["image"])
-        return {"path": self.index.store.get([image_id])[image_id]["image"], "bytes": None}
+            return self.gallery[self._places[image_id]]["image"]
+        return {"path": text_to_path(self.index.store.get([image_id])[image_id]["image"]), "bytes": None}
 
     def picture(self, image_id: str) -> Image.Image:
         """An image of the shop, or a grey tile where it cannot be read any more."""
         try:
-            return enlarge(decode_image(self.entry(image_id)))
+            return enlarge(open_image(self.entry(image_id)))
         except ValueError:
             return Image.new("RGB", (SIDE, SIDE), (220, 220, 220))
 
@@ -247,7 +248,7 @@ class Demo:
         row = {"image_id": hit.image_id, "image": self.entry(hit.image_id), "title": hit.title}
         maps = row_maps(self.model, self._collator(recognition.row), recognition.row, row)
         frames = [enlarge(frame) for frame, _ in clip_frames(recognition.row, self.num_frames)]
-        return Pair(enlarge(decode_image(row["image"]), 2 * SIDE), frames, maps, hit.title or hit.image_id)
+        return Pair(enlarge(open_image(row["image"]), 2 * SIDE), frames, maps, hit.title or hit.image_id)
 
     def patch_at(self, pair: Pair, point: Sequence[float]) -> tuple[int, int] | None:
         """The patch of the pair's picture at a point in pixels, `None` outside of all."""
@@ -281,14 +282,7 @@ def numbered_frames(row: dict, num_frames: int) -> dict[int, Image.Image]:
     if not row.get("video"):
         chosen = sample_frame_indices(len(row["frames"]), num_frames) if row["frames"] else []
         return read_frames(row["frames"], chosen)[0]
-    chosen: list[int] = []
-
-    def choose(total: int, count: int) -> list[int]:
-        chosen[:] = sample_frame_indices(total, count)
-        return chosen
-
-    video = {"path": row["video"], "start": row.get("start"), "end": row.get("end")}
-    return {number: Image.fromarray(frame) for frame, number in zip(read_video(video, num_frames, choose), chosen)}
+    return sample_video({"path": row["video"], "start": row.get("start"), "end": row.get("end")}, num_frames)
 
 
 def enlarge(picture: Image.Image, side: int = SIDE) -> Image.Image:

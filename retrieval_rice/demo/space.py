@@ -10,16 +10,15 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from data_rice.decoding import decode_image
 from evaluation_rice.frames import clip_frames
+from processing_rice import open_image
 
-from ..index_build import image_entry
 from .page import column
 
 PACKAGES = ("modeling_rice", "processing_rice", "data_rice", "hub_rice", "evaluation_rice", "retrieval_rice")
 # What setup.cfg requires, and PyAV for uploaded videos; Gradio is named by the README's metadata.
 REQUIREMENTS = (
-    *("transformers>=5.17", "datasets>=5.0", "accelerate>=1.15", "safetensors>=0.8", "huggingface_hub>=1.33"),
+    *("transformers>=5.17,<6", "datasets>=5.0", "accelerate>=1.15,<2", "safetensors>=0.8", "huggingface_hub>=1.33"),
     *("torch>=2.11", "torchvision>=0.26", "evaluate>=0.4.6", "sentencepiece>=0.2", "av"),
 )
 MODEL_FILES = ("*.json", "*.safetensors", "*.py", "*.model", "*.txt")
@@ -140,7 +139,7 @@ def write_shop(root: Path, clips: list[dict], gallery: Sequence[dict], lives: se
         # Ids are unique in such a folder, but livestreams may share a picture.
         ids[key] = row["image_id"] if row["image_id"] not in ids.values() else f"{row['image_id']}@{live_id}"
         name = f"gallery/{len(lines):06d}.jpg"
-        _save(decode_image(image_entry(row["image"])), root / name)
+        _save(open_image(row["image"]), root / name)
         line = {"gallery_id": ids[key], "image": name, "title": row.get("title") or ""}
         lines.append({**line, "live_id": live_id} if by_live else line)
     _write_lines(root / "gallery.jsonl", lines)

@@ -5,17 +5,18 @@ not opened as a video. Read frames are small JPEGs in memory.
 """
 
 import io
-import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from data_rice.decoding import MediaError, decode_image
+from data_rice.folders import natural_key
+from processing_rice import MediaError, open_image
+from processing_rice.media_rice import FORMATS, image_header
+from processing_rice.video_media_rice import VideoReader
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _SIDE = 640
 _FIRST_STEP = 0.2
 
@@ -75,7 +76,7 @@ def read_upload(paths: Sequence[str], folder: str | Path, limits: UploadLimits =
     try:
         if len(own) < len(paths):
             raise UploadError("A file was not uploaded here or is gone by now; upload it again.")
-        return _read(sorted(own, key=lambda path: _natural(path.name)), limits)
+        return _read(sorted(own, key=lambda path: natural_key(path.name)), limits)
     finally:
         for path in own:
             path.unlink(missing_ok=True)
@@ -83,11 +84,6 @@ def read_upload(paths: Sequence[str], folder: str | Path, limits: UploadLimits =
 
 def _lies_in(path: Path, folder: Path) -> bool:
     return not path.is_symlink() and path.is_file() and path.resolve().is_relative_to(folder.resolve())
-
-
-def _natural(name: str) -> list:
-    """Orders frame2 before frame10."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"([0-9]{1,18})", name)]
 
 
 def _read(paths: list[Path], limits: UploadLimits) -> Upload:
@@ -105,11 +101,11 @@ def _read(paths: list[Path], limits: UploadLimits) -> Upload:
         return Upload([_read_picture(path, limits, deadline) for path in paths])
     if len(paths) > 1:
         raise UploadError("Upload either pictures or one video, not both or several.")
-    return _read_video(paths[0], formats[0], limits, deadline)
+    return _read_video(paths[0], limits, deadline)
 
 
 def video_format(path: str | Path) -> str | None:
-    """FFmpeg's name of the container that a file's first bytes announce, `None` where it is no known video."""
+    """The container that a file's first bytes announce, `None` where it is no video of a kind that is read here."""
     with open(path, "rb") as file:
         start = file.read(12)
     if start[4:8] in (b"ftyp", b"moov", b"mdat"):
@@ -137,83 +133,51 @@ def _check_pixels(name: str, width: int, height: int, limits: UploadLimits) -> N
 def _read_picture(path: Path, limits: UploadLimits, deadline: float) -> bytes:
     _check_time(deadline, limits)
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            _check_pixels(path.name, *image.size, limits)
-        return _small(decode_image({"path": str(path), "bytes": None}))
-    except UploadError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise UploadError(f"{path.name} has far too many pixels.") from error
+        header = image_header(path)
+    except MediaError as error:
+        if not isinstance(error.__cause__, UnidentifiedImageError):
+            raise UploadError(f"{path.name} {error.reason}.") from error
+        raise UploadError(
+            f"{path.name} is neither a picture ({', '.join(FORMATS)}) nor a video (MP4, WebM, MKV, AVI)."
+        ) from error
+    _check_pixels(path.name, header.width, header.height, limits)
+    try:
+        return _small(open_image(path))
     except MediaError as error:
         raise UploadError(f"{path.name} is damaged and cannot be read.") from error
-    # PIL's readers raise whatever their parsing of damaged bytes runs into.
-    except Exception as error:
-        raise UploadError(
-            f"{path.name} is neither a picture (JPEG, PNG, WebP, GIF, BMP) nor a video (MP4, WebM, MKV, AVI)."
-        ) from error
 
 
 def _small(picture: Image.Image) -> bytes:
     picture.thumbnail((_SIDE, _SIDE))
     buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, format="JPEG", quality=92)
+    picture.save(buffer, format="JPEG", quality=92)
     return buffer.getvalue()
 
 
-def _upright(frame) -> Image.Image:
-    picture = frame.to_image()
-    return picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
-
-
-def _read_video(path: Path, container_format: str, limits: UploadLimits, deadline: float) -> Upload:
+def _read_video(path: Path, limits: UploadLimits, deadline: float) -> Upload:
     try:
-        import av
-    except ImportError:
-        raise UploadError("This server has no PyAV and reads no videos; upload pictures.") from None
-    frames: list[bytes] = []
-    step, due, note = _FIRST_STEP, 0.0, ""
-    try:
-        for seconds, frame in _decode(av, path, container_format, limits, deadline):
-            if seconds < due:
-                continue
-            frames.append(_small(_upright(frame)))
-            if len(frames) > limits.max_frames:
-                # Whatever the length turns out to be, the frames stay evenly spaced and few.
-                frames, step = frames[::2], 2 * step
-            due = seconds + step - 1e-6
-    except (av.FFmpegError, ValueError, IndexError) as error:
-        if isinstance(error, UploadError):
-            raise
-        if not frames:
-            raise UploadError(f"{path.name} is damaged, no frame of it can be read.") from error
-        note = f"The video is damaged: only its first {len(frames)} frames were used."
+        with VideoReader(path, limits.max_pixels, lambda: _check_time(deadline, limits)) as video:
+            if video.end_s > limits.max_seconds:
+                raise UploadError(
+                    f"The video lasts {video.end_s:.0f} s, more than the {limits.max_seconds:g} s that are read."
+                )
+            frames = [_small(frame.picture) for frame in video.frames(_spread(video.times, limits.max_frames))]
+            is_damaged = video.num_missing or video.num_damaged
+    except UploadError:
+        raise
+    except MediaError as error:
+        raise UploadError(f"{path.name} {error.reason or error}.") from error
     if not frames:
-        raise UploadError(f"{path.name} holds no picture.")
+        raise UploadError(f"{path.name} is damaged, no frame of it can be read.")
+    note = f"The video is damaged: only {len(frames)} frames of what can be read were used." if is_damaged else ""
     return Upload(frames, note)
 
 
-def _decode(av, path: Path, container_format: str, limits: UploadLimits, deadline: float) -> Iterator[tuple]:
-    """Yields second and frame of each frame of a video, within the limits."""
-    with open(path, "rb") as file, av.open(file, format=container_format) as container:
-        if not container.streams.video:
-            raise UploadError(f"{path.name} holds no picture.")
-        stream = container.streams.video[0]
-        context = stream.codec_context
-        _check_pixels(path.name, context.width, context.height, limits)
-        # Frames may be larger than the header says.
-        context.options = {"max_pixels": str(limits.max_pixels)}
-        if container.duration and container.duration / av.time_base > limits.max_seconds:
-            seconds = container.duration / av.time_base
-            raise UploadError(
-                f"The video lasts {seconds:.0f} s, more than the {limits.max_seconds:g} s that are read."
-            )
-        rate, number = float(stream.average_rate or 25), 0
-        for packet in container.demux(stream):
-            _check_time(deadline, limits)
-            for frame in packet.decode():
-                _check_pixels(path.name, frame.width, frame.height, limits)
-                seconds = frame.time if frame.time is not None else number / rate
-                number += 1
-                if seconds > limits.max_seconds:
-                    raise UploadError(f"The video is longer than the {limits.max_seconds:g} s that are read.")
-                yield seconds, frame
+def _spread(times: Sequence[float], max_frames: int) -> list[int]:
+    """Numbers of frames that are evenly spaced in time: one in `_FIRST_STEP` seconds, or half as many and so on."""
+    step = _FIRST_STEP
+    while True:
+        steps = {int((time_s - times[0]) / step + 1e-3): number for number, time_s in reversed(list(enumerate(times)))}
+        if len(steps) <= max_frames:
+            return sorted(steps.values())
+        step *= 2

@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from data_rice.commands import print_anywhere
+
 from . import commands
 
 
@@ -15,6 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands.add_arguments(parser)
+    print_anywhere()
     options = parser.parse_args(arguments)
     try:
         commands.run(options)

@@ -13,10 +13,9 @@ from tqdm.auto import tqdm
 
 from data_rice import load_dataset_view
 from data_rice.box_files import FORMAT, BoxFile, box_line, clip_fingerprint
-from data_rice.collator import decode_image
-from data_rice.decoding import MediaError
 from hub_rice.checkpoint import weights_fingerprint
-from processing_rice import read_video, sample_frame_indices
+from processing_rice import MediaError, open_image, sample_frame_indices
+from processing_rice.video_media_rice import sample_video
 
 from .product_detector import ProductDetector
 
@@ -160,26 +159,19 @@ class _Decoder:
         return _Clip(row["clip_id"], len(row["frames"]), numbers, pictures, clip_fingerprint(row, numbers))
 
     def _read_video(self, row: dict) -> _Clip:
-        numbers: list[int] = []
-
-        def choose(total: int, max_frames: int) -> list[int]:
-            numbers[:] = self._choose(total)
-            return numbers
-
         video = {"path": row["video"], "start": row["start"], "end": row["end"]}
         try:
-            frames = read_video(video, self.num_frames or None, choose)
-        except (ValueError, OSError) as error:
+            frames = sample_video(video, self.num_frames or None)
+        except MediaError as error:
             logger.warning("The clip %s gets no boxes: %s", row["clip_id"], error)
             return _Clip(row["clip_id"], None, [], [], clip_fingerprint(row, []))
-        pictures = [Image.fromarray(frame) for frame in frames]
-        # A damaged file may end before the last frame that was chosen.
-        return _Clip(row["clip_id"], None, numbers[: len(pictures)], pictures, clip_fingerprint(row, numbers))
+        numbers = list(frames)
+        return _Clip(row["clip_id"], None, numbers, list(frames.values()), clip_fingerprint(row, numbers))
 
 
 def _decode(entry: dict) -> Image.Image | None:
     try:
-        return decode_image(entry)
+        return open_image(entry)
     except MediaError as error:
         logger.warning("A frame gets no box: %s", error)
         return None

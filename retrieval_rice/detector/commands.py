@@ -12,7 +12,6 @@ For example, from nothing to a box file:
 
 import argparse
 import json
-import logging
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +65,9 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         FileNotFoundError, ValueError: as the step's own function.
     """
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    from data_rice.commands import log_plainly
+
+    log_plainly()
     {"train": _train, "eval": _evaluate, "run": _run}[options.step](options)
 
 

@@ -11,8 +11,7 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_iou
 from tqdm.auto import tqdm
 
-from data_rice.collator import decode_image
-from data_rice.decoding import MediaError
+from processing_rice import MediaError, open_image
 
 from .frames import coco_annotations
 from .product_detector import Detections, ProductDetector
@@ -107,7 +106,7 @@ def _decode(rows: list[dict]) -> list[tuple]:
     decoded = []
     for row in rows:
         try:
-            picture = decode_image(row["image"])
+            picture = open_image(row["image"])
         except MediaError:
             picture = None
         decoded.append((row["boxes"], row["frame_id"], picture))

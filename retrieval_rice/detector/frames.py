@@ -13,11 +13,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from data_rice import Lpr4m, load_dataset_view
-from data_rice.collator import decode_image
-from data_rice.decoding import MediaError
 from data_rice.detection import detection_row
 from data_rice.features import detection_features
 from data_rice.views import prepared_folder, resolve
+from processing_rice import MediaError, open_image
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +117,7 @@ class DetectionCollator:
         pictures, annotations = [], []
         for row in rows:
             try:
-                picture = decode_image(row["image"])
+                picture = open_image(row["image"])
             except MediaError as error:
                 self._report(row["frame_id"], error)
                 continue

@@ -12,6 +12,7 @@ import transformers
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
+from data_rice.files import write_atomically
 from hub_rice.loading import to_device
 
 from .evaluation import evaluate, import_pycocotools
@@ -214,6 +215,4 @@ def _read_record(output_dir: Path) -> dict | None:
 
 def _write_record(output_dir: Path, record: dict) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
-    temporary = output_dir / f"{RECORD}.part"
-    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, output_dir / RECORD)
+    write_atomically(output_dir / RECORD, json.dumps(record, indent=2) + "\n")

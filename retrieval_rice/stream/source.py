@@ -7,22 +7,31 @@ oldest frames are dropped, and counted, when recognition falls behind. A live so
 import logging
 import math
 import os
-import re
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image
 
-from data_rice.decoding import MediaError, decode_image
+from data_rice.folders import Listing, list_pictures
+from processing_rice import MediaError, open_image
+from processing_rice.media_rice import MissingMediaError, printable
+from processing_rice.video_container_rice import (
+    Clock,
+    clock_leaps,
+    decoded_frames,
+    frame_picture,
+    import_av,
+    is_playlist,
+    open_container,
+    video_stream,
+)
 
 logger = logging.getLogger(__name__)
 
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 _CAMERA_FORMATS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}"), "win32": ("dshow", "video={}")}
 _TIMEOUT_S = 10.0
 # Time stamps of a live source that jump further than this begin anew.
@@ -39,7 +48,7 @@ class Frame:
     A frame of a stream.
 
     Attributes:
-        time_s: Seconds from the start of the stream.
+        time_s: Seconds from the start of the stream, sound included.
         picture: RGB, upright.
     """
 
@@ -67,7 +76,8 @@ class Counts:
 
 def is_address(source: str | os.PathLike) -> bool:
     """Whether a source is a web address or a camera, and no file or folder."""
-    return isinstance(source, str) and ("://" in source or source.startswith("camera:"))
+    is_named = isinstance(source, str) and ("://" in source or source.startswith("camera:"))
+    return is_named and not os.path.exists(source)
 
 
 def open_stream(source: str | os.PathLike, fps: float = 2.5, folder_fps: float = 1.0, **settings):
@@ -75,8 +85,8 @@ def open_stream(source: str | os.PathLike, fps: float = 2.5, folder_fps: float =
     Opens a source, so that what is wrong with it is known at once.
 
     Args:
-        source: A video file, a folder of pictures in the order of their names, an address (`rtsp://...`,
-            `https://.../live.m3u8`), or a camera (`camera:0`).
+        source: A video file, a playlist, a folder of pictures in the order of their names, an address
+            (`rtsp://...`, `https://.../live.m3u8`), or a camera (`camera:0`).
         fps: Frames per second to hand out at most.
         folder_fps: Pictures of a folder per second.
         settings: Of [`VideoStream`].
@@ -95,17 +105,18 @@ def open_stream(source: str | os.PathLike, fps: float = 2.5, folder_fps: float =
     return VideoStream(source, fps, **settings)
 
 
-def list_pictures(folder: str | os.PathLike) -> list[Path]:
+def frames_of_folder(folder: str | os.PathLike) -> Listing:
     """
-    Pictures of a folder in the order of their names, where 2 comes before 10.
+    A folder's pictures in the order of their names, where 2 comes before 10, and what else lies there.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no picture, or one is a link that leads out of the folder.
     """
-    files = [path for path in Path(folder).iterdir() if path.suffix.lower() in _PICTURES]
-    if not files:
-        raise ValueError(f"{folder} holds no pictures ({', '.join(_PICTURES)}).")
-    return sorted(files, key=lambda path: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", path.name)])
+    listing = list_pictures(folder)
+    if not listing.pictures:
+        left_out = f" ({listing.note()})" if listing.left_out else ""
+        raise ValueError(f"{folder} holds no pictures{left_out}; name a folder of frames, or a video file.")
+    return listing
 
 
 class _Grid:
@@ -130,21 +141,21 @@ class FolderStream:
     error = None
 
     def __init__(self, folder, fps: float, folder_fps: float, notify: Callable[[str], None] = logger.warning):
-        self.files = list_pictures(folder)
+        self.listing = frames_of_folder(folder)
         self.fps, self.folder_fps, self.notify = fps, folder_fps, notify
-        self.duration_s = len(self.files) / folder_fps
+        self.duration_s = len(self.listing.pictures) / folder_fps
         self.counts = Counts()
         self._stopped = False
 
     def __iter__(self) -> Iterator[Frame]:
         grid, error = _Grid(self.fps), None
-        for number, path in enumerate(self.files):
+        for number, path in enumerate(self.listing.pictures):
             if self._stopped:
                 return
             if not grid.takes(number / self.folder_fps):
                 continue
             try:
-                picture = decode_image({"path": str(path)})
+                picture = open_image({"path": path})
             except MediaError as failure:
                 error = failure
                 self.counts.damaged += 1
@@ -152,6 +163,8 @@ class FolderStream:
                 continue
             self.counts.frames += 1
             yield Frame(number / self.folder_fps, picture)
+        if self.listing.left_out:
+            self.notify(self.listing.note())
         if not self.counts.frames and error is not None:
             raise ValueError(f"None of the pictures can be used: {error}.")
 
@@ -160,41 +173,38 @@ class FolderStream:
         self._stopped = True
 
 
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
-
-
-def open_container(source: str | os.PathLike):
+def open_source(source: str | os.PathLike):
     """
-    Opens a video by PyAV.
+    Opens a video file, a playlist, an address or a camera by PyAV. Playlists and addresses may name further media.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it cannot be read, holds no video stream, or PyAV is not installed.
+        ValueError: it cannot be read, holds no video, or PyAV is not installed.
     """
-    try:
-        import av
-    except ImportError:
-        raise ValueError("Video is read with PyAV; install it: pip install av.") from None
-    name, settings = os.fspath(source), {}
-    if name.startswith("camera:"):
+    av, name, settings = import_av(), os.fspath(source), {}
+    if not is_address(source):
+        if not os.path.exists(name):
+            raise MissingMediaError(f"There is no video file or folder {printable(name)}.")
+        if not os.path.isfile(name) or not is_playlist(name):
+            return open_container(name)
+        # Named as a file, since a name may look like an address to FFmpeg.
+        name = "file:" + os.path.abspath(name)
+    elif name.startswith("camera:"):
         system, device = _CAMERA_FORMATS.get(sys.platform, _CAMERA_FORMATS["linux"])
         name, settings = device.format(name.removeprefix("camera:")), {"format": system}
-    elif is_address(name):
+    else:
         settings = {"timeout": _TIMEOUT_S}
         if name.startswith("rtsp"):
             # Over UDP lost packets show as smeared pictures.
             settings["options"] = {"rtsp_transport": "tcp"}
-    elif not os.path.isfile(name):
-        raise FileNotFoundError(f"There is no video file or folder {source}.")
     try:
-        container = av.open(name, **settings)
+        return av.open(name, **settings)
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise ValueError(f"{source} cannot be read as a video ({_reason(error)}).") from error
-    if not container.streams.video:
-        container.close()
-        raise ValueError(f"{source} holds no video stream.")
-    return container
+        raise MediaError(f"{source} cannot be read as a video ({_reason(error)}).") from error
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 class VideoStream:
@@ -208,7 +218,7 @@ class VideoStream:
         backoff_s: The first of these pauses.
         queue_size: Frames that may wait to be taken.
         notify: Is told in one sentence what happens: frames dropped, connection lost, file cut short.
-        opener: Opens a container, see [`open_container`].
+        opener: Opens a container, see [`open_source`].
 
     Attributes:
         live: Whether the source does not wait: an address or camera without a known length.
@@ -228,12 +238,17 @@ class VideoStream:
     ):
         self.source, self.fps, self.notify = source, fps, notify
         self.max_reconnects, self.backoff_s, self.queue_size = max_reconnects, backoff_s, queue_size
-        self.opener = opener or open_container
+        self.opener = opener or open_source
         self.counts = Counts()
         self.error: str | None = None
         self._container = self.opener(source)
+        # Told at once, and not when frames are asked for.
+        video_stream(self._container, source)
         self.duration_s = _duration(self._container)
         self.live = is_address(source) and self.duration_s is None
+        if not is_address(source) and clock_leaps(self._container):
+            # By its first and last time stamp, which says little where recordings were joined.
+            self.duration_s = None
         self._queue: deque[Frame] = deque()
         self._changed = threading.Condition()
         self._stopping = threading.Event()
@@ -296,39 +311,25 @@ class VideoStream:
 
     def _read(self) -> str | None:
         """Hands out a container's frames; returns why it ended early, `None` at its end."""
-        from av import FFmpegError
-
         container = self._container
-        stream = container.streams.video[0]
+        stream = video_stream(container, self.source)
         stream.thread_type = "AUTO"
-        times = _Times(self, float(stream.average_rate or 0) or 25.0)
-        packets, problem = container.demux(stream), None
-        while not self._stopping.is_set():
-            try:
-                packet = next(packets, None)
-            except (FFmpegError, OSError) as error:
-                problem = _reason(error)
-                packet = None
-            try:
-                # At a break the decoder's threads still hold a few frames; at an ordinary end they are given already.
-                frames = packet.decode() if packet is not None else stream.decode(None) if problem else []
-            except FFmpegError:
-                self.counts.damaged += 1
-                frames = []
-            for frame in frames:
-                self._hand_out(frame, times.of(frame))
-            if packet is None:
-                return problem
-        return None
+        times = _LiveTimes(self, stream) if self.live else Clock(container, stream)
+        problems: list[str] = []
+        for frame in decoded_frames(container, stream, self._count_damage, problems.append):
+            if self._stopping.is_set():
+                return None
+            self._hand_out(frame, stream, times.time_of(frame.time))
+        return problems[0] if problems else None
 
-    def _hand_out(self, frame, time_s: float) -> None:
+    def _count_damage(self) -> None:
+        self.counts.damaged += 1
+
+    def _hand_out(self, frame, stream, time_s: float) -> None:
         self._last_s = time_s
         self._failed_in_a_row = 0
         if self._grid.takes(time_s):
-            picture = frame.to_image()
-            # Phones store upright videos lying on their side.
-            picture = picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
-            self._put(Frame(time_s, picture))
+            self._put(Frame(time_s, frame_picture(frame, stream)))
 
     def _put(self, frame: Frame) -> None:
         with self._changed:
@@ -391,33 +392,32 @@ def _duration(container) -> float | None:
     return container.duration / 1e6 if container.duration else None
 
 
-class _Times:
-    """Seconds from the start of a stream for the frames of one of its containers."""
+class _LiveTimes:
+    """Seconds from the start of a live source for the frames of one of its containers."""
 
-    def __init__(self, stream: VideoStream, rate: float):
-        self.stream, self.step_s = stream, 1 / rate
+    def __init__(self, source: VideoStream, stream):
+        self.source, self.step_s = source, 1 / (float(stream.average_rate or 0) or 25.0)
         self.first_s: float | None = None
         self.base_s = 0.0
         self.latest_s: float | None = None
 
-    def of(self, frame) -> float:
+    def time_of(self, stamp_s: float | None) -> float:
         """
-        Time stamps go on from where the last container ended, but for the time that passed in between. Those of a
-        live source that go back or leap begin anew in the same way.
+        Time stamps go on from where the last container ended, but for the time that passed in between. Those that go
+        back or leap begin anew in the same way.
         """
-        stamp = frame.time
         # What a decoder gives up at a break has lost its clock.
-        if stamp is None or not math.isfinite(stamp):
-            stamp = 0.0 if self.latest_s is None else self.latest_s + self.step_s
-        jumps = self.latest_s is not None and not -1.0 <= stamp - self.latest_s <= _LONGEST_JUMP_S
-        if self.first_s is None or (jumps and self.stream.live):
-            self.first_s, self.base_s = stamp, self._now()
-        self.latest_s = stamp
-        return self.base_s + stamp - self.first_s
+        if stamp_s is None or not math.isfinite(stamp_s):
+            stamp_s = 0.0 if self.latest_s is None else self.latest_s + self.step_s
+        jumps = self.latest_s is not None and not -1.0 <= stamp_s - self.latest_s <= _LONGEST_JUMP_S
+        if self.first_s is None or jumps:
+            self.first_s, self.base_s = stamp_s, self._now()
+        self.latest_s = stamp_s
+        return self.base_s + stamp_s - self.first_s
 
     def _now(self) -> float:
-        stream, now = self.stream, time.monotonic()
-        if stream._started_s is None:
-            stream._started_s = now
+        source, now = self.source, time.monotonic()
+        if source._started_s is None:
+            source._started_s = now
             return 0.0
-        return max(now - stream._started_s, (stream._last_s or 0.0) + self.step_s)
+        return max(now - source._started_s, (source._last_s or 0.0) + self.step_s)

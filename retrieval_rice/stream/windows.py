@@ -1,11 +1,8 @@
-"""Overlapping windows of a stream, and what a window's frames are together once each of them is encoded."""
+"""Overlapping windows of a stream."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor, nn
 
 from .source import Frame
 
@@ -89,39 +86,3 @@ def cut_windows(
             kept.popleft()
     if kept:
         yield last_window(is_whole=True)
-
-
-def shares_frames(model) -> bool:
-    """
-    Whether a window's encoding can be joined from those of its frames, see [`join_frames`].
-
-    With `normalize_frames=False` a clip's embedding is made of features whose lengths an encoded frame no longer has;
-    the poolings `"lstm"` and `"transformer"` change a frame by those beside it; and a model that does not tell how it
-    pools may do anything. Their windows are to be encoded whole.
-    """
-    config = getattr(model, "config", None)
-    pooling = getattr(config, "temporal_pooling", "mean")
-    return getattr(config, "normalize_frames", None) is True and pooling in ("mean", "attention")
-
-
-def join_frames(frames, pooling: Callable[[Tensor, Tensor], Tensor] | None = None):
-    """
-    Frames, each encoded as a clip of one frame, as one clip; equal to encoding them together where
-    [`shares_frames`] holds: the frames' embeddings are pooled, their tokens stand one after the other.
-
-    Args:
-        frames (`RiceClips` with one row per frame): Encoded without ASR.
-        pooling: The model's `temporal_pooling`, by default the mean.
-
-    Returns:
-        `RiceClips` with one row.
-    """
-    features = frames.embeds[None]
-    mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-    pooled = features.mean(dim=1) if pooling is None else pooling(features, mask)
-    tensors = {"embeds": nn.functional.normalize(pooled, dim=-1)}
-    for name in ("keys", "values", "mask"):
-        tokens: Tensor | None = getattr(frames, name)
-        if tokens is not None:
-            tensors[name] = tokens.flatten(0, 1)[None]
-    return type(frames)(model_fingerprint=frames.model_fingerprint, **tensors)

@@ -11,16 +11,9 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from data_rice.augmentation import ClipAugmentation
-from data_rice.collator import (
-    MediaError,
-    RiceCollator,
-    count_failures,
-    decode_image,
-    product_id_hash,
-    read_failure_log,
-)
+from data_rice.collator import RiceCollator, count_failures, product_id_hash, read_failure_log
 from data_rice.decoding import normalize_pixels
-from processing_rice import build_processor, sample_frame_indices, train_tokenizer
+from processing_rice import MediaError, build_processor, open_image, sample_frame_indices, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +133,11 @@ def test_an_unreadable_frame_is_replaced_by_another_of_its_clip(processor, make_
     row["frames"][4] = broken
     assert sample_frame_indices(9, 4, "eval") == [0, 2, 4, 6]
     collator = RiceCollator(processor, use_boxes=True, failure_log=tmp_path / "failures.jsonl", decode=decode)
-    for inputs in (collator([row]), collator.encode_queries([row])[0]):
+    for inputs in (collator([row]), collator.collate_queries([row])[0]):
         assert grey_levels(inputs["pixel_values_videos"]) == [[10, 30, 40, 70]]
         assert inputs["frame_mask"].all()
         assert inputs["patch_mask"].all(dim=-1).tolist() == [[True, True, False, True]]
-    (failure,) = collator.encode_queries([row])[2]
+    (failure,) = collator.collate_queries([row])[2]
     assert failure["outcome"] == "replaced" and failure["file"] == broken["path"]
     assert read_failure_log(tmp_path / "failures.jsonl") == [failure]
 
@@ -202,7 +195,7 @@ def test_queries_for_evaluation(processor, make_row, broken):
     rows = [make_row("a", num_frames=2), make_row("b", frames=[]), make_row("c"), make_row("d")]
     rows[2]["frames"] = [broken] * 2
     rows[3]["frames"][0] = broken
-    inputs, readable, failures = RiceCollator(processor).encode_queries(rows)
+    inputs, readable, failures = RiceCollator(processor).collate_queries(rows)
     assert readable == [0, 3]
     assert inputs["frame_mask"].tolist() == [[True, True], [True, True]]
     assert grey_levels(inputs["pixel_values_videos"]) == [[10, 20], [20, 30]]
@@ -218,7 +211,7 @@ def test_queries_for_evaluation(processor, make_row, broken):
 
 def test_of_a_clip_without_a_readable_frame_the_chosen_ones_are_listed(processor, make_row, tmp_path):
     absent = [{"path": str(tmp_path / f"absent-{i}.jpg"), "bytes": None} for i in range(9)]
-    _, readable, failures = RiceCollator(processor).encode_queries([make_row("a", num_frames=9, frames=absent)])
+    _, readable, failures = RiceCollator(processor).collate_queries([make_row("a", num_frames=9, frames=absent)])
     assert readable == []
     assert [failure["file"] for failure in failures] == [absent[i]["path"] for i in sample_frame_indices(9, 4)]
     assert {failure["outcome"] for failure in failures} == {"skipped"}
@@ -226,7 +219,7 @@ def test_of_a_clip_without_a_readable_frame_the_chosen_ones_are_listed(processor
 
 def test_gallery_for_evaluation(processor, make_row, broken, absent):
     rows = [make_row("a"), make_row("b", image=broken), make_row("c", level=60), make_row("d", image=absent)]
-    inputs, readable, failures = RiceCollator(processor).encode_gallery(rows)
+    inputs, readable, failures = RiceCollator(processor).collate_gallery(rows)
     assert readable == [0, 2] and grey_levels(inputs["pixel_values"]) == [200, 60]
     assert [failure["id"] for failure in failures] == ["image-b", "image-d"]
     assert [failure["file"] for failure in failures] == [broken["path"], absent["path"]]
@@ -234,9 +227,9 @@ def test_gallery_for_evaluation(processor, make_row, broken, absent):
 
 def test_nothing_readable_gives_empty_inputs(processor, make_row, broken):
     collator = RiceCollator(processor)
-    inputs, readable, failures = collator.encode_gallery([make_row("a", image=broken)])
+    inputs, readable, failures = collator.collate_gallery([make_row("a", image=broken)])
     assert inputs == {} and readable == [] and len(failures) == 1
-    inputs, readable, failures = collator.encode_queries([make_row("a", frames=[])])
+    inputs, readable, failures = collator.collate_queries([make_row("a", frames=[])])
     assert inputs == {} and readable == [] and failures[0]["reason"] == "the clip has no frames"
 
 
@@ -250,7 +243,7 @@ def test_rows_of_video_files(processor, make_row, tmp_path, write_video):
         make_row("d", frames=[], boxes=[], video=str(path), start=30.0, end=40.0),
         make_row("e", frames=[], boxes=[], video=str(tmp_path / "absent.mp4")),
     ]
-    inputs, readable, failures = RiceCollator(processor, use_boxes=True).encode_queries(rows)
+    inputs, readable, failures = RiceCollator(processor, use_boxes=True).collate_queries(rows)
     assert readable == [0, 1, 2]
     levels = np.array(grey_levels(inputs["pixel_values_videos"]))
     np.testing.assert_allclose(levels[0], [70, 80, 90, 100], atol=4)
@@ -341,7 +334,7 @@ def test_frames_that_are_not_chosen_are_not_opened(processor, make_row, absent):
     row = make_row("a", num_frames=9)
     chosen = sample_frame_indices(9, 4, "eval")
     row["frames"] = [frame if i in chosen else absent for i, frame in enumerate(row["frames"])]
-    _, readable, failures = RiceCollator(processor).encode_queries([row])
+    _, readable, failures = RiceCollator(processor).collate_queries([row])
     assert readable == [0] and failures == []
 
 
@@ -350,8 +343,8 @@ def test_images_may_be_bytes(processor, make_row, tmp_path):
     with open(row["image"]["path"], "rb") as file:
         row["image"] = {"path": None, "bytes": file.read()}
     assert grey_levels(RiceCollator(processor)([row])["pixel_values"]) == [130]
-    with pytest.raises(MediaError, match="<bytes>: cannot be decoded"):
-        decode_image({"path": None, "bytes": b"torn"})
+    with pytest.raises(MediaError, match="<bytes> cannot be decoded"):
+        open_image({"path": None, "bytes": b"torn"})
 
 
 def test_workers_can_be_sent_a_collator(processor, make_row):
@@ -465,19 +458,16 @@ class TestAugmentation:
 
     def test_queries_are_not_augmented(self, processor, make_row):
         collator = RiceCollator(processor, augmentation=ClipAugmentation(background=1.0, frame_drop=1.0))
-        inputs, _, _ = collator.encode_queries([make_row("a")])
+        inputs, _, _ = collator.collate_queries([make_row("a")])
         assert grey_levels(inputs["pixel_values_videos"]) == [[10, 20, 30]]
 
     def test_a_crop_is_not_blown_up_from_a_reduced_picture(self, processor, make_row, tmp_path, monkeypatch):
         """32 of 160 pixels are a fifth; the picture is decoded at a quarter of its size, a crop of a third is not."""
-        from data_rice import decoding
-
         Image.new("RGB", (160, 160)).save(tmp_path / "large.jpg")
         large = {"path": str(tmp_path / "large.jpg"), "bytes": None}
         seen = []
         monkeypatch.setattr(
-            "data_rice.collator.decode_image",
-            lambda *args, **kw: seen.append(decoding.decode_image(*args, **kw)) or seen[-1],
+            "data_rice.collator.open_image", lambda *args, **kw: seen.append(open_image(*args, **kw)) or seen[-1]
         )
         row = make_row("a", frames=[large], boxes=[None], image=large)
         RiceCollator(processor, decode="fast")([row])
@@ -548,7 +538,7 @@ class TestNoisyAsr:
             assert torch.equal(batches[0][name], batches[1][name])
 
     def test_queries_keep_their_asr(self, processor, rows):
-        inputs, _, _ = RiceCollator(processor, use_text=True, asr_noise=1.0).encode_queries(rows)
+        inputs, _, _ = RiceCollator(processor, use_text=True, asr_noise=1.0).collate_queries(rows)
         assert self.read(processor, inputs) == [row["asr"] for row in rows]
 
     @pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan")])

@@ -139,5 +139,5 @@ def test_command_line_reports_in_one_sentence(clone, tmp_path, capsys):
     assert "pass the folder of a GroceryStoreDataset clone" in capsys.readouterr().err
     (clone / "dataset" / "test" / "Fruit" / "Apple" / "Royal-Gala" / "Royal-Gala_003.jpg").write_bytes(b"no image")
     assert main([str(clone), str(tmp_path / "other")]) == 1
-    assert "Royal-Gala_003.jpg cannot be read as an image" in capsys.readouterr().err
+    assert "Royal-Gala_003.jpg cannot be decoded" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()

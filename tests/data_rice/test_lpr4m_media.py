@@ -21,7 +21,7 @@ from PIL import Image
 
 from data_rice import load_dataset_view
 from data_rice.lpr4m.index import DamagedShard, MediaIndex, id_of_url, read_shard
-from data_rice.media import read_media, tar_member_path
+from processing_rice.media_rice import read_media, tar_member_path
 
 PREFIX = "https://cdn.example/media/"
 

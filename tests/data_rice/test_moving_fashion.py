@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 import re
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
@@ -83,6 +85,27 @@ def problems(folder, tmp_path):
 
 def grey(picture) -> float:
     return float(np.asarray(picture, dtype=float).mean())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_lists_of_another_system_name_the_same_files(folder, tmp_path, encoding):
+    """Backslashes, the other form of an accent, and tracklets that name their video so."""
+    (folder.root / "videos/a.mp4").rename(folder.root / unicodedata.normalize("NFD", "videos/é.mp4"))
+    box = [0.1, 0.1, 0.5, 0.5]
+    folder.train["p0"] |= {
+        "video_paths": ["videos\\é.mp4", "videos\\b.mp4"],
+        "img_path": "imgs\\p0.jpg",
+        "tracklets": {"videos\\b.mp4": {"1": box}, "videos/é.mp4": None},
+    }
+    path = folder.write() / "train.json"
+    path.write_bytes(json.dumps(folder.train, ensure_ascii=False).encode(encoding))
+    rows = load_dataset_view(folder.root, "pairs", "train", cache_dir=tmp_path / "cache")
+    chosen = [row for row in rows if row["clip_id"] in ("p0#0", "p0#1")]
+    assert [row["image_id"] for row in chosen] == ["imgs/p0.jpg"] * 2
+    assert all(os.path.isfile(row["video"]) and os.path.isfile(row["image"]["path"]) for row in chosen)
+    assert [row["box_frames"] for row in chosen] == [[], [1]]
+    # p3 has the same picture, written with a slash: they are one product.
+    assert {row["product_id"] for row in rows if row["image_id"] == "imgs/p0.jpg"} == {"p0"}
 
 
 def test_pairs(folder, load):
@@ -329,7 +352,13 @@ class TestExtraction:
         ],
     )
     def test_choice_of_frames(self, settings, num_frames, fps, expected):
-        assert settings.choose(num_frames, fps) == expected
+        times = [3 + i / fps for i in range(num_frames)]
+        assert settings.choose(times, 3 + num_frames / fps) == expected
+
+    def test_choice_by_time_where_the_rate_changes(self):
+        """Three frames in the first three seconds, then ten in one second."""
+        times = [0.0, 1.0, 2.0, *(3 + i / 10 for i in range(10))]
+        assert FrameSettings(fps=2).choose(times, 4.0) == [0, 1, 2, 3, 8]
 
     def test_the_builder_uses_them_and_their_boxes(self, folder, load):
         folder.train["p1"]["tracklets"] = {"5": [16, 0, 48, 24], "6": [0, 0, 64, 48], "15": [0, 0, 32, 48]}
@@ -368,15 +397,8 @@ class TestExtraction:
         assert problems("queries", "test") == [("q1#0", "kept as misses: the video cannot be decoded")]
         assert load("queries", "test")[1]["frames"] == []
 
-    def test_a_video_that_is_cut_short_keeps_the_frames_before(self, folder, problems, write_video, monkeypatch):
-        from data_rice.moving_fashion import prepare
-
-        whole = prepare.decode_frames
-
-        def stop_early(path, indices):
-            yield from (item for item in whole(path, indices) if not path.endswith("a.mp4") or item[0] < 10)
-
-        monkeypatch.setattr(prepare, "decode_frames", stop_early)
+    def test_a_video_that_is_cut_short_keeps_the_frames_before(self, folder, problems, cut_after):
+        cut_after(folder.write_video(folder.root / "videos/a.mp4", movflags="faststart"), 10)
         extracted = self.extract(folder)
         assert extracted.problems == {"videos/a.mp4": CUT_SHORT} and extracted.clips["videos/a.mp4"].frames == (0, 5)
         assert problems("pairs", "train") == [("p0#0", "kept: the video is cut short")]
@@ -413,8 +435,8 @@ class TestExtraction:
         from data_rice.moving_fashion import prepare
 
         self.extract(folder)
-        decoded, decode = [], prepare.decode_frames
-        monkeypatch.setattr(prepare, "decode_frames", lambda path, n: decoded.append(path) or decode(path, n))
+        decoded, read = [], prepare.VideoReader
+        monkeypatch.setattr(prepare, "VideoReader", lambda path: decoded.append(path) or read(path))
         self.extract(folder)
         assert decoded == []
         self.extract(folder, FrameSettings(fps=5, short_side=24))
@@ -473,10 +495,10 @@ def test_breakdown_by_source(load):
     from evaluation_rice.protocol import Rankings, RetrievalTask, breakdown
 
     queries, gallery = load("queries", "test"), load("gallery", "test")
-    book = Rankings(RetrievalTask.from_datasets(queries, gallery, "all"))
-    book.add(0, np.array([1.0, 0.0]))
-    book.add(1, np.array([1.0, 0.0]))
-    groups = breakdown(queries, {"embedding": book})["source"]
+    ranked = Rankings(RetrievalTask.from_datasets(queries, gallery, "all"))
+    ranked.add(0, np.array([1.0, 0.0]))
+    ranked.add(1, np.array([1.0, 0.0]))
+    groups = breakdown(queries, {"embedding": ranked})["source"]
     assert groups["regular"]["embedding"]["R@1"] == 1.0 and groups["hard"]["embedding"]["R@1"] == 0.0
 
 

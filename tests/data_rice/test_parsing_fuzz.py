@@ -15,7 +15,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from data_rice import parsing
 from data_rice.lpr4m import layout
 from data_rice.lpr4m.index import id_of_url
-from data_rice.media import split_tar_member, tar_member_path
+from processing_rice.media_rice import split_tar_member, tar_member_path
 
 # Hypothesis keeps caches of its own even without a database.
 set_hypothesis_home_dir(tempfile.mkdtemp(prefix="rice-hypothesis-"))

@@ -17,9 +17,9 @@ from PIL import Image
 from data_rice import gallery_scope, load_dataset_view
 from data_rice import prepare as prepare_module
 from data_rice.features import clip_row, view_features
-from data_rice.media import read_media
 from data_rice.prepare import PrepareSettings, load_prepared, prepare_views, shard_files
 from data_rice.prepare_rows import reduce_picture
+from processing_rice.media_rice import read_media
 
 REPOSITORY = Path(__file__).parents[2]
 

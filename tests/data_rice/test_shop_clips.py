@@ -245,14 +245,11 @@ def test_rows_can_be_streamed(shop):
     assert [row["clip_id"] for row in rows] == ["c0", "c1", "c2"]
 
 
-def test_real_photographs(tmp_path):
-    folder = Path(__file__).parents[3] / "shared" / "data" / "grocerystore"
-    if not folder.is_dir():
-        pytest.skip("the folder of real photographs is not beside the repository")
-    pairs = load_dataset_view(folder, "pairs", "train", cache_dir=tmp_path)
+def test_real_photographs(tmp_path, groceries_dir):
+    pairs = load_dataset_view(groceries_dir, "pairs", "train", cache_dir=tmp_path)
     assert (len(pairs), len(set(pairs["product_id"]))) == (465, 81)
-    queries = load_dataset_view(folder, "queries", "test", cache_dir=tmp_path)
-    gallery = load_dataset_view(folder, "gallery", "test", cache_dir=tmp_path)
+    queries = load_dataset_view(groceries_dir, "queries", "test", cache_dir=tmp_path)
+    gallery = load_dataset_view(groceries_dir, "gallery", "test", cache_dir=tmp_path)
     assert (len(queries), len(gallery)) == (289, 81)
     with Image.open(queries[0]["frames"][0]["path"]) as frame:
         assert min(frame.size) <= 160

@@ -1,17 +1,23 @@
 """The check of a shop_clips folder: what it finds, where it says it is, and that whole folders pass."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import unicodedata
+from functools import partial
 
 import pytest
 from PIL import Image
 
 from data_rice import load_dataset_view
+from data_rice.collator import RiceCollator
 from data_rice.shop_clips.check import check_folder, main
+from processing_rice import build_processor, train_tokenizer
 
 NUM_PRODUCTS = 10
+nfc, nfd = partial(unicodedata.normalize, "NFC"), partial(unicodedata.normalize, "NFD")
 
 
 class Shop:
@@ -181,6 +187,88 @@ def test_two_files_joined_are_refused_by_check_and_builder_alike(shop, found, tm
         load_dataset_view(shop.root, "queries", "validation", cache_dir=tmp_path / "cache")
 
 
+def respelt(rows, change):
+    """The rows with every path changed."""
+    keys = {"image": change, "video": change, "frames": lambda paths: [change(path) for path in paths]}
+    return [{key: keys.get(key, lambda value: value)(value) for key, value in row.items()} for row in rows]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-be", "utf-8-sig"])
+@pytest.mark.parametrize("written", [lambda path: path.replace("/", "\\"), nfc, lambda path: "./" + nfd(path)])
+def test_lists_that_were_written_elsewhere(shop, tmp_path, encoding, written):
+    """Backslashes, the other form of accents, another encoding: check and builder find the same files."""
+    (shop.root / "gallery").rename(shop.root / nfd("vitrine-é"))
+    (shop.root / "v.mp4").rename(shop.root / nfd("ガラス.mp4"))
+    elsewhere = {"gallery": nfd("vitrine-é"), "v.mp4": nfd("ガラス.mp4")}
+
+    def moved(path):
+        first, slash, rest = path.partition("/")
+        return written(elsewhere.get(first, first) + slash + rest)
+
+    shop.gallery = respelt(shop.gallery, moved)
+    shop.clips = {split: respelt(rows, moved) for split, rows in shop.clips.items()}
+    shop.write()
+    for path in shop.root.glob("*.jsonl"):
+        path.write_bytes(path.read_text(encoding="utf-8").replace("\n", "\r\n").encode(encoding))
+    assert check_folder(str(shop.root)).problems == []
+    pairs = load_dataset_view(shop.root, "pairs", "train", cache_dir=tmp_path / "cache")
+    for row in pairs:
+        assert all(Image.open(entry["path"]) for entry in [row["image"], *row["frames"]])
+        assert row["frames"] or open(row["video"], "rb").close() is None
+    assert main(["novel", str(shop.root), str(tmp_path / "novel")]) == 0
+    problems = check_folder(str(tmp_path / "novel")).problems
+    assert [problem for problem in problems if problem.level == "error"] == []
+
+
+def test_a_name_in_other_capitals_is_told(shop, found):
+    shop.gallery[2]["image"] = "Gallery\\G2.png"
+    shop.gallery[3]["image"] = "gallery/h3.png"
+    assert found() == [
+        "gallery.jsonl:3: Gallery/G2.png does not exist, but gallery/g2.png does",
+        "gallery.jsonl:4: gallery/h3.png does not exist",
+    ]
+
+
+def test_a_list_in_a_local_encoding_is_told_with_its_lines(shop, found):
+    shop.write()
+    path = shop.root / "clips_val.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[3] = lines[3].replace(b'"c3"', '"杯"'.encode("gbk"))
+    path.write_bytes(b"".join(lines))
+    (problem,) = check_folder(str(shop.root)).problems
+    assert str(problem).startswith("clips_val.jsonl:4: the line is not UTF-8") and "save the file as" in str(problem)
+
+
+def test_damaged_utf_16_is_told(shop):
+    shop.write()
+    (shop.root / "clips_val.jsonl").write_bytes(b"\xff\xfe{\0\x00\xd8{\0")
+    problems = [str(problem) for problem in check_folder(str(shop.root)).problems]
+    assert len(problems) == 2 and "it holds no clip" in problems[0]
+    assert problems[1].startswith("clips_val.jsonl:1: not UTF-16 ") and "save the file as UTF-8" in problems[1]
+
+
+def test_whole_numbers_are_ids_with_and_without_a_decimal_point(shop, found, tmp_path):
+    """As tables write them whose columns have gaps."""
+    for i, row in enumerate(shop.gallery):
+        row["gallery_id"], row["live_id"] = i, 7
+    for clips in shop.clips.values():
+        for row in clips:
+            row["gt_gallery_ids"], row["live_id"] = [float(row["gt_gallery_ids"][0][1:])], 7.0
+    assert found() == []
+    row = load_dataset_view(shop.root, "queries", "test", cache_dir=tmp_path / "cache")[3]
+    assert row["relevant"] == ["3"] and row["live_id"] == "7"
+    shop.clips["val"][0]["query_id"] = 1.5
+    (problem,) = found()
+    assert problem.startswith("clips_val.jsonl:1: query_id is 1.5, neither text nor a whole number")
+
+
+def test_a_folder_whose_name_is_no_text_is_refused_by_name(shop, tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xc8\xcb")
+    shutil.move(shop.write(), folder)
+    with pytest.raises(ValueError, match=r"data_dir .*/\\xc8\\xcb: the name is no UTF-8, .*; rename the folder"):
+        load_dataset_view(folder, "gallery", "test", cache_dir=tmp_path / "cache")
+
+
 def test_unknown_keys_are_warned_of_with_the_nearest_name(shop, found):
     for row in shop.clips["val"]:
         row["gt_galery_ids"] = row["gt_gallery_ids"]
@@ -209,7 +297,7 @@ def test_damaged_videos(shop, found):
     whole = (shop.root / "v.mp4").read_bytes()
     (shop.root / "v.mp4").write_bytes(b"no video")
     (line,) = found()
-    assert line.startswith("clips_train.jsonl:11: v.mp4: is no video file that can be read")
+    assert line.startswith("clips_train.jsonl:11: v.mp4: cannot be decoded")
     data = whole.index(b"mdat") + 4
     (shop.root / "v.mp4").write_bytes(
         whole[:data] + bytes(len(whole[data:]) // 4) + whole[data + len(whole[data:]) // 4 :]
@@ -298,13 +386,48 @@ def test_it_runs_as_a_module_without_a_warning(shop):
     assert done.stderr == "" and json.loads(done.stdout)["ok"]
 
 
+def test_any_problem_is_printed_on_a_terminal_of_ascii(shop):
+    shop.gallery[0]["图"] = 1
+    command = [sys.executable, "-m", "data_rice.shop_clips", "check", shop.write(), "--json", "--fast"]
+    done = subprocess.run(command, capture_output=True, check=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert "图" in json.loads(done.stdout.decode("ascii"))["problems"][0]["message"]
+
+
 def test_a_folder_that_passes_can_be_loaded_and_one_that_fails_for_its_rows_cannot(shop, tmp_path):
     folder = shop.write()
     for view, split in (("pairs", "train"), ("queries", "validation"), ("queries", "test"), ("gallery", "test")):
         assert len(load_dataset_view(folder, view, split, cache_dir=tmp_path / "cache")) >= NUM_PRODUCTS
 
 
-def test_the_real_photographs_pass(shared_dir):
-    report = check_folder(str(shared_dir / "data" / "grocerystore"), workers=2)
+def test_the_real_photographs_pass(groceries_dir):
+    report = check_folder(str(groceries_dir), workers=2)
     assert report.ok and report.files["clips_train.jsonl"]["frames"] == 2640
     assert all(problem.level == "warning" and "is not known" in problem.message for problem in report.problems)
+
+
+def test_check_and_loader_agree(shop, found, tmp_path, write_video, cut_after):
+    """On a picture of a kind that is not read, on recordings that were joined, and on one that is cut short."""
+    Image.new("RGB", (16, 16)).save(shop.root / "frames/named.png", format="JPEG2000")
+    part = write_video(shop.root / "part.mpg", num_frames=25, fps=25)
+    (shop.root / "joined.mpg").write_bytes(2 * part.read_bytes())
+    cut_after(write_video(shop.root / "cut.mp4", movflags="faststart"), 10)
+    clips = shop.clips["val"]
+    clips[0]["frames"] = ["frames/named.png"]
+    for i, where in enumerate(
+        (
+            {"video": "joined.mpg", "start": 1.5, "end": 1.9},
+            {"video": "cut.mp4"},
+            {"video": "cut.mp4", "start": 3, "end": 4},
+        )
+    ):
+        clips[i + 1] = {"query_id": f"v{i}", "gt_gallery_ids": [f"g{i}"], **where}
+    lines = found()
+    assert [line.split(": ")[0] for line in lines] == [f"clips_val.jsonl:{line}" for line in (1, 3, 4)]
+    assert "warning: 10 frames at the end are missing" in lines[1] and "after the 2 s of cut.mp4" in lines[2]
+    assert not any("joined" in line for line in found(fast=True))
+
+    rows = load_dataset_view(shop.root, "queries", "validation", cache_dir=tmp_path / "cache").select(range(4))
+    processor = build_processor(train_tokenizer(["a red cup"] * 9, vocab_size=400), image_size=16, patch_size=8)
+    _, readable, failures = RiceCollator(processor).collate_queries(list(rows))
+    assert readable == [1, 2]
+    assert failures[0]["reason"] in lines[0] and "its picture ends at 2 s" in failures[1]["reason"]

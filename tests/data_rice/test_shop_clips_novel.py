@@ -258,8 +258,8 @@ def test_a_medium_that_has_the_name_of_a_written_file_does_not_reach_the_shop(sh
     assert (root / "clips_test.jsonl").read_bytes() == before
 
 
-def test_the_real_photographs(shared_dir):
-    root = shared_dir / "data" / "grocerystore"
+def test_the_real_photographs(groceries_dir):
+    root = groceries_dir
     selected = select_novel(root, field="product_fold", value="novel")
     assert (len(selected.products), len(selected.novel)) == (81, 20)
     assert [len(selected.kept[split]) for split in SPLITS] == [341, 45, 74]

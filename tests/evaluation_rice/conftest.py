@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from data_rice.collator import decode_image
+from processing_rice import open_image
 
 QUERY = Features(
     {
@@ -71,7 +71,7 @@ class FakeCollator:
 
     @staticmethod
     def colour(entry):
-        return torch.from_numpy(np.asarray(decode_image(entry), dtype=np.float32).mean((0, 1)) / 255)
+        return torch.from_numpy(np.asarray(open_image(entry), dtype=np.float32).mean((0, 1)) / 255)
 
     def _encode(self, rows, key, name, read):
         values, loaded, failures = [], [], []
@@ -83,10 +83,10 @@ class FakeCollator:
                 failures.append({"id": row[key], "file": "", "reason": str(error)})
         return ({name: torch.stack(values)} if values else {}), loaded, failures
 
-    def encode_gallery(self, rows):
+    def collate_gallery(self, rows):
         return self._encode(rows, "image_id", "pixel_values", lambda row: self.colour(row["image"]))
 
-    def encode_queries(self, rows):
+    def collate_queries(self, rows):
         def read(row):
             return torch.stack([self.colour(frame) for frame in row["frames"]])
 

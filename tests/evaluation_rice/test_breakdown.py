@@ -26,12 +26,12 @@ def test_head_is_as_few_categories_as_hold_half_of_the_rows(rows, head):
 def hits(shop, first):
     """Rankings in which the first `first` queries hit."""
     task = RetrievalTask.from_datasets(shop.queries, shop.gallery, "live")
-    book = Rankings(task)
+    ranked = Rankings(task)
     for query in range(len(task.query_ids)):
         scores = np.zeros(len(task.gallery_of(query)))
         scores[task.relevant_positions(query)] = 1 if query < first else -1
-        book.add(query, scores)
-    return book.complete()
+        ranked.add(query, scores)
+    return ranked.complete()
 
 
 def test_head_and_tail_stand_beside_the_categories(shop):
@@ -49,7 +49,21 @@ def test_every_group_has_its_own_interval(shop):
     groups = breakdown(shop.queries, {"embedding": hits(shop, 2)})["category"]
     low, high = groups["hat"]["embedding"]["R@1_ci95"]
     assert low == 0 and 1 / 3 < high <= 1
-    assert breakdown(shop.queries, {"embedding": hits(shop, 5)})["category"]["hat"]["embedding"]["R@1_ci95"] == [1, 1]
+    # All three are hits, of which resampling makes nothing else.
+    always = breakdown(shop.queries, {"embedding": hits(shop, 5)})["category"]["hat"]["embedding"]["R@1_ci95"]
+    assert always == [pytest.approx(0.4385, abs=1e-4), 1.0]
+
+
+def test_a_group_of_several_shops_resamples_shops(shop):
+    """Both clips of shop y, none of shop x: of two shops, each is drawn alone in a quarter of the resamples."""
+    queries = shop.queries.remove_columns("category").add_column("category", ["hat"] * 5)
+    ranked = hits(shop, 0)
+    for query in (1, 3):
+        scores = np.zeros(len(ranked.task.gallery_of(query)))
+        scores[ranked.task.relevant_positions(query)] = 1
+        ranked.add(query, scores)
+    figures = breakdown(queries, {"embedding": ranked})["category"]["hat"]["embedding"]
+    assert figures["R@1"] == pytest.approx(2 / 5) and figures["R@1_ci95"] == [0.0, 1.0]
 
 
 def test_training_rows_are_counted_by_category(tmp_path):

@@ -2,33 +2,14 @@ import numpy as np
 import pytest
 
 from evaluation_rice.fusion import (
+    DEFAULT_WEIGHTS,
     FUSED_TEXT_WEIGHTS,
-    check_text_weight,
+    edge_words,
     first_relevant_rank,
     fit_fusion_weight,
     fit_text_weight,
-    fuse,
-    fuse_scores,
-    z_scores,
 )
-
-
-def test_z_scores_are_standardised_and_guard_flat_rows():
-    scores = z_scores(np.array([1.0, 2.0, 6.0], dtype=np.float32))
-    assert scores.mean() == pytest.approx(0) and scores.std() == pytest.approx(1)
-    assert np.array_equal(z_scores(np.full(5, 0.1, dtype=np.float32)), np.zeros(5))
-    assert np.array_equal(z_scores(np.zeros(3)), np.zeros(3))
-
-
-def test_flat_matching_leaves_the_order_to_the_embedding():
-    embedding = np.array([0.3, 0.9, 0.1])
-    assert np.argmax(fuse(embedding, np.full(3, 7.0), 5.0)) == 1
-
-
-def test_a_score_that_is_not_finite_stays_out():
-    fused = fuse(np.array([0.1, np.nan, 0.5, 0.2]), np.array([1.0, 9.0, 2.0, np.inf]), 1.0)
-    assert np.isnan(fused[[1, 3]]).all() and np.isfinite(fused[[0, 2]]).all()
-    assert np.isnan(z_scores(np.full(2, np.nan))).all()
+from modeling_rice.scoring_rice import FusionWeights, fuse, z_scores
 
 
 def test_first_relevant_rank_keeps_gallery_order_among_ties():
@@ -50,7 +31,8 @@ def test_rank_agrees_with_a_stable_sort():
 def plain_fit(embedding, matching, relevant, weights):
     best = None
     for weight in sorted(weights):
-        ranks = [first_relevant_rank(fuse(e, m, weight), r) for e, m, r in zip(embedding, matching, relevant)]
+        fused = [fuse({"embedding": e, "matching": m}, FusionWeights(weight)) for e, m in zip(embedding, matching)]
+        ranks = [first_relevant_rank(row, r) for row, r in zip(fused, relevant)]
         key = (sum(rank == 1 for rank in ranks), round(sum(1 / rank for rank in ranks if rank), 9))
         if best is None or key > best[0]:
             best = (key, weight)
@@ -67,7 +49,7 @@ def test_fit_finds_the_weight_of_a_plain_search():
         e[r] += 1
         m[r] += 2
     weights = (0.1, 0.5, 1.0, 2.0, 4.0)
-    weight, curve = fit_fusion_weight(embedding, matching, relevant, weights)
+    weight, curve = fit_fusion_weight([z_scores(row) for row in embedding], matching, relevant, weights)
     assert weight == plain_fit(embedding, matching, relevant, weights)
     assert [point["weight"] for point in curve] == list(weights)
     assert max(curve, key=lambda point: point["R@1"])["R@1"] == next(
@@ -83,6 +65,33 @@ def test_fit_breaks_ties_by_reciprocal_rank_then_by_the_smaller_weight():
     assert fit_fusion_weight(embedding, matching, [[2]], (0.1, 5.0))[0] == 5.0
 
 
+def test_the_grid_reaches_beyond_what_matching_needs():
+    # z-scores of three images, the relevant one first: it wins by matching where that weighs more than 6.
+    embedding, matching = np.array([0.0, 1.0, 0.0]), np.array([1.0, 0.9, 0.0])
+    weight, curve = fit_fusion_weight([z_scores(embedding)], [matching], [[0]])
+    needed = (z_scores(embedding)[1] - z_scores(embedding)[0]) / (z_scores(matching)[0] - z_scores(matching)[1])
+    assert 7 < needed < weight == 10.0 and curve[-1]["weight"] == 50.0
+    assert edge_words("fusion weight", weight, DEFAULT_WEIGHTS) is None
+
+
+@pytest.mark.parametrize(
+    ("weight", "words"),
+    [
+        (50.0, "the fusion weight 50 lies at the upper end of its grid (0.01 to 50): a better one may lie beyond"),
+        (0.01, "the fusion weight 0.01 lies at the lower end of its grid (0.01 to 50): a better one may lie beyond"),
+        (70.0, "the fusion weight 70 lies at the upper end of its grid (0.01 to 50): a better one may lie beyond"),
+        (30.0, None),
+    ],
+)
+def test_a_weight_at_an_end_of_its_grid_is_told(weight, words):
+    assert edge_words("fusion weight", weight, DEFAULT_WEIGHTS) == words
+
+
+def test_leaving_the_text_out_is_no_end_of_the_grid():
+    assert edge_words("text weight", 0.0, FUSED_TEXT_WEIGHTS) is None
+    assert "upper end" in edge_words("text weight", 50.0, FUSED_TEXT_WEIGHTS)
+
+
 @pytest.mark.parametrize("weights", [(0.0,), (-1.0,), (float("nan"),), ()])
 def test_fit_refuses_weights_that_are_not_positive(weights):
     with pytest.raises(ValueError):
@@ -96,41 +105,11 @@ def test_fit_refuses_nothing_and_unequal_lengths():
         fit_fusion_weight([np.zeros(2)], [], [[0]])
 
 
-VISUAL, MATCHING = np.array([0.1, 0.3, 0.3, 0.1]), np.array([2.0, 2.0, 4.0, 4.0])
-"""Their z-scores are -1, 1, 1, -1 and -1, -1, 1, 1."""
-
-
-def test_text_is_added_as_it_is():
-    text = np.array([0.5, 0.0, -0.25, 0.0])
-    np.testing.assert_allclose(fuse(VISUAL, MATCHING, 0.5), [-1.5, 0.5, 1.5, -0.5])
-    np.testing.assert_allclose(fuse(VISUAL, MATCHING, 0.5, text, 4.0), [0.5, 0.5, 0.5, -0.5])
-    assert np.isnan(fuse(VISUAL, MATCHING, 0.5, np.array([0.0, np.nan, 0.0, 0.0]), 4.0)).tolist() == [0, 1, 0, 0]
-
-
-def test_without_asr_the_fused_score_is_that_of_no_text():
-    rng = np.random.default_rng(0)
-    visual, matching = rng.normal(size=9).astype(np.float32), rng.normal(size=9).astype(np.float32)
-    silent = fuse(visual, matching, 0.7, np.zeros(9, dtype=np.float32), 30.0)
-    assert np.array_equal(silent, fuse(visual, matching, 0.7))
-
-
-def test_text_counts_once_and_where_the_weight_was_fitted_for_it():
-    text = np.array([0.0, 0.0, 0.0, 0.4])
-    scores = {"embedding": VISUAL + 0.5 * text, "visual": VISUAL, "text": text, "matching": MATCHING}
-    np.testing.assert_allclose(fuse_scores(scores, 0.5, 5.0), [-1.5, 0.5, 1.5, 1.5])
-    # Checkpoints without a text weight: text within the embedding's z-score, here that of 0.1, 0.3, 0.3, 0.3.
-    root = np.sqrt(3)
-    expected = np.array([-root, 1 / root, 1 / root, 1 / root]) + 0.5 * np.array([-1, -1, 1, 1])
-    np.testing.assert_allclose(fuse_scores(scores, 0.5), expected)
-    bare = {"embedding": VISUAL, "matching": MATCHING}
-    assert np.array_equal(fuse_scores(bare, 0.5, 5.0), fuse(VISUAL, MATCHING, 0.5))
-
-
 @pytest.mark.parametrize("known", [0.0, 0.5, 5.0, 50.0])
 def test_the_fit_recovers_the_weight_of_the_text(known):
     """Each query's best image is the relevant one at the weight sought, and at those beside it not for all."""
     rng = np.random.default_rng(1)
-    fused = [z_scores(rng.normal(size=20)) for _ in range(400)]
+    fused = [z_scores(rng.normal(size=20)).numpy() for _ in range(400)]
     texts = [np.round(0.2 * rng.normal(size=20), 3) for _ in range(400)]
     relevant = [[int(np.argmax(row + known * text))] for row, text in zip(fused, texts)]
     weight, curve = fit_text_weight(fused, texts, relevant, FUSED_TEXT_WEIGHTS)
@@ -148,10 +127,3 @@ def test_text_gets_no_more_weight_than_validation_shows_it_to_deserve(harmed, ex
     weight, curve = fit_text_weight(fused, texts, [[0]] * 100, (0.0, 1.0, 2.0))
     assert [point["R@1"] for point in curve] == [0.0, 0.5, (50 + harmed) / 100]
     assert weight == expected
-
-
-def test_a_text_weight_may_be_zero_and_not_below():
-    assert check_text_weight("0") == 0.0
-    for weight in (-0.1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="must be a number of 0 or more"):
-            check_text_weight(weight)

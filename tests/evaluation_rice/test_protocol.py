@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from evaluation_rice.protocol import Rankings, RetrievalTask, breakdown, chance_recall, group_values
-from evaluation_rice.recall import recall_at_k
+from evaluation_rice.recall import hit_interval, recall_at_k
 
 
 @pytest.fixture
@@ -46,38 +47,38 @@ def test_a_query_without_gallery_or_relevant_image_stays_a_miss(shop):
     task = RetrievalTask.from_datasets(shop.queries, shop.gallery.select([0, 1]), "live")
     assert [failure["id"] for failure in task.without_gallery()] == ["b", "d"]
     assert task.num_unreachable() == 4
-    book = Rankings(task)
+    ranked = Rankings(task)
     for query in (0, 2, 4):
-        book.add(query, np.array([1.0, 0.0]))
-    assert book.complete().rankings == {"a": ["x0", "x1"], "b": [], "c": ["x0", "x1"], "d": [], "e": ["x0", "x1"]}
-    assert book.recall()["R@1"] == pytest.approx(0.2)
+        ranked.add(query, np.array([1.0, 0.0]))
+    assert ranked.complete().rankings == {"a": ["x0", "x1"], "b": [], "c": ["x0", "x1"], "d": [], "e": ["x0", "x1"]}
+    assert ranked.recall()["R@1"] == pytest.approx(0.2)
 
 
 def test_ties_keep_gallery_order_and_are_counted(task):
-    book = Rankings(task)
+    ranked = Rankings(task)
     for query in range(5):
-        book.add(query, np.zeros(len(task.gallery_of(query))))
-    assert book.rankings["a"] == ["x0", "x1", "x2", "shared"]
-    ties = book.tie_summary()
+        ranked.add(query, np.zeros(len(task.gallery_of(query))))
+    assert ranked.rankings["a"] == ["x0", "x1", "x2", "shared"]
+    ties = ranked.tie_summary()
     assert ties["share"] == 1.0
     assert ties["R@1_ties_at_random"] == pytest.approx(chance_recall(task)["R@1"])
 
 
 def test_only_a_tie_of_the_best_relevant_image_counts(task):
-    book = Rankings(task)
-    book.add(0, np.array([0.9, 0.1, 0.1, 0.1]))
-    book.add(2, np.array([0.9, 0.9, 0.1, 0.5]))
-    book.add(4, np.array([0.9, 0.1, 0.9, 0.5]))
-    assert book.tied == {"e"}
-    assert book.tie_summary() == {"share": 0.2, "R@1_ties_at_random": pytest.approx((1 + 0 + 0.5) / 5)}
+    ranked = Rankings(task)
+    ranked.add(0, np.array([0.9, 0.1, 0.1, 0.1]))
+    ranked.add(2, np.array([0.9, 0.9, 0.1, 0.5]))
+    ranked.add(4, np.array([0.9, 0.1, 0.9, 0.5]))
+    assert ranked.tied == {"e"}
+    assert ranked.tie_summary() == {"share": 0.2, "R@1_ties_at_random": pytest.approx((1 + 0 + 0.5) / 5)}
 
 
 def test_scores_that_are_not_finite_never_win(task):
-    book = Rankings(task)
-    book.add(0, np.array([np.nan, 0.1, 0.2, np.inf]))
-    book.add(2, np.full(4, np.nan))
-    assert book.rankings["a"] == ["x2", "x1"] and book.rankings["c"] == []
-    assert book.recall()["R@10"] == 0.0
+    ranked = Rankings(task)
+    ranked.add(0, np.array([np.nan, 0.1, 0.2, np.inf]))
+    ranked.add(2, np.full(4, np.nan))
+    assert ranked.rankings["a"] == ["x2", "x1"] and ranked.rankings["c"] == []
+    assert ranked.recall()["R@10"] == 0.0
 
 
 def test_refuses_scores_of_another_gallery(task):
@@ -86,15 +87,45 @@ def test_refuses_scores_of_another_gallery(task):
 
 
 def test_summary_is_recall_of_the_rankings_with_an_interval(task):
-    book = Rankings(task, depth=2)
+    ranked = Rankings(task, depth=2)
     rng = np.random.default_rng(0)
     for query in range(4):
-        book.add(query, rng.random(len(task.gallery_of(query))))
-    summary = book.complete().summary()
+        ranked.add(query, rng.random(len(task.gallery_of(query))))
+    summary = ranked.complete().summary()
     low, high = summary.pop("R@1_ci95")
-    assert summary == recall_at_k(book.rankings, task.relevant)
+    assert [low, high] == hit_interval(ranked.hits_at_1(), ["x", "y", "x", "y", "x"])
+    assert summary == recall_at_k(ranked.rankings, task.relevant)
     assert low <= summary["R@1"] <= high
-    assert book.hits_at_1().mean() == summary["R@1"]
+    assert ranked.hits_at_1().mean() == summary["R@1"]
+
+
+def test_figures_of_groups_are_those_of_their_queries(task):
+    ranked = Rankings(task)
+    rng = np.random.default_rng(3)
+    for query in range(4):
+        ranked.add(query, rng.random(len(task.gallery_of(query))))
+    groups = ["a", "b", "b", "a", "b"]
+    for name, figures in ranked.summary_by(groups).items():
+        chosen = [query for query, group in enumerate(groups) if group == name]
+        relevant = {task.query_ids[query]: task.relevant[task.query_ids[query]] for query in chosen}
+        interval = hit_interval(ranked.hits_at_1()[chosen], [task.shops[query] for query in chosen])
+        expected = recall_at_k({query: ranked.rankings.get(query, []) for query in relevant}, relevant)
+        assert figures == {**expected, "R@1_ci95": interval}
+
+
+def test_shops_are_known_whatever_is_searched(shop):
+    assert RetrievalTask.from_datasets(shop.queries, shop.gallery, "all").shops == ["x", "y", "x", "y", "x"]
+    assert RetrievalTask.from_datasets(shop.queries.remove_columns("live_id"), shop.gallery, "all").shops == [""] * 5
+
+
+def test_ids_may_be_whole_numbers_on_one_side():
+    gallery = Dataset.from_dict({"image_id": [7, 8], "live_id": [1, 1]})
+    queries = Dataset.from_dict({"clip_id": ["a", "b"], "live_id": ["1", "1"], "relevant": [["8"], ["9"]]})
+    task = RetrievalTask.from_datasets(queries, gallery, "live")
+    assert task.relevant_positions(0) == [1] and task.num_unreachable() == 1
+    ranked = Rankings(task)
+    ranked.add(0, np.array([0.0, 1.0]))
+    assert ranked.recall()["R@1"] == ranked.hits_at_1().mean() == 0.5
 
 
 def test_chance_is_exact_per_gallery(task):
@@ -106,12 +137,12 @@ def test_chance_is_exact_per_gallery(task):
 
 
 def test_breakdown_shows_known_columns_only(task, shop):
-    book = Rankings(task)
+    ranked = Rankings(task)
     for query in range(5):
         scores = np.zeros(len(task.gallery_of(query)))
         scores[task.relevant_positions(query)] = query < 2
-        book.add(query, scores)
-    groups = breakdown(shop.queries, {"embedding": book.complete()})
+        ranked.add(query, scores)
+    groups = breakdown(shop.queries, {"embedding": ranked.complete()})
     assert list(groups) == ["category"]
     assert groups["category"]["hat"]["num_queries"] == 3
     assert groups["category"]["hat"]["embedding"]["R@1"] == pytest.approx(1 / 3)

@@ -1,16 +1,32 @@
 import json
 import math
+import shutil
+from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
+import torch
 
-from evaluation_rice.recall import bootstrap_interval, expected_hit, recall_at_k
+from evaluation_rice import recall
+from evaluation_rice.recall import (
+    bootstrap_interval,
+    expected_hit,
+    first_rank,
+    hit_interval,
+    interval_words,
+    metric_path,
+    recall_at_k,
+    wilson_interval,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def golden(shared_dir):
+def golden(reference_dir):
     """Outputs recorded from the official code."""
-    return json.loads((shared_dir / "reference" / "golden_functions.json").read_text())
+    return json.loads((reference_dir / "golden_functions.json").read_text())
 
 
 def rankings_of(predictions):
@@ -79,6 +95,56 @@ def test_refuses_what_would_count_wrongly(rankings, relevant, ks, words):
     assert "\n" not in str(error.value)
 
 
+def test_every_figure_is_computed_by_the_metric(monkeypatch):
+    computed = []
+    compute = evaluate.EvaluationModule.compute
+    monkeypatch.setattr(
+        evaluate.EvaluationModule, "compute", lambda self, **given: computed.append(given) or compute(self, **given)
+    )
+    # Of a long ranking the metric is given no more than counts.
+    assert recall_at_k({"q": list("abcdef")}, {"q": ["c"]}, (1, 3)) == {"R@1": 0.0, "R@3": 1.0}
+    assert [given["predictions"] for given in computed] == [[["a", "b", "c"]]]
+
+
+def test_ranks_and_recall_are_those_of_a_plain_count():
+    rng = np.random.default_rng(0)
+    rankings = {f"q{i}": rng.choice(30, size=rng.integers(0, 20)).astype(str).tolist() for i in range(200)}
+    relevant = {f"q{i}": rng.choice(30, size=rng.integers(0, 4)).astype(str).tolist() for i in range(200)}
+    plain = {}
+    for query, ranking in rankings.items():
+        places = [place for place, image in enumerate(ranking, 1) if image in relevant[query]]
+        plain[query] = min(places) if places else None
+    assert {query: first_rank(ranking, relevant[query]) for query, ranking in rankings.items()} == plain
+    for k, share in recall_at_k(rankings, relevant, (7, 1, 50)).items():
+        assert share == sum(rank is not None and rank <= int(k[2:]) for rank in plain.values()) / 200
+
+
+@pytest.mark.parametrize("wanted", [["2"], [2], np.array([2]), torch.tensor([2]), {2}, (np.int32(2),)])
+@pytest.mark.parametrize("ranking", [["1", "2"], [1, 2], np.array([1, 2]), torch.tensor([1, 2]), ["1", 2]])
+def test_whole_numbers_and_texts_are_the_same_ids(ranking, wanted):
+    assert recall_at_k({"q": ranking}, {"q": wanted}, (1, 2)) == {"R@1": 0.0, "R@2": 1.0}
+
+
+@pytest.mark.parametrize("entry", [float("nan"), 2.0, None, True, b"2", np.float32(2)])
+def test_what_is_no_id_is_refused_by_name(entry):
+    with pytest.raises(ValueError, match=r"rankings\['q'\] holds .*: an id is a text or a whole number"):
+        recall_at_k({"q": ["1", entry]}, {"q": ["1"]}, (1,))
+    with pytest.raises(ValueError, match=r"relevant\['q'\] holds .*: an id is a text or a whole number"):
+        recall_at_k({"q": ["1"]}, {"q": [entry]}, (1,))
+
+
+def test_a_ranking_has_an_order():
+    with pytest.raises(ValueError, match=r"rankings\['q'\] must be a list of image ids, not {'a'}"):
+        recall_at_k({"q": {"a"}}, {"q": ["a"]}, (1,))
+
+
+def test_an_installed_package_brings_the_metric(monkeypatch, tmp_path):
+    assert metric_path() == REPOSITORY / "metrics" / "livestream_recall"
+    installed = shutil.copytree(metric_path(), tmp_path / "evaluation_rice" / "metrics" / "livestream_recall")
+    monkeypatch.setattr(recall, "__file__", str(tmp_path / "evaluation_rice" / "recall.py"))
+    assert metric_path() == installed
+
+
 def test_expected_hit_is_exact():
     assert expected_hit(50, 1, 5) == pytest.approx(0.1)
     assert expected_hit(4, 2, 2) == pytest.approx(1 - 1 / 6)
@@ -106,3 +172,75 @@ def test_bootstrap_takes_paired_differences_and_constants():
     assert low < values.mean() < high
     with pytest.raises(ValueError, match="at least one query"):
         bootstrap_interval([])
+
+
+def plain_interval(values, groups, num_resamples, seed):
+    """Shops, then clips within each drawn shop, one by one."""
+    rng = np.random.default_rng(seed)
+    shops = [values[groups == name] for name in np.unique(groups)]
+    means = []
+    for _ in range(num_resamples):
+        drawn = [rng.choice(shops[i], len(shops[i])) for i in rng.integers(len(shops), size=len(shops))]
+        means.append(np.concatenate(drawn).mean())
+    return np.quantile(means, [0.025, 0.975])
+
+
+@pytest.mark.parametrize("levels", [2, 4, None])
+def test_shops_are_resampled_before_their_clips(levels):
+    rng = np.random.default_rng(0)
+    groups = np.repeat([f"s{i}" for i in range(9)], rng.integers(2, 30, size=9))
+    rng.shuffle(groups)
+    values = rng.random(len(groups)) + 0.2 * (groups < "s4")
+    if levels:
+        values = np.minimum(np.floor(values * levels) / (levels - 1), 1.0)
+    result = bootstrap_interval(values, groups)
+    assert result == bootstrap_interval(values, groups)
+    assert np.allclose(result, plain_interval(values, groups, 4000, 1), atol=0.015)
+    low, high = bootstrap_interval(values)
+    assert result[0] < low and high < result[1]
+
+
+def test_intervals_of_shops_by_hand():
+    # Of two shops, one all hits and one all misses, a quarter of the resamples has one of them alone.
+    halves = [1.0] * 50 + [0.0] * 50
+    assert bootstrap_interval(halves, ["a"] * 50 + ["b"] * 50) == [0.0, 1.0]
+    assert bootstrap_interval(halves, ["a", "b"] * 50) == pytest.approx(bootstrap_interval(halves), abs=0.06)
+    # Only the number of clips in a resample varies: 10 of shop a, 10 of each, or 30 of shop b.
+    sizes = [1.0] * 5 + [0.0] * 15
+    assert bootstrap_interval(sizes, ["a"] * 5 + ["b"] * 15) == [0.0, 1.0]
+
+
+def test_one_shop_or_a_shop_for_each_clip_resamples_clips():
+    values = (np.random.default_rng(2).random(300) < 0.4).astype(float)
+    plain = bootstrap_interval(values)
+    assert plain == bootstrap_interval(values, ["shop"] * 300) == bootstrap_interval(values, [""] * 300)
+    assert bootstrap_interval(values, [f"s{i}" for i in range(300)]) == pytest.approx(plain, abs=0.01)
+    # The table of resamples by shops must not grow with the shops.
+    many = np.tile(values, 100)
+    low, high = bootstrap_interval(many, np.arange(30_000))
+    assert low < many.mean() < high
+
+
+def test_the_rule_is_told():
+    assert interval_words(["a", "b", "a"]).startswith(
+        "percentile bootstrap over 2 shops, then over the clips of each ("
+    )
+    assert interval_words(["", ""]).startswith("percentile bootstrap over clips, since no two shops are told apart (")
+    assert "as if they were independent" in interval_words(None)
+    assert all("10000 resamples, seed 0" in interval_words(shops) for shops in (None, ["a"], ["a", "b"]))
+    with pytest.raises(ValueError, match="groups has 2 entries for 3 queries"):
+        bootstrap_interval([1, 0, 1], ["a", "b"])
+
+
+def test_hits_that_are_all_alike_keep_a_width():
+    assert hit_interval([1.0] * 5, ["a", "a", "b", "b", "b"]) == list(wilson_interval(1.0, 5))
+    assert hit_interval([0.0] * 5) == list(wilson_interval(0.0, 5))
+    assert hit_interval([1.0, 0.0, 1.0], ["a", "a", "b"]) == bootstrap_interval([1.0, 0.0, 1.0], ["a", "a", "b"])
+    with pytest.raises(ValueError, match="at least one query"):
+        hit_interval([])
+
+
+def test_wilson_interval():
+    low, high = wilson_interval(0.5, 10)
+    assert (low, high) == (pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))
+    assert wilson_interval(0.0, 5)[0] == 0.0 and wilson_interval(1.0, 5)[1] == 1.0

@@ -14,6 +14,7 @@ from evaluation_rice.retrieval import (
     rank_scores,
     retrieve,
 )
+from modeling_rice.scoring_rice import FusionWeights, fuse, z_scores
 
 
 def run(model, collator, shop, scope="live", batch_size=2, num_workers=0, **options):
@@ -24,11 +25,11 @@ def run(model, collator, shop, scope="live", batch_size=2, num_workers=0, **opti
 
 
 def test_ranks_the_own_gallery_and_encodes_each_image_once(model, collator, shop):
-    books, failures = run(model, collator, shop, fusion_weight=1.0)
-    assert failures == [] and set(books) == {"embedding", "matching", "fused"}
-    assert [ranking[0] for ranking in books["matching"].rankings.values()] == ["x0", "y1", "shared", "shared", "x2"]
-    assert sorted(books["matching"].rankings["b"]) == ["shared", "y0", "y1"]
-    assert list(books["matching"].rankings) == list("abcde")
+    rankings, failures = run(model, collator, shop, weights=FusionWeights(1.0))
+    assert failures == [] and set(rankings) == {"embedding", "matching", "fused"}
+    assert [ranking[0] for ranking in rankings["matching"].rankings.values()] == ["x0", "y1", "shared", "shared", "x2"]
+    assert sorted(rankings["matching"].rankings["b"]) == ["shared", "y0", "y1"]
+    assert list(rankings["matching"].rankings) == list("abcde")
     assert model.images_encoded == 6
 
 
@@ -44,21 +45,21 @@ def test_batches_workers_and_chunks_change_nothing(model, collator, shop, scope,
 
 def test_scores_equal_one_plain_call(model, collator, shop):
     model.eval()
-    books, _ = run(model, collator, shop, "all")
+    rankings, _ = run(model, collator, shop, "all")
     with torch.no_grad():
-        gallery = model.encode_gallery(**collator.encode_gallery(list(shop.gallery.select([0, 1, 2, 3, 4, 6])))[0])
-        clips = model.encode_clips(**collator.encode_queries(list(shop.queries))[0])
+        gallery = model.encode_gallery(**collator.collate_gallery(list(shop.gallery.select([0, 1, 2, 3, 4, 6])))[0])
+        clips = model.encode_clips(**collator.collate_queries(list(shop.queries))[0])
         scores = model.match(clips, gallery).numpy()
     images = ["x0", "x1", "x2", "shared", "y0", "y1"]
     expected = [[images[i] for i in np.argsort(-row, kind="stable")] for row in scores]
-    assert list(books["matching"].rankings.values()) == expected
+    assert list(rankings["matching"].rankings.values()) == expected
 
 
 def test_an_unreadable_clip_is_a_listed_miss(model, collator, shop):
     (shop.folder / "c1.png").write_bytes(b"no image")
-    books, failures = run(model, collator, shop)
-    assert books["embedding"].rankings["c"] == [] and books["matching"].rankings["c"] == []
-    assert books["matching"].recall()["R@10"] == pytest.approx(4 / 5)
+    rankings, failures = run(model, collator, shop)
+    assert rankings["embedding"].rankings["c"] == [] and rankings["matching"].rankings["c"] == []
+    assert rankings["matching"].recall()["R@10"] == pytest.approx(4 / 5)
     assert [(failure["kind"], failure["id"]) for failure in failures] == [("query", "c")]
 
 
@@ -67,28 +68,28 @@ def test_a_damaged_frame_is_listed_and_makes_a_miss_where_nothing_took_its_place
     model, collator, shop, outcome, found
 ):
     class Forgiving(type(collator)):
-        def encode_queries(self, rows):
-            inputs, loaded, _ = super().encode_queries(rows)
+        def collate_queries(self, rows):
+            inputs, loaded, _ = super().collate_queries(rows)
             failure = {"id": rows[0]["clip_id"], "file": "f", "reason": "r"}
             return inputs, loaded, [failure | ({"outcome": outcome} if outcome else {})]
 
-    books, failures = run(model, Forgiving(), shop, batch_size=5)
-    assert len(books["matching"].rankings["a"]) == found and len(books["matching"].rankings["c"]) == 4
+    rankings, failures = run(model, Forgiving(), shop, batch_size=5)
+    assert len(rankings["matching"].rankings["a"]) == found and len(rankings["matching"].rankings["c"]) == 4
     assert len(failures) == 1 and failures[0]["id"] == "a"
 
 
 def test_an_unreadable_image_cannot_be_retrieved(model, collator, shop):
     (shop.folder / "x" / "x2.png").write_bytes(b"no image")
-    books, failures = run(model, collator, shop, fusion_weight=1.0)
-    assert "x2" not in books["fused"].rankings["e"] and len(books["fused"].rankings["e"]) == 3
+    rankings, failures = run(model, collator, shop, weights=FusionWeights(1.0))
+    assert "x2" not in rankings["fused"].rankings["e"] and len(rankings["fused"].rankings["e"]) == 3
     assert [(failure["kind"], failure["id"]) for failure in failures] == [("gallery", "x2")]
-    assert books["matching"].recall()["R@10"] == pytest.approx(4 / 5)
+    assert rankings["matching"].recall()["R@10"] == pytest.approx(4 / 5)
 
 
 def test_a_shared_image_is_read_from_the_livestream_where_it_is_whole(model, collator, shop):
     (shop.folder / "x" / "shared.png").unlink()
-    books, failures = run(model, collator, shop)
-    assert books["matching"].rankings["c"][0] == "shared"
+    rankings, failures = run(model, collator, shop)
+    assert rankings["matching"].rankings["c"][0] == "shared"
     assert [failure["id"] for failure in failures] == ["shared"]
 
 
@@ -102,8 +103,8 @@ def test_a_gallery_without_a_readable_image_is_refused(model, collator, shop):
 def test_all_clips_unreadable_is_all_misses(model, collator, shop):
     for clip, _, _ in shop.clips:
         (shop.folder / f"{clip}0.png").unlink()
-    books, failures = run(model, collator, shop)
-    assert len(failures) == 5 and books["embedding"].recall()["R@1"] == 0.0
+    rankings, failures = run(model, collator, shop)
+    assert len(failures) == 5 and rankings["embedding"].recall()["R@1"] == 0.0
 
 
 def test_nan_scores_are_listed_and_never_win(model, collator, shop):
@@ -115,16 +116,16 @@ def test_nan_scores_are_listed_and_never_win(model, collator, shop):
         return scores
 
     model.match = match
-    books, failures = run(model, collator, shop, fusion_weight=1.0)
-    assert all("x0" not in books[kind].rankings["a"] for kind in ("matching", "fused"))
-    assert books["embedding"].rankings["a"][0] == "x0"
+    rankings, failures = run(model, collator, shop, weights=FusionWeights(1.0))
+    assert all("x0" not in rankings[kind].rankings["a"] for kind in ("matching", "fused"))
+    assert rankings["embedding"].rankings["a"][0] == "x0"
     assert len(failures) == 5 and "1 of 4 matching scores" in failures[0]["reason"]
 
 
 def test_a_model_without_decoder_has_embedding_scores_only(model, collator, shop):
     model.config.use_decoder = False
-    books, _ = run(model, collator, shop, fusion_weight=1.0)
-    assert list(books) == ["embedding"]
+    rankings, _ = run(model, collator, shop, weights=FusionWeights(1.0))
+    assert list(rankings) == ["embedding"]
 
 
 def test_evaluate_retrieval_restores_training_mode_and_stays_quiet(model, collator, shop, capsys):
@@ -137,19 +138,14 @@ def test_evaluate_retrieval_restores_training_mode_and_stays_quiet(model, collat
     assert list(only) == ["embedding"]
 
 
-def test_refuses_a_fusion_weight_that_is_not_positive(model, collator, shop):
-    with pytest.raises(ValueError, match="above 0"):
-        run(model, collator, shop, fusion_weight=0.0)
-
-
 def test_fit_fusion_counts_unreadable_clips_as_misses(model, collator, shop):
     queries, gallery = shop.queries, shop.gallery
     task = RetrievalTask.from_datasets(queries, gallery, "live")
     loading = Loading(2, quiet=True)
     (shop.folder / "c1.png").unlink()
     fitted = fit_fusion(ModelRetriever(model, collator), task, queries, gallery, loading=loading, weights=(0.5, 1))
-    assert fitted.weight == 0.5 and [point["R@1"] for point in fitted.curve] == [0.8, 0.8]
-    assert fitted.text_weight is None and fitted.text_curve is None
+    assert fitted.weights == FusionWeights(0.5) and [point["R@1"] for point in fitted.curve] == [0.8, 0.8]
+    assert fitted.text_curve is None
     model.config.use_decoder = False
     with pytest.raises(ValueError, match="no matching scores"):
         fit_fusion(ModelRetriever(model, collator), task, queries, gallery, loading=loading)
@@ -178,19 +174,17 @@ SPEAKING, SILENT = "acd", "be"
 
 
 def test_a_clip_without_asr_is_ranked_as_without_text(model, collator, shop):
-    plain, _ = run(model, collator, shop, fusion_weight=0.3)
-    books, failures = run(Listener(model), collator, shop, fusion_weight=0.3, fused_text_weight=20.0)
-    assert set(books) == {"embedding", "matching", "fused"} and failures == []
+    plain, _ = run(model, collator, shop, weights=FusionWeights(0.3))
+    rankings, failures = run(Listener(model), collator, shop, weights=FusionWeights(0.3, None, 20.0))
+    assert set(rankings) == {"embedding", "matching", "fused"} and failures == []
     for clip in SILENT:
-        assert books["fused"].rankings[clip] == plain["fused"].rankings[clip]
-        assert books["fused"].top_scores[clip] == plain["fused"].top_scores[clip]
+        assert rankings["fused"].rankings[clip] == plain["fused"].rankings[clip]
+        assert rankings["fused"].top_scores[clip] == plain["fused"].top_scores[clip]
     for clip in SPEAKING:
-        assert books["fused"].top_scores[clip] != plain["fused"].top_scores[clip]
-        assert books["embedding"].top_scores[clip] != plain["embedding"].top_scores[clip]
-    none, _ = run(Listener(model), collator, shop, fusion_weight=0.3, fused_text_weight=0.0)
+        assert rankings["fused"].top_scores[clip] != plain["fused"].top_scores[clip]
+        assert rankings["embedding"].top_scores[clip] != plain["embedding"].top_scores[clip]
+    none, _ = run(Listener(model), collator, shop, weights=FusionWeights(0.3, None, 0.0))
     assert none["fused"].top_scores == plain["fused"].top_scores
-    with pytest.raises(ValueError, match="text weight of the fused score is -1.0"):
-        run(Listener(model), collator, shop, fusion_weight=0.3, fused_text_weight=-1.0)
 
 
 def test_matching_keeps_the_weight_that_it_has_without_text(shop):
@@ -205,21 +199,21 @@ def test_matching_keeps_the_weight_that_it_has_without_text(shop):
             text[right] = 1.0
         scores[query] = {"visual": visual, "text": text, "embedding": visual + text, "matching": matching}
     bare = {query: {"embedding": values["visual"], "matching": values["matching"]} for query, values in scores.items()}
-    plain_books, plain = rank_scores(task, bare)
-    books, fitted = rank_scores(task, scores)
-    assert fitted.weight == plain.weight and fitted.curve == plain.curve and plain.text_weight is None
-    assert fitted.text_weight == 0.0 and books["fused"].recall()["R@1"] == 1.0
+    plain_rankings, plain = rank_scores(task, bare)
+    rankings, fitted = rank_scores(task, scores)
+    assert fitted.curve == plain.curve and plain.weights == FusionWeights(fitted.weights.fusion_weight)
+    assert fitted.weights.fused_text_weight == 0.0 and rankings["fused"].recall()["R@1"] == 1.0
     silent = task.query_ids[4]
-    assert books["fused"].rankings[silent] == plain_books["fused"].rankings[silent]
+    assert rankings["fused"].rankings[silent] == plain_rankings["fused"].rankings[silent]
     with_text, without = (
         fit_fusion_weight(
-            [values[kind] for values in list(scores.values())[:4]],
+            [z_scores(values[kind]) for values in list(scores.values())[:4]],
             [values["matching"] for values in list(scores.values())[:4]],
             [task.relevant_positions(query) for query in range(4)],
         )[0]
         for kind in ("embedding", "visual")
     )
-    assert with_text < without <= plain.weight
+    assert with_text < without <= plain.weights.fusion_weight
 
 
 def test_the_weight_of_the_text_is_fitted_given_that_of_matching(shop):
@@ -235,9 +229,32 @@ def test_the_weight_of_the_text_is_fitted_given_that_of_matching(shop):
     scores[3] = {"embedding": np.full(3, np.nan)}
     del scores[4]
     joined, embedding_weight = add_text_scores(task, scores)
-    books, fitted = rank_scores(task, joined)
+    rankings, fitted = rank_scores(task, joined)
     hits = {point["weight"]: point["R@1"] for point in fitted.text_curve}
-    assert max(hits.values()) == 3 / 5 == hits[fitted.text_weight] == books["fused"].recall()["R@1"]
-    assert all(share < 3 / 5 for weight, share in hits.items() if weight < fitted.text_weight)
-    assert embedding_weight is not None and set(books) == {"embedding", "matching", "fused"}
+    assert max(hits.values()) == 3 / 5 == hits[fitted.weights.fused_text_weight] == rankings["fused"].recall()["R@1"]
+    assert all(share < 3 / 5 for weight, share in hits.items() if weight < fitted.weights.fused_text_weight)
+    assert embedding_weight is not None and set(rankings) == {"embedding", "matching", "fused"}
     assert joined[3].keys() == {"embedding"} and joined[0]["visual"].max() == 1.0
+
+
+def test_the_models_own_weight_of_alignment_is_kept_while_matching_is_fitted(shop):
+    task = RetrievalTask.from_datasets(shop.queries, shop.gallery, "live")
+    generator = torch.Generator().manual_seed(0)
+    scores = {
+        query: {
+            kind: torch.randn(len(task.gallery_of(query)), generator=generator)
+            for kind in ("embedding", "matching", "alignment")
+        }
+        for query in range(5)
+    }
+    rankings, fitted = rank_scores(task, scores, own=FusionWeights(3.0, 2.0))
+    assert fitted.weights.alignment_weight == 2.0 and set(rankings) == {"embedding", "matching", "alignment", "fused"}
+    hits = {}
+    for weight in (point["weight"] for point in fitted.curve):
+        fused = {query: fuse(values, FusionWeights(weight, 2.0)) for query, values in scores.items()}
+        hits[weight] = np.mean([int(row.argmax()) in task.relevant_positions(query) for query, row in fused.items()])
+    assert {point["weight"]: point["R@1"] for point in fitted.curve} == hits
+    assert rankings["fused"].recall()["R@1"] == hits[fitted.weights.fusion_weight]
+    without = {query: {"embedding": v["embedding"], "alignment": v["alignment"]} for query, v in scores.items()}
+    rankings, fitted = rank_scores(task, without, own=FusionWeights(None, 2.0))
+    assert fitted is None and set(rankings) == {"embedding", "alignment", "fused"}

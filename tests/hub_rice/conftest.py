@@ -18,7 +18,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOKEN = "hf_SecretTokenOfTheTests"
-TEXT = (".json", ".md", ".py", ".txt", ".jsonl", ".gitattributes", ".yaml")
+TEXT = (".json", ".sha256", ".md", ".py", ".txt", ".jsonl", ".gitattributes", ".yaml")
 ROUTES = re.compile(
     r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)"
     r"(?:/(?P<call>preupload|commit|commits|tree|paths-info|revision|branch)(?:/(?P<revision>[^/]+)(?:/(?P<path>.*))?)?)?"

@@ -49,7 +49,7 @@ def published(hub, tiny_checkpoint):
     """A function that puts the tiny checkpoint on the Hub, its config changed."""
 
     def publish(name: str, **changes) -> str:
-        files = publication(tiny_checkpoint, name)
+        files = publication(tiny_checkpoint, name, license="apache-2.0")
         files = {path: item if isinstance(item, bytes) else item.read_bytes() for path, item in files.items()}
         files["config.json"] = json.dumps({**json.loads(files["config.json"]), **changes}).encode()
         hub.add(name, files)

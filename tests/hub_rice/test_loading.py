@@ -76,7 +76,7 @@ def loaded(running_hub, tiny_checkpoint, pictures, fresh_process, client, tmp_pa
     """What each way of loading gave, by name, and the requests of the process that was offline."""
     from collections import Counter
 
-    files = publication(tiny_checkpoint, "someone/loaded")
+    files = publication(tiny_checkpoint, "someone/loaded", license="apache-2.0")
     running_hub.add(
         "someone/loaded", {n: item if isinstance(item, bytes) else item.read_bytes() for n, item in files.items()}
     )

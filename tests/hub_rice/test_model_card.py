@@ -1,12 +1,17 @@
+import configparser
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from transformers.pipelines import PIPELINE_REGISTRY
 
-from hub_rice.model_card import PUBLISHED, card_from_file, model_card, read_results
+from hub_rice.model_card import PUBLISHED, TEMPLATE, best_first, card_from_file, model_card, write_model_card
+from hub_rice.results import read_results
+from hub_rice.training_record import data_license
 from hub_rice.training_record import recipe as training_recipe
 from training_rice.arguments import parse_arguments
 from training_rice.setup import record_arguments
@@ -48,8 +53,7 @@ def test_card_is_filled_from_the_results():
         "| chance | 2.0 | 10.0 |  |",
         "z(embedding) + 0.4 x z(matching)",
         "2 galleries of 40 to 50 images, median 45",
-        "### By product scale",
-        "| small | 7 | 10.0 | 30.0 |",
+        "[breakdown.md](breakdown.md)",
         "3.1 % of the clips are tied by embedding score",
         "python eval_rice.py --model someone/rice-test",
     ):
@@ -58,7 +62,7 @@ def test_card_is_filled_from_the_results():
 
 def test_card_metadata_holds_a_model_index():
     data = ModelCard(model_card(RESULTS)).data
-    assert data.license == "apache-2.0" and data.library_name == "transformers"
+    assert data.library_name == "transformers" and data.license is None
     values = {result.metric_name: result.metric_value for result in data.eval_results}
     assert values["R@1, embedding score"] == 12.35 and values["R@5, fused score"] == 60.0
     assert {result.dataset_type for result in data.eval_results} == {"mini_lpr4m"}
@@ -66,12 +70,97 @@ def test_card_metadata_holds_a_model_index():
 
 def test_metadata_tells_protocol_and_data_set_without_paths():
     data = ModelCard(model_card({**RESULTS, "dataset": "/home/me/data/mini_lpr4m"})).data
-    assert data.datasets == ["mini_lpr4m"] and data.pipeline_tag and "custom_code" in data.tags
+    assert data.datasets is None
+    assert {result.dataset_type for result in data.eval_results} == {"mini_lpr4m"}
     assert {result.metric_type for result in data.eval_results} == {"recall_at_1", "recall_at_5"}
     protocol = data.eval_results[0].dataset_args
     assert "its own livestream" in protocol["gallery_scope"]
     assert (protocol["gallery_images_median"], protocol["num_queries"], protocol["boxes"]) == (45.0, 77, "none")
     assert ModelCard(model_card(RESULTS, dataset_id="someone/mini")).data.datasets == ["someone/mini"]
+
+
+def test_the_hub_can_list_the_model():
+    data = ModelCard(model_card(RESULTS)).data
+    assert {"sentence-transformers", "custom_code"} <= set(data.tags)
+    # A task of the Hub whose pipeline takes what the model takes.
+    assert data.pipeline_tag in PIPELINE_REGISTRY.get_supported_tasks()
+    assert ModelCard(f"---\n{data.to_yaml()}\n---\n").data.to_dict() == data.to_dict()
+
+
+def test_the_paper_is_linked_as_setup_cfg_has_it():
+    setup = configparser.ConfigParser()
+    setup.read(TEMPLATE.parents[1] / "setup.cfg", encoding="utf-8")
+    paper = re.search(r"Paper = (\S+)", setup["metadata"]["project_urls"])[1]
+    assert f"]({paper})" in model_card(RESULTS) and paper.endswith("2308.04912")
+
+
+def test_the_repository_is_linked_where_setup_cfg_names_one(monkeypatch):
+    assert "Code: <" not in model_card(RESULTS)
+    monkeypatch.setattr("hub_rice.model_card.project_urls", lambda: {"Repository": "https://example.org/rice"})
+    assert "Code: <https://example.org/rice>." in model_card(RESULTS)
+
+
+def test_the_best_score_comes_first():
+    scores = {"embedding": 0.3, "matching": 0.5, "fused": 0.4}
+    results = {**RESULTS, "scores": {kind: {"R@1": value, "R@5": 0.9} for kind, value in scores.items()}}
+    text = model_card(results)
+    places = [text.index(f"| RICE, {kind} |") for kind in ("matching", "fused", "embedding")]
+    assert places == sorted(places)
+    names = [result.metric_name for result in ModelCard(text).data.eval_results]
+    assert names[::2] == ["R@1, matching score", "R@1, fused score", "R@1, embedding score"]
+    # Equal ones stay as they are.
+    assert list(best_first({"a": {"R@1": 0.5}, "b": {"R@1": 0.5}})) == ["a", "b"]
+
+
+def test_training_comes_before_what_is_long(run_dir, tmp_path):
+    (tmp_path / "matches.png").write_bytes(b"picture")
+    write_model_card(tmp_path, RESULTS, run_dir=run_dir)
+    text, page = ((tmp_path / name).read_text() for name in ("README.md", "breakdown.md"))
+    assert text.index("## Results") < text.index("## Training") < text.index("## Published figures")
+    assert "## By product scale" in page and "| small | 7 | 10.0 | 30.0 |" in page and "77 clips of mini_lpr4m" in page
+    assert "| small | 7 |" not in text and "](matches.png)" in text
+    (tmp_path / "matches.png").unlink()
+    write_model_card(tmp_path, {**RESULTS, "by": {}}, run_dir=run_dir)
+    assert "matches.png" not in (tmp_path / "README.md").read_text()
+    assert "breakdown.md" not in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "dataset, data_dir, readme, expected",
+    [
+        ("mini_lpr4m", None, None, "apache-2.0"),
+        ("moving_fashion", "{folder}", None, "cc-by-nc-sa-4.0"),
+        ("lpr4m", "{folder}", None, None),
+        ("shop_clips", "{folder}", None, None),
+        ("shop_clips", "{folder}", "---\nlicense: cc-by-4.0\n---\n# Shop\n", "cc-by-4.0"),
+        ("{folder}", None, "---\nlicense: mit\n---\n", "mit"),
+        ("{folder}", None, "# A shop without metadata\n", None),
+        ("{folder}", None, "---\nlicense: [cut\n---\n", None),
+        ("shop_clips", "/gone", None, None),
+    ],
+)
+def test_the_licence_is_that_of_the_training_data_or_nobody_s(tmp_path, dataset, data_dir, readme, expected):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    if readme is not None:
+        (folder / "README.md").write_text(readme)
+    data = [None if name is None else name.format(folder=folder) for name in (dataset, data_dir)]
+    assert data_license(*data) == expected
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "train_arguments.json").write_text(json.dumps(dict(zip(("dataset", "data_dir"), data))))
+    assert ModelCard(model_card(RESULTS, run_dir=run)).data.license == expected
+    # Whoever publishes may know better.
+    assert ModelCard(model_card(RESULTS, run_dir=run, license="cc0-1.0")).data.license == "cc0-1.0"
+
+
+def test_a_rendered_folder_has_the_licence_of_the_renderer(tiny_mini):
+    assert data_license(str(tiny_mini), None) == data_license("lpr4m", str(tiny_mini)) == "apache-2.0"
+
+
+def test_a_licence_that_is_no_identifier_is_refused():
+    with pytest.raises(ValueError, match="the license 'Apache 2.0' is no identifier of the Hub"):
+        model_card(RESULTS, license="Apache 2.0")
 
 
 def test_gallery_scope_in_plain_words():
@@ -170,7 +259,7 @@ def test_card_without_results_claims_nothing(run_dir):
 
 
 def test_published_figures_stand_apart():
-    results, published = model_card(RESULTS).split("### Published figures")
+    results, published = model_card(RESULTS).split("## Published figures")
     for _, values in PUBLISHED:
         for value in values.values():
             assert f"{value:.2f}" in published and f"{value:.2f}" not in results
@@ -192,7 +281,7 @@ def test_missing_entries_and_template_are_named(tmp_path):
         model_card(RESULTS, tmp_path / "gone.md")
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
     assert card_from_file(tmp_path / "results.json") == model_card(RESULTS)
-    for content, words in ((json.dumps(RESULTS)[:50], "no whole JSON"), ("[]", "lacks protocol")):
+    for content, words in ((json.dumps(RESULTS)[:50], "no whole results file"), ("[]", "expected a JSON object")):
         (tmp_path / "results.json").write_text(content)
         with pytest.raises(ValueError, match=words):
             read_results(tmp_path / "results.json")

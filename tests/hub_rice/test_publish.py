@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 
+from hub_rice.checkpoint import weights_fingerprint
+
 PUBLISH = """
 import os
 from rice_cli import main
@@ -32,7 +34,7 @@ RESULTS = {
     "scores": {kind: {"R@1": 0.25, "R@5": 0.5, "R@10": 0.75} for kind in ("embedding", "matching", "fused")},
     "fusion_weight": 0.4,
     "baselines": {},
-    "by": {},
+    "by": {"category": {"mugs": {"num_queries": 7, "embedding": {"R@1": 0.5}}}},
     "dataset": "/home/me/data/mini_lpr4m",
     "failures": [
         {"kind": "query", "id": "q", "file": "/home/me/data/q.jpg", "reason": "no image /home/me/data/q.jpg"}
@@ -52,6 +54,10 @@ def run_folder(tiny_checkpoint, tmp_path):
     (folder / "training_args.bin").write_bytes(b"a pickle")
     (folder / "unreadable_media.jsonl").write_text('{"file": "/home/me/data/x.jpg"}')
     (folder / "private_notes.py").write_text("secret = 1")
+    # An encoded shop, and a shard that an earlier save left behind.
+    for name in ("gallery.safetensors", "model-00001-of-00009.safetensors"):
+        (folder / name).write_bytes(b"no weights of this model")
+    (folder / "matches.png").write_bytes(b"a picture")
     (folder / "checkpoint-4").mkdir()
     for name in ("optimizer.pt", "model.safetensors", "trainer_state.json"):
         (folder / "checkpoint-4" / name).write_bytes(b"state")
@@ -89,7 +95,7 @@ def test_what_arrives_and_what_stays_at_home(hub, client, run_folder):
         "loss_rice.py", "processing_rice.py", "video_processing_rice.py",
     }  # fmt: skip
     at_home = {"train_arguments.json", "train_results.json", "training_args.bin", "unreadable_media.jsonl"}
-    at_home |= {"private_notes.py", "checkpoint-4"}
+    at_home |= {"private_notes.py", "checkpoint-4", "gallery.safetensors", "model-00001-of-00009.safetensors"}
     assert {name for name in os.listdir(run_folder) if name not in files} == at_home
     assert not [name for name in files if name.startswith("checkpoint")]
     assert files["model.safetensors"] == (run_folder / "model.safetensors").read_bytes()
@@ -102,7 +108,60 @@ def test_what_arrives_and_what_stays_at_home(hub, client, run_folder):
     assert results["model"] == "someone/complete" and results["dataset"] == "mini_lpr4m"
     assert results["command"] == "python eval_rice.py --model someone/complete --dataset mini_lpr4m"
     assert results["failures"][0]["reason"] == "no image q.jpg" and results["scores"] == RESULTS["scores"]
+    assert files["matches.png"] == b"a picture" and "](matches.png)" in card
+    assert b"| mugs | 7 | 50.0 |" in files["breakdown.md"] and "[breakdown.md](breakdown.md)" in card
+    assert "license: apache-2.0" in card and "datasets:" not in card
     assert "learning_rate: 0.002" in card and "2.0 minutes of training" in card and "data_dir:" not in card
+
+
+def plant(value, path: str):
+    """A JSON value whose texts all are a path of this machine."""
+    if isinstance(value, dict):
+        return {name: plant(item, path) for name, item in value.items()}
+    if isinstance(value, list):
+        return [plant(item, path) for item in value]
+    return path if isinstance(value, str) else value
+
+
+def test_a_path_in_any_field_stays_at_home(hub, client, run_folder):
+    """Every field of the records that are only shown; what a model is loaded from has no such fields."""
+    path = "/srv/secret lab/data"
+    for name in ("results.json", "train_arguments.json", "train_results.json"):
+        record = json.loads((run_folder / name).read_text())
+        planted = plant(record, path) | {"notes": path}
+        if name == "results.json":
+            planted["protocol"]["gallery_scope"] = "live"
+        (run_folder / name).write_text(json.dumps(planted))
+    for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
+        record = json.loads((run_folder / name).read_text())
+        (run_folder / name).write_text(json.dumps(record | {"_name_or_path": path}))
+    publish(client, run_folder, "someone/planted", "--license", "mit")
+    files = hub.files("someone/planted")
+    assert not [name for name, content in files.items() if b"secret" in content]
+    assert json.loads(files["results.json"])["scores"] == RESULTS["scores"]
+
+
+def test_a_licence_is_named_where_the_data_s_is_unknown(hub, client, run_folder):
+    arguments = json.loads((run_folder / "train_arguments.json").read_text())
+    (run_folder / "train_arguments.json").write_text(json.dumps({**arguments, "dataset": "lpr4m"}))
+    assert "name the model's own by --license" in refusal(client, run_folder, "someone/unlicensed")
+    assert "no identifier of the Hub" in refusal(client, run_folder, "someone/unlicensed", "--license", "My Own")
+    assert ("models", "someone/unlicensed") not in hub.repos
+    publish(client, run_folder, "someone/licensed", "--license", "cc-by-nc-4.0")
+    assert b"license: cc-by-nc-4.0" in hub.files("someone/licensed")["README.md"]
+
+
+def test_the_picture_may_stay_at_home(hub, client, run_folder):
+    publish(client, run_folder, "someone/blind", "--without_picture")
+    files = hub.files("someone/blind")
+    assert "matches.png" not in files and b"matches.png" not in files["README.md"]
+
+
+def test_results_are_of_the_model_whatever_else_lies_there(hub, client, run_folder):
+    write_results(run_folder, model_sha256=weights_fingerprint(run_folder))
+    (run_folder / "gallery.safetensors").write_bytes(b"another shop")
+    publish(client, run_folder, "someone/shop")
+    assert "gallery.safetensors" not in hub.files("someone/shop")
 
 
 def test_private_unless_asked_and_never_changed(hub, client, run_folder):
@@ -169,7 +228,8 @@ def test_an_interrupted_upload_goes_on(hub, client, run_folder):
     assert 0 < len(first) < count and hub.files("someone/resumed") == {}
     hub.heal()
     publish(client, run_folder, "someone/resumed")
-    assert len(hub.uploads) == len(set(hub.uploads)) == count and hub.uploads[: len(first)] == first
+    # The picture is uploaded as weights are.
+    assert len(hub.uploads) == len(set(hub.uploads)) == count + 1 and hub.uploads[: len(first)] == first
     assert len([name for name in hub.files("someone/resumed") if name.startswith("model-")]) == count
 
 
@@ -216,7 +276,7 @@ def test_refusals_of_the_folder(hub, client, run_folder, tmp_path):
     (run_folder / "results.json").write_text(json.dumps({"scores": {}}))
     says("results.json lacks protocol, num_queries")
     (run_folder / "results.json").write_text(whole[:100])
-    says("results.json is no whole JSON file")
+    says("results.json is no whole results file")
     (run_folder / "results.json").unlink()
     says("make it by `python eval_rice.py --model")
     config = json.loads((run_folder / "config.json").read_text())

@@ -1,11 +1,12 @@
 """What of a folder is published, and what is made of the Hub's answers, without a Hub."""
 
 import json
+import shutil
 
 import pytest
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
-from hub_rice.repository import hub_errors, is_published, portable_results, upload
+from hub_rice.repository import hub_errors, is_published, published_files, upload
 
 
 @pytest.mark.parametrize(
@@ -47,22 +48,22 @@ def test_stays_at_home(path):
     assert not is_published(path)
 
 
-def test_results_lose_their_paths_and_keep_their_figures():
-    results = {
-        "model": "/home/me/runs/x",
-        "dataset": "/home/me/shop",
-        "command": "python eval_rice.py --model /home/me/runs/x --dataset '/home/me/my shop' --boxes none",
-        "failures": [
-            {"kind": "query", "id": "a/b", "file": "/home/me/shop/q.jpg", "reason": "no /home/me/shop/q.jpg"}
-        ],
-        "scores": {"embedding": {"R@1": 1 / 3}},
-    }
-    portable = portable_results(results, "me/rice")
-    assert "/home" not in json.dumps(portable) and portable["scores"] == results["scores"]
-    assert portable["model"] == "me/rice" and portable["dataset"] == "shop"
-    assert portable["command"] == "python eval_rice.py --model me/rice --dataset 'my shop' --boxes none"
-    assert portable["failures"] == [{"kind": "query", "id": "a/b", "file": "q.jpg", "reason": "no q.jpg"}]
-    assert results["failures"][0]["file"] == "/home/me/shop/q.jpg"
+def test_of_the_weights_those_go_that_the_model_is_loaded_from(tiny_checkpoint, tmp_path):
+    """One file, beside what a sharded save left; shards; and one shard, which an index names."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+
+    def weights() -> list[str]:
+        return sorted(name for name in published_files(folder) if ".safetensors" in name)
+
+    index, shards = folder / "model.safetensors.index.json", [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index.write_text(json.dumps({"weight_map": {"a": shards[0], "b": shards[1]}}))
+    for name in (*shards, "gallery.safetensors"):
+        shutil.copy(folder / "model.safetensors", folder / name)
+    assert weights() == ["model.safetensors"]
+    (folder / "model.safetensors").unlink()
+    assert weights() == [*shards, index.name]
+    index.write_text(json.dumps({"weight_map": {"a": shards[0]}}))
+    assert weights() == [shards[0], index.name]
 
 
 def test_a_token_in_any_text_is_refused_before_anything_is_sent():

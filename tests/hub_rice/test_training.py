@@ -1,6 +1,7 @@
 """Training that publishes: at saves and at the end, what belongs on the Hub and nothing else."""
 
 import json
+import shutil
 
 import pytest
 
@@ -96,6 +97,19 @@ def test_a_refused_token_ends_it_before_the_first_step(hub, train):
     sentence = said.strip().splitlines()[-1]
     assert error == "exit 2" and sentence.startswith("train_rice.py: error: the Hub refuses the access token (401)")
     assert not (folder / "model.safetensors").exists()
+
+
+def test_without_a_licence_it_ends_before_the_first_step(hub, train, tiny_mini, tmp_path):
+    """Of data that nobody has rendered, nothing is known."""
+    data = shutil.copytree(tiny_mini, tmp_path / "lpr4m")
+    (data / "mini_lpr4m.json").unlink()
+    words = ["--hub_model_id", "someone/unlicensed", "--hub_strategy", "end", "--dataset", "lpr4m", "--data_dir", data]
+    folder, error, said = train("unlicensed", *words)
+    assert error == "exit 2" and "name the model's by hub_license" in said.strip().splitlines()[-1]
+    assert not (folder / "model.safetensors").exists() and ("models", "someone/unlicensed") not in hub.repos
+    _, error, said = train("licensed", *words, "--hub_license", "cc-by-nc-4.0")
+    assert error is None, f"{said}\n{error}"
+    assert b"license: cc-by-nc-4.0" in hub.files("someone/unlicensed")["README.md"]
 
 
 @pytest.mark.parametrize(

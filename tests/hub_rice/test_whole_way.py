@@ -44,6 +44,11 @@ def test_train_evaluate_publish_and_evaluate_again(hub, run, tiny_mini, tmp_path
     files = hub.files("someone/whole")
     results = json.loads(files["results.json"])
     assert results["model_sha256"] == weights_fingerprint(folder)
+    # What an evaluation writes is known to the list of what is published.
+    measured = json.loads((folder / "eval" / "results.json").read_text())
+    assert measured.keys() == results.keys() and measured["protocol"].keys() == results["protocol"].keys()
+    assert measured["protocol"]["fusion"].keys() == results["protocol"]["fusion"].keys()
+    assert measured["head_tail"].keys() - results["head_tail"].keys() <= {"data_dir"}
     card = ModelCard(files["README.md"].decode())
     values = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert values["R@5, fused score"] == round(100 * results["scores"]["fused"]["R@5"], 2)

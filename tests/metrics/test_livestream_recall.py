@@ -1,11 +1,14 @@
 import ast
+import json
 import random
 import re
 import shutil
 from pathlib import Path
 
 import evaluate
+import numpy as np
 import pytest
+import torch
 from huggingface_hub import RepoCard
 
 from evaluation_rice.recall import recall_at_k
@@ -125,6 +128,87 @@ def test_refuses_strings_and_unequal_lengths(metric):
         metric.compute(predictions=[["a"]], references=["ab"])
     with pytest.raises(ValueError):
         metric.compute(predictions=[["a"]], references=[["a"], ["b"]])
+
+
+KINDS = {"text": str, "number": int, "numpy": np.int64}
+
+
+@pytest.mark.parametrize("galleries", KINDS)
+@pytest.mark.parametrize("lives", KINDS)
+@pytest.mark.parametrize("references", KINDS)
+@pytest.mark.parametrize("predictions", KINDS)
+def test_texts_and_whole_numbers_are_the_same_ids(metric, predictions, references, lives, galleries):
+    first, right, live, own = (KINDS[name] for name in (predictions, references, lives, galleries))
+    result = metric.compute(
+        predictions=[[first(3), first(1), first(2)], []],
+        references=[[right(1)], [right(2)]],
+        live_ids=[live(7), live(8)],
+        galleries={own(7): [own(1), own(2)], own(8): [own(2)]},
+        ks=(1,),
+    )
+    names = ["7", "8"] if lives == "text" else [7, 8]
+    assert result == {
+        "R@1": 0.5,
+        "by_livestream": {names[0]: {"num_clips": 1, "R@1": 1.0}, names[1]: {"num_clips": 1, "R@1": 0.0}},
+    }
+    json.dumps(result)
+
+
+def test_arrays_are_lists(metric):
+    given = {"predictions": np.array([[1, 2], [3, 4]]), "references": torch.tensor([[1], [4]])}
+    assert metric.compute(**given, ks=np.array([2, 1, 2])) == {"R@2": 1.0, "R@1": 0.5}
+    lives = metric.compute(**given, ks=(1,), live_ids=np.array([5, 5]), galleries={5: np.array([2, 4])})
+    assert lives == {"R@1": 0.5, "by_livestream": {5: {"num_clips": 2, "R@1": 0.5}}}
+
+
+def test_one_livestream_under_two_kinds_of_id(metric):
+    given = {"predictions": [["a"], ["b"]], "references": [["a"], ["a"]], "ks": (1,)}
+    assert metric.compute(**given, live_ids=[7, "7"])["by_livestream"] == {7: {"num_clips": 2, "R@1": 0.5}}
+
+
+def test_clips_are_added_one_by_one(metric):
+    metric.add(prediction=[1, 2], reference=["2"])
+    metric.add(prediction=[], reference={"2"})
+    assert metric.compute(ks=(1, 2)) == {"R@1": 0.0, "R@2": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"predictions": []}, "predictions has 0 clips and references 1|predictions is empty"),
+        ({"predictions": [], "references": []}, "predictions is empty: recall needs at least one clip"),
+        ({"predictions": None}, "predictions is empty|must be a list"),
+        ({"predictions": "a"}, "predictions must be a list with one list of ids per clip, not 'a'"),
+        ({"predictions": {"q": ["a"]}}, "predictions must be a list with one list of ids per clip"),
+        ({"predictions": ["a"]}, r"predictions\[0\] must be a list of image ids, not 'a'"),
+        ({"predictions": [None]}, r"predictions\[0\] must be a list of image ids, not None"),
+        ({"predictions": [{"a"}]}, r"predictions\[0\] must be a list of image ids"),
+        ({"predictions": [[["a", 0.5]]]}, r"predictions\[0\] holds \['a', 0.5\]: give image ids alone"),
+        ({"predictions": [["a", float("nan")]]}, r"predictions\[0\] holds nan: an id is a text or a whole number"),
+        ({"predictions": np.array([[1.0, 2.0]])}, r"predictions\[0\] holds np.float64\(1.0\): an id is"),
+        ({"predictions": [[True]]}, r"predictions\[0\] holds True"),
+        ({"references": [None]}, r"references\[0\] must be a list of image ids, not None"),
+        ({"references": [[2.0]]}, r"references\[0\] holds 2.0"),
+        ({"references": None}, "references must be a list"),
+        ({"references": [["a"], ["b"]]}, "predictions has 1 clips and references 2"),
+        ({"live_ids": "x"}, "live_ids must be a list with one livestream id per clip, not 'x'"),
+        ({"live_ids": [None]}, "live_ids holds None"),
+        ({"live_ids": [1.0]}, "live_ids holds 1.0"),
+        ({"live_ids": [7], "galleries": [["a"]]}, "galleries must map a livestream id to its image ids"),
+        ({"live_ids": [7], "galleries": {7: "ab"}}, r"galleries\[7\] must be a list of image ids, not 'ab'"),
+        ({"live_ids": [7], "galleries": {7: [1.0]}}, r"galleries\[7\] holds 1.0"),
+        ({"live_ids": [7], "galleries": {7: ["a"], "7": ["b"]}}, "galleries names livestream '7' twice"),
+        ({"live_ids": [7], "galleries": {8: ["a"]}}, "galleries has no livestream '7'"),
+        ({"ks": 5}, "ks must be a sequence"),
+        ({"ks": "15"}, "ks must be a sequence"),
+    ],
+)
+def test_what_would_count_wrongly_is_refused_in_one_sentence(metric, change, words):
+    with pytest.raises(ValueError, match=words) as error:
+        metric.compute(**{"predictions": [["a"]], "references": [["a"]], **change})
+    assert "\n" not in str(error.value)
+    # Nothing of the refused clips is left to be counted with the next.
+    assert metric.compute(predictions=[["a"]], references=[["a"]], ks=(1,)) == {"R@1": 1.0}
 
 
 def test_script_keeps_one_import_per_line():

@@ -6,18 +6,17 @@ PATCHES = 16
 
 def plain_attention(model, batch, image, clip):
     """Cross-attention of one pair, head by head, from the layers' weights: `(heads, 1 + P, tokens of the clip)`."""
-    images, states = model.encode_image_side(**batch)
-    clips, _, _, mask = model.encode_clip_side(**batch)
+    clips = model.clip_tokens(**batch)
     layer = model.decoder.cross_layer
     tokens = clips.tokens[clip].flatten(0, 1)
-    query = layer.attention.q_proj(layer.layer_norm1(states[image]))
+    query = layer.attention.q_proj(layer.layer_norm1(model.image_tokens(**batch).states[image]))
     key = layer.attention.k_proj(layer.layer_norm1(tokens) if model.config.decoder_normalize_key_value else tokens)
     width = query.shape[-1] // model.config.decoder_num_heads
     maps = []
     for head in range(model.config.decoder_num_heads):
         part = slice(head * width, (head + 1) * width)
         scores = (query[:, part] @ key[:, part].T) / width**0.5
-        maps.append(scores.masked_fill(~mask[clip], -torch.inf).softmax(dim=-1))
+        maps.append(scores.masked_fill(~clips.mask[clip], -torch.inf).softmax(dim=-1))
     return torch.stack(maps)
 
 
@@ -38,14 +37,13 @@ def test_maps_are_the_mean_over_heads_of_a_plain_computation(make_model, make_ba
 def test_the_matching_score_attends_as_the_class_token_of_the_maps(make_model, make_batch, implementation):
     model, batch = make_model(), make_batch(3)
     model.set_attn_implementation(implementation)
-    _, states = model.encode_image_side(**batch)
-    _, keys, values, mask = model.encode_clip_side(**batch)
+    states, clips = model.image_tokens(**batch).states, model.clip_tokens(**batch)
     maps = model.attention_maps(**batch)
     frame, patch = 0, 11
     # With values that are 1 at one token and 0 elsewhere, a context is each head's attention to that token.
-    probe = torch.zeros_like(values)
+    probe = torch.zeros_like(clips.values)
     probe[:, frame * (1 + PATCHES) + 1 + patch] = 1
-    contexts = model.decoder.pair_contexts(states[:, 0], keys, probe, mask)
+    contexts = model.decoder.pair_contexts(states[:, 0], clips.keys, probe, clips.mask)
     torch.testing.assert_close(contexts.diagonal().mean(dim=0), maps[:, 0, frame, patch])
 
 

@@ -74,7 +74,9 @@ def test_parts_missing_from_a_checkpoint_start_as_new_ones(make_model, make_conf
     assert {name.split(".")[0] for name in info["missing_keys"]} == {"decoder", "reconstruction_head"}
     assert torch.equal(model.visual_projection.weight, encoder.visual_projection.weight)
     head = model.reconstruction_head
-    assert torch.equal(head.conv1.weight, torch.full_like(head.conv1.weight, 1 / head.conv1.in_channels))
+    weight = head.conv1.weight.detach()
+    assert weight.mean() == pytest.approx(1 / head.conv1.in_channels)
+    assert (weight > 0).all() and weight.std(dim=0).min() > 1e-2
     assert not head.conv1.bias.any()
     for name, parameter in model.decoder.named_parameters():
         if "norm" in name:
@@ -178,9 +180,11 @@ def test_the_towers_compile_without_graph_breaks(make_model, make_batch, preset)
     torch.compiler.reset()
     model, batch = make_model(preset), make_batch(patch_mask=True)
     frames, patches = batch["pixel_values_videos"][batch["frame_mask"]], batch["patch_mask"][batch["frame_mask"]]
-    encode = compiled(model._encode_pixels)
+    encode = compiled(model.encode_frames)
     with torch.no_grad():
-        torch.testing.assert_close(encode(frames, patches), model._encode_pixels(frames, patches))
+        encoded, expected = encode(frames, patches), model.encode_frames(frames, patches)
+        for name in expected.fields:
+            torch.testing.assert_close(getattr(encoded, name), getattr(expected, name))
         images = batch["pixel_values"]
         features = compiled(model.get_image_features)(images)
         torch.testing.assert_close(features.pooler_output, model.get_image_features(images).pooler_output)

@@ -62,6 +62,8 @@ def test_save_and_load_keep_every_field(tmp_path, vision):
         text_embed_dim=5,
         fusion_weight=0.25,
         fused_text_weight=10,
+        alignment_weight=1,
+        ranking="alignment",
         matching_negatives="all",
     )
     config.save_pretrained(tmp_path)
@@ -69,6 +71,7 @@ def test_save_and_load_keep_every_field(tmp_path, vision):
     assert type(loaded) is RiceConfig and type(loaded.vision_config) is type(vision)
     assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict() | {"_name_or_path": ""}
     assert (loaded.fusion_weight, loaded.fused_text_weight) == (0.25, 10)
+    assert (loaded.alignment_weight, loaded.ranking) == (1, "alignment")
     assert loaded.vision_config.to_dict() == config.vision_config.to_dict()
 
 
@@ -109,6 +112,12 @@ def test_sizes_follow_the_encoder():
         ({"matching_targets": "multi_positive"}, 'needs `matching_negatives="all"`'),
         ({"learn_logit_scale": True, "logit_scale_max": 50.0}, "no lower than a learnt scale's"),
         ({"logit_scale_max": 0.0}, "`logit_scale_max=0.0` must be above 0"),
+        ({"fusion_weight": 0}, "`fusion_weight` must be above 0, got 0"),
+        ({"alignment_weight": -1.0}, "`alignment_weight` must be 0 or more, got -1.0"),
+        ({"use_decoder": False, "ranking": "matching"}, "`ranking='matching'` needs `use_decoder=True`"),
+        ({"ranking": "alignment"}, "`ranking='alignment'` needs an `alignment_weight`"),
+        ({"ranking": "fused"}, "`ranking='fused'` needs a `fusion_weight`"),
+        ({"use_decoder": False, "fusion_weight": 1.0, "ranking": "fused"}, "`ranking='fused'` needs"),
     ],
 )
 def test_bad_combinations_are_refused(settings, message):

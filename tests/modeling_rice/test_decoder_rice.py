@@ -230,7 +230,7 @@ def assert_same_gradients(actual, expected):
 def test_scores_of_all_pairs_equal_the_plain_procedure(make_model, make_batch, variant, patch_mask, text_dim):
     model = make_model(dtype=DOUBLE, text_embed_dim=text_dim, **VARIANTS[variant])
     batch = make_batch(4, dtype=DOUBLE, patch_mask=patch_mask, text_dim=text_dim)
-    actual = model(**batch, return_loss=False).matching_logits / model.config.matching_scale
+    actual = model(**batch, return_loss=False).matching_logits.T / model.config.matching_scale
 
     clips = [
         plain_clip(model, batch["pixel_values_videos"][j], batch["frame_mask"][j], _row(batch.get("patch_mask"), j))
@@ -315,7 +315,7 @@ def test_match_equals_forward_and_chunks_change_nothing(make_model, make_batch, 
     )
     scores = model.match(clips, gallery)
     assert scores.shape == (7, 7) and scores.dtype == torch.float32 and not scores.requires_grad
-    expected = model(**batch, return_loss=False).matching_logits.T / model.config.matching_scale
+    expected = model(**batch, return_loss=False).matching_logits / model.config.matching_scale
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
     for max_memory in (1, 30_000, 200_000):
         torch.testing.assert_close(model.match(clips, gallery, max_memory=max_memory), scores, rtol=1e-5, atol=1e-6)
@@ -477,11 +477,13 @@ def test_chosen_pairs_score_as_among_all_pairs(make_model, preset, implementatio
 
 @pytest.mark.parametrize("scale", [False, True])
 @pytest.mark.parametrize("softmax", [False, True])
-def test_the_mean_over_heads_is_what_the_convolutions_start_as(make_model, make_config, make_batch, softmax, scale):
+def test_the_mean_over_heads_is_convolutions_with_equal_weights(make_model, make_config, make_batch, softmax, scale):
     settings = {"reconstruction_softmax": softmax, "reconstruction_scale_attention": scale}
     mean = make_model(dtype=DOUBLE, reconstruction_mixing="mean", **settings)
     assert not list(mean.reconstruction_head.parameters())
     conv = RiceModel(make_config(**settings)).to(DOUBLE).eval()
+    for layer in (conv.reconstruction_head.conv1, conv.reconstruction_head.conv2):
+        torch.nn.init.constant_(layer.weight, 1 / layer.in_channels)
     missing = conv.load_state_dict(mean.state_dict(), strict=False).missing_keys
     assert {name.split(".")[0] for name in missing} == {"reconstruction_head"}
     batch = make_batch(4, dtype=DOUBLE, patch_mask=True)
@@ -497,3 +499,43 @@ def test_one_head_can_be_averaged_but_not_mixed(make_model, make_batch):
         make_model(decoder_num_heads=1)
     model = make_model(decoder_num_heads=1, reconstruction_mixing="mean")
     assert model(**make_batch()).reconstruction_loss > 0
+
+
+@pytest.mark.parametrize("heads", [2, 4, 6, 8, 12, 16, 32])
+def test_reconstruction_starts_near_the_mean_over_heads_with_channels_apart(make_config, heads):
+    config = make_config(projection_dim=96, decoder_num_heads=heads)
+
+    def build(seed):
+        torch.manual_seed(seed)
+        return RiceModel(config).reconstruction_head
+
+    head, again, other = build(0), build(0), build(1)
+    first, second = head.conv1.weight[:, :, 0, 0], head.conv2.weight[0, :, 0, 0]
+    torch.testing.assert_close(first.mean(), torch.tensor(1 / heads))
+    torch.testing.assert_close(second.mean(), torch.tensor(2 / heads))
+    assert (first > 0).all() and (second > 0).all()
+    assert not head.conv1.bias.any() and not head.conv2.bias.any()
+    assert torch.equal(head.conv1.weight, again.conv1.weight) and torch.equal(head.conv2.weight, again.conv2.weight)
+    assert heads == 2 or not torch.equal(first, other.conv1.weight[:, :, 0, 0])
+    if heads > 2:
+        torch.testing.assert_close(first.mean(dim=0), torch.full((heads,), 1 / heads))
+        assert first.std(dim=0, correction=0).min() >= 1e-2 and second.std(correction=0) >= 1e-2
+    # No channel is dead, whatever is attended to.
+    attention = torch.softmax(4 * torch.randn(3, heads, 5, 7), dim=-1)
+    assert (head.conv1(attention) > 0).all() and (head.conv2(head.conv1(attention)) > 0).all()
+
+
+def test_hidden_channels_of_the_reconstruction_learn_different_things(make_config, make_batch):
+    torch.manual_seed(0)
+    model, batch = RiceModel(make_config(decoder_num_heads=8, decoder_dropout=0.0)), make_batch()
+    weight = model.reconstruction_head.conv1.weight
+    before = weight.detach().clone()
+    optimizer = torch.optim.SGD(model.reconstruction_head.parameters(), lr=1.0)
+    for _ in range(3):
+        model.zero_grad()
+        model(**batch).reconstruction_loss.backward()
+        assert weight.grad.flatten(1).norm(dim=1).min() > 0
+        assert (weight.grad.std(dim=0) > 0.1 * weight.grad.abs().mean(dim=0)).all()
+        optimizer.step()
+    learnt = (weight - before).detach()
+    assert (learnt.std(dim=0) > 0.1 * learnt.abs().mean(dim=0)).all()

@@ -4,9 +4,13 @@ import copy
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig, ResNetConfig, ViTConfig
 
 from modeling_rice import RiceClips, RiceGallery, RiceModel
-from modeling_rice.fingerprint_rice import fingerprint
+from modeling_rice.fingerprint_rice import changes_in_training, fingerprint, same_state
+
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+PICTURES = {"image_size": 32, "patch_size": 8}
 
 
 def encode(model, batch):
@@ -19,11 +23,121 @@ def test_a_copy_has_the_same_name(make_model, tmp_path):
     name = model.fingerprint()
     assert len(name) == 32 and int(name, 16) >= 0
     model.save_pretrained(tmp_path)
-    for dtype in (torch.float32, torch.bfloat16):
-        assert RiceModel.from_pretrained(tmp_path, dtype=dtype).fingerprint() == name
+    assert RiceModel.from_pretrained(tmp_path).fingerprint() == name
     assert RiceModel.from_pretrained(tmp_path, attn_implementation="eager").fingerprint() == name
     assert copy.deepcopy(model).fingerprint() == name
-    assert model.to(torch.bfloat16).fingerprint() == name
+    assert model.train().fingerprint() == model.eval().fingerprint() == name
+    assert copy.deepcopy(model).double().fingerprint() == copy.deepcopy(model).to("cpu").fingerprint() == name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_copy_in_half_precision_takes_what_the_model_encoded(make_model, make_batch, tmp_path, dtype):
+    model, batch = make_model(), make_batch()
+    _, gallery = encode(model, batch)
+    model.save_pretrained(tmp_path)
+    for half in (copy.deepcopy(model).to(dtype), RiceModel.from_pretrained(tmp_path, dtype=dtype)):
+        assert same_state(half.fingerprint(), model.fingerprint())
+        clips, own = encode(half, batch)
+        for shop in (gallery, own, RiceGallery.cat([gallery, own]).to(dtype)):
+            assert half.similarity(clips, shop).shape == half.match(clips, shop).shape == (5, len(shop))
+        with torch.no_grad():
+            half.decoder.cross_layer.mlp.fc1.weight[0, 0] += 0.5
+        assert not same_state(half.fingerprint(), model.fingerprint())
+        with pytest.raises(ValueError, match="`gallery` was encoded by another model"):
+            half.match(encode(half, batch)[0], gallery)
+
+
+def test_states_are_compared_by_either_half_of_their_names():
+    one, halves = "0123456789abcdef" * 2, ("0123456789abcdef", "fedcba9876543210")
+    assert same_state(one, one) and same_state(None, one) and same_state(one, None)
+    assert same_state(one, halves[0] + halves[1]) and same_state(one, halves[1] + halves[0])
+    assert not same_state(one, halves[1] + halves[1]) and not same_state(f"{one}-int8", one)
+    # The halves stand for different roundings.
+    assert not same_state(halves[0] + halves[1], halves[1] + halves[0])
+
+
+class Adapted(torch.nn.Module):
+    """A linear layer with low-rank adapters, with the attributes and the forward pass of PEFT's."""
+
+    def __init__(self, base: torch.nn.Linear, rank: int = 2):
+        super().__init__()
+        self.base_layer, self.rank = base, rank
+        self.lora_A, self.lora_B = torch.nn.ModuleDict(), torch.nn.ModuleDict()
+        self.scaling, self.active_adapters, self.merged_adapters, self.disable_adapters = {}, [], [], False
+
+    def add(self, name: str, scaling: float = 2.0):
+        self.lora_A[name] = torch.nn.Linear(self.base_layer.in_features, self.rank, bias=False)
+        self.lora_B[name] = torch.nn.Linear(self.rank, self.base_layer.out_features, bias=False)
+        self.scaling[name], self.active_adapters = scaling, [name]
+        return self.eval()
+
+    def change(self, name: str) -> torch.Tensor:
+        return self.scaling[name] * self.lora_B[name].weight @ self.lora_A[name].weight
+
+    def merge(self):
+        with torch.no_grad():
+            for name in self.active_adapters:
+                self.base_layer.weight += self.change(name)
+        self.merged_adapters = list(self.active_adapters)
+
+    def forward(self, x):
+        result = self.base_layer(x)
+        for name in [] if self.disable_adapters else set(self.active_adapters) - set(self.merged_adapters):
+            result = result + x @ self.change(name).T
+        return result
+
+
+def adapted(model, name="first"):
+    """The model with an adapter on its projection, and that layer."""
+    model.visual_projection = layer = Adapted(model.visual_projection)
+    # What asks for the layer's weight finds it, as with PEFT.
+    Adapted.weight = property(lambda self: self.base_layer.weight)
+    layer.add(name)
+    return model, layer
+
+
+def test_adapters_that_are_active_switched_off_and_merged_are_different_states(make_model, make_batch):
+    plain, batch = make_model(), make_batch()
+    name, (clips, gallery) = plain.fingerprint(), encode(plain, batch)
+    model, layer = adapted(copy.deepcopy(plain))
+    active, (active_clips, active_gallery) = model.fingerprint(), encode(model, batch)
+    assert not same_state(active, name) and (active_gallery.embeds - gallery.embeds).abs().max() > 1e-3
+    layer.disable_adapters = True
+    off_clips, off_gallery = encode(model, batch)
+    assert model.fingerprint() == name and torch.equal(off_gallery.embeds, gallery.embeds)
+    model.match(clips, off_gallery)
+    with pytest.raises(ValueError, match="`gallery` was encoded by .*adapters were switched"):
+        model.match(off_clips, active_gallery)
+    layer.disable_adapters = False
+    assert model.fingerprint() == active
+    with pytest.raises(ValueError, match="`clips` was encoded by .*adapters were switched"):
+        model.match(clips, active_gallery)
+    layer.merge()
+    merged = model.fingerprint()
+    torch.testing.assert_close(encode(model, batch)[1].embeds, active_gallery.embeds)
+    assert not same_state(merged, active) and not same_state(merged, name)
+    # Merged for good it is a plain model with these weights.
+    model.visual_projection = layer.base_layer
+    assert model.fingerprint() == merged
+    assert active_clips.model_fingerprint == active
+
+
+def test_only_adapters_in_use_count(make_model):
+    model, layer = adapted(make_model())
+    first = model.fingerprint()
+    layer.add("second")
+    second = model.fingerprint()
+    layer.active_adapters = ["first"]
+    assert model.fingerprint() == first
+    with torch.no_grad():
+        layer.lora_A["second"].weight.mul_(2)
+    assert model.fingerprint() == first
+    layer.active_adapters = ["second"]
+    assert model.fingerprint() not in (first, second)
+    layer.active_adapters = ["first", "second"]
+    both = model.fingerprint()
+    layer.scaling["first"] = 3.0
+    assert len({first, second, both, model.fingerprint()}) == 4
 
 
 @pytest.mark.parametrize(
@@ -114,3 +228,40 @@ def test_offloaded_weights_have_no_name(make_model, make_batch):
     offloaded.vision_model.to("meta")
     assert offloaded.fingerprint() is None
     assert offloaded.similarity(clips, gallery).shape == (5, 5)
+
+
+RESNET = ResNetConfig(
+    embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", hidden_act="relu", num_channels=3
+)
+NORMS = {"vision_config": RESNET, "vision_pooling": "mean", "decoder_position_embeddings": False}
+DROPOUT = {"vision_config": ViTConfig(**TINY, **PICTURES, hidden_dropout_prob=0.1)}
+ATTENTION = {"vision_config": CLIPVisionConfig(**TINY, **PICTURES, attention_dropout=0.1)}
+TEXT = {"text_config": {"vocab_size": 50, **TINY, "max_position_embeddings": 16}}
+
+
+@pytest.mark.parametrize("settings", [NORMS, DROPOUT, ATTENTION, TEXT, {"decoder_dropout": 0.1}])
+def test_training_mode_is_refused_where_it_changes_encodings(make_model, make_batch, settings):
+    model, batch = make_model(**{"decoder_dropout": 0.0, **settings}), make_batch(2)
+    clips, gallery = encode(model, batch)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    # As a whole, and in one part alone.
+    for part in (model, next(m for m in model.modules() if changes_in_training(m.train()) or not m.eval())):
+        part.train()
+        for call in (
+            lambda: encode(model, batch),
+            lambda: model.encode_gallery(batch["pixel_values"]),
+            lambda: model.match(clips, gallery),
+            lambda: model.rank(None, gallery, processor=lambda **_: {"pixel_values_videos": clips}),
+        ):
+            with pytest.raises(ValueError, match=r"needs the model in eval mode.* call `model.eval\(\)` first"):
+                call()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+        model.eval()
+    torch.testing.assert_close(encode(model, batch)[1].embeds, gallery.embeds)
+
+
+def test_training_mode_is_allowed_where_it_changes_nothing(make_model, make_batch):
+    model, batch = make_model(decoder_dropout=0.0), make_batch(2)
+    expected = encode(model, batch)
+    for actual, other in zip(encode(model.train(), batch), expected, strict=True):
+        assert torch.equal(actual.embeds, other.embeds)

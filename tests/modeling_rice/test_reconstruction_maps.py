@@ -10,9 +10,8 @@ def test_maps_reconstruct_what_the_loss_compares(make_model, make_batch, include
     batch = make_batch(3)
     maps = model.reconstruction_maps(**batch)
     assert maps.shape == (3, PATCHES, 3, PATCHES) and maps.min() >= 0 and not maps.requires_grad
-    images, states = model.encode_image_side(**batch)
-    clips, keys, _, mask = model.encode_clip_side(**batch)
-    weights = model.reconstruction_weights(states, keys, mask, 1 + PATCHES)
+    images, clips = model.image_tokens(**batch), model.clip_tokens(**batch)
+    weights = model.reconstruction_weights(images.states, clips.keys, clips.mask, 1 + PATCHES)
     clip, frame, patch, image_patch = 0, 2, 5, 7
     column, row = frame * PATCHES + patch, image_patch
     if include_cls:

@@ -12,7 +12,7 @@ from PIL import Image
 from evaluation_rice.recall import recall_at_k
 from modeling_rice.convert_rice_original_to_hf import convert_original_checkpoint
 from processing_rice import RiceVideoProcessor, boxes_to_patch_mask, sample_frame_indices
-from processing_rice.video_processing_rice import drop_last_frames
+from processing_rice.sampling_rice import drop_last_frames
 
 FOLDER = Path(__file__).resolve().parents[1] / "fixtures" / "reference"
 TOLERANCE = 1e-4
@@ -134,8 +134,8 @@ def clip4clip(request):
     """
     tensors = read("clip4clip_tiny")
     model = convert_original_checkpoint(weights_of(tensors) | stand_in_encoder(width=64))
-    model._encode_pixels = lambda tokens, patch_mask=None, is_clip=False: tokens[:, 0]
-    model._features = lambda tokens: (tokens, tokens[..., 0, :])
+    model._vision_states = lambda tokens, patch_mask=None, is_clip=False: tokens[:, 0]
+    model._tokens_and_features = lambda tokens: (tokens, tokens[..., 0, :])
     inputs = {
         "pixel_values": tensors["inputs/image_tokens"][:, None],
         "pixel_values_videos": tensors[f"inputs/{request.param}/video_tokens"][:, :, None],
@@ -166,15 +166,14 @@ def test_older_code(clip4clip):
 
 def test_older_code_scores_attention_and_reconstruction(clip4clip):
     model, inputs, recorded, _ = clip4clip
-    clips = model._encode_clips(inputs["pixel_values_videos"], inputs["frame_mask"], inputs.get("patch_mask"))
+    clips = model.clip_tokens(**{name: inputs[name] for name in inputs if name != "pixel_values"})
     states = model.decoder.encode_images(inputs["pixel_values"][:, 0])
-    keys, _, mask = model._decoder_clips(clips, None)
-    attention = model.decoder.positive_attention(states, keys, mask)
+    attention = model.decoder.positive_attention(states, clips.keys, clips.mask)
     expected = recorded["cross/attention_positive"]
     assert_close("attention", attention[: len(expected), :, : expected.shape[2]], expected)
-    weights = model.reconstruction_weights(states, keys, mask, tokens_per_frame=10)
+    weights = model.reconstruction_weights(states, clips.keys, clips.mask, tokens_per_frame=10)
     assert_close("reconstruction weights", weights, recorded["pfr/reconstruction_weights"])
-    sources = (clips.tokens * clips.mask[..., None])[:, :, 1:].flatten(1, 2)
+    sources = (clips.tokens * clips.token_mask[..., None])[:, :, 1:].flatten(1, 2)
     assert_close("reconstruction", weights @ sources, recorded["pfr/reconstruction"])
 
     gallery = model.encode_gallery(inputs["pixel_values"])
@@ -219,14 +218,14 @@ def test_newer_code(mmf):
 def test_newer_code_attention_and_reconstruction(mmf):
     model, (images, videos, frame_mask), recorded, _ = mmf
     tokens = model.get_image_features(images).last_hidden_state
-    clips = model._encode_clips(videos, frame_mask, None)
+    clips = model.clip_tokens(videos, frame_mask)
     states = model.decoder.encode_images(tokens)
-    keys, _, mask = model._decoder_clips(clips, None)
-    attention = model.decoder.positive_attention(states, keys, mask) * model.reconstruction_head.attention_factor
+    attention = model.decoder.positive_attention(states, clips.keys, clips.mask)
+    attention = attention * model.reconstruction_head.attention_factor
     expected = recorded["rec_attention_in"]
     assert_close("attention", attention[: len(expected), :, : expected.shape[2]], expected)
-    weights = model.reconstruction_weights(states, keys, mask, tokens.shape[1])
-    reconstruction = weights @ (clips.tokens * clips.mask[..., None]).flatten(1, 2)
+    weights = model.reconstruction_weights(states, clips.keys, clips.mask, tokens.shape[1])
+    reconstruction = weights @ (clips.tokens * clips.token_mask[..., None]).flatten(1, 2)
     expected = recorded["rec_reconstruction"]
     assert_close("reconstruction", reconstruction[: len(expected)], expected)
 

@@ -79,8 +79,8 @@ def read_golden(path):
 
 
 @pytest.fixture
-def golden(shared_dir):
-    return lambda name: read_golden(shared_dir / "reference" / f"{name}.safetensors")
+def golden(reference_dir):
+    return lambda name: read_golden(reference_dir / f"{name}.safetensors")
 
 
 def official_weights(tensors, without=()):
@@ -204,9 +204,9 @@ def test_clip4clip_decoder_states(clip4clip):
     run, _ = clip4clip
     model, recorded = run.model, run.recorded
     images = model.get_image_features(run.images).last_hidden_state
-    clips = model._encode_clips(run.videos, run.frame_mask, run.patch_mask)
+    clips = model.clip_tokens(run.videos, run.frame_mask, run.patch_mask, run.asr)
     states = model.decoder.encode_images(images, run.titles)
-    keys, values, mask = model._decoder_clips(clips, run.asr)
+    keys, values, mask = clips.keys, clips.values, clips.mask
     index = run.output.matching_indices
     pairs = [(i, int(clip)) for i in range(2) for clip in index[i]]
 
@@ -224,7 +224,7 @@ def test_clip4clip_decoder_states(clip4clip):
         tokens = images.shape[1]
         weights = model.reconstruction_weights(states, keys, mask, tokens)
         assert_close("reconstruction weights", weights, recorded["pfr/reconstruction_weights"])
-        sources = (clips.tokens * clips.mask[..., None])[:, :, 1:].flatten(1, 2)
+        sources = (clips.tokens * clips.token_mask[..., None])[:, :, 1:].flatten(1, 2)
         assert_close("reconstruction", weights @ sources, recorded["pfr/reconstruction"])
         assert_close("reconstruction target", images[:, 1:], recorded["pfr/target"])
 
@@ -305,7 +305,7 @@ def test_mmf_encoder_and_decoder_states(mmf):
     run, _ = mmf
     model, recorded = run.model, run.recorded
     images = model.get_image_features(run.images).last_hidden_state
-    clips = model._encode_clips(run.videos, run.frame_mask, None)
+    clips = model.clip_tokens(run.videos, run.frame_mask)
     if "image_tokens_raw" in recorded:
         assert_close("image tokens", images, recorded["image_tokens_raw"])
         assert_close("clip tokens", clips.tokens[:1], recorded["video_tokens_raw_clip0"])
@@ -315,7 +315,7 @@ def test_mmf_encoder_and_decoder_states(mmf):
     if model.decoder is None:
         return
     states = model.decoder.encode_images(images)
-    keys, values, mask = model._decoder_clips(clips, None)
+    keys, values, mask = clips.keys, clips.values, clips.mask
     contexts = model.decoder.pair_contexts(states[:, 0], keys, values, mask)
     chosen = run.output.matching_indices[0]
     finished = model.decoder.cross_layer.finish(states[[0] * 4, 0], contexts[chosen, 0])
@@ -326,7 +326,7 @@ def test_mmf_encoder_and_decoder_states(mmf):
         assert_close("scaled attention of positives", attention * factor, recorded["rec_attention_in"])
         weights = model.reconstruction_weights(states, keys, mask, images.shape[1])
         assert_close("reconstruction weights", weights, recorded["rec_conv_out"].softmax(dim=-1))
-        sources = (clips.tokens * clips.mask[..., None]).flatten(1, 2)
+        sources = (clips.tokens * clips.token_mask[..., None]).flatten(1, 2)
         assert_close("reconstruction", weights @ sources, recorded["rec_reconstruction"])
 
 

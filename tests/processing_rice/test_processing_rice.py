@@ -1,5 +1,6 @@
 """One call for images, clips and text, the calls generic code makes, and what is refused."""
 
+import base64
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
 
-from processing_rice import ImageError, RicePillowImageProcessor, RiceProcessor, build_processor, open_image
+from processing_rice import MediaError, RicePillowImageProcessor, RiceProcessor, build_processor, open_image
 from processing_rice.image_processing_rice import resize_with_pillow
 
 
@@ -240,15 +241,74 @@ def test_picture_files_are_read_upright_and_named_in_errors(make_picture, proces
 
     (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
     for read in (open_image, lambda path: processor(images=[path]), lambda path: processor(videos=[[path]])):
-        with pytest.raises(ImageError, match=r"torn\.jpg cannot be decoded .*; replace it or leave it out") as error:
+        with pytest.raises(MediaError, match=r"torn\.jpg cannot be decoded .*; replace it or leave it out") as error:
             read(tmp_path / "torn.jpg")
         assert isinstance(error.value, ValueError)
-        with pytest.raises(ImageError, match=r"There is no image file .*absent\.jpg") as error:
+        with pytest.raises(MediaError, match=r"There is no image file .*absent\.jpg") as error:
             read(tmp_path / "absent.jpg")
         assert isinstance(error.value, FileNotFoundError)
     with pytest.raises(FileNotFoundError, match=r"There is no image file .*absent\.jpg"):
         processor(images=[str(tmp_path / "absent.jpg")])
-    with pytest.raises(ImageError, match="The image file <bytes> cannot be decoded"):
+    with pytest.raises(MediaError, match="The image file <bytes> cannot be decoded"):
         open_image(b"")
-    with pytest.raises(ImageError, match="The image file 3/cup cannot be decoded"):
+    with pytest.raises(MediaError, match="The image file 3/cup cannot be decoded"):
         open_image(b"no picture", name="3/cup")
+
+
+def test_pictures_of_a_list_are_judged_by_themselves(processor, make_picture):
+    picture = make_picture()
+    expected = processor(images=[picture])["pixel_values"]
+    for images in ([picture, picture / 255, Image.fromarray(picture)], [(picture / 255).astype(np.float32), picture]):
+        for return_tensors in ("pt", "np"):
+            pixels = processor(images=images, return_tensors=return_tensors)["pixel_values"]
+            assert pixels.shape[0] == len(images)
+            # Floats are not rounded to 8 bits in between.
+            assert np.abs(np.asarray(pixels) - np.asarray(expected)).max() < 0.03
+    for bad in (picture.astype(np.float32), picture.astype(np.uint16), picture > 9):
+        with pytest.raises(ValueError, match=r"Image 1 must hold uint8 or floats in 0\.\.1"):
+            processor(images=[picture, bad])
+        with pytest.raises(ValueError, match=r"Clip 0, frame 1 must hold uint8 or floats in 0\.\.1"):
+            processor(videos=[[picture, bad]])
+    settings = {"images_kwargs": {"do_rescale": False, "do_normalize": False}}
+    whole, floats = (processor(images=[form], **settings)["pixel_values"] for form in (picture, picture.astype(float)))
+    assert (whole - floats).abs().max() < 1.5
+
+
+def test_files_in_any_form_and_pictures_that_were_opened(processor, make_picture, tmp_path):
+    """Turned by a tag, and with a colour under what is transparent."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.fromarray(make_picture()).convert("RGBA")
+    picture.paste((0, 255, 0, 0), (0, 0, 20, 10))
+    picture.save(tmp_path / "a.png", exif=exif)
+    data = (tmp_path / "a.png").read_bytes()
+    expected = processor(images=[open_image(tmp_path / "a.png")])["pixel_values"]
+    address = "data:image/png;base64," + base64.b64encode(data).decode()
+    path = str(tmp_path / "a.png")
+    forms = (data, {"path": path}, {"path": None, "bytes": data}, Image.open(path), address)
+    for form in forms:
+        assert torch.equal(processor(images=form)["pixel_values"], expected)
+        assert torch.equal(processor(images=[[form]])["pixel_values"], expected)
+    for form in forms[:-1]:
+        clip = processor(videos=[[form]])["pixel_values_videos"][0]
+        torch.testing.assert_close(clip, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        ([], "`images` is empty; give at least one image"),
+        ([[]], "`images` is empty"),
+        (np.zeros((0, 8, 8, 3), np.uint8), "`images` is empty"),
+        ("shop/mug", "There is no image file shop/mug"),
+        ("mug", "There is no image file mug"),
+        ("http://127.0.0.1:9/mug.png", "The image file http://127.0.0.1:9/mug.png cannot be fetched"),
+        ({"path": None}, "The image file <bytes> cannot be read"),
+        (3, "Image 0 must"),
+        ([None], "Image 0 must"),
+    ],
+)
+def test_what_names_no_picture(processor, images, message):
+    with pytest.raises(ValueError, match=message) as error:
+        processor(images=images)
+    assert "\n" not in str(error.value)

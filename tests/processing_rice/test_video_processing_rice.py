@@ -9,9 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoVideoProcessor
 
-from processing_rice import RiceVideoProcessor, boxes_to_patch_mask, build_processor, read_video, sample_frame_indices
+from processing_rice import RiceVideoProcessor, boxes_to_patch_mask, build_processor, sample_frame_indices
 from processing_rice.image_processing_rice import resize_with_pillow
-from processing_rice.video_processing_rice import draw_frame_drop, drop_last_frames
 
 MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073))[:, None, None]
 STD = torch.tensor((0.26862954, 0.26130258, 0.27577711))[:, None, None]
@@ -25,35 +24,6 @@ def video_processor():
 def grey_levels(pixels):
     """Normalised pixels -> 0..255."""
     return (pixels * STD + MEAN) * 255
-
-
-@pytest.mark.parametrize(
-    "num_frames, max_frames, mode, expected",
-    [
-        (3, 10, "train", [0, 1, 2]),
-        (4, 4, "eval", [0, 1, 2, 3]),
-        (10, 4, "eval", [0, 2, 5, 7]),
-        (10, 4, "train", [0, 3, 6, 9]),
-        (7, 1, "eval", [0]),
-        (7, 1, "train", [0]),
-    ],
-)
-def test_frames_are_sampled_as_published(num_frames, max_frames, mode, expected):
-    assert sample_frame_indices(num_frames, max_frames, mode) == expected
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ((0, 4), "`num_frames` must be at least 1, got 0"),
-        ((4, 0), "`max_frames` must be at least 1, got 0"),
-        ((4, 4, "random"), "`mode` must be"),
-        ((9, 4.0), "`max_frames` must be a whole number, got 4.0"),
-    ],
-)
-def test_sampling_refuses_what_makes_no_sense(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        sample_frame_indices(*arguments)
 
 
 def test_patch_mask_by_hand():
@@ -122,8 +92,8 @@ def test_boxes_that_overshoot_a_little_are_cut_off(video_processor, make_picture
     assert torch.equal(mask([0.75, 0.75, 1.04, 1.05]), mask([0.75, 0.75, 1, 1]))
 
 
-def test_recorded_patch_masks_and_sampling(shared_dir):
-    recorded = json.loads((shared_dir / "reference" / "golden_functions.json").read_text())
+def test_recorded_patch_masks_and_sampling(reference_dir):
+    recorded = json.loads((reference_dir / "golden_functions.json").read_text())
     assert len(recorded["patch_mask"]) > 30
     for case in recorded["patch_mask"]:
         mask = boxes_to_patch_mask(case["boxes"], iou_threshold=case["iou_thresh"])
@@ -137,9 +107,9 @@ def test_recorded_patch_masks_and_sampling(shared_dir):
         assert sample_frame_indices(*arguments, "train") == case["train_uniform"]
 
 
-def test_recorded_ious(shared_dir):
+def test_recorded_ious(reference_dir):
     """A patch passes at its recorded IoU and fails just above it."""
-    recorded = json.loads((shared_dir / "reference" / "golden_functions.json").read_text())
+    recorded = json.loads((reference_dir / "golden_functions.json").read_text())
     cells, tested = recorded["grid_cells_ltrb"], 0
     for case in recorded["iou"]:
         for box, cell in ((case["a"], case["b"]), (case["b"], case["a"])):
@@ -298,22 +268,6 @@ def test_video_files_are_sampled(video_processor, make_video):
     assert video_processor([path, path], num_frames=3)["pixel_values_videos"].shape == (2, 3, 3, 32, 32)
 
 
-def test_ranges_of_a_video_file(make_video):
-    path = str(make_video(num_frames=20, fps=5))
-
-    def levels(start, end, *arguments):
-        return read_video({"path": path, "start": start, "end": end}, *arguments).mean(axis=(1, 2, 3))
-
-    np.testing.assert_allclose(levels(1.0, 2.0), 20 + 10 * np.arange(5, 10), atol=4)
-    np.testing.assert_allclose(levels(None, 0.4), [20, 30], atol=4)
-    np.testing.assert_allclose(levels(3.6, -1.0), [200, 210], atol=4)
-    np.testing.assert_allclose(levels(0.0, 99.0, 2), [20, 120], atol=4)
-    np.testing.assert_allclose(levels(1.0, 3.0, 3, "train"), [70, 110, 160], atol=4)
-    for start, end in ((4.0, 5.0), (2.0, 1.0)):
-        with pytest.raises(ValueError, match=rf"range {start}..{end} s of .*clip.mp4 holds no frame"):
-            levels(start, end)
-
-
 def test_files_and_frame_lists_share_a_batch(video_processor, make_video, make_picture):
     inputs = video_processor([str(make_video()), [make_picture()]])
     assert inputs["frame_mask"].tolist() == [[True] * 4, [True, False, False, False]]
@@ -412,9 +366,9 @@ def two_pass_resize(picture, size, vertical_first):
 
 @pytest.mark.parametrize("case", range(4))
 @pytest.mark.parametrize("size, name, step", [(32, "size32", 1), (224, "size224_every8", 8)])
-def test_recorded_preprocessing(shared_dir, tokenizer, case, size, name, step):
+def test_recorded_preprocessing(reference_dir, tokenizer, case, size, name, step):
     """Bit for bit by Pillow, whichever version is installed; torchvision's 8-bit weights have fewer digits."""
-    tensors = load_file(shared_dir / "reference" / "golden_preprocess.safetensors")
+    tensors = load_file(reference_dir / "golden_preprocess.safetensors")
     picture, recorded = tensors[f"inputs/rgb_uint8_{case}"].numpy(), tensors[f"outputs/{name}_{case}"]
     exact = build_processor(tokenizer, image_size=size, resize_backend="pillow")
     inputs = exact(images=[Image.fromarray(picture)], videos=[[Image.fromarray(picture)]])
@@ -465,54 +419,6 @@ def test_boxes_in_an_oblong_picture_mask_its_own_grid(make_picture):
     )
     inputs = cropped([clip], boxes=[[[0.0, 0.0, 0.29, 0.96]]])
     assert inputs["patch_mask"][0, 0].tolist() == [True, False, False, False] * 2
-
-
-@pytest.mark.parametrize(
-    "num_frames, fraction, kept", [(10, 0.3, 7), (10, 0.0, 10), (3, 0.9, 1), (1, 0.9, 1), (7, 0.5, 4)]
-)
-def test_the_end_of_a_clip_is_dropped(num_frames, fraction, kept):
-    assert drop_last_frames(range(num_frames), fraction) == list(range(kept))
-
-
-def test_recorded_frame_drop(shared_dir):
-    """The older code first spreads ten frames over the clip, then drops from their end."""
-    recorded = json.loads((shared_dir / "reference" / "golden_functions.json").read_text())["train_random_drop"]
-    assert len(recorded) > 200
-    for case in recorded:
-        fraction = case["drop_fraction"] if case["gate"] >= 0.5 else 0.0
-        kept = drop_last_frames(sample_frame_indices(case["num_frames"], 10, "train"), fraction)
-        assert kept == case["kept"], case
-
-
-def test_frame_drops_are_drawn_as_published():
-    """Half of the time nothing, else 0, 0.1, ..., 0.9 with equal probability: 55 % and 5 % each of nine."""
-    torch.manual_seed(0)
-    draws = torch.tensor([draw_frame_drop() for _ in range(4000)])
-    shares = [(draws - 0.1 * step).abs().lt(1e-6).double().mean().item() for step in range(10)]
-    assert sum(shares) == pytest.approx(1)
-    assert shares[0] == pytest.approx(0.55, abs=0.03) and shares[1:] == pytest.approx([0.05] * 9, abs=0.012)
-
-
-@pytest.mark.parametrize(
-    "mode, num_frames, longest",
-    [
-        ("train_random_drop", 25, sample_frame_indices(25, 10, "train")),
-        ("train_random_drop", 6, list(range(6))),
-        ("train_random_drop_full", 25, sample_frame_indices(25, 10, "train")),
-        ("eval_random_drop_full", 25, sample_frame_indices(25, 10, "eval")),
-        ("eval_random_drop_full", 10, list(range(10))),
-    ],
-)
-def test_random_drops_keep_the_beginning(mode, num_frames, longest):
-    drawn = [sample_frame_indices(num_frames, 10, mode) for _ in range(200)]
-    assert all(indices == longest[: len(indices)] for indices in drawn)
-    lengths = {len(indices) for indices in drawn}
-    assert max(lengths) == len(longest) and len(lengths) > 3
-
-
-def test_the_newer_codes_drop_leaves_short_clips_alone():
-    for mode in ("train_random_drop_full", "eval_random_drop_full"):
-        assert all(sample_frame_indices(9, 10, mode) == list(range(9)) for _ in range(50))
 
 
 def test_the_processor_drops_frames_where_asked_to(make_picture):

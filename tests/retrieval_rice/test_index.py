@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation_rice.fusion import fuse
 from modeling_rice import RiceClips, RiceGallery
+from modeling_rice.scoring_rice import FusionWeights
 from retrieval_rice.index import GalleryIndex
 from retrieval_rice.index_store import LocalStore, best_rows
 
@@ -24,7 +24,7 @@ def build(shop):
 def encode(shop, rows):
     from data_rice.collator import RiceCollator
 
-    return shop.model.encode_gallery(**RiceCollator(shop.processor).encode_gallery(rows)[0])
+    return shop.model.encode_gallery(**RiceCollator(shop.processor).collate_gallery(rows)[0])
 
 
 def found(answer):
@@ -36,11 +36,10 @@ def test_hits_are_those_of_scoring_the_whole_shop(shop, build):
     index = build(dtype="float32", shard_size=4)
     embedding, matching = shop.model.similarity(clips, gallery).numpy(), shop.model.match(clips, gallery).numpy()
     for i, answer in enumerate(index.search(clips, top_k=10, rerank=None)):
-        fused = fuse(embedding[i], matching[i], 1.0)
-        order = np.argsort(-fused, kind="stable")
+        order = np.argsort(-matching[i], kind="stable")
         assert found(answer) == [shop.rows[row]["image_id"] for row in order]
-        np.testing.assert_allclose([hit.score for hit in answer.hits], fused[order], atol=1e-4)
         np.testing.assert_allclose([hit.matching_score for hit in answer.hits], matching[i][order], atol=1e-4)
+        assert [hit.score for hit in answer.hits] == [hit.matching_score for hit in answer.hits]
         np.testing.assert_allclose([hit.embedding_score for hit in answer.hits], embedding[i][order], atol=1e-5)
 
 
@@ -260,31 +259,31 @@ def test_scores_are_those_of_the_evaluation_with_text(
     from evaluation_rice.protocol import RetrievalTask
     from evaluation_rice.retrieval import Loading, ModelRetriever, retrieve
 
-    weights = {"fusion_weight": 0.7, "fused_text_weight": text_weight}
-    model = make_index_model(text_config=TEXT, text_score_weight=0.5, **weights)
+    model = make_index_model(text_config=TEXT, text_score_weight=0.5, fusion_weight=0.7, fused_text_weight=text_weight)
+    weights = FusionWeights.of(model.config)
     rows = [{**row, "title": "" if i in (3, 4) else row["title"]} for i, row in enumerate(make_shop_rows(folder="t"))]
     queries = [{**row, "asr": "" if i in (2, 3) else row["asr"]} for i, row in enumerate(demo_queries)]
     collator = RiceCollator(shop.processor, use_text=True)
     index = GalleryIndex.build(model, shop.processor, rows, progress=False, dtype="float32")
-    clips = model.encode_clips(**collator.encode_queries(queries)[0])
+    clips = model.encode_clips(**collator.collate_queries(queries)[0])
     answers = index.search(clips, top_k=5, rerank=None, live_id=[row["live_id"] for row in queries])
 
     datasets = Dataset.from_list(queries), Dataset.from_list(rows)
     task = RetrievalTask.from_datasets(*datasets, "live")
     loading = Loading(32, 0, quiet=True)
-    books, _ = retrieve(ModelRetriever(model, collator), task, *datasets, loading=loading, **weights)
+    rankings, _ = retrieve(ModelRetriever(model, collator), task, *datasets, loading=loading, weights=weights)
     for query, answer in zip(queries, answers, strict=True):
-        assert found(answer) == books["fused"].rankings[query["clip_id"]]
-        scores = books["fused"].top_scores[query["clip_id"]]
+        assert found(answer) == rankings["fused"].rankings[query["clip_id"]]
+        scores = rankings["fused"].top_scores[query["clip_id"]]
         np.testing.assert_allclose([hit.score for hit in answer.hits], scores, atol=1e-5)
     bare, _ = retrieve(
-        ModelRetriever(model, RiceCollator(shop.processor)), task, *datasets, loading=loading, **weights
+        ModelRetriever(model, RiceCollator(shop.processor)), task, *datasets, loading=loading, weights=weights
     )
-    different = [query["clip_id"] for query in queries if differs(books, bare, query["clip_id"])]
+    different = [query["clip_id"] for query in queries if differs(rankings, bare, query["clip_id"])]
     spoken = [query["clip_id"] for query in queries if query["asr"]]
     # Titles are tokens of the decoder too, which reads them for every clip.
     assert set(spoken) <= set(different)
 
 
-def differs(books, others, clip_id):
-    return books["fused"].top_scores[clip_id] != others["fused"].top_scores[clip_id]
+def differs(rankings, others, clip_id):
+    return rankings["fused"].top_scores[clip_id] != others["fused"].top_scores[clip_id]

@@ -1,12 +1,16 @@
 """Building an index: interrupted and continued, shared among processes, with pictures that cannot be read."""
 
 import io
+import os
 import struct
 import zlib
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 
 from retrieval_rice.index import GalleryIndex
@@ -184,7 +188,8 @@ def test_numbers_that_do_not_fit_half_precision_are_listed(build, shop, monkeypa
     [
         ({"rows": []}, "has no images"),
         ({"rows": [{"image": "a.png"}]}, "row 0 of the shop has no image_id"),
-        ({"rows": [{"image_id": "a", "image": 3}]}, "got a int"),
+        ({"rows": {"image_id": ["a"]}}, "rows are a dict; give a list of dicts"),
+        ({"rows": ["a.png"]}, "row 0 is a str; give dicts"),
         ({"dtype": "int8"}, "dtype must be one of float16, float32"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"num_processes": 2}, "pass output_dir"),
@@ -196,6 +201,113 @@ def test_mistakes_get_one_sentence(build, change, words):
         build(**change)
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"image_id": float("nan")}, "row 7 of the shop has no image_id"),
+        ({"image_id": pd.NA}, "row 7 of the shop has no image_id"),
+        ({"image_id": ""}, "row 7 of the shop has no image_id"),
+        ({"image_id": True}, "row 7 of the shop: image_id is True, neither text nor a whole number"),
+        ({"image_id": 1.5}, "row 7 of the shop: image_id is 1.5"),
+        ({"image_id": b"a"}, "row 7 of the shop: image_id is b'a'"),
+        ({"image_id": "a\udcc8"}, "row 7 of the shop: image_id is .* half of a surrogate pair"),
+        ({"product_id": 2.0**60}, "row 7 of the shop: product_id is .* too large"),
+        ({"live_id": ["x"]}, "row 7 of the shop: live_id is"),
+        ({"title": 3}, "row 7 of the shop: title is a int"),
+        ({"image": 3}, "row 7 of the shop: image must be .*, got a int"),
+        ({"image": None}, "row 7 of the shop: image must be .*, got a NoneType"),
+    ],
+)
+@pytest.mark.parametrize("add", [False, True])
+def test_a_bad_row_is_named_before_anything_is_encoded(build, shop, encoded, change, words, add):
+    index = build(shop.rows[:1]) if add else None
+    encoded.count = 0
+    shop.rows[7] = {**shop.rows[7], **change}
+    with pytest.raises(ValueError, match=words):
+        index.add(shop.rows) if add else build()
+    assert encoded.count == 0
+
+
+def as_table(rows):
+    """The rows as a table of numbers and gaps gives them: ids of one column become floats."""
+    paths = [row["image"]["path"] for row in rows]
+    return pd.DataFrame({"image_id": range(10), "product_id": [3, None] * 5, "live_id": [None, 7] * 5, "image": paths,
+                         "title": pd.Series(["mug", None] * 5)})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "of_table",
+    [
+        lambda table: table,
+        lambda table: table.to_dict("records"),
+        lambda table: table.convert_dtypes().to_dict("records"),
+        lambda table: [dict(row) for _, row in table.iterrows()],
+        lambda table: pa.Table.from_pandas(table),
+        lambda table: iter(table.astype({"image_id": "Int64"}).to_dict("records")),
+        lambda table: Dataset.from_pandas(table),
+        lambda table: Dataset.from_dict({**table.to_dict("list"), "title": ["mug", None] * 5}),
+        lambda table: [{**row, "image_id": np.int32(row["image_id"])} for row in table.to_dict("records")],
+    ],
+)
+def test_rows_of_any_table_give_one_index(build, shop, of_table):
+    index = build(of_table(as_table(shop.rows)))
+    records = index.store.get([str(i) for i in range(10)])
+    for i, record in enumerate(records.values()):
+        assert record["product_id"] == ("1" if i == 1 else str(i) if i % 2 else "3")
+        assert record["live_ids"] == (["7"] if i % 2 else []) and record["title"] == ("" if i % 2 else "mug")
+    clips = shop.clips(3)
+    found = index.search(clips, live_id=7)[0].hits
+    assert [hit.image_id for hit in found] == [hit.image_id for hit in index.search(clips, "7")[0].hits]
+    assert len(found) == 5 and index.search(clips, [7.0])[0].hits == found
+    assert index.remove([3, "5", 99]) == ["99"] and len(index) == 8
+
+
+def test_titles_of_a_table_reach_the_model_clean(build, shop):
+    shop.rows[0]["title"], shop.rows[1]["title"] = "a\ud83d", float("nan")
+    records = build().store.get(["p0", "p1"])
+    assert (records["p0"]["title"], records["p1"]["title"]) == ("a\ufffd", "")
+
+
+def test_a_path_that_is_no_text_is_stored_as_one(build, shop, tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xc8\xcb.png")
+    os.rename(shop.rows[0]["image"]["path"], path)
+    shop.rows[0]["image"] = path
+    index = build(output_dir=tmp_path / "index")
+    assert index.skipped == [] and index.store.get(["p0"])["p0"]["image"] == f"{tmp_path}/\\xc8\\xcb.png"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"relevant": "p3"}, "query row 3: relevant is 'p3'; give a list"),
+        ({"relevant": float("nan")}, "query row 3: relevant is None; give a list"),
+        ({"relevant": [True]}, "query row 3: relevant is True, neither"),
+        ({"live_id": 1.5}, "query row 3: live_id is 1.5, neither"),
+    ],
+)
+def test_a_bad_query_row_is_named_before_anything_is_encoded(build, shop, demo_queries, monkeypatch, change, words):
+    index = build()
+    monkeypatch.setattr(shop.model, "encode_clips", None)
+    demo_queries[3] |= change
+    with pytest.raises(ValueError, match=words):
+        index.calibrate(demo_queries, progress=False)
+
+
+def test_queries_of_a_table_calibrate_alike(build, shop, demo_queries):
+    rows = [{**row, "image_id": i, "product_id": None, "live_id": i % 2} for i, row in enumerate(shop.rows)]
+    index = build(rows)
+    plain = [{**query, "relevant": [str(i)], "live_id": str(i % 2)} for i, query in enumerate(demo_queries)]
+    table = pd.DataFrame(plain)
+    table["relevant"] = [[np.int64(i)] for i in range(10)]
+    table["live_id"] = [float(i % 2) for i in range(10)]
+    table["video"] = float("nan")
+    reports = [index.calibrate(queries, progress=False) for queries in (plain, table, table.to_dict("records"))]
+    assert reports[0] == reports[1] == reports[2] and reports[0]["unreadable"] == []
+    clips, lives = shop.clips(*range(10)), [i % 2 for i in range(10)]
+    by_clips = [index.calibrate(clips, [[kind(i)] for i in range(10)], lives) for kind in (str, int, np.float64)]
+    assert by_clips[0] == by_clips[1] == by_clips[2]
+
+
 def test_a_model_in_training_mode_is_refused(build, shop):
     shop.model.train()
     with pytest.raises(ValueError, match="model.eval"):
@@ -203,8 +315,6 @@ def test_a_model_in_training_mode_is_refused(build, shop):
 
 
 def test_datasets_are_read_without_their_pictures(build, shop):
-    from datasets import Dataset
-
     from data_rice.features import gallery_features
 
     rows = Dataset.from_list(shop.rows, features=gallery_features())
@@ -212,3 +322,14 @@ def test_datasets_are_read_without_their_pictures(build, shop):
     clips = shop.clips(1)
     assert [hit.score for hit in one.search(clips)[0].hits] == [hit.score for hit in other.search(clips)[0].hits]
     np.testing.assert_array_equal(one.store.shards[0].features.embeds, other.store.shards[0].features.embeds)
+
+
+def test_opened_pictures_of_every_mode_and_one_that_cannot_be_read(build, shop):
+    cmyk = Image.open(shop.rows[0]["image"]["path"]).convert("CMYK")
+    unknown = Image.new("F", (8, 8), 300.0)
+    rows = [{"image_id": name, "image": image} for name, image in (("cmyk", cmyk), ("unknown", unknown))]
+    index = build(rows)
+    assert list(index.store.column("image_id")) == ["cmyk"]
+    assert [(failure["id"], "not all in 0..1" in failure["reason"]) for failure in index.skipped] == [
+        ("unknown", True)
+    ]

@@ -1,9 +1,16 @@
 """`rice index`: a folder of pictures, a shop with clips, and the sentences for mistakes."""
 
 import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
 
 import pytest
+from PIL import Image
 
+from data_rice.paths import text_to_path
+from retrieval_rice.demo.page import Demo
 from retrieval_rice.index import GalleryIndex
 from rice_cli import main
 
@@ -109,9 +116,70 @@ def test_a_folder_of_pictures_is_a_shop(shop, checkpoint, tmp_path, capsys):
     output = tmp_path / "index"
     assert run(folder, "--model", checkpoint, "--output", output) == 0
     text = capsys.readouterr().out
-    assert "1 files in" in text and "3 pictures; 1 could not be read" in text and "not read: broken_one.jpg" in text
+    assert "plain: 1 entry was left out: notes.txt (no suffix of a picture)" in text.splitlines()[-1]
+    assert "3 pictures; 1 could not be read" in text and "not read: broken_one.jpg" in text
     assert "not calibrated" in text
     assert sorted(GalleryIndex.load(output, shop.model).store.column("image_id")) == ["p0.png", "p1.png", "p2.png"]
+
+
+def test_the_kinds_of_pictures_that_are_decoded_make_a_shop(shop, checkpoint, tmp_path, capsys):
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    kinds = {"10.avif": "AVIF", "9.gif": "GIF", "2.TIF": "TIFF", "1.jfif": "JPEG"}
+    for i, (name, kind) in enumerate(kinds.items()):
+        Image.open(shop.rows[i]["image"]["path"]).save(folder / name, format=kind)
+    assert run(folder, "--model", checkpoint, "--output", tmp_path / "index") == 0
+    assert "4 pictures; 0 could not be read" in capsys.readouterr().out
+    ids = list(GalleryIndex.load(tmp_path / "index", shop.model).store.column("image_id"))
+    assert ids == ["1.jfif", "2.TIF", "9.gif", "10.avif"]
+
+
+def test_folders_of_the_system_hold_no_products_and_are_told(shop, checkpoint, tmp_path, capsys):
+    shop.make_rows(2, "plain")
+    for folder in ("@eaDir/p0.png", ".ipynb_checkpoints", "deep/__MACOSX"):
+        (tmp_path / "plain" / folder).mkdir(parents=True)
+        shop.make_rows(1, f"plain/{folder}")
+    assert run(tmp_path / "plain", "--model", checkpoint, "--output", tmp_path / "index") == 0
+    text = capsys.readouterr().out
+    assert "2 pictures; 0 could not be read" in text
+    assert "3 entries were left out: .ipynb_checkpoints, @eaDir, deep/__MACOSX (hidden or made by the system)" in text
+
+
+def test_a_name_that_is_no_text_is_indexed_and_its_picture_found(shop, checkpoint, tmp_path, capsys):
+    rows = shop.make_rows(2, "plain")
+    name = os.fsencode(tmp_path / "plain") + "/人参_1.png".encode("gbk")
+    os.rename(rows[0]["image"]["path"], name)
+    (tmp_path / "plain" / os.fsdecode(b"\xff.png")).write_bytes(b"no picture")
+    assert run(tmp_path / "plain", "--model", checkpoint, "--output", tmp_path / "index") == 0
+    text = capsys.readouterr().out
+    assert "2 pictures; 1 could not be read" in text and r"not read: \xff.png" in text
+    index = GalleryIndex.load(tmp_path / "index", shop.model, shop.processor)
+    hit = next(hit for hit in index.search(shop.clips(0))[0].hits if hit.image_id == r"\xc8\xcb\xb2\xce_1.png")
+    assert os.fsencode(text_to_path(hit.image)) == name
+    json.dumps([asdict(hit), index.skipped], ensure_ascii=False).encode()
+    # The demo of an index opens the picture by what the index says.
+    demo = Demo(shop.model, shop.processor, index, None, None)
+    assert demo.picture(hit.image_id).size == demo.picture("p1.png").size
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_links_out_of_the_shop_are_refused_by_name(shop, checkpoint, tmp_path, capsys, is_folder):
+    shop.make_rows(2, "plain")
+    rows = shop.make_rows(1, "elsewhere")
+    target = tmp_path / "elsewhere" if is_folder else rows[0]["image"]["path"]
+    (tmp_path / "plain" / "more.png").symlink_to(target)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "plain", "--model", checkpoint, "--output", tmp_path / "index")
+    assert "plain/more.png is a link that leads out of" in capsys.readouterr().err
+
+
+def test_the_command_ends_well_on_a_terminal_of_ascii(shop, checkpoint, tmp_path):
+    shop.make_rows(1, "plain")
+    (tmp_path / "plain" / "笔记.txt").write_text("x")
+    command = [sys.executable, "rice_cli.py", "index", tmp_path / "plain", "--model", checkpoint]
+    command += ["--output", tmp_path / "index", "--num_workers", "0", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and rb"left out: \u7b14\u8bb0.txt" in done.stdout
 
 
 def test_upload_and_approximate(shop, checkpoint, tmp_path, capsys):

@@ -12,6 +12,7 @@ from transformers import CLIPVisionConfig
 from data_rice.features import clip_row, gallery_features, pair_features, query_features
 from modeling_rice import RiceConfig, RiceModel
 from processing_rice import build_processor, train_tokenizer
+from tests.training_rice.texts import WORDS
 from training_rice.arguments import RiceTrainingArguments
 
 CLIP_VISION = {
@@ -132,3 +133,18 @@ def validation() -> tuple[Dataset, Dataset, str]:
         Dataset.from_list(gallery, features=gallery_features()),
         "live",
     )
+
+
+def _named(rows: Dataset, key: str, words: list[str]) -> Dataset:
+    return rows.map(lambda row, i: {key: words[i]}, with_indices=True, features=rows.features)
+
+
+@pytest.fixture
+def text_pairs(pairs):
+    return _named(_named(pairs, "title", WORDS), "asr", [f"look at this {words}" for words in WORDS])
+
+
+@pytest.fixture
+def text_validation(validation):
+    queries, gallery, scope = validation
+    return _named(queries, "asr", [f"we sell {words}" for words in WORDS]), _named(gallery, "title", WORDS), scope

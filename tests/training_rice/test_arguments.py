@@ -166,7 +166,26 @@ def test_missing_recipe(capsys):
     with pytest.raises(SystemExit) as error:
         parse_arguments(["configs/nothing.yaml"])
     assert error.value.code == 2
-    assert "there is no recipe configs/nothing.yaml" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    # The studies of the same folder are no recipes.
+    assert "there is no recipe configs/nothing.yaml" in said and "mini_lpr4m.yaml, " in said and "study" not in said
+
+
+@pytest.mark.parametrize("name", ["mini_lpr4m.yaml", "configs/mini_lpr4m.yaml"])
+def test_a_packaged_recipe_is_found_where_the_folder_has_none(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, data, training = parse_arguments([name, "--output_dir", str(tmp_path), "--use_cpu"])
+    assert data.dataset == "mini_lpr4m" and training.max_steps > 0
+    # A file of the user's own comes first.
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("max_steps: 7")
+    assert parse_arguments([name, "--output_dir", str(tmp_path), "--use_cpu"])[2].max_steps == 7
+
+
+def test_only_the_projects_own_folder_is_looked_up(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments([str(tmp_path / "mini_lpr4m.yaml")])
+    assert f"there is no recipe {tmp_path / 'mini_lpr4m.yaml'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

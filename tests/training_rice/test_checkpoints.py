@@ -14,7 +14,6 @@ from training_rice.checkpoints import (
     publish,
     rotate,
     why_broken,
-    write_text,
 )
 from training_rice.setup import find_checkpoint, is_finished
 
@@ -137,10 +136,3 @@ class TestFiles:
             os.utime(self.write(tmp_path, step), (age, age))
         rotate(tmp_path, 1, None)
         assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-5"]
-
-    def test_small_file_is_whole_or_the_former_one(self, tmp_path, monkeypatch):
-        write_text(tmp_path / "a.json", "one")
-        monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            write_text(tmp_path / "a.json", "two")
-        assert (tmp_path / "a.json").read_text() == "one"

@@ -151,21 +151,21 @@ def test_every_part_has_a_gradient():
 def in_chunks(model, batch: dict, chunk: int) -> torch.Tensor:
     """The plain loss, its encoders fed chunk by chunk in the order of the cached step, all in one graph."""
     parts = [{name: value[i : i + chunk] for name, value in batch.items()} for i in range(0, BATCH, chunk)]
-    images = [model.encode_image_side(**part) for part in parts]
-    states = torch.cat([state[:, 0] for _, state in images])
+    images = [model.image_tokens(**part) for part in parts]
+    states = torch.cat([image.states[:, 0] for image in images])
     clips, scores = [], []
     for part in parts:
-        clips.append(model.encode_clip_side(**part))
-        scores.append(model.decoder.score_pairs(states, *clips[-1][1:]))
+        clips.append(clip := model.clip_tokens(**part))
+        scores.append(model.decoder.score_pairs(states, clip.keys, clip.values, clip.mask))
     products, rows = batch["product_ids"], slice(0, BATCH)
-    embeds = torch.cat([image.embeds for image, _ in images]), torch.cat([clip[0].embeds for clip in clips])
+    embeds = torch.cat([image.embeds for image in images]), torch.cat([clip.embeds for clip in clips])
     mined = model.mine_negatives(*embeds, products)
     loss = model.contrastive_loss(*embeds, products, rows)
     scores = torch.cat(scores)
     loss = loss + model.matching_loss(scores.T, scores, products, rows, mined)[0]
-    for (image, state), (clip, keys, _, mask) in zip(images, clips, strict=True):
-        term = model.reconstruction_loss(image, clip, state, keys, mask)
-        loss = loss + model.config.reconstruction_loss_weight * term * len(keys) / BATCH
+    for image, clip in zip(images, clips, strict=True):
+        term = model.reconstruction_loss(image, clip)
+        loss = loss + model.config.reconstruction_loss_weight * term * len(clip.keys) / BATCH
     return loss
 
 

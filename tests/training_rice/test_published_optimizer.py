@@ -109,8 +109,8 @@ def trained_weights(folder):
     return dict(convert_original_checkpoint(after).named_parameters())
 
 
-def test_recorded_steps_are_reproduced(shared_dir):
-    folder = shared_dir / "reference"
+def test_recorded_steps_are_reproduced(reference_dir):
+    folder = reference_dir
     manifest = recorded_run(folder)[2]
     model, rates, losses, norms = replay(folder, BertAdam)
     for step, expected in enumerate(manifest["learning_rate_used_per_step_per_group"]):
@@ -129,9 +129,9 @@ def test_recorded_steps_are_reproduced(shared_dir):
         assert error < TOLERANCE, f"{name}: {error:.1e} of the maximum"
 
 
-def test_adamw_goes_elsewhere(shared_dir):
+def test_adamw_goes_elsewhere(reference_dir):
     """Why there is a class of its own: under the same settings AdamW's bias correction changes the way."""
-    folder = shared_dir / "reference"
+    folder = reference_dir
     model = replay(folder, torch.optim.AdamW)[0]
     start = dict(convert_original_checkpoint(recorded_run(folder)[0]).named_parameters())
     end = trained_weights(folder)
@@ -140,8 +140,8 @@ def test_adamw_goes_elsewhere(shared_dir):
     assert apart.norm() / way.norm() > 0.1
 
 
-def test_the_stem_can_be_frozen(shared_dir):
-    model = convert_original_checkpoint(recorded_run(shared_dir / "reference")[0])
+def test_the_stem_can_be_frozen(reference_dir):
+    model = convert_original_checkpoint(recorded_run(reference_dir)[0])
     freeze(model, VISION_STEM)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert {name.split(".")[1] for name in frozen - {"logit_scale"}} == {"embeddings", "pre_layrnorm"}

@@ -1,5 +1,6 @@
 """Runs that are killed and go on: the same weights to the bit, from whole checkpoints only."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from data_rice.augmentation import ClipAugmentation
 from data_rice.collator import RiceCollator
+from tests.training_rice.texts import TEXT
 from training_rice import checkpoints
 from training_rice.arguments import RiceTrainingArguments
 from training_rice.averaging import AVERAGED_FILE
@@ -35,7 +37,7 @@ class Counter:
 def run(make_model, processor, pairs, tmp_path):
     """A function that trains in a folder, going on from what is there; everything that draws numbers is on."""
 
-    def run(name: str, change=None, settings: dict | None = None, **overrides) -> RiceTrainer:
+    def run(name: str, change=None, settings: dict | None = None, views=None, **overrides) -> RiceTrainer:
         arguments = {
             "output_dir": str(tmp_path / name),
             "use_cpu": True,
@@ -56,8 +58,11 @@ def run(make_model, processor, pairs, tmp_path):
         trainer = RiceTrainer(
             model=make_model(settings, decoder_dropout=0.1),
             args=arguments,
-            train_dataset=pairs,
-            data_collator=RiceCollator(processor, num_frames=1, sampling="random", augmentation=ClipAugmentation()),
+            train_dataset=views[0] if views else pairs,
+            eval_dataset=views[1] if views else None,
+            data_collator=RiceCollator(
+                processor, num_frames=1, sampling="random", augmentation=ClipAugmentation(), use_text=views is not None
+            ),
             processing_class=processor,
         )
         if change:
@@ -197,6 +202,95 @@ class TestKilled:
         run("killed")
         with pytest.raises(AssertionError):
             assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+
+
+class TestFitted:
+    """Validation fits weights of the text, which the mining of the next steps reads."""
+
+    @pytest.fixture
+    def reads(self, model_settings, text_pairs, text_validation):
+        """Settings of a model with text, its data, and arguments with a validation that no checkpoint follows."""
+        settings = {"text_config": TEXT | {"vocab_size": 400}, "text_score_weight": 0.37, "num_hard_negatives": 1}
+        return {
+            "settings": model_settings | settings,
+            "views": (text_pairs, text_validation),
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "ema_decay": 0.5,
+        }
+
+    @pytest.mark.parametrize("best", [False, True])
+    def test_killed(self, run, reads, tmp_path, best):
+        if best:
+            reads |= {"load_best_model_at_end": True, "eval_steps": 2}
+        run("whole", **reads)
+        for change in (in_step(6), in_save("optimizer", 1)):
+            assert killed(run, "killed", change, **reads)
+        run("killed", **reads)
+        for folder in ("", "checkpoint-8"):
+            whole, other = tmp_path / "whole" / folder, tmp_path / "killed" / folder
+            assert_same_weights(other, whole)
+            config = json.loads((whole / "config.json").read_text())
+            assert json.loads((other / "config.json").read_text()) == config
+            assert config["text_score_weight"] != 0.37 and config["fusion_weight"] > 0
+
+    def test_the_best_checkpoint_brings_its_own(self, run, reads, tmp_path, monkeypatch):
+        fitted = iter([(0.5, 2.0), (0.9, 3.0), (0.3, 4.0), (0.2, 5.0)])
+
+        def validate(self, prefix):
+            score, self.model.config.text_score_weight = next(fitted)
+            return {f"{prefix}_fused_R@1": score}
+
+        monkeypatch.setattr(RiceTrainer, "_validate", validate)
+        trainer = run("run", **reads | {"load_best_model_at_end": True, "eval_steps": 2})
+        assert trainer.model.config.text_score_weight == 3.0
+
+    def test_without_them_it_differs(self, run, reads, tmp_path, monkeypatch):
+        """The tests above would notice."""
+        monkeypatch.setattr(RiceTrainer, "fitted_fields", ())
+        run("whole", **reads)
+        assert killed(run, "killed", in_step(6), **reads)
+        run("killed", **reads)
+        with pytest.raises(AssertionError):
+            assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+
+    def test_validation_before_the_first_step_is_not_made_again(self, run, reads):
+        reads |= {"eval_on_start": True, "eval_steps": 100}
+        assert killed(run, "killed", in_step(6), **reads)
+        history = run("killed", **reads).state.log_history
+        assert [entry["step"] for entry in history if "eval_fused_R@1" in entry] == [0, 8]
+
+
+class TestEndOfAnEpoch:
+    def test_checkpoint_waits_for_the_validation_of_its_epoch(self, run, validation, pairs, tmp_path):
+        """Three steps are an epoch; what goes on from its last step must not lack its validation."""
+        options = {"views": (pairs, validation), "eval_strategy": "epoch", "save_steps": 3, "max_steps": 7}
+        whole = run("whole", **options)
+        assert killed(run, "killed", in_step(5), **options)
+        resumed = run("killed", **options)
+        steps = [
+            [entry["step"] for entry in one.state.log_history if "eval_fused_R@1" in entry] for one in (whole, resumed)
+        ]
+        assert steps[0] == steps[1] == [3, 6, 7]
+        assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_train_loss_is_of_all_steps(run):
+    """Also of those that were logged together across the interruption; a step that was left out does not count."""
+    options = {"logging_steps": 3, "max_steps": 7}
+    whole = run("whole", poison(1), logging_steps=1, max_steps=7)
+    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    del losses[1]
+
+    def poison_and_die(trainer):
+        poison(1)(trainer)
+        in_step(6)(trainer)
+
+    assert killed(run, "killed", poison_and_die, **options)
+    resumed = run("killed", **options)
+    (entry,) = [entry for entry in resumed.state.log_history if "train_loss" in entry]
+    assert entry["train_loss"] == pytest.approx(sum(losses) / 6, rel=1e-4)
+    assert resumed.load_trained(resumed.last_checkpoint()) == {"train_loss": pytest.approx(entry["train_loss"])}
 
 
 def poison(*steps: int):

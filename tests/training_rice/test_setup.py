@@ -145,6 +145,15 @@ class TestModel:
         for name, value in without.state_dict().items():
             assert torch.equal(grown.state_dict()[name], value)
 
+    def test_what_a_checkpoint_ranks_by_is_chosen_anew(self, make_model, tmp_path):
+        model = make_model(fusion_weight=0.5, ranking="fused")
+        model.save_pretrained(tmp_path / "fused")
+        for changes in ({"use_decoder": False}, {"fusion_weight": None}, {}):
+            kept = build_model(ModelArguments(model_name_or_path=str(tmp_path / "fused"), model=changes))
+            assert kept.config.ranking is None
+        chosen = build_model(ModelArguments(model_name_or_path=str(tmp_path / "fused"), model={"ranking": "matching"}))
+        assert chosen.config.ranking == "matching"
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
@@ -172,7 +181,7 @@ class TestModel:
 
     def test_checkpoint_of_another_model(self, clip_vision_config, tmp_path):
         CLIPVisionModel(clip_vision_config).save_pretrained(tmp_path / "clip")
-        with pytest.raises(ValueError, match="is a clip_vision_model model, no RICE checkpoint; init_vision_from"):
+        with pytest.raises(ValueError, match="holds a clip_vision_model model, no RICE checkpoint"):
             build_model(ModelArguments(model_name_or_path=str(tmp_path / "clip"), model={}))
 
     def test_two_starting_points(self, saved):

@@ -7,7 +7,9 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from data_rice.collator import RiceCollator
 from evaluation_rice.protocol import RetrievalTask
 from evaluation_rice.retrieval import Loading, ModelRetriever, add_text_scores, retrieve
+from modeling_rice.scoring_rice import FusionWeights
 from processing_rice import train_tokenizer
+from tests.training_rice.texts import TEXT, WORDS
 from training_rice.arguments import DataArguments, ModelArguments, RiceTrainingArguments
 from training_rice.grad_cache import GradCache
 from training_rice.recipe import check_model_fields
@@ -15,25 +17,6 @@ from training_rice.setup import build_model, build_rice_processor
 from training_rice.text import check_text
 from training_rice.trainer import RiceTrainer
 from training_rice.validation import validate_together
-
-TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-TEXT |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 64}
-WORDS = [f"{colour} {thing}" for colour in ("red", "blue", "green") for thing in ("mug", "shoe", "hat", "dress")]
-
-
-def named(rows, key, words):
-    return rows.map(lambda row, i: {key: words[i]}, with_indices=True, features=rows.features)
-
-
-@pytest.fixture
-def text_pairs(pairs):
-    return named(named(pairs, "title", WORDS), "asr", [f"look at this {words}" for words in WORDS])
-
-
-@pytest.fixture
-def text_validation(validation):
-    queries, gallery, scope = validation
-    return named(queries, "asr", [f"we sell {words}" for words in WORDS]), named(gallery, "title", WORDS), scope
 
 
 def text_model(make_model, **settings):
@@ -141,12 +124,12 @@ def test_the_loss_falls_is_logged_and_the_weight_is_fitted(
     queries, gallery, scope = text_validation
     task = RetrievalTask.from_datasets(queries, gallery, scope)
     arguments = (task, queries, gallery)
-    weights = {"fusion_weight": model.config.fusion_weight, "fused_text_weight": model.config.fused_text_weight}
+    weights = FusionWeights.of(model.config)
     loading = Loading(6, 0, quiet=True)
-    books, _ = retrieve(ModelRetriever(model, collator), *arguments, loading=loading, **weights)
-    assert set(books) == {"embedding", "matching", "fused"}
-    for kind, rankings in books.items():
-        assert rankings.summary()["R@1"] == metrics[f"eval_{kind}_R@1"]
+    rankings, _ = retrieve(ModelRetriever(model, collator), *arguments, loading=loading, weights=weights)
+    assert set(rankings) == {"embedding", "matching", "fused"}
+    for kind, ranked in rankings.items():
+        assert ranked.summary()["R@1"] == metrics[f"eval_{kind}_R@1"]
     # Validated without text, the weight of matching goes with no text weight of before.
     trainer.eval_collator = RiceCollator(processor)
     bare = trainer.evaluate()

@@ -269,6 +269,10 @@ class TestEvaluation:
                 assert 0 <= metrics[f"eval_{kind}_R@{k}"] <= 1
         assert metrics["eval_fused_R@10"] == 1.0
         assert trainer.model.config.fusion_weight == metrics["eval_fusion_weight"] > 0
+        assert trainer.model.config.ranking == "fused"
+        trainer.model.config.ranking = "matching"
+        trainer.evaluate()
+        assert trainer.model.config.ranking == "matching"
         assert any("eval_fused_R@1" in entry for entry in trainer.state.log_history)
 
     def test_without_decoder(self, make_trainer, make_model):
@@ -283,9 +287,9 @@ class TestEvaluation:
     def test_fewer_queries(self, make_trainer, monkeypatch):
         trainer = make_trainer(validate=True, eval_max_queries=3)
         asked = []
-        encode = RiceCollator.encode_queries
+        encode = RiceCollator.collate_queries
         monkeypatch.setattr(
-            RiceCollator, "encode_queries", lambda self, rows: asked.extend(rows) or encode(self, rows)
+            RiceCollator, "collate_queries", lambda self, rows: asked.extend(rows) or encode(self, rows)
         )
         trainer.evaluate()
         assert [row["clip_id"] for row in asked] == ["clip20", "clip22", "clip24"]

@@ -1,5 +1,6 @@
 """Validation that processes share: each query and gallery once, and the figures of one process."""
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
@@ -46,10 +47,10 @@ def test_parts_make_the_whole(make_model, processor, rooms, scope, world_size):
             assert merged[query][kind] == pytest.approx(row, abs=1e-5)
     if scope == "live":
         assert len(read) == len(set(read)) == len(task.image_ids)
-    books, fitted = rank_scores(task, dict(sorted(merged.items())))
+    rankings, fitted = rank_scores(task, dict(sorted(merged.items())))
     expected, expected_fit = rank_scores(task, whole)
-    assert fitted.weight == expected_fit.weight
-    assert books["embedding"].summary() == expected["embedding"].summary()
+    assert fitted.weights == expected_fit.weights
+    assert rankings["embedding"].summary() == expected["embedding"].summary()
 
 
 def test_one_process(make_model, processor, rooms):
@@ -59,11 +60,11 @@ def test_one_process(make_model, processor, rooms):
     model, collator, loading = make_model(), RiceCollator(processor), Loading(2, 0, quiet=True)
     metrics, weight, failures = validate_together(model, collator, task, queries, gallery, loading)
     expected_failures: list[dict] = []
-    books, expected = validate(
+    rankings, expected = validate(
         ModelRetriever(model, collator), task, queries, gallery, loading=loading, failures=expected_failures
     )
-    assert weight == expected.weight
-    assert metrics["embedding_R@1"] == books["embedding"].summary()["R@1"]
+    assert weight == expected.weights.fusion_weight
+    assert metrics["embedding_R@1"] == rankings["embedding"].summary()["R@1"]
     assert {failure["id"] for failure in failures} == {"clip25"}
     assert len(failures) == len(expected_failures) == 1
 
@@ -82,3 +83,75 @@ def test_problem_of_another_process(make_model, processor, rooms, monkeypatch):
     monkeypatch.setattr(module.dist, "all_gather_object", gather)
     with pytest.raises(ValueError, match="not one of the 2 gallery images"):
         validate_together(make_model(), RiceCollator(processor), task, queries, gallery, Loading(2, 0, quiet=True))
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    """Makes this process one of two; the other scores nothing, and hands out `broadcast` where it is the main one."""
+
+    def start(rank, broadcast=None):
+        def hand_out(outcome, src):
+            assert src == 0
+            outcome[:] = outcome if rank == 0 else [broadcast]
+
+        monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(module.dist, "get_world_size", lambda: 2)
+        monkeypatch.setattr(module.dist, "get_rank", lambda: rank)
+        monkeypatch.setattr(module.dist, "all_gather_object", lambda parts, own: parts.__setitem__(slice(None), [own]))
+        monkeypatch.setattr(module.dist, "broadcast_object_list", hand_out)
+
+    return start
+
+
+def test_recall_is_computed_by_the_main_process_alone(make_model, processor, rooms, two_processes, monkeypatch):
+    queries, gallery = rooms
+    task = RetrievalTask.from_datasets(queries, gallery, "live")
+    arguments = (make_model(), RiceCollator(processor), task, queries, gallery, Loading(2, 0, quiet=True))
+    two_processes(0)
+    metrics, weight, _ = validate_together(*arguments)
+    assert set(metrics) >= {"embedding_R@1", "fused_R@10"} and weight > 0
+    two_processes(1, ({"embedding_R@1": 0.25}, 3.0))
+    monkeypatch.setattr(module, "rank_scores", None)
+    assert validate_together(*arguments)[:2] == ({"embedding_R@1": 0.25}, 3.0)
+    two_processes(1, OSError("no room for the metric"))
+    with pytest.raises(OSError, match="no room for the metric"):
+        validate_together(*arguments)
+
+
+def test_nobody_waits_for_a_main_process_that_fails(make_model, processor, rooms, two_processes, monkeypatch):
+    queries, gallery = rooms
+    task = RetrievalTask.from_datasets(queries, gallery, "live")
+    sent = []
+    two_processes(0)
+    monkeypatch.setattr(module.dist, "broadcast_object_list", lambda outcome, src: sent.extend(outcome))
+
+    def fail(*_, **__):
+        raise OSError("no room for the metric")
+
+    monkeypatch.setattr(module, "rank_scores", fail)
+    with pytest.raises(OSError, match="no room for the metric"):
+        validate_together(make_model(), RiceCollator(processor), task, queries, gallery, Loading(2, 0, quiet=True))
+    assert [str(error) for error in sent] == ["no room for the metric"]
+
+
+def test_a_weight_at_an_end_of_its_grid_is_logged(make_model, processor, rooms, monkeypatch, caplog):
+    queries, gallery = rooms
+    task = RetrievalTask.from_datasets(queries, gallery, "live")
+    arguments = (make_model(), RiceCollator(processor), task, queries, gallery, Loading(2, 0, quiet=True))
+
+    def scores(*_):
+        """The embedding prefers a wrong image, matching the right one: the more matching, the better."""
+        result = {}
+        for query in range(5):
+            size, right = len(task.gallery_of(query)), task.relevant_positions(query)
+            wanted = np.isin(np.arange(size), right).astype(float)
+            result[query] = {"embedding": 1 - wanted + np.arange(size), "matching": wanted * scores.sign}
+        return result
+
+    monkeypatch.setattr(module, "all_scores", scores)
+    for scores.sign, end in ((1.0, None), (0.0, "lower")):
+        caplog.clear()
+        weight = validate_together(*arguments)[1]
+        logged = [message for message in caplog.messages if "end of its grid" in message]
+        expected = f"Validation: the fusion weight {weight:g} lies at the {end} end of its grid"
+        assert len(logged) == (end is not None) and all(message.startswith(expected) for message in logged)

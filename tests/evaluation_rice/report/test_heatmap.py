@@ -78,8 +78,8 @@ def test_frames_that_were_left_out_have_no_heat(shop):
         processor=SimpleNamespace(video_processor=SimpleNamespace(num_frames=frames, frames_without_box="drop")),
         use_boxes=True,
         num_frames=None,
-        encode_queries=lambda rows: ({"pixel_values_videos": torch.zeros(1, 1, 3)}, [0], []),
-        encode_gallery=lambda rows: ({"pixel_values": torch.zeros(1, 3)}, [0], []),
+        collate_queries=lambda rows: ({"pixel_values_videos": torch.zeros(1, 1, 3)}, [0], []),
+        collate_gallery=lambda rows: ({"pixel_values": torch.zeros(1, 3)}, [0], []),
     )
     heat = row_maps(Reconstructing(), collator, query, shop.gallery[0]).heat()
     assert frames > 1 and heat.shape == (frames, 2, 2)

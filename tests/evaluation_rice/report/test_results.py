@@ -16,16 +16,16 @@ SCORES = {
 
 
 @pytest.fixture
-def book(shop):
+def ranked(shop):
     """Two hits, two misses of which one lies beyond the first five, and one clip without a ranking."""
     task = RetrievalTask.from_datasets(shop.queries, shop.gallery, "all")
-    book = Rankings(task)
+    ranked = Rankings(task)
     for query, rank in enumerate((0, 0, 2, 5)):
         scores = np.linspace(1, 0, 6)
         relevant = task.relevant_positions(query)[0]
         scores[[relevant, rank]] = scores[[rank, relevant]]
-        book.add(query, scores)
-    return book.complete()
+        ranked.add(query, scores)
+    return ranked.complete()
 
 
 def test_table_shows_percent_and_interval():
@@ -36,8 +36,8 @@ def test_table_shows_percent_and_interval():
     assert markdown_table(SCORES).splitlines()[3] == "| chance | 2.0 | 10.0 |  |"
 
 
-def test_rankings_file_has_every_query_in_file_order(book, tmp_path):
-    write_rankings(tmp_path, book.task, book)
+def test_rankings_file_has_every_query_in_file_order(ranked, tmp_path):
+    write_rankings(tmp_path, ranked.task, ranked)
     lines = [json.loads(line) for line in (tmp_path / "rankings.jsonl").read_text().splitlines()]
     assert [line["query_id"] for line in lines] == list("abcde")
     assert lines[0]["ranking"][0] == "x0" and lines[0]["relevant"] == ["x0"]
@@ -57,10 +57,10 @@ def test_rows_are_a_fixed_mix():
     assert choose_rows([], [], 10) == ([], [])
 
 
-def test_matches_frame_the_right_image_green_and_a_wrong_first_red(book, shop, tmp_path):
+def test_matches_frame_the_right_image_green_and_a_wrong_first_red(ranked, shop, tmp_path):
     (shop.folder / "c0.png").unlink()
     for name in ("one.png", "two.png"):
-        draw_matches(tmp_path / name, book.task, book, shop.queries, shop.gallery, "fused")
+        draw_matches(tmp_path / name, ranked.task, ranked, shop.queries, shop.gallery, "fused")
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     pixels = np.asarray(Image.open(tmp_path / "one.png"))
     green, red = [(pixels == colour).all(-1) for colour in ((22, 150, 60), (205, 40, 40))]

@@ -216,6 +216,21 @@ def answer(project, arm, seed, ids, task="abc"):
     (folder / "results.json").write_text(json.dumps({"protocol": {"task_sha256": task}}))
 
 
+def test_intervals_resample_shops_and_the_tables_say_so(finished, capsys):
+    """The arm hits all clips of one shop and none of the other, so another two shops may be all hits or all misses."""
+    for seed in (3, 4):
+        folder = finished.folder / "out" / "good" / f"seed{seed}" / "eval"
+        rows = [{"query_id": f"q{i}", "live_id": "ab"[i // 5], "embedding": 1 + i // 5, "fused": 1} for i in range(10)]
+        (folder / "query_ranks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = finished(STUDY)
+    assert summary["arms"]["good"]["embedding"]["R@1_ci95"] == [0.0, 1.0]
+    # One side knows the shops of the clips that both have.
+    assert summary["comparisons"][0]["interval"].startswith("percentile bootstrap over 2 shops")
+    assert "as if they were independent" in summary["arms"]["plain"]["embedding"]["interval"]
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Intervals, 95 %: "))
+    assert "over 2 shops, then over the clips of each" in line and "name no shops: run eval_rice.py again" in line
+
+
 TEN = [f"q{i}" for i in range(10)]
 
 

@@ -122,6 +122,7 @@ def test_what_cannot_be_measured_is_listed(collator, shop):
     result = measure(Looking(), collator, shop.queries, shop.gallery, quiet=True)
     assert result["failures"][0]["id"] == "b" and "y1.png" in result["failures"][0]["reason"]
     assert len(result["clips"]) + len(result["failures"]) == 5
+    assert {clip["clip_id"]: clip["live_id"] for clip in result["clips"]}["a"] == "x"
 
 
 def test_refusals(collator, shop):
@@ -135,6 +136,18 @@ def test_refusals(collator, shop):
     odd = SimpleNamespace(attention_maps=lambda **_: torch.ones(1, 4, 2, 3))
     with pytest.raises(ValueError, match="3 patches are no square grid"):
         clip_shares(odd, collator, shop.queries[0], [shop.gallery[0]])
+
+
+def test_intervals_are_over_shops_where_there_are_several():
+    shares = dict.fromkeys(attention.SHARES, 0.5)
+    clips = [
+        {"live_id": live, "uniform": shares, "score": [dict.fromkeys(attention.SHARES, value), shares]}
+        | {"not_on_patches": [0.0]}
+        for live, value in (("x", 0.2), ("x", 0.2), ("y", 0.8), ("y", 0.8))
+    ]
+    summary = summarise(clips)
+    assert summary["score"]["in_boxes"]["right"]["ci95"] == pytest.approx([0.2, 0.8])
+    assert summary["interval"].startswith("percentile bootstrap over 2 shops")
 
 
 def test_intervals_are_over_clips_and_differences_paired():
@@ -196,7 +209,7 @@ def test_the_command_prints_a_table_and_writes_json(command, capsys):
         "+75.0 (+75.0 to +75.0)",
         "+75.0 (+75.0 to +75.0) |",
     ]
-    assert "left out: 10.0 % of that attention" in text
+    assert "left out: 10.0 % of that attention" in text and "percentile bootstrap over 2 shops" in text
 
 
 def test_the_command_refuses_a_model_without_decoder_in_one_sentence(command, capsys):

@@ -60,6 +60,14 @@ def test_gains_of_groups_whose_hits_are_known():
     assert rows[0]["ci95"] == pytest.approx([0.5, 1.0]) and rows[3]["ci95"] == pytest.approx([-1.0, 0.0])
 
 
+def test_groups_of_several_shops_resample_shops():
+    left, right = {0: np.ones(6)}, {0: np.array([1.0, 1, 1, 0, 0, 0])}
+    shops = ["x", "x", "x", "y", "y", "y"]
+    rows = group_gains(left, right, {"category": ["a"] * 6, "half": ["b", "b", "b", "c", "c", "c"]}, shops)
+    intervals = {row["group"]: row["ci95"] for row in rows}
+    assert intervals == {"a": [0.0, 1.0], "b": [0.0, 0.0], "c": [1.0, 1.0]}
+
+
 def test_clips_that_one_side_alone_gets_right():
     ids = ["a", "b", "c", "d", "e"]
     left = {0: np.array([1.0, 1, 1, 0, 0]), 1: np.array([0.0, 1, 0, 0, 0])}

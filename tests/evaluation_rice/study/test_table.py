@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +15,7 @@ PROTOCOL = {
 
 @pytest.fixture
 def write(tmp_path):
-    def save(name, hits=(1, 0, 0, 1), baseline=None, dataset="mini_lpr4m", speed=True, **protocol):
+    def save(name, hits=(1, 0, 0, 1), baseline=None, dataset="mini_lpr4m", speed=True, lives=None, **protocol):
         share = sum(hits) / len(hits)
         results = {
             "protocol": {**PROTOCOL, **protocol},
@@ -32,6 +33,7 @@ def write(tmp_path):
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps(results))
         rows = [{"query_id": f"q{i}", "embedding": 1 if hit else None} for i, hit in enumerate(hits)]
+        rows = [row | {"live_id": live} for row, live in zip(rows, lives, strict=True)] if lives else rows
         (folder / "query_ranks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return str(folder)
 
@@ -62,6 +64,38 @@ def test_seeds_of_an_arm_are_one_row_with_an_interval_over_queries(write, tmp_pa
     low, high = bootstrap_interval([1, 0.5, 0, 0])
     assert row["R@1"] == "37.5" and row["95 % of R@1"] == f"{100 * low:.1f} to {100 * high:.1f}"
     assert row["seeds"] == "2"
+
+
+def test_the_interval_goes_by_shops_and_says_so(write, tmp_path):
+    """Shop "a" has all hits and shop "b" none."""
+    for arm, lives in (("new", "aabb"), ("old", None)):
+        write(f"{arm}/seed0/eval", (1, 1, 0, 0), lives=lives)
+        write(f"{arm}/seed1/eval", (1, 1, 0, 0), lives=lives)
+    text = table.markdown([table.read_entry(f"new={tmp_path / 'new'}")])
+    assert cells(text, "new")["95 % of R@1"] == "0.0 to 100.0"
+    assert text.count("Interval: ") == 1 and "Interval: percentile bootstrap over 2 shops, then over the" in text
+    both = table.markdown([table.read_entry(f"{arm}={tmp_path / arm}") for arm in ("new", "old")])
+    assert "over 2 shops" in both and "as if they were independent, since the files name no shops" in both
+    single = table.read_entry(write("one", interval="percentile bootstrap over queries"))
+    assert "Interval: percentile bootstrap over queries." in table.markdown([single])
+
+
+def test_a_score_that_some_seeds_lack_is_the_mean_of_the_others(write, tmp_path):
+    for seed, hits in enumerate([(1, 1, 0, 0), (1, 0, 0, 0), (1, 1, 1, 0)]):
+        folder = Path(write(f"arm/seed{seed}/eval", hits))
+        if seed < 2:
+            results = json.loads((folder / "results.json").read_text())
+            results["scores"]["matching"] = {"R@1": sum(hits) / 4, "R@1_ci95": [0.0, 1.0]}
+            (folder / "results.json").write_text(json.dumps(results))
+            ranks = [json.loads(line) for line in (folder / "query_ranks.jsonl").read_text().splitlines()]
+            rows = [{**row, "matching": row["embedding"]} for row in ranks]
+            (folder / "query_ranks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = table.markdown([table.read_entry(f"arm={tmp_path / 'arm'}")])
+    embedding, matching = (line for line in text.splitlines() if line.startswith("| arm |"))
+    assert embedding.startswith("| arm | embedding | 50.0 |") and embedding.rstrip("| ").endswith("| 3")
+    # Its seeds have no R@5 of it either.
+    assert matching.startswith("| arm | matching | 37.5 |") and matching.rstrip("| ").endswith("| 2 of 3")
+    assert "|  | none | 5 |" in matching
 
 
 @pytest.mark.parametrize(

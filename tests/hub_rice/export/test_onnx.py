@@ -62,7 +62,7 @@ def convolutional(tmp_path_factory):
     settings = {"vision_config": RESNET, "vision_pooling": "mean", "use_decoder": False, "normalize_frames": False}
     settings |= {"temporal_pooling": "attention", "frame_consensus_scale": 2.0}
     model, processor = save(folder, **settings)
-    add_onnx(model, folder, wanted=True)
+    add_onnx(model, processor, folder, wanted=True)
     return model, processor, folder
 
 
@@ -180,17 +180,17 @@ def test_boxes_are_refused(exported, inputs):
 
 
 def test_publishing_takes_the_files_of_these_weights_only(exported, tmp_path):
-    model, _, folder, _ = exported
+    model, processor, folder, _ = exported
     names = published_files(folder).keys()
     assert {"onnx/image.onnx", "onnx/pairs_int8.onnx", "onnx/onnx.json"} < names
     before = (folder / "onnx" / "onnx.json").stat().st_mtime_ns
-    add_onnx(model, folder, wanted=True)
+    add_onnx(model, processor, folder, wanted=True)
     assert (folder / "onnx" / "onnx.json").stat().st_mtime_ns == before
     copy = shutil.copytree(folder, tmp_path / "copy")
     about = json.loads((copy / "onnx" / "onnx.json").read_text())
     (copy / "onnx" / "onnx.json").write_text(json.dumps({**about, "model_fingerprint": "0" * 32}))
     with pytest.raises(ValueError, match="was exported from other weights: remove it, or run `rice export"):
-        add_onnx(model, copy, wanted=False)
+        add_onnx(model, processor, copy, wanted=False)
 
 
 def test_a_graph_that_differs_is_refused(exported, tmp_path, monkeypatch):

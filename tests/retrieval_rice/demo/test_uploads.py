@@ -68,10 +68,11 @@ def png_claiming(width: int, height: int) -> bytes:
 
 
 def test_pictures_come_in_the_order_of_their_names_and_are_deleted(folder):
-    shades = {"frame10.png": 200, "frame2.png": 100, "frame1.png": 50}
+    shades = {"①.png": 220, "frame10.png": 200, "frame2.png": 100, "frame1.png": 50, "١.png": 20}
     paths = [picture(folder / name, (shade, shade, shade)) for name, shade in shades.items()]
     upload = read_upload(paths, folder)
-    assert [abs(colour[0] - shade) <= 2 for colour, shade in zip(colours(upload), (50, 100, 200))] == [True] * 3
+    in_order = (20, 220, 50, 100, 200)
+    assert [abs(colour[0] - shade) <= 2 for colour, shade in zip(colours(upload), in_order)] == [True] * 5
     assert upload.note == "" and list(folder.iterdir()) == []
 
 
@@ -106,7 +107,7 @@ def test_a_damaged_picture_is_named(folder):
     path = folder / "cut.png"
     Image.effect_noise((64, 64), 50).save(path)
     path.write_bytes(path.read_bytes()[:600])
-    assert refusal([path], folder) == "cut.png is damaged and cannot be read."
+    assert refusal([path], folder).startswith("cut.png cannot be decoded (")
 
 
 def test_too_many_and_too_large_files_are_refused(folder):
@@ -156,7 +157,7 @@ def test_a_truncated_video_gives_its_first_frames_or_a_sentence(folder, make_vid
     path = make_video(40, 10)
     # A fragmented file can be read as far as it goes; this one keeps its index at the end.
     path.write_bytes(path.read_bytes()[:-200])
-    assert refusal([path], folder) == "clip.mp4 is damaged, no frame of it can be read."
+    assert refusal([path], folder).startswith("clip.mp4 cannot be decoded (")
     stream_file = folder / "clip.mkv"
     with av.open(str(make_video(40, 10))) as source, av.open(str(stream_file), "w", format="matroska") as target:
         copy = target.add_stream_from_template(source.streams.video[0])
@@ -188,7 +189,7 @@ def test_a_video_without_pictures_is_refused(folder):
             samples.sample_rate = 44100
             container.mux(stream.encode(samples))
         container.mux(stream.encode())
-    assert refusal([path], folder) == "sound.mp4 holds no picture."
+    assert refusal([path], folder) == "sound.mp4 holds no video."
 
 
 def test_pictures_and_video_do_not_mix(folder, make_video):

@@ -1,5 +1,6 @@
 """Reading frames: files of every kind of damage, folders, and live sources that break off or are too fast."""
 
+import os
 import threading
 import time
 from fractions import Fraction
@@ -86,7 +87,7 @@ def test_what_is_no_video(tmp_path):
     with pytest.raises(FileNotFoundError, match="no video file or folder"):
         open_stream(tmp_path / "missing.mp4")
     (tmp_path / "text.mp4").write_text("this is no video")
-    with pytest.raises(ValueError, match="cannot be read as a video"):
+    with pytest.raises(ValueError, match="text.mp4 cannot be decoded"):
         open_stream(tmp_path / "text.mp4")
     with av.open(str(tmp_path / "sound.wav"), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000)
@@ -94,7 +95,7 @@ def test_what_is_no_video(tmp_path):
         sound.sample_rate = 8000
         for packet in [*stream.encode(sound), *stream.encode()]:
             container.mux(packet)
-    with pytest.raises(ValueError, match="sound.wav holds no video stream"):
+    with pytest.raises(ValueError, match="sound.wav holds no video"):
         open_stream(tmp_path / "sound.wav")
     with pytest.raises(ValueError, match="cannot be read as a video"):
         open_stream("http://127.0.0.1:9/live.m3u8")
@@ -113,7 +114,7 @@ def test_a_truncated_file_is_used_as_far_as_it_goes(tmp_path):
     # Where the directory stands at the end, nothing is left of it.
     path = noise_video(tmp_path / "plain.mp4", 60)
     path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(ValueError, match="plain.mp4 cannot be read as a video"):
+    with pytest.raises(ValueError, match="plain.mp4 cannot be decoded"):
         open_stream(path)
 
 
@@ -134,6 +135,50 @@ def test_a_video_of_damage_only_is_refused():
         list(stream)
 
 
+def join(path, *parts):
+    """Recordings one after the other in one file, whose clock begins anew with each."""
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    return path
+
+
+def test_time_goes_on_where_recordings_were_joined(tmp_path):
+    part = write_video(tmp_path / "part.ts", [(200, 30, 30)] * 20)
+    stream, frames, notices = read(join(tmp_path / "joined.ts", part, part), fps=2.5)
+    assert times(frames) == [round(0.4 * i, 1) for i in range(10)] and notices == []
+    assert stream.duration_s is None and not stream.live
+
+
+def test_a_playlist_is_followed_and_its_clock_runs_through(tmp_path, monkeypatch):
+    part = write_video(tmp_path / "0.ts", [(200, 30, 30)] * 20)
+    join(tmp_path / "1.ts", part)
+    lines = ["#EXTM3U", "#EXT-X-TARGETDURATION:2", "#EXTINF:2,", "0.ts", "#EXTINF:2,", "1.ts", "#EXT-X-ENDLIST", ""]
+    (tmp_path / "live:1.m3u8").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    _, frames, _ = read("live:1.m3u8", fps=2.5)
+    assert times(frames) == [round(0.4 * i, 1) for i in range(10)]
+
+
+def test_any_name_and_times_of_a_player(tmp_path, monkeypatch):
+    """The picture starts a second after the sound."""
+    path = tmp_path / "camera:0"
+    with av.open(str(path.with_suffix(".mkv")), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        sound = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 16000), dtype=np.int16), format="s16", layout="mono")
+        samples.sample_rate, samples.pts = 8000, 0
+        container.mux(sound.encode(samples) + sound.encode())
+        for i in range(10):
+            frame = av.VideoFrame(64, 64, "yuv420p")
+            frame.pts, frame.time_base = 10 + i, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    path.with_suffix(".mkv").rename(path)
+    monkeypatch.chdir(tmp_path)
+    assert times(read("camera:0")[1]) == [round(1 + 0.1 * i, 1) for i in range(10)]
+
+
 def save_pictures(folder, *names):
     for i, name in enumerate(names):
         Image.new("RGB", (8, 8), (i, i, i)).save(folder / name)
@@ -147,6 +192,36 @@ def test_a_folder_goes_by_number(tmp_path):
     assert [(frame.time_s, frame.picture.getpixel((0, 0))[0]) for frame in frames] == [(0, 2), (1, 0), (2, 1)]
     assert times(read(tmp_path, fps=0.5)[1]) == [0.0, 2.0]
     assert times(read(tmp_path, folder_fps=10.0)[1]) == [0.0, 0.1, 0.2]
+
+
+@pytest.mark.parametrize(
+    "in_order",
+    [("①2.png", "②2.png", "③2.png"), ("x¹.png", "x².png", "x³.png"), ("f２.png", "f10.png"), ("٣.png", "١٠.png")],
+)
+def test_a_folder_goes_by_numbers_of_any_script(tmp_path, in_order):
+    save_pictures(tmp_path, *in_order[::-1])
+    shades = [frame.picture.getpixel((0, 0))[0] for frame in read(tmp_path)[1]]
+    assert shades == list(range(len(in_order)))[::-1]
+
+
+def test_what_a_folder_holds_besides_is_told_at_the_end(tmp_path):
+    save_pictures(tmp_path, "1.png", "2.PNG", "._1.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "3.jfif", format="JPEG")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "notes.txt").write_text("no picture")
+    _, frames, notices = read(tmp_path)
+    assert len(frames) == 3 and len(notices) == 1
+    assert "3 entries were left out: ._1.png (hidden or made by the system); notes.txt (no suffix" in notices[0]
+
+
+def test_a_frame_whose_name_is_no_text_is_read_or_named(tmp_path):
+    folder = os.fsencode(tmp_path)
+    save_pictures(tmp_path, "1.png")
+    os.rename(folder + b"/1.png", folder + b"/\xc8\xcb.png")
+    with open(folder + b"/\xff.png", "wb") as file:
+        file.write(b"no picture")
+    _, frames, notices = read(tmp_path)
+    assert len(frames) == 1 and "left out" in notices[0]
 
 
 def test_pictures_that_cannot_be_read(tmp_path):
@@ -179,9 +254,18 @@ class FakeSource:
         if isinstance(content, Exception):
             raise content
         duration, content = content if isinstance(content, tuple) else (self.duration, content)
-        video = SimpleNamespace(average_rate=Fraction(10), thread_type=None, decode=lambda packet: [])
+        video = SimpleNamespace(
+            average_rate=Fraction(10),
+            thread_type=None,
+            decode=lambda packet: [],
+            disposition=av.stream.Disposition(0),
+            codec_context=SimpleNamespace(width=2, height=2, is_open=True),
+            sample_aspect_ratio=None,
+        )
         return SimpleNamespace(
             streams=SimpleNamespace(video=[video]),
+            format=SimpleNamespace(flags=0),
+            start_time=0,
             duration=duration,
             demux=lambda stream: self.packets(content),
             close=lambda: None,
@@ -194,7 +278,8 @@ class FakeSource:
             if callable(stamp):
                 stamp()
                 continue
-            frame = SimpleNamespace(time=stamp, rotation=0, to_image=lambda: self.picture)
+            pixels = SimpleNamespace(has_palette=False, components=[])
+            frame = SimpleNamespace(time=stamp, format=pixels, side_data={}, to_image=lambda: self.picture)
             yield SimpleNamespace(decode=lambda frame=frame: [frame])
 
 

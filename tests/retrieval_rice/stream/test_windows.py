@@ -1,15 +1,10 @@
-"""Windows of a stream, and joining encoded frames against encoding them together."""
+"""Windows of a stream."""
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, SiglipVisionConfig
 
-from modeling_rice import RiceConfig, RiceModel
 from retrieval_rice.stream.source import Frame
-from retrieval_rice.stream.windows import cut_windows, join_frames, shares_frames
-
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-TINY |= {"image_size": 32, "patch_size": 8}
+from retrieval_rice.stream.windows import cut_windows
 
 
 def frames_at(*times):
@@ -88,61 +83,3 @@ def test_a_window_comes_as_soon_as_it_is_complete():
 def test_lengths_that_leave_gaps(window_s, hop_s):
     with pytest.raises(ValueError, match="hop <= window"):
         list(cut_windows([], window_s, hop_s))
-
-
-VARIANTS = {
-    "default": {},
-    "clip4clip": {"preset": "clip4clip"},
-    "raw tokens": {"decoder_token_source": "raw", "decoder_normalize_key_value": False},
-    "no decoder": {"use_decoder": False},
-    "weighted frames": {"temporal_pooling": "attention", "frame_consensus_scale": 4.0},
-    "mean pooling": {"vision_config": SiglipVisionConfig(**TINY), "vision_pooling": "mean"},
-}
-
-
-def make_model(preset=None, **settings):
-    settings = {"vision_config": CLIPVisionConfig(**TINY), "projection_dim": 16, "decoder_num_heads": 4, **settings}
-    model = RiceModel(RiceConfig(**settings) if preset is None else RiceConfig.from_preset(preset, **settings))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_joined_frames_equal_a_clip_encoded_whole(variant, masked):
-    model = make_model(**VARIANTS[variant])
-    assert shares_frames(model)
-    pixels = torch.randn(1, 5, 3, 32, 32)
-    patch_mask = torch.rand(1, 5, 16) < 0.5 if masked else None
-    whole = model.encode_clips(pixels, patch_mask=patch_mask)
-    # In two batches, as a stream's frames come.
-    parts = [
-        model.encode_clips(pixels[0, rows, None], patch_mask=None if patch_mask is None else patch_mask[0, rows, None])
-        for rows in (slice(0, 2), slice(2, 5))
-    ]
-    joined = join_frames(type(whole).cat(parts), model.temporal_pooling)
-    for name in whole.fields:
-        expected = getattr(whole, name)
-        if expected is None:
-            assert getattr(joined, name) is None
-            continue
-        torch.testing.assert_close(getattr(joined, name).float(), expected.float(), atol=1e-5, rtol=0)
-    assert joined.model_fingerprint == model.fingerprint()
-    gallery = model.encode_gallery(torch.randn(4, 3, 32, 32))
-    torch.testing.assert_close(model.similarity(joined, gallery), model.similarity(whole, gallery), atol=1e-5, rtol=0)
-    if model.decoder is not None:
-        torch.testing.assert_close(model.match(joined, gallery), model.match(whole, gallery), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "settings", [{"preset": "mmf"}, {"temporal_pooling": "lstm"}, {"temporal_pooling": "transformer"}]
-)
-def test_models_whose_frames_cannot_be_joined(settings):
-    model = make_model(**settings)
-    assert not shares_frames(model)
-    pixels = torch.randn(1, 5, 3, 32, 32)
-    joined = join_frames(model.encode_clips(pixels[0, :, None]), model.temporal_pooling)
-    # Why they are refused.
-    assert (joined.embeds - model.encode_clips(pixels).embeds).abs().max() > 1e-4

@@ -1,18 +1,45 @@
 """Comparing two methods on the same queries: differences of hits, paired by query and seed."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data_rice.parsing import read_json_lines
 
-from .recall import bootstrap_interval
+from ..recall import bootstrap_interval, hit_interval, interval_words
 
 
-def read_ranks(folder: str | Path) -> dict[str, dict[str, int | None]]:
+@dataclass(frozen=True)
+class QueryRanks:
     """
-    The query_ranks.jsonl of an evaluation: query id -> kind of score -> rank, in order of the ids.
+    The query_ranks.jsonl of an evaluation, in order of the query ids.
+
+    Attributes:
+        query_ids: ids of the queries.
+        shops: per query its livestream's id; `None` where the file names none, as those of earlier versions.
+        ranks: per query kind of score -> rank of its first relevant image, `None` where that was not found.
+    """
+
+    query_ids: list[str]
+    shops: list[str] | None
+    ranks: list[dict[str, int | None]]
+
+    def hits(self, kind: str) -> np.ndarray | None:
+        """Hits at 1, 1.0 or 0.0, `(num_queries,)`; `None` where a query has no score of this kind."""
+        if any(kind not in row for row in self.ranks):
+            return None
+        return np.array([float(row[kind] == 1) for row in self.ranks])
+
+    def kinds(self) -> str:
+        """The kinds of score of the first query, for a message."""
+        return ", ".join(self.ranks[0])
+
+
+def read_ranks(folder: str | Path) -> QueryRanks:
+    """
+    Reads the query_ranks.jsonl of an evaluation.
 
     Raises:
         FileNotFoundError: the folder has none.
@@ -21,54 +48,52 @@ def read_ranks(folder: str | Path) -> dict[str, dict[str, int | None]]:
     path = Path(folder) / "query_ranks.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run eval_rice.py again.")
-    ranks = {}
+    rows = {}
     try:
         for number, row in read_json_lines(path):
             query = row.pop("query_id", None)
-            if not isinstance(query, str) or query in ranks:
+            if not isinstance(query, str) or query in rows:
                 raise ValueError(
-                    f"{path}, line {number}: {'no query_id' if query not in ranks else f'{query!r} twice'}"
+                    f"{path}, line {number}: {'no query_id' if query not in rows else f'{query!r} twice'}"
                 )
-            ranks[query] = row
+            rows[query] = row
     except ValueError as error:
         raise ValueError(f"{str(error).rstrip('.')}: run eval_rice.py again.") from error
-    if not ranks:
+    if not rows:
         raise ValueError(f"{path} holds no clips: run eval_rice.py again.")
-    return dict(sorted(ranks.items()))
+    rows = dict(sorted(rows.items()))
+    shops = [row.pop("live_id", None) for row in rows.values()]
+    return QueryRanks(list(rows), None if None in shops else list(map(str, shops)), list(rows.values()))
 
 
-def hits_of(ranks: Mapping[str, Mapping[str, int | None]], kind: str) -> np.ndarray | None:
-    """Hits at 1 of `read_ranks`, 1.0 or 0.0, `(num_queries,)`; `None` where a query has no score of this kind."""
-    if any(kind not in row for row in ranks.values()):
-        return None
-    return np.array([float(row[kind] == 1) for row in ranks.values()])
-
-
-def mean_interval(hits: Mapping[int, np.ndarray]) -> tuple[float, list[float]]:
-    """Mean over seeds and queries, and its 95 % bootstrap interval over queries.
+def mean_interval(hits: Mapping[int, np.ndarray], shops: Sequence[str] | None = None) -> tuple[float, list[float]]:
+    """Mean over seeds and queries, and its 95 % interval over shops and their queries.
 
     A query's seeds are drawn together, since runs of different seeds fail on the same hard clips: taking them for
     independent queries would make the interval too narrow.
 
     Args:
         hits: seed -> float array `(num_queries,)`, 1 for a hit and 0 for a miss, queries in one order.
+        shops: per query its shop, as `evaluation_rice.recall.bootstrap_interval` takes them.
 
     Raises:
         ValueError: there is no seed, or the seeds have different numbers of queries.
     """
     values = _stack(hits).mean(axis=0)
-    return float(values.mean()), bootstrap_interval(values)
+    return float(values.mean()), hit_interval(values, shops)
 
 
-def paired_difference(left: Mapping[int, np.ndarray], right: Mapping[int, np.ndarray]) -> dict:
+def paired_difference(
+    left: Mapping[int, np.ndarray], right: Mapping[int, np.ndarray], shops: Sequence[str] | None = None
+) -> dict:
     """How much more often `left` hits than `right` on the same queries with the same seeds.
 
     Args:
-        left, right: as in `mean_interval`; only seeds that both have are compared.
+        left, right, shops: as in `mean_interval`; only seeds that both have are compared.
 
     Returns:
-        `difference` (fraction), `ci95` (paired bootstrap over queries), `by_seed` (one difference per seed), `seeds`
-        and `num_queries` (queries times seeds).
+        `difference` (fraction), `ci95` (paired bootstrap), `interval` (its rule in words), `by_seed` (one difference
+        per seed), `seeds` and `num_queries` (queries times seeds).
 
     Raises:
         ValueError: no seed is common, or the numbers of queries differ.
@@ -84,7 +109,8 @@ def paired_difference(left: Mapping[int, np.ndarray], right: Mapping[int, np.nda
     gaps = ours - theirs
     return {
         "difference": float(gaps.mean()),
-        "ci95": bootstrap_interval(gaps.mean(axis=0)),
+        "ci95": bootstrap_interval(gaps.mean(axis=0), shops),
+        "interval": interval_words(shops),
         "by_seed": [float(gap.mean()) for gap in gaps],
         "seeds": seeds,
         "num_queries": int(gaps.size),

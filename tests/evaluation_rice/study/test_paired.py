@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from evaluation_rice.paired import draw_intervals, hits_of, mean_interval, paired_difference, read_ranks, verdict
+from evaluation_rice.study.paired import draw_intervals, mean_interval, paired_difference, read_ranks, verdict
 
 
 def hits(*rows):
@@ -44,6 +44,20 @@ def test_pairing_narrows_the_interval():
     assert result["ci95"][1] - result["ci95"][0] < (high - low) / 2
 
 
+SHOPS = ["a"] * 20 + ["b"] * 20
+
+
+def test_shops_are_drawn_before_their_clips():
+    """The gain is all in one of two shops, so it may be twice as large in the next two shops, or nothing."""
+    left, right = np.ones(40), np.array([1.0] * 20 + [0.0] * 20)
+    result = paired_difference({0: left}, {0: right}, SHOPS)
+    assert result["ci95"] == [0.0, 1.0] and verdict(result) == "no difference shown"
+    assert result["interval"].startswith("percentile bootstrap over 2 shops")
+    assert mean_interval({0: right}, SHOPS) == (0.5, [0.0, 1.0])
+    clips = paired_difference({0: left}, {0: right})
+    assert verdict(clips) == "better" and "as if they were independent" in clips["interval"]
+
+
 def test_no_difference():
     values = np.array([1.0, 0, 1, 0])
     assert verdict(paired_difference({0: values}, {0: values})) == "no difference shown"
@@ -68,9 +82,20 @@ def test_ranks_are_in_order_of_the_ids(tmp_path):
         '{"query_id": "b\u2028", "embedding": 2, "fused": 1}\n{"query_id": "a", "embedding": 1}\n', encoding="utf-8"
     )
     ranks = read_ranks(tmp_path)
-    assert list(ranks) == ["a", "b\u2028"]
-    assert hits_of(ranks, "embedding").tolist() == [1.0, 0.0]
-    assert hits_of(ranks, "fused") is None
+    assert ranks.query_ids == ["a", "b\u2028"] and ranks.shops is None
+    assert ranks.hits("embedding").tolist() == [1.0, 0.0]
+    assert ranks.hits("fused") is None
+
+
+@pytest.mark.parametrize(
+    ("lives", "shops"),
+    [(['"x"', '"y"'], ["y", "x"]), (["7", '"y"'], ["y", "7"]), (['""', '""'], ["", ""]), (["null", '"y"'], None)],
+)
+def test_the_shops_come_with_the_ranks(tmp_path, lives, shops):
+    rows = [f'{{"query_id": "{query}", "live_id": {live}, "fused": 3}}' for query, live in zip("ba", lives)]
+    (tmp_path / "query_ranks.jsonl").write_text("\n".join(rows))
+    ranks = read_ranks(tmp_path)
+    assert ranks.shops == shops and ranks.kinds() == "fused" and ranks.hits("live_id") is None
 
 
 @pytest.mark.parametrize(

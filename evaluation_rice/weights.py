@@ -1,0 +1,95 @@
+"""The weights of the fused score in an evaluation: the checkpoint's own, fitted on validation, or given by hand."""
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from data_rice.commands import one_line
+from modeling_rice.scoring_rice import FusionWeights, pair_kinds
+
+from .fusion import DEFAULT_WEIGHTS, FUSED_TEXT_WEIGHTS, edge_words
+from .protocol import RetrievalTask
+from .retrieval import FittedFusion, Loading, Retriever, fit_fusion
+
+LoadViews = Callable[[str, str | None], tuple[Any, Any]]
+"""Split and data_dir -> queries and gallery."""
+
+
+def choose_fusion(
+    options: argparse.Namespace, retriever: Retriever, scope: str, loading: Loading, load_views: LoadViews
+) -> tuple[FusionWeights, dict[str, Any]]:
+    """
+    The weights of the fused score, and the entry `protocol.fusion` of results.json.
+
+    Args:
+        options: of eval_rice.py.
+        retriever: a model with more scores than that of its embeddings.
+        scope: of the galleries.
+        loading: how the validation split is read, where a weight is fitted.
+        load_views: gives that split.
+
+    Raises:
+        ValueError: a fit was asked for, and there is no validation split to fit on.
+    """
+    config = retriever.model.config
+    weights = FusionWeights.of(config)
+    is_fitted = weights.fusion_weight is not None or "matching" not in pair_kinds(retriever.model)
+    edges: list[str | None] = []
+    if options.fusion_weight == "fit" or (options.fusion_weight == "auto" and not is_fitted):
+        fitted, record = _fit(options, retriever, scope, loading, load_views)
+        weights = replace(weights, fusion_weight=1.0) if fitted is None else fitted.weights
+        edges = [] if fitted is None else fitted.edges()
+    elif options.fusion_weight == "auto":
+        words = "the weight is the checkpoint's own, fitted when it was trained"
+        record = {"source": "checkpoint", "source_words": words}
+        if weights.fusion_weight is not None:
+            edges.append(edge_words("fusion weight", weights.fusion_weight, DEFAULT_WEIGHTS))
+        if weights.fused_text_weight is not None:
+            edges.append(edge_words("text weight in the fused score", weights.fused_text_weight, FUSED_TEXT_WEIGHTS))
+    else:
+        weights = replace(weights, fusion_weight=options.fusion_weight)
+        record = {"source": "argument", "source_words": "the weight was given by hand"}
+    if not _reads_text_score(options, config):
+        weights = replace(weights, fused_text_weight=None)
+    elif weights.fused_text_weight is None:
+        record["source_words"] += "; there is none for text, which counts as part of the embedding score"
+    edges = [words for words in edges if words]
+    record |= {"at_edge": bool(edges), "edge_words": edges}
+    return weights, {"rule": weights.rule(), "text_weight": weights.fused_text_weight, **record}
+
+
+def _reads_text_score(options: argparse.Namespace, config) -> bool:
+    """Whether the cosine of ASR and title is part of the scores."""
+    has_text = getattr(config, "text_config", None) is not None
+    return options.text and has_text and config.text_score_weight is not None
+
+
+def _fit(
+    options: argparse.Namespace, retriever: Retriever, scope: str, loading: Loading, load_views: LoadViews
+) -> tuple[FittedFusion | None, dict[str, Any]]:
+    """The weights from the validation split, `None` where it cannot be had, and where they come from."""
+    folder = options.fit_data_dir or options.data_dir
+    try:
+        same = options.fit_data_dir is None or _same_folder(options.fit_data_dir, options.data_dir)
+        if options.split == "validation" and same:
+            raise ValueError("the split to evaluate is the validation split itself")
+        queries, gallery = load_views("validation", folder)
+        task = RetrievalTask.from_datasets(queries, gallery, scope)
+    except (ValueError, OSError) as error:
+        if options.fusion_weight == "fit":
+            raise ValueError(f"--fusion_weight fit: the weight cannot be fitted ({one_line(error)})") from error
+        print(f"fusion weight 1: the checkpoint has none, and it cannot be fitted ({one_line(error)})")
+        return None, {"source": "default", "source_words": "the weight is the default, not fitted"}
+    fitted = fit_fusion(retriever, task, queries, gallery, loading=loading)
+    where = f" of {folder}" if options.fit_data_dir else ""
+    words = f"the weight was fitted on the validation split{where} ({len(queries)} clips)"
+    record = {"source": "validation", "source_words": words, "curve": fitted.curve}
+    if fitted.text_curve is not None:
+        record["text_curve"] = fitted.text_curve
+    return fitted, record
+
+
+def _same_folder(one: str, other: str | None) -> bool:
+    return other is not None and os.path.realpath(one) == os.path.realpath(other)

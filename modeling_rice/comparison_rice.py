@@ -1,0 +1,177 @@
+"""Encoded clips against encoded images: every score of a model, and a ranking in one call."""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .features_rice import RiceClips, RiceGallery
+from .loss_rice import cosines
+from .scoring_rice import best_first, ranked_scores
+
+_ENCODE_AT_ONCE = 64
+
+
+class RiceComparison:
+    """What [`RiceModel`] makes of encodings, apart from what makes them."""
+
+    # Of the model.
+    config: Any
+    decoder: Any
+    device: Any
+    visual_projection: Any
+    encode_clips: Any
+    refuse_foreign: Any
+    require_eval_mode: Any
+
+    def similarity(self, clips: RiceClips, gallery: RiceGallery, text_weight: float | None = None) -> Tensor:
+        """
+        Cosine of every clip with every image, `(num_clips, num_images)`, in -1..1; plus `text_weight` times
+        `text_similarity` where there is one.
+
+        Args:
+            text_weight: `config.text_score_weight` by default.
+
+        Raises:
+            ValueError: for features that another model encoded.
+        """
+        self.refuse_foreign(clips=clips, gallery=gallery)
+        scores = cosines(clips.embeds.float(), gallery.embeds.float())
+        texts = self.text_similarity(clips, gallery)
+        weight = self.config.text_score_weight if text_weight is None else text_weight
+        return scores if texts is None or not weight else scores + weight * texts
+
+    def text_similarity(self, clips: RiceClips, gallery: RiceGallery) -> Tensor | None:
+        """
+        Cosine of every clip's ASR with every title, `(num_clips, num_images)`, 0 where either is missing; `None` where
+        the model has no score-level text term, or clips or gallery were encoded without text.
+        """
+        if clips.text_embeds is None or gallery.text_embeds is None:
+            return None
+        return cosines(clips.text_embeds.float(), gallery.text_embeds.float())
+
+    @torch.no_grad()
+    def match(self, clips: RiceClips, gallery: RiceGallery, max_memory: int = 512 * 2**20) -> Tensor:
+        """
+        Decoder score of every clip with every image, exact: one query row per pair against the clip's cached keys
+        and values. Call in eval mode.
+
+        Args:
+            clips, gallery: From `encode_clips` and `encode_gallery` of this model.
+            max_memory: Bytes the intermediate results may take; larger requests are worked off in chunks.
+
+        Returns:
+            `(num_clips, num_images)` float32, the head's raw output without temperature.
+
+        Raises:
+            ValueError: when the model or the one that encoded has no decoder, for features that another model encoded,
+                or in training mode where that changes scores.
+        """
+        if self.decoder is None:
+            raise ValueError("This model has no matching decoder (`use_decoder=False`); rank by `similarity` instead.")
+        self.require_eval_mode("match")
+        if gallery.states is None or clips.keys is None or clips.values is None or clips.mask is None:
+            raise ValueError("The features come from a model without a matching decoder; encode them with this one.")
+        self.refuse_foreign(clips=clips, gallery=gallery)
+        device, dtype = self.device, self.visual_projection.weight.dtype
+        clips_at_once, images_at_once = self._match_chunks(clips.keys.shape[1], len(clips), len(gallery), max_memory)
+        scores = torch.empty(len(clips), len(gallery), device=device)
+        for first in range(0, len(clips), clips_at_once):
+            rows = slice(first, first + clips_at_once)
+            keys, values = clips.keys[rows].to(device, dtype), clips.values[rows].to(device, dtype)
+            mask = clips.mask[rows].to(device)
+            for start in range(0, len(gallery), images_at_once):
+                columns = slice(start, start + images_at_once)
+                states = gallery.states[columns].to(device, dtype)
+                scores[rows, columns] = self.decoder.score_pairs(states, keys, values, mask).float()
+        return scores
+
+    def rank(
+        self,
+        clip,
+        images,
+        top_k: int | None = None,
+        *,
+        processor,
+        titles: list[str] | None = None,
+        asr: str | None = None,
+        rank_by: str | None = None,
+    ) -> list[dict]:
+        """
+        Ranks images for one clip, every pair scored. Call in eval mode.
+
+        Args:
+            clip: One clip, as `processor` takes it: a list of frames, an array or tensor, the path of a video.
+            images: Shop images, an encoded gallery, or the path of a saved one.
+            top_k: Entries to return at most, all by default.
+            processor: The [`RiceProcessor`] that was saved with this model.
+            titles, asr: A title per image and the clip's ASR, for models that read them.
+            rank_by: `"embedding"`, `"matching"`, `"alignment"` or `"fused"`, those that the model has; by default
+                `config.ranking`, see there.
+
+        Returns:
+            From best to worst, `{"corpus_id": index, "score": score}`, as sentence-transformers' `CrossEncoder.rank`.
+
+        Raises:
+            ValueError: as `match`, for a score that the model does not have, or for inputs that `processor` refuses.
+        """
+        gallery = encode_candidates(self, processor, images, titles)
+        clips = self.encode_clips(**processor(videos=[clip], asr=None if asr is None else [asr]))
+        scores, _ = ranked_scores(self, clips, gallery, rank_by)
+        return [{"corpus_id": i, "score": scores[0, i].item()} for i in best_first(scores[0], top_k)]
+
+    def _match_chunks(self, num_tokens: int, num_clips: int, num_images: int, max_memory: int) -> tuple[int, int]:
+        width, heads = self.config.decoder_hidden_size, self.config.decoder_num_heads
+        hidden = self.config.decoder_intermediate_size or 4 * width
+        bytes_per_pair = 4 * (2 * hidden + 5 * width + 2 * heads * num_tokens)
+        bytes_per_clip = 4 * 4 * num_tokens * width
+        images = max(1, min(num_images, max_memory // (2 * bytes_per_pair)))
+        clips = max(1, min(num_clips, max_memory // (images * bytes_per_pair + bytes_per_clip)))
+        return clips, images
+
+
+def encode_candidates(model, processor, candidates, titles: list[str] | None = None) -> RiceGallery:
+    """
+    Candidates of a ranking as a gallery.
+
+    Args:
+        model, processor: A [`RiceModel`] in eval mode, and the processor that was saved with it.
+        candidates: Shop images (PIL, arrays, tensors, paths), a gallery from `encode_gallery`, or the path of one
+            that was saved (`.safetensors`).
+        titles: One per image, for models that read them; an empty one is a title that is not there.
+
+    Raises:
+        ValueError: no candidates, titles that do not fit them, a picture or gallery that cannot be read.
+        FileNotFoundError: a file that is missing.
+    """
+    if hasattr(candidates, "embeds"):
+        gallery = candidates
+    elif isinstance(candidates, (str, os.PathLike)) and os.fspath(candidates).endswith(".safetensors"):
+        gallery = RiceGallery.load(candidates)
+    else:
+        gallery = None
+        candidates = (
+            list(candidates) if isinstance(candidates, (list, tuple)) or _is_stack(candidates) else [candidates]
+        )
+    count = len(candidates if gallery is None else gallery)
+    if count == 0:
+        raise ValueError("`candidates` is empty; give at least one shop image.")
+    # A column of a table counts and slices by its own rules.
+    titles = [titles] if isinstance(titles, str) else None if titles is None else list(titles)
+    if titles is not None and len(titles) != count:
+        raise ValueError(f"`titles` has {len(titles)} entries for {count} candidates; give one per candidate.")
+    if gallery is not None:
+        return gallery.to(model.device)
+    parts = []
+    starts = range(0, count, _ENCODE_AT_ONCE)
+    for start in tqdm(starts, desc="candidates", unit="batch", disable=len(starts) < 4):
+        rows = slice(start, start + _ENCODE_AT_ONCE)
+        inputs = processor(images=candidates[rows], titles=None if titles is None else titles[rows])
+        parts.append(model.encode_gallery(**inputs.to(model.device)))
+    return type(parts[0]).cat(parts)
+
+
+def _is_stack(candidates) -> bool:
+    return getattr(candidates, "ndim", 0) == 4

@@ -1,0 +1,344 @@
+"""The one reader of pictures: files, bytes, opened PIL pictures, arrays and tensors, all by the same rules.
+
+Two inputs that look the same to a person give the same pixels. Video is read by `video_media_rice`, whose frames
+follow these rules too; docs/data.md has them in words.
+"""
+
+import io
+import math
+import os
+import re
+from collections.abc import Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as tvF
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+# What shops and livestreams publish. Others that PIL knows run foreign programs or read further files.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")
+
+MAX_PIXELS = 100_000_000
+"""Pictures and frames are refused that have more pixels than this after reduction; they would take gigabytes."""
+
+REDUCTION_MARGIN = 1.2
+"""A reduced picture keeps this many times the target's sides: with less than that, the difference to the exact way can
+pass 2 of 255 grey levels on average (docs/LOG.md has the measurements)."""
+
+# Floats that were computed to lie in 0..1 miss it by rounding.
+_FLOAT_SLACK = 1e-3
+_TAR_MEMBER = re.compile(r"(?P<file>.+\.tar)#(?P<offset>[0-9]{1,15}),(?P<size>[0-9]{1,12})", re.DOTALL)
+
+
+class MediaError(ValueError):
+    """
+    A picture or video that cannot be read; the message names it and what to do.
+
+    Attributes:
+        reason: What is wrong, without the name, such as "cannot be decoded (...)".
+    """
+
+    reason = ""
+
+    @classmethod
+    def of(cls, message: str, reason: str) -> "MediaError":
+        """An error with a reason; no second argument of the class, which a file error would take for its own."""
+        error = cls(message)
+        error.reason = reason
+        return error
+
+
+class MissingMediaError(MediaError, FileNotFoundError):
+    """There is no such file."""
+
+
+def printable(name: object) -> str:
+    """A path as text that can be printed, whatever bytes the system allows in it."""
+    return str(name).encode(errors="replace").decode()
+
+
+def media_error(kind: str, name: object, reason: str) -> MediaError:
+    """The sentence for a file, `kind` being "image" or "video", that is there and cannot be read for a `reason`."""
+    return MediaError.of(f"The {kind} file {printable(name)} {reason}; replace it or leave it out.", reason)
+
+
+def missing_media_error(kind: str, name: object) -> MediaError:
+    """The sentence, and the `MissingMediaError`, for a file that is not there."""
+    return MissingMediaError.of(f"There is no {kind} file {printable(name)}.", "there is no such file")
+
+
+def tar_member_path(tar_file: str, offset: int, size: int) -> str:
+    """The path of the `size` bytes at `offset` of an uncompressed tar file: `FILE.tar#OFFSET,SIZE`, one read."""
+    return f"{tar_file}#{offset},{size}"
+
+
+def split_tar_member(path: str) -> tuple[str, int, int] | None:
+    """`(tar file, offset, size)` of a path made by [`tar_member_path`], or `None` for any other path."""
+    match = _TAR_MEMBER.fullmatch(path)
+    return (match["file"], int(match["offset"]), int(match["size"])) if match else None
+
+
+def read_media(entry: Mapping[str, Any]) -> bytes:
+    """
+    The encoded bytes of an image entry of `datasets`, wherever they lie.
+
+    Args:
+        entry: `bytes` when the row carries them; else `path`, a file or a member of a tar file, see
+            [`tar_member_path`].
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        OSError: it cannot be read, or the tar file ends before the member does.
+        ValueError: the entry has neither bytes nor a path.
+    """
+    if entry.get("bytes") is not None:
+        return entry["bytes"]
+    path = path_of(entry)
+    if not path:
+        raise ValueError("The image entry has neither bytes nor a path; give it one of them.")
+    member = split_tar_member(path)
+    if member is None or os.path.isfile(path):
+        with open(path, "rb") as file:
+            return file.read()
+    tar_file, offset, size = member
+    # The size of the file first: a damaged path must not make `read` allocate what is not there.
+    with open(tar_file, "rb") as file:
+        if offset + size > os.fstat(file.fileno()).st_size:
+            raise OSError(f"{path}: the tar file ends before this member does; fetch the shard again")
+        file.seek(offset)
+        return file.read(size)
+
+
+def is_file_source(source: object) -> bool:
+    """Whether a picture is given as a path, as bytes, as PIL picture or as `{"path", "bytes"}`: not as numbers."""
+    return isinstance(source, (str, os.PathLike, bytes, bytearray, Mapping, Image.Image))
+
+
+def path_of(source: object) -> str:
+    """The path of a picture that is given by one, as such or in an entry of `datasets`; "" for any other."""
+    path = source.get("path") if isinstance(source, Mapping) else source
+    return os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
+
+
+def open_image(
+    source: str | os.PathLike | bytes | Image.Image | Mapping[str, Any],
+    name: str | None = None,
+    target: tuple[float, float] | None = None,
+) -> Image.Image:
+    """
+    A picture as an upright RGB picture of 8 bits. The format of a file is told by its content.
+
+    Orientation (EXIF, XMP) is applied; what is transparent is laid over white; 16 bits are divided by 65,535 and
+    floats taken as 0..1; every other colour mode is converted as PIL does it.
+
+    Args:
+        source: Path, a member of a tar file (see [`tar_member_path`]), encoded bytes, a PIL picture, or `{"path",
+            "bytes"}` of `datasets`.
+        name: What an error calls it; by default the path.
+        target: Height and width in pixels that the picture is to be reduced to. A JPEG is then decoded at 1/2, 1/4
+            or 1/8 of its size where that leaves `REDUCTION_MARGIN` times as much; a fraction of the work, and not
+            quite what decoding it whole gives. By default, and in other formats, the whole picture is decoded.
+
+    Raises:
+        MediaError: when it is missing (`MissingMediaError`), empty, no picture, damaged, larger than `MAX_PIXELS`, or
+            holds floats outside of 0..1.
+    """
+    if isinstance(source, Image.Image):
+        with _named(name or getattr(source, "filename", "") or "<picture>"):
+            return _upright_rgb(source, in_place=False)
+    with _opened(source, name) as image:
+        if target is not None and image.format in ("JPEG", "MPO"):
+            _reduce_scale(image, target)
+        return _upright_rgb(image, in_place=True)
+
+
+class ImageHeader(NamedTuple):
+    """What a picture file says before its pixels: PIL's name of the format, and width and height when upright."""
+
+    format: str
+    width: int
+    height: int
+
+
+def image_header(source: str | os.PathLike | bytes | Mapping[str, Any]) -> ImageHeader:
+    """
+    Reads no further than the header.
+
+    Raises:
+        MediaError: as [`open_image`], but for what only the pixels show.
+    """
+    with _opened(source) as image:
+        width, height = image.size
+        return ImageHeader(image.format, *((height, width) if _lies_on_its_side(image) else (width, height)))
+
+
+@contextmanager
+def _opened(source: str | os.PathLike | bytes | Mapping[str, Any], name: str | None = None):
+    """A picture file with its header read; what goes wrong here or within becomes a `MediaError`."""
+    if not is_file_source(source):
+        kind = type(source).__name__
+        raise MediaError(f'A picture is a path, bytes, a PIL picture or {{"path", "bytes"}}, got a {kind}.')
+    name = name or path_of(source) or "<bytes>"
+    if not isinstance(source, Mapping):
+        source = {"bytes" if isinstance(source, (bytes, bytearray)) else "path": source}
+    try:
+        data = read_media(source)
+    except FileNotFoundError:
+        raise missing_media_error("image", name) from None
+    except (OSError, ValueError) as error:
+        raise media_error("image", name, f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    with _named(name), Image.open(io.BytesIO(data), formats=readable_formats()) as image:
+        yield image
+
+
+@contextmanager
+def _named(name: str):
+    """Turns what goes wrong within into a `MediaError`."""
+    try:
+        yield
+    except UnidentifiedImageError as error:
+        kinds = ", ".join(readable_formats())
+        raise media_error("image", name, f"cannot be decoded (it is none of {kinds}, or damaged)") from error
+    # PIL's readers raise whatever their parsing of damaged bytes runs into.
+    except Exception as error:
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise media_error("image", name, f"cannot be decoded ({kind}{error})") from error
+
+
+@cache
+def readable_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that the installed PIL was built with."""
+    Image.init()
+    return tuple(format for format in FORMATS if format in Image.OPEN)
+
+
+def _lies_on_its_side(image: Image.Image) -> bool:
+    # Of TIFFs PIL tells the size when upright.
+    return image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+
+
+def _reduce_scale(image: Image.Image, target: tuple[float, float]) -> None:
+    """Chooses libjpeg's scale, which must happen before the pixels are read."""
+    height, width = (math.ceil(side * REDUCTION_MARGIN) for side in target)
+    if _lies_on_its_side(image):
+        height, width = width, height
+    image.draft(None, (width, height))
+
+
+def _upright_rgb(image: Image.Image, in_place: bool) -> Image.Image:
+    check_pixels(*image.size)
+    image.load()
+    if in_place:
+        ImageOps.exif_transpose(image, in_place=True)
+    else:
+        image = ImageOps.exif_transpose(image)
+    return _to_rgb(image)
+
+
+def check_pixels(width: int, height: int, max_pixels: int | None = None) -> None:
+    """ValueError when a picture has more pixels than `max_pixels`, by default `MAX_PIXELS`."""
+    limit = MAX_PIXELS if max_pixels is None else max_pixels
+    if width * height > limit:
+        raise ValueError(f"{width} x {height} pixels, more than the {limit:,} that are read")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _from_16_bits(image)
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not in_unit_range(torch.from_numpy(values.copy())):
+            raise ValueError("its floats are not all in 0..1, so that white and black are not known")
+        return Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
+    return flatten(image) if image.has_transparency_data else image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("its whole numbers are not all in 0..65,535, so that white and black are not known")
+    # To the nearest of 255 levels.
+    levels = ((values * 255 + 32767) // 65535).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        levels[values == transparent] = 255
+    return Image.fromarray(levels).convert("RGB")
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """A picture with transparency as RGB over white; the colour of what is transparent does not show."""
+    transparent = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:
+        # Of 16 bits PIL keeps the upper eight of the pixels, but all of the colour that stands for transparent.
+        image = image.copy()
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def in_unit_range(values: torch.Tensor) -> bool:
+    """Whether all numbers lie in 0..1, up to rounding; missing numbers do not."""
+    return bool(((values >= -_FLOAT_SLACK) & (values <= 1 + _FLOAT_SLACK)).all())
+
+
+def picture_tensor(picture: Any, name: str = "A picture", any_range: bool = False) -> torch.Tensor:
+    """
+    One picture of any kind as a `(3, H, W)` tensor: uint8, or float32 in 0..1 where floats were given.
+
+    Args:
+        picture: What [`open_image`] takes, or `(H, W)`, `(H, W, 3)` or `(3, H, W)` numbers: uint8, or floats in 0..1.
+        name: What an error calls numbers that are no picture; files are named by their path.
+        any_range: Take floats as they are, for a caller that does not rescale.
+
+    Raises:
+        MediaError: a file that cannot be read, see [`open_image`].
+        ValueError: numbers of another type, range or shape.
+    """
+    if is_file_source(picture):
+        return tvF.pil_to_tensor(open_image(picture))
+    try:
+        # Arrays may run backwards, which tensors cannot.
+        values = torch.as_tensor(np.ascontiguousarray(picture) if isinstance(picture, np.ndarray) else picture)
+    except (TypeError, ValueError, RuntimeError):
+        kind = getattr(picture, "dtype", type(picture).__name__)
+        raise ValueError(f"{name} must be a picture, a path, or hold uint8 or floats in 0..1, got {kind}.") from None
+    if values.dtype != torch.uint8 and not values.is_floating_point():
+        raise ValueError(f"{name} must hold uint8 or floats in 0..1, got {values.dtype}; convert it to uint8.")
+    if values.dim() == 2:
+        values = values[None].expand(3, -1, -1)
+    if values.dim() != 3 or 3 not in (values.shape[0], values.shape[-1]) or not values.numel():
+        raise ValueError(f"{name} must be (H, W, 3) or (3, H, W), got shape {tuple(values.shape)}.")
+    if values.is_floating_point() and not any_range and not in_unit_range(values):
+        low, high = values.min().item(), values.max().item()
+        raise ValueError(
+            f"{name} must hold uint8 or floats in 0..1, got floats from {low:g} to {high:g}; give 0..255 as uint8, or "
+            f"set `do_rescale=False`."
+        )
+    values = values.float() if values.is_floating_point() else values
+    return values if values.shape[0] == 3 else values.movedim(-1, 0)
+
+
+__all__ = [
+    "FORMATS",
+    "MAX_PIXELS",
+    "MediaError",
+    "MissingMediaError",
+    "check_pixels",
+    "flatten",
+    "image_header",
+    "is_file_source",
+    "media_error",
+    "missing_media_error",
+    "open_image",
+    "path_of",
+    "picture_tensor",
+    "printable",
+    "read_media",
+    "split_tar_member",
+    "tar_member_path",
+]
