@@ -220,7 +220,7 @@ class Demo:
         """An image of the shop as `open_image` takes it."""
         if image_id in self._places:
             return self.gallery[self._places[image_id]]["image"]
-        return {"path": text_to_path(self.index.store.get([image_id])[image_id]["image"]), "bytes": None}
+        return {"path": text_to_path(self.index.records([image_id])[image_id]["image"]), "bytes": None}
 
     def picture(self, image_id: str) -> Image.Image:
         """An image of the shop, or a grey tile where it cannot be read any more."""
