@@ -18,7 +18,7 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="video file, folder of pictures, address or camera")
-    add("--shop", required=True, type=Path, help="index of the shop's images, from `rice index`")
+    add("--shop", required=True, metavar="INDEX", help="folder or URI of the shop's index, from `rice index`")
     add("--model", required=True, help="folder or id of the model that the index was built with")
     add("--live_id", help="search the images of this livestream only")
     add("--window", type=_seconds, default=4.0, help="seconds that are looked at together (default: %(default)g)")
