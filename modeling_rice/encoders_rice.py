@@ -20,6 +20,8 @@ from transformers.utils import ModelOutput
 _ANY_SIZE = 224
 # A class token and a distillation token; a config says how many registers there are.
 _MOST_PREFIX_TOKENS = 2
+# Parameters of an encoder that is built with numbers only to be looked at, where the meta device does not do.
+_LARGEST_BUILT = 500_000_000
 # Pixels that a patch stands for at most, where patches are matched with each other: a 14 x 14 grid of 224 pixels.
 _FINE_STRIDE = 16
 
@@ -90,7 +92,7 @@ class EncoderLayout:
 
 def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     """
-    A new encoder with random weights: what AutoModel or AutoBackbone makes of the config, or the vision part of a
+    A new encoder with random weights: what AutoModel or AutoBackbone stand for, or the vision part of a
     model that is registered as a whole only (AltCLIP, BLIP, MetaCLIP 2).
 
     Raises:
@@ -106,15 +108,17 @@ def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _new_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    encoder_class = _encoder_class(config)
+    if encoder_class.main_input_name != "pixel_values":
+        raise ValueError(f"it takes {encoder_class.main_input_name}, not pictures")
     # Building writes into the config.
-    config = copy.deepcopy(config)
+    return encoder_class._from_config(copy.deepcopy(config))
+
+
+def _encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     for auto in (AutoModel, AutoBackbone):
         if type(config) in auto._model_mapping:
-            return auto.from_config(config)
-    return _part_class(config)._from_config(config)
-
-
-def _part_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+            return auto._model_mapping[type(config)]
     module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
     classes = [
         value
@@ -169,15 +173,19 @@ def find_layout(config: PreTrainedConfig) -> EncoderLayout:
 def _find_layout(text: str) -> EncoderLayout:
     settings = json.loads(text)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with torch.device("meta"):
+        encoder = build_encoder(config).eval()
+    size = _image_size(config, _trained_with(encoder))
     try:
-        encoder, size, output = _dry_run(config, "meta")
-    except Exception:
-        # Some read numbers out of their tensors, or keep tensors that follow no device; the others fail again.
+        output = _dry_run(encoder, size)
+    except Exception as error:
+        # Some read numbers out of their tensors, or keep tensors that follow no device.
+        if encoder.num_parameters() > _LARGEST_BUILT:
+            raise ValueError(_refusal(config, error)) from error
+        with torch.random.fork_rng(devices=[]):
+            encoder = build_encoder(config).eval()
         try:
-            with torch.random.fork_rng(devices=[]):
-                encoder, size, output = _dry_run(config, "cpu")
-        except ImportError as error:
-            raise ImportError(_refusal(config, error)) from error
+            output = _dry_run(encoder, size)
         except Exception as error:
             raise ValueError(_refusal(config, error)) from error
     if output.get("ids_restore") is not None:
@@ -199,17 +207,16 @@ def _find_layout(text: str) -> EncoderLayout:
     )
 
 
-def _dry_run(config: PreTrainedConfig, device: str) -> tuple[nn.Module, tuple[int, int], ModelOutput]:
-    """A new encoder, the size of its pictures, and what it makes of an empty one."""
-    with torch.no_grad(), torch.device(device):
-        encoder = _new_encoder(config).eval()
-        size = _image_size(config, _trained_with(encoder))
+@torch.no_grad()
+def _dry_run(encoder: nn.Module, size: tuple[int, int]) -> ModelOutput:
+    """What it makes of an empty picture."""
+    with encoder.device:
         inputs = encoder_inputs(encoder, torch.zeros(1, 3, *size))
         try:
-            return encoder, size, encoder(**inputs, output_hidden_states=True)
+            return encoder(**inputs, output_hidden_states=True)
         except (TypeError, ValueError, NotImplementedError):
             # Not every encoder gives its hidden states.
-            return encoder, size, encoder(**inputs)
+            return encoder(**inputs)
 
 
 def _trained_with(encoder: nn.Module) -> dict:
