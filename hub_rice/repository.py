@@ -123,7 +123,7 @@ def publication(
         )
     if results is not None:
         results = portable_results(results, repo_id)
-        files["results.json"] = (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode()
+        files["results.json"] = (json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
         if page := breakdown_page(results):
             files["breakdown.md"] = page.encode()
         if picture is not None and os.path.isfile(picture):

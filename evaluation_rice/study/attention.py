@@ -248,7 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
         collator = RiceCollator(processor, use_text=reads_text)
         result = measure(model, collator, *views, scope=scope, num_clips=options.num_clips)
         if options.output:
-            write_output(options.output, json.dumps({**vars(options), **result}, indent=1) + "\n")
+            write_output(options.output, json.dumps({**vars(options), **result}, indent=1, allow_nan=False) + "\n")
     summary = result["summary"]
     print(f"\n{summary['num_clips']} clips of {options.dataset} ({options.split}); percent and points\n")
     print(format_summary(summary))
