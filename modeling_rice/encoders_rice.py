@@ -92,8 +92,8 @@ class EncoderLayout:
 
 def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     """
-    A new encoder with random weights: what AutoModel or AutoBackbone stand for, or the vision part of a
-    model that is registered as a whole only (AltCLIP, BLIP, MetaCLIP 2).
+    A new encoder with random weights: the class that AutoModel or AutoBackbone has for the config, or else the vision
+    part of a model that is registered as a whole only (AltCLIP, BLIP, MetaCLIP 2).
 
     Raises:
         ValueError: for a config that no vision model belongs to, or whose values do not fit together.
@@ -191,7 +191,7 @@ def _find_layout(text: str) -> EncoderLayout:
     if output.get("ids_restore") is not None:
         raise ValueError(_refusal(config, "it leaves patches out at random"))
     try:
-        patches = _layout(last_states(output), encoder, size)
+        patches = _layout(last_states(output), encoder, size, channels_last=_is_channels_last(encoder))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(_refusal(config, error)) from error
     pooled = output.get("pooler_output")
@@ -234,11 +234,15 @@ def _image_size(config: PreTrainedConfig, trained_with: dict) -> tuple[int, int]
     return (size, size) if isinstance(size, int) else tuple(size[-2:])
 
 
-def _layout(states: Tensor, encoder: nn.Module, size: tuple[int, int]) -> PatchLayout:
+def _is_channels_last(encoder: nn.Module) -> bool:
+    """Whether a timm network leaves its output so; its hidden states it gives with the channels first."""
+    return str(getattr(getattr(encoder, "timm_model", None), "output_fmt", "")).endswith("NHWC")
+
+
+def _layout(states: Tensor, encoder: nn.Module, size: tuple[int, int], channels_last: bool = False) -> PatchLayout:
+    if states.dim() == 4 and channels_last:
+        return PatchLayout(states.shape[3], tuple(states.shape[1:3]), 0, "channels_last")
     if states.dim() == 4:
-        timm_format = str(getattr(getattr(encoder, "timm_model", None), "output_fmt", ""))
-        if timm_format.endswith("NHWC"):
-            return PatchLayout(states.shape[3], tuple(states.shape[1:3]), 0, "channels_last")
         return PatchLayout(states.shape[1], tuple(states.shape[2:]), 0, "channels_first")
     if states.dim() != 3:
         raise ValueError(f"its output has {states.dim()} dimensions")
@@ -257,14 +261,15 @@ def _grid(num_tokens: int, encoder: nn.Module, size: tuple[int, int]) -> tuple[t
     """Rows and columns of patches among so many tokens, and how many tokens come before them."""
     config = encoder.config
     side = getattr(config, "patch_size", None)
+    known = getattr(getattr(encoder, "timm_model", None), "num_prefix_tokens", None)
     most = _MOST_PREFIX_TOKENS + (getattr(config, "num_register_tokens", 0) or 0)
-    most = max(most, getattr(getattr(encoder, "timm_model", None), "num_prefix_tokens", 0) or 0)
+    prefixes = range(most + 1) if known is None else [known]
     if isinstance(side, int):
         grid = (size[0] // side, size[1] // side)
-        if 0 <= num_tokens - math.prod(grid) <= most:
+        if num_tokens - math.prod(grid) in prefixes:
             return grid, num_tokens - math.prod(grid)
     # The grid shrinks on the way, or the config does not tell; it has the picture's shape in any case.
-    for prefix in range(most + 1):
+    for prefix in prefixes:
         rows = round(math.sqrt((num_tokens - prefix) * size[0] / size[1])) if num_tokens > prefix else 0
         columns = round(rows * size[1] / size[0])
         if rows and rows * columns == num_tokens - prefix:
