@@ -1,19 +1,20 @@
-"""Searching a shop: exact, FAISS HNSW and IVF-PQ, matching, frames to answer, and a load test of Qdrant, in one run.
+"""Searching a shop in its table: exact, one livestream, HNSW and IVF-PQ, beside tensors in memory, in one run.
 
-    python benchmarks/bench_retrieval.py [--rows 66358 1000000] [--steps exact hnsw ivfpq ...] [--device cuda]
+    python benchmarks/bench_retrieval.py [--rows 66358 1000000] [--steps torch exact room hnsw ivfpq ...]
 
 One JSON line per step and size, each measured in a fresh process, so that `peak_rss_mb` is that step's own:
 
-* `exact`, `hnsw`, `ivfpq`: `GalleryIndex.search` for one clip and for `--queries` at once, embeddings alone;
-  `recall@10` is against exact search, `index_mb` the FAISS file, `build_seconds` what it takes to make it;
-* `match_top`, `match_shop`: the same with matching over the nearest 100, and over the `--shop` images of a livestream;
+* `torch`: the other side: `model.similarity` and `topk` on tensors in memory, without table, records or ties;
+* `exact`: `GalleryIndex` over all images, kept in memory; `streamed`: the same without memory, read for each search;
+* `room`: one livestream of `--shop` images: `cold_ms` from the files for the first time, `ms` once it is in memory;
+* `hnsw`, `ivfpq`: approximate search; `recall@10` is against exact search, `index_mb` what it adds to the folder;
+* `match_top`, `match_shop`: search and matching over the nearest 100, and over all images of a livestream;
 * `end_to_end`: decoded frames to answer (processor, encoder, search, matching over 100) at batch 1 and 32;
-* `qdrant`: upload to Qdrant (`--qdrant`: its embedded engine in memory, in a folder, or a server's URL), then
-  `--clients` threads that search for `--seconds`: searches per second, median and 99th percentile.
+* `write`: `write_seconds` for all rows, then one image more (`put_ms`), and until a second reader finds it;
+* `load`: `--clients` threads that search for `--seconds`: searches per second, median and 99th percentile.
 
 Embeddings are drawn around centres (`--centres` rows each), queries near rows of the shop, which is harder for
-approximate search than the even spread of random vectors. 10 million rows of 512 numbers take 10 GB in half precision,
-and building HNSW over them hours: `--rows 10000000 --steps exact ivfpq`.
+approximate search than the even spread of random vectors.
 """
 
 import argparse
@@ -21,11 +22,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
-STEPS = ("exact", "hnsw", "ivfpq", "match_top", "match_shop", "end_to_end", "qdrant")
+STEPS = (
+    *("torch", "exact", "streamed", "room", "hnsw", "ivfpq"),
+    *("match_top", "match_shop", "end_to_end", "write", "load"),
+)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -40,8 +45,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--frames", type=int, default=10, help="frames per clip")
     add("--dtype", choices=("float16", "float32"), default="float16", help="of the stored encodings")
     add("--repeats", type=int, default=5, help="timed runs, of which the fastest counts")
-    add("--faiss", type=json.loads, default={}, help="settings of FAISS, such as '{\"ef_search\": 64}'")
-    add("--qdrant", default=":memory:", help="folder or URL of the engine")
+    add("--settings", type=json.loads, default={}, help="of approximate search, such as '{\"ef_search\": 64}'")
+    add("--folder", help="where the tables are written; default: a temporary folder")
     add("--clients", type=int, default=4, help="threads of the load test")
     add("--seconds", type=float, default=10, help="length of the load test")
     add("--device", default="cpu")
@@ -59,21 +64,25 @@ def memory_mb(field: str) -> float:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:")), 0.0)
 
 
-def make_shop(model, rows: int, options):
-    """An index of `rows` clustered encodings in pieces, livestreams of `--shop` images each, and clips near some."""
+def make_shop(model, rows: int, options, folder: str):
+    """An index of `rows` clustered encodings, livestreams of `--shop` images each, clips near some, and seconds."""
     import torch
 
     from modeling_rice import RiceClips, RiceGallery
     from retrieval_rice.index import GalleryIndex
+    from retrieval_rice.index.table import ShopTable, State, columns_of
 
     dtype = getattr(torch, options.dtype)
     width, states = model.config.projection_dim, model.config.decoder_hidden_size
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(max(1, rows // options.centres), width, generator=generator)
-    index, fingerprint = GalleryIndex(model), model.fingerprint()
-    picked = []
-    for start in range(0, rows, 131_072):
-        count = min(131_072, rows - start)
+    table, fingerprint = ShopTable(folder), model.fingerprint()
+    blank = RiceGallery(embeds=torch.zeros(1, width, dtype=dtype), states=torch.zeros(1, states, dtype=dtype))
+    table.create(columns_of(blank), State(fingerprint, dtype=options.dtype))
+    index = GalleryIndex(model, table, cache_bytes=0 if options.step == "streamed" else 4 * 2**30)
+    picked, seconds = [], 0.0
+    for start in range(0, rows, 65_536):
+        count = min(65_536, rows - start)
         # Two thirds of an image's length are its cluster's, so that neighbours are many and near.
         noise = 0.7 * torch.randn(count, width, generator=generator)
         embeds = centres[torch.randint(len(centres), (count,), generator=generator)] + noise
@@ -84,7 +93,13 @@ def make_shop(model, rows: int, options):
             states=torch.randn(count, states, generator=generator).to(dtype),
             model_fingerprint=fingerprint,
         )
-        index.store.put([_record(i, options.shop) for i in range(start, start + count)], gallery, [])
+        begun = time.perf_counter()
+        names = range(start, start + count)
+        index.put([{"image_id": f"image-{i}", "live_ids": [f"live-{i // options.shop}"]} for i in names], gallery)
+        seconds += time.perf_counter() - begun
+    begun = time.perf_counter()
+    index.compact()
+    seconds += time.perf_counter() - begun
     near = torch.cat(picked)[torch.randperm(len(picked) * options.queries, generator=generator)[: options.queries]]
     near = near + 0.5 * torch.randn(near.shape, generator=generator) / width**0.5
     tokens = options.frames * (model.config.num_patches + 1)
@@ -95,18 +110,11 @@ def make_shop(model, rows: int, options):
         mask=torch.ones(options.queries, tokens, dtype=torch.bool),
         model_fingerprint=fingerprint,
     )
-    return index.to(options.device), clips.to(options.device)
+    return index, clips.to(options.device), seconds
 
 
-def _record(number: int, shop: int) -> dict:
-    image_id = f"image-{number}"
-    return {
-        "image_id": image_id,
-        "product_id": image_id,
-        "live_ids": [f"live-{number // shop}"],
-        "title": "",
-        "image": "",
-    }
+def folder_mb(folder: str) -> float:
+    return round(sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 2**20, 1)
 
 
 def timed(run, options, repeats: int | None = None) -> tuple[float, float]:
@@ -123,20 +131,20 @@ def recall(found: list, expected: list) -> float:
     return round(sum(len(a & b) for a, b in pairs) / sum(len(b) for _, b in pairs), 4)
 
 
-def measure_search(index, clips, options) -> dict:
-    """`exact`, `hnsw` or `ivfpq`; what is timed is the search and the reading of ten records."""
+def measure_search(index, clips, options, folder: str) -> dict:
+    """`exact`, `streamed`, `hnsw` or `ivfpq`: the search and the reading of ten images, without matching."""
     row: dict[str, object] = {}
     # Exact answers of the same run are what recall is against.
     expected = index.search(clips, rerank=10)
-    if options.step != "exact":
-        start, cpu = time.perf_counter(), time.process_time()
-        index.approximate(options.step, progress=False, **options.faiss)
+    if options.step in ("hnsw", "ivfpq"):
+        before, start, cpu = folder_mb(folder), time.perf_counter(), time.process_time()
+        row["recall@10_of_images"] = index.approximate(options.step, **options.settings)
         row["build_seconds"] = round(time.perf_counter() - start, 2)
         row["build_cpu_seconds"] = round(time.process_time() - cpu, 2)
-        row["index_mb"] = round(faiss_bytes(index) / 2**20, 1)
+        row["index_mb"] = round(folder_mb(folder) - before, 1)
 
     def search(some):
-        return index.store.search(index.model, some, [None] * len(some), 10)
+        return index.search(some, rerank=0)
 
     ms, cpu_ms = timed(lambda: search(clips[:1]), options)
     batch_ms, batch_cpu_ms = timed(lambda: search(clips), options)
@@ -149,10 +157,62 @@ def measure_search(index, clips, options) -> dict:
     }
 
 
-def faiss_bytes(index) -> int:
-    import faiss
+def measure_torch(index, clips, options) -> dict:
+    """What a user writes without an index: the similarity to all images in memory, and the ten best."""
+    snapshot = index._newest.rooms().snapshot
+    gallery = snapshot.features(snapshot.read(["embeds"]), type_of_gallery(), ["embeds"]).to(options.device)
 
-    return faiss.serialize_index(index.store.approximate.index).nbytes
+    def search(some):
+        return index.model.similarity(some, gallery).topk(10)
+
+    ms, cpu_ms = timed(lambda: search(clips[:1]), options)
+    batch_ms, batch_cpu_ms = timed(lambda: search(clips), options)
+    row = {"batch_ms_per_clip": batch_ms / len(clips), "batch_cpu_ms_per_clip": batch_cpu_ms / len(clips)}
+    return {"ms": ms, "cpu_ms": cpu_ms} | {name: round(value, 3) for name, value in row.items()}
+
+
+def type_of_gallery() -> type:
+    from modeling_rice import RiceGallery
+
+    return RiceGallery
+
+
+def measure_room(index, clips, options, folder: str) -> dict:
+    """One livestream: from the files, and once it is in memory; rooms of other livestreams are no help."""
+    from retrieval_rice.index import GalleryIndex
+
+    lives = [f"live-{number}" for number in range(min(20, options.rows[0] // options.shop))]
+    fresh = GalleryIndex.load(folder, index.model)
+    cold = []
+    for live in lives:
+        start = time.perf_counter()
+        fresh.search(clips[:1], live_id=live, rerank=0)
+        cold.append(1000 * (time.perf_counter() - start))
+    ms, cpu_ms = timed(lambda: fresh.search(clips[:1], live_id=lives[0], rerank=0), options)
+    return {"cold_ms": round(sorted(cold)[len(cold) // 2], 3), "ms": ms, "cpu_ms": cpu_ms}
+
+
+def measure_write(index, clips, options, folder: str, seconds: float) -> dict:
+    """One image more, and until another reader finds it, that looks for a new version with each search."""
+    from retrieval_rice.index import GalleryIndex
+
+    reader = GalleryIndex.load(folder, index.model, refresh_s=0)
+    stored = index._newest.rooms().search(clips[:1], [("live-0",)], 1)[0].features
+    start = time.perf_counter()
+    index.put([{"image_id": "new", "live_ids": ["new"]}], stored)
+    put_ms = 1000 * (time.perf_counter() - start)
+    while not reader.search(clips[:1], live_id="new", rerank=0)[0].hits:
+        pass
+    found_ms = 1000 * (time.perf_counter() - start)
+    start = time.perf_counter()
+    index.compact()
+    return {
+        "write_seconds": round(seconds, 2),
+        "put_ms": round(put_ms, 1),
+        "found_by_another_reader_ms": round(found_ms, 1),
+        "compact_seconds": round(time.perf_counter() - start, 2),
+        "folder_mb": folder_mb(folder),
+    }
 
 
 def measure_matching(index, clips, options) -> dict:
@@ -189,28 +249,6 @@ def measure_end_to_end(index, options) -> dict:
         ms, cpu_ms = timed(answer, options, options.repeats if batch == 1 else 1)
         row |= {f"ms_batch_{batch}": ms, f"cpu_ms_batch_{batch}": cpu_ms, f"ms_per_clip_batch_{batch}": ms / batch}
     return row
-
-
-def measure_qdrant(index, clips, options) -> dict:
-    """Upload, answers against the exact ones, and a load test."""
-    from retrieval_rice.index import GalleryIndex
-    from retrieval_rice.index_qdrant import QdrantStore
-
-    store = QdrantStore(options.qdrant, f"bench-{os.getpid()}", index.model)
-    try:
-        start = time.perf_counter()
-        store.upload(index.store, progress=False)
-        seconds = time.perf_counter() - start
-        remote = GalleryIndex(index.model, store)
-        row = {
-            "engine": "embedded" if store.is_embedded else "server",
-            "upload_rows_per_second": round(len(store) / seconds),
-            "recall@10": recall(remote.search(clips, rerank=10), index.search(clips, rerank=10)),
-        }
-        return row | load_test(remote, clips, options)
-    finally:
-        store.client.delete_collection(store.collection)
-        store.close()
 
 
 def load_test(index, clips, options) -> dict:
@@ -254,16 +292,24 @@ def run_step(options: argparse.Namespace) -> dict:
     if options.threads:
         torch.set_num_threads(options.threads)
     model = measure.build_model(options.size).to(options.device).eval()
-    index, clips = make_shop(model, options.rows[0], options)
-    shop_mb = memory_mb("VmRSS")
-    if options.step in ("exact", "hnsw", "ivfpq"):
-        row = measure_search(index, clips, options)
-    elif options.step == "end_to_end":
-        row = measure_end_to_end(index, options)
-    else:
-        row = (measure_qdrant if options.step == "qdrant" else measure_matching)(index, clips, options)
-    encoding = index.store.shards[0].features
-    about = {"dtype": options.dtype, "bytes_per_image": (encoding.embeds[0].nbytes + encoding.states[0].nbytes)}
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        index, clips, seconds = make_shop(model, options.rows[0], options, folder)
+        shop_mb = memory_mb("VmRSS")
+        if options.step == "torch":
+            row = measure_torch(index, clips, options)
+        elif options.step == "room":
+            row = measure_room(index, clips, options, folder)
+        elif options.step in ("match_top", "match_shop"):
+            row = measure_matching(index, clips, options)
+        elif options.step == "end_to_end":
+            row = measure_end_to_end(index, options)
+        elif options.step == "write":
+            row = measure_write(index, clips, options, folder, seconds)
+        elif options.step == "load":
+            row = load_test(index, clips, options)
+        else:
+            row = measure_search(index, clips, options, folder)
+        about = {"dtype": options.dtype, "bytes_per_image": index._newest.rooms().snapshot.row_bytes}
     memory = {"shop_rss_mb": round(shop_mb), "peak_rss_mb": round(memory_mb("VmHWM"))}
     return row | about | memory | measure.machine(options.device)
 

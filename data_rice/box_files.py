@@ -54,7 +54,7 @@ def box_line(
     entry["scores"] = [None if score is None else round(score, 5) for score in scores]
     if fingerprint is not None:
         entry["fingerprint"] = fingerprint
-    return json.dumps(entry, ensure_ascii=False) + "\n"
+    return json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def clip_fingerprint(row: Mapping, numbers: Sequence[int]) -> str | None:

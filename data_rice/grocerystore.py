@@ -215,7 +215,7 @@ def _shrink(source: Path, target: Path, short_side: int) -> tuple[int, int]:
 
 def _write_json_lines(path: Path, rows: Iterable[dict]) -> None:
     with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 def _write_gallery(dataset_dir: Path, folder: Path, products: dict[int, Product], short_side: int) -> None:

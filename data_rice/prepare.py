@@ -104,7 +104,7 @@ def _run_job(job: _Job) -> None:
 
 def _write_lines(path: str, entries: list[dict]) -> None:
     with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        file.writelines(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n" for entry in entries)
 
 
 def _plan(views, settings: PrepareSettings, output_dir: Path) -> list[_Job]:
@@ -240,7 +240,7 @@ def _finish(output_dir: Path, state: dict, jobs: list[_Job]) -> dict:
     _write_lines(str(output_dir / "dropped.jsonl"), lost)
     manifest = {**{key: value for key, value in state.items() if key != "rows"}, "views": summary}
     write_atomically(output_dir / "README.md", _card(manifest))
-    write_atomically(output_dir / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    write_atomically(output_dir / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n")
     return manifest
 
 

@@ -40,7 +40,7 @@ def _write_tar(path: str, rows: Sequence[tuple[int, dict]], features: datasets.F
                 ]
             if "image" in row:
                 row["image"] = _add_picture(archive, f"{key}.image", row["image"])
-            _add(archive, f"{key}.json", json.dumps(row, ensure_ascii=False).encode())
+            _add(archive, f"{key}.json", json.dumps(row, ensure_ascii=False, allow_nan=False).encode())
 
 
 def _add_picture(archive: tarfile.TarFile, name: str, entry: dict) -> str | dict:

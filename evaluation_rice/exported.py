@@ -61,6 +61,6 @@ def compare_export(
     # By its name, since the file may be published with the others.
     measured = {"dataset": Path(dataset).name, "split": split, "num_queries": len(queries), "scores": rows}
     path = folder / "recall.json"
-    write_atomically(path, json.dumps(measured, indent=2) + "\n")
+    write_atomically(path, json.dumps(measured, indent=2, allow_nan=False) + "\n")
     print(f"written to {path}")
     return measured

@@ -80,7 +80,7 @@ def evaluate(encoder, tasks, output_dir: Path, batch_size: int = 16) -> dict[str
             name: value for name, value in numbers.items() if isinstance(value, float) and math.isfinite(value)
         }
     about = {"model": encoder.name, "mteb": mteb.__version__, "num_frames": encoder.num_frames, "scores": scores}
-    write_atomically(output_dir / "mteb.json", json.dumps(about, indent=2) + "\n")
+    write_atomically(output_dir / "mteb.json", json.dumps(about, indent=2, allow_nan=False) + "\n")
     return scores
 
 

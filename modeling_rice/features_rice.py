@@ -104,7 +104,7 @@ class _RiceFeatures:
             )
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self._tensors().items()}
         about = {"type": type(self).__name__, "model_fingerprint": self.model_fingerprint}
-        save_file(tensors, str(path), metadata={"rice": json.dumps(about)})
+        save_file(tensors, str(path), metadata={"rice": json.dumps(about, allow_nan=False)})
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> Self:

@@ -1,10 +1,13 @@
 """Encode a shop's pictures into an index, which `rice recognise` and `GalleryIndex.load` search.
 
 SHOP is a shop_clips folder (gallery.jsonl), an LPR4M folder, a MovingFashion folder, mini_lpr4m, or any folder of
-pictures. The same command again goes on where it was interrupted. Where the shop has validation clips, or --calibrate
-names a data set that has, confidences and the "no product" answer are fitted on them. A confidence is the probability
-that the answer is right where --presence_prior of the clips show a product of the shop; below 0.5 the answer is "no
-product", or below what --false_accept_rate asks for. Under `accelerate launch` every process encodes its share.
+pictures; the index is a LanceDB table in a folder, or at a URI such as s3://bucket/shop. The same command again goes
+on where it was interrupted, and in a shop that changed it encodes the pictures that changed, and deletes those that
+are gone. Where the shop has validation clips, or --calibrate names a data set that has, confidences and the "no
+product" answer are fitted on them. A confidence is the probability that the answer is right where --presence_prior of
+the clips show a product of the shop; below 0.5 the answer is "no product", or below what --false_accept_rate asks for.
+Under `accelerate launch` every process encodes its share. Each change is a version: --versions lists those of the last
+seven days, and --restore goes back to one; both need --output alone.
 """
 
 import argparse
@@ -17,9 +20,12 @@ _LISTED = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("shop", help="folder of the shop's pictures, or mini_lpr4m")
-    add("--model", required=True, help="checkpoint folder, or the id of a published model")
-    add("--output", required=True, type=Path, help="folder of the index")
+    add("shop", nargs="?", help="folder of the shop's pictures, or mini_lpr4m")
+    add("--model", help="checkpoint folder, or the id of a published model")
+    add("--output", required=True, metavar="INDEX", help="folder or URI of the index")
+    add("--dry_run", action="store_true", help="tell how many images there are and what they will take, and end")
+    add("--versions", action="store_true", help="list the versions of the index, and end")
+    add("--restore", type=int, metavar="N", help="go back to version N of the index, and end")
     add("--split", default="test", choices=("train", "validation", "test"), help="gallery of a data set to take")
     add("--gallery_images", choices=("main", "all"), help="LPR4M: one image per product (default), or every image")
     add("--data_dir", help="folder of mini_lpr4m, where it is not data/mini_lpr4m")
@@ -27,9 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="float16", choices=("float16", "float32"), help="of the encodings (default: %(default)s)")
     add("--batch_size", type=int, default=64, help="pictures per batch (default: %(default)s)")
     add("--num_workers", type=int, default=min(2, os.cpu_count() or 1), help="processes that decode pictures")
-    add("--shard_size", type=int, default=8192, help="pictures per file, which bounds the memory")
+    add("--commit_every", type=int, default=2048, help="pictures per commit: memory, and what an interruption costs")
     add("--device", help="such as cpu or cuda; default: cuda where there is one")
-    add("--approximate", choices=("hnsw", "ivfpq"), help="also build a FAISS index, for hundreds of thousands")
+    add("--approximate", choices=("hnsw", "ivfpq", "none"), help="also build an approximate index, for hundreds of "
+        "thousands of pictures that are searched as one; none: drop it")  # fmt: skip
     add("--calibrate", metavar="DATASET", default="auto", help="data set whose validation clips to fit confidences "
         "on; auto: the shop's own, none: do not (default: %(default)s)")  # fmt: skip
     add("--boxes_file", help="box file of those validation clips (docs/data.md), for an index that will be searched "
@@ -38,10 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--false_accept_rate", type=float, help="be strict: share of clips without their product that may be "
         "answered with one, such as 0.05; default: answer what is likelier right than wrong")  # fmt: skip
     add("--rerank", type=int, default=100, help="pictures per clip that the decoder scores (default: %(default)s)")
-    add("--overwrite", action="store_true", help="replace an index of another shop or model")
-    add("--qdrant", metavar="URL", help="also upload the index to a Qdrant server, or a folder of its embedded engine")
-    add("--collection", default="rice", help="name of the collection there (default: %(default)s)")
-    add("--quantization", choices=("int8", "product"), help="of a new collection on a server")
+    add("--overwrite", action="store_true", help="replace an index of another shop or model, or a damaged one")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -53,23 +57,57 @@ def run(options: argparse.Namespace) -> None:
         FileExistsError: the output is an index of something else.
         OSError: it cannot be written.
     """
-    from hub_rice.loading import load_model
+    from .index.table import ShopTable
 
-    from .calibration import check_decision
-    from .index import GalleryIndex
-    from .index_build import process_group
+    if options.versions or options.restore is not None:
+        _show_versions(ShopTable(options.output), options)
+        return
+    if options.shop is None or options.model is None:
+        raise ValueError("name the shop to index, and the model with --model.")
+    _check(options)
+    _build(options, *shop_rows(options))
+
+
+def _check(options: argparse.Namespace) -> None:
+    """What can be wrong with the options alone, before anything is read."""
+    from .index.calibration import check_decision, check_depth
 
     check_decision(options.presence_prior, options.false_accept_rate)
+    check_depth("--rerank", options.rerank)
     if options.calibrate == "none" and _decision(options):
         raise ValueError(
             "--presence_prior and --false_accept_rate belong to a calibration; leave out --calibrate none."
         )
     if options.calibrate == "none" and options.boxes_file is not None:
         raise ValueError("--boxes_file belongs to a calibration; leave out --calibrate none.")
-    rows, left_out = shop_rows(options)
+
+
+def _show_versions(table, options: argparse.Namespace) -> None:
+    if options.restore is not None:
+        table.restore(options.restore)
+        print(f"{options.output}: version {options.restore} is restored, as version {table.version}")
+    if options.versions:
+        for version in table.versions():
+            print(f"version {version.number}  {version.time:%Y-%m-%d %H:%M:%S}  {version.rows:,} pictures")
+
+
+def _build(options: argparse.Namespace, rows, left_out: str | None) -> None:
+    from hub_rice.loading import load_model
+
+    from .index import GalleryIndex
+    from .index.build import ShopEncoder, process_group
+    from .index.job import estimate
+    from .index.table import ShopTable
+
     model, processor = load_model(options.model, options.device)
     if options.boxes_file is not None and not model.config.accepts_patch_mask:
         raise ValueError(f"--boxes_file: the encoder of {options.model} takes no patch mask; leave it out.")
+    is_first = process_group()[0] == 0
+    if is_first:
+        encoder = ShopEncoder(model, processor, options.batch_size, dtype=options.dtype)
+        print(f"{options.shop}: {estimate(ShopTable(options.output), encoder, rows)}", flush=True)
+    if options.dry_run:
+        return
     index = GalleryIndex.build(
         model,
         processor,
@@ -78,24 +116,21 @@ def run(options: argparse.Namespace) -> None:
         output_dir=options.output,
         num_workers=options.num_workers,
         dtype=options.dtype,
-        shard_size=options.shard_size,
+        commit_every=options.commit_every,
         overwrite=options.overwrite,
     )
-    if process_group()[0] > 0:
+    if not is_first:
         return
-    changed = False
     if options.calibrate != "none" and not (options.calibrate == "auto" and _is_calibrated(index, options)):
-        changed = _calibrate(index, options, is_data_set=left_out is None)
-    if options.approximate:
-        index.approximate(options.approximate)
-        changed = True
-    if changed:
-        index.save(options.output)
+        _calibrate(index, options, is_data_set=left_out is None)
+    if options.approximate == "none":
+        index.approximate(None)
+    elif options.approximate and index.approximate_kind != options.approximate:
+        share = index.approximate(options.approximate)
+        print(f"{options.approximate}: {share:.3f} of the 10 nearest are found, for pictures of the shop itself")
     _report(index, options.output)
     if left_out:
         print(left_out)
-    if options.qdrant:
-        _upload(index, options)
 
 
 def shop_rows(options: argparse.Namespace):
@@ -180,7 +215,7 @@ def _is_calibrated(index, options: argparse.Namespace) -> bool:
     )
 
 
-def _calibrate(index, options: argparse.Namespace, is_data_set: bool) -> bool:
+def _calibrate(index, options: argparse.Namespace, is_data_set: bool) -> None:
     """Fits the index's confidences on validation clips, in a shop of their own where they have one."""
     from data_rice import load_dataset_view
 
@@ -191,7 +226,7 @@ def _calibrate(index, options: argparse.Namespace, is_data_set: bool) -> bool:
     if dataset == "auto":
         if not is_data_set:
             print(f"confidences are not calibrated{again}: a folder of pictures has no clips; see --calibrate.")
-            return False
+            return
         dataset, source = options.shop, _source(options)
     try:
         boxes = {} if options.boxes_file is None else {"boxes_file": options.boxes_file}
@@ -210,31 +245,20 @@ def _calibrate(index, options: argparse.Namespace, is_data_set: bool) -> bool:
         if options.calibrate != "auto" or options.boxes_file is not None:
             raise
         print(f"confidences are not calibrated{again}: {error}")
-        return False
+        return
     index.calibration = shop.calibration
     unreadable = report.pop("unreadable")
     if unreadable:
         print(f"{len(unreadable)} validation clips could not be read, such as {unreadable[0]['id']}.")
-    print(f"calibrated on {dataset}: {json.dumps(report)}")
-    return True
+    print(f"calibrated on {dataset}: {json.dumps(report, allow_nan=False)}")
 
 
-def _report(index, folder: Path) -> None:
+def _report(index, folder: str) -> None:
     lives = len(index.live_ids())
     where = f" of {lives} livestreams" if lives else ""
-    print(f"{folder}: {len(index)} pictures{where}; {len(index.skipped)} could not be read")
-    for failure in index.skipped[:_LISTED]:
+    skipped = index.skipped
+    print(f"{folder}: {len(index)} pictures{where}; {len(skipped)} could not be read; version {index.version}")
+    for failure in skipped[:_LISTED]:
         print(f"not read: {failure['id']} {failure['file']} ({failure['reason']})")
-    if len(index.skipped) > _LISTED:
-        print(f"... {len(index.skipped)} in all; GalleryIndex.load(...).skipped lists them")
-
-
-def _upload(index, options: argparse.Namespace) -> None:
-    from .index_qdrant import QdrantStore
-
-    store = QdrantStore(options.qdrant, options.collection, index.model, quantization=options.quantization)
-    try:
-        store.upload(index.store)
-        print(f"{options.qdrant}: the collection {options.collection} has {len(store)} pictures")
-    finally:
-        store.close()
+    if len(skipped) > _LISTED:
+        print(f"... {len(skipped)} in all; GalleryIndex.load(...).skipped lists them")

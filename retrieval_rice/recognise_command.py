@@ -7,6 +7,8 @@ it with everything that is known by then.
 """
 
 import argparse
+import math
+import os
 import signal
 import sys
 import threading
@@ -18,7 +20,7 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="video file, folder of pictures, address or camera")
-    add("--shop", required=True, type=Path, help="index of the shop's images, from `rice index`")
+    add("--shop", required=True, metavar="INDEX", help="folder or URI of the shop's index, from `rice index`")
     add("--model", required=True, help="folder or id of the model that the index was built with")
     add("--live_id", help="search the images of this livestream only")
     add("--window", type=_seconds, default=4.0, help="seconds that are looked at together (default: %(default)g)")
@@ -39,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _seconds(text: str) -> float:
     number = float(text)
-    if not number > 0:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be a finite number above 0")
     return number
 
 
@@ -123,6 +125,10 @@ def outputs(jsonl: str | None, vtt: Path | None) -> Iterator:
 
     with ExitStack() as stack:
         lines = cues = None
+        for option, path in (("--jsonl", jsonl), ("--vtt", vtt)):
+            # What was recognised before cannot be had again.
+            if path is not None and path != "-" and os.path.isfile(path) and os.path.getsize(path):
+                raise ValueError(f"{option} {path} holds something already; name another file, or delete it.")
         if jsonl is not None and jsonl != "-":
             lines = stack.enter_context(open(jsonl, "w", encoding="utf-8"))
         if vtt is not None:

@@ -251,7 +251,7 @@ class Lpr4m(ViewBuilder):
         subset = choose_subset(rows, self.config.subset, self.config.subset_seed)
         if self._output_dir.endswith(".incomplete") and osp.isdir(self._output_dir):
             with open(osp.join(self._output_dir, "subset.json"), "w", encoding="utf-8") as file:
-                json.dump(subset.report, file, ensure_ascii=False, indent=1)
+                json.dump(subset.report, file, ensure_ascii=False, indent=1, allow_nan=False)
         return subset
 
     def _pairs(self, split: str, media: Lpr4mMedia, problems: ProblemLog, **source):

@@ -287,7 +287,7 @@ def verify(
         write_atomically(Path(output_dir, name), text)
     result = Verification(references.counts, dict(expected or {}), reports.bad)
     summary = {"whole": result.whole, "counts": result.counts, "expected": result.expected, "bad": result.bad}
-    write_atomically(Path(output_dir, "verify.json"), json.dumps(summary, indent=1) + "\n")
+    write_atomically(Path(output_dir, "verify.json"), json.dumps(summary, indent=1, allow_nan=False) + "\n")
     return result
 
 

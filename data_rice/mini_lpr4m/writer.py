@@ -241,7 +241,7 @@ def _write_annotations(root: Path, train: list[_Rendered], test: list[_Rendered]
         (folder / f"{name}.txt").write_text("".join(getattr(part, name) for part in parts), encoding="utf-8")
     for name in ("test_videoid_to_gtimage", "test_frameid2gtbox", "test_liveid_to_gallery"):
         table = {key: value for part in test for key, value in getattr(part, name).items()}
-        (folder / f"{name}.json").write_text(json.dumps(table), encoding="utf-8")
+        (folder / f"{name}.json").write_text(json.dumps(table, allow_nan=False), encoding="utf-8")
 
 
 def _check_existing(output_dir: Path, manifest: dict) -> bool:
@@ -345,7 +345,7 @@ def render_mini_lpr4m(
             train_clips=sum(live.num_clips for live in train), test_clips=sum(live.num_clips for live in test)
         )
         summary = {"parameters": manifest, **counts, "categories": [item.name for item in SILHOUETTES]}
-        (partial / MANIFEST_NAME).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        (partial / MANIFEST_NAME).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         partial.chmod(0o755)
         _publish(partial, output_dir, manifest)
     finally:

@@ -51,4 +51,4 @@ def _write_lines(path: Path, task: RetrievalTask, entries: Iterable[dict]) -> No
     """One line per query in file order."""
     columns = zip(task.query_ids, task.shops, entries, strict=True)
     rows = ({"query_id": query, "live_id": shop, **row} for query, shop, row in columns)
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))

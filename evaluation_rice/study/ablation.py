@@ -343,7 +343,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _write(output: Path, summary: Mapping, text: str) -> str:
     """Writes the summary as JSON, Markdown and picture; says which files these are."""
     output.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / "ablation.json", json.dumps(summary, indent=2) + "\n")
+    write_atomically(output / "ablation.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     write_atomically(output / "ablation.md", text)
     rows = [
         (name, kind, figures[kind]["R@1"], figures[kind]["R@1_ci95"])

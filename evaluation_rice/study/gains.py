@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
             check_output(options.output)
         result = compare(**settings)
         if options.output:
-            write_output(options.output, json.dumps({**settings, **result}, indent=1) + "\n")
+            write_output(options.output, json.dumps({**settings, **result}, indent=1, allow_nan=False) + "\n")
     print(format_gains(result))
 
 

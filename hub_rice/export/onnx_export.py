@@ -102,7 +102,7 @@ def export(model, processor, output_dir: Path, int8: bool = False, quiet: bool =
         "parts": parts,
         "preprocessing": preprocessing(processor),
     }
-    write_atomically(output_dir / DESCRIPTION, json.dumps(about, indent=2) + "\n")
+    write_atomically(output_dir / DESCRIPTION, json.dumps(about, indent=2, allow_nan=False) + "\n")
     return about
 
 

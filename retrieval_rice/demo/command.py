@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset", help="data set with example clips and their shop (default: mini_lpr4m, unless there is a --shop)")
     add("--data_dir", help="folder of the data set's files")
     add("--split", default="test", choices=("validation", "test"))
-    add("--shop", type=Path, metavar="DIR", help="shop to search: an index, a data set's folder, or pictures")
+    add("--shop", metavar="DIR", help="shop to search: an index, a data set's folder, or pictures")
     add("--detector", metavar="FOLDER|ID", help="product detector, whose boxes are shown, and tell a model that takes "
         "boxes where to look (default: none)")  # fmt: skip
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
@@ -82,8 +82,8 @@ def load_rows(options: argparse.Namespace):
     """
     from data_rice import load_dataset_view
 
+    from ..index.table import ShopTable
     from ..index_command import gallery_rows, shop_rows
-    from ..index_files import MANIFEST
 
     source = {"data_dir": options.data_dir, "cache_dir": None, "gallery_images": None}
     dataset, queries, gallery = options.dataset, None, None
@@ -93,8 +93,8 @@ def load_rows(options: argparse.Namespace):
         queries = load_dataset_view(dataset, "queries", options.split, data_dir=options.data_dir)
     if options.shop is None:
         gallery = gallery_rows(dataset, options.split, source)
-    elif not (options.shop / MANIFEST).is_file():
-        shop = {**source, "data_dir": None, "shop": str(options.shop), "split": options.split}
+    elif not ShopTable(options.shop).exists():
+        shop = {**source, "data_dir": None, "shop": options.shop, "split": options.split}
         gallery, left_out = shop_rows(argparse.Namespace(**shop))
         if left_out:
             print(left_out)

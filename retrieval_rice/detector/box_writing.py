@@ -106,7 +106,7 @@ def _begin(path: Path, header: dict) -> BoxFile | None:
     """Starts the file, or reads what is in it, without the torn line that an interrupted run leaves at its end."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(header, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(header, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
         return None
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]

@@ -108,7 +108,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     figures |= {"dataset": options.dataset, "split": options.split}
     if options.output:
         with open(options.output, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=2)
+            json.dump(figures, file, indent=2, allow_nan=False)
             file.write("\n")
     _print_figures(figures, options.split)
 

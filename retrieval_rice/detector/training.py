@@ -215,4 +215,4 @@ def _read_record(output_dir: Path) -> dict | None:
 
 def _write_record(output_dir: Path, record: dict) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(output_dir / RECORD, json.dumps(record, indent=2) + "\n")
+    write_atomically(output_dir / RECORD, json.dumps(record, indent=2, allow_nan=False) + "\n")

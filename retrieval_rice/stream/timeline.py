@@ -313,7 +313,7 @@ def json_line(segment: Segment) -> str:
         "confidence": round(segment.confidence, 4),
         "alternatives": [{**describe(hit), "confidence": round(hit.confidence, 4)} for hit in segment.alternatives],
     }
-    return json.dumps(entry, ensure_ascii=False)
+    return json.dumps(entry, ensure_ascii=False, allow_nan=False)
 
 
 VTT_HEADER = "WEBVTT\n\n"

@@ -337,6 +337,10 @@ def test_the_command_writes_table_lines_and_subtitles(shop, tmp_path, capsys):
     assert [line["product_id"] for line in lines] == ["red", "green", "blue"]
     assert [line["start_s"] for line in lines] == pytest.approx([0, 8, 16], abs=0.6)
     assert lines[-1]["end_s"] == 22.0
+    for pair in (files[:2], files[2:]):
+        with pytest.raises(SystemExit):
+            rice(path, *options(shop), *pair)
+        assert f"{pair[0]} {pair[1]} holds something already" in capsys.readouterr().err
     cues = (tmp_path / "show.vtt").read_text()
     assert cues.startswith("WEBVTT\n\n00:00:00.000 --> ") and cues.count("-->") == 3 and "Cup, green (" in cues
 

@@ -115,7 +115,8 @@ def test_requirements_of_a_space_are_those_of_the_project():
     settings = configparser.ConfigParser()
     settings.read(REPOSITORY / "setup.cfg")
     required = settings["options"]["install_requires"].split()
-    assert set(required) == set(REQUIREMENTS) - {"av"}
+    extra = settings["options.extras_require"]["demo"].split()
+    assert set(REQUIREMENTS) == {*required, *extra} - {"gradio"}
 
 
 def test_a_space_takes_its_detector_along(shop_folder, tmp_path):

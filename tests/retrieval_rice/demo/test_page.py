@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from retrieval_rice.index.calibration import Calibration, presence_features
 
-from retrieval_rice.calibration import Calibration, presence_features
 from retrieval_rice.demo.page import Demo, caption, column, draw_box, enlarge, shared_words, table_rows
 from retrieval_rice.demo.uploads import UploadError
 from retrieval_rice.index import GalleryIndex
@@ -97,7 +97,7 @@ def test_an_index_alone_shows_its_pictures(demo):
     np.testing.assert_array_equal(np.asarray(alone.picture("p4")), np.asarray(demo.picture("p4")))
     recognition = alone.recognise(alone.example("x", 2), "x")
     assert alone.pair(recognition, 0).title == "title 4"
-    alone.index.store.get = lambda ids: {ids[0]: {"image": "gone.png"}}
+    alone.index.records = lambda ids: {ids[0]: {"image": "gone.png"}}
     assert alone.picture("p4").getpixel((9, 9)) == (220, 220, 220)
 
 

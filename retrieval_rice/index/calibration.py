@@ -10,10 +10,12 @@ is moved by the log odds from one to the other (prior correction of a logistic r
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral, Real
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 PRESENCE_PRIOR = 0.9
 """Share of a shop's own clips that show one of its products, where nothing else is stated."""
@@ -23,6 +25,9 @@ EVEN_ODDS = 0.5
 much as a wrong one costs, and "no product" does neither."""
 
 FOLDS = 5
+# Bounds of the temperature: clips that are all ranked right would drive it to zero.
+_COLDEST, _HOTTEST = 1e-6, 1e6
+_ABOVE_ONE = math.nextafter(1, 2)
 _FEWEST = 10
 _PENALTY = 0.01
 
@@ -63,8 +68,10 @@ class Calibration:
             the threshold is at even odds.
         rerank: Candidates per clip that were scored; search with the same number.
         report: What `fit_calibration` measured on clips that each fit had not seen.
-        presence_prior: Share of clips whose product is in the shop, which confidences presuppose. Indexes that do not
-            name it were calibrated for half and half.
+        presence_prior: Share of clips whose product is in the shop, which confidences presuppose.
+
+    Raises:
+        ValueError: for a number that is not finite or out of its range.
     """
 
     temperature: float
@@ -74,7 +81,32 @@ class Calibration:
     false_accept_rate: float | None = None
     rerank: int | None = None
     report: dict = field(default_factory=dict)
-    presence_prior: float = 0.5
+    presence_prior: float = PRESENCE_PRIOR
+
+    def __post_init__(self):
+        check_decision(self.presence_prior, self.false_accept_rate)
+        check_number("temperature", self.temperature, low=_COLDEST, high=_HOTTEST)
+        check_number("bias", self.bias)
+        if not isinstance(self.weights, (list, tuple)) or len(self.weights) not in (1, 2):
+            raise ValueError(f"weights of a calibration are one or two numbers, got {self.weights!r}.")
+        for weight in self.weights:
+            check_number("a weight", weight)
+        # The lowest threshold that keeps a rate may be the number after 1.
+        check_number("threshold", self.threshold, low=0, high=_ABOVE_ONE)
+        check_depth("rerank", self.rerank)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Calibration":
+        """
+        From `to_dict`.
+
+        Raises:
+            ValueError: a field is missing or unknown, or holds what it cannot.
+        """
+        names = {one.name for one in fields(cls)}
+        if not isinstance(values, dict) or values.keys() != names or not isinstance(values["report"], dict):
+            raise ValueError(f"a calibration has the fields {', '.join(sorted(names))}, and this one has others")
+        return cls(**values)
 
     def presence(self, embedding: np.ndarray, matching: np.ndarray | None) -> float:
         """Probability that the clip's product is among the candidates, 0 to 1."""
@@ -91,18 +123,45 @@ class Calibration:
         return self.presence(embedding, matching) * shares
 
     def to_dict(self) -> dict:
-        """As JSON; `Calibration(**values)` reads it back."""
+        """As JSON; `from_dict` reads it back."""
         return asdict(self)
+
+
+def check_number(name: str, value, low: float = -math.inf, high: float = math.inf, above: float | None = None) -> None:
+    """Raises `ValueError` unless a value is a finite number from `low` to `high`, and above `above`."""
+    if (
+        not _is_real(value)
+        or not math.isfinite(value)
+        or not low <= value <= high
+        or (above is not None and value <= above)
+    ):
+        bounds = [f"above {above:g}"] if above is not None else []
+        bounds += [f"from {low:g} to {high:g}"] if low > -math.inf else []
+        raise ValueError(f"{name} must be a finite number{' '.join(['', *bounds])}, got {value!r}.")
+
+
+def _is_real(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_depth(name: str, value, least: int = 0) -> None:
+    """Raises `ValueError` unless a value is `None` or a whole number of at least `least`."""
+    if value is None:
+        return
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
 def check_decision(presence_prior: float | None = None, false_accept_rate: float | None = None) -> None:
     """Raises `ValueError` for a prior that is not within 0..1, or a rate outside 0..1; `None` is nothing asked for."""
-    if presence_prior is not None and not 0 < presence_prior < 1:
+    if presence_prior is not None and not (_is_real(presence_prior) and 0 < presence_prior < 1):
         raise ValueError(
             f"presence_prior must be above 0 and below 1, got {presence_prior}; it is the share of clips that show a "
             f"product of the shop."
         )
-    if false_accept_rate is not None and not 0 <= false_accept_rate < 1:
+    if false_accept_rate is not None and not (_is_real(false_accept_rate) and 0 <= false_accept_rate < 1):
         raise ValueError(f"false_accept_rate must be at least 0 and below 1, got {false_accept_rate}.")
 
 
@@ -148,10 +207,12 @@ def fit_calibration(
         `Calibration`, whose threshold and report come from fits that had not seen the clips in question.
 
     Raises:
-        ValueError: too few clips of either kind, or a prior or rate outside its range.
+        ValueError: too few clips of either kind, scores that are not finite, a prior or rate outside its range, or a
+            result that would answer none of the clips.
     """
     check_decision(presence_prior, false_accept_rate)
     clips = [clip for clip in clips if len(clip.embedding)]
+    _check_finite(clips)
     in_shop = np.array([clip.in_shop for clip in clips], dtype=bool)
     num_found = sum(bool(clip.relevant.any()) for clip in clips)
     if num_found < _FEWEST or (~in_shop).sum() < _FEWEST:
@@ -167,7 +228,21 @@ def fit_calibration(
     else:
         result.threshold = threshold_at(confidence[~in_shop], false_accept_rate)
     result.report = _measure(clips, in_shop, confidence, result)
+    if result.report["answered"] == 0:
+        best = float(confidence[in_shop].max())
+        raise ValueError(
+            f"calibrated so, none of the {int(in_shop.sum())} validation clips would be answered: the highest "
+            f"confidence is {best:.2f} and the threshold {result.threshold:.2f}; use a model that tells the products "
+            f"apart, a larger validation split, or another presence_prior or false_accept_rate."
+        )
     return result
+
+
+def _check_finite(clips: Sequence[ScoredClip]) -> None:
+    for clip in clips:
+        kinds = [clip.embedding, clip.ranked_by] + ([] if clip.matching is None else [clip.matching])
+        if not all(np.isfinite(scores).all() for scores in kinds):
+            raise ValueError(f"a validation clip of {clip.group or 'no product'} has scores that are not finite.")
 
 
 def _unseen_confidences(clips: Sequence[ScoredClip], presence_prior: float) -> np.ndarray:
@@ -260,18 +335,21 @@ def _fit(clips: Sequence[ScoredClip], presence_prior: float) -> Calibration:
 
 
 def _fit_temperature(clips: Sequence[ScoredClip]) -> float:
-    width = max(len(clip.ranked_by) for clip in clips)
-    scores = torch.full((len(clips), width), -torch.inf, dtype=torch.float64)
-    relevant = torch.zeros(len(clips), width, dtype=torch.bool)
-    for row, clip in enumerate(clips):
-        scores[row, : len(clip.ranked_by)] = torch.as_tensor(clip.ranked_by)
-        relevant[row, : len(clip.relevant)] = torch.as_tensor(clip.relevant)
+    rows = [
+        (torch.as_tensor(clip.ranked_by, dtype=torch.float64), torch.as_tensor(clip.relevant, dtype=torch.bool))
+        for clip in clips
+    ]
+    # Finite where there is no candidate: minus infinity over a temperature has no gradient.
+    scores = pad_sequence([scores for scores, _ in rows], batch_first=True)
+    relevant = pad_sequence([relevant for _, relevant in rows], batch_first=True)
+    there = pad_sequence([torch.ones_like(relevant) for _, relevant in rows], batch_first=True)
     log_temperature = torch.zeros(1, dtype=torch.float64, requires_grad=True)
 
     def loss() -> torch.Tensor:
         cooled = scores / _temperature(log_temperature)
         right = cooled.masked_fill(~relevant, -torch.inf).logsumexp(dim=1)
-        return (cooled.logsumexp(dim=1) - right).mean() + _PENALTY * log_temperature.square().sum()
+        everything = cooled.masked_fill(~there, -torch.inf).logsumexp(dim=1)
+        return (everything - right).mean() + _PENALTY * log_temperature.square().sum()
 
     _minimise(loss, log_temperature)
     return float(_temperature(log_temperature.detach()))
@@ -294,3 +372,5 @@ def _minimise(loss, parameters: torch.Tensor) -> None:
     # Losses are wanted with gradients even where the model is used without.
     with torch.enable_grad():
         optimizer.step(closure)
+    if not parameters.isfinite().all():
+        raise ValueError("the fit of the confidences did not end at finite numbers; use a larger validation split.")

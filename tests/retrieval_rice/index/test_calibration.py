@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from retrieval_rice.calibration import (
+from retrieval_rice.index.calibration import (
     Calibration,
     ScoredClip,
     calibration_error,
@@ -93,7 +93,7 @@ def test_a_known_law_is_found_and_holds_on_other_clips(fitted_on, prior):
     absent = np.array([not c.relevant.any() for c in others])
     assert (confidence[absent] >= fitted.threshold).mean() < 0.15
     assert fitted.report["false_accepts"] <= 0.1 and fitted.report["expected_calibration_error"] < 0.06
-    assert Calibration(**fitted.to_dict()) == fitted
+    assert Calibration.from_dict(fitted.to_dict()) == fitted
 
 
 def test_the_prior_moves_the_bias_by_its_log_odds():
@@ -123,12 +123,79 @@ def test_by_default_is_answered_what_is_likelier_right_than_wrong():
     assert max(gains, key=gains.get) == 0.5
 
 
-def test_an_index_that_names_no_prior_was_calibrated_for_half_and_half():
-    old = {"temperature": 2.0, "bias": -1.0, "weights": [2.0], "threshold": 0.6, "false_accept_rate": 0.05,
-           "rerank": 100, "report": {"num_present": 20}}  # fmt: skip
-    read = Calibration(**old)
-    assert read.presence_prior == 0.5 and read.presence(np.array([0.5]), None) == 0.5
-    assert read.to_dict() == old | {"presence_prior": 0.5}
+def test_galleries_of_unequal_sizes_are_fitted_together():
+    """The padding of the smaller ones takes no part: what is fitted is the mean over them, whatever is beside."""
+    rng = np.random.default_rng(3)
+    clips = simulate(400, rng)
+    alone = fit_calibration(clips)
+    # One more candidate that cannot be it changes nothing, and makes its row longer than the others.
+    longer = [
+        ScoredClip(
+            np.append(clip.embedding, -1e6),
+            None,
+            np.append(clip.ranked_by, -1e6),
+            np.append(clip.relevant, False),
+            [*clip.products, "far away"],
+            clip.group,
+        )
+        if i % 3 == 0
+        else clip
+        for i, clip in enumerate(clips)
+    ]
+    mixed = fit_calibration(longer)
+    np.testing.assert_allclose(
+        [mixed.temperature, mixed.bias, *mixed.weights], [alone.temperature, alone.bias, *alone.weights], rtol=1e-6
+    )
+    assert mixed.report == pytest.approx(alone.report) and mixed.report["answered"] > 0.3
+
+
+def test_scores_that_are_not_finite_are_refused():
+    clips = simulate(200, np.random.default_rng(0))
+    clips[5].ranked_by = clips[5].embedding = np.where(np.arange(8) == 2, np.nan, clips[5].embedding)
+    with pytest.raises(ValueError, match="a validation clip of 5 has scores that are not finite"):
+        fit_calibration(clips)
+
+
+def test_a_calibration_that_answers_nothing_is_refused():
+    rng = np.random.default_rng(0)
+    # What is found looks like what is not, so that nothing is ever likelier right than wrong.
+    clips = [
+        ScoredClip(scores, None, scores, np.arange(8) == (0 if i % 2 else 9), list("abcdefgh"), str(i))
+        for i in range(100)
+        for scores in [rng.normal(size=8) * 1e-3]
+    ]
+    with pytest.raises(ValueError, match="none of the 50 validation clips would be answered: .* threshold 0.50"):
+        fit_calibration(clips, presence_prior=0.5)
+
+
+def test_a_calibration_is_read_as_it_was_written():
+    values = Calibration(temperature=2.0, bias=-1.0, weights=[2.0]).to_dict()
+    assert Calibration.from_dict(values) == Calibration(2.0, -1.0, [2.0])
+    for change in ({"presence_prior": None}, {"other": 1}):
+        broken = {name: value for name, value in {**values, **change}.items() if value is not None or name == "rerank"}
+        with pytest.raises(ValueError, match="a calibration has the fields"):
+            Calibration.from_dict(broken)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"temperature": math.nan}, "temperature must be a finite number"),
+        ({"temperature": -1.0}, "temperature must be a finite number"),
+        ({"bias": math.inf}, "bias must be a finite number"),
+        ({"weights": [math.nan]}, "a weight must be a finite number"),
+        ({"threshold": math.nan}, "threshold must be a finite number"),
+        ({"threshold": -0.1}, "threshold must be a finite number from 0 to 1"),
+        ({"presence_prior": -5}, "presence_prior must be above 0 and below 1"),
+        ({"presence_prior": True}, "presence_prior must be above 0 and below 1"),
+        ({"false_accept_rate": "0.1"}, "false_accept_rate must be at least 0"),
+        ({"rerank": math.inf}, "rerank must be a whole number"),
+        ({"rerank": -1}, "rerank must be at least 0"),
+    ],
+)
+def test_numbers_of_a_calibration_are_checked(change, words):
+    with pytest.raises(ValueError, match=words):
+        Calibration(**{"temperature": 1.0, "bias": 0.0, "weights": [1.0], **change})
 
 
 def test_clips_that_are_all_ranked_right_give_finite_numbers():

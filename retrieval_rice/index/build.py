@@ -1,34 +1,30 @@
-"""Encodes a shop's images shard by shard: resumable, over several processes, with memory bounded by a shard."""
+"""Reads and encodes a shop's images, and tells which of them are encoded already."""
 
 import hashlib
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from data_rice.collator import RiceCollator
+from data_rice.collator import RiceCollator, failure_words
 from data_rice.parsing import id_text
 from data_rice.paths import path_to_text
 from evaluation_rice.retrieval import Loading, ModelRetriever
 from processing_rice import MediaError, is_missing, open_image, read_text
-from processing_rice.media_rice import path_of
+from processing_rice.media_rice import path_of, read_media
 
-from .index_files import has_shard, read_shard, write_shard
-from .index_store import RECORD, Shard
+from .table import State
 
 logger = logging.getLogger(__name__)
 
-SHARD_SIZE = 8192
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -131,10 +127,17 @@ def _check_image(value: Any, where: str) -> None:
 
 
 class ShopReader:
-    """Decodes batches of `ShopImage` in a loader's workers."""
+    """
+    Decodes batches of `ShopImage` in a loader's workers, except those whose pictures are known.
 
-    def __init__(self, collator: RiceCollator, rows: Sequence[dict]):
-        self.collator, self.rows = collator, rows
+    Args:
+        collator: Of the model.
+        rows: The shop's.
+        known: `ShopImage.image_id` -> content of what is encoded already.
+    """
+
+    def __init__(self, collator: RiceCollator, rows: Sequence[dict], known: Mapping[str, str] | None = None):
+        self.collator, self.rows, self.known = collator, rows, known or {}
 
     def entry(self, image: ShopImage, attempt: int = 0) -> dict:
         """Row of the image as the collator takes it."""
@@ -143,42 +146,72 @@ class ShopReader:
         _check_image(picture, f"row {image.rows[attempt]} of the shop")
         return {"image_id": image.image_id, "image": picture, "title": image.title}
 
-    def __call__(self, images: list[ShopImage]) -> tuple[dict, list[int], list[str], list[dict]]:
-        """Model inputs, positions of the images that could be read, their paths, and failures."""
-        entries = [self.entry(image) for image in images]
+    def content(self, image: ShopImage) -> tuple[str, list[str]]:
+        """A digest of the image's pictures, and of the text where the model reads it; and where the pictures lie."""
+        digest = hashlib.blake2b(image.title.encode() if self.collator.use_text else b"", digest_size=16)
+        paths: list[str] = []
+        for row in range(len(image.rows)):
+            picture = self.entry(image, row)["image"]
+            path = path_to_text(path_of(picture))
+            # Many livestreams sell an image, which most of them take from one file.
+            if not path or path not in paths:
+                paths.append(path)
+                digest.update(hashlib.blake2b(_picture_bytes(picture), digest_size=16).digest())
+        return digest.hexdigest(), paths
+
+    def __call__(self, images: list[ShopImage]) -> "Batch":
+        contents, places = zip(*map(self.content, images))
+        new = [image for image, content in zip(images, contents) if self.known.get(image.image_id) != content]
+        if not new:
+            return Batch(images, contents, places)
+        entries = [self.entry(image) for image in new]
         inputs, readable, failures = self.collator.collate_gallery(entries)
         replaced = False
-        for i in set(range(len(images))) - set(readable):
-            for attempt in range(1, len(images[i].rows)):
-                other = self.entry(images[i], attempt)
+        for i in set(range(len(new))) - set(readable):
+            for attempt in range(1, len(new[i].rows)):
+                other = self.entry(new[i], attempt)
                 if self.collator.collate_gallery([other])[1]:
                     entries[i], replaced = other, True
                     break
         if replaced:
             inputs, readable, failures = self.collator.collate_gallery(entries)
-        return inputs, readable, [path_of(entries[i]["image"]) for i in readable], failures
-
-    def source(self, image: ShopImage) -> list:
-        """What tells that the pictures of an image are the same as before."""
-        return [_picture_state(self.rows[row]["image"]) for row in image.rows]
+        paths = {new[i].image_id: path_to_text(path_of(entries[i]["image"])) for i in readable}
+        return Batch(images, contents, places, inputs, paths, {failure["id"]: failure for failure in failures})
 
 
-def _picture_state(image: Any) -> list:
-    data = image.get("bytes") if isinstance(image, Mapping) else None
-    if isinstance(image, Image.Image):
+@dataclass
+class Batch:
+    """
+    What was read of some images.
+
+    Attributes:
+        images, contents, places: All of them, the digests of their pictures, and the paths of these as text.
+        inputs: Of the model, for those that are new and readable.
+        paths: Of these, by their id, in the order of `inputs`.
+        failures: Of those that are new and not readable, by their id.
+    """
+
+    images: list[ShopImage]
+    contents: Sequence[str]
+    places: Sequence[list[str]]
+    inputs: dict = field(default_factory=dict)
+    paths: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, dict] = field(default_factory=dict)
+
+
+def _picture_bytes(picture: Any) -> bytes:
+    """What tells that a picture is the same as before."""
+    if isinstance(picture, Image.Image):
         try:
-            picture = open_image(image)
+            picture = open_image(picture)
         except MediaError as error:
-            return [str(error)]
-        data = str(picture.size).encode() + picture.tobytes()
-    if data is not None:
-        return [hashlib.blake2b(data, digest_size=16).hexdigest()]
-    path = path_of(image)
+            return str(error).encode()
+        return str(picture.size).encode() + picture.tobytes()
     try:
-        state = os.stat(path)
-        return [path, state.st_size, state.st_mtime_ns]
-    except OSError:
-        return [path]
+        return read_media(picture if isinstance(picture, Mapping) else {"path": path_of(picture)})
+    except (OSError, ValueError):
+        # The collator tells why; another try, once it can be read, finds other bytes.
+        return b""
 
 
 @dataclass
@@ -210,63 +243,77 @@ class ShopEncoder:
         use_text = getattr(self.model.config, "text_config", None) is not None
         self.collator = RiceCollator(self.processor, use_text=use_text)
 
+    @property
+    def precision(self) -> str:
+        """In which the model computes."""
+        return str(getattr(self.model, "dtype", torch.float32)).removeprefix("torch.")
+
     def settings(self) -> dict:
-        """What an encoding depends on besides the picture."""
+        """What an encoding depends on besides the picture and the model."""
         part = self.processor.image_processor.to_dict()
         processor = hashlib.blake2b(json.dumps(part, sort_keys=True, default=str).encode(), digest_size=12)
         return {
-            "model_fingerprint": self.model.fingerprint(),
             "processor": processor.hexdigest(),
             "dtype": self.dtype,
+            "precision": self.precision,
             "use_text": self.collator.use_text,
         }
 
-    def key(self, images: Sequence[ShopImage], reader: ShopReader) -> str:
-        """Name of the shard that these images give: changes with the model, the records and the picture files."""
-        digest = hashlib.blake2b(json.dumps(self.settings(), sort_keys=True).encode(), digest_size=12)
-        for image in images:
-            parts = [image.image_id, image.product_id, image.title, image.live_ids, reader.source(image)]
-            digest.update(json.dumps(parts).encode())
-        return digest.hexdigest()
+    def state(self, **values) -> State:
+        """Of a table that this encoder fills."""
+        return state_of(self.model, dtype=self.dtype, precision=self.precision, settings=self.settings(), **values)
 
     @torch.no_grad()
-    def encode(self, images: Sequence[ShopImage], reader: ShopReader, bar: tqdm | None = None) -> Shard:
-        """Encodes images into one shard; what cannot be read, or encodes to numbers that are not finite, is listed."""
-        loader = DataLoader(
-            images, self.batch_size, shuffle=False, num_workers=self.num_workers, collate_fn=_AsBatch(reader)
-        )
-        parts, records, skipped = [], [], []
-        for batch, (inputs, readable, paths, failures) in loader:
-            skipped += [{name: failure[name] for name in ("id", "file", "reason")} for failure in failures]
-            if readable:
-                inputs = {k: v.to(self.model.device) if hasattr(v, "to") else v for k, v in inputs.items()}
-                features = self.model.encode_gallery(**inputs).to("cpu", DTYPES[self.dtype])
-                finite = _finite_rows(features)
-                for i, path, good in zip(readable, paths, finite.tolist()):
-                    if good:
-                        records.append(_record(batch[i], path))
-                    else:
+    def encode_blank(self) -> Any:
+        """Encodings of one grey picture, `RiceGallery` of one row: which fields there are, and how wide."""
+        grey = Image.new("RGB", (32, 32), (128, 128, 128))
+        inputs = self.collator.collate_gallery([{"image_id": "", "image": grey, "title": ""}])[0]
+        return self._encode(inputs)
+
+    def _encode(self, inputs: dict) -> Any:
+        inputs = {k: v.to(self.model.device) if hasattr(v, "to") else v for k, v in inputs.items()}
+        return self.model.encode_gallery(**inputs).to("cpu", DTYPES[self.dtype])
+
+    @torch.no_grad()
+    def batches(self, images: Sequence[ShopImage], reader: ShopReader) -> Iterator[tuple[Batch, Any]]:
+        """
+        Reads and encodes images in their order.
+
+        Returns:
+            What was read of each batch, and the encodings of `Batch.paths`, `None` where there are none. Those that
+            are not finite are moved to the failures.
+        """
+        loader = DataLoader(images, self.batch_size, shuffle=False, num_workers=self.num_workers, collate_fn=reader)
+        with warnings.catch_warnings():
+            # Workers are forked, and know nothing of the table.
+            warnings.filterwarnings("ignore", message="lancedb fork support", category=RuntimeWarning)
+            iterator = iter(loader)
+        for batch in iterator:
+            features = self._encode(batch.inputs) if batch.paths else None
+            if features is not None:
+                finite = finite_rows(features)
+                for image_id, good in zip(list(batch.paths), finite.tolist()):
+                    if not good:
                         reason = f"its encoding in {self.dtype} is not finite"
-                        skipped.append({"id": batch[i].image_id, "file": path, "reason": reason})
-                if finite.any():
-                    parts.append(features if finite.all() else features[finite])
-            if bar is not None:
-                bar.update(len(batch))
-        features = type(parts[0]).cat(parts) if parts else None
-        return Shard(pa.Table.from_pylist(records, schema=RECORD), features, skipped)
+                        file = batch.paths.pop(image_id)
+                        batch.failures[image_id] = {"id": image_id, "file": file, "reason": reason}
+                features = features if finite.all() else features[finite]
+            yield batch, features if batch.paths else None
 
 
-class _AsBatch:
-    """Hands the images on beside what was read of them."""
+def state_of(model: Any, **values) -> State:
+    """Of a table with encodings of a model."""
+    config = model.config
+    return State(
+        model_fingerprint=model.fingerprint() if hasattr(model, "fingerprint") else None,
+        model_name=getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", ""),
+        model_revision=getattr(config, "_commit_hash", None),
+        **values,
+    )
 
-    def __init__(self, reader: ShopReader):
-        self.reader = reader
 
-    def __call__(self, images: list[ShopImage]) -> tuple[list[ShopImage], tuple]:
-        return images, self.reader(images)
-
-
-def _finite_rows(features) -> torch.Tensor:
+def finite_rows(features: Any) -> torch.Tensor:
+    """Which rows of encodings are all numbers, `(n,)` bool."""
     finite = torch.ones(len(features), dtype=torch.bool)
     for name in features.fields:
         tensor = getattr(features, name)
@@ -275,13 +322,17 @@ def _finite_rows(features) -> torch.Tensor:
     return finite
 
 
-def _record(image: ShopImage, path: str) -> dict:
+def record_of(image: ShopImage, path: str, position: int, content: str, reason: str | None = None) -> dict:
+    """Row of an image, without its encodings."""
     return {
         "image_id": image.image_id,
         "product_id": image.product_id,
         "live_ids": image.live_ids,
         "title": image.title,
-        "image": path_to_text(path),
+        "image": path,
+        "position": position,
+        "content": content,
+        "reason": reason,
     }
 
 
@@ -307,60 +358,13 @@ def process_group() -> tuple[int, int]:
     return state.process_index, state.num_processes
 
 
-def shards_of(images: list[ShopImage], size: int) -> list[list[ShopImage]]:
-    """The shop in pieces, the same in every process and run."""
-    return [images[start : start + size] for start in range(0, len(images), size)]
-
-
-def encode_shards(
-    encoder: ShopEncoder,
-    rows: Sequence[dict],
-    folder: Path | None,
-    shard_size: int,
-    process_index: int,
-    num_processes: int,
-) -> tuple[list[str], list[Shard]]:
-    """
-    Encodes every `num_processes`-th shard; into a folder, where shards of an earlier run are kept, or into memory.
-
-    Returns:
-        The keys of all shards of the shop, and without a folder the shards.
-    """
-    reader = ShopReader(encoder.collator, rows)
-    pieces = shards_of(collect_images(rows), shard_size)
-    keys, shards = [], []
-    mine = sum(len(piece) for piece in pieces[process_index::num_processes])
-    title = "encoding" if num_processes == 1 else f"encoding ({process_index + 1} of {num_processes})"
-    with tqdm(total=mine, desc=title, unit="image", disable=not encoder.progress) as bar:
-        for number, piece in enumerate(pieces):
-            key = encoder.key(piece, reader)
-            keys.append(key)
-            if number % num_processes != process_index:
-                continue
-            if folder is not None and has_shard(folder, key):
-                bar.update(len(piece))
-                continue
-            shard = encoder.encode(piece, reader, bar)
-            shard.key = key
-            if folder is None:
-                shards.append(shard)
-            else:
-                write_shard(folder, shard)
-    return keys, shards
-
-
-def stored_shards(folder: Path, keys: Sequence[str], features_class: type) -> Iterator[Shard]:
-    """The shards of a folder that are there, in the order of their keys."""
-    return (read_shard(folder, key, features_class) for key in keys)
-
-
 def report_skipped(skipped: Sequence[dict], total: int) -> None:
     """One warning for all images that were left out."""
     if skipped:
         first = skipped[0]
         logger.warning(
             "%d of %d images were left out of the index, such as %s (%s); `index.skipped` lists them.",
-            *(len(skipped), total, first["id"], first["reason"]),
+            *(len(skipped), total, first["id"], failure_words(first)),
         )
 
 

@@ -1,6 +1,7 @@
 """Searching an index: the same as scoring the whole shop, in its order, and after images came and went."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import torch
 
 from modeling_rice import RiceClips, RiceGallery
 from modeling_rice.scoring_rice import FusionWeights
-from retrieval_rice.index import GalleryIndex
-from retrieval_rice.index_store import LocalStore, best_rows
+from retrieval_rice.index import GalleryIndex, search
+from retrieval_rice.index.search import best_rows
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def found(answer):
 
 def test_hits_are_those_of_scoring_the_whole_shop(shop, build):
     clips, gallery = shop.clips(3, 4, 7), encode(shop, shop.rows)
-    index = build(dtype="float32", shard_size=4)
+    index = build(dtype="float32")
     embedding, matching = shop.model.similarity(clips, gallery).numpy(), shop.model.match(clips, gallery).numpy()
     for i, answer in enumerate(index.search(clips, top_k=10, rerank=None)):
         order = np.argsort(-matching[i], kind="stable")
@@ -89,7 +90,7 @@ def test_an_image_of_two_livestreams_is_one_image(shop, build):
 
 def test_added_and_removed_images_give_the_index_of_the_changed_shop(shop, build):
     rows = shop.make_rows(14)
-    index = build(rows[:10], shard_size=4)
+    index = build(rows[:10])
     clips = shop.clips(12, 1)
     assert index.add(rows[10:]) == []
     assert index.remove(["p1", "p11", "never", "p1"]) == ["never"]
@@ -107,7 +108,7 @@ def test_an_image_that_is_added_again_is_replaced_and_keeps_its_livestreams(shop
     assert index.add([newer]) == [] and len(index) == 10
     hit = index.search(shop.clips(5), live_id="z")[0].hits[0]
     assert (hit.image_id, hit.title, hit.live_id) == ("p0", "new title", "z")
-    assert index.store.get(["p0"])["p0"]["live_ids"] == ["x", "z"]
+    assert index.records(["p0"])["p0"]["live_ids"] == ["x", "z"]
     # The picture is that of p5 now, so both are equally near; the gallery's order decides.
     near = index.search(shop.clips(5), rerank=0)[0].hits
     assert found_scores(near, "p0") == found_scores(near, "p5")
@@ -149,20 +150,17 @@ def test_equal_scores_keep_the_order_of_the_gallery(scores, k):
     assert best_rows(torch.tensor(scores), k).tolist() == expected
 
 
-def test_equal_scores_keep_their_order_over_chunks(monkeypatch):
-    from types import SimpleNamespace
-
-    from retrieval_rice import index_store
-
-    monkeypatch.setattr(index_store, "CHUNK", 3)
+@pytest.mark.parametrize("cache_bytes", [2**30, 30, 0])
+def test_equal_scores_keep_their_order_over_chunks(monkeypatch, cache_bytes):
+    """In memory, with the embeddings alone in memory, and read anew for each search."""
+    monkeypatch.setattr(search, "CHUNK", 3)
     values = torch.randint(0, 3, (20, 1)).float()
-    store = LocalStore()
-    for start in (0, 7):
-        rows = range(start, 7 if start == 0 else 20)
-        records = [{"image_id": str(i), "product_id": "", "live_ids": [], "title": "", "image": ""} for i in rows]
-        store.put(records, RiceGallery(embeds=values[rows.start : rows.stop]), [])
-    model = SimpleNamespace(similarity=lambda clips, gallery: clips.embeds @ gallery.embeds.T)
-    candidates = store.search(model, RiceGallery(embeds=torch.ones(1, 1)), [None], 8)[0]
+    index = GalleryIndex(comparing_model(), cache_bytes=cache_bytes)
+    for start, stop in ((0, 7), (7, 20)):
+        index.put([{"image_id": str(i)} for i in range(start, stop)], RiceGallery(embeds=values[start:stop]))
+    # Rows that are written again move to the end of the table, but not of the gallery.
+    index.put([{"image_id": "3"}], RiceGallery(embeds=values[3:4]))
+    candidates = index._newest.rooms().search(RiceClips(embeds=torch.ones(1, 1)), [None], 8)[0]
     expected = sorted(range(20), key=lambda i: -values[i].item())[:8]
     assert [int(record["image_id"]) for record in candidates.records] == expected
     assert candidates.features.embeds.tolist() == values[expected].tolist()
@@ -172,28 +170,31 @@ def test_mistakes_get_one_sentence(shop, build):
     index, clips = build(), shop.clips(1, 2)
     with pytest.raises(ValueError, match="top_k must be at least 1"):
         index.search(clips, top_k=0)
+    for name, value in (("rerank", float("inf")), ("rerank", -1), ("top_k", 1.5), ("top_k", True), ("top_k", None)):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            index.search(clips, **{name: value})
     with pytest.raises(ValueError, match="live_id has 1 entries for 2 clips"):
         index.search(clips, live_id=["x"])
     with pytest.raises(ValueError, match="single text"):
         index.remove("p1")
     with pytest.raises(ValueError, match="without a processor"):
-        GalleryIndex(shop.model, index.store).add(shop.rows)
+        GalleryIndex(shop.model).add(shop.rows)
     other = shop.clips(1)
     other.model_fingerprint = "0" * 32
     with pytest.raises(ValueError, match="encoded by another model"):
         index.search(other)
 
 
-def cosine_index(images):
-    """An index of given embeddings under a model that compares and nothing else."""
-    from types import SimpleNamespace
-
+def comparing_model():
+    """A model that compares embeddings and nothing else."""
     config = SimpleNamespace(use_decoder=False)
-    model = SimpleNamespace(config=config, similarity=lambda clips, gallery: clips.embeds @ gallery.embeds.T)
-    index = GalleryIndex(model)
-    names = [f"p{i}" for i in range(len(images))]
-    records = [{"image_id": n, "product_id": n, "live_ids": [], "title": "", "image": ""} for n in names]
-    index.store.put(records, RiceGallery(embeds=images), [])
+    return SimpleNamespace(config=config, similarity=lambda clips, gallery: clips.embeds @ gallery.embeds.float().T)
+
+
+def cosine_index(images):
+    """An index of given embeddings, each a product of its own."""
+    index = GalleryIndex(comparing_model())
+    index.put([{"image_id": f"p{i}"} for i in range(len(images))], RiceGallery(embeds=images))
     return index
 
 
@@ -231,6 +232,23 @@ def test_a_product_that_is_not_among_the_candidates_is_in_the_shop_all_the_same(
     assert [(clip.in_shop, clip.missed) for clip in scored] == [(True, False)] + [(False, False)] * 3
 
 
+@pytest.mark.parametrize("sizes", [(20, 21), (12, 25, 7)])
+def test_livestreams_of_unequal_sizes_are_calibrated(sizes):
+    """Numbers are finite, and answers are given; images of one product stand beside those of others."""
+    count = sum(sizes)
+    images = torch.nn.functional.normalize(torch.eye(count) + 0.05 * torch.randn(count, count), dim=1)
+    lives = [f"live {number}" for number, size in enumerate(sizes) for _ in range(size)]
+    index = GalleryIndex(comparing_model())
+    index.put([{"image_id": f"p{i}", "live_ids": [live]} for i, live in enumerate(lives)], RiceGallery(embeds=images))
+    clips = RiceClips(embeds=torch.nn.functional.normalize(images + 0.05 * torch.randn(count, count), dim=1))
+    report = index.calibrate(clips, [[f"p{i}"] for i in range(count)], live_id=lives)
+    fitted = index.calibration
+    assert np.isfinite([fitted.temperature, fitted.bias, *fitted.weights]).all()
+    assert report["answered"] > 0.9 and report["false_accepts"] < 0.1
+    answers = index.search(clips, live_id=lives)
+    assert np.mean([answer.no_product for answer in answers]) < 0.1
+
+
 def test_calibrating_reads_rows(shop, build):
     rows = shop.make_rows(24)
     index = build(rows)
@@ -239,7 +257,8 @@ def test_calibrating_reads_rows(shop, build):
         for i, row in enumerate(rows)
     ]
     queries.append({**queries[0], "clip_id": "broken", "frames": [{"path": "nowhere.jpg", "bytes": None}]})
-    report = index.calibrate(queries, progress=False, rerank=5)
+    # An untrained decoder is never sure.
+    report = index.calibrate(queries, progress=False, rerank=5, false_accept_rate=0.5)
     assert report["num_present"] == 24 and [failure["id"] for failure in report["unreadable"]] == ["broken"]
     assert index.calibration.rerank == 5
 

@@ -1,0 +1,119 @@
+"""From a clip's candidates to its answer: scores, hits, confidence, and "no product"."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from modeling_rice.scoring_rice import best_first, ranked_scores
+
+from .calibration import Calibration, product_shares
+from .search import Candidates, Scope
+
+Scores = tuple[np.ndarray, np.ndarray | None, np.ndarray]
+"""Embedding and matching scores of candidates, and those that they are ranked by, each `(k,)`."""
+
+
+@dataclass
+class Hit:
+    """
+    An image that was found.
+
+    Attributes:
+        image_id, product_id, title: As the shop's rows name them; without a product id, the image id.
+        live_id: The livestream that was searched, or the first that sells the image; "" where there are none.
+        image: Path of the picture as `data_rice.paths.path_to_text` writes it, "" where it came as bytes.
+        score: By which hits are ranked, the kind that `config.ranking` of the model says.
+        embedding_score: `model.similarity`, a cosine.
+        matching_score: `model.match`, `None` where it was not asked for.
+        confidence: Probability that the hit's product is the clip's, 0 to 1; see `GalleryIndex.calibrate`.
+    """
+
+    image_id: str
+    product_id: str
+    live_id: str
+    title: str
+    image: str
+    score: float
+    embedding_score: float
+    matching_score: float | None
+    confidence: float
+
+
+@dataclass
+class Answer:
+    """
+    What is known of one clip.
+
+    Attributes:
+        hits: Best first; empty where the searched livestreams have no images.
+        no_product: The clip shows none of the shop's products: the confidence is below the calibrated threshold.
+        confidence: Of the first hit, 0 to 1.
+        timings: Milliseconds of "search_ms" (embedding search) and "match_ms" (matching), a clip's share of its batch.
+    """
+
+    hits: list[Hit]
+    no_product: bool
+    confidence: float
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+def candidate_scores(model: Any, clip: Any, candidates: Candidates, match: bool) -> Scores:
+    """`Scores` of the candidates of a clip, `RiceClips` of one row, by the model's ranking or its embeddings alone."""
+    features = candidates.features.to(clip.embeds.device)
+    ranked_by, known = ranked_scores(model, clip, features, None if match else "embedding")
+    embedding, matching, ranked_by = (
+        None if scores is None else scores[0].cpu().numpy()
+        for scores in (known["embedding"], known.get("matching"), ranked_by)
+    )
+    return embedding, matching, ranked_by
+
+
+def answer_of(
+    candidates: Candidates,
+    scores: Scores | None,
+    scope: Scope,
+    top_k: int,
+    calibration: Calibration | None,
+    timings: dict[str, float],
+) -> Answer:
+    """The answer from the candidates of one clip and their scores, `None` where there are no candidates."""
+    # Without a score an image cannot be found, as in evaluation.
+    order = [] if scores is None else best_first(torch.from_numpy(scores[2]))
+    if not order:
+        return Answer([], True, 0.0, timings)
+    embedding, matching, ranked_by = (None if kind is None else kind[order] for kind in scores)
+    records = [candidates.records[i] for i in order]
+    products = [record["product_id"] for record in records]
+    if calibration is None:
+        confidence = product_shares(ranked_by, 1.0, products)
+    else:
+        confidence = calibration.confidences(embedding, matching, ranked_by, products)
+    hits = [
+        Hit(
+            **{name: records[i][name] for name in ("image_id", "product_id", "title", "image")},
+            live_id=live_of(records[i], scope),
+            score=float(ranked_by[i]),
+            embedding_score=float(embedding[i]),
+            matching_score=None if matching is None else float(matching[i]),
+            confidence=float(confidence[i]),
+        )
+        for i in range(min(top_k, len(order)))
+    ]
+    no_product = calibration is not None and hits[0].confidence < calibration.threshold
+    return Answer(hits, no_product, hits[0].confidence, timings)
+
+
+def live_of(record: dict, scope: Scope) -> str:
+    """The livestream that was searched, else the first that sells the image, else ""."""
+    lives = record["live_ids"]
+    return next((live for live in lives if scope is not None and live in scope), lives[0] if lives else "")
+
+
+def relevance(candidates: Candidates, answers: Sequence[str], products: set[str]) -> np.ndarray:
+    """Which candidates are among the images that answer a clip, or show the same product, `(k,)` bool."""
+    return np.array(
+        [record["image_id"] in answers or record["product_id"] in products for record in candidates.records]
+    )

@@ -1,0 +1,556 @@
+"""A shop's encoded images as a LanceDB table: a row per image, a new version per write, everything of one model.
+
+What is known of the table as a whole (`State`) lies in the metadata of its first column, so that it changes with the
+rows in one commit, and an older version is restored with its own. Each row carries a checksum, since the file format
+has none.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from .calibration import Calibration
+
+TABLE = "images"
+FORMAT = 2
+KEPT_FOR = timedelta(days=7)
+"""For how long versions can be restored, and files of a writer that was killed are kept."""
+
+RECORD = ("image_id", "product_id", "title", "image", "live_ids")
+"""What a search tells of an image: `live_ids` are the livestreams that sell it, `image` is its path, as
+`data_rice.paths.path_to_text` writes it."""
+
+_OWN = ("reason", "position", "content")
+_STATE, _CHECKSUM = b"rice", b"rice.crc32"
+_PRIMARY_KEY = {b"lance-schema:unenforced-primary-key": b"true"}
+_AT_ONCE = 8192
+_ATTEMPTS = 20
+
+
+@dataclass(frozen=True)
+class State:
+    """
+    What is true of all rows.
+
+    Attributes:
+        model_fingerprint, model_name, model_revision: Of the model that encoded them.
+        settings: What an encoding depends on besides its picture: `index.build.ShopEncoder.settings`.
+        dtype: "float16" or "float32", of the stored encodings.
+        precision: In which the model computed.
+        complete: False while the shop is encoded for the first time.
+        before: The version that answers until then, `None` where there is none.
+        calibration: Of confidences, `None` where there is none.
+        approximate: `index.approximate.Settings` as a dict and the measured "recall@10", `None` for exact search.
+    """
+
+    model_fingerprint: str | None
+    model_name: str = ""
+    model_revision: str | None = None
+    settings: dict = field(default_factory=dict)
+    dtype: str = "float16"
+    precision: str = "float32"
+    complete: bool = True
+    before: int | None = None
+    calibration: Calibration | None = None
+    approximate: dict | None = None
+
+    def to_metadata(self) -> dict[bytes, bytes]:
+        text = json.dumps({"format": FORMAT, **asdict(self)}, allow_nan=False, sort_keys=True).encode()
+        return {_STATE: text, _CHECKSUM: str(zlib.crc32(text)).encode()}
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[bytes, bytes] | None) -> "State":
+        """
+        Raises:
+            ValueError: the text was altered, is of another format, or says what cannot be.
+        """
+        text = (metadata or {}).get(_STATE, b"")
+        if (metadata or {}).get(_CHECKSUM) != str(zlib.crc32(text)).encode():
+            raise ValueError("what it says of itself does not fit its checksum")
+        values = json.loads(text, parse_constant=_no_constant)
+        version = values.pop("format", None) if isinstance(values, dict) else None
+        if version != FORMAT:
+            raise ValueError(f"its format is {version}, and this version of the project reads {FORMAT}")
+        names = {one.name for one in fields(cls)}
+        if values.keys() != names:
+            raise ValueError(f"it says {', '.join(sorted(values))}, and not {', '.join(sorted(names))}")
+        kinds = {"complete": bool, "settings": dict, "dtype": str, "precision": str, "model_name": str}
+        wrong = [name for name, kind in kinds.items() if not isinstance(values[name], kind)]
+        if wrong:
+            raise ValueError(f"what it says of {', '.join(wrong)} is of the wrong kind")
+        if values.get("calibration") is not None:
+            values["calibration"] = Calibration.from_dict(values["calibration"])
+        return cls(**values)
+
+
+def _no_constant(name: str):
+    raise ValueError(f"it holds {name}, which is no number")
+
+
+class Version(NamedTuple):
+    """A version of the table that can be restored: its number, when it was written, and its rows."""
+
+    number: int
+    time: datetime
+    rows: int
+
+
+def lancedb():
+    """The library, whose absence is told in a sentence."""
+    try:
+        import lancedb
+    except ImportError as error:
+        raise ValueError("an index needs LanceDB: pip install 'rice-retrieval[index]', or lancedb.") from error
+    return lancedb
+
+
+def reason_of(error: BaseException) -> str:
+    """The library's message without the place in its source."""
+    text = re.sub(r",? ?[^\s,]*\.rs:\d+(:\d+)?", "", str(error))
+    return " ".join(text.split()).removesuffix(".")[:300]
+
+
+class ShopTable:
+    """
+    The newest version of a shop's table, and the writing of the next one.
+
+    Args:
+        uri: Folder or URI (s3://bucket/shop) of the index; `None` keeps it in memory. Object storage is reached with
+            the `AWS_*` (`GOOGLE_*`, `AZURE_*`) variables of the environment.
+    """
+
+    def __init__(self, uri: str | os.PathLike | None = None):
+        self.uri = None if uri is None else os.fspath(uri)
+        self._connection: Any = None
+
+    def __str__(self) -> str:
+        return "index in memory" if self.uri is None else f"index {self.uri}"
+
+    @property
+    def is_local(self) -> bool:
+        return self.uri is not None and "://" not in self.uri
+
+    @property
+    def path(self) -> Path:
+        """Folder of the table, where it is in a folder."""
+        return Path(self.uri or "", f"{TABLE}.lance")
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """What the library says when it cannot read, as one sentence."""
+        try:
+            yield
+        except BaseException as error:
+            if not _is_library(error):
+                raise
+            raise ValueError(
+                f"the {self} cannot be read ({reason_of(error)}); where its files are damaged, `rice index` with "
+                f"--overwrite builds it again."
+            ) from error
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """What the library says when it cannot write, as one sentence."""
+        try:
+            yield
+        except BaseException as error:
+            if not _is_library(error):
+                raise
+            raise OSError(
+                f"the {self} could not be written ({reason_of(error)}); what was there before is unchanged, so make "
+                f"room or choose another place, and run the same again."
+            ) from error
+
+    @property
+    def connection(self) -> Any:
+        if self._connection is None:
+            every = timedelta(0)
+            self._connection = lancedb().connect(self.uri or "memory://", read_consistency_interval=every)
+        return self._connection
+
+    def exists(self) -> bool:
+        """
+        Raises:
+            ValueError: the folder holds an index of an earlier format, or the place cannot be read.
+        """
+        if self.is_local:
+            if not self.path.is_dir() and Path(self.uri or "", "index.json").is_file():
+                raise ValueError(
+                    f"the {self} was written by an earlier version, whose format is no longer read; delete the "
+                    f"folder or name another one, and build it again with `rice index`."
+                )
+            return any(self.path.glob("_versions/*.manifest"))
+        with self.reading():
+            return TABLE in self.connection.list_tables().tables
+
+    def _open(self, version: int | None = None) -> Any:
+        if not self.exists():
+            raise FileNotFoundError(f"there is no index in {self.uri}; build one with `rice index SHOP_DIR`.")
+        with self.reading():
+            return self.connection.open_table(TABLE, version=version)
+
+    @property
+    def version(self) -> int:
+        """Number of the newest version."""
+        table = self._open()
+        with self.reading():
+            return table.version
+
+    def snapshot(self, version: int | None = None) -> "Snapshot":
+        """
+        A version that stays as it is, by default the newest.
+
+        Raises:
+            FileNotFoundError: there is no index.
+            ValueError: there is no such version, or it cannot be read.
+        """
+        table = self._open()
+        with self.reading():
+            numbers = {entry["version"] for entry in table.list_versions()} if version is not None else {table.version}
+        if version is not None and version not in numbers:
+            raise ValueError(f"the {self} has no version {version} (any more); `rice index --versions` lists them.")
+        number = numbers.pop() if version is None else version
+        return Snapshot(self, self._open(number), number)
+
+    def create(self, fields: dict[str, pa.Field], state: State, replace: bool = False) -> None:
+        """
+        A table without rows.
+
+        Args:
+            fields: Columns of the encodings, from `columns_of`.
+            state: Of the table.
+            replace: In the place of a table that is there, whose versions stay unless it cannot be opened at all.
+
+        Raises:
+            FileExistsError: there is a table, and it is not to be replaced.
+            OSError: it cannot be written.
+        """
+        schema = schema_of(fields, state)
+        exists = self.exists()
+        if exists and not replace:
+            raise FileExistsError(f"the {self} is there already; pass overwrite=True (--overwrite) to replace it.")
+        if exists and self.is_local and not self._opens():
+            exists = False
+        with self.writing():
+            if not exists and self.is_local:
+                # No table, but what is left of one, which is in the way of the new one.
+                shutil.rmtree(self.path, ignore_errors=True)
+            self.connection.create_table(TABLE, schema=schema, mode="overwrite" if exists else "create")
+
+    def _opens(self) -> bool:
+        """Whether there is a manifest to add a version to, whatever the state of the rows."""
+        try:
+            self._open()
+        except ValueError:
+            return False
+        return True
+
+    def commit(self, write: Callable[[Any], None]) -> None:
+        """
+        Writes a new version, on top of what others write at the same time.
+
+        Raises:
+            OSError: it cannot be written, or others were faster each time; what was there is unchanged.
+        """
+        table = self._open()
+        for attempt in range(_ATTEMPTS):
+            try:
+                with self.writing():
+                    return write(table)
+            except OSError as error:
+                if "commit conflict" not in str(error) or attempt == _ATTEMPTS - 1:
+                    raise
+                # Not in step with the other one.
+                time.sleep(0.02 * (attempt + random.random()))
+
+    def upsert(self, rows: pa.Table) -> None:
+        """
+        Writes rows in one commit; those of an image that is there take its place.
+
+        Raises:
+            OSError: as `commit`.
+        """
+
+        def write(table: Any) -> None:
+            merge = table.merge_insert("image_id").when_matched_update_all().when_not_matched_insert_all()
+            # With the column's index two writers of one new image do not see each other, and it is there twice.
+            merge.use_index(False).execute(rows, on_bad_vectors="null", timeout=timedelta(minutes=10))
+
+        self.commit(write)
+
+    def delete(self, image_ids: Sequence[str]) -> None:
+        """Deletes the rows of images."""
+        for start in range(0, len(image_ids), _AT_ONCE):
+            wanted = lancedb().expr.col("image_id").isin(list(image_ids[start : start + _AT_ONCE]))
+            self.commit(lambda table: table.delete(wanted))
+
+    def write_state(self, state: State) -> None:
+        """Writes what is true of the table as a whole."""
+        metadata = {key.decode(): value.decode() for key, value in state.to_metadata().items()}
+        self.commit(lambda table: table.update_field_metadata({"path": "image_id", "metadata": metadata}))
+
+    def versions(self) -> list[Version]:
+        """The versions that can be restored, oldest first: those that are kept and were complete."""
+        table = self._open()
+        with self.reading():
+            entries = table.list_versions()
+        return [
+            Version(entry["version"], entry["timestamp"], int(entry["metadata"]["total_rows"]))
+            for entry in entries
+            if Snapshot(self, self._open(entry["version"]), entry["version"]).state.complete
+        ]
+
+    def restore(self, version: int) -> None:
+        """
+        Makes an older version the newest, with the state that it had.
+
+        Raises:
+            ValueError: there is no such version, or it is of a time when the index was not complete.
+        """
+        if not self.snapshot(version).state.complete:
+            raise ValueError(
+                f"the {self} was not complete in version {version}; `rice index --versions` lists those that were."
+            )
+        self.commit(lambda table: table.restore(version))
+
+    def compact(self, kept_for: timedelta = KEPT_FOR) -> None:
+        """Joins small files, takes new rows into the indexes, and deletes versions older than `kept_for`."""
+        self.commit(lambda table: table.optimize(cleanup_older_than=kept_for))
+
+    def index_columns(self, live_ids: bool) -> None:
+        """Builds the indexes by which rows of a livestream or an image are found, unless they are there."""
+        configs = lancedb().index
+        wanted = {"image_id": configs.BTree()} | ({"live_ids": configs.LabelList()} if live_ids else {})
+        for column in wanted.keys() - self._indexed().keys():
+            self.commit(lambda table: table.create_index(column, config=wanted[column]))
+
+    def index_embeddings(self, config: Any) -> None:
+        """Builds an approximate index of the embeddings in the place of the one that is there; `None` drops that."""
+        if config is not None:
+            self.commit(lambda table: table.create_index("embeds", config=config, replace=True))
+        elif "embeds" in self._indexed():
+            self.commit(lambda table: table.drop_index(self._indexed()["embeds"]))
+
+    def _indexed(self) -> dict[str, str]:
+        """The columns that have an index, and its name."""
+        table = self._open()
+        with self.reading():
+            return {index.columns[0]: index.name for index in table.list_indices()}
+
+
+def _is_library(error: BaseException) -> bool:
+    # Rust's panics are no `Exception`.
+    kinds = (RuntimeError, OSError, ValueError, pa.ArrowException)
+    return isinstance(error, kinds) or type(error).__name__ == "PanicException"
+
+
+class Snapshot:
+    """One version of a table: rows as Arrow tables with `_rowid`, which are checked as they are read."""
+
+    def __init__(self, table: ShopTable, handle: Any, version: int):
+        self.table, self.version, self._handle = table, version, handle
+        with table.reading():
+            schema = handle.schema
+            self.state = State.from_metadata(schema.field(0).metadata)
+            own = {*RECORD, *_OWN, "checksum"}
+            self.fields = {f.name: f for f in schema if f.name not in own}
+            for name in self.fields:
+                _shape_of(self.fields[name])
+
+    def count(self, where: str | None = None) -> int:
+        with self.table.reading():
+            return self._handle.count_rows(where)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that the encodings of an image take."""
+        return sum(bytes_of(one) for one in self.fields.values())
+
+    def read(self, columns: Sequence[str] | None = None, where: Any = None) -> pa.Table:
+        """Rows, of which those with all columns are checked against their checksums."""
+        with self.table.reading():
+            query = self._handle.search().with_row_id(True)
+            query = query if columns is None else query.select(list(columns))
+            rows = (query if where is None else query.where(where)).to_arrow()
+        if columns is None:
+            self._check(rows)
+        return rows
+
+    def batches(self, columns: Sequence[str] | None = None, size: int = _AT_ONCE) -> Iterator[pa.Table]:
+        """All rows in pieces, unchecked."""
+        with self.table.reading():
+            query = self._handle.search().with_row_id(True)
+            for batch in (query if columns is None else query.select(list(columns))).to_batches(size):
+                yield pa.Table.from_batches([batch])
+
+    def take(self, row_ids: np.ndarray) -> pa.Table:
+        """Rows by `_rowid`, in that order, checked."""
+        with self.table.reading():
+            rows = self._handle.take_row_ids(row_ids.tolist()).with_row_id().to_arrow()
+        place = {row_id: i for i, row_id in enumerate(rows["_rowid"].to_pylist())}
+        rows = rows.take(pa.array([place[row_id] for row_id in row_ids.tolist()], pa.int64()))
+        self._check(rows)
+        return rows
+
+    def find(self, image_ids: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
+        """Rows of images, in no order."""
+        parts = []
+        for start in range(0, max(1, len(image_ids)), _AT_ONCE):
+            wanted = list(image_ids[start : start + _AT_ONCE])
+            parts.append(self.read(columns, lancedb().expr.col("image_id").isin(wanted) if wanted else "false"))
+        return pa.concat_tables(parts)
+
+    def last_position(self) -> int:
+        """The highest place in the gallery, -1 where there are no rows."""
+        highest = pc.max(self.read(["position"])["position"]).as_py()
+        return -1 if highest is None else highest
+
+    def nearest(self, vector: np.ndarray, k: int, effort: dict) -> np.ndarray:
+        """Row ids of `k` images that the approximate index proposes for an embedding, in no order."""
+        with self.table.reading():
+            query = self._handle.search(vector, vector_column_name="embeds").distance_type("cosine").limit(k)
+            for name, value in effort.items():
+                query = getattr(query, name)(max(value, k) if name == "ef" else value)
+            return query.select(["_distance"]).with_row_id(True).to_arrow()["_rowid"].to_numpy()
+
+    def _check(self, rows: pa.Table) -> None:
+        damaged = damaged_rows(rows, self.fields)
+        if len(damaged):
+            raise ValueError(
+                f"the {self.table} is damaged: {len(damaged)} of the rows that were read do not fit their checksums, "
+                f"such as {rows['image_id'][int(damaged[0])].as_py()!r}; run the same `rice index` again, which "
+                f"encodes them anew."
+            )
+
+    def features(self, rows: pa.Table, features_class: type, names: Sequence[str] | None = None) -> Any:
+        """Encodings of rows as a `RiceGallery`, all or some of its fields."""
+        tensors = {
+            name: tensor_of(rows[name], self.fields[name])
+            for name in (self.fields if names is None else names)
+            if name in features_class.fields
+        }
+        return features_class(model_fingerprint=self.state.model_fingerprint, **tensors)
+
+
+def columns_of(features: Any) -> dict[str, pa.Field]:
+    """A column for each tensor of a `RiceGallery`: numbers as they are where Arrow has them, else bytes."""
+    columns = {}
+    for name in features.fields:
+        tensor = getattr(features, name)
+        if tensor is None:
+            continue
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        number = {"float16": pa.float16(), "float32": pa.float32()}.get(dtype, pa.uint8())
+        width = tensor[:1].numel() if len(tensor) else int(np.prod(tensor.shape[1:]))
+        width *= tensor.element_size() if number == pa.uint8() else 1
+        about = {"shape": json.dumps(list(tensor.shape[1:])), "dtype": dtype}
+        columns[name] = pa.field(name, pa.list_(number, width), metadata=about)
+    return columns
+
+
+def schema_of(fields: dict[str, pa.Field], state: State) -> pa.Schema:
+    first = pa.field("image_id", pa.string(), nullable=False, metadata=_PRIMARY_KEY | state.to_metadata())
+    texts = [pa.field(name, pa.string()) for name in ("product_id", "title", "image")]
+    own = [
+        pa.field("live_ids", pa.list_(pa.string())),
+        # Why there are no encodings, where there are none.
+        pa.field("reason", pa.string()),
+        # Place in the gallery, which decides between equal scores.
+        pa.field("position", pa.int64()),
+        # Of the picture and the text that the encodings were made of.
+        pa.field("content", pa.string()),
+        pa.field("checksum", pa.int64()),
+    ]
+    return pa.schema([first, *texts, *own, *fields.values()])
+
+
+def rows_of(records: Sequence[dict], features: Any, fields: dict[str, pa.Field]) -> pa.Table:
+    """
+    Rows for `ShopTable.upsert`.
+
+    Args:
+        records: `RECORD` and, where known, `reason`, `position` and `content`.
+        features: `RiceGallery` of those without a reason, in their order; `None` where there are none.
+        fields: Columns of the encodings.
+    """
+    good = [record for record in records if record.get("reason") is None]
+    bad = [record for record in records if record.get("reason") is not None]
+    parts = []
+    for group, encodings in ((good, features), (bad, None)):
+        if not group:
+            continue
+        columns = {name: [record.get(name) for record in group] for name in (*RECORD, *_OWN)}
+        schema = schema_of({}, _NO_STATE)
+        rows = pa.table({**columns, "checksum": pa.nulls(len(group), pa.int64())}, schema=schema)
+        for name, one in fields.items():
+            array = pa.nulls(len(group), one.type) if encodings is None else _array_of(getattr(encodings, name), one)
+            rows = rows.append_column(one, array)
+        parts.append(rows)
+    rows = pa.concat_tables(parts)
+    return rows.set_column(rows.schema.get_field_index("checksum"), "checksum", pa.array(checksums(rows, fields)))
+
+
+_NO_STATE = State(None)
+
+
+def _array_of(tensor: torch.Tensor, one: pa.Field) -> pa.Array:
+    tensor = tensor.detach().cpu().contiguous()
+    numbers = tensor.view(torch.uint8) if one.type.value_type == pa.uint8() else tensor
+    return pa.FixedSizeListArray.from_arrays(pa.array(numbers.numpy().reshape(-1)), one.type.list_size)
+
+
+def _shape_of(one: pa.Field) -> tuple[list[int], torch.dtype]:
+    about = one.metadata or {}
+    dtype = getattr(torch, about.get(b"dtype", b"").decode() or "none", None)
+    if not isinstance(dtype, torch.dtype) or not pa.types.is_fixed_size_list(one.type):
+        raise ValueError(f"its column {one.name} does not tell what encodings it holds")
+    return json.loads(about.get(b"shape", b"null")), dtype
+
+
+def tensor_of(column: pa.ChunkedArray, one: pa.Field) -> torch.Tensor:
+    """A column of encodings as `(n, ...)`; none of its rows may be empty."""
+    shape, dtype = _shape_of(one)
+    numbers = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return torch.from_numpy(numbers.copy()).view(dtype).reshape(len(column), *shape)
+
+
+def bytes_of(one: pa.Field) -> int:
+    """Bytes of a row in a column of encodings."""
+    return one.type.list_size * one.type.value_type.bit_width // 8
+
+
+def checksums(rows: pa.Table, fields: dict[str, pa.Field]) -> np.ndarray:
+    """CRC-32 of each row, records and encodings, `(n,)` int64."""
+    texts = rows.select([*RECORD, *_OWN]).to_pylist()
+    sums = [zlib.crc32(json.dumps(record, sort_keys=True).encode()) for record in texts]
+    for name in sorted(fields):
+        column = rows[name].combine_chunks()
+        whole = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
+        if not len(whole):
+            continue
+        data = column.drop_null().flatten().to_numpy(zero_copy_only=False)
+        data = np.ascontiguousarray(data).view(np.uint8).reshape(len(whole), -1)
+        for place, row in zip(whole.tolist(), data):
+            sums[place] = zlib.crc32(row, sums[place])
+    return np.array(sums, dtype=np.int64)
+
+
+def damaged_rows(rows: pa.Table, fields: dict[str, pa.Field]) -> np.ndarray:
+    """Places of rows that are not what was written."""
+    stored = rows["checksum"].combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False)
+    return np.flatnonzero(checksums(rows, fields) != stored)
