@@ -111,14 +111,16 @@ def train(
         return
     with ExitStack() as while_running:
         checkpoint, finished = on_first_process(partial(_claim, training_arguments, while_running))
-        resuming = finished or checkpoint is not None
-        record_arguments(*arguments, resuming=resuming)
+        record = partial(record_arguments, *arguments, resuming=finished or checkpoint is not None)
+        with writing("the arguments", training_arguments.output_dir):
+            record()
         if finished:
             logger.info("The run in %s is finished, there is nothing to do.", training_arguments.output_dir)
             return
         trainer = build_trainer(*arguments)
         # Again, with what the trainer has chosen.
-        record_arguments(*arguments, resuming=resuming)
+        with writing("the arguments", training_arguments.output_dir):
+            record()
         report(trainer, run(trainer, checkpoint))
 
 

@@ -55,7 +55,7 @@ class RiceCollator:
             then one more key of a training batch: whose ASR is another's.
         failure_log: File to append one JSON line per unreadable file to.
         decode: `"exact"` decodes whole pictures and leaves resizing to the processor; `"fast"` decodes large JPEGs at
-            reduced scale and resizes in 8 bits, see `data_rice.decoding`.
+            reduced scale and resizes in 8 bits, see `processing_rice.open_image`.
         pixels: `"float"` gives what the model takes; `"uint8"` a quarter of the bytes, for
             `data_rice.decoding.normalize_pixels` on the device.
 
@@ -279,7 +279,9 @@ class RiceCollator:
 
     def _report(self, failures: list[Failure]) -> None:
         for failure in failures:
-            logger.warning("Unreadable media in %s (%s): %s", failure["id"], failure["outcome"], failure["reason"])
+            logger.warning(
+                "Unreadable media in %s (%s): %s", failure["id"], failure["outcome"], failure_words(failure)
+            )
         if failures and self.failure_log is not None:
             # One write per line: appends of this size do not interleave between workers and processes.
             with open(self.failure_log, "a", encoding="utf-8") as file:
@@ -325,4 +327,9 @@ def _failure(row_id: str, file: str | None, reason: object, outcome: str = "skip
     return {"id": row_id, "file": path_to_text(file or ""), "reason": words, "outcome": outcome}
 
 
-__all__ = ["RiceCollator", "count_failures", "product_id_hash", "read_failure_log"]
+def failure_words(failure: Failure) -> str:
+    """A failure's file, where it is known, and the reason."""
+    return ": ".join(filter(None, (failure.get("file"), failure["reason"])))
+
+
+__all__ = ["RiceCollator", "count_failures", "failure_words", "product_id_hash", "read_failure_log"]

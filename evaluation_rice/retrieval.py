@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from data_rice.collator import failure_words
 from modeling_rice.scoring_rice import PARTS, FusionWeights, fuse, model_scores, pair_kinds, with_fused
 
 from .fusion import FUSED_TEXT_WEIGHTS, edge_words, fit_fusion_weight, fit_text_weight
@@ -178,7 +179,7 @@ def iter_scores(
     failures += failed
     failures += task.without_gallery()
     if encodings is None:
-        reason = failed[0].get("reason", "") if failed else "the gallery is empty"
+        reason = failure_words(failed[0]) if failed else "the gallery is empty"
         raise ValueError(f"not one of the {len(task.image_ids)} gallery images could be read; the first: {reason}.")
     scope_order = {name: i for i, name in enumerate(task.scopes)}
     rows = [i for i, name in enumerate(task.query_scopes) if name in scope_order]

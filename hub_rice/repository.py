@@ -80,12 +80,12 @@ def published_files(folder: str | os.PathLike) -> dict[str, Path | bytes]:
     check_checkpoint(folder)
     _check_code(folder)
     files: dict[str, Path | bytes] = {}
-    weights = weight_files(folder)
+    weights = {file.name for file in weight_files(folder)}
+    stale = {file.name for file in folder.glob("model*.safetensors")} - weights
+    stale |= {"model.safetensors.index.json"} if "model.safetensors" in weights else set()
     for path in sorted([*folder.glob("*"), *folder.glob("onnx/*")]):
         name = path.relative_to(folder).as_posix()
-        stale = name.startswith("model") and ".safetensors" in name and path not in weights
-        stale = stale and not (name.endswith(".index.json") and len(weights) > 1)
-        if path.is_file() and name not in _MADE and is_published(name) and not stale:
+        if path.is_file() and name not in _MADE and is_published(name) and name not in stale:
             # A vocabulary holds no settings, but may hold whatever looks like a path.
             files[name] = _without_folders(path) if name.endswith("config.json") else path
     return files

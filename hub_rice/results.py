@@ -72,7 +72,8 @@ FIELDS = {
 """Every field that is published, with what it holds: a kind, some words, an object, or a list of one or two kinds."""
 
 _OR_NULL = {"fusion_weight", "alignment_weight", "fused_text_weight", "baseline", "baseline.model", "model_sha256"}
-_OR_NULL |= {"parameters", "protocol.num_frames", "protocol.text.score_weight", "protocol.fusion.text_weight"}
+_OR_NULL |= {"parameters", "protocol.task_sha256", "protocol.num_frames", "protocol.text.score_weight"}
+_OR_NULL |= {"protocol.fusion.text_weight"}
 _OR_NULL |= {f"protocol.detector.{name}" for name in FIELDS["protocol"]["detector"]}
 
 NEEDED = ("protocol", "num_queries", "gallery_size", "scores", "baselines", "model", "dataset", "versions")

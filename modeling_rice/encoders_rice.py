@@ -20,6 +20,8 @@ from transformers.utils import ModelOutput
 _ANY_SIZE = 224
 # A class token and a distillation token; a config says how many registers there are.
 _MOST_PREFIX_TOKENS = 2
+# Parameters of an encoder that is built with numbers only to be looked at, where the meta device does not do.
+_LARGEST_BUILT = 500_000_000
 # Pixels that a patch stands for at most, where patches are matched with each other: a 14 x 14 grid of 224 pixels.
 _FINE_STRIDE = 16
 
@@ -90,8 +92,8 @@ class EncoderLayout:
 
 def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     """
-    A new encoder with random weights: what AutoModel or AutoBackbone makes of the config, or the vision part of a
-    model that is registered as a whole only (AltCLIP, BLIP, MetaCLIP 2).
+    A new encoder with random weights: the class that AutoModel or AutoBackbone has for the config, or else the vision
+    part of a model that is registered as a whole only (AltCLIP, BLIP, MetaCLIP 2).
 
     Raises:
         ValueError: for a config that no vision model belongs to, or whose values do not fit together.
@@ -106,15 +108,17 @@ def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _new_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    encoder_class = _encoder_class(config)
+    if encoder_class.main_input_name != "pixel_values":
+        raise ValueError(f"it takes {encoder_class.main_input_name}, not pictures")
     # Building writes into the config.
-    config = copy.deepcopy(config)
+    return encoder_class._from_config(copy.deepcopy(config))
+
+
+def _encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     for auto in (AutoModel, AutoBackbone):
         if type(config) in auto._model_mapping:
-            return auto.from_config(config)
-    return _part_class(config)._from_config(config)
-
-
-def _part_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+            return auto._model_mapping[type(config)]
     module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
     classes = [
         value
@@ -169,21 +173,25 @@ def find_layout(config: PreTrainedConfig) -> EncoderLayout:
 def _find_layout(text: str) -> EncoderLayout:
     settings = json.loads(text)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with torch.device("meta"):
+        encoder = build_encoder(config).eval()
+    size = _image_size(config, _trained_with(encoder))
     try:
-        encoder, size, output = _dry_run(config, "meta")
-    except Exception:
-        # Some read numbers out of their tensors, or keep tensors that follow no device; the others fail again.
+        output = _dry_run(encoder, size)
+    except Exception as error:
+        # Some read numbers out of their tensors, or keep tensors that follow no device.
+        if encoder.num_parameters() > _LARGEST_BUILT:
+            raise ValueError(_refusal(config, error)) from error
+        with torch.random.fork_rng(devices=[]):
+            encoder = build_encoder(config).eval()
         try:
-            with torch.random.fork_rng(devices=[]):
-                encoder, size, output = _dry_run(config, "cpu")
-        except ImportError as error:
-            raise ImportError(_refusal(config, error)) from error
+            output = _dry_run(encoder, size)
         except Exception as error:
             raise ValueError(_refusal(config, error)) from error
     if output.get("ids_restore") is not None:
         raise ValueError(_refusal(config, "it leaves patches out at random"))
     try:
-        patches = _layout(last_states(output), encoder, size)
+        patches = _layout(last_states(output), encoder, size, channels_last=_is_channels_last(encoder))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(_refusal(config, error)) from error
     pooled = output.get("pooler_output")
@@ -199,17 +207,16 @@ def _find_layout(text: str) -> EncoderLayout:
     )
 
 
-def _dry_run(config: PreTrainedConfig, device: str) -> tuple[nn.Module, tuple[int, int], ModelOutput]:
-    """A new encoder, the size of its pictures, and what it makes of an empty one."""
-    with torch.no_grad(), torch.device(device):
-        encoder = _new_encoder(config).eval()
-        size = _image_size(config, _trained_with(encoder))
+@torch.no_grad()
+def _dry_run(encoder: nn.Module, size: tuple[int, int]) -> ModelOutput:
+    """What it makes of an empty picture."""
+    with encoder.device:
         inputs = encoder_inputs(encoder, torch.zeros(1, 3, *size))
         try:
-            return encoder, size, encoder(**inputs, output_hidden_states=True)
+            return encoder(**inputs, output_hidden_states=True)
         except (TypeError, ValueError, NotImplementedError):
             # Not every encoder gives its hidden states.
-            return encoder, size, encoder(**inputs)
+            return encoder(**inputs)
 
 
 def _trained_with(encoder: nn.Module) -> dict:
@@ -227,11 +234,15 @@ def _image_size(config: PreTrainedConfig, trained_with: dict) -> tuple[int, int]
     return (size, size) if isinstance(size, int) else tuple(size[-2:])
 
 
-def _layout(states: Tensor, encoder: nn.Module, size: tuple[int, int]) -> PatchLayout:
+def _is_channels_last(encoder: nn.Module) -> bool:
+    """Whether a timm network leaves its output so; its hidden states it gives with the channels first."""
+    return str(getattr(getattr(encoder, "timm_model", None), "output_fmt", "")).endswith("NHWC")
+
+
+def _layout(states: Tensor, encoder: nn.Module, size: tuple[int, int], channels_last: bool = False) -> PatchLayout:
+    if states.dim() == 4 and channels_last:
+        return PatchLayout(states.shape[3], tuple(states.shape[1:3]), 0, "channels_last")
     if states.dim() == 4:
-        timm_format = str(getattr(getattr(encoder, "timm_model", None), "output_fmt", ""))
-        if timm_format.endswith("NHWC"):
-            return PatchLayout(states.shape[3], tuple(states.shape[1:3]), 0, "channels_last")
         return PatchLayout(states.shape[1], tuple(states.shape[2:]), 0, "channels_first")
     if states.dim() != 3:
         raise ValueError(f"its output has {states.dim()} dimensions")
@@ -250,14 +261,15 @@ def _grid(num_tokens: int, encoder: nn.Module, size: tuple[int, int]) -> tuple[t
     """Rows and columns of patches among so many tokens, and how many tokens come before them."""
     config = encoder.config
     side = getattr(config, "patch_size", None)
+    known = getattr(getattr(encoder, "timm_model", None), "num_prefix_tokens", None)
     most = _MOST_PREFIX_TOKENS + (getattr(config, "num_register_tokens", 0) or 0)
-    most = max(most, getattr(getattr(encoder, "timm_model", None), "num_prefix_tokens", 0) or 0)
+    prefixes = range(most + 1) if known is None else [known]
     if isinstance(side, int):
         grid = (size[0] // side, size[1] // side)
-        if 0 <= num_tokens - math.prod(grid) <= most:
+        if num_tokens - math.prod(grid) in prefixes:
             return grid, num_tokens - math.prod(grid)
     # The grid shrinks on the way, or the config does not tell; it has the picture's shape in any case.
-    for prefix in range(most + 1):
+    for prefix in prefixes:
         rows = round(math.sqrt((num_tokens - prefix) * size[0] / size[1])) if num_tokens > prefix else 0
         columns = round(rows * size[1] / size[0])
         if rows and rows * columns == num_tokens - prefix:

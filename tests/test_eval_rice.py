@@ -83,7 +83,8 @@ def test_writes_results_rankings_picture_and_card(model_dir, shop, tmp_path, cap
     results = run(model_dir, shop, output)
     files = {path.name for path in output.iterdir()}
     assert files == {
-        "README.md", "breakdown.png", "matches.png", "query_ranks.jsonl", "rankings.jsonl", "results.json"
+        "README.md", "breakdown.md", "breakdown.png", "matches.png", "query_ranks.jsonl", "rankings.jsonl",
+        "results.json",
     }  # fmt: skip
     assert {
         "protocol", "num_queries", "gallery_size", "scores", "fusion_weight", "baselines", "by", "model", "dataset",
@@ -385,6 +386,8 @@ def test_refuses_weights_that_lack_a_part(model_dir, shop, tmp_path, capsys):
     weights = load_file(model_dir / "model.safetensors")
     weights.pop("visual_projection.weight")
     save_file(weights, model_dir / "model.safetensors", metadata={"format": "pt"})
+    assert "model.safetensors is not what was saved" in refusal(capsys, model_dir, shop, tmp_path / "out")
+    (model_dir / "model.sha256").unlink()
     assert "lacks 1 weights of its model, such as visual_projection.weight" in refusal(
         capsys, model_dir, shop, tmp_path / "out"
     )

@@ -178,6 +178,9 @@ class ResumableTrainer(Trainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self.args.save_on_signal and (number := self._stop.agreed(self.args.device)):
             if self._saved_step != self.state.global_step:
+                if self.state.best_global_step == self.state.global_step:
+                    # The undisturbed run has no checkpoint of this step to end with.
+                    self.state.best_global_step = None
                 self._save_checkpoint(self.model_wrapped, None)
             raise Stopped(number)
 

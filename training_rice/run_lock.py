@@ -6,13 +6,15 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 try:
     import fcntl
 except ImportError:
     fcntl = None
+
+from .checkpoints import writing
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ def run_lock(folder: str | os.PathLike) -> Iterator[None]:
     path = Path(folder) / LOCK_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     # Nothing else may open this file in this process: closing it anywhere would release the lock.
-    with open(path, "a+", encoding="utf-8") as file:
+    with open(path, "a+b", buffering=0) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -52,18 +54,18 @@ def run_lock(folder: str | os.PathLike) -> Iterator[None]:
             ) from None
         except OSError as error:
             logger.warning("The file system of %s has no locks (%s): nothing keeps a second run out.", folder, error)
-        file.truncate(0)
-        file.write(f"process id {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with writing(LOCK_FILE, folder):
+            file.truncate(0)
+            file.write(f"process id {os.getpid()} on {socket.gethostname()}".encode())
         yield
         file.truncate(0)
 
 
-def _holder(file: TextIO) -> str:
+def _holder(file: FileIO) -> str:
     """Who wrote its name there; one that has the lock since a moment ago may still be about to."""
     for _ in range(20):
         file.seek(0)
         if text := file.read():
-            return text
+            return text.decode()
         time.sleep(0.05)
     return "process id unknown"

@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import nn
 from transformers.trainer_utils import speed_metrics
 
-from data_rice.collator import RiceCollator
+from data_rice.collator import RiceCollator, failure_words
 from data_rice.decoding import normalize_pixels
 from data_rice.lazy_rows import LazyRows
 from data_rice.samplers import GlobalBatchSampler, build_sampler
@@ -237,7 +237,7 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
                 "%d files of validation could not be read; the first: %s (%s). A clip without a frame is a miss.",
                 len(failures),
                 first["id"],
-                first["reason"],
+                failure_words(first),
             )
         if weight is not None:
             model.config.fusion_weight = weight

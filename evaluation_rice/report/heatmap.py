@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from data_rice.collator import failure_words
 from processing_rice.video_processing_rice import frames_with_box
 
 from ..frames import clip_frames
@@ -98,7 +99,7 @@ def row_maps(model: Any, collator: Any, query: dict, image: dict) -> PairMaps:
     clip, readable, failures = collator.collate_queries([query])
     picture, also_readable, more = collator.collate_gallery([image])
     if not readable or not also_readable:
-        raise ValueError((failures + more)[0]["reason"])
+        raise ValueError(failure_words((failures + more)[0]))
     maps = pair_maps(model, {**clip, **picture})
     part = collator.processor.video_processor
     if getattr(collator, "use_boxes", False) and getattr(part, "frames_without_box", "keep") == "drop":

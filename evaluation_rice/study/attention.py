@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from data_rice.collator import failure_words
 from data_rice.commands import mistakes_end, print_anywhere
 from hub_rice.files import check_output, write_output
 from hub_rice.tables import percent
@@ -97,7 +98,7 @@ def clip_shares(model: Any, collator: Any, query: dict, images: Sequence[dict]) 
     clip, readable, failures = collator.collate_queries([query])
     pictures, also_readable, more = collator.collate_gallery(list(images))
     if not readable or len(also_readable) < len(images):
-        raise ValueError((failures + more)[0]["reason"])
+        raise ValueError(failure_words((failures + more)[0]))
     inputs = pictures | {name: value.expand(len(images), *value.shape[1:]) for name, value in clip.items()}
     attention = model.attention_maps(**inputs).double().cpu().numpy()
     maps = {"score": attention[:, :1], "patches": attention[:, 1:]}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from data_rice.collator import RiceCollator
+from data_rice.collator import RiceCollator, failure_words
 from data_rice.decoding import read_frames
 from data_rice.paths import text_to_path
 from evaluation_rice.frames import clip_frames
@@ -185,7 +185,7 @@ class Demo:
         start = time.perf_counter()
         inputs, readable, failures = self._collator(row).collate_queries([row])
         if not readable:
-            raise ValueError(f"The clip cannot be read: {failures[0]['reason']}.")
+            raise ValueError(f"The clip cannot be read: {failure_words(failures[0])}.")
         clips = self.model.encode_clips(**inputs)
         encode_ms = 1000 * (time.perf_counter() - start)
         calibration = self.index.calibration

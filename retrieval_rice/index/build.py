@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data_rice.collator import RiceCollator
+from data_rice.collator import RiceCollator, failure_words
 from data_rice.parsing import id_text
 from data_rice.paths import path_to_text
 from evaluation_rice.retrieval import Loading, ModelRetriever
@@ -364,7 +364,7 @@ def report_skipped(skipped: Sequence[dict], total: int) -> None:
         first = skipped[0]
         logger.warning(
             "%d of %d images were left out of the index, such as %s (%s); `index.skipped` lists them.",
-            *(len(skipped), total, first["id"], first["reason"]),
+            *(len(skipped), total, first["id"], failure_words(first)),
         )
 
 

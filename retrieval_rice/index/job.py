@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
+from data_rice.collator import failure_words
 from modeling_rice.fingerprint_rice import same_state
 from processing_rice.media_rice import path_of, split_tar_member
 
@@ -203,7 +204,9 @@ class Job:
         skipped = snapshot.read([*_KNOWN], "reason IS NOT NULL").to_pylist()
         skipped = [failure_of(record) for record in skipped if record["image_id"] in shop]
         if len(skipped) == len(shop):
-            raise ValueError(f"not one of the {len(shop)} images could be read; the first: {skipped[0]['reason']}.")
+            raise ValueError(
+                f"not one of the {len(shop)} images could be read; the first: {failure_words(skipped[0])}."
+            )
         report_skipped(skipped, len(shop))
         self.table.delete(gone)
         state = snapshot.state

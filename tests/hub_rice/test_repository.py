@@ -1,9 +1,12 @@
 """What of a folder is published, and what is made of the Hub's answers, without a Hub."""
 
+import json
+import shutil
+
 import pytest
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
-from hub_rice.repository import hub_errors, is_published, upload
+from hub_rice.repository import hub_errors, is_published, published_files, upload
 
 
 @pytest.mark.parametrize(
@@ -43,6 +46,24 @@ def test_published(path):
 )
 def test_stays_at_home(path):
     assert not is_published(path)
+
+
+def test_of_the_weights_those_go_that_the_model_is_loaded_from(tiny_checkpoint, tmp_path):
+    """One file, beside what a sharded save left; shards; and one shard, which an index names."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+
+    def weights() -> list[str]:
+        return sorted(name for name in published_files(folder) if ".safetensors" in name)
+
+    index, shards = folder / "model.safetensors.index.json", [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index.write_text(json.dumps({"weight_map": {"a": shards[0], "b": shards[1]}}))
+    for name in (*shards, "gallery.safetensors"):
+        shutil.copy(folder / "model.safetensors", folder / name)
+    assert weights() == ["model.safetensors"]
+    (folder / "model.safetensors").unlink()
+    assert weights() == [*shards, index.name]
+    index.write_text(json.dumps({"weight_map": {"a": shards[0]}}))
+    assert weights() == [shards[0], index.name]
 
 
 def test_a_token_in_any_text_is_refused_before_anything_is_sent():

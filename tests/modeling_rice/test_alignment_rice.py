@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from modeling_rice.alignment_rice import PatchStatistics, RiceAlignment, align_patches, whitening
+from modeling_rice.alignment_rice import PatchStatistics, RiceAlignment, ViewStatistics, align_patches, whitening
 
 
 def plain_alignment(image_patches, video_patches, video_mask):
@@ -35,12 +35,12 @@ def masked_clips():
     return patches(3, 4, 9, 5), mask
 
 
-@pytest.mark.parametrize("at_once", [None, 1, 500])
-def test_equals_the_definition(masked_clips, at_once):
+@pytest.mark.parametrize("max_memory", [None, 1, 2000])
+def test_equals_the_definition(masked_clips, max_memory):
     images, (clips, mask) = patches(7, 6, 5), masked_clips
     expected = plain_alignment(images, clips, mask)
     assert expected[2].eq(0).all() and expected[:2].ne(0).all()
-    torch.testing.assert_close(align_patches(images, clips, mask, at_once), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(align_patches(images, clips, mask, max_memory), expected, atol=1e-5, rtol=0)
 
 
 def test_without_a_mask_every_patch_counts():
@@ -63,6 +63,20 @@ def test_a_pair_worked_out_by_hand():
     clip = torch.tensor([[[[1.0, 0.0], [-1.0, 0.0]], [[half, root], [half, root]]]])
     # Image patches find 1 and cos 30; the first frame's find 1 and 0, the second's cos 30 twice.
     assert align_patches(image, clip).item() == pytest.approx((1 + root) / 2 + root)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_best_of_unlike_patches_may_be_below_zero(kind):
+    image = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
+    clip = torch.tensor([[[[-1.0, 0.0], [-0.5, 0.75**0.5]], [[-1.0, 0.0], [-1.0, 0.0]]]])
+    # The image's patches find -0.5 at best; the first frame's find -1 and -0.5, the second's -1.
+    assert align_patches(image, clip.to(kind)).item() == -0.5 - 0.75
+
+
+def test_a_patch_that_is_not_a_number_shows_in_the_score():
+    clip = patches(1, 2, 9, 5)
+    clip[0, 0, 0] = float("nan")
+    assert align_patches(patches(3, 6, 5), clip).isnan().all()
 
 
 def test_half_precision_is_near_and_scores_are_float32(masked_clips):
@@ -127,8 +141,77 @@ def test_patches_that_never_vary_give_finite_projections():
 
 
 def test_a_new_module_only_normalises():
-    alignment = RiceAlignment(patch_width=6, rank=6, embed_width=4)
+    alignment = RiceAlignment(patch_width=6, rank=64, embed_width=4)
     x, features = torch.randn(2, 3, 6), torch.randn(2, 4)
     torch.testing.assert_close(alignment.project(x), normalize(x, dim=-1))
     for is_clip in (False, True):
         torch.testing.assert_close(alignment.center(features, is_clip), normalize(features, dim=-1))
+
+
+def view(*pictures):
+    """Statistics of pictures of four patches of width 6 and a feature of width 4, which came one by one."""
+    statistics = ViewStatistics(6, 4)
+    for patches_, features in pictures:
+        statistics.update(patches_[None], features[None])
+    return statistics
+
+
+def pictures(count, shift):
+    return [(torch.randn(4, 6) * torch.arange(1, 7) + shift, torch.randn(4) + shift) for _ in range(count)]
+
+
+def fitted(images, frames, strength=1.0):
+    alignment = RiceAlignment(patch_width=6, rank=6, embed_width=4)
+    return alignment, alignment.fit(view(*images), view(*frames), strength, shrinkage=0.0)
+
+
+def test_a_fit_centres_each_view_and_whitens_by_the_frames():
+    images, frames = pictures(5, shift=10.0), pictures(8, shift=-3.0)
+    alignment, said = fitted(images, frames)
+    assert said is None
+    frame_patches = torch.stack([p for p, _ in frames])
+    whitened = (frame_patches - alignment.patch_mean).flatten(0, 1) @ alignment.patch_projection
+    torch.testing.assert_close(whitened.mean(dim=0), torch.zeros(6), atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.cov(whitened.T, correction=0), torch.eye(6), atol=1e-4, rtol=0)
+    for is_clip, seen in ((False, images), (True, frames)):
+        features = torch.stack([f for _, f in seen])
+        expected = normalize(features - features.mean(dim=0), dim=-1)
+        torch.testing.assert_close(alignment.center(features, is_clip), expected)
+
+
+def test_without_frames_patches_are_whitened_by_the_shop_and_nothing_is_centred():
+    images = pictures(5, shift=10.0)
+    alignment, said = fitted(images, [])
+    assert said == "Embeddings are not centred, which takes two pictures and two frames."
+    torch.testing.assert_close(alignment.patch_mean, torch.cat([p for p, _ in images]).mean(dim=0))
+    assert not alignment.image_mean.any() and not alignment.video_mean.any()
+
+
+def test_one_picture_has_no_statistics():
+    alignment, said = fitted(pictures(1, shift=10.0), [])
+    assert said.startswith("One picture has no statistics")
+    x = torch.randn(3, 4, 6)
+    # A rotation: cosines are those of the encoder's own patches.
+    ours, own = alignment.project(x).flatten(0, 1), normalize(x, dim=-1).flatten(0, 1)
+    torch.testing.assert_close(ours @ ours.T, own @ own.T)
+    torch.testing.assert_close(alignment.center(x[..., :4], is_clip=True), normalize(x[..., :4], dim=-1))
+
+
+def test_a_fit_replaces_the_one_before():
+    alignment, _ = fitted(pictures(5, shift=10.0), pictures(5, shift=3.0))
+    one = view(*pictures(1, shift=1.0))
+    alignment.fit(one, view(), 1.0, 0.0)
+    assert not alignment.image_mean.any() and not alignment.patch_mean.any()
+
+
+def test_no_picture_at_all_is_refused():
+    with pytest.raises(ValueError, match="no picture to take statistics from"):
+        fitted([], [])
+
+
+def test_statistics_travel_with_the_weights():
+    alignment, _ = fitted(pictures(5, shift=10.0), pictures(5, shift=3.0))
+    other = RiceAlignment(patch_width=6, rank=6, embed_width=4)
+    other.load_state_dict(alignment.state_dict())
+    x = torch.randn(2, 4, 6)
+    assert torch.equal(other.project(x), alignment.project(x))

@@ -109,6 +109,7 @@ TIMM = {
     "swin_tiny_patch4_window7_224": ((768, (7, 7), 0), 768),
     "vit_pe_core_tiny_patch16_384": ((192, (24, 24), 1), 192),
     "vit_base_patch16_siglip_gap_224": ((768, (14, 14), 0), 768),
+    "vit_small_patch14_reg4_dinov2": ((384, (37, 37), 5), 384),
 }
 
 
@@ -143,6 +144,15 @@ def test_more_families(name):
 def test_networks_of_timm(architecture):
     pytest.importorskip("timm")
     check(AutoConfig.for_model("timm_wrapper", architecture=architecture), *TIMM[architecture])
+
+
+@pytest.mark.slow
+def test_stages_are_as_wide_as_they_are_whatever_the_order_of_the_output():
+    pytest.importorskip("timm")
+    layout = find_layout(AutoConfig.for_model("timm_wrapper", architecture="swin_tiny_patch4_window7_224"))
+    assert layout.patches.order == "channels_last" and layout.hidden[-1].order == "channels_first"
+    assert [(stage.width, stage.grid[0]) for stage in layout.hidden] == [(96, 56), (192, 28), (384, 14), (768, 7)]
+    assert layout.fine_layer == 2
 
 
 def test_a_timm_network_tells_its_stages_and_its_pictures():
@@ -197,10 +207,17 @@ def test_neither_finding_out_nor_building_changes_the_config():
     [
         ("vit_mae", TOKENS, "leaves patches out at random"),
         ("timesformer", TOKENS, "not enough values to unpack"),
-        ("bert", {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}, "."),
+        (
+            "bert",
+            {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1},
+            "it takes input_ids, not pictures",
+        ),
         ("pvt", {**STAGES, "num_attention_heads": [1, 2, 5, 8]}, "hidden size .32. is not a multiple of the number"),
         ("yolos", {**TOKENS, "image_size": [64, 64]}, "117 tokens are no grid of patches of a 64 x 64 picture"),
-        ("llama", {}, "has no vision model of its own"),
+        # Never built: it would take 27 GB.
+        ("llama", {}, "it takes input_ids, not pictures"),
+        ("pe_video_encoder", {}, "it takes pixel_values_videos, not pictures"),
+        ("clvp_encoder", {}, "it has no vision model of its own"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_sentence(name, settings, reason):

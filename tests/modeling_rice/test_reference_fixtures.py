@@ -12,7 +12,7 @@ from PIL import Image
 from evaluation_rice.recall import recall_at_k
 from modeling_rice.convert_rice_original_to_hf import convert_original_checkpoint
 from processing_rice import RiceVideoProcessor, boxes_to_patch_mask, sample_frame_indices
-from processing_rice.video_processing_rice import drop_last_frames
+from processing_rice.sampling_rice import drop_last_frames
 
 FOLDER = Path(__file__).resolve().parents[1] / "fixtures" / "reference"
 TOLERANCE = 1e-4

@@ -12,6 +12,7 @@ import eval_rice
 from data_rice import load_dataset_view
 from data_rice.box_files import BoxFile
 from data_rice.mini_lpr4m import render_mini_lpr4m
+from evaluation_rice.retrieval import ModelRetriever
 from modeling_rice import RiceConfig, RiceModel
 from processing_rice import build_processor, train_tokenizer
 from retrieval_rice.detector import evaluation, frames, training
@@ -427,13 +428,13 @@ class TestEvaluation:
     def test_a_perfect_detectors_boxes_are_the_true_ones(self, checkpoint, name, shop, cache, tmp_path, monkeypatch):
         monkeypatch.setattr(ProductDetector, "from_pretrained", lambda *args: RedFinder())
         masks = []
-        encode = RiceModel.encode_clips
+        encode = ModelRetriever.encode_clips
 
-        def encode_and_note(self, *args, **kwargs):
-            masks.append(kwargs.get("patch_mask"))
-            return encode(self, *args, **kwargs)
+        def encode_and_note(self, inputs):
+            masks.append(inputs.get("patch_mask"))
+            return encode(self, inputs)
 
-        monkeypatch.setattr(RiceModel, "encode_clips", encode_and_note)
+        monkeypatch.setattr(ModelRetriever, "encode_clips", encode_and_note)
         results = {}
         for boxes, more in (("ground_truth", ()), ("detector", ("--detector", "red")), ("none", ())):
             results[boxes] = self.run(checkpoint[name], shop, cache, tmp_path / boxes, "--boxes", boxes, *more)

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
 import eval_rice
+import rice_cli
 import train_rice
 from data_rice import load_dataset_view
 from tests.train_rice.runs import RECIPE, REPOSITORY, VISION, assert_same_weights, history, results
@@ -30,6 +31,8 @@ class TestRun:
             "train_results.json",
             "checkpoint-4",
         }
+        arguments = json.loads((finished / "train_arguments.json").read_text())
+        assert (arguments["metric_for_best_model"], arguments["greater_is_better"]) == ("eval_fused_R@1", True)
         metrics = results(finished)
         assert metrics["unreadable_media"] == 0
         for name in ("train_loss", "eval_embedding_R@1", "eval_matching_R@1", "eval_fused_R@1", "eval_fusion_weight"):
@@ -277,3 +280,10 @@ class TestBadInput:
         assert error.value.code == 2
         assert "did you mean 'learning_rate'?" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("words", [["--learning_rat", "1"], ["--per_device_train_batch_size", "31"]])
+    def test_as_a_verb_of_rice(self, command, tmp_path, capsys, words):
+        with pytest.raises(SystemExit) as error:
+            rice_cli.main(["train", *command(tmp_path / "run", *words)])
+        assert error.value.code == 2
+        assert capsys.readouterr().err.strip().splitlines()[-1].startswith("rice train: error: ")

@@ -98,14 +98,16 @@ def signalled(monkeypatch, step: int, number: int, times: int = 1) -> None:
 
 TEXT = ["--use_text", "--model.text_config", json.dumps(TEXT_CONFIG), "--model.text_score_weight", "0.37"]
 BY_EPOCH = ["--eval_strategy", "epoch", "--save_strategy", "epoch"]
-# Three steps are an epoch, and seven the run. Which checkpoint must be there: where nothing is due, where a validation
-# is, at the end of an epoch with its validation, and after the last step.
+# Three steps are an epoch, and seven the run. Signals come where nothing is due, where a validation is, at the end of
+# an epoch, between validations of each step, in the last step, and in the best step so far, of which the undisturbed
+# run keeps no checkpoint to end with.
 CASES = [
     (5, ["--eval_steps", "3", "--save_steps", "3"], 5),
     (4, ["--eval_steps", "4", "--save_steps", "8", "--load_best_model_at_end", "no"], 4),
     (3, BY_EPOCH, 3),
     (5, ["--save_strategy", "best", "--eval_steps", "1"], 5),
     (7, BY_EPOCH, 7),
+    (1, ["--eval_steps", "1", "--save_steps", "7"], 1),
 ]
 
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from retrieval_rice.calibration import Calibration, presence_features
 
 from retrieval_rice.demo.page import Demo, caption, column, draw_box, enlarge, shared_words, table_rows
 from retrieval_rice.demo.uploads import UploadError
 from retrieval_rice.index import GalleryIndex
+from retrieval_rice.index.calibration import Calibration, presence_features
 
 
 @pytest.fixture
