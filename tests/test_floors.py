@@ -56,3 +56,8 @@ def test_hub_files_are_flat_and_import_siblings_alone():
                 if isinstance(node, ast.ImportFrom) and node.level and (node.level > 1 or not node.module):
                     wrong.append(f"{path.relative_to(REPOSITORY)}:{node.lineno}")
     assert not wrong, wrong
+
+
+def test_no_file_is_longer_than_600_lines():
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for name in floors() for path in sources(name)}
+    assert not {path.name: count for path, count in lines.items() if count > 600}
