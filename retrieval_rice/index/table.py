@@ -201,6 +201,8 @@ class ShopTable:
 
     def _open(self, version: int | None = None) -> Any:
         if not self.exists():
+            if self.uri is None:
+                raise ValueError("the index has no images yet; add some first.")
             raise FileNotFoundError(f"there is no index in {self.uri}; build one with `rice index SHOP_DIR`.")
         with self.reading():
             return self.connection.open_table(TABLE, version=version)

@@ -166,6 +166,15 @@ def test_equal_scores_keep_their_order_over_chunks(monkeypatch, cache_bytes):
     assert candidates.features.embeds.tolist() == values[expected].tolist()
 
 
+def test_an_index_without_images(shop, tmp_path):
+    index = GalleryIndex(comparing_model())
+    assert (len(index), index.live_ids(), index.skipped, index.calibration, index.version) == (0, [], [], None, 0)
+    assert index.search(RiceClips(embeds=torch.ones(1, 2)))[0].no_product and index.remove(["p1"]) == ["p1"]
+    for use in (index.compact, index.versions, index.approximate, lambda: index.save(tmp_path / "index")):
+        with pytest.raises(ValueError, match="the index has no images"):
+            use()
+
+
 def test_mistakes_get_one_sentence(shop, build):
     index, clips = build(), shop.clips(1, 2)
     with pytest.raises(ValueError, match="top_k must be at least 1"):
