@@ -214,6 +214,15 @@ def _cell(value: Mapping[str, Any], column: str) -> str:
     return f"{100 * value['mean']:{sign}.1f} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
 
 
+def _without_nan(value: Any) -> Any:
+    """JSON knows no NaN: a share that does not exist is null."""
+    if isinstance(value, dict):
+        return {name: _without_nan(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def main(arguments: list[str] | None = None) -> None:
     print_anywhere()
     parser = argparse.ArgumentParser(
@@ -248,7 +257,9 @@ def main(arguments: list[str] | None = None) -> None:
         collator = RiceCollator(processor, use_text=reads_text)
         result = measure(model, collator, *views, scope=scope, num_clips=options.num_clips)
         if options.output:
-            write_output(options.output, json.dumps({**vars(options), **result}, indent=1, allow_nan=False) + "\n")
+            write_output(
+                options.output, json.dumps({**vars(options), **_without_nan(result)}, indent=1, allow_nan=False) + "\n"
+            )
     summary = result["summary"]
     print(f"\n{summary['num_clips']} clips of {options.dataset} ({options.split}); percent and points\n")
     print(format_summary(summary))
