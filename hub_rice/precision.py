@@ -5,19 +5,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-AUTO = "auto"
+AUTO, INT8 = "auto", "int8"
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """What they are called here, and in torch."""
 
 
-def add_precision(parser: argparse.ArgumentParser, default: str = AUTO) -> None:
-    """Adds `--precision` to a command."""
-    chosen = "bf16 where the processor or GPU computes in it, else fp32"
+def add_precision(parser: argparse.ArgumentParser, *more: str, default: str = AUTO) -> None:
+    """Adds `--precision` to a command, which knows `more` than these here."""
     parser.add_argument(
         "--precision",
         default=default,
-        choices=(AUTO, *PRECISIONS),
-        help=f"in which the model computes; auto: {chosen} (default: %(default)s)",
+        choices=(AUTO, *PRECISIONS, *more),
+        help="in which the model computes; auto: bf16 where the processor or GPU computes in it, else fp32 (default: "
+        "%(default)s)",
     )
 
 
@@ -63,7 +63,7 @@ def in_precision(model: Any, name: str) -> Any:
 
 
 def precision_of(model: Any) -> str:
-    """What a model computes in, one of `PRECISIONS` or "int8"."""
+    """What a model computes in, one of `PRECISIONS` or `INT8`."""
     own = getattr(model, "precision", None)
     if own is not None:
         return own

@@ -29,8 +29,10 @@ _REFUSALS = {
     404: "No such livestream, stream or source.",
     408: "Sending took too long.",
     411: "The request does not say its length.",
+    403: "This service fetches nothing.",
     413: "Too many bytes, files, pixels or seconds.",
     422: "An argument is missing or wrong, or a file cannot be read.",
+    502: "A source does not answer.",
     503: "Too many requests; try again after `Retry-After` seconds.",
 }
 
@@ -225,7 +227,7 @@ def _add_shops(app: FastAPI, service: Service) -> None:
     ) -> ShopBody:
         count = len(images)
         if count > service.limits.max_files:
-            raise Refused(413, f"{count} pictures are more than the {service.limits.max_files} that are taken at once.")
+            raise Refused(413, f"{count} pictures are more than the {service.limits.max_files} taken at once.")
         for name, values in (("image_ids", image_ids), ("product_ids", product_ids), ("titles", titles)):
             if len(values) != count and (values or name == "image_ids"):
                 raise Refused(422, f"{name}: there are {len(values)} of them for {count} images; send one for each.")

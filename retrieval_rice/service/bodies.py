@@ -79,4 +79,3 @@ class ReadyBody(BaseModel):
 
 class ErrorBody(BaseModel):
     error: str = Field(description="One sentence.", examples=["Send one of clip, frames and url."])
-

@@ -94,7 +94,9 @@ class Fetcher:
             async for data in response.aiter_raw():
                 size += len(data)
                 if size > self.limits.max_bytes:
-                    raise upload_too_large(f"url holds more than the {self.limits.max_bytes / 1e6:g} MB that are read.")
+                    raise upload_too_large(
+                        f"url holds more than the {self.limits.max_bytes / 1e6:g} MB that are read."
+                    )
                 file.write(data)
 
 

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from hub_rice.precision import precision_of
 from processing_rice import MediaError
 from processing_rice.video_media_rice import VideoReader
 
@@ -67,7 +68,7 @@ class Service:
         self.metrics = Metrics()
         self.batches = Batches(recogniser, batch, wait_s)
         self.streams = Streams(recogniser, self.metrics, max_streams)
-        self.precision = precision_name(recogniser.model)
+        self.precision = precision_of(recogniser.model)
         self.is_stopping = False
         self._readers = ThreadPoolExecutor(READERS, "reading")
         # Changes of an index come one after the other, so that two of them do not undo each other.
