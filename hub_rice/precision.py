@@ -56,10 +56,10 @@ def choose_precision(name: str, device: Any) -> str:
 
 
 def in_precision(model: Any, name: str) -> Any:
-    """The model, cast to one of `PRECISIONS` in place."""
+    """The model, cast to one of `PRECISIONS` in place; for use alone, with the fingerprint that it had before."""
     import torch
 
-    return model.to(getattr(torch, PRECISIONS[name]))
+    return model.settle().to(getattr(torch, PRECISIONS[name]))
 
 
 def precision_of(model: Any) -> str:

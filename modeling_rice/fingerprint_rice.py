@@ -53,6 +53,7 @@ class RiceIdentity(nn.Module):
     """What [`RiceModel`] knows of its own state."""
 
     _fingerprint: tuple[tuple, str | None] | None = None
+    _settled: str | None = None
 
     def fingerprint(self) -> str | None:
         """
@@ -61,6 +62,8 @@ class RiceIdentity(nn.Module):
         half precision do not. `None` while weights are offloaded. What `encode_gallery` and `encode_clips` return
         carries it as `model_fingerprint`.
         """
+        if self._settled is not None:
+            return self._settled
         if self.training:
             return fingerprint(self)
         state = weights_state(self)
@@ -68,8 +71,23 @@ class RiceIdentity(nn.Module):
             self._fingerprint = (state, fingerprint(self))
         return self._fingerprint[1]
 
+    def settle(self, ending: str = "") -> Self:
+        """
+        Keeps the fingerprint that the model has now, for one that is only used from now on: a cast to another
+        precision, or weights that are brought into a faster form, change nothing that matters to who compares
+        encodings. Weights that are changed for real go unnoticed until `train()` is called.
+
+        Args:
+            ending: Of the name, where encodings are not those of the model any more, as of a quantised one.
+        """
+        name = self.fingerprint()
+        self._settled = None if name is None else name + ending
+        return self
+
     def train(self, mode: bool = True) -> Self:
         """As of any module."""
+        if mode:
+            self._settled = None
         # A fused optimiser changes weights without a trace on them, so that nothing is kept from before training.
         self._fingerprint = None
         return super().train(mode)

@@ -1,6 +1,5 @@
 """A RICE model whose vision encoder, nearly all of the work, is run by onnxruntime; the rest of it stays in torch."""
 
-import json
 import os
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from modeling_rice import RiceModel
 from modeling_rice.vision_rice import EncoderStates
 
-from .onnx_model import DESCRIPTION, open_session
+from .onnx_model import open_session, read_description
 
 
 class EncodedByOnnx(RiceModel):
@@ -24,7 +23,6 @@ class EncodedByOnnx(RiceModel):
 
     precision: str
     _session: object
-    _name: str | None
 
     def _encoder_output(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> EncoderStates:
         if patch_mask is not None:
@@ -34,10 +32,6 @@ class EncodedByOnnx(RiceModel):
         feed = {"pixel_values": pixel_values.float().contiguous().numpy()}
         features, patches, *last = map(torch.from_numpy, self._session.run(None, feed))
         return EncoderStates(features, patches, last[0] if last else patches)
-
-    def fingerprint(self) -> str | None:
-        """As of the exported model, which quantised weights are not."""
-        return self._name
 
 
 def with_towers(model: RiceModel, folder: str | os.PathLike, int8: bool = False) -> EncodedByOnnx:
@@ -51,13 +45,11 @@ def with_towers(model: RiceModel, folder: str | os.PathLike, int8: bool = False)
 
     Raises:
         FileNotFoundError: no such export.
-        ValueError: it is another model's, or onnxruntime is not installed.
+        ValueError: it is another model's or damaged, or onnxruntime is not installed.
     """
     folder = Path(folder)
-    if not (folder / DESCRIPTION).is_file():
-        raise FileNotFoundError(f"{folder} has no {DESCRIPTION}: write it by `rice export MODEL_DIR {folder}`.")
-    about = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    own, exported = model.fingerprint(), about.get("model_fingerprint")
+    about = read_description(folder)
+    own, exported = model.fingerprint(), about["model_fingerprint"]
     if own != exported:
         raise ValueError(f"{folder} was exported from another model ({exported}, this one is {own}); export this one.")
     part = about["parts"].get("encoder", {})
@@ -68,5 +60,5 @@ def with_towers(model: RiceModel, folder: str | os.PathLike, int8: bool = False)
     session = open_session(folder / name)
     model.__class__ = EncodedByOnnx
     model._session, model.precision = session, "int8" if int8 else "fp32"
-    model._name = f"{own}-int8" if int8 and own is not None else own
-    return model
+    # Encodings of quantised weights are others.
+    return model.settle("-int8" if int8 else "")

@@ -17,6 +17,28 @@ DESCRIPTION = "onnx.json"
 _IMAGES_AT_ONCE = 1024
 
 
+def read_description(folder: Path) -> dict:
+    """
+    What `rice export` wrote of its files.
+
+    Raises:
+        FileNotFoundError: no such export.
+        ValueError: the description is damaged, or names a file elsewhere.
+    """
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {DESCRIPTION}: write it by `rice export MODEL_DIR {folder}`.")
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        files = [part[name] for part in about["parts"].values() for name in ("file", "int8_file") if name in part]
+        fits = "model_fingerprint" in about and all(Path(file).name == file for file in files)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{path} is damaged: export the model again.")
+    return about
+
+
 def open_session(file: str | os.PathLike):
     """
     A graph on the CPU, with as many threads as torch has.
@@ -55,9 +77,7 @@ class OnnxRice:
 
     def __init__(self, folder: str | os.PathLike, int8: bool = False):
         folder = Path(folder)
-        if not (folder / DESCRIPTION).is_file():
-            raise FileNotFoundError(f"{folder} has no {DESCRIPTION}: write it by `rice export MODEL_DIR {folder}`.")
-        self.about = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        self.about = read_description(folder)
         self.sessions = {}
         for name, part in self.about["parts"].items():
             # Alone it is for models that keep everything else in torch.
