@@ -13,7 +13,6 @@ seven days, and --restore goes back to one; both need --output alone.
 import argparse
 import json
 import os
-from pathlib import Path
 
 _LISTED = 5
 
@@ -138,6 +137,7 @@ def shop_rows(options: argparse.Namespace):
     Gallery rows of a data set, and `None`; or of a folder of pictures, and a note on what was left out of it, "" for
     nothing.
     """
+    from data_rice.folders import picture_rows
     from data_rice.views import DATASETS, prepared_folder, resolve
 
     if options.shop not in DATASETS:
@@ -148,7 +148,7 @@ def shop_rows(options: argparse.Namespace):
         except ValueError:
             known = None
         if known is None:
-            return folder_rows(Path(options.shop))
+            return picture_rows(options.shop)
     return gallery_rows(options.shop, options.split, _source(options)), None
 
 
@@ -171,32 +171,6 @@ def _source(options: argparse.Namespace) -> dict:
         "cache_dir": options.cache_dir,
         "gallery_images": options.gallery_images,
     }
-
-
-def folder_rows(folder: Path) -> tuple[list[dict], str]:
-    """
-    The pictures below a folder, named after their place in it, and a note on what was left out.
-
-    Raises:
-        FileNotFoundError: there are none.
-        ValueError: a link leads out of the folder.
-    """
-    from data_rice.folders import list_pictures
-    from data_rice.paths import path_to_text
-
-    listing, rows = list_pictures(folder, below=True), []
-    for path in map(Path, listing.pictures):
-        # No table holds bytes that are no UTF-8, and a title is for people.
-        title = os.fsencode(path.stem).decode("utf-8", "replace").replace("_", " ")
-        image_id = path_to_text(path.relative_to(folder).as_posix())
-        rows.append({"image_id": image_id, "title": title, "image": str(path)})
-    if not rows:
-        left_out = f" ({listing.note()})" if listing.left_out else ""
-        raise FileNotFoundError(
-            f"{folder} has neither pictures nor the files of a data set{left_out}; docs/data.md shows what a shop "
-            "looks like."
-        )
-    return rows, listing.note()
 
 
 def _decision(options: argparse.Namespace) -> dict:
