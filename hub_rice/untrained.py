@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--clips", help="folder of frames or videos, or with clips_train.jsonl; labels are not read")
     add("--clips_split", choices=_SPLITS, help="which clips_*.jsonl of --clips to read (default: train)")
     add("--output", required=True, type=Path, help="new or empty folder of the checkpoint")
-    add("--keep_decoder", action="store_true", help="of a RICE checkpoint: keep its matching decoder as one more score")
+    add(
+        "--keep_decoder", action="store_true", help="of a RICE checkpoint: keep its matching decoder as one more score"
+    )
     add("--max_pictures", type=int, default=MOST_PICTURES, help="pictures, and frames, that are read at most "
         "(default: %(default)s)")  # fmt: skip
     add("--vision_feature_layer", type=int, help="hidden state of the encoder whose patches are aligned; default: the "

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 # Bytes of cosines held at a time: what stays in a core's cache, and what keeps a GPU busy.
 _MEMORY = {"cpu": 2**20, "cuda": 2**30}
-# Pictures of a shop that count as much as knowing nothing. Frames need no such care: a few of them show the backgrounds
-# that all have in common.
+# Pictures of a shop that count as much as knowing nothing. Frames need no such care: a few of them show the
+# backgrounds that all have in common.
 _SHOP_PRIOR = 8
 
 

@@ -60,8 +60,8 @@ class _RiceFeatures:
 
     def to(self, *args, **kwargs) -> Self:
         """
-        Moves or casts as `Tensor.to` does (e.g. `.to(torch.float16)` halves the storage); masks stay bool, and patches as
-        they are.
+        Moves or casts as `Tensor.to` does (e.g. `.to(torch.float16)` halves the storage); masks stay bool, and patches
+        keep their precision.
         """
         moved = {name: tensor.to(*args, **kwargs) for name, tensor in self._tensors().items()}
         for name, tensor in self._tensors().items():

@@ -37,7 +37,7 @@ from .validation import validate_together
 logger = logging.getLogger(__name__)
 
 # Of RiceConfig: how the scores of a model are put together, which validation finds out.
-FITTED_FIELDS = ("fusion_weight", "text_score_weight", "fused_text_weight", "ranking")
+FITTED_FIELDS = ("fusion_weight", "alignment_weight", "text_score_weight", "fused_text_weight", "ranking")
 LOSS_TERMS = ("contrastive_loss", "matching_loss", "reconstruction_loss", "text_loss")
 
 
@@ -208,9 +208,10 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
 
         Returns:
             `{prefix}_embedding_R@1`, `{prefix}_matching_R@1`, `{prefix}_fused_R@1` and so on, in 0..1, and
-            `{prefix}_fusion_weight`, which is fitted on this very split; with a score-level text term also
-            `{prefix}_text_score_weight` and `{prefix}_fused_text_weight`. The config takes them over, and names the
-            fused score as its `ranking` unless it names another.
+            `{prefix}_fusion_weight`, which is fitted on this very split; with an alignment also
+            `{prefix}_alignment_weight`, with a score-level text term `{prefix}_text_score_weight` and
+            `{prefix}_fused_text_weight`. The config takes them over, and names the fused score as its `ranking` unless
+            it names another.
         """
         start = time.time()
         with self.evaluation_weights():
@@ -243,8 +244,11 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
             model.config.fusion_weight = weight
             # That of an earlier fit would not go with this weight.
             model.config.fused_text_weight = scores.get("fused_text_weight")
-            model.config.ranking = model.config.ranking or "fused"
             metrics[f"{prefix}_fusion_weight"] = weight
+        if "alignment_weight" in scores:
+            model.config.alignment_weight = scores["alignment_weight"]
+        if weight is not None or "alignment_weight" in scores:
+            model.config.ranking = model.config.ranking or "fused"
         if "text_score_weight" in scores:
             model.config.text_score_weight = scores["text_score_weight"]
         metrics |= {f"{prefix}_{name}": value for name, value in scores.items()}

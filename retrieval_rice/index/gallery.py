@@ -1,4 +1,4 @@
-"""A shop's images, encoded once and searched for ever: nearest by embedding, re-ranked by matching, with a confidence.
+"""A shop's images, encoded once and searched for ever: nearest by embedding, re-ranked in pairs, with a confidence.
 
 ```python
 index = GalleryIndex.build(model, processor, shop_rows, output_dir="shop.index")
@@ -67,7 +67,7 @@ class GalleryIndex:
     seconds, or at once after `refresh`; a search that began before goes on in the version that it began with.
 
     One index may be searched and changed by any number of threads. The model is called by all of them, so its
-    `similarity` and `match` must be safe to call at the same time, as those of a `RiceModel` in eval mode are.
+    `similarity`, `match` and `align` must be safe to call at the same time, as a `RiceModel`'s in eval mode are.
 
     Livestreams that were searched stay in memory, `cache_bytes` of them at most; so does the whole index where
     it fits.
@@ -571,7 +571,8 @@ class GalleryIndex:
                         chosen = candidates.take(kept)
                         scores = candidate_scores(self.model, clips[i], chosen, rerank != 0)
                         missed = bool(own) and len(kept) == limit and not gone and not relevant[kept].any()
-                        scored.append(ScoredClip(*scores, relevant[kept], chosen.products, group, missed))
+                        kinds = (scores.embedding, scores.pairs, scores.ranked_by)
+                        scored.append(ScoredClip(*kinds, relevant[kept], chosen.products, group, missed))
         return scored
 
 
