@@ -30,10 +30,17 @@ class RiceAlignment(nn.Module):
 
     def __init__(self, patch_width: int, rank: int, embed_width: int):
         super().__init__()
-        self.register_buffer("patch_mean", torch.zeros(patch_width))
-        self.register_buffer("patch_projection", torch.eye(patch_width, min(rank, patch_width)))
-        self.register_buffer("image_mean", torch.zeros(embed_width))
-        self.register_buffer("video_mean", torch.zeros(embed_width))
+        self.register_buffer("patch_mean", torch.empty(patch_width))
+        self.register_buffer("patch_projection", torch.empty(patch_width, min(rank, patch_width)))
+        self.register_buffer("image_mean", torch.empty(embed_width))
+        self.register_buffer("video_mean", torch.empty(embed_width))
+        for name, value in self.starting_buffers().items():
+            getattr(self, name).copy_(value)
+
+    def starting_buffers(self) -> dict[str, Tensor]:
+        """Buffers before anything was fitted: patches as they are, and embeddings that are not centred."""
+        buffers = {name: torch.zeros(buffer.shape) for name, buffer in self.named_buffers()}
+        return buffers | {"patch_projection": torch.eye(*self.patch_projection.shape)}
 
     def fit(self, images: "ViewStatistics", frames: "ViewStatistics", strength: float, shrinkage: float) -> str | None:
         """
@@ -81,7 +88,8 @@ class RiceAlignment(nn.Module):
 
     def center(self, features: Tensor, is_clip: bool) -> Tensor:
         """Global features `(..., D)` of one view -> the same less their view's mean, L2-normalised."""
-        return nn.functional.normalize(features - (self.video_mean if is_clip else self.image_mean), dim=-1)
+        mean = self.video_mean if is_clip else self.image_mean
+        return nn.functional.normalize(features - mean.to(features.dtype), dim=-1)
 
 
 class RiceAlignmentSide:
@@ -122,6 +130,10 @@ class RiceAlignmentSide:
                 states = self._encoder_output(pixel_values.to(self.device))
                 views[-1].update(states.patches, self._from_states(states, is_clip=is_clip)[1])
         return self.alignment.fit(*views, self.config.alignment_strength, self.config.alignment_shrinkage)
+
+    def _centred(self, features: Tensor, is_clip: bool) -> Tensor:
+        """Global features `(..., D)` of one view, less their view's mean and L2-normalised in a model that does so."""
+        return features if self.alignment is None else self.alignment.center(features, is_clip)
 
     def _aligned(self, patches: Tensor) -> Tensor | None:
         """The encoder's patches `(n, P, C)` -> those that are compared `(n, P, R)`, where they will be."""

@@ -11,6 +11,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from .alignment_rice import RiceAlignment, RiceAlignmentSide
 from .comparison_rice import RiceComparison
 from .configuration_rice import RiceConfig
 from .decoder_rice import RiceDecoder, RiceHeadMixing, RiceReconstructionHead
@@ -88,11 +89,16 @@ class RicePreTrainedModel(PreTrainedModel):
                 init.constant_(module.text_logit_scale, math.log(self.config.text_logit_scale_init_value))
         elif isinstance(module, RiceZeroLinear):
             init.zeros_(module.weight)
+        elif isinstance(module, RiceAlignment):
+            for name, value in module.starting_buffers().items():
+                init.copy_(getattr(module, name), value)
         else:
             super()._init_weights(module)
 
 
-class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceVisionSide, RicePreTrainedModel):
+class RiceModel(
+    RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceVisionSide, RiceAlignmentSide, RicePreTrainedModel
+):
     """
     Cross-view semantic alignment: one vision encoder for clips and images (ICL), a pairwise matching decoder (PMD) and
     patch feature reconstruction (PFR).
@@ -137,6 +143,9 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
         has_head = config.use_decoder and config.use_reconstruction
         self.reconstruction_head = RiceReconstructionHead(config) if has_head else None
         self.patch_saliency = RicePatchSaliency(config) if config.patch_saliency == "learned" else None
+        self.alignment = None
+        if config.alignment_weight is not None:
+            self.alignment = RiceAlignment(config.patch_layout.width, config.alignment_rank, config.projection_dim)
         self.post_init()
 
     # Trainer would otherwise rescale the loss, since `forward` takes keyword arguments it does not name.
@@ -163,8 +172,10 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
         return self.vision_model.get_input_embeddings()
 
     def _embed_images(self, pixel_values: Tensor) -> ImageTokens:
-        tokens, features = self._from_states(self._encoder_output(pixel_values))
-        return ImageTokens(tokens, nn.functional.normalize(_at_least_single(features), dim=-1))
+        states = self._encoder_output(pixel_values)
+        tokens, features = self._from_states(states)
+        embeds = nn.functional.normalize(self._centred(_at_least_single(features), is_clip=False), dim=-1)
+        return ImageTokens(tokens, embeds, patches=self._aligned(states.patches))
 
     def encode_frames(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> RiceFrames:
         """
@@ -182,13 +193,16 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
             patch_mask = patch_mask.bool()
         states = self._encoder_output(pixel_values, patch_mask)
         tokens, features = self._from_states(states, patch_mask, is_clip=True)
-        token_mask = None
+        token_mask, aligned = None, self._aligned(states.patches)
         if patch_mask is not None and tokens.shape[1] > 1:
             kept = resize_patch_mask(patch_mask, tokens.shape[1] - 1) > 0
             token_mask = nn.functional.pad(kept, (1, 0), value=True)
+        if patch_mask is not None and aligned is not None:
+            patch_mask = resize_patch_mask(patch_mask, aligned.shape[1]) > 0
         # While weights change nobody compares by name, and a graph that is being made has no weights to read.
         name = None if self.training or torch.compiler.is_compiling() else self.fingerprint()
-        return RiceFrames(tokens, _at_least_single(features), token_mask, model_fingerprint=name)
+        shown = None if aligned is None else patch_mask
+        return RiceFrames(tokens, _at_least_single(features), token_mask, aligned, shown, model_fingerprint=name)
 
     def pool_frames(
         self,
@@ -227,6 +241,7 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
 
     def pool_features(self, features: Tensor, frame_mask: Tensor) -> Tensor:
         """Frames' features `(c, T, D)`, mask `(c, T)`, as of `pool_frames` -> L2-normalised embeddings `(c, D)`."""
+        features = self._centred(features, is_clip=True)
         if self.config.normalize_frames:
             features = nn.functional.normalize(features, dim=-1)
         return nn.functional.normalize(self.temporal_pooling(features, frame_mask), dim=-1)
@@ -249,7 +264,13 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
         token_mask = shown[:, :, None].expand(-1, -1, tokens.shape[2])
         if frames.token_mask is not None:
             token_mask = token_mask & place(frames.token_mask)
-        return ClipTokens(tokens, token_mask, self.pool_features(place(frames.features), frame_mask))
+        clips = ClipTokens(tokens, token_mask, self.pool_features(place(frames.features), frame_mask))
+        if frames.patches is not None:
+            clips.patches = place(frames.patches)
+            clips.patch_mask = frame_mask[:, :, None].expand(-1, -1, clips.patches.shape[2])
+            if frames.patch_mask is not None:
+                clips.patch_mask = clips.patch_mask & place(frames.patch_mask)
+        return clips
 
     def _embed_videos(self, videos: Tensor, frame_mask: Tensor | None, patch_mask: Tensor | None) -> ClipTokens:
         frame_mask = self._check_clips(videos, frame_mask, patch_mask)
