@@ -7,7 +7,7 @@ train_rice.py and eval_rice.py with all their arguments.
 import argparse
 import sys
 
-from hub_rice import convert, encoders, mteb_wrapper, publish, publish_dataset
+from hub_rice import convert, encoders, mteb_wrapper, publish, publish_dataset, untrained
 from hub_rice.export import onnx_export
 from retrieval_rice import index_command, recognise_command
 from retrieval_rice.demo import command as demo_command
@@ -16,6 +16,7 @@ from retrieval_rice.detector import commands as detector
 # Verb modules import what is slow to load inside `run`, so that `rice --help` answers at once.
 VERBS = {
     "encoder": encoders,
+    "init": untrained,
     "convert": convert,
     "publish": publish,
     "publish-dataset": publish_dataset,
