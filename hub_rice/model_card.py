@@ -197,6 +197,7 @@ def model_card(
         model_id=model_id,
         model_name=model_name,
         has_decoder=record["has_decoder"] if results is None else "matching" in results["scores"],
+        has_alignment=record["has_alignment"] if results is None else "alignment" in results["scores"],
         rendered="mini_lpr4m" in (shown.get("dataset"), record["training_data"]),
         published_table=published_table(),
         picture=picture and results is not None,

@@ -99,6 +99,8 @@ def export(model, processor, output_dir: Path, int8: bool = False, quiet: bool =
     about = {
         "model_fingerprint": model.fingerprint(),
         "encoder": model.config.vision_config.model_type,
+        # By which scores images are ranked.
+        "config": {name: getattr(model.config, name) for name in ("ranking", "fusion_weight", "alignment_weight")},
         "parts": parts,
         "preprocessing": preprocessing(processor),
     }
@@ -141,7 +143,7 @@ def _check_packages() -> None:
 def _describe(shapes: dict, tensors: tuple) -> list[dict]:
     """Names and shapes for `onnx.json`, numbers in the place of what does not change."""
     described = []
-    for (name, shape), tensor in zip(shapes.items(), tensors):
+    for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
         sizes = [axis if axis in DYNAMIC else size for axis, size in zip(shape, tensor.shape, strict=True)]
         described.append({"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": sizes})
     return described
