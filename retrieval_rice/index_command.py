@@ -43,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--presence_prior", type=float, help="share of clips in use that show a product of the shop (default: 0.9)")
     add("--false_accept_rate", type=float, help="be strict: share of clips without their product that may be "
         "answered with one, such as 0.05; default: answer what is likelier right than wrong")  # fmt: skip
-    add("--rerank", type=int, default=100, help="pictures per clip that the decoder scores (default: %(default)s)")
+    add(
+        "--rerank",
+        type=int,
+        default=100,
+        help="pictures per clip that are scored in pairs with it (default: %(default)s)",
+    )
     add("--overwrite", action="store_true", help="replace an index of another shop or model, or a damaged one")
 
 
