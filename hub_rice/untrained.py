@@ -81,8 +81,8 @@ def run(options: argparse.Namespace) -> None:
         print(note)
     patches, rank = model.config.patch_layout.num_patches, model.alignment.patch_projection.shape[1]
     print(
-        f"Wrote {options.output}: ranks by embedding ({model.config.projection_dim} numbers an image) and by alignment "
-        f"of {patches} patches ({2 * patches * rank:,} bytes an image)."
+        f"Wrote {options.output}: ranks by embedding ({model.config.projection_dim} numbers an image) and by the "
+        f"alignment of {patches} patches ({2 * patches * rank:,} bytes an image)."
     )
 
 
