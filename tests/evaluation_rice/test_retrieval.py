@@ -261,7 +261,7 @@ def test_the_models_own_weight_of_alignment_is_kept_while_matching_is_fitted(sho
 
 
 def test_alignment_is_a_third_score_where_validation_says_so(shop):
-    """Two scores that each know half of the clips: the weights that join them are found, and 0 for one that misleads."""
+    """Of two scores one knows the answer and one misleads: the weight is high for the one, and 0 for the other."""
     task = RetrievalTask.from_datasets(shop.queries, shop.gallery, "live")
     scores = {}
     for query in range(5):
