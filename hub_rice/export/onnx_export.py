@@ -144,7 +144,7 @@ def _check_packages() -> None:
 def _describe(shapes: dict, tensors: tuple) -> list[dict]:
     """Names and shapes for `onnx.json`, numbers in the place of what does not change."""
     described = []
-    for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
+    for (name, shape), tensor in zip(shapes.items(), tensors):
         sizes = [axis if axis in DYNAMIC else size for axis, size in zip(shape, tensor.shape, strict=True)]
         described.append({"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": sizes})
     return described
