@@ -223,11 +223,26 @@ def _pooling(vision, layout) -> str:
 
 
 def _processor(path: str, config) -> "RiceProcessor":
+    """Pictures as the encoder was trained on them, as far as it says."""
+    from transformers import AutoImageProcessor
+
     from processing_rice import build_processor, train_tokenizer
 
     from .convert import GENERIC_TEXTS
 
-    return build_processor(train_tokenizer(GENERIC_TEXTS), config.layout.image_size[0], config.mask_patch_size)
+    layout = config.layout
+    processor = build_processor(train_tokenizer(GENERIC_TEXTS), layout.image_size[0], config.mask_patch_size)
+    try:
+        theirs = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
+        mean, std = theirs.image_mean, theirs.image_std
+    except (OSError, ValueError, KeyError):
+        mean, std = layout.image_mean, layout.image_std
+    if mean is None or std is None:
+        print(f"{path} does not say how its pictures were normalised: as CLIP's, it is assumed.")
+        return processor
+    for part in (processor.image_processor, processor.video_processor):
+        part.image_mean, part.image_std = list(mean), list(std)
+    return processor
 
 
 def fit(

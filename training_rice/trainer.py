@@ -66,7 +66,8 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         **kwargs,
     ):
         if args.metric_for_best_model is None:
-            args.metric_for_best_model = "eval_fused_R@1" if model.decoder is not None else "eval_embedding_R@1"
+            has_fused = model.decoder is not None or model.alignment is not None
+            args.metric_for_best_model = "eval_fused_R@1" if has_fused else "eval_embedding_R@1"
             args.greater_is_better = True
         self.eval_views = eval_dataset
         self.eval_collator = eval_collator or data_collator
