@@ -156,6 +156,8 @@ def _on_checkpoint(model, processor, keep_decoder: bool, settings: dict) -> tupl
     result = RiceModel(RiceConfig.from_dict(former | chosen))
     own = result.state_dict()
     result.load_state_dict({name: value for name, value in model.state_dict().items() if name in own}, strict=False)
+    # Masks are on the grid of the patches that are chosen.
+    processor.video_processor.patch_size = result.config.mask_patch_size
     return result.eval(), processor
 
 
@@ -284,7 +286,7 @@ def fit(
         frames = _batches(clips.rows, 1, collator.collate_queries, "frames", failures[1], *loading)
         frames = (part for batch in frames for part in batch.split(batch_size))
     notes = [model.fit_alignment(images, frames)]
-    for source, failed, what in ((shop, failures[0], "pictures of the shop"), (clips, failures[1], "frames")):
+    for source, failed, what in ((shop, failures[0], "the shop's pictures"), (clips, failures[1], "the frames")):
         if source is not None:
             notes += [_not_read(failed, what), source.note]
     return [note for note in notes if note]
@@ -320,8 +322,8 @@ def _not_read(failures: list[dict], what: str) -> str:
     from data_rice.collator import failure_words
 
     shown = "; ".join(failure_words(failure) for failure in failures[:3])
-    more = f" and {len(failures) - 3} more" if len(failures) > 3 else ""
-    return f"{len(failures)} {what} could not be read and were left out: {shown}{more}." if failures else ""
+    more = f"; and {len(failures) - 3} more" if len(failures) > 3 else ""
+    return f"Left out, since it cannot be read: {len(failures)} of {what} ({shown}{more})." if failures else ""
 
 
 _CARD = """---

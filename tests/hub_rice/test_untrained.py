@@ -123,8 +123,8 @@ def test_unreadable_pictures_are_counted_and_named(encoder, shop, tmp_path, caps
     (shop / "f" / "1-1.png").unlink()
     run(encoder, "--shop", shop, "--clips", shop, "--output", tmp_path / "model")
     said = capsys.readouterr().out
-    assert "1 pictures of the shop could not be read and were left out:" in said and "2.png" in said
-    assert "1 frames could not be read" in said and "1-1.png: there is no such file" in said
+    assert "cannot be read: 1 of the shop's pictures (" in said and "2.png" in said
+    assert "cannot be read: 1 of the frames (" in said and "1-1.png: there is no such file" in said
     for path in (shop / "g").iterdir():
         path.write_bytes(b"no picture")
     sentence = refusal(capsys, encoder, "--shop", shop, "--output", tmp_path / "other")
