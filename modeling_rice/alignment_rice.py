@@ -58,10 +58,15 @@ class RiceAlignment(nn.Module):
             One sentence that says what is done without, or `None`.
 
         Raises:
-            ValueError: when there is neither a picture nor a frame.
+            ValueError: when there is neither a picture nor a frame, or the encoder gave numbers that are not finite.
         """
         if not images.count and not frames.count:
             raise ValueError("There is no picture to take statistics from; give at least one.")
+        for view in (images, frames):
+            if not (view.mean().isfinite().all() and view.patches.second_moment().isfinite().all()):
+                raise ValueError(
+                    "The encoder gives numbers that are not finite; its weights are damaged, save it anew."
+                )
         self.image_mean.zero_()
         self.video_mean.zero_()
         view, prior = (frames, 0) if frames.count > 1 or not images.count else (images, _SHOP_PRIOR)

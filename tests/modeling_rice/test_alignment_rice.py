@@ -216,6 +216,13 @@ def test_no_picture_at_all_is_refused():
         fitted([], [])
 
 
+def test_numbers_that_are_not_finite_are_refused():
+    broken = pictures(3, shift=1.0)
+    broken[1][0][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="numbers that are not finite"):
+        fitted(broken, pictures(3, shift=1.0))
+
+
 def test_statistics_travel_with_the_weights():
     alignment, _ = fitted(pictures(5, shift=10.0), pictures(5, shift=3.0))
     other = RiceAlignment(patch_width=6, rank=6, embed_width=4)
