@@ -106,20 +106,15 @@ def test_masked_patches_count_nowhere(make_aligned, make_batch, pooled):
 
 
 def test_a_mask_follows_the_grid_of_the_chosen_stage(make_model):
-    """Boxes on the 4 x 4 patches of a ResNet's first stage; its output has 2 x 2."""
+    """A mask of the 4 x 4 patches of a ResNet's last stage hides the 8 x 8 of the one before that lie in them."""
     vision = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
     settings = {"vision_config": vision, "vision_pooling": "mean", "patch_mask_pooling": True}
-    model = make_model(**SETTINGS | settings | {"projection_dim": 16})
-    layer = model.config.layout.fine_layer
-    grids = [patches.grid for patches in model.config.layout.hidden]
-    model = make_model(**SETTINGS | settings | {"vision_feature_layer": layer})
-    rows = model.config.patch_layout.grid[0]
-    assert grids[layer] == (rows, rows) and rows > model.config.layout.patches.grid[0]
-    count = model.encode_gallery(torch.randn(1, 3, 64, 64)).patches.shape[1]
-    mask = torch.zeros(1, 1, count, dtype=torch.bool)
-    mask[0, 0, : count // 2] = True
-    clips = model.encode_clips(torch.randn(1, 1, 3, 64, 64), patch_mask=mask)
-    assert torch.equal(clips.patch_mask, mask)
+    model = make_model(**SETTINGS | settings)
+    mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    mask[0, 0, 1:, :2] = True
+    clips = model.encode_clips(torch.randn(1, 1, 3, 32, 32), patch_mask=mask.flatten(2))
+    expected = mask.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert torch.equal(clips.patch_mask, expected.flatten(2))
 
 
 def test_frames_are_shared_between_clips(make_aligned):
