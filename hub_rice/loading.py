@@ -119,8 +119,13 @@ def load_encoder(path: str):
             f"there is no folder {path}: write that encoder with `rice encoder {path} --output {path}` "
             f"(pip install 'rice-retrieval[encoder]')."
         )
+    if not os.path.exists(path) and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
+        raise FileNotFoundError(
+            f"there is no encoder folder {path}: write one with `rice encoder NAME --output DIR`, or name an encoder of "
+            f"the Hub."
+        )
     if not (os.path.isdir(path) and any(name.endswith(".bin") for name in os.listdir(path))):
-        check_checkpoint(path, "`rice encoder NAME --output DIR`, or name an encoder of the Hub")
+        check_checkpoint(path)
     with usable(path, "config.json or the weights"):
         try:
             architectures = AutoConfig.from_pretrained(path, trust_remote_code=False).architectures or []

