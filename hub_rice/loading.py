@@ -121,7 +121,7 @@ def load_encoder(path: str):
         )
     if not os.path.exists(path) and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
         raise FileNotFoundError(
-            f"there is no encoder folder {path}: write one with `rice encoder NAME --output DIR`, or name one of the Hub."
+            f"there is no encoder folder {path}: write one with `rice encoder NAME --output DIR`, or name a Hub id."
         )
     if not (os.path.isdir(path) and any(name.endswith(".bin") for name in os.listdir(path))):
         check_checkpoint(path)
