@@ -326,18 +326,7 @@ def _not_read(failures: list[dict], what: str) -> str:
     return f"Left out, since it cannot be read: {len(failures)} of {what} ({shown}{more})." if failures else ""
 
 
-_CARD = """---
-library_name: transformers
-pipeline_tag: {pipeline_tag}
-tags:
-{tags}
----
-
-# {name}
-
-Recognises which product a livestream clip is presenting: the clip is the query, the product images of a shop are the
-gallery. The model is RICE ([Cross-view Semantic Alignment for Livestreaming Product
-Recognition](https://arxiv.org/abs/2308.04912), ICCV 2023), **without training**: the encoder is {encoder} as it was,
+_CARD = """, **without training**: the encoder is {encoder} as it was,
 and statistics of {shop}{frames} centre its embeddings and whiten the patches by which images and clips are aligned.
 No label was used.
 
@@ -355,15 +344,10 @@ Not evaluated yet: no figure is claimed. The encoder's licence applies.
 
 
 def _card(options: argparse.Namespace, shop: "Unlabelled", clips: "Unlabelled | None") -> str:
-    from modeling_rice.layout_rice import PIPELINE_TAG, TAGS
+    from modeling_rice.layout_rice import card_head
 
     from .privacy import last_part
 
-    return _CARD.format(
-        pipeline_tag=PIPELINE_TAG,
-        tags="\n".join(f"- {tag}" for tag in TAGS),
-        name=options.output.resolve().name,
-        encoder=last_part(options.encoder),
-        shop=shop.words,
-        frames=f" and {clips.words}" if clips else "",
-    )
+    name, frames = options.output.resolve().name, f" and {clips.words}" if clips else ""
+    encoder = last_part(options.encoder)
+    return card_head(name) + _CARD.format(name=name, encoder=encoder, shop=shop.words, frames=frames)
