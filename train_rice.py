@@ -39,6 +39,7 @@ from training_rice.setup import (
     build_model,
     build_rice_processor,
     check_processes,
+    check_recomputation,
     choose_attention,
     find_checkpoint,
     is_finished,
@@ -143,6 +144,7 @@ def build_trainer(
         pairs, validation = load_views(data_arguments, training_arguments)
     model = build_model(model_arguments, data_arguments)
     choose_attention(model, model_arguments, training_arguments)
+    check_recomputation(model, training_arguments)
     processor = build_rice_processor(model_arguments, data_arguments, model.config, read_texts(pairs, data_arguments))
     check_text(data_arguments, model.config, processor.tokenizer)
     set_token_ids(model.config, processor.tokenizer)

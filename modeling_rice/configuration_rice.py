@@ -291,7 +291,6 @@ class RiceConfig(PreTrainedConfig):
 
         Raises:
             ValueError: for an encoder that cannot work, with the reason.
-            ImportError: for one whose package is not installed.
         """
         return find_layout(self.vision_config)
 

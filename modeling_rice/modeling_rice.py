@@ -68,7 +68,9 @@ class RicePreTrainedModel(PreTrainedModel):
     base_model_prefix = "rice"
     main_input_name = "pixel_values"
     input_modalities = ("image", "video")
+    # Of a model it follows the encoder.
     supports_gradient_checkpointing = True
+    gradient_checkpointing = False
     _supports_sdpa = True
     _no_split_modules = ["RiceDecoderLayer"]
 
@@ -104,8 +106,9 @@ class RiceModel(
     patch feature reconstruction (PFR).
 
     Attention is chosen as for any model of transformers, by `attn_implementation` (`"sdpa"`, the default, or
-    `"eager"`) in `from_pretrained` or `set_attn_implementation`, with equal results. Training in bfloat16 on a CPU is
-    faster with `"eager"`, since sdpa's backward pass is slow there.
+    `"eager"`) in `from_pretrained` or `set_attn_implementation`, with equal results; an encoder without sdpa goes on
+    without it. `{"vision_config": "flash_attention_2"}` asks for flash attention in an encoder that has it. Training
+    in bfloat16 on a CPU is faster with `"eager"`, since sdpa's backward pass is slow there.
 
     Examples:
 
@@ -121,6 +124,7 @@ class RiceModel(
         # Kept, since a config finds them out by its dictionary, which a graph cannot hold.
         self.layout, self.feature_pooling = config.layout, config.feature_pooling
         self.vision_model = build_encoder(config.vision_config)
+        self.supports_gradient_checkpointing = self.vision_model.supports_gradient_checkpointing
         self.visual_projection = nn.Linear(config.vision_hidden_size, config.projection_dim, bias=False)
         self.patch_projection = RicePatchProjection(config) if config.projects_patches else None
         self.temporal_pooling = POOLINGS[config.temporal_pooling](config)
@@ -166,6 +170,22 @@ class RiceModel(
         write_layout(working_dir)
         write_card(working_dir, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs) -> None:
+        """As transformers does it, but `"sdpa"` leaves encoders that have none as they are."""
+        if attn_implementation == "sdpa":
+            text = None if self.text_model is None else self.text_model.model
+            parts = {"vision_config": self.vision_model, "text_config": text}
+            attn_implementation = {"": "sdpa"} | {
+                name: "sdpa" if part._supports_sdpa else "eager" for name, part in parts.items() if part is not None
+            }
+        super().set_attn_implementation(attn_implementation, **kwargs)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
+        # timm's networks have a switch of their own.
+        if type(self.vision_model)._set_gradient_checkpointing is not PreTrainedModel._set_gradient_checkpointing:
+            self.vision_model._set_gradient_checkpointing(enable, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """The vision encoder's, as adapters ask for them."""

@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionModel
 
+from modeling_rice import RiceConfig, RiceModel
 from training_rice.arguments import DataArguments, ModelArguments
 from training_rice.checkpoints import RESULTS_FILE
 from training_rice.setup import (
     build_model,
     build_rice_processor,
     check_processes,
+    check_recomputation,
     choose_attention,
     load_views,
     read_texts,
@@ -206,6 +208,23 @@ class TestAttention:
         choose_attention(model, ModelArguments(attn_implementation=asked), training)
         assert model.config._attn_implementation == expected
         assert model.vision_model.config._attn_implementation == expected
+
+    def test_an_encoder_without_sdpa_attends_as_it_can(self, resnet_settings):
+        model = RiceModel(RiceConfig(**resnet_settings))
+        training = SimpleNamespace(bf16=False, device=torch.device("cpu"))
+        for name in ("eager", "sdpa"):
+            choose_attention(model, ModelArguments(attn_implementation=name), training)
+            configs = model.config, model.vision_model.config
+            assert [config._attn_implementation for config in configs] == [name, "eager"]
+
+    def test_activations_are_recomputed_where_the_encoder_can(self, make_model, resnet_settings):
+        asked = SimpleNamespace(activation_checkpointing=True, gradient_checkpointing=False)
+        check_recomputation(make_model(), asked)
+        model = RiceModel(RiceConfig(**resnet_settings))
+        check_recomputation(model, SimpleNamespace(gradient_checkpointing=None))
+        for training in (asked, SimpleNamespace(gradient_checkpointing=True)):
+            with pytest.raises(ValueError, match="the encoder 'resnet' cannot recompute its activations; leave it"):
+                check_recomputation(model, training)
 
     def test_unknown(self, make_model):
         training = SimpleNamespace(bf16=False, device=torch.device("cpu"))
