@@ -134,12 +134,21 @@ class _Encoder:
         self.model, self.training = model.to(training.device), training
         config = model.config
         self.precision = training.cached_precision
-        settings = [config.vision_config.to_dict(), config.vision_pooling, config.patch_mask_pooling]
+        settings = [
+            config.vision_config.to_dict(),
+            config.feature_pooling,
+            config.vision_feature_layer,
+            config.patch_mask_pooling,
+        ]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, tensor in model.vision_model.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-        self.about = {"encoder": digest.hexdigest(), "kept states": str(model.kept_states()), "precision": self.precision}
+        self.about = {
+            "encoder": digest.hexdigest(),
+            "kept states": str(model.kept_states),
+            "precision": self.precision,
+        }
 
     def fill(self, parts: list[CachedPart], caches: list[FeatureCache]) -> None:
         """Encodes what the caches lack, this process's share of it; returns when all processes have."""
