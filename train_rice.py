@@ -39,6 +39,7 @@ from training_rice.setup import (
     build_collators,
     build_model,
     build_rice_processor,
+    check_frozen,
     check_processes,
     choose_attention,
     find_checkpoint,
@@ -106,6 +107,7 @@ def train(
 ) -> None:
     """Trains, goes on with a run, or finds that there is nothing to do; raises what the user has to hear."""
     check_processes(training_arguments)
+    check_frozen(model_arguments, training_arguments)
     arguments = model_arguments, data_arguments, training_arguments
     if training_arguments.profile:
         logger.info(profile_steps(build_trainer(*arguments)))

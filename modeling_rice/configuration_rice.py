@@ -80,8 +80,8 @@ class RiceConfig(PreTrainedConfig):
             `vision_pooling="mean"`. The decoder chooses among patches by its own attention.
         projection_dim (`int`, defaults to 512): Width D of the shared embedding.
         projection_dropout (`float`, defaults to 0.0):
-            Dropout, in training, on what the visual projection is applied to. A few hundred clips fit a linear layer on
-            a frozen encoder by heart without it.
+            Dropout, in training, on what the visual projection is applied to, for a projection that is trained on a
+            frozen encoder and few clips.
         normalize_frames (`bool`, defaults to `True`):
             L2-normalise each frame before the mean over frames; `False` averages the raw features.
         temporal_pooling (`"mean"`, `"attention"`, `"lstm"`, `"transformer"`):
