@@ -97,14 +97,14 @@ def cache_features(
     check_caching(data, training, model)
     encoder = _Encoder(model, training)
     pairs_collator, eval_collator = collators
-    plain = dataclasses.replace(
-        pairs_collator, sampling="eval", num_frames=training.cached_frames, augmentation=None, failure_log=None
-    )
-    views = training.cached_views
-    changes = None
+    views, changes, augmentation = training.cached_views, None, None
     if views > 1:
         # Frames are left out at each step.
-        changes = ViewChanges(dataclasses.replace(pairs_collator.augmentation, frame_drop=0.0), training.seed)
+        augmentation = dataclasses.replace(pairs_collator.augmentation, frame_drop=0.0)
+        changes = ViewChanges(augmentation, training.seed)
+    plain = dataclasses.replace(
+        pairs_collator, sampling="eval", num_frames=training.cached_frames, augmentation=augmentation, failure_log=None
+    )
     images, image_numbers = distinct_images(pairs)
     parts = [CachedPart("clips", pairs, plain, changes, views), CachedPart("images", images, plain, changes, views)]
     if validation is not None:

@@ -100,11 +100,14 @@ def test_rows_of_another_model_are_refused(make, width):
 def test_dropout_comes_before_the_projection():
     torch.manual_seed(0)
     model = RiceModel(RiceConfig(**COMMON, **SETTINGS["clip_no_decoder"], projection_dropout=0.5))
-    model.visual_projection.weight.data = torch.eye(16, 32)
-    rows = torch.ones(1, 32)
-    trained = model.train()._project(rows)
-    assert set(trained.flatten().tolist()) == {0.0, 2.0}
-    assert model.eval()._project(rows).tolist() == [[1.0] * 16]
+    rows = torch.rand(1, 32)
+    with torch.no_grad():
+        model.visual_projection.weight.copy_(torch.eye(16, 32))
+        trained, plain = (model.train(mode)._project(rows)[0] for mode in (True, False))
+    assert torch.equal(plain, model.vision_model.post_layernorm(rows)[0, :16])
+    kept = trained != 0
+    assert 0 < kept.sum() < 16
+    assert torch.equal(trained[kept], 2 * plain[kept])
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0])
