@@ -21,6 +21,8 @@ _ANY_SIZE = 224
 _MOST_PREFIX_TOKENS = 2
 # Parameters of an encoder that is built with numbers only to be looked at, where the meta device does not do.
 _LARGEST_BUILT = 500_000_000
+# Fields of a config that say where its weights come from and how they are kept.
+_NO_LAYOUT = ("_name_or_path", "architectures", "dtype", "transformers_version")
 # Pixels that a patch stands for at most, where patches are matched with each other: a 14 x 14 grid of 224 pixels.
 _FINE_STRIDE = 16
 
@@ -192,7 +194,8 @@ def find_layout(config: PreTrainedConfig) -> EncoderLayout:
         ValueError: when the encoder cannot be built, does not take pictures, or gives no grid of patches.
         ImportError: when it needs a package that is not installed.
     """
-    return _find_layout(json.dumps(config.to_dict(), sort_keys=True, default=str))
+    settings = {name: value for name, value in config.to_dict().items() if name not in _NO_LAYOUT}
+    return _find_layout(json.dumps(settings, sort_keys=True, default=str))
 
 
 @functools.lru_cache(maxsize=64)
@@ -208,7 +211,8 @@ def _find_layout(text: str) -> EncoderLayout:
         # Some read numbers out of their tensors, or keep tensors that follow no device.
         if encoder.num_parameters() > _LARGEST_BUILT:
             raise ValueError(_refusal(config, error)) from error
-        with torch.random.fork_rng(devices=[]):
+        # Not on the meta device that a checkpoint's model is built on either.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             encoder = build_encoder(config).eval()
         try:
             output, skips_final_norm = _dry_run(encoder, size)
