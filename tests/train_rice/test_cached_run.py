@@ -4,7 +4,7 @@ import pytest
 
 import train_rice
 from modeling_rice import RiceModel
-from tests.train_rice.runs import assert_same_weights, interrupt, results
+from tests.train_rice.runs import assert_same_weights, history, interrupt, results
 from training_rice.pretrained import load_encoder
 
 CACHED = ["--freeze_vision", "true", "--cache_vision_features", "true", "--model.decoder_dropout", "0.1"]
@@ -54,3 +54,17 @@ def test_a_frozen_encoder_must_be_a_trained_one(refusal):
 def test_an_encoder_that_is_trained_is_refused(refusal, encoder):
     message = refusal("--init_vision_from", str(encoder), "--cache_vision_features", "true")
     assert "cache_vision_features needs an encoder that stays as it is; set freeze_vision too" in message
+
+
+@pytest.mark.slow
+def test_two_processes_encode_a_share_each(launch, command, words, tmp_path):
+    options = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    alone = [*words, "--model.decoder_dropout", "0", "--cached_precision", "fp32"]
+    cache = ["--cache_dir", str(tmp_path / "cache")]
+    text = launch(
+        options, tmp_path / "two", *alone, *cache, "--per_device_train_batch_size", "4", ACCELERATE_USE_CPU="true"
+    )
+    assert text.count("pictures go through the encoder once") == 1
+    train_rice.main(command(tmp_path / "one", *alone))
+    for together, single in zip(history(tmp_path / "two"), history(tmp_path / "one"), strict=True):
+        assert together["loss"] == pytest.approx(single["loss"], rel=2e-3)

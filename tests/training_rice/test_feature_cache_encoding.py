@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from data_rice.features import pair_features
 from modeling_rice import RiceModel
+from tests.data_rice.conftest import write_video  # noqa: F401
 from tests.training_rice.texts import TEXT
 from training_rice.arguments import DataArguments, RiceTrainingArguments
 from training_rice.feature_cache_encoding import cache_features
@@ -124,6 +125,17 @@ class TestEqualsTrainingOnPictures:
         plain, cached = (run(make_trainer(settings, cached=c, data=data, views=views)) for c in (False, True))
         assert cached[0] == pytest.approx(plain[0], abs=1e-5)
         assert cached[1] == plain[1]
+
+    def test_with_videos(self, make_trainer, pairs, validation, write_video, tmp_path):  # noqa: F811
+        path = write_video(tmp_path / "clip.mp4", num_frames=8, fps=4, size=(32, 32))
+        rows = pairs.map(
+            lambda row, i: row | {"frames": [], "boxes": [], "video": str(path), "start": i / 8, "end": 2.0},
+            with_indices=True,
+            features=pairs.features,
+        )
+        data = {"train_num_frames": 2, "frame_sampling": "train"}
+        plain, cached = (run(make_trainer(cached=c, data=data, views=(rows, validation)))[0] for c in (False, True))
+        assert cached == pytest.approx(plain, abs=1e-5)
 
     def test_half_precision_is_near(self, make_trainer):
         plain = run(make_trainer(cached=False))[0]
