@@ -137,19 +137,15 @@ class _Encoder:
         self.model, self.training = model.to(training.device), training
         config = model.config
         self.precision = training.cached_precision
-        settings = [
-            config.vision_config.to_dict(),
-            config.feature_pooling,
-            config.vision_feature_layer,
-            config.patch_mask_pooling,
-        ]
+        vision = {name: value for name, value in config.vision_config.to_dict().items() if name not in _ORIGIN}
+        settings = [vision, config.feature_pooling, config.vision_feature_layer, config.patch_mask_pooling]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, tensor in model.vision_model.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         self.about = {
             "encoder": digest.hexdigest(),
-            "kept states": str(model.kept_states),
+            "set of states": str(model.kept_states),
             "precision": self.precision,
         }
 
@@ -161,6 +157,7 @@ class _Encoder:
             for view in range(cache.num_views)
             if (blocks := cache.missing(view))
         ]
+        # No process writes before all have seen what is missing, or their shares would not fit together.
         barrier()
         problem, rank = None, self.training.process_index
         # Training puts it in its own mode.
