@@ -33,6 +33,7 @@ _TRAINING_FIELDS = (
     "matching_scale",
     "matching_targets",
     "num_hard_negatives",
+    "projection_dropout",
     "ranking",
     "reconstruction_",
     "text_config",

@@ -125,6 +125,7 @@ class RiceModel(
         self.layout, self.feature_pooling = config.layout, config.feature_pooling
         self.vision_model = build_encoder(config.vision_config)
         self.supports_gradient_checkpointing = self.vision_model.supports_gradient_checkpointing
+        self.projection_dropout = nn.Dropout(config.projection_dropout)
         self.visual_projection = nn.Linear(config.vision_hidden_size, config.projection_dim, bias=False)
         self.patch_projection = RicePatchProjection(config) if config.projects_patches else None
         self.temporal_pooling = POOLINGS[config.temporal_pooling](config)
@@ -302,8 +303,11 @@ class RiceModel(
 
     @staticmethod
     def _check_clips(videos: Tensor, frame_mask: Tensor | None, patch_mask: Tensor | None) -> Tensor:
-        if videos.dim() != 5:
-            raise ValueError(f"`pixel_values_videos` must be (B, T, 3, H, W), got shape {tuple(videos.shape)}.")
+        if videos.dim() not in (3, 5):
+            raise ValueError(
+                f"`pixel_values_videos` must be (B, T, 3, H, W), or (B, T, F) of `encode_pictures`, got shape "
+                f"{tuple(videos.shape)}."
+            )
         if frame_mask is None:
             frame_mask = torch.ones(videos.shape[:2], dtype=torch.bool, device=videos.device)
         if frame_mask.shape != videos.shape[:2]:
@@ -439,7 +443,7 @@ class RiceModel(
         Args:
             pixel_values (`(B, 3, H, W)`): Shop image of each pair.
             pixel_values_videos (`(B, T, 3, H, W)`), frame_mask (`(B, T)`), patch_mask (`(B, T, P)`):
-                Clip of each pair, as `get_video_features`.
+                Clip of each pair, as `get_video_features`. Both may be encoded already, by `encode_pictures`.
             product_ids (`(B,)` int64, *optional*): Pairs of one product are not each other's negatives.
             title_embeds, asr_embeds (`(B, text_embed_dim)`, *optional*): Precomputed text vectors, zero where there is
                 no text.
