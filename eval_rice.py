@@ -100,7 +100,7 @@ def load_views(options: argparse.Namespace, split: str, data_dir: str | None):
         detect_boxes(options, split, data_dir)
     if options.boxes == "detector":
         settings["boxes_file"] = options.boxes_file
-    return [load_dataset_view(options.dataset, view, split, **settings) for view in ("queries", "gallery")]
+    return [load_dataset_view(options.dataset, view, split, **settings) for view in ("query", "gallery")]
 
 
 def detect_boxes(options: argparse.Namespace, split: str, data_dir: str | None) -> None:

@@ -365,7 +365,9 @@ def make_clips(videos) -> list:
     if len(videos) == 0:
         raise ValueError("`videos` is empty; give at least one clip.")
     first = videos[0]
-    is_frame = isinstance(first, Image.Image) or (isinstance(first, (np.ndarray, torch.Tensor)) and first.ndim == 3)
+    # A picture's entry of `datasets` has bytes, if only as `None`; a video's has none.
+    is_frame = isinstance(first, (Image.Image, bytes, bytearray)) or (isinstance(first, Mapping) and "bytes" in first)
+    is_frame = is_frame or (isinstance(first, (np.ndarray, torch.Tensor)) and first.ndim == 3)
     if is_frame:
         return [list(videos)]
     return [clip for entry in videos for clip in (entry if _holds_clips(entry) else [entry])]

@@ -90,7 +90,7 @@ def load_rows(options: argparse.Namespace):
     if dataset is None and options.shop is None:
         dataset = "mini_lpr4m"
     if dataset is not None:
-        queries = load_dataset_view(dataset, "queries", options.split, data_dir=options.data_dir)
+        queries = load_dataset_view(dataset, "query", options.split, data_dir=options.data_dir)
     if options.shop is None:
         gallery = gallery_rows(dataset, options.split, source)
     elif not ShopTable(options.shop).exists():

@@ -34,7 +34,7 @@ def same(row, local):
 
 result = {}
 for config, view, splits in (
-    ("query", "queries", ("validation", "test")),
+    ("query", "query", ("validation", "test")),
     ("gallery", "gallery", ("train", "validation", "test")),
     ("pairs", "pairs", ("train", "validation")),
 ):
