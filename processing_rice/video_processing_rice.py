@@ -16,7 +16,7 @@ from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from .image_processing_rice import RicePillowImageProcessor, check_picture_settings
-from .media_rice import picture_tensor
+from .media_rice import is_picture_entry, picture_tensor
 from .sampling_rice import sample_frame_indices
 from .video_media_rice import sample_video
 
@@ -365,8 +365,7 @@ def make_clips(videos) -> list:
     if len(videos) == 0:
         raise ValueError("`videos` is empty; give at least one clip.")
     first = videos[0]
-    # A picture's entry of `datasets` has bytes, if only as `None`; a video's has none.
-    is_frame = isinstance(first, (Image.Image, bytes, bytearray)) or (isinstance(first, Mapping) and "bytes" in first)
+    is_frame = isinstance(first, (Image.Image, bytes, bytearray)) or is_picture_entry(first)
     is_frame = is_frame or (isinstance(first, (np.ndarray, torch.Tensor)) and first.ndim == 3)
     if is_frame:
         return [list(videos)]
