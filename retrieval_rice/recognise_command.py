@@ -1,6 +1,7 @@
 """Recognise the products of a video, a stream or a folder of frames: a time line of what is on screen when.
 
-SOURCE is a video file, a folder of pictures, an address (rtsp://..., https://.../live.m3u8) or a camera (camera:0).
+SOURCE is a video file, a folder of pictures, an address (rtsp://..., https://.../live.m3u8), a camera (camera:0), or
+what is piped in (-, or a named pipe).
 The table goes to standard output, a segment as soon as it is over; notices go to standard error. A live source that
 breaks off is opened again, and when recognition falls behind its oldest frames are dropped, and counted. Ctrl-C ends
 it with everything that is known by then.
@@ -16,10 +17,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from .options import add_precision_and_towers, load_encoder, open_index
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="video file, folder of pictures, address or camera")
+    add("source", metavar="SOURCE", help="video file, folder of pictures, address, camera, or -")
     add("--shop", required=True, metavar="INDEX", help="folder or URI of the shop's index, from `rice index`")
     add("--model", required=True, help="folder or id of the model that the index was built with")
     add("--live_id", help="search the images of this livestream only")
@@ -36,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--jsonl", metavar="FILE", help="also write JSON lines; - for standard output in the place of the table")
     add("--vtt", metavar="FILE", type=Path, help="also write WebVTT subtitles")
     add("--detector", help="folder or id of a product detector, whose boxes tell where to look; default: no boxes")
+    add_precision_and_towers(parser)
     add("--device", help="such as cpu or cuda; default: cuda where there is one")
 
 
@@ -54,15 +58,12 @@ def run(options: argparse.Namespace) -> None:
         ConnectionError: a live source did not come back; what was recognised before is written.
         OSError: an output cannot be written.
     """
-    from hub_rice.loading import load_model
-
-    from .index import GalleryIndex
     from .recogniser import Recogniser
     from .stream.source import open_stream
     from .stream.timeline import clock, name_of
 
-    model, processor = load_model(options.model, options.device)
-    index = GalleryIndex.load(options.shop, model)
+    model, processor = load_encoder(options)
+    index = open_index(options, model)
     detector = None
     if options.detector is not None:
         from .detector.product_detector import ProductDetector
@@ -171,11 +172,13 @@ def stopping(stream) -> Iterator[None]:
 
 def summary(counts) -> str:
     """What became of the frames, in a line."""
-    parts = [f"{counts.frames} frames recognised"]
+    parts = [f"{counts.frames} frames recognised of {counts.available} that can be decoded"]
     if counts.dropped:
         parts.append(f"{counts.dropped} dropped, since recognition was slower than the stream")
     if counts.damaged:
         parts.append(f"{counts.damaged} packets or pictures could not be decoded")
+    if counts.leaps:
+        parts.append(f"time stamps leapt {counts.leaps} times")
     if counts.reconnects:
         parts.append(f"opened again {counts.reconnects} times")
     return "; ".join(parts)

@@ -18,7 +18,7 @@ from processing_rice import open_image, sample_frame_indices
 from processing_rice.video_media_rice import sample_video
 
 from ..index import Answer, GalleryIndex, Hit
-from .uploads import Upload, UploadError, UploadLimits, read_upload
+from ..uploads import Upload, UploadError, UploadLimits, read_upload
 
 TOP_K = 10
 EXAMPLES = 12
