@@ -12,6 +12,12 @@ from datasets import Features, Image, List, Value
 
 VIEWS = ("pairs", "query", "gallery", "detection")
 
+
+def view_name(view: str) -> str:
+    """The name of a view, which is also that of the part of a published data set: "queries" is understood too."""
+    return "query" if view == "queries" else view
+
+
 _CLIP_TEXT = ("asr", "category", "product_scale", "visible_duration", "product_number", "source")
 
 

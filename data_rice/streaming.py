@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from .features import view_name
 from .lazy_rows import ArrowRows, LazyRows, ParquetRows
 from .lpr4m import Lpr4m
 from .lpr4m.line_rows import training_rows
@@ -204,7 +205,7 @@ def open_dataset_view(
     Raises:
         FileNotFoundError, ValueError: as `load_dataset_view`; ValueError also for a ``boxes_file`` of other rows.
     """
-    given = {name: value for name, value in builder_options.items() if value is not None}
+    given, view = {name: value for name, value in builder_options.items() if value is not None}, view_name(view)
     prepared = prepared_folder(dataset, data_dir)
     if prepared is not None:
         check_options(prepared, given)
@@ -216,7 +217,7 @@ def open_dataset_view(
     if is_published(dataset, data_dir):
         refuse_options(dataset if data_dir is None else data_dir, given)
         _refuse_boxes_file(boxes_file)
-        return ParquetRows(published_files(dataset, data_dir, "query" if view == "queries" else view, split))
+        return ParquetRows(published_files(dataset, data_dir, view, split))
     builder_class, folder, options = resolve(dataset, data_dir)
     if builder_class is Lpr4m and view == "pairs" and split in ("train", "validation"):
         _refuse_boxes_file(boxes_file)

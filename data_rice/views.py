@@ -7,7 +7,7 @@ import datasets
 from .box_files import with_boxes_of
 from .builder import ViewBuilder
 from .detection import frames_with_boxes
-from .features import VIEWS
+from .features import VIEWS, view_name
 from .lpr4m import Lpr4m
 from .moving_fashion import MovingFashion
 from .prepare import is_prepared, load_prepared, read_manifest
@@ -103,8 +103,7 @@ def load_dataset_view(
         ValueError: an argument is unknown, the data set has no such split or no usable row in it, or a row
             is malformed.
     """
-    # As the part is called where it holds many.
-    view = "query" if view == "queries" else view
+    view = view_name(view)
     if view not in VIEWS:
         raise ValueError(f"There is no view {view!r}; choose one of {', '.join(VIEWS)}.")
     if split not in ("train", "validation", "test"):

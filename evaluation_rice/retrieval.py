@@ -250,7 +250,7 @@ def retrieve(
     Args:
         retriever: a model or a baseline.
         task: who searches what, from `RetrievalTask.from_datasets(queries, gallery, scope)`.
-        queries: the queries view.
+        queries: the query view.
         gallery: the gallery view.
         loading: batch size, workers and progress.
         weights: also rank by the fused score with these, where there are scores that have one.

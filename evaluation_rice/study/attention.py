@@ -88,7 +88,7 @@ def clip_shares(model: Any, collator: Any, query: dict, images: Sequence[dict]) 
     Args:
         model: in eval mode.
         collator: a `RiceCollator` that hands over no boxes.
-        query: row of the queries view.
+        query: row of the query view.
         images: rows of the gallery view.
 
     Raises:

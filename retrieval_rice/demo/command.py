@@ -74,7 +74,7 @@ def load_rows(options: argparse.Namespace):
     Rows of example clips and of the shop.
 
     Returns:
-        The queries view (`None` where there are no example clips) and the gallery rows (`None` for an index).
+        The query view (`None` where there are no example clips) and the gallery rows (`None` for an index).
     """
     from data_rice import load_dataset_view
 
