@@ -303,7 +303,7 @@ def evaluate_retrieval(
     Args:
         model: as of `ModelRetriever`.
         processor: turns images and clips into model inputs.
-        queries: queries view of a dataset.
+        queries: query view of a dataset.
         gallery: gallery view of the same dataset.
         scope: "live" (each query searches its livestream's images) or "all".
         weights: of the fused score; by default those of the model's config.

@@ -161,8 +161,6 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
         return self.vision_model.get_input_embeddings()
 
     def _embed_images(self, pixel_values: Tensor) -> ImageTokens:
-        if pixel_values.dim() != 4:
-            raise ValueError(f"`pixel_values` must be (n, 3, H, W), got shape {tuple(pixel_values.shape)}.")
         tokens, features = self._from_states(self._encoder_output(pixel_values))
         return ImageTokens(tokens, nn.functional.normalize(_at_least_single(features), dim=-1))
 

@@ -58,6 +58,8 @@ class RiceVisionSide:
     def _encoder_output(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> EncoderStates:
         """Pictures `(n, 3, H, W)`, mask `(n, P)` bool -> what the encoder makes of them, in the weights' precision."""
         layout, layer = self.layout, self.config.vision_feature_layer
+        if pixel_values.dim() != 4:
+            raise ValueError(f"`pixel_values` must be (n, 3, H, W), got shape {tuple(pixel_values.shape)}.")
         # Encoders that interpolate positions would take another size, and patches would stand for other places.
         if layout.takes_one_size and tuple(pixel_values.shape[-2:]) != layout.image_size:
             raise ValueError(
