@@ -57,7 +57,10 @@ class DataArguments:
 
     dataset: str = field(
         default="mini_lpr4m",
-        metadata={"help": "mini_lpr4m, lpr4m, moving_fashion, shop_clips, or a folder in one of their layouts."},
+        metadata={
+            "help": "mini_lpr4m, lpr4m, moving_fashion, shop_clips, a folder in one of their layouts, or a "
+            "data set that rice publish-dataset wrote: its folder, or its id on the Hub."
+        },
     )
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where the Arrow tables and cached features go."})

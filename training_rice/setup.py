@@ -105,7 +105,7 @@ def load_views(data: DataArguments, training: RiceTrainingArguments) -> tuple[Da
     if data.validation_boxes_file is not None:
         options["boxes_file"] = data.validation_boxes_file
     try:
-        queries = load_dataset_view(data.dataset, "queries", "validation", **options)
+        queries = load_dataset_view(data.dataset, "query", "validation", **options)
         gallery = load_dataset_view(data.dataset, "gallery", "validation", **options)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"{error} Set eval_strategy to 'no' to train without validation.") from error
