@@ -30,9 +30,7 @@ def test_other_machines_are_let_in_with_a_token_alone(monkeypatch, host, alone):
     assert read_token(host) == SECRET
 
 
-@pytest.mark.parametrize(
-    "token", ["", "short", "fifteen-letters", "a secret with some spaces", "ein-schlüssel-mit-ü-drin"]
-)
+@pytest.mark.parametrize("token", ["", "fifteen-letters", "a secret with some spaces", "ein-schlüssel-mit-ü-drin"])
 def test_a_token_that_is_none_is_refused(monkeypatch, token):
     monkeypatch.setenv("RICE_TOKEN", token)
     with pytest.raises(ValueError, match="at least 16 characters"):

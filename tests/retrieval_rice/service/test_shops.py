@@ -67,8 +67,12 @@ def _clips(served):
 
 def test_damaged_pictures_are_named_and_the_others_written(make_service):
     served = make_service()
-    files = [*images(30), ("images", ("b.png", png(draw(31))[:300]))]
-    body = served.client.put("/v1/shops/z/images", files=files, data={"image_ids": ["a", "b"]}).json()
+    cut = io.BytesIO()
+    draw(31, 256).save(cut, format="JPEG")
+    files = [*images(30), ("images", ("b.jpg", cut.getvalue()[:2000]))]
+    answer = served.client.put("/v1/shops/z/images", files=files, data={"image_ids": ["a", "b"]})
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
     assert body["changed"] == 1 and [failure["image_id"] for failure in body["unreadable"]] == ["b"]
     assert "cannot be decoded" in body["unreadable"][0]["reason"] and best(served.client, 30)["image_id"] == "a"
 
