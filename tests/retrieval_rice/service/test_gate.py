@@ -109,7 +109,7 @@ def test_unknown_addresses_and_methods_get_a_sentence(make_service):
         (["--batch_ms", "-1"], "--batch_ms must be from 0"),
         (["--batch_ms", "nan"], "--batch_ms must be from 0"),
         (["--precision", "int8"], "--precision int8 is that of exported models"),
-        ([], "there is no folder"),
+        ([], "there is no checkpoint folder"),
     ],
 )
 def test_mistakes_of_the_command_end_it_with_a_sentence(monkeypatch, capsys, tmp_path, options, words):
