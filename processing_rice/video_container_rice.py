@@ -109,6 +109,11 @@ def video_stream(container, name: object, max_pixels: int | None = None):
     return stream
 
 
+def sound_stream(container):
+    """The sound of a container of PyAV, its first one that can be decoded; `None` where there is none."""
+    return next((stream for stream in container.streams.audio if stream.codec_context is not None), None)
+
+
 def start_of(container) -> float:
     """Time stamp at which a player starts, in seconds: the first of all streams, sound included."""
     return container.start_time / 1e6 if container.start_time is not None else 0.0
@@ -185,22 +190,33 @@ def frame_picture(frame, stream) -> Image.Image:
     return picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM) if d < 0 else picture
 
 
-def decoded_frames(container, stream, on_damage: Callable[[], None], on_break: Callable[[str], None]) -> Iterator:
+def decoded_frames(
+    container,
+    stream,
+    on_damage: Callable[[], None],
+    on_break: Callable[[str], None],
+    beside=None,
+    on_packet: Callable | None = None,
+) -> Iterator:
     """
     A container's frames from where it stands, in the order in which they are shown.
 
     Args:
         on_damage: Called for each packet that cannot be decoded.
         on_break: Called with the reason when the container ends before its end.
+        beside, on_packet: Another stream, and what is called with its packets as they come, undecoded.
     """
     errors = (import_av().FFmpegError, OSError)
-    packets, ended = container.demux(stream), False
+    packets, ended = container.demux(*(one for one in (stream, beside) if one is not None)), False
     while not ended:
         try:
             packet = next(packets, None)
         except errors as error:
             on_break(_reason(error))
             packet = None
+        if packet is not None and packet.stream is beside:
+            on_packet(packet)
+            continue
         # At a break the decoder still holds a few frames; at an ordinary end the last, empty packet brings them.
         ended = packet is None
         try:
@@ -223,6 +239,7 @@ __all__ = [
     "import_av",
     "is_playlist",
     "open_container",
+    "sound_stream",
     "start_of",
     "video_stream",
 ]

@@ -27,6 +27,7 @@ from processing_rice.video_container_rice import (
     import_av,
     is_playlist,
     open_container,
+    sound_stream,
     video_stream,
 )
 
@@ -224,6 +225,7 @@ class VideoStream:
         live: Whether the source does not wait: an address or camera without a known length.
         duration_s: Length in seconds by the header, or `None`.
         error: Why a live source ended before its time, or `None`.
+        sound: What is handed the packets of a live source's sound, a `LiveSound`; `None` leaves the sound out.
     """
 
     def __init__(
@@ -241,6 +243,7 @@ class VideoStream:
         self.opener = opener or open_source
         self.counts = Counts()
         self.error: str | None = None
+        self.sound = None
         self._container = self.opener(source)
         # Told at once, and not when frames are asked for.
         video_stream(self._container, source)
@@ -255,6 +258,8 @@ class VideoStream:
         self._ended = False
         self._failure: Exception | None = None
         self._grid = _Grid(fps)
+        # From time stamps to times.
+        self._shift_s: float | None = None
         self._started_s: float | None = None
         self._last_s: float | None = None
         self._failed_in_a_row = 0
@@ -287,6 +292,11 @@ class VideoStream:
         # No lock here: a signal may come while this very thread holds it.
         self._stopping.set()
 
+    @property
+    def has_sound(self) -> bool:
+        """Whether there is sound beside the pictures, to be asked before frames are taken."""
+        return sound_stream(self._container) is not None
+
     def _run(self) -> None:
         try:
             while self._container is not None:
@@ -305,6 +315,8 @@ class VideoStream:
         finally:
             if self._container is not None:
                 self._container.close()
+            if self.sound is not None:
+                self.sound.stop()
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
@@ -316,11 +328,21 @@ class VideoStream:
         stream.thread_type = "AUTO"
         times = _LiveTimes(self, stream) if self.live else Clock(container, stream)
         problems: list[str] = []
-        for frame in decoded_frames(container, stream, self._count_damage, problems.append):
+        self._shift_s = None
+        listening = (None, None) if self.sound is None else (sound_stream(container), self._hand_on)
+        for frame in decoded_frames(container, stream, self._count_damage, problems.append, *listening):
             if self._stopping.is_set():
                 return None
-            self._hand_out(frame, stream, times.time_of(frame.time))
+            time_s = times.time_of(frame.time)
+            if frame.time is not None:
+                self._shift_s = time_s - frame.time
+            self._hand_out(frame, stream, time_s)
         return problems[0] if problems else None
+
+    def _hand_on(self, packet) -> None:
+        """Sound goes by the clock of the pictures, which begins with the first of them."""
+        if self._shift_s is not None:
+            self.sound.take(packet, self._shift_s)
 
     def _count_damage(self) -> None:
         self.counts.damaged += 1
