@@ -214,7 +214,7 @@ def decoded_frames(
         except errors as error:
             on_break(_reason(error))
             packet = None
-        if packet is not None and packet.stream is beside:
+        if beside is not None and packet is not None and packet.stream is beside:
             on_packet(packet)
             continue
         # At a break the decoder still holds a few frames; at an ordinary end the last, empty packet brings them.

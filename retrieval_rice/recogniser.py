@@ -209,8 +209,8 @@ class Recogniser:
                 raise ValueError(f"`{name}` must be a number of seconds of 0 or more, got {seconds}.")
         if speech is not None and not self.reads_asr:
             raise ValueError(
-                "The model reads no text, so that nothing follows from what is said; leave `speech` out, or use a model "
-                "with a `text_config`."
+                "The model reads no text, so that nothing follows from what is said; leave `speech` out, or use a "
+                "model with a `text_config`."
             )
         return ASR_BEFORE_S if before_s is None else before_s, ASR_AFTER_S if after_s is None else after_s
 

@@ -7,7 +7,7 @@ not opened as a video. Read frames are small JPEGs in memory.
 import io
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -15,7 +15,10 @@ from PIL import Image, UnidentifiedImageError
 from data_rice.folders import natural_key
 from processing_rice import MediaError, open_image
 from processing_rice.media_rice import FORMATS, image_header
+from processing_rice.video_container_rice import open_container
 from processing_rice.video_media_rice import VideoReader
+
+from ..stream.speech_sound import FILE_CHUNK_S, Block, FileSound, chunks
 
 _SIDE = 640
 _FIRST_STEP = 0.2
@@ -29,6 +32,7 @@ class UploadLimits:
         max_files: Pictures of a clip.
         max_pixels: Of a picture or a frame.
         max_seconds: Length of a video.
+        max_sound_seconds: Of its sound that are heard.
         reading_seconds: Time that reading may take.
         max_frames: Frames kept of a video, at most and evenly spaced.
         max_total_bytes: Of all that visitors have uploaded and been shown and that is still on the disk.
@@ -40,6 +44,7 @@ class UploadLimits:
     max_files: int = 64
     max_pixels: int = 25_000_000
     max_seconds: float = 120.0
+    max_sound_seconds: float = 60.0
     reading_seconds: float = 20.0
     max_frames: int = 64
     max_total_bytes: int = 1_000_000_000
@@ -53,13 +58,16 @@ class UploadError(ValueError):
 
 @dataclass
 class Upload:
-    """Frames of a clip as encoded pictures, and what is worth knowing of them ("" for nothing)."""
+    """Frames of a clip as encoded pictures, what is worth knowing of them ("" for nothing), and the clip's sound."""
 
     frames: list[bytes]
     note: str = ""
+    sound: list[Block] = field(default_factory=list)
 
 
-def read_upload(paths: Sequence[str], folder: str | Path, limits: UploadLimits = UploadLimits()) -> Upload:
+def read_upload(
+    paths: Sequence[str], folder: str | Path, limits: UploadLimits = UploadLimits(), with_sound: bool = False
+) -> Upload:
     """
     Frames of uploaded pictures, in the order of their names, or of one uploaded video. The files are deleted, also
     when they are refused.
@@ -68,6 +76,7 @@ def read_upload(paths: Sequence[str], folder: str | Path, limits: UploadLimits =
         paths: Where the server put the files.
         folder: The only folder from which anything is read or deleted.
         limits: How much is read.
+        with_sound: Read the sound of a video, too.
 
     Raises:
         UploadError: the files are too many, too large, too long, of no known kind, damaged, or not in the folder.
@@ -76,7 +85,7 @@ def read_upload(paths: Sequence[str], folder: str | Path, limits: UploadLimits =
     try:
         if len(own) < len(paths):
             raise UploadError("A file was not uploaded here or is gone by now; upload it again.")
-        return _read(sorted(own, key=lambda path: natural_key(path.name)), limits)
+        return _read(sorted(own, key=lambda path: natural_key(path.name)), limits, with_sound)
     finally:
         for path in own:
             path.unlink(missing_ok=True)
@@ -86,7 +95,7 @@ def _lies_in(path: Path, folder: Path) -> bool:
     return not path.is_symlink() and path.is_file() and path.resolve().is_relative_to(folder.resolve())
 
 
-def _read(paths: list[Path], limits: UploadLimits) -> Upload:
+def _read(paths: list[Path], limits: UploadLimits, with_sound: bool) -> Upload:
     if not paths:
         raise UploadError("Nothing was uploaded: choose pictures or one video.")
     if len(paths) > limits.max_files:
@@ -101,7 +110,8 @@ def _read(paths: list[Path], limits: UploadLimits) -> Upload:
         return Upload([_read_picture(path, limits, deadline) for path in paths])
     if len(paths) > 1:
         raise UploadError("Upload either pictures or one video, not both or several.")
-    return _read_video(paths[0], limits, deadline)
+    upload = _read_video(paths[0], limits, deadline)
+    return replace(upload, sound=_read_sound(paths[0], limits, deadline)) if with_sound else upload
 
 
 def video_format(path: str | Path) -> str | None:
@@ -171,6 +181,15 @@ def _read_video(path: Path, limits: UploadLimits, deadline: float) -> Upload:
         raise UploadError(f"{path.name} is damaged, no frame of it can be read.")
     note = f"The video is damaged: only {len(frames)} frames of what can be read were used." if is_damaged else ""
     return Upload(frames, note)
+
+
+def _read_sound(path: Path, limits: UploadLimits, deadline: float) -> list[Block]:
+    """The first part of a video's sound, in chunks to hear; damaged packets are left out."""
+    blocks = []
+    for block in FileSound(path, 0.0, limits.max_sound_seconds, open_container):
+        _check_time(deadline, limits)
+        blocks.append(block)
+    return list(chunks(blocks, FILE_CHUNK_S))
 
 
 def _spread(times: Sequence[float], max_frames: int) -> list[int]:

@@ -13,6 +13,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 
+from data_rice.parsing import decode_text
 from processing_rice import MediaError
 from processing_rice.media_rice import MissingMediaError, printable
 from processing_rice.video_container_rice import import_av, open_container, start_of
@@ -102,7 +103,7 @@ class Subtitles:
         if os.path.getsize(self.path) > _LARGEST_FILE:
             raise ValueError(f"{self.name} has more than {_LARGEST_FILE / 1e6:g} MB, too much for subtitles.")
         with open(self.path, "rb") as file:
-            text, encoding = decode_text(file.read())
+            text, encoding = decode_subtitles(file.read(), self.path)
         if encoding is not None:
             self.notify(f"{self.name} is not in UTF-8 or UTF-16; it is read as {encoding}")
         av = import_av()
@@ -158,30 +159,24 @@ def _event_text(event) -> str:
     return " ".join(_BREAKS.sub(" ", _STYLES.sub("", text)).split())
 
 
-def decode_text(data: bytes) -> tuple[str, str | None]:
+def decode_subtitles(data: bytes, path: str | os.PathLike) -> tuple[str, str | None]:
     """
     Text of unknown encoding.
 
     Returns:
         The text, and the name of the encoding where that had to be guessed.
     """
-    for mark, encoding in ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
-        if data.startswith(mark):
-            return data.decode(encoding, "replace"), None
-    if b"\0" in data[:1000]:
-        # Subtitles begin with a digit or a letter of ASCII.
-        return data.decode("utf-16-be" if data[:1] == b"\0" else "utf-16-le", "replace"), None
     try:
-        return data.decode(), None
-    except UnicodeDecodeError:
-        pass
+        return decode_text(data, path), None
+    except ValueError:
+        # It is none of the encodings that tell themselves.
+        runs = [len(run) for run in _HIGH.findall(data)]
     # Chinese letters are pairs of bytes, those of western Europe stand alone more often than not.
-    runs = [len(run) for run in _HIGH.findall(data)]
     if sum(length if length % 2 == 0 else -length for length in runs) > 0:
         try:
             return data.decode("gb18030"), "GB 18030"
         except UnicodeDecodeError:
-            pass
+            logger.debug("%s is not in GB 18030", path)
     return data.decode("cp1252", "replace"), "Windows-1252"
 
 

@@ -11,15 +11,9 @@ from typing import Any
 import numpy as np
 
 from .speech import Word
-from .speech_sound import RATE, FileSound, LiveSound, SoundCounts, chunks
+from .speech_sound import FILE_CHUNK_S, LIVE_CHUNK_S, RATE, FileSound, LiveSound, SoundCounts, chunks
 
 logger = logging.getLogger(__name__)
-
-LIVE_CHUNK_S = 6.0
-"""Seconds of a live source that are heard together: words come so much later, and a longer part is heard better."""
-
-FILE_CHUNK_S = 28.0
-"""Of a file; Whisper hears 30 s at a time."""
 
 # A language that is detected with less certainty is detected anew in the next chunk.
 _SURE_OF_LANGUAGE = 0.7
@@ -209,8 +203,7 @@ class Listener:
 
     def __iter__(self) -> Iterator[Word]:
         for chunk in chunks(self.blocks, self.chunk_s):
-            for word in self.transcriber(chunk.samples):
-                yield Word(chunk.start_s + word.start_s, chunk.start_s + word.end_s, word.text)
+            yield from words_of(chunk, self.transcriber)
             self.heard_s = chunk.end_s
         self.heard_s = math.inf
 

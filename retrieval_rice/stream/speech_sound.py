@@ -23,6 +23,12 @@ logger = logging.getLogger(__name__)
 RATE = 16_000
 """Samples per second, as speech models take them."""
 
+LIVE_CHUNK_S = 6.0
+"""Seconds of a live source that are heard together: words come so much later, and a longer part is heard better."""
+
+FILE_CHUNK_S = 28.0
+"""Of a file; Whisper hears 30 s at a time."""
+
 # Blocks that are further apart do not belong together.
 _GAP_S = 0.3
 # Shorter sounds hold no word, and a model may dream over them.
@@ -106,8 +112,8 @@ class FileSound:
         start_s, end_s: The part, in seconds from the start of the file.
         opener: Opens a container, see `open_source`.
 
-    Raises:
-        FileNotFoundError, ValueError: as the opener.
+    Attributes:
+        has_sound: Whether there is any, known once it is iterated over.
     """
 
     def __init__(
@@ -119,6 +125,7 @@ class FileSound:
     ):
         self.source, self.start_s, self.end_s, self.opener = source, start_s, end_s, opener
         self.counts = SoundCounts()
+        self.has_sound: bool | None = None
         self._stopping = False
 
     def stop(self) -> None:
@@ -127,6 +134,7 @@ class FileSound:
     def __iter__(self) -> Iterator[Block]:
         with self.opener(self.source) as container:
             stream = sound_stream(container)
+            self.has_sound = stream is not None
             if stream is None:
                 return
             self._seek(container)
