@@ -1,6 +1,7 @@
-"""Write what is said in the clips of a data set into its rows, so that training and evaluation read what a stream hears.
+"""Write what is said in the clips of a data set into its rows.
 
-DATA is a folder of shop_clips, whose clip files get `asr`, or of LPR4M, whose test_videoid_asr is written. Sound comes
+Training and evaluation then read what a stream hears. DATA is a folder of shop_clips, whose clip files get `asr`, or
+of LPR4M, whose test_videoid_asr is written. Sound comes
 from the clips' videos, or from files in --sound: CLIP_ID.mp4 (.wav, ...), or for LPR4M one file per livestream,
 LIVE_ID.mp4, of which a clip is the part that its id names. The same command goes on where it was interrupted.
 DATA/transcripts.jsonl tells the model, the language, and what was heard in each clip; clips that have ASR already keep
@@ -24,8 +25,8 @@ _LISTED = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("data", metavar="DATA", help="folder of shop_clips or LPR4M")
-    add("--asr", required=True, metavar="MODEL", help="folder, id or size of a faster-whisper model, or a speech model "
-        "of transformers")  # fmt: skip
+    add("--asr", required=True, metavar="MODEL", help="folder, id or size of a faster-whisper model, or a speech "
+        "model of transformers")  # fmt: skip
     add("--language", default="auto", help="that is spoken, such as zh or en; auto detects it in each clip "
         "(default: %(default)s)")  # fmt: skip
     add(

@@ -208,6 +208,12 @@ class Listener:
         self.heard_s = math.inf
 
 
+def words_of(chunk: Block, transcriber: Transcriber) -> list[Word]:
+    """The words of a chunk of sound, on the stream's clock."""
+    words = transcriber(chunk.samples)
+    return [Word(chunk.start_s + word.start_s, chunk.start_s + word.end_s, word.text) for word in words]
+
+
 def listen(stream: Any, transcriber: Transcriber, notify: Callable[[str], None] = logger.warning) -> Listener | None:
     """
     What is said in a stream that was opened, before its frames are taken; `None` where it has no sound.
