@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .speech import Word
-from .speech_sound import FILE_CHUNK_S, LIVE_CHUNK_S, RATE, FileSound, LiveSound, SoundCounts, chunks
+from .speech_sound import FILE_CHUNK_S, LIVE_CHUNK_S, RATE, Block, FileSound, LiveSound, SoundCounts, chunks
 
 logger = logging.getLogger(__name__)
 
