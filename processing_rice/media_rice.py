@@ -81,6 +81,15 @@ def split_tar_member(path: str) -> tuple[str, int, int] | None:
     return (match["file"], int(match["offset"]), int(match["size"])) if match else None
 
 
+def check_is_file(path: str | os.PathLike) -> None:
+    """
+    Raises:
+        OSError: the path is a pipe or a device, which might never end.
+    """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise OSError("it is no file")
+
+
 def read_media(entry: Mapping[str, Any]) -> bytes:
     """
     The encoded bytes of an image entry of `datasets`, wherever they lie.
@@ -101,9 +110,11 @@ def read_media(entry: Mapping[str, Any]) -> bytes:
         raise ValueError("The image entry has neither bytes nor a path; give it one of them.")
     member = split_tar_member(path)
     if member is None or os.path.isfile(path):
+        check_is_file(path)
         with open(path, "rb") as file:
             return file.read()
     tar_file, offset, size = member
+    check_is_file(tar_file)
     # The size of the file first: a damaged path must not make `read` allocate what is not there.
     with open(tar_file, "rb") as file:
         if offset + size > os.fstat(file.fileno()).st_size:
@@ -328,6 +339,7 @@ __all__ = [
     "MAX_PIXELS",
     "MediaError",
     "MissingMediaError",
+    "check_is_file",
     "check_pixels",
     "flatten",
     "image_header",

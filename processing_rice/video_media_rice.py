@@ -22,6 +22,7 @@ from .sampling_rice import sample_frame_indices
 from .video_container_rice import (
     BACK_S,
     LEAP_S,
+    NO_TIME_STAMPS,
     Clock,
     clock_leaps,
     decoded_frames,
@@ -34,7 +35,6 @@ from .video_container_rice import (
 
 # Containers round time stamps to their clock, often milliseconds.
 _ROUNDING_S = 1e-3
-_NO_TIME_STAMPS = 0x0080  # AVFMT_NOTIMESTAMPS
 # So many packets are read rather than jumped over.
 _NEAR = 50
 # How much earlier to look for a key frame, one after the other, in seconds.
@@ -60,7 +60,7 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
     """
     with open_container(path) as container:
         stream = video_stream(container, printable(path))
-        first = next(decoded_frames(container, stream, lambda: None, lambda reason: None), None)
+        first = next(decoded_frames(container.demux(stream), stream, lambda: None, lambda reason: None), None)
         if first is None:
             raise media_error("video", path, "cannot be decoded (not one of its frames)")
         size = frame_picture(first, stream).size
@@ -231,7 +231,7 @@ class VideoReader:
         self._position: int | None = None
         try:
             self._open()
-            self._seeks = not self._container.format.flags & _NO_TIME_STAMPS
+            self._seeks = not self._container.format.flags & NO_TIME_STAMPS
             self._table = self._read_table()
             self._first, last = self._choose_range()
         except BaseException:
@@ -334,7 +334,8 @@ class VideoReader:
         def count() -> None:
             self.num_damaged += 1
 
-        for frame in decoded_frames(self._container, self._stream, count, lambda reason: None):
+        packets = self._container.demux(self._stream)
+        for frame in decoded_frames(packets, self._stream, count, lambda reason: None):
             self.on_packet()
             yield frame
 

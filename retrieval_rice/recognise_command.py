@@ -1,6 +1,7 @@
 """Recognise the products of a video, a stream or a folder of frames: a time line of what is on screen when.
 
-SOURCE is a video file, a folder of pictures, an address (rtsp://..., https://.../live.m3u8) or a camera (camera:0).
+SOURCE is a video file, a folder of pictures, an address (rtsp://..., https://.../live.m3u8), a camera (camera:0), or
+what is piped in (-, or a named pipe).
 The table goes to standard output, a segment as soon as it is over; notices go to standard error. A live source that
 breaks off is opened again, and when recognition falls behind its oldest frames are dropped, and counted. Ctrl-C ends
 it with everything that is known by then.
@@ -19,7 +20,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="video file, folder of pictures, address or camera")
+    add("source", metavar="SOURCE", help="video file, folder of pictures, address, camera, or -")
     add("--shop", required=True, metavar="INDEX", help="folder or URI of the shop's index, from `rice index`")
     add("--model", required=True, help="folder or id of the model that the index was built with")
     add("--live_id", help="search the images of this livestream only")
@@ -148,7 +149,7 @@ def load_words(options: argparse.Namespace, say):
         from .stream.speech_captions import captions
 
         read = captions(options.subtitles, options.source, say)
-        return lambda stream: Hearing(read, waits=not stream.live, notify=say)
+        return lambda stream: Hearing(read, waits=stream.is_recording, notify=say)
     if options.asr is None:
         return lambda stream: None
     from .stream.speech_models import listen, load_transcriber
@@ -159,7 +160,7 @@ def load_words(options: argparse.Namespace, say):
         heard = listen(stream, transcriber, say)
         if heard is None:
             say(f"{options.source} has no sound; it is recognised by its pictures alone")
-        return heard and Hearing(heard, waits=not stream.live, notify=say)
+        return heard and Hearing(heard, waits=stream.is_recording, notify=say)
 
     return hear
 
@@ -249,11 +250,13 @@ def stopping(stream) -> Iterator[None]:
 
 def summary(counts) -> str:
     """What became of the frames, in a line."""
-    parts = [f"{counts.frames} frames recognised"]
+    parts = [f"{counts.frames} frames recognised of {counts.available} that can be decoded"]
     if counts.dropped:
         parts.append(f"{counts.dropped} dropped, since recognition was slower than the stream")
     if counts.damaged:
         parts.append(f"{counts.damaged} packets or pictures could not be decoded")
+    if counts.leaps:
+        parts.append(f"time stamps leapt {counts.leaps} times")
     if counts.reconnects:
         parts.append(f"opened again {counts.reconnects} times")
     return "; ".join(parts)

@@ -188,7 +188,7 @@ class Recogniser:
         if speech is None:
             return self._segments(windows, timeline, live_id, top_k, on_start)
         if not isinstance(speech, Hearing):
-            speech = Hearing(speech, waits=not getattr(source, "live", not isinstance(source, Sequence)))
+            speech = Hearing(speech, waits=getattr(source, "is_recording", isinstance(source, Sequence)))
         windows = _with_words(windows, speech, *around_s)
         segments = self._segments(windows, timeline, live_id, top_k, on_start)
         return (replace(segment, said=speech.said(segment.start_s, segment.end_s)) for segment in segments)

@@ -20,23 +20,25 @@ from data_rice.folders import Listing, list_pictures
 from processing_rice import MediaError, open_image
 from processing_rice.media_rice import MissingMediaError, printable
 from processing_rice.video_container_rice import (
-    Clock,
     clock_leaps,
     decoded_frames,
     frame_picture,
+    has_time_stamps,
     import_av,
     is_playlist,
     open_container,
+    open_pipe,
     sound_stream,
     video_stream,
 )
 
+from .clock import StreamClock
+
 logger = logging.getLogger(__name__)
 
 _CAMERA_FORMATS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}"), "win32": ("dshow", "video={}")}
-_TIMEOUT_S = 10.0
-# Time stamps of a live source that jump further than this begin anew.
-_LONGEST_JUMP_S = 60.0
+# To open, which reads on until frames of a slow camera can be decoded, and to wait for more.
+_TIMEOUTS_S = (30.0, 10.0)
 _LONGEST_WAIT_S = 30.0
 _SECONDS_BETWEEN_NOTICES = 10.0
 # Frames at their full size: 4K takes 25 MB each.
@@ -67,12 +69,16 @@ class Counts:
         dropped: Left out since recognition fell behind a live source.
         damaged: Packets of a video, or pictures of a folder, that could not be decoded.
         reconnects: Times that a live source was opened again.
+        available: Frames that could be decoded, whether they were used or not.
+        leaps: Times that the time stamps of a source went back or leapt, so that they were not believed.
     """
 
     frames: int = 0
     dropped: int = 0
     damaged: int = 0
     reconnects: int = 0
+    available: int = 0
+    leaps: int = 0
 
 
 def is_address(source: str | os.PathLike) -> bool:
@@ -87,7 +93,7 @@ def open_stream(source: str | os.PathLike, fps: float = 2.5, folder_fps: float =
 
     Args:
         source: A video file, a playlist, a folder of pictures in the order of their names, an address
-            (`rtsp://...`, `https://.../live.m3u8`), or a camera (`camera:0`).
+            (`rtsp://...`, `https://.../live.m3u8`), a camera (`camera:0`), a named pipe, or `-` for standard input.
         fps: Frames per second to hand out at most.
         folder_fps: Pictures of a folder per second.
         settings: Of [`VideoStream`].
@@ -139,6 +145,7 @@ class FolderStream:
     """The pictures of a folder; see [`open_stream`]. One that cannot be decoded is counted, told, and left out."""
 
     live = False
+    is_recording = True
     error = None
 
     def __init__(self, folder, fps: float, folder_fps: float, notify: Callable[[str], None] = logger.warning):
@@ -153,6 +160,7 @@ class FolderStream:
         for number, path in enumerate(self.listing.pictures):
             if self._stopped:
                 return
+            self.counts.available += 1
             if not grid.takes(number / self.folder_fps):
                 continue
             try:
@@ -160,6 +168,7 @@ class FolderStream:
             except MediaError as failure:
                 error = failure
                 self.counts.damaged += 1
+                self.counts.available -= 1
                 self.notify(f"{failure}; this frame is left out")
                 continue
             self.counts.frames += 1
@@ -176,7 +185,8 @@ class FolderStream:
 
 def open_source(source: str | os.PathLike):
     """
-    Opens a video file, a playlist, an address or a camera by PyAV. Playlists and addresses may name further media.
+    Opens a video file, a playlist, an address, a camera, a named pipe or standard input (`-`) by PyAV. Playlists and
+    addresses may name further media.
 
     Raises:
         FileNotFoundError: no such file.
@@ -184,9 +194,13 @@ def open_source(source: str | os.PathLike):
     """
     av, name, settings = import_av(), os.fspath(source), {}
     if not is_address(source):
+        if name == "-" and not os.path.exists(name):
+            return open_pipe(sys.stdin.fileno())
         if not os.path.exists(name):
             raise MissingMediaError(f"There is no video file or folder {printable(name)}.")
-        if not os.path.isfile(name) or not is_playlist(name):
+        if not os.path.isfile(name):
+            return open_pipe(name)
+        if not is_playlist(name):
             return open_container(name)
         # Named as a file, since a name may look like an address to FFmpeg.
         name = "file:" + os.path.abspath(name)
@@ -194,7 +208,7 @@ def open_source(source: str | os.PathLike):
         system, device = _CAMERA_FORMATS.get(sys.platform, _CAMERA_FORMATS["linux"])
         name, settings = device.format(name.removeprefix("camera:")), {"format": system}
     else:
-        settings = {"timeout": _TIMEOUT_S}
+        settings = {"timeout": _TIMEOUTS_S}
         if name.startswith("rtsp"):
             # Over UDP lost packets show as smeared pictures.
             settings["options"] = {"rtsp_transport": "tcp"}
@@ -220,12 +234,14 @@ class VideoStream:
         queue_size: Frames that may wait to be taken.
         notify: Is told in one sentence what happens: frames dropped, connection lost, file cut short.
         opener: Opens a container, see [`open_source`].
+        now: A clock, in seconds, for what has no time stamps.
 
     Attributes:
         live: Whether the source does not wait: an address or camera without a known length.
         duration_s: Length in seconds by the header, or `None`.
         error: Why a live source ended before its time, or `None`.
-        sound: What is handed the packets of a live source's sound, a `LiveSound`; `None` leaves the sound out.
+        sound: What is handed the packets of sound as they are read, a `LiveSound`; `None` leaves the sound out.
+        clock: The [`StreamClock`] of its times.
     """
 
     def __init__(
@@ -237,6 +253,7 @@ class VideoStream:
         queue_size: int = _QUEUE_SIZE,
         notify: Callable[[str], None] = logger.warning,
         opener: Callable | None = None,
+        now: Callable[[], float] = time.monotonic,
     ):
         self.source, self.fps, self.notify = source, fps, notify
         self.max_reconnects, self.backoff_s, self.queue_size = max_reconnects, backoff_s, queue_size
@@ -244,11 +261,12 @@ class VideoStream:
         self.counts = Counts()
         self.error: str | None = None
         self.sound = None
-        self._container = self.opener(source)
+        self.clock = StreamClock(source, now, notify, self._tell_leap)
+        self._container = self._open()
         # Told at once, and not when frames are asked for.
         video_stream(self._container, source)
         self.duration_s = _duration(self._container)
-        self.live = is_address(source) and self.duration_s is None
+        self.live = is_address(source) and not _is_recording(self._container)
         if not is_address(source) and clock_leaps(self._container):
             # By its first and last time stamp, which says little where recordings were joined.
             self.duration_s = None
@@ -258,12 +276,8 @@ class VideoStream:
         self._ended = False
         self._failure: Exception | None = None
         self._grid = _Grid(fps)
-        # From time stamps to times.
-        self._shift_s: float | None = None
-        self._started_s: float | None = None
-        self._last_s: float | None = None
         self._failed_in_a_row = 0
-        self._told_s = -math.inf
+        self._told_s: dict[str, float] = {}
 
     def __iter__(self) -> Iterator[Frame]:
         # A daemon, since a read that hangs in a driver must not keep the program from ending.
@@ -291,6 +305,11 @@ class VideoStream:
         """Ends the iteration after the frame in work; may be called from any thread or signal handler."""
         # No lock here: a signal may come while this very thread holds it.
         self._stopping.set()
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether all of it is there, and can be read a second time."""
+        return not self.live and (is_address(self.source) or os.path.isfile(self.source))
 
     @property
     def has_sound(self) -> bool:
@@ -326,29 +345,37 @@ class VideoStream:
         container = self._container
         stream = video_stream(container, self.source)
         stream.thread_type = "AUTO"
-        times = _LiveTimes(self, stream) if self.live else Clock(container, stream)
+        self.clock.begin(container, stream, self.is_recording, self.live)
+        packets = self.clock.arriving(self._pictures(container, stream))
         problems: list[str] = []
-        self._shift_s = None
-        listening = (None, None) if self.sound is None else (sound_stream(container), self._hand_on)
-        for frame in decoded_frames(container, stream, self._count_damage, problems.append, *listening):
+        for frame in decoded_frames(packets, stream, self._count_damage, problems.append):
             if self._stopping.is_set():
                 return None
-            time_s = times.time_of(frame.time)
-            if frame.time is not None:
-                self._shift_s = time_s - frame.time
-            self._hand_out(frame, stream, time_s)
+            self._hand_out(frame, stream, self.clock.time_of(frame.time))
         return problems[0] if problems else None
 
-    def _hand_on(self, packet) -> None:
-        """Sound goes by the clock of the pictures, which begins with the first of them."""
-        if self._shift_s is not None:
-            self.sound.take(packet, self._shift_s)
+    def _pictures(self, container, stream) -> Iterator:
+        """The packets of pictures; those of sound go by the same clock, which may begin with the first picture."""
+        sound = None if self.sound is None else sound_stream(container)
+        if sound is None:
+            yield from container.demux(stream)
+            return
+        for packet in container.demux(stream, sound):
+            if packet.stream is stream:
+                yield packet
+            elif self.clock.shift_s is not None:
+                self.sound.take(packet, self.clock.shift_s)
+
+    def _open(self):
+        self.clock.opening()
+        return self.opener(self.source)
 
     def _count_damage(self) -> None:
         self.counts.damaged += 1
+        self.clock.lost_packet()
 
     def _hand_out(self, frame, stream, time_s: float) -> None:
-        self._last_s = time_s
+        self.counts.available += 1
         self._failed_in_a_row = 0
         if self._grid.takes(time_s):
             self._put(Frame(time_s, frame_picture(frame, stream)))
@@ -365,22 +392,34 @@ class VideoStream:
             self._changed.notify_all()
 
     def _tell_dropped(self) -> None:
-        if time.monotonic() - self._told_s >= _SECONDS_BETWEEN_NOTICES:
-            self._told_s = time.monotonic()
-            self.notify(
-                f"recognition is slower than the stream: {self.counts.dropped} frames dropped so far; lower the "
-                f"frames per second or lengthen the hop"
-            )
+        self._tell_at_times(
+            "dropped",
+            f"recognition is slower than the stream: {self.counts.dropped} frames dropped so far; lower the frames "
+            f"per second or lengthen the hop",
+        )
+
+    def _tell_leap(self, leap_s: float) -> None:
+        self.counts.leaps += 1
+        self._tell_at_times(
+            "leaps",
+            f"the time stamps of {self.source} leap by {leap_s:+.1f} s at {self.clock.last_s:.1f} s; times go on from "
+            f"there",
+        )
+
+    def _tell_at_times(self, kind: str, text: str) -> None:
+        if time.monotonic() - self._told_s.get(kind, -math.inf) >= _SECONDS_BETWEEN_NOTICES:
+            self._told_s[kind] = time.monotonic()
+            self.notify(text)
 
     def _report_length(self, problem: str | None) -> None:
-        if self._last_s is None:
+        if self.clock.last_s is None:
             raise ValueError(f"{self.source} holds no frame that can be decoded{f' ({problem})' if problem else ''}.")
         length = self.duration_s
         # Sound often goes on a little longer than the picture.
-        if problem or (length is not None and self._last_s < length - max(2.0, 0.02 * length)):
+        if problem or (length is not None and self.clock.last_s < length - max(2.0, 0.02 * length)):
             of = f" of {length:.1f} s" if length is not None else ""
             why = f" ({problem})" if problem else ""
-            self.notify(f"{self.source} is cut short{why}: {self._last_s:.1f} s{of} could be read and are used")
+            self.notify(f"{self.source} is cut short{why}: {self.clock.last_s:.1f} s{of} could be read and are used")
         if self.counts.damaged:
             self.notify(f"{self.source} is damaged: {self.counts.damaged} packets could not be decoded")
 
@@ -395,11 +434,11 @@ class VideoStream:
             if self._stopping.wait(pause):
                 return None
             try:
-                container = self.opener(self.source)
+                container = self._open()
             except (OSError, ValueError) as error:
                 problem = _reason(error)
                 continue
-            if _duration(container) is not None:
+            if _is_recording(container):
                 # What was live is a recording now, whose start was seen already.
                 container.close()
                 return None
@@ -414,32 +453,9 @@ def _duration(container) -> float | None:
     return container.duration / 1e6 if container.duration else None
 
 
-class _LiveTimes:
-    """Seconds from the start of a live source for the frames of one of its containers."""
-
-    def __init__(self, source: VideoStream, stream):
-        self.source, self.step_s = source, 1 / (float(stream.average_rate or 0) or 25.0)
-        self.first_s: float | None = None
-        self.base_s = 0.0
-        self.latest_s: float | None = None
-
-    def time_of(self, stamp_s: float | None) -> float:
-        """
-        Time stamps go on from where the last container ended, but for the time that passed in between. Those that go
-        back or leap begin anew in the same way.
-        """
-        # What a decoder gives up at a break has lost its clock.
-        if stamp_s is None or not math.isfinite(stamp_s):
-            stamp_s = 0.0 if self.latest_s is None else self.latest_s + self.step_s
-        jumps = self.latest_s is not None and not -1.0 <= stamp_s - self.latest_s <= _LONGEST_JUMP_S
-        if self.first_s is None or jumps:
-            self.first_s, self.base_s = stamp_s, self._now()
-        self.latest_s = stamp_s
-        return self.base_s + stamp_s - self.first_s
-
-    def _now(self) -> float:
-        source, now = self.source, time.monotonic()
-        if source._started_s is None:
-            source._started_s = now
-            return 0.0
-        return max(now - source._started_s, (source._last_s or 0.0) + self.step_s)
+def _is_recording(container) -> bool:
+    """Whether all of an address is there already, by its length in seconds or, where it has no clock, in bytes."""
+    if container.duration:
+        return True
+    # Cameras announce any length for their endless answer.
+    return not has_time_stamps(container) and container.format.name != "mpjpeg" and container.size > 0

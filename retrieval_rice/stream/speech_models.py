@@ -225,7 +225,7 @@ def listen(stream: Any, transcriber: Transcriber, notify: Callable[[str], None] 
     """
     if not getattr(stream, "has_sound", False):
         return None
-    if stream.live:
+    if not stream.is_recording:
         stream.sound = LiveSound(notify)
         return Listener(stream.sound, transcriber, LIVE_CHUNK_S)
     return Listener(FileSound(stream.source, opener=stream.opener), transcriber, FILE_CHUNK_S)

@@ -191,10 +191,11 @@ class _PacketClock:
 
     def shift_of(self, packet) -> float:
         stamp = packet.dts if packet.dts is not None else packet.pts
-        if not self.leaps or stamp is None or not packet.time_base:
+        if stamp is None or not packet.time_base:
             return self.shift_s
         time_s = float(stamp * packet.time_base) + self.shift_s
-        if self.last_s is not None and abs(time_s - self.last_s) > LEAP_S:
+        passed_s = 0.0 if self.last_s is None else time_s - self.last_s
+        if passed_s < -LEAP_S or (self.leaps and passed_s > LEAP_S):
             self.shift_s += self.last_s - time_s
             time_s = self.last_s
         self.last_s = time_s

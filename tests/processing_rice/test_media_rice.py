@@ -1,6 +1,7 @@
 """Pictures of every kind look the same by every door; what is refused, with which sentence."""
 
 import io
+import os
 import pickle
 import struct
 import zlib
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from processing_rice import MediaError, open_image
+from processing_rice import MediaError, open_image, read_video
 from processing_rice import media_rice as media
 from processing_rice.media_rice import image_header, picture_tensor, tar_member_path
 
@@ -332,6 +333,13 @@ class TestDamaged:
             open_image({"path": str(tmp_path), "bytes": None})
         with pytest.raises(MediaError, match="cannot be read"):
             open_image({"path": None, "bytes": None})
+
+    def test_pipes_and_devices_are_not_waited_for(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        for path in (tmp_path / "pipe", "/dev/zero"):
+            for read in (open_image, read_video):
+                with pytest.raises(MediaError, match="cannot be read .it is no file."):
+                    read(path)
 
     @pytest.mark.filterwarnings("ignore")
     @pytest.mark.parametrize(("width", "height"), [(12_000, 12_000), (60_000, 60_000), (2**31 - 1, 2)])

@@ -332,7 +332,7 @@ def test_the_command_writes_table_lines_and_subtitles(shop, tmp_path, capsys):
     captured = capsys.readouterr()
     table = captured.out.strip().splitlines()
     assert [row.split()[3] for row in table] == ["product", "red", "green", "blue"]
-    assert "55 frames recognised" in captured.err
+    assert "55 frames recognised of 220 that can be decoded" in captured.err
     lines = [json.loads(line) for line in (tmp_path / "show.jsonl").read_text().splitlines()]
     assert [line["product_id"] for line in lines] == ["red", "green", "blue"]
     assert [line["start_s"] for line in lines] == pytest.approx([0, 8, 16], abs=0.6)
@@ -393,8 +393,14 @@ class Camera:
             codec_context=SimpleNamespace(width=8, height=8, is_open=True),
             sample_aspect_ratio=None,
         )
-        streams = SimpleNamespace(video=[video])
-        return SimpleNamespace(streams=streams, duration=None, demux=self.packets, close=lambda: None)
+        return SimpleNamespace(
+            streams=SimpleNamespace(video=[video]),
+            format=SimpleNamespace(flags=0, name="v4l2"),
+            start_time=None,
+            duration=None,
+            demux=self.packets,
+            close=lambda: None,
+        )
 
     def packets(self, stream):
         for i in range(self.count):
