@@ -68,8 +68,8 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.data} has no rows with ASR; give a folder of shop_clips or LPR4M.")
     parts = _shop_parts(root, options) if kind is ShopClips else _lpr4m_parts(root, options)
     header = {**_FORMAT, "model": options.asr, "language": options.language}
-    transcripts = Transcripts(Path(root) / TRANSCRIPTS, header, options.overwrite)
     transcriber = load_transcriber(options.asr, options.language, options.device)
+    transcripts = Transcripts(Path(root) / TRANSCRIPTS, header, options.overwrite)
     for part in parts:
         clips = part.clips()
         _hear(clips, part.split, transcripts, transcriber, options)

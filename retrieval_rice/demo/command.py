@@ -128,6 +128,8 @@ def load_demo(options: argparse.Namespace):
         index = GalleryIndex.build(model, processor, gallery, batch_size=options.batch_size)
     transcriber = None
     if options.asr is not None:
+        if getattr(model.config, "text_config", None) is None:
+            raise ValueError(f"--asr needs a model that reads text, which {options.model} does not; leave it out.")
         from ..stream.speech_models import load_transcriber
 
         transcriber = load_transcriber(options.asr, options.language or "auto", options.device)

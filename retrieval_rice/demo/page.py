@@ -175,9 +175,13 @@ class Demo:
         """A clip of uploaded files, which are gone afterwards; raises `UploadError`."""
         upload: Upload = read_upload(paths, self.folder, self.limits, self.transcriber is not None)
         frames = [{"path": None, "bytes": data} for data in upload.frames]
-        words = [word for chunk in upload.sound for word in words_of(chunk, self.transcriber)]
+        words, note = [], upload.note
+        try:
+            words = [word for chunk in upload.sound for word in words_of(chunk, self.transcriber)]
+        except (RuntimeError, ValueError) as error:
+            note = f"{note} The sound could not be heard ({error}).".strip()
         row = {"clip_id": "upload", "frames": frames, "boxes": None, "asr": join_words(words), "relevant": []}
-        return Clip(row, upload.note, words, is_upload=True)
+        return Clip(row, note, words, is_upload=True)
 
     @torch.no_grad()
     def recognise(self, clip: Clip, live_id: str, asr: str = "", boxes: str = "none") -> Recognition:
