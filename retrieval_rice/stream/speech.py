@@ -88,8 +88,9 @@ def join_words(words: Iterable[Word]) -> str:
     """Their texts in order, with spaces but between scripts that have none."""
     joined = ""
     for word in words:
-        together = joined and _UNSPACED.match(joined[-1]) and _UNSPACED.match(word.text)
-        joined += word.text if together or not joined else f" {word.text}"
+        text = word.text.strip()
+        together = joined and _UNSPACED.match(joined[-1]) and _UNSPACED.match(text)
+        joined += text if together or not joined else f" {text}"
     return joined
 
 

@@ -95,7 +95,7 @@ class PipelineTranscriber:
             self.pipeline = pipeline("automatic-speech-recognition", model=name, device=device)
         except (RuntimeError, ValueError, OSError, KeyError, ImportError) as error:
             raise _not_loaded(name, error) from error
-        codes = getattr(self.pipeline.generation_config, "lang_to_id", None) or {}
+        codes = getattr(getattr(self.pipeline.model, "generation_config", None), "lang_to_id", None) or {}
         known = sorted(code.strip("<|>") for code in codes)
         if language != "auto" and language not in known:
             raise _unknown_language(name, language, known)

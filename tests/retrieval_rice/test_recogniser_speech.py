@@ -39,7 +39,7 @@ class Processor:
 
 
 class Model:
-    """A clip is the colour of its frames, and the colour that is said counts as much as all of them."""
+    """A clip is the colour of its frames, and the colour that is said counts three times as much as all of them."""
 
     training, config = False, SimpleNamespace(text_config="letters")
 
@@ -56,7 +56,7 @@ class Model:
         text = "" if asr_input_ids is None else "".join(map(chr, asr_input_ids[0].tolist()))
         self.said.append(text)
         for i, name in enumerate(COLOURS):
-            shares[i] += name in text
+            shares[i] += 3 * (name in text)
         return RiceClips(embeds=(shares / shares.sum())[None])
 
 
@@ -213,7 +213,7 @@ def shop(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shop")
     torch.manual_seed(0)
     tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    tokenizer = train_tokenizer(["red mug", "blue mug"] * 20, vocab_size=300)
+    tokenizer = train_tokenizer(["red mug", "blue mug"] * 20, vocab_size=400)
     config = RiceConfig(
         vision_config=CLIPVisionConfig(**tiny, image_size=32, patch_size=8),
         text_config=BertConfig(**tiny, vocab_size=len(tokenizer)).to_dict(),
@@ -307,7 +307,7 @@ def test_a_model_that_reads_no_text_is_refused(shop, write_show, capsys):
 def test_windows_with_words_score_like_clips_with_asr(shop):
     """Of the real model: the pooled window with its words equals the clip that is encoded with them."""
     model = RiceModel.from_pretrained(shop / "model").eval()
-    processor = build_processor(train_tokenizer(["red mug", "blue mug"] * 20, vocab_size=300), 32, 8, 4)
+    processor = build_processor(train_tokenizer(["red mug", "blue mug"] * 20, vocab_size=400), 32, 8, 4)
     index = GalleryIndex.load(shop / "index", model)
     pictures = [Image.new("RGB", (32, 32), COLOURS["blue"])] * 4
     expected = Recogniser(model, processor, index).recognise(pictures, asr="red mug")
