@@ -11,8 +11,8 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
+from ..quota import FolderQuota, UploadGate
 from .page import Clip, Demo, Pair, Recognition, caption, said_pieces, table_rows
-from .quota import UploadGate
 
 MAX_VISITORS = 64
 """Visitors whose clips are kept, each a few megabytes; the one that was away longest starts anew."""
@@ -282,12 +282,13 @@ def serve(demo: Demo, host: str = "127.0.0.1", port: int | None = None, block: b
     """
     page = build_demo(demo)
     page.queue(max_size=16)
+    quota = FolderQuota(demo.folder, demo.limits.max_total_bytes, demo.limits.keep_seconds)
     page.launch(
         server_name=host,
         server_port=port,
         prevent_thread_lock=True,
         max_file_size=demo.limits.max_bytes,
-        app_kwargs={"middleware": [Middleware(UploadGate, folder=demo.folder, limits=demo.limits)]},
+        app_kwargs={"middleware": [Middleware(UploadGate, limits=demo.limits, quota=quota)]},
         state_session_capacity=MAX_VISITORS,
         # The theme's own fonts would be fetched from elsewhere.
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),

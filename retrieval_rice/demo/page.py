@@ -20,7 +20,7 @@ from processing_rice.video_media_rice import sample_video
 from ..index import Answer, GalleryIndex, Hit
 from ..stream.speech import Word, join_words, phrases
 from ..stream.speech_models import words_of
-from .uploads import Upload, UploadError, UploadLimits, read_upload
+from ..uploads import Upload, UploadError, UploadLimits, read_upload
 
 TOP_K = 10
 EXAMPLES = 12
@@ -173,7 +173,7 @@ class Demo:
 
     def upload(self, paths: Sequence[str]) -> Clip:
         """A clip of uploaded files, which are gone afterwards; raises `UploadError`."""
-        upload: Upload = read_upload(paths, self.folder, self.limits, self.transcriber is not None)
+        upload: Upload = read_upload(paths, self.folder, self.limits, with_sound=self.transcriber is not None)
         frames = [{"path": None, "bytes": data} for data in upload.frames]
         words, note = [], upload.note
         try:

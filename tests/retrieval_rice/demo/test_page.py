@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from retrieval_rice.demo.page import Demo, caption, column, draw_box, enlarge, shared_words, table_rows
-from retrieval_rice.demo.uploads import UploadError
 from retrieval_rice.index import GalleryIndex
 from retrieval_rice.index.calibration import Calibration, presence_features
+from retrieval_rice.uploads import UploadError
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import pytest
 from transformers import BertConfig
 
 from retrieval_rice.demo.page import Demo, caption, said_pieces
-from retrieval_rice.demo.uploads import UploadLimits, read_upload
 from retrieval_rice.index import GalleryIndex
 from retrieval_rice.stream.speech import Word
+from retrieval_rice.uploads import UploadLimits, read_upload
 from rice_cli import main
 
 av = pytest.importorskip("av")

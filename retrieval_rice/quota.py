@@ -1,4 +1,4 @@
-"""Bounds on what all visitors of the demo together leave on its disk, whoever they are and however they send it.
+"""Bounds on what all who use the demo or the service together send, whoever they are and however they send it.
 
 Gradio takes files before anyone asks for recognition, any number of times, and keeps what was shown or broken off.
 """
@@ -69,38 +69,55 @@ def _entries(folder: str) -> Iterator[os.DirEntry]:
 
 class UploadGate:
     """
-    ASGI middleware: what is sent is bounded in size, in time and, over all visitors, in what it leaves on the disk.
+    ASGI middleware: what is sent is bounded in size, in time and, over all who send, in what it takes of the disk.
 
     Args:
-        app: The page's server.
-        folder: Where it puts files.
+        app: The server.
         limits: Of uploads.
+        quota: Of the folder that the server puts files in and does not clear by itself; without one, what is arriving
+            or in work is all that there is.
     """
 
-    def __init__(self, app: Any, folder: str | Path, limits: UploadLimits):
-        self.app, self.limits = app, limits
-        self.quota = FolderQuota(folder, limits.max_total_bytes, limits.keep_seconds)
+    methods = ("POST",)
+
+    def __init__(self, app: Any, limits: UploadLimits, quota: FolderQuota | None = None):
+        self.app, self.limits, self.quota = app, limits, quota
         self.arriving = 0
 
+    def is_upload(self, scope: dict) -> bool:
+        """Whether a request carries files; any other is short."""
+        return scope["path"].rstrip("/").endswith("/upload")
+
+    def has_room(self, wanted: int) -> bool:
+        """Whether so many bytes more fit beside those that are arriving."""
+        # Uploads arrive beside each other, and each may become as long as it says.
+        if self.quota is not None:
+            return self.quota.make_room(self.arriving + wanted)
+        return self.arriving + wanted <= self.limits.max_total_bytes
+
+    async def refuse(self, send: Any, status: int, words: str) -> None:
+        """Answers with one sentence."""
+        await answer(send, status, words.encode(), b"text/plain; charset=utf-8")
+
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["method"] not in self.methods:
             return await self.app(scope, receive, send)
-        is_upload = scope["path"].rstrip("/").endswith("/upload")
+        is_upload = self.is_upload(scope)
         seconds = self.limits.arriving_seconds if is_upload else None
         most = self.limits.max_bytes if is_upload else 0
         length = dict(scope["headers"]).get(b"content-length", b"")
         if not length.isdigit():
-            return await _refuse(send, 411, "The length of what is sent must be given.")
+            return await self.refuse(send, 411, "The length of what is sent must be given.")
         size = int(length)
         if size > most + OVERHEAD:
             words = (
                 f"This is {size / 1e6:.0f} MB, more than the {(most or OVERHEAD) / 1e6:g} MB that are taken at once."
             )
-            return await _refuse(send, 413, words)
-        # Uploads arrive beside each other, and each may become as long as it says.
+            return await self.refuse(send, 413, words)
         wanted = size if is_upload else 0
-        if not self.quota.make_room(self.arriving + wanted) and is_upload:
-            return await _refuse(send, 503, "Others are uploading, and there is no room; try again in some minutes.")
+        if not self.has_room(wanted) and is_upload:
+            words = "Others are uploading, and there is no room; try again in some minutes."
+            return await self.refuse(send, 503, words)
         self.arriving += wanted
         try:
             async with asyncio.timeout(seconds) as clock:
@@ -108,13 +125,13 @@ class UploadGate:
         except TimeoutError:
             if not clock.expired():
                 raise
-            await _refuse(send, 408, f"The upload took longer than {seconds:g} s; send something smaller.")
+            await self.refuse(send, 408, f"The upload took longer than {seconds:g} s; send something smaller.")
         finally:
             self.arriving -= wanted
 
 
-async def _refuse(send: Any, status: int, words: str) -> None:
-    body = words.encode()
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
+async def answer(send: Any, status: int, body: bytes, kind: bytes, *headers: tuple[bytes, bytes]) -> None:
+    """Sends a whole answer, after which the connection is closed: what was to come on it is not read."""
+    headers = ((b"content-type", kind), (b"content-length", str(len(body)).encode()), *headers)
     await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"connection", b"close")]})
     await send({"type": "http.response.body", "body": body})

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from retrieval_rice.demo.quota import OVERHEAD, FolderQuota, UploadGate
-from retrieval_rice.demo.uploads import UploadLimits
+from retrieval_rice.quota import OVERHEAD, FolderQuota, UploadGate
+from retrieval_rice.uploads import UploadLimits
 
 LIMITS = UploadLimits(max_bytes=1000, max_total_bytes=OVERHEAD + 3000, arriving_seconds=5)
 
@@ -83,6 +83,10 @@ class Server:
         await send({"type": "http.response.body", "body": b""})
 
 
+def make_gate(server, folder, limits) -> UploadGate:
+    return UploadGate(server, limits, FolderQuota(folder, limits.max_total_bytes, limits.keep_seconds))
+
+
 async def post(gate, size: int | None, path: str = "/gradio_api/upload", method: str = "POST") -> tuple[int, str]:
     """Status and words of the answer to a request."""
     sent = []
@@ -99,7 +103,7 @@ def test_requests_without_or_of_too_great_length_are_refused_unread(folder):
     async def scenario():
         server = Server()
         server.go_on.set()
-        gate = UploadGate(server, folder, LIMITS)
+        gate = make_gate(server, folder, LIMITS)
         assert await post(gate, None) == (411, "The length of what is sent must be given.")
         status, words = await post(gate, OVERHEAD + 1001)
         assert status == 413 and words.startswith("This is 1 MB, more than")
@@ -116,7 +120,7 @@ def test_requests_without_or_of_too_great_length_are_refused_unread(folder):
 def test_uploads_that_arrive_together_share_the_room(folder):
     async def scenario():
         server = Server()
-        gate = UploadGate(server, folder, LIMITS)
+        gate = make_gate(server, folder, LIMITS)
         first = asyncio.create_task(post(gate, OVERHEAD + 1000))
         await asyncio.sleep(0)
         # As many as there are bytes left still fit; one more does not.
@@ -135,7 +139,7 @@ def test_an_upload_makes_room_and_so_does_a_click(folder):
     async def scenario():
         server = Server()
         server.go_on.set()
-        gate = UploadGate(server, folder, LIMITS)
+        gate = make_gate(server, folder, LIMITS)
         old, young = put(folder / "old", OVERHEAD, 20), put(folder / "young", 2500, 10)
         assert (await post(gate, 600))[0] == 200
         assert not old.exists() and young.exists()
@@ -148,7 +152,7 @@ def test_an_upload_makes_room_and_so_does_a_click(folder):
 
 def test_a_slow_upload_ends_and_frees_its_room(folder):
     async def scenario():
-        gate = UploadGate(Server(), folder, replace(LIMITS, arriving_seconds=0.05))
+        gate = make_gate(Server(), folder, replace(LIMITS, arriving_seconds=0.05))
         status, words = await post(gate, OVERHEAD)
         assert status == 408 and words == "The upload took longer than 0.05 s; send something smaller."
         assert gate.arriving == 0
@@ -160,7 +164,7 @@ def test_errors_of_the_server_are_its_own(folder):
     async def fail(scope, receive, send):
         raise TimeoutError("of the server")
 
-    gate = UploadGate(fail, folder, LIMITS)
+    gate = make_gate(fail, folder, LIMITS)
     with pytest.raises(TimeoutError, match="of the server"):
         asyncio.run(post(gate, 10))
     assert gate.arriving == 0

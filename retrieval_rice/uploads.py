@@ -1,24 +1,25 @@
-"""What strangers upload to the demo: read within bounds, from its own folder only, and deleted at once.
+"""What strangers upload to the demo or the service: read within bounds, from one folder only, and deleted at once.
 
 A file's kind is told by its first bytes and never by its name, so that a play list, which could name further files, is
-not opened as a video. Read frames are small JPEGs in memory.
+not opened as a video. What is kept of a frame is chosen by who reads it; the demo keeps small JPEGs.
 """
 
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
 from data_rice.folders import natural_key
-from processing_rice import MediaError, open_image
+from processing_rice import MediaError, open_image, sample_frame_indices
 from processing_rice.media_rice import FORMATS, image_header
 from processing_rice.video_container_rice import open_container
 from processing_rice.video_media_rice import VideoReader
 
-from ..stream.speech_sound import FILE_CHUNK_S, Block, FileSound, chunks
+from .stream.speech_sound import FILE_CHUNK_S, Block, FileSound, chunks
 
 _SIDE = 640
 _FIRST_STEP = 0.2
@@ -53,20 +54,48 @@ class UploadLimits:
 
 
 class UploadError(ValueError):
-    """An upload that is refused; the message is one sentence for the person who sent it."""
+    """
+    An upload that is refused; the message is one sentence for the person who sent it.
+
+    Attributes:
+        too_large: It is refused for its size, length, or number of files or pixels, which some way of sending it less
+            would mend.
+    """
+
+    too_large = False
+
+
+def upload_too_large(words: str) -> UploadError:
+    """A refusal for the size."""
+    error = UploadError(words)
+    error.too_large = True
+    return error
 
 
 @dataclass
 class Upload:
-    """Frames of a clip as encoded pictures, what is worth knowing of them ("" for nothing), and the clip's sound."""
+    """What was kept of a clip's frames, what is worth knowing of them ("" for nothing), and the clip's sound."""
 
-    frames: list[bytes]
+    frames: list[Any]
     note: str = ""
     sound: list[Block] = field(default_factory=list)
 
 
+def small_jpeg(picture: Image.Image) -> bytes:
+    """A frame as the demo keeps it: 640 pixels at most, encoded."""
+    picture.thumbnail((_SIDE, _SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=92)
+    return buffer.getvalue()
+
+
 def read_upload(
-    paths: Sequence[str], folder: str | Path, limits: UploadLimits = UploadLimits(), with_sound: bool = False
+    paths: Sequence[str],
+    folder: str | Path,
+    limits: UploadLimits = UploadLimits(),
+    num_frames: int | None = None,
+    keep: Callable[[Image.Image], Any] = small_jpeg,
+    with_sound: bool = False,
 ) -> Upload:
     """
     Frames of uploaded pictures, in the order of their names, or of one uploaded video. The files are deleted, also
@@ -76,6 +105,9 @@ def read_upload(
         paths: Where the server put the files.
         folder: The only folder from which anything is read or deleted.
         limits: How much is read.
+        num_frames: Read only those frames that a model of so many frames looks at, as `Recogniser.recognise` chooses
+            them; by default all pictures, and of a video up to `limits.max_frames`, evenly spaced in time.
+        keep: What is kept of a frame, an upright RGB picture; the picture itself is let go.
         with_sound: Read the sound of a video, too.
 
     Raises:
@@ -85,7 +117,8 @@ def read_upload(
     try:
         if len(own) < len(paths):
             raise UploadError("A file was not uploaded here or is gone by now; upload it again.")
-        return _read(sorted(own, key=lambda path: natural_key(path.name)), limits, with_sound)
+        own.sort(key=lambda path: natural_key(path.name))
+        return _read(own, limits, num_frames, keep, with_sound)
     finally:
         for path in own:
             path.unlink(missing_ok=True)
@@ -95,23 +128,23 @@ def _lies_in(path: Path, folder: Path) -> bool:
     return not path.is_symlink() and path.is_file() and path.resolve().is_relative_to(folder.resolve())
 
 
-def _read(paths: list[Path], limits: UploadLimits, with_sound: bool) -> Upload:
+def _read(paths: list[Path], limits: UploadLimits, num_frames: int | None, keep: Callable, with_sound: bool) -> Upload:
     if not paths:
         raise UploadError("Nothing was uploaded: choose pictures or one video.")
     if len(paths) > limits.max_files:
-        raise UploadError(f"A clip has at most {limits.max_files} pictures here, and these are {len(paths)}.")
+        raise upload_too_large(f"A clip has at most {limits.max_files} pictures here, and these are {len(paths)}.")
     size = sum(path.stat().st_size for path in paths)
     if size > limits.max_bytes:
         megabytes = limits.max_bytes / 1e6
-        raise UploadError(f"The upload has {size / 1e6:.1f} MB, more than the {megabytes:g} MB that are read.")
+        raise upload_too_large(f"The upload has {size / 1e6:.1f} MB, more than the {megabytes:g} MB that are read.")
     deadline = time.monotonic() + limits.reading_seconds
-    formats = [video_format(path) for path in paths]
-    if not any(formats):
-        return Upload([_read_picture(path, limits, deadline) for path in paths])
-    if len(paths) > 1:
-        raise UploadError("Upload either pictures or one video, not both or several.")
-    upload = _read_video(paths[0], limits, deadline)
-    return replace(upload, sound=_read_sound(paths[0], limits, deadline)) if with_sound else upload
+    if any(video_format(path) for path in paths):
+        if len(paths) > 1:
+            raise UploadError("Upload either pictures or one video, not both or several.")
+        upload = _read_video(paths[0], limits, deadline, num_frames, keep)
+        return replace(upload, sound=_read_sound(paths[0], limits, deadline)) if with_sound else upload
+    chosen = range(len(paths)) if num_frames is None else sample_frame_indices(len(paths), num_frames)
+    return Upload([keep(_read_picture(paths[i], limits, deadline)) for i in chosen])
 
 
 def video_format(path: str | Path) -> str | None:
@@ -129,49 +162,59 @@ def video_format(path: str | Path) -> str | None:
 
 def _check_time(deadline: float, limits: UploadLimits) -> None:
     if time.monotonic() > deadline:
-        raise UploadError(
+        raise upload_too_large(
             f"Reading took longer than {limits.reading_seconds:g} s; upload something shorter or smaller."
         )
 
 
-def _check_pixels(name: str, width: int, height: int, limits: UploadLimits) -> None:
-    if width * height > limits.max_pixels:
-        megapixels = limits.max_pixels / 1e6
-        raise UploadError(f"{name} has {width} x {height} pixels, more than the {megapixels:g} million that are read.")
+def check_picture(path: str | Path, name: str, limits: UploadLimits) -> None:
+    """
+    Looks at a file's header alone.
 
+    Args:
+        path: Of the file.
+        name: What a refusal calls it.
+        limits: Of its pixels.
 
-def _read_picture(path: Path, limits: UploadLimits, deadline: float) -> bytes:
-    _check_time(deadline, limits)
+    Raises:
+        UploadError: it is no picture, or has too many pixels.
+    """
     try:
         header = image_header(path)
     except MediaError as error:
         if not isinstance(error.__cause__, UnidentifiedImageError):
-            raise UploadError(f"{path.name} {error.reason}.") from error
+            raise UploadError(f"{name} {error.reason}.") from error
         raise UploadError(
-            f"{path.name} is neither a picture ({', '.join(FORMATS)}) nor a video (MP4, WebM, MKV, AVI)."
+            f"{name} is neither a picture ({', '.join(FORMATS)}) nor a video (MP4, WebM, MKV, AVI)."
         ) from error
-    _check_pixels(path.name, header.width, header.height, limits)
+    if header.width * header.height > limits.max_pixels:
+        megapixels = limits.max_pixels / 1e6
+        raise upload_too_large(
+            f"{name} has {header.width} x {header.height} pixels, more than the {megapixels:g} million that are read."
+        )
+
+
+def _read_picture(path: Path, limits: UploadLimits, deadline: float) -> Image.Image:
+    _check_time(deadline, limits)
+    check_picture(path, path.name, limits)
     try:
-        return _small(open_image(path))
+        return open_image(path)
     except MediaError as error:
         raise UploadError(f"{path.name} is damaged and cannot be read.") from error
 
 
-def _small(picture: Image.Image) -> bytes:
-    picture.thumbnail((_SIDE, _SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=92)
-    return buffer.getvalue()
-
-
-def _read_video(path: Path, limits: UploadLimits, deadline: float) -> Upload:
+def _read_video(path: Path, limits: UploadLimits, deadline: float, num_frames: int | None, keep: Callable) -> Upload:
     try:
         with VideoReader(path, limits.max_pixels, lambda: _check_time(deadline, limits)) as video:
             if video.end_s > limits.max_seconds:
-                raise UploadError(
+                raise upload_too_large(
                     f"The video lasts {video.end_s:.0f} s, more than the {limits.max_seconds:g} s that are read."
                 )
-            frames = [_small(frame.picture) for frame in video.frames(_spread(video.times, limits.max_frames))]
+            if num_frames is None:
+                chosen = _spread(video.times, limits.max_frames)
+            else:
+                chosen = sample_frame_indices(len(video), num_frames)
+            frames = [keep(frame.picture) for frame in video.frames(chosen)]
             is_damaged = video.num_missing or video.num_damaged
     except UploadError:
         raise

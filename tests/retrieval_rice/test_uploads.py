@@ -5,7 +5,7 @@ import zlib
 import pytest
 from PIL import Image, ImageFile
 
-from retrieval_rice.demo.uploads import UploadError, UploadLimits, read_upload, video_format
+from retrieval_rice.uploads import UploadError, UploadLimits, read_upload, video_format
 
 RED, BLUE = (220, 20, 20), (20, 20, 220)
 
