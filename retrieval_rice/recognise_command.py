@@ -133,6 +133,10 @@ def check_words(options: argparse.Namespace, recogniser) -> None:
             raise ValueError(f"--{name} belongs to --asr or --subtitles; give one of them, or leave it out.")
         if not 0 <= seconds < math.inf:
             raise ValueError(f"--{name} must be a number of seconds of 0 or more, got {seconds:g}.")
+    if options.source == options.subtitles == "-":
+        raise ValueError(
+            "SOURCE and --subtitles cannot both be read from standard input; name a pipe for one of them."
+        )
     if not recogniser.reads_asr and (options.asr is not None or options.subtitles is not None):
         name = "--asr" if options.asr is not None else "--subtitles"
         raise ValueError(f"{name} needs a model that reads text, which {options.model} does not; leave it out.")

@@ -6,6 +6,7 @@ is read in a thread of its own. Two things are used where it has them: `heard_s`
 will come, and `stop()`.
 """
 
+import heapq
 import logging
 import math
 import re
@@ -138,8 +139,8 @@ class Hearing:
         self.counts = WordCounts()
         self._changed = threading.Condition()
         self._words: list[Word] = []
-        # Those that no window was given, by their place in the order in which they came.
-        self._new: deque[Word] = deque()
+        # Those that no window was given, the earliest first: (start_s, number, word).
+        self._new: list[tuple[float, int, Word]] = []
         self._said: deque[Word] = deque(maxlen=_MOST_WORDS_OF_A_SEGMENT)
         self._ended = False
         self._stopping = False
@@ -179,7 +180,7 @@ class Hearing:
                 self.counts.lost += 1
                 return
             self.counts.words += 1
-            self._new.append(word)
+            heapq.heappush(self._new, (word.start_s, self.counts.words, word))
             if not self.waits and self._now_s is not None and word.end_s < self._now_s:
                 self._delays += 1
                 delay_s = self._now_s - word.end_s
@@ -202,12 +203,8 @@ class Hearing:
             self._now_s = end_s if now_s is None else now_s
             self._words = [word for word in self._words if word.end_s >= start_s]
             late = []
-            # A word that is still to come in time may wait behind another that is not.
-            for _ in range(len(self._new)):
-                word = self._new.popleft()
-                if word.start_s > end_s:
-                    self._new.append(word)
-                    continue
+            while self._new and self._new[0][0] <= end_s:
+                word = heapq.heappop(self._new)[-1]
                 if word.end_s >= start_s:
                     self._words.append(word)
                 elif word.end_s >= first_s and word.end_s >= self._now_s - _LATEST_S:

@@ -55,8 +55,11 @@ def captions(name: str, source: str | os.PathLike, notify: Callable[[str], None]
         name = os.fspath(source)
     if not os.path.exists(name):
         raise MissingMediaError(f"There is no subtitle file {printable(name)}.")
-    if name.endswith(".jsonl") or stat.S_ISFIFO(os.stat(name).st_mode):
+    if stat.S_ISFIFO(os.stat(name).st_mode):
         return JsonWords(name, printable(name), notify)
+    if name.endswith(".jsonl"):
+        # What is there already is known before the first window.
+        return list(JsonWords(name, printable(name), notify))
     return Subtitles(name, notify)
 
 

@@ -40,17 +40,15 @@ class WhisperTranscriber:
 
     def __init__(self, name: str, language: str = "auto", device: str | None = None):
         try:
+            from ctranslate2 import get_cuda_device_count
             from faster_whisper import WhisperModel
         except ImportError:
             raise ValueError(f"The speech model {name} needs faster-whisper; {_INSTALL}") from None
-        kind, _, number = (device or "auto").partition(":")
-        # CTranslate2 knows these two alone.
-        kind = kind if kind in ("auto", "cuda") else "cpu"
+        kind, _, number = (device or ("cuda" if get_cuda_device_count() else "cpu")).partition(":")
+        # Of torch's devices CTranslate2 knows these two.
+        kind = "cuda" if kind == "cuda" else "cpu"
         try:
-            # "auto" takes the fastest type of a GPU, and int8 is what a CPU is fast in.
             self.model = WhisperModel(name, kind, int(number or 0), "int8" if kind == "cpu" else "auto")
-            if self.model.model.device == "cpu" and kind == "auto":
-                self.model = WhisperModel(name, "cpu", compute_type="int8")
         except (RuntimeError, ValueError, OSError) as error:
             raise _not_loaded(name, error) from error
         known = self.model.supported_languages
