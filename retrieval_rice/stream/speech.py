@@ -203,7 +203,7 @@ class Hearing:
             self._now_s = end_s if now_s is None else now_s
             self._words = [word for word in self._words if word.end_s >= start_s]
             late = []
-            while self._new and self._new[0][0] <= end_s:
+            while self._new and self._new[0][0] < end_s:
                 word = heapq.heappop(self._new)[-1]
                 if word.end_s >= start_s:
                     self._words.append(word)

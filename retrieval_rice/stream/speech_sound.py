@@ -40,7 +40,7 @@ _LONGEST_QUEUE_S = 30.0
 
 @dataclass(frozen=True)
 class Block:
-    """Sound from `start_s` seconds on: `samples` `(n,)` float32 in -1..1."""
+    """Sound from `start_s` seconds on: `samples` `(n,)` float32, full scale 1."""
 
     start_s: float
     samples: np.ndarray

@@ -1,4 +1,4 @@
-"""The study of hearing: its measures by hand, its streams, and its lines from end to end with a model that hears all."""
+"""The study of hearing: its measures by hand, its streams, and the lines that it prints."""
 
 import sys
 from pathlib import Path

@@ -173,7 +173,8 @@ def write_show(tmp_path):
             video.width = video.height = 32
             video.pix_fmt = "yuv420p"
             heard = container.add_stream(codec, rate=16000, layout="mono") if sound is not None else None
-            track = container.add_stream("subrip") if cues else None
+            written = av.open(io.BytesIO(subrip(cues).encode())) if cues else None
+            track = container.add_stream_from_template(written.streams.subtitles[0]) if cues else None
             for i in range(len(colours) * rate):
                 frame = av.VideoFrame.from_image(Image.new("RGB", (32, 32), colours[i // rate]))
                 container.mux(video.encode(frame))
@@ -186,15 +187,21 @@ def write_show(tmp_path):
                 container.mux(heard.encode(frame))
             if heard is not None:
                 container.mux(heard.encode(None))
-            for start_s, end_s, text in cues:
-                packet = av.Packet(text.encode())
-                packet.stream, packet.time_base = track, Fraction(1, 1000)
-                packet.pts = packet.dts = round(1000 * start_s)
-                packet.duration = round(1000 * (end_s - start_s))
-                container.mux(packet)
+            for packet in written.demux() if cues else ():
+                if packet.dts is not None:
+                    packet.stream = track
+                    container.mux(packet)
         return path
 
     return write
+
+
+def subrip(cues) -> str:
+    def clock(seconds):
+        return f"{int(seconds) // 3600:02d}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d},{seconds % 1 * 1000:03.0f}"
+
+    parts = (f"{i}\n{clock(start)} --> {clock(end)}\n{text}\n\n" for i, (start, end, text) in enumerate(cues, 1))
+    return "".join(parts)
 
 
 def tones(*parts) -> np.ndarray:

@@ -92,8 +92,8 @@ def run(speech, source=None, **settings):
 
 
 def test_windows_are_given_the_words_around_them():
-    segments, said = run([(10.0, 10.5, "red"), (10.5, 11.0, "mug")], asr_before_s=2.0, asr_after_s=1.0)
-    # A window is 4 s long; words end at 10.5 and 11, and count from a second before them to two after.
+    segments, said = run([(9.5, 10.0, "red"), (10.5, 11.0, "mug")], asr_before_s=2.0, asr_after_s=1.0)
+    # A window is 4 s long; words end at 10 and 11, and count up to two seconds later.
     assert said[:5] == [""] * 5 and said[5] == "red" and said[6] == "red mug" and said[12] == "red mug"
     assert said[13] == "mug" and said[14] == ""
     assert [product for _, _, product in spans(segments)] == [None, "red", None]

@@ -23,7 +23,8 @@ def words(*parts):
 def test_a_window_is_given_the_words_around_it():
     tool, notices = hearing([(0, 1, "zero"), (4, 5, "four"), (4.5, 6, "and"), (9, 10, "nine")])
     assert tool.text(0, 3) == "zero"
-    assert tool.text(1, 4) == "zero four"
+    # What begins where the window ends is not in it.
+    assert tool.text(1, 4) == "zero" and tool.text(1, 4.1) == "zero four"
     assert tool.text(5, 8) == "four and"
     assert tool.text(6.5, 8.5) == ""
     assert tool.text(7, 20) == "nine"

