@@ -72,35 +72,29 @@ class _Decoder:
         self._resampler, self._format = None, None
         self._next_s = 0.0
 
-    def blocks(self, packet, shift_s: float) -> Iterator[Block]:
+    def blocks(self, packet, shift_s: float) -> list[Block]:
         """The sound of a packet, `shift_s` seconds later than its time stamps say."""
         try:
-            frames = packet.decode()
+            return [block for frame in packet.decode() if len((block := self._block(frame, shift_s)).samples)]
         except EOFError:
-            return
-        except (self.av.FFmpegError, ValueError):
+            return []
+        except Exception:
+            # Whatever a decoder of sound raises, the picture goes on.
             self.counts.damaged += 1
-            return
-        for frame in frames:
-            start_s = self._next_s if frame.time is None else frame.time + shift_s
-            self._next_s = start_s + frame.samples / (frame.sample_rate or RATE)
-            samples = self._resampled(frame)
-            if len(samples):
-                yield Block(start_s, samples)
+            self._format = None
+            return []
 
-    def _resampled(self, frame) -> np.ndarray:
+    def _block(self, frame, shift_s: float) -> Block:
+        start_s = self._next_s if frame.time is None else frame.time + shift_s
+        self._next_s = start_s + frame.samples / (frame.sample_rate or RATE)
         kind = (frame.format.name, frame.layout.name, frame.sample_rate)
         if kind != self._format:
             self._resampler = self.av.AudioResampler(format="flt", layout="mono", rate=RATE)
             self._format = kind
         frame.pts = None
-        try:
-            parts = [part.to_ndarray()[0] for part in self._resampler.resample(frame)]
-        except (self.av.FFmpegError, ValueError):
-            self.counts.damaged += 1
-            self._format, parts = None, []
+        parts = [part.to_ndarray()[0] for part in self._resampler.resample(frame)]
         # A float that is no number would spoil all of a chunk.
-        return np.nan_to_num(np.concatenate(parts)) if parts else np.zeros(0, np.float32)
+        return Block(start_s, np.nan_to_num(np.concatenate(parts)) if parts else np.zeros(0, np.float32))
 
 
 class FileSound:

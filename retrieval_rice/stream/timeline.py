@@ -336,7 +336,9 @@ def vtt_cue(segment: Segment) -> str:
     cues = []
     if segment.hit is not None:
         cues.append((segment.start_s, segment.end_s, f"{name_of(segment.hit)} ({segment.confidence:.0%})"))
-    cues += [(part.start_s, part.end_s, f"({one_line(part.text)})") for part in phrases(segment.said or ())]
+    for part in phrases(segment.said or ()):
+        # A cue lasts; words of which only the start is known do not.
+        cues.append((part.start_s, max(part.end_s, part.start_s + 0.5), f"({one_line(part.text)})"))
     return "".join(f"{clock(start)} --> {clock(end)}\n{_escaped(text)}\n\n" for start, end, text in cues)
 
 

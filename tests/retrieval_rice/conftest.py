@@ -197,11 +197,10 @@ def write_show(tmp_path):
 
 
 def subrip(cues) -> str:
-    def clock(seconds):
-        return f"{int(seconds) // 3600:02d}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d},{seconds % 1 * 1000:03.0f}"
+    from retrieval_rice.stream.timeline import clock
 
-    parts = (f"{i}\n{clock(start)} --> {clock(end)}\n{text}\n\n" for i, (start, end, text) in enumerate(cues, 1))
-    return "".join(parts)
+    spans = [f"{clock(start)} --> {clock(end)}".replace(".", ",") for start, end, _ in cues]
+    return "".join(f"{i}\n{span}\n{text}\n\n" for i, (span, (_, _, text)) in enumerate(zip(spans, cues), 1))
 
 
 def tones(*parts) -> np.ndarray:
