@@ -79,7 +79,8 @@ def run(options: argparse.Namespace) -> None:
 
 class Transcripts:
     """
-    The side file: a header with model and language, and a line per clip that was heard.
+    The side file: a header with model and language, and a line per clip that was heard, of which the last one counts.
+    `before` of a line is the ASR that it replaced.
 
     Raises:
         ValueError: it is of another model or language, and `overwrite` is not given, or it is no such file.
@@ -87,29 +88,33 @@ class Transcripts:
 
     def __init__(self, path: Path, header: dict, overwrite: bool):
         from data_rice.files import cut_torn_line, write_atomically
-        from data_rice.parsing import read_json_lines
 
-        self.path, self.known = path, {}
+        self.path = path
         if path.is_file():
             cut_torn_line(path)
-        lines = [entry for _, entry in read_json_lines(path)] if path.is_file() else []
-        if lines:
-            before = lines[0]
-            if before.get("format") != header["format"]:
-                raise ValueError(f"{path} is no file of transcripts; move it away.")
-            self.known = {(entry["split"], entry["clip_id"]): entry for entry in lines[1:]}
-            if before == header:
-                return
-            if not overwrite:
-                raise ValueError(
-                    f"{path} was begun with the model {before.get('model')} and the language "
-                    f"{before.get('language')}; give --overwrite to transcribe anew with {header['model']} and "
-                    f"{header['language']}."
-                )
-            # What stood there before anything was heard stays known.
-            self.known = {key: {**entry, "asr": None} for key, entry in self.known.items()}
-        lines = [header, *self.known.values()]
-        write_atomically(path, "".join(_json_line(entry) for entry in lines))
+        before, lines = self._read() if path.is_file() and path.stat().st_size else (header, [])
+        if before != header and not overwrite:
+            raise ValueError(
+                f"{path} was begun with the model {before.get('model')} and the language {before.get('language')}; "
+                f"give --overwrite to transcribe anew with {header['model']} and {header['language']}."
+            )
+        if before != header:
+            # What stood in the rows before anything was heard stays known.
+            lines = [{**line, "asr": None} for line in lines]
+        if before != header or not path.is_file() or not path.stat().st_size:
+            write_atomically(path, "".join(map(_json_line, [header, *lines])))
+        self.known = {(line["split"], line["clip_id"]): line for line in lines}
+
+    def _read(self) -> tuple[dict, list[dict]]:
+        from data_rice.parsing import read_json_lines, row_error
+
+        (_, header), *rows = read_json_lines(self.path)
+        if header.get("format") != _FORMAT["format"]:
+            raise ValueError(f"{self.path} is no file of transcripts; move it away.")
+        for number, line in rows:
+            if not {"split", "clip_id", "asr", "before"} <= line.keys():
+                raise row_error(self.path, number, "this is no transcript; remove the line.")
+        return header, [line for _, line in rows]
 
     def text(self, split: str, clip: Clip) -> str | None:
         """What was heard in a clip, `None` where it was not listened to or has other ASR by now."""
@@ -118,11 +123,10 @@ class Transcripts:
 
     def add(self, split: str, clip: Clip, asr: str, language: str | None) -> None:
         """Writes down what was heard in a clip, at once."""
-        key = (split, clip.clip_id)
-        before = self.known.get(key, {}).get("before", clip.asr)
-        self.known[key] = {"split": split, "clip_id": clip.clip_id, "asr": asr, "language": language, "before": before}
+        line = {"split": split, "clip_id": clip.clip_id, "asr": asr, "language": language, "before": clip.asr}
+        self.known[split, clip.clip_id] = line
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(_json_line(self.known[key]))
+            file.write(_json_line(line))
 
 
 def _json_line(entry: dict) -> str:

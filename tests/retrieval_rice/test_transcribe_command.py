@@ -17,6 +17,8 @@ LIVE = "00000000-0000-0000-0000-000000000001"
 class Ear:
     """Hears the second in which sound begins, as a word."""
 
+    word = "at"
+
     def __init__(self, name="ear", language="auto", device=None):
         self.name, self.language, self.heard = name, None if language == "auto" else language, 0
 
@@ -24,7 +26,11 @@ class Ear:
         self.heard += 1
         self.language = self.language or "en"
         (places,) = np.nonzero(np.abs(samples) > 0.1)
-        return [Word(places[0] / 16000, places[0] / 16000 + 0.1, f" at{places[0] // 16000}")] if len(places) else []
+        return (
+            [Word(places[0] / 16000, places[0] / 16000 + 0.1, f" {self.word}{places[0] // 16000}")]
+            if len(places)
+            else []
+        )
 
 
 @pytest.fixture
@@ -117,21 +123,32 @@ def test_what_was_heard_before_an_interruption_is_not_heard_again(data, ears, mo
     assert [row["asr"] for row in rows_of(data)] == ["at2", "at1"] and ears[-1].heard == 1
 
 
-def test_another_model_only_in_its_place(data, ears, capsys):
+def test_another_model_only_in_its_place(data, ears, capsys, monkeypatch):
     transcribe(data)
     with pytest.raises(SystemExit) as end:
         transcribe(data, "--language", "en")
     assert end.value.code == 2 and "was begun with the model ear and the language auto" in capsys.readouterr().err
+    monkeypatch.setattr(Ear, "word", "on")
     transcribe(data, "--language", "en", "--overwrite")
-    assert [row.get("asr") for row in rows_of(data)] == ["at2", "at1", None, None, None]
+    assert [row.get("asr") for row in rows_of(data)] == ["on2", "on1", None, None, None]
+    # Again, nothing is left to do; and what stood in the rows at first is not forgotten.
+    transcribe(data, "--language", "en", "--overwrite")
+    assert ears[-1].heard == 0 and rows_of(data)[0]["asr"] == "on2"
     header, *lines = transcripts(data)
     assert header["language"] == "en"
-    # The last line of a clip counts; what stood there before anything was heard is not forgotten.
-    last = {line["clip_id"]: line for line in lines}
-    assert {name: (line["asr"], line["before"]) for name, line in last.items()} == {
-        "a": ("at2", ""),
-        "b": ("at1", "own"),
-    }
+    assert [(line["clip_id"], line["asr"], line["before"]) for line in lines] == [
+        ("a", None, ""),
+        ("a", "on2", "at2"),
+        ("b", "on1", "own"),
+    ]
+
+
+def test_a_side_file_of_another_kind(data, ears, capsys):
+    for content, words in (("{}\n", "is no file of transcripts"), ('{"format": "rice transcripts"}\n{}\n', "line 2")):
+        (data / "transcripts.jsonl").write_text(content)
+        with pytest.raises(SystemExit):
+            transcribe(data, "--overwrite")
+        assert words in capsys.readouterr().err
 
 
 def test_sound_beside_frames(data, ears, write_show, tones):
