@@ -88,9 +88,10 @@ class Spoken:
 
 @dataclass
 class Stream:
-    """A livestream's clips after each other."""
+    """A livestream's clips after each other, and the voice of espeak-ng that speaks in it."""
 
     live_id: str
+    voice: str
     clips: list[Spoken] = field(default_factory=list)
 
     @property
@@ -120,10 +121,11 @@ def build_streams(queries, num_lives: int, num_clips: int, folder: Path) -> list
             continue
         if row["live_id"] not in streams and len(streams) == num_lives:
             continue
-        stream = streams.setdefault(row["live_id"], Stream(row["live_id"]))
+        voice = VOICES[len(streams) % len(VOICES)]
+        stream = streams.setdefault(row["live_id"], Stream(row["live_id"], voice))
         if len(stream.clips) == num_clips:
             continue
-        sound = speak(row["asr"], VOICES[(len(streams) - 1) % len(VOICES)], folder)
+        sound = speak(row["asr"], stream.voice, folder)
         start_s = stream.end_s if stream.clips else 0.0
         end_s = start_s + max(SHORTEST_S, len(sound) / RATE + 2 * PAUSE_S)
         stream.clips.append(Spoken(row, sound, start_s, start_s + PAUSE_S, round(end_s * FPS) / FPS))
