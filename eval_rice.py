@@ -25,6 +25,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Argume
     from evaluation_rice.baselines import BASELINE_NAMES, BASELINES
     from evaluation_rice.options import fusion_weight, not_negative, positive
     from evaluation_rice.pretrained_baselines import FAMILIES
+    from hub_rice.precision import add_precision
     from modeling_rice.scoring_rice import KINDS
 
     parser = argparse.ArgumentParser(description="R@k of a RICE checkpoint under one protocol (docs/protocol.md).")
@@ -43,6 +44,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Argume
     add("--batch_size", type=positive, default=32, help="clips or images per batch")
     add("--num_workers", type=not_negative, default=min(2, os.cpu_count() or 1), help="processes that decode images")
     add("--device", help="such as cpu or cuda; default: cuda where there is one")
+    add_precision(parser, default="fp32")
     add("--boxes", default="none", choices=("none", "ground_truth", "detector"), help="boxes of the intended product "
         "at test time; detector goes with --detector or --boxes_file")  # fmt: skip
     add("--detector", help="product detector (folder or id) to make the boxes with, into --output_dir")
@@ -70,15 +72,20 @@ def build_retriever(options: argparse.Namespace):
     from evaluation_rice.pretrained_baselines import load_baseline
     from evaluation_rice.retrieval import ModelRetriever
     from hub_rice.loading import load_model, to_device
+    from hub_rice.precision import choose_precision, in_precision
 
     use_boxes = options.boxes != "none"
     if options.baseline is not None:
         check_asr(options, reads_text=False)
+        if options.precision != "fp32":
+            raise ValueError(f"--precision {options.precision}: baselines compute in fp32; leave it out.")
         settings = {"num_frames": options.num_frames, "use_boxes": use_boxes, "batch_size": options.batch_size}
         settings["trust_remote_code"] = options.trust_remote_code
         place = partial(to_device, device=options.device)
         return load_baseline(options.baseline, options.baseline_model, **settings, to_device=place)
     model, processor = load_model(options.model, options.device)
+    options.precision = choose_precision(options.precision, model.device)
+    model = in_precision(model, options.precision)
     if options.num_frames is not None:
         processor.video_processor.num_frames = options.num_frames
     if use_boxes and not getattr(model.config, "accepts_patch_mask", True):

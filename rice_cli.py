@@ -12,6 +12,7 @@ from hub_rice.export import onnx_export
 from retrieval_rice import index_command, recognise_command
 from retrieval_rice.demo import command as demo_command
 from retrieval_rice.detector import commands as detector
+from retrieval_rice.service import command as serve_command
 
 # Verb modules import what is slow to load inside `run`, so that `rice --help` answers at once.
 VERBS = {
@@ -24,6 +25,7 @@ VERBS = {
     "index": index_command,
     "recognise": recognise_command,
     "demo": demo_command,
+    "serve": serve_command,
     "detector": detector,
 }
 

@@ -89,6 +89,7 @@ def describe_protocol(options: argparse.Namespace, task: RetrievalTask, scope: s
         "tie_order": "gallery order",
         "interval": interval_words(task.shops),
         "boxes": options.boxes,
+        "precision": options.precision,
     }
 
 

@@ -7,14 +7,13 @@ from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 from transformers import __version__ as transformers_version
 from transformers.activations import ACT2FN
 
+from .encoders_rice import EncoderLayout, PatchLayout, find_layout
+
 # Encoders whose layers were checked to honour a 4-D `attention_mask` keyword (tests/modeling_rice keeps the check).
 PATCH_MASK_ENCODERS = ("clip_vision_model", "siglip_vision_model", "vit", "dinov2", "dinov3_vit")
 if tuple(map(int, transformers_version.split(".")[:2])) < (5, 18):
     # Its layers dropped the mask without a word until then.
     PATCH_MASK_ENCODERS = tuple(name for name in PATCH_MASK_ENCODERS if name != "dinov2")
-
-# Encoders with one flat grid of patches and nothing before it; hierarchical ones are told by their config.
-_NO_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model", "ijepa")
 
 _VIT_B_32 = {"patch_size": 32, "image_size": 224}
 
@@ -62,10 +61,15 @@ class RiceConfig(PreTrainedConfig):
 
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*, defaults to CLIP ViT-B/32):
-            Any transformers vision model; clips and images share it.
+            Any transformers vision model or backbone, timm's included; clips and images share it. What it takes and
+            gives is found out at construction ([`RiceConfig.layout`]).
         vision_pooling (`"cls"`, `"mean"`, `"pooler"`, *optional*):
-            Global feature of an image. `"cls"` needs an encoder with a class token and is the default; encoders
-            without one (SigLIP, Swin, ResNet) must declare `"mean"` or `"pooler"`.
+            Global feature of an image: the encoder's class token, the mean over its last patches, or what its own
+            pooler makes. By default the first that the encoder has of class token, pooler and mean.
+        vision_feature_layer (`int`, *optional*):
+            Hidden state of the encoder whose patches the decoder sees, of which -1 is the last; negative numbers count
+            from the end. `None` takes the encoder's output. A chosen one has a norm and a linear layer of its own to
+            the decoder's width, and the global feature stays the output's.
         patch_mask_pooling (`bool`, defaults to `False`):
             Apply a patch mask to the mean over patches and in the decoder, not in the encoder's attention, whose
             patches then still carry what their receptive fields saw outside the boxes. Makes patch masks possible for
@@ -168,6 +172,7 @@ class RiceConfig(PreTrainedConfig):
 
     vision_config: dict | PreTrainedConfig | None = None
     vision_pooling: Literal["cls", "mean", "pooler"] | None = None
+    vision_feature_layer: int | None = None
     patch_mask_pooling: bool = False
     patch_saliency: Literal["none", "learned"] = "none"
     projection_dim: int = 512
@@ -271,16 +276,40 @@ class RiceConfig(PreTrainedConfig):
         return settings
 
     @property
+    def layout(self) -> EncoderLayout:
+        """
+        What the encoder takes and gives, found out by a dry run the first time and kept for the process.
+
+        Raises:
+            ValueError: for an encoder that cannot work, with the reason.
+            ImportError: for one whose package is not installed.
+        """
+        return find_layout(self.vision_config)
+
+    @property
+    def patch_layout(self) -> PatchLayout:
+        """Patches that the decoder sees, which `vision_feature_layer` chooses."""
+        return self.layout.at(self.vision_feature_layer)
+
+    @property
+    def feature_pooling(self) -> Literal["cls", "mean", "pooler"]:
+        """`vision_pooling`, or what the encoder has where that is left open."""
+        if self.vision_pooling is not None:
+            return self.vision_pooling
+        layout = self.layout
+        return "cls" if layout.has_class_token else "mean" if layout.pooler_width is None else "pooler"
+
+    @property
     def vision_hidden_size(self) -> int:
-        """Width of the encoder's last hidden state."""
-        config = self.vision_config
-        for name in ("hidden_size", "embed_dim"):
-            if isinstance(getattr(config, name, None), int):
-                return config.hidden_size if name == "hidden_size" else config.embed_dim
-        sizes = getattr(config, "hidden_sizes", None)
-        if sizes:
-            return sizes[-1]
-        raise ValueError(f"The vision model {config.model_type!r} states no hidden size; choose another encoder.")
+        """Width of the encoder's global feature."""
+        layout = self.layout
+        return layout.pooler_width if self.feature_pooling == "pooler" else layout.patches.width
+
+    @property
+    def projects_patches(self) -> bool:
+        """Whether patches have a projection of their own, as those of an inner layer or of another width need one."""
+        layer, width = self.vision_feature_layer, self.layout.patches.width
+        return self.use_decoder and (layer is not None or width != self.vision_hidden_size)
 
     @property
     def text_width(self) -> int | None:
@@ -298,23 +327,14 @@ class RiceConfig(PreTrainedConfig):
         return self.projection_dim if self.decoder_token_source == "projected" else self.vision_hidden_size
 
     @property
-    def num_patches(self) -> int | None:
-        """Patches P of an image at the encoder's native size, `None` where the config does not tell (Swin, ResNet)."""
-        size = getattr(self.vision_config, "image_size", None)
-        patch = getattr(self.vision_config, "patch_size", None)
-        if not isinstance(size, int) or not isinstance(patch, int) or self.vision_grid_shrinks:
-            return None
-        return (size // patch) ** 2
-
-    @property
-    def vision_grid_shrinks(self) -> bool:
-        """Whether the encoder shrinks its grid stage by stage, so that patches are not `image_size/patch_size`."""
-        return any(hasattr(self.vision_config, name) for name in ("depths", "hidden_sizes"))
+    def num_patches(self) -> int:
+        """Patches P of an image that the decoder sees, at the encoder's native size."""
+        return self.patch_layout.num_patches
 
     @property
     def has_class_token(self) -> bool:
-        """Whether the encoder's first token is a global one. Encoders that are not known are taken to have it."""
-        return not self.vision_grid_shrinks and self.vision_config.model_type not in _NO_CLASS_TOKEN
+        """Whether the encoder's first token is a global one."""
+        return self.layout.has_class_token
 
     @property
     def accepts_patch_mask(self) -> bool:
@@ -322,19 +342,17 @@ class RiceConfig(PreTrainedConfig):
         return self.patch_mask_pooling or self.vision_config.model_type in PATCH_MASK_ENCODERS
 
     @property
-    def mask_patch_size(self) -> int | None:
-        """Side in pixels of what one patch of the encoder's output stands for, `None` where that is not known."""
-        config = self.vision_config
-        size = getattr(config, "patch_size", None)
-        if not self.vision_grid_shrinks:
-            return size if isinstance(size, int) else None
-        stages = len(getattr(config, "depths", None) or getattr(config, "hidden_sizes"))
-        # ResNets begin with a convolution and a pooling of stride 2 each.
-        stride = (size if isinstance(size, int) else 4) * 2 ** (stages - 1)
-        return 2 * stride if getattr(config, "downsample_in_first_stage", False) else stride
+    def mask_patch_size(self) -> int:
+        """
+        Side in pixels of the patches of a patch mask: what one patch that the decoder sees stands for, or less where
+        that does not divide the picture.
+        """
+        side = self.layout.image_size[0]
+        return next(size for size in range(side // self.patch_layout.grid[0], 0, -1) if side % size == 0)
 
     def validate_architecture(self):
         """Refuses combinations that cannot work; runs at construction."""
+        self._validate_encoder()
         for name in ("projection_dim", "decoder_num_heads", "num_hard_negatives"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -383,20 +401,29 @@ class RiceConfig(PreTrainedConfig):
             )
         self._validate_text()
         self._validate_ranking()
+
+    def _validate_encoder(self):
+        layout, name = self.layout, self.vision_config.model_type
+        others = " or ".join(
+            f'"{pooling}"'
+            for pooling, has in (("cls", layout.has_class_token), ("pooler", layout.pooler_width), ("mean", True))
+            if has
+        )
+        if self.vision_pooling == "cls" and not layout.has_class_token:
+            raise ValueError(f"The vision model {name!r} has no class token; declare `vision_pooling={others}`.")
+        if self.vision_pooling == "pooler" and layout.pooler_width is None:
+            raise ValueError(f"The vision model {name!r} has no pooler; declare `vision_pooling={others}`.")
+        # Refuses a layer that is not there.
+        layout.at(self.vision_feature_layer)
         for name, asked in (
             ("patch_mask_pooling", self.patch_mask_pooling),
             ("patch_saliency", self.patch_saliency != "none"),
         ):
-            if asked and self.vision_pooling != "mean":
+            if asked and self.feature_pooling != "mean":
                 raise ValueError(
                     f"`{name}={getattr(self, name)!r}` changes the mean over patches; declare "
-                    f'`vision_pooling="mean"`, not {self.vision_pooling!r}.'
+                    f'`vision_pooling="mean"`, not {self.feature_pooling!r}.'
                 )
-        if (self.vision_pooling or "cls") == "cls" and not self.has_class_token:
-            raise ValueError(
-                f"The vision model {self.vision_config.model_type!r} has no class token; declare "
-                f'`vision_pooling="mean"` or `"pooler"`.'
-            )
 
     def _validate_text(self):
         if self.text_config is not None:

@@ -178,11 +178,6 @@ class RiceDecoder(nn.Module):
     def _num_positions(config: RiceConfig) -> int:
         if config.decoder_max_position_embeddings is not None:
             return config.decoder_max_position_embeddings
-        if config.num_patches is None:
-            raise ValueError(
-                f"The vision model {config.vision_config.model_type!r} does not tell its number of patches; set "
-                f"`decoder_max_position_embeddings` or `decoder_position_embeddings=False`."
-            )
         return config.num_patches + 1 + config.has_text_tokens
 
     @staticmethod

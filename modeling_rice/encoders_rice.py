@@ -3,7 +3,6 @@
 The run is on torch's meta device, which computes shapes and no values, wherever the encoder can do that.
 """
 
-import copy
 import functools
 import importlib
 import inspect
@@ -66,6 +65,8 @@ class EncoderLayout:
         hidden: Of each of its hidden states, `None` for one that is no grid of patches; empty where it gives none.
         pooler_width: Of its own global feature, `None` where it has none.
         has_class_token: Whether its first token is a global feature.
+        skips_final_norm: Whether its `post_layernorm` is left to whoever takes patches of its output, as CLIP does.
+        cut_to: Side in pixels of the patches it takes pictures as, `None` where it takes them whole.
         image_mean, image_std: Of the pictures it was trained with, where its config tells.
     """
 
@@ -74,13 +75,37 @@ class EncoderLayout:
     hidden: tuple[PatchLayout | None, ...] = ()
     pooler_width: int | None = None
     has_class_token: bool = False
+    skips_final_norm: bool = False
+    cut_to: int | None = None
     image_mean: tuple[float, ...] | None = None
     image_std: tuple[float, ...] | None = None
 
     @property
-    def stride(self) -> int:
-        """Side in pixels of what a patch of the output stands for."""
-        return round(self.image_size[0] / self.patches.grid[0])
+    def takes_one_size(self) -> bool:
+        """
+        Whether pictures must have `image_size`: one grid of tokens has as many positions as fit. Grids that shrink on
+        the way are of convolutions, or of windows that are padded.
+        """
+        grids = {patches.grid for patches in self.hidden if patches}
+        return self.patches.order == "tokens" and len(grids) <= 1
+
+    def at(self, layer: int | None) -> PatchLayout:
+        """
+        Patches of a hidden state, or of the output for `None`.
+
+        Raises:
+            ValueError: when there is no such hidden state, or it is no grid of patches.
+        """
+        if layer is None:
+            return self.patches
+        chosen = self.hidden[layer] if -len(self.hidden) <= layer < len(self.hidden) else None
+        if chosen is None:
+            grids = [str(number) for number, patches in enumerate(self.hidden) if patches]
+            raise ValueError(
+                f"`vision_feature_layer={layer}` is no hidden state with a grid of patches; the encoder has "
+                f"{', '.join(grids) or 'none'}."
+            )
+        return chosen
 
     @property
     def fine_layer(self) -> int:
@@ -111,8 +136,7 @@ def _new_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     encoder_class = _encoder_class(config)
     if encoder_class.main_input_name != "pixel_values":
         raise ValueError(f"it takes {encoder_class.main_input_name}, not pictures")
-    # Building writes into the config.
-    return encoder_class._from_config(copy.deepcopy(config))
+    return encoder_class._from_config(config)
 
 
 def _encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -135,13 +159,11 @@ def _encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return next((value for value in classes if value.__name__.endswith("Model")), classes[0])
 
 
-def encoder_inputs(encoder: nn.Module, pixel_values: Tensor) -> dict[str, Tensor | None]:
-    """Pictures `(n, 3, H, W)` as arguments of the encoder's `forward`, which may want them cut into patches."""
-    names = inspect.signature(encoder.forward).parameters
-    if "spatial_shapes" not in names:
+def encoder_inputs(pixel_values: Tensor, side: int | None) -> dict[str, Tensor | None]:
+    """Pictures `(n, 3, H, W)` as arguments of an encoder's `forward`, cut into patches where a `side` is given."""
+    if side is None:
         return {"pixel_values": pixel_values}
-    size = encoder.config.patch_size
-    patches = pixel_values.unfold(2, size, size).unfold(3, size, size)
+    patches = pixel_values.unfold(2, side, side).unfold(3, side, side)
     count, _, rows, columns = patches.shape[:4]
     return {
         "pixel_values": patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2),
@@ -150,6 +172,10 @@ def encoder_inputs(encoder: nn.Module, pixel_values: Tensor) -> dict[str, Tensor
         # Read as numbers by the encoder, so that the meta device would not do.
         "spatial_shapes": torch.tensor([[rows, columns]] * count, device="cpu"),
     }
+
+
+def _cut_to(encoder: nn.Module) -> int | None:
+    return encoder.config.patch_size if "spatial_shapes" in inspect.signature(encoder.forward).parameters else None
 
 
 def last_states(output: ModelOutput) -> Tensor:
@@ -177,7 +203,7 @@ def _find_layout(text: str) -> EncoderLayout:
         encoder = build_encoder(config).eval()
     size = _image_size(config, _trained_with(encoder))
     try:
-        output = _dry_run(encoder, size)
+        output, skips_final_norm = _dry_run(encoder, size)
     except Exception as error:
         # Some read numbers out of their tensors, or keep tensors that follow no device.
         if encoder.num_parameters() > _LARGEST_BUILT:
@@ -185,7 +211,7 @@ def _find_layout(text: str) -> EncoderLayout:
         with torch.random.fork_rng(devices=[]):
             encoder = build_encoder(config).eval()
         try:
-            output = _dry_run(encoder, size)
+            output, skips_final_norm = _dry_run(encoder, size)
         except Exception as error:
             raise ValueError(_refusal(config, error)) from error
     if output.get("ids_restore") is not None:
@@ -202,21 +228,28 @@ def _find_layout(text: str) -> EncoderLayout:
         hidden=tuple(_layout_or_none(states, encoder, size) for states in output.get("hidden_states") or ()),
         pooler_width=None if pooled is None else math.prod(pooled.shape[1:]),
         has_class_token=patches.num_prefix_tokens > 0 and bool(getattr(timm_model, "has_class_token", True)),
+        skips_final_norm=skips_final_norm,
+        cut_to=_cut_to(encoder),
         image_mean=tuple(trained_with["mean"]) if "mean" in trained_with else None,
         image_std=tuple(trained_with["std"]) if "std" in trained_with else None,
     )
 
 
 @torch.no_grad()
-def _dry_run(encoder: nn.Module, size: tuple[int, int]) -> ModelOutput:
-    """What it makes of an empty picture."""
+def _dry_run(encoder: nn.Module, size: tuple[int, int]) -> tuple[ModelOutput, bool]:
+    """What it makes of an empty picture, and whether it leaves its final norm out of its last hidden state."""
+    norm, normalised = getattr(encoder, "post_layernorm", None), []
+    if norm is not None:
+        # Of a global feature it has two dimensions, of the tokens three.
+        norm.register_forward_hook(lambda _, inputs, output: normalised.append(output.dim() == 3))
     with encoder.device:
-        inputs = encoder_inputs(encoder, torch.zeros(1, 3, *size))
+        inputs = encoder_inputs(torch.zeros(1, 3, *size), _cut_to(encoder))
         try:
-            return encoder(**inputs, output_hidden_states=True)
+            output = encoder(**inputs, output_hidden_states=True)
         except (TypeError, ValueError, NotImplementedError):
             # Not every encoder gives its hidden states.
-            return encoder(**inputs)
+            output = encoder(**inputs)
+    return output, norm is not None and not any(normalised)
 
 
 def _trained_with(encoder: nn.Module) -> dict:

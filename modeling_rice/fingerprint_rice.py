@@ -53,6 +53,7 @@ class RiceIdentity(nn.Module):
     """What [`RiceModel`] knows of its own state."""
 
     _fingerprint: tuple[tuple, str | None] | None = None
+    _settled: str | None = None
 
     def fingerprint(self) -> str | None:
         """
@@ -61,6 +62,8 @@ class RiceIdentity(nn.Module):
         half precision do not. `None` while weights are offloaded. What `encode_gallery` and `encode_clips` return
         carries it as `model_fingerprint`.
         """
+        if self._settled is not None:
+            return self._settled
         if self.training:
             return fingerprint(self)
         state = weights_state(self)
@@ -68,8 +71,23 @@ class RiceIdentity(nn.Module):
             self._fingerprint = (state, fingerprint(self))
         return self._fingerprint[1]
 
+    def settle(self, ending: str = "") -> Self:
+        """
+        Keeps the fingerprint that the model has now, for one that is only used from now on: a cast to another
+        precision, or weights that are brought into a faster form, change nothing that matters to who compares
+        encodings. Weights that are changed for real go unnoticed until `train()` is called.
+
+        Args:
+            ending: Of the name, where encodings are not those of the model any more, as of a quantised one.
+        """
+        name = self.fingerprint()
+        self._settled = None if name is None else name + ending
+        return self
+
     def train(self, mode: bool = True) -> Self:
         """As of any module."""
+        if mode:
+            self._settled = None
         # A fused optimiser changes weights without a trace on them, so that nothing is kept from before training.
         self._fingerprint = None
         return super().train(mode)
@@ -127,11 +145,26 @@ def weights_state(model: nn.Module) -> tuple:
     Changes when the weights or the adapters in use do, at next to no cost: where weights lie, and how often they were
     written to. What fused optimisers do, or writing through `.data`, is not counted.
     """
-    # `parameters()` also builds names and looks for duplicates, which takes longer than matching a few pairs.
-    modules = list(model.modules())
-    tensors = (t for m in modules for group in (m._parameters, m._buffers) for t in group.values())
-    weights = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None)
-    return weights, tuple(_adapters_in_use(m) for m in modules if _is_adapted(m))
+    # A search asks several times. `modules()` and `parameters()` build names and pass through a generator per level,
+    # and asking a module for what it lacks composes an error: five times as long as this walk.
+    weights, adapters = [], []
+    waiting, seen = [model], set()
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        for group in (module._parameters, module._buffers):
+            for tensor in group.values():
+                if tensor is not None:
+                    weights.append((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version))
+        children = module._modules
+        if children:
+            waiting += [child for child in children.values() if child is not None]
+            # Adapters are beside the layer that they are attached to, which is a module within theirs.
+            if not children.keys().isdisjoint(_ORIGINALS) and _is_adapted(module):
+                adapters.append(_adapters_in_use(module))
+    return tuple(weights), tuple(adapters)
 
 
 def fingerprint(model: Any) -> str | None:

@@ -6,25 +6,24 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .comparison_rice import RiceComparison
-from .configuration_rice import PATCH_MASK_ENCODERS, RiceConfig
-from .decoder_rice import RiceDecoder, RiceHeadMixing, RiceReconstructionHead, additive_mask
+from .configuration_rice import RiceConfig
+from .decoder_rice import RiceDecoder, RiceHeadMixing, RiceReconstructionHead
+from .encoders_rice import build_encoder
 from .features_rice import RiceClips, RiceFrames, RiceGallery
 from .fingerprint_rice import RiceIdentity
 from .layout_rice import write_card, write_layout
 from .loss_rice import cosines
 from .objective_rice import ClipTokens, ImageTokens, RiceObjective
-from .patches_rice import RicePatchSaliency, RiceSaliencyScore, pool_patches, resize_patch_mask
+from .patches_rice import RicePatchSaliency, RiceSaliencyScore, resize_patch_mask
 from .pooling_rice import POOLINGS, RiceZeroLinear
 from .text_rice import EncodedText, RiceTextEncoder, RiceTextSide
-
-# Encoders that leave their last hidden state without the final norm, which the published model applies to every token.
-_UNNORMALISED_ENCODERS = ("clip_vision_model", "chinese_clip_vision_model", "metaclip_2_vision_model")
+from .vision_rice import RicePatchProjection, RiceVisionSide
 
 # Keys of a batch of pairs, which may be handed whole to a method that needs a part of it.
 _BATCH_KEYS = (
@@ -93,7 +92,7 @@ class RicePreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RicePreTrainedModel):
+class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceVisionSide, RicePreTrainedModel):
     """
     Cross-view semantic alignment: one vision encoder for clips and images (ICL), a pairwise matching decoder (PMD) and
     patch feature reconstruction (PFR).
@@ -113,8 +112,11 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceP
 
     def __init__(self, config: RiceConfig):
         super().__init__(config)
-        self.vision_model = AutoModel.from_config(config.vision_config)
+        # Kept, since a config finds them out by its dictionary, which a graph cannot hold.
+        self.layout, self.feature_pooling = config.layout, config.feature_pooling
+        self.vision_model = build_encoder(config.vision_config)
         self.visual_projection = nn.Linear(config.vision_hidden_size, config.projection_dim, bias=False)
+        self.patch_projection = RicePatchProjection(config) if config.projects_patches else None
         self.temporal_pooling = POOLINGS[config.temporal_pooling](config)
         self.text_model = self.text_projection = self.text_logit_scale = None
         if config.text_config is not None:
@@ -160,84 +162,8 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceP
         """The vision encoder's, as adapters ask for them."""
         return self.vision_model.get_input_embeddings()
 
-    def _vision_states(self, pixel_values: Tensor, patch_mask: Tensor | None = None, is_clip: bool = False) -> Tensor:
-        """Images `(n, 3, H, W)`, mask `(n, P)` -> last hidden states `(n, 1 + P, W)`, global feature first."""
-        # Encoders that interpolate positions would take another size, and patches would be miscounted unnoticed.
-        size = (self.config.vision_config.image_size,) * 2 if self.config.num_patches is not None else None
-        if size is not None and tuple(pixel_values.shape[-2:]) != size:
-            raise ValueError(
-                f"The pictures are {tuple(pixel_values.shape[-2:])} pixels, but the encoder takes {size}; let the "
-                f"processor's size follow the model."
-            )
-        kwargs = {}
-        if patch_mask is not None and not self.config.patch_mask_pooling:
-            kwargs["attention_mask"] = self._encoder_mask(patch_mask, pixel_values)
-        # Inputs follow the weights, so that a model in half precision takes what the processor gives.
-        output = self.vision_model(pixel_values.to(self.visual_projection.weight.dtype), **kwargs)
-        states = output.last_hidden_state
-        if states.dim() == 4:
-            states = states.flatten(2).transpose(1, 2)
-        patches = states[:, self._num_prefix_tokens(states.shape[1]) :]
-        pooled = self._pool(states, patches, output, patch_mask, is_clip)
-        return torch.cat([pooled[:, None], patches], dim=1)
-
-    def _num_prefix_tokens(self, num_tokens: int) -> int:
-        num_patches = self.config.num_patches
-        return 0 if num_patches is None else max(num_tokens - num_patches, 0)
-
-    def _encoder_mask(self, patch_mask: Tensor, pixel_values: Tensor) -> Tensor:
-        config = self.config
-        if not config.accepts_patch_mask:
-            raise ValueError(
-                f"`patch_mask` was given, but no attention mask reaches the layers of "
-                f"{config.vision_config.model_type!r}; use one of {', '.join(PATCH_MASK_ENCODERS)}, or "
-                f"`patch_mask_pooling=True`, or leave the boxes out."
-            )
-        if patch_mask.shape[-1] != config.num_patches:
-            raise ValueError(
-                f"`patch_mask` has {patch_mask.shape[-1]} patches per frame, but the encoder has {config.num_patches}"
-                f"; let the processor's video size and patch size follow the model."
-            )
-        registers = getattr(config.vision_config, "num_register_tokens", 0) or 0
-        keep = nn.functional.pad(patch_mask.bool(), (config.has_class_token + registers, 0), value=True)
-        dtype = self.visual_projection.weight.dtype
-        if torch.is_autocast_enabled(pixel_values.device.type):
-            dtype = torch.get_autocast_dtype(pixel_values.device.type)
-        return additive_mask(keep, dtype)
-
-    def _pool(
-        self, states: Tensor, patches: Tensor, output: ModelOutput, patch_mask: Tensor | None, is_clip: bool
-    ) -> Tensor:
-        pooling = self.config.vision_pooling or "cls"
-        if pooling == "cls":
-            if states.shape[1] == patches.shape[1]:
-                raise ValueError(
-                    f"The vision model {self.config.vision_config.model_type!r} has no class token; declare "
-                    f'`vision_pooling="mean"` or `"pooler"` in the config.'
-                )
-            return states[:, 0]
-        if pooling == "pooler":
-            return output.pooler_output.flatten(1)
-        weights = None if patch_mask is None else resize_patch_mask(patch_mask, patches.shape[1])
-        if self.patch_saliency is not None and is_clip:
-            saliency = self.patch_saliency(patches)
-            weights = saliency if weights is None else weights * saliency
-        return pool_patches(patches, weights)
-
-    def _project(self, states: Tensor) -> Tensor:
-        if self.config.vision_config.model_type in _UNNORMALISED_ENCODERS and self.config.vision_pooling != "pooler":
-            states = self.vision_model.post_layernorm(states)
-        return self.visual_projection(states)
-
-    def _tokens_and_features(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states -> the tokens the decoder sees, and the projected global feature."""
-        if self.config.decoder_token_source == "projected" and self.decoder is not None:
-            tokens = self._project(states)
-            return tokens, tokens[..., 0, :]
-        return states, self._project(states[..., 0, :])
-
     def _embed_images(self, pixel_values: Tensor) -> ImageTokens:
-        tokens, features = self._tokens_and_features(self._vision_states(pixel_values))
+        tokens, features = self._from_states(self._encoder_output(pixel_values))
         return ImageTokens(tokens, nn.functional.normalize(_at_least_single(features), dim=-1))
 
     def encode_frames(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> RiceFrames:
@@ -254,9 +180,10 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceP
         """
         if patch_mask is not None:
             patch_mask = patch_mask.bool()
-        tokens, features = self._tokens_and_features(self._vision_states(pixel_values, patch_mask, is_clip=True))
+        states = self._encoder_output(pixel_values, patch_mask)
+        tokens, features = self._from_states(states, patch_mask, is_clip=True)
         token_mask = None
-        if patch_mask is not None:
+        if patch_mask is not None and tokens.shape[1] > 1:
             kept = resize_patch_mask(patch_mask, tokens.shape[1] - 1) > 0
             token_mask = nn.functional.pad(kept, (1, 0), value=True)
         # While weights change nobody compares by name, and a graph that is being made has no weights to read.

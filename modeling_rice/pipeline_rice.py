@@ -110,7 +110,9 @@ class ProductRetrievalPipeline(Pipeline):
     def preprocess(self, inputs, asr: str | None = None) -> dict:
         clip = list(inputs) if isinstance(inputs, tuple) else inputs
         # Clips of one length are what a batch can be made of; padded frames are not encoded.
-        return dict(self.processor(videos=[clip], asr=None if asr is None else [asr], padding="max_length"))
+        return dict(
+            self.processor(videos=[clip], asr=None if asr is None else [asr], videos_kwargs={"padding": "max_length"})
+        )
 
     def _forward(
         self, model_inputs, gallery=None, rank_by: str | None = None, rerank: int | None = 100, top_k: int = 5

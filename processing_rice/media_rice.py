@@ -297,7 +297,9 @@ def in_unit_range(values: torch.Tensor) -> bool:
     return bool(((values >= -_FLOAT_SLACK) & (values <= 1 + _FLOAT_SLACK)).all())
 
 
-def picture_tensor(picture: Any, name: str = "A picture", any_range: bool = False) -> torch.Tensor:
+def picture_tensor(
+    picture: Any, name: str = "A picture", any_range: bool = False, layout: str | None = None
+) -> torch.Tensor:
     """
     One picture of any kind as a `(3, H, W)` tensor: uint8, or float32 in 0..1 where floats were given.
 
@@ -305,6 +307,8 @@ def picture_tensor(picture: Any, name: str = "A picture", any_range: bool = Fals
         picture: What [`open_image`] takes, or `(H, W)`, `(H, W, 3)` or `(3, H, W)` numbers: uint8, or floats in 0..1.
         name: What an error calls numbers that are no picture; files are named by their path.
         any_range: Take floats as they are, for a caller that does not rescale.
+        layout: `"channels_first"` or `"channels_last"`, for numbers whose shape does not tell; by default that axis
+            holds the channels that has three entries, the first where both have.
 
     Raises:
         MediaError: a file that cannot be read, see [`open_image`].
@@ -320,10 +324,17 @@ def picture_tensor(picture: Any, name: str = "A picture", any_range: bool = Fals
         raise ValueError(f"{name} must be a picture, a path, or hold uint8 or floats in 0..1, got {kind}.") from None
     if values.dtype != torch.uint8 and not values.is_floating_point():
         raise ValueError(f"{name} must hold uint8 or floats in 0..1, got {values.dtype}; convert it to uint8.")
+    if layout not in (None, "channels_first", "channels_last"):
+        raise ValueError(f'`input_data_format` must be "channels_first" or "channels_last", got {layout!r}.')
     if values.dim() == 2:
-        values = values[None].expand(3, -1, -1)
+        values, layout = values[None].expand(3, -1, -1), "channels_first"
     if values.dim() != 3 or 3 not in (values.shape[0], values.shape[-1]) or not values.numel():
         raise ValueError(f"{name} must be (H, W, 3) or (3, H, W), got shape {tuple(values.shape)}.")
+    channels = -1 if layout == "channels_last" or (layout is None and values.shape[0] != 3) else 0
+    if values.shape[channels] != 3:
+        raise ValueError(
+            f"{name} has shape {tuple(values.shape)}, which `input_data_format` {str(layout)!r} does not fit."
+        )
     if values.is_floating_point() and not any_range and not in_unit_range(values):
         low, high = values.min().item(), values.max().item()
         raise ValueError(
@@ -331,7 +342,7 @@ def picture_tensor(picture: Any, name: str = "A picture", any_range: bool = Fals
             f"set `do_rescale=False`."
         )
     values = values.float() if values.is_floating_point() else values
-    return values if values.shape[0] == 3 else values.movedim(-1, 0)
+    return values.movedim(channels, 0)
 
 
 __all__ = [

@@ -6,17 +6,37 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import BatchFeature, CLIPImageProcessor, PreTrainedTokenizerBase
-from transformers.processing_utils import ProcessorMixin
+from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 
-from .image_processing_rice import RicePillowImageProcessor
+from .image_processing_rice import RicePillowImageProcessor, check_picture_settings, on_device
 from .media_rice import is_file_source, media_error, open_image, picture_tensor
 from .text_entries_rice import read_texts
-from .video_processing_rice import RiceVideoProcessor
+from .video_processing_rice import RiceVideoProcessor, RiceVideosKwargs
 
-_TEXT_ARGUMENTS = ("truncation", "max_length", "add_special_tokens")
+# What generic code passes along whatever it processes.
+_GENERIC_SETTINGS = ("padding", "truncation", "max_length", "return_tensors")
+# Settings of tokenizers that have no meaning for one text per image or clip.
+_REFUSED_TEXT_SETTINGS = (
+    *("text_pair", "text_target", "text_pair_target", "is_split_into_words", "stride", "return_overflowing_tokens"),
+    *("return_mm_token_type_ids", "return_text_replacement_offsets", "sanitize_control_tokens"),
+)
 _DOWNLOAD_S = 30
+
+
+class RiceProcessorKwargs(ProcessingKwargs, total=False):
+    """Settings for one call, by what they belong to."""
+
+    images_kwargs: ImagesKwargs
+    videos_kwargs: RiceVideosKwargs
+    text_kwargs: TextKwargs
+    _defaults = {
+        "common_kwargs": {"return_tensors": "pt"},
+        "text_kwargs": {"padding": True, "truncation": True},
+    }
 
 
 class RiceProcessor(ProcessorMixin):
@@ -38,8 +58,7 @@ class RiceProcessor(ProcessorMixin):
         titles: list[str] | str | None = None,
         asr: list[str] | str | None = None,
         boxes: list | None = None,
-        return_tensors: str | None = "pt",
-        **kwargs,
+        **kwargs: Unpack[RiceProcessorKwargs],
     ) -> BatchFeature:
         """
         Args:
@@ -52,47 +71,35 @@ class RiceProcessor(ProcessorMixin):
                 long loses its end, ASR what is far from its middle, since what is said at either end of a clip often
                 belongs to the product before or after.
             boxes: Boxes of the intended product, see [`RiceVideosKwargs`].
-            return_tensors: `"pt"`, `"np"` or `None`.
-            kwargs: Settings of the video processor for this call (`num_frames`, `sampling`, `padding`), `truncation`
-                and `max_length` of the tokenizer, or `images_kwargs`, `videos_kwargs`, `text_kwargs` as dictionaries.
+            kwargs: Settings for this call. One that stands by itself (`size`, `do_normalize`, `device`, `padding`,
+                `return_tensors`, ...) acts on all of images, videos and texts that know it; `images_kwargs`,
+                `videos_kwargs` and `text_kwargs` are dictionaries for one of them, `common_kwargs` for all.
+                `return_tensors` is `"pt"` by default, `"np"` or `None`.
 
         Returns:
             `pixel_values` `(n, 3, H, W)`; `pixel_values_videos`, `frame_mask`, `patch_mask`; `title_input_ids`,
             `asr_input_ids` and their `_attention_mask` `(n, L)`; whichever was asked for.
 
         Raises:
-            ValueError: when nothing was given, when counts do not fit, for a text that is a number or bytes, for an
-                unknown argument, numbers that are no picture, or (`MediaError`, also `FileNotFoundError`) a file that
-                is missing or cannot be decoded.
+            ValueError: when nothing was given, when counts do not fit, for a text that is a number or bytes, for a
+                setting that is unknown, belongs to nothing that was given, or cannot be followed, numbers that are no
+                picture, or (`MediaError`, also `FileNotFoundError`) a file that is missing or cannot be decoded.
         """
         if all(value is None for value in (images, text, videos, titles, asr)):
             raise ValueError("Nothing to process: give `images`, `videos`, `titles`, `asr` or `text`.")
         if boxes is not None and videos is None:
             raise ValueError("`boxes` belong to the frames of `videos`, which were not given.")
-        images_kwargs = dict(kwargs.pop("images_kwargs", {}))
-        videos_kwargs = dict(kwargs.pop("videos_kwargs", {}))
-        text_kwargs = dict(kwargs.pop("text_kwargs", {})) | {
-            name: kwargs.pop(name) for name in _TEXT_ARGUMENTS if name in kwargs
-        }
-        # What generic callers pass along for every modality there is.
-        for name in ("common_kwargs", "audio_kwargs"):
-            kwargs.pop(name, None)
-        videos_kwargs |= kwargs
-        if kwargs and videos is None:
-            # `padding` is what generic callers always pass along; images have nothing to pad.
-            unknown = [name for name in kwargs if name not in RiceVideoProcessor.valid_kwargs.__annotations__]
-            if unknown:
-                raise ValueError(f"Unknown argument {unknown[0]!r} for {type(self).__name__}.")
-
+        has_text = any(value is not None for value in (text, titles, asr))
+        settings = self._call_settings(kwargs, images is not None, videos is not None, has_text)
         text, titles, asr = (
             None if strings is None else read_texts(strings, name)
             for name, strings in (("text", text), ("titles", titles), ("asr", asr))
         )
         data = {}
         if images is not None:
-            data |= self._process_images(images, {"return_tensors": return_tensors, **images_kwargs})
+            data |= self._process_images(images, settings["images_kwargs"])
         if videos is not None:
-            data |= self.video_processor(videos, boxes=boxes, **{"return_tensors": return_tensors, **videos_kwargs})
+            data |= self.video_processor(videos, **({"boxes": boxes} | settings["videos_kwargs"]))
         counts = {len(data[name]) for name in ("pixel_values", "pixel_values_videos") if name in data}
         for name, strings in (("titles", titles), ("asr", asr)):
             if counts and strings is not None and len(strings) not in counts:
@@ -102,24 +109,71 @@ class RiceProcessor(ProcessorMixin):
                 )
         for prefix, strings in (("", text), ("title_", titles), ("asr_", asr)):
             if strings is not None:
-                encoded = self._tokenize(strings, return_tensors, text_kwargs, keep_middle=prefix == "asr_")
-                if prefix:
+                encoded = self._tokenize(strings, settings["text_kwargs"], keep_middle=prefix == "asr_")
+                if prefix and "attention_mask" in encoded:
                     _mask_missing(encoded["attention_mask"], strings)
-                data |= {prefix + name: encoded[name] for name in ("input_ids", "attention_mask")}
+                data |= {prefix + name: values for name, values in encoded.items()}
         return BatchFeature(data)
+
+    def _call_settings(self, kwargs: dict, has_images: bool, has_videos: bool, has_text: bool) -> dict[str, dict]:
+        """Merges as transformers does, which would ignore names that it does not know and settings without effect."""
+        given = {"images_kwargs": has_images, "videos_kwargs": has_videos, "text_kwargs": has_text}
+        parts = dict(zip(given, (self.image_processor, self.video_processor, None), strict=True))
+        known = {
+            kind: {*RiceProcessorKwargs.__annotations__[kind].__annotations__}
+            | {*getattr(getattr(part, "valid_kwargs", None), "__annotations__", ())}
+            for kind, part in parts.items()
+        }
+        for kind in (*given, "common_kwargs"):
+            for name in kwargs.get(kind) or ():
+                if not any(name in names for part, names in known.items() if kind in (part, "common_kwargs")):
+                    raise ValueError(f"Unknown argument {name!r} in `{kind}` of {type(self).__name__}.")
+        for name in [name for name in kwargs if name not in (*given, "common_kwargs", "audio_kwargs")]:
+            kinds = [kind for kind in given if name in known[kind]]
+            if not kinds:
+                raise ValueError(f"Unknown argument {name!r} for {type(self).__name__}.")
+            if name not in _GENERIC_SETTINGS and not any(given[kind] for kind in kinds):
+                wanted = " or ".join(kind.removesuffix("_kwargs") for kind in kinds)
+                raise ValueError(f"`{name}` is a setting for {wanted}, and there is none in this call; leave it out.")
+        kwargs = dict(kwargs)
+        for name, value in kwargs.pop("common_kwargs", {}).items():
+            for kind in (kind for kind in given if name in known[kind]):
+                kwargs[kind] = {name: value} | kwargs.get(kind, {})
+        # What `from_pretrained` was told of texts; what it was told of pictures is in their processors.
+        loaded = {name: value for name, value in self.tokenizer.init_kwargs.items() if name in known["text_kwargs"]}
+        try:
+            merged = self._merge_kwargs(RiceProcessorKwargs, tokenizer_init_kwargs=loaded, **kwargs)
+            # Those of texts are not looked at there.
+            validate_typed_dict(TextKwargs, {name: value for name, value in merged["text_kwargs"].items() if value})
+        except StrictDataclassError as error:
+            raise ValueError(" ".join(str(error).split())) from None
+        for name in _REFUSED_TEXT_SETTINGS:
+            if merged["text_kwargs"].get(name):
+                raise ValueError(f"`{name}` has no meaning for one text per image or clip; leave it out.")
+        # A number as `size` means for clips what it means for images.
+        merged["videos_kwargs"].setdefault(
+            "default_to_square", getattr(self.image_processor, "default_to_square", True)
+        )
+        return merged
 
     def _process_images(self, images: Any, settings: dict[str, Any]) -> BatchFeature:
         """Floats are in 0..1 already, so that they and the others of a list go apart through the image processor."""
+        check_picture_settings(settings, getattr(self.image_processor, "backend", "torchvision"))
+        layout = settings.pop("input_data_format", None)
         any_range = not settings.get("do_rescale", self.image_processor.do_rescale)
-        pictures = [_load_picture(image, i, any_range) for i, image in enumerate(flatten_images(images))]
+        pictures = [_load_picture(image, i, any_range, layout) for i, image in enumerate(flatten_images(images))]
+        return self._process_pictures(pictures, settings)
+
+    def _process_pictures(self, pictures: list, settings: dict[str, Any]) -> BatchFeature:
         is_float = [not isinstance(picture, Image.Image) and picture.is_floating_point() for picture in pictures]
         if not any(is_float):
-            return self.image_processor(pictures, **settings)
+            return on_device(self.image_processor(pictures, **settings), settings.get("device"))
         if all(is_float):
-            return self.image_processor(pictures, **{**settings, "do_rescale": False})
+            settings = {**settings, **self._rescaling_of_floats(settings)}
+            return on_device(self.image_processor(pictures, **settings), settings.get("device"))
         parts = {
             kind: iter(
-                self._process_images([p for p, f in zip(pictures, is_float) if f == kind], settings)["pixel_values"]
+                self._process_pictures([p for p, f in zip(pictures, is_float) if f == kind], settings)["pixel_values"]
             )
             for kind in (True, False)
         }
@@ -127,17 +181,27 @@ class RiceProcessor(ProcessorMixin):
         stack = {"pt": torch.stack, "np": np.stack}.get(settings["return_tensors"], list)
         return BatchFeature({"pixel_values": stack(rows)})
 
+    def _rescaling_of_floats(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """White is 1 instead of 255."""
+        if not settings.get("do_rescale", self.image_processor.do_rescale):
+            return {}
+        factor = 255 * (settings.get("rescale_factor") or self.image_processor.rescale_factor)
+        return {"do_rescale": False} if factor == 1 else {"rescale_factor": factor}
+
     @staticmethod
     def read_texts(values, name: str = "titles") -> list[str]:
         """Texts as the processor takes them, as a list of `str`; see `text_entries_rice.read_texts`."""
         return read_texts(values, name)
 
-    def _tokenize(self, strings: list[str], return_tensors: str | None, text_kwargs: dict, keep_middle: bool = False):
-        settings = {"padding": True, "truncation": True, "return_tensors": return_tensors, **text_kwargs}
-        if keep_middle and settings["truncation"]:
+    def _tokenize(self, strings: list[str], settings: dict, keep_middle: bool = False) -> dict[str, Any]:
+        if keep_middle and settings["truncation"] not in (None, False, "do_not_truncate"):
             longest = settings.get("max_length") or self.tokenizer.model_max_length
             strings = [self._middle(string, longest) for string in strings]
-        return self.tokenizer(strings, **settings)
+        encoded = dict(self.tokenizer(strings, **settings))
+        if not settings.get("return_token_type_ids"):
+            # Some tokenizers give them unasked; there is one text only.
+            encoded.pop("token_type_ids", None)
+        return encoded
 
     def _middle(self, string: str, max_tokens: int) -> str:
         """About as much around the middle of a text as gives so many tokens."""
@@ -180,9 +244,9 @@ def flatten_images(images: Any) -> list:
     return [images]
 
 
-def _load_picture(image: Any, index: int, any_range: bool) -> Image.Image | torch.Tensor:
+def _load_picture(image: Any, index: int, any_range: bool, layout: str | None) -> Image.Image | torch.Tensor:
     if not is_file_source(image):
-        return picture_tensor(image, f"Image {index}", any_range)
+        return picture_tensor(image, f"Image {index}", any_range, layout)
     if isinstance(image, str) and image.startswith(("http://", "https://", "data:")) and not os.path.exists(image):
         return open_image(_download(image), name=image[:200])
     return open_image(image)
@@ -216,7 +280,7 @@ def build_processor(
     size = {"height": image_size, "width": image_size}
     image_processor_class = RicePillowImageProcessor if resize_backend == "pillow" else CLIPImageProcessor
     return RiceProcessor(
-        image_processor=image_processor_class(size=size, do_center_crop=False),
+        image_processor=image_processor_class(size=size, do_center_crop=False, default_to_square=True),
         video_processor=RiceVideoProcessor(
             size=size, patch_size=patch_size, num_frames=num_frames, resize_backend=resize_backend
         ),
@@ -226,4 +290,4 @@ def build_processor(
 
 RiceProcessor.register_for_auto_class("AutoProcessor")
 
-__all__ = ["RiceProcessor", "build_processor"]
+__all__ = ["RiceProcessor", "RiceProcessorKwargs", "build_processor"]

@@ -6,14 +6,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as tvF
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import BatchFeature
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
+from transformers.image_processing_utils import get_size_dict
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from .image_processing_rice import resize_with_pillow
+from .image_processing_rice import RicePillowImageProcessor, check_picture_settings
 from .media_rice import picture_tensor
 from .sampling_rice import sample_frame_indices
 from .video_media_rice import sample_video
@@ -21,6 +23,13 @@ from .video_media_rice import sample_video
 Frame = Any  # what `media_rice.picture_tensor` takes
 Box = Sequence[float] | Sequence[Sequence[float]] | None
 
+
+_PILLOW = RicePillowImageProcessor()
+_CHOICES = {
+    "padding": ("longest", "max_length", True, False),
+    "resize_backend": ("torchvision", "pillow"),
+    "frames_without_box": ("keep", "drop"),
+}
 
 # Boxes drawn by people and detectors overshoot the frame a little; beyond this they are in another unit.
 _BOX_OVERSHOOT = 0.05
@@ -111,6 +120,9 @@ def frames_with_box(boxes: Sequence) -> list[int]:
 
 class RiceVideosKwargs(VideosKwargs, total=False):
     """
+    Of those of transformers `fps`, `video_metadata`, `return_metadata` and `do_pad` are refused: clips are sampled by
+    number of frames.
+
     boxes: Per clip, per listed frame: `None`, one box or several, left-top-right-bottom in 0..1 of the frame. What is
         up to 0.05 outside is cut off; anything further out, without an area or not finite is refused.
     sampling: `"eval"`, `"train"` or one of the other modes of [`sample_frame_indices`].
@@ -122,19 +134,20 @@ class RiceVideosKwargs(VideosKwargs, total=False):
     resize_backend: `"torchvision"` or `"pillow"`, see [`RiceVideoProcessor`].
     """
 
-    boxes: list
-    sampling: str
-    padding: str
-    patch_size: int
-    box_iou_threshold: float
-    frames_without_box: str
-    resize_backend: str
+    boxes: list | None
+    sampling: str | None
+    padding: str | bool | None
+    patch_size: int | None
+    box_iou_threshold: float | None
+    frames_without_box: str | None
+    resize_backend: str | None
 
 
 class RiceVideoProcessor(BaseVideoProcessor):
     """
-    Samples, resizes (a plain stretch to the square the encoder takes), normalises and pads the frames of clips. With
-    `do_center_crop` the encoder takes the central `crop_size` of that square.
+    Samples, resizes, normalises and pads the frames of clips. By default `size` is a square, to which frames are
+    stretched; `{"shortest_edge": n}` keeps their proportions. With `do_center_crop` the encoder takes the central
+    `crop_size` of what was resized.
 
     A clip is a list of frames (PIL images, arrays, tensors, paths; sizes may differ), a `(T, H, W, 3)` or
     `(T, 3, H, W)` array or tensor, the path of a video file (so a list of paths is a list of videos; frames by path
@@ -187,50 +200,52 @@ class RiceVideoProcessor(BaseVideoProcessor):
         if boxes is not None and len(boxes) != len(clips):
             raise ValueError(f"`boxes` has {len(boxes)} entries for {len(clips)} clips; give one per clip.")
         loaded = [self._load_clip(i, clip, boxes[i] if boxes else None, settings) for i, clip in enumerate(clips)]
-        length = max(len(frames) for frames, _ in loaded)
+        counts = [len(frames) for frames, _ in loaded]
+        length = max(counts)
+        if settings["padding"] is False and min(counts) < length:
+            raise ValueError(f"`padding=False` cannot put clips of {min(counts)} to {length} frames together.")
         if settings["padding"] == "max_length":
             length = max(length, settings["num_frames"])
+        real, resized = self._to_pixels([frame for frames, _ in loaded for frame in frames], settings)
         frame_mask = torch.zeros(len(clips), length, dtype=torch.bool)
-        for row, (frames, _) in enumerate(loaded):
-            frame_mask[row, : len(frames)] = True
-        real = self._to_pixels([frame for frames, _ in loaded for frame in frames], settings)
+        for row, count in enumerate(counts):
+            frame_mask[row, :count] = True
         pixels = real.new_zeros(len(clips), length, *real.shape[1:])
-        pixels[frame_mask] = real
+        pixels[frame_mask.nonzero(as_tuple=True)] = real
         data = {"pixel_values_videos": pixels, "frame_mask": frame_mask}
         if boxes is not None:
-            data["patch_mask"] = self._patch_mask([clip_boxes for _, clip_boxes in loaded], length, settings)
+            kept = [box for frames, listed in loaded for box in listed or [None] * len(frames)]
+            masks = [self._patch_mask(*each, real.shape[-2:], settings) for each in zip(kept, resized, strict=True)]
+            data["patch_mask"] = torch.ones(len(clips), length, len(masks[0]), dtype=torch.bool)
+            data["patch_mask"][frame_mask] = torch.stack(masks)
+        data = {name: values.to(settings["device"]) for name, values in data.items()}
         return BatchFeature(data, tensor_type=settings["return_tensors"])
 
     def _settings(self, kwargs: dict) -> dict:
-        names = (*self.valid_kwargs.__annotations__, *VideosKwargs.__annotations__, "return_tensors")
+        names = (*self.valid_kwargs.__annotations__, *VideosKwargs.__annotations__)
         unknown = [name for name in kwargs if name not in names]
         if unknown:
             raise ValueError(f"Unknown argument {unknown[0]!r} for {type(self).__name__}; see its attributes.")
+        try:
+            validate_typed_dict(self.valid_kwargs, kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(" ".join(str(error).split())) from None
         settings = {name: getattr(self, name, None) for name in names} | {
             name: value for name, value in kwargs.items() if value is not None
         }
-        if settings["padding"] not in ("longest", "max_length", True, False):
-            raise ValueError(f'`padding` must be "longest" or "max_length", got {settings["padding"]!r}.')
-        if settings["resize_backend"] not in ("torchvision", "pillow"):
-            raise ValueError(
-                f'`resize_backend` must be "torchvision" or "pillow", got {settings["resize_backend"]!r}.'
-            )
-        if settings["frames_without_box"] not in ("keep", "drop"):
-            raise ValueError(f'`frames_without_box` must be "keep" or "drop", got {settings["frames_without_box"]!r}.')
+        check_picture_settings(settings, {"pillow": "pil"}.get(settings["resize_backend"], "torchvision"))
+        for name in ("fps", "video_metadata", "return_metadata", "do_pad"):
+            if settings[name]:
+                raise ValueError(f"`{name}` is not possible: `num_frames` of a clip are sampled; leave it out.")
+        for name, choices in _CHOICES.items():
+            if settings[name] not in choices:
+                listed = " or ".join(repr(choice) for choice in choices if isinstance(choice, str)).replace("'", '"')
+                raise ValueError(f"`{name}` must be {listed}, got {settings[name]!r}.")
         if settings["num_frames"] < 1:
             raise ValueError(f"`num_frames` must be at least 1, got {settings['num_frames']}.")
-        size = settings["size"]
-        if isinstance(size, int):
-            size = {"height": size, "width": size}
-        if not size.get("height") or not size.get("width"):
-            raise ValueError(f"`size` must be a number or name height and width, got {size}.")
-        settings["size"] = {"height": size["height"], "width": size["width"]}
-        settings["output_size"] = (size["height"], size["width"])
+        settings["size"] = _size_of("size", settings["size"], settings["default_to_square"])
         if settings["do_center_crop"]:
-            crop = settings["crop_size"]
-            if not crop or crop["height"] > size["height"] or crop["width"] > size["width"]:
-                raise ValueError(f"`do_center_crop` needs a `crop_size` within `size` {size}, got {crop}.")
-            settings["output_size"] = (crop["height"], crop["width"])
+            settings["crop_size"] = _size_of("crop_size", settings["crop_size"], True)
         return settings
 
     def _load_clip(self, index: int, clip, boxes: Sequence[Box] | None, settings: dict) -> tuple[list, list | None]:
@@ -251,58 +266,88 @@ class RiceVideoProcessor(BaseVideoProcessor):
         if settings["frames_without_box"] == "drop" and kept:
             shown = frames_with_box(kept)
             chosen, kept = [chosen[i] for i in shown], [kept[i] for i in shown]
-        any_range = not settings["do_rescale"]
-        return [picture_tensor(clip[i], f"Clip {index}, frame {i}", any_range) for i in chosen], kept
+        numbers = {"any_range": not settings["do_rescale"], "layout": settings["input_data_format"]}
+        return [picture_tensor(clip[i], f"Clip {index}, frame {i}", **numbers) for i in chosen], kept
 
-    @staticmethod
-    def _to_pixels(frames: list[torch.Tensor], settings: dict) -> torch.Tensor:
-        """Frames of one size, which those of a batch mostly have, are resized together."""
-        size = [settings["size"]["height"], settings["size"]["width"]]
-        resample = PILImageResampling.BICUBIC
-        if settings["resample"] is not None:
-            resample = PILImageResampling(settings["resample"])
-        interpolation = tvF.InterpolationMode(resample.name.lower())
+    def _to_pixels(self, frames: list[torch.Tensor], settings: dict) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+        """
+        Frames -> pixels `(n, 3, H, W)`, and height and width that each frame was resized to before it was cropped.
+        Frames of one size, which those of a batch mostly have, are resized together.
+        """
         unscaled = not settings["do_rescale"] and not settings["do_normalize"]
         as_bytes = unscaled and all(frame.dtype == torch.uint8 for frame in frames)
-        dtype = torch.uint8 if as_bytes else torch.float32
-        output = torch.empty(len(frames), 3, *settings["output_size"], dtype=dtype)
         groups: dict[tuple, list[int]] = {}
         for i, frame in enumerate(frames):
             groups.setdefault((frame.shape, frame.dtype), []).append(i)
+        output, resized = None, [(0, 0)] * len(frames)
         for (_, dtype), rows in groups.items():
             batch = torch.stack([frames[i] for i in rows])
-            if settings["do_resize"] and list(batch.shape[-2:]) != size:
-                if settings["resize_backend"] == "pillow" and dtype == torch.uint8:
-                    pictures = [resize_with_pillow(tvF.to_pil_image(picture), size, resample) for picture in batch]
-                    batch = torch.stack([tvF.pil_to_tensor(picture) for picture in pictures])
-                else:
-                    batch = tvF.resize(batch, size, interpolation=interpolation, antialias=True)
+            batch = self._resize(batch, settings) if settings["do_resize"] else batch.to(settings["device"])
+            height, width = batch.shape[-2:]
+            for i in rows:
+                resized[i] = height, width
             if settings["do_center_crop"]:
-                batch = tvF.center_crop(batch, list(settings["output_size"]))
+                crop = settings["crop_size"]
+                if crop.height > height or crop.width > width:
+                    raise ValueError(
+                        f"`do_center_crop` needs a `crop_size` within the resized frame, which is {height} x {width} "
+                        f"pixels, got {crop.height} x {crop.width}."
+                    )
+                batch = self.center_crop(batch, crop)
             batch = batch if as_bytes else batch.float()
-            if settings["do_rescale"] and dtype == torch.uint8:
-                batch = batch * (settings["rescale_factor"] or 1 / 255)
+            if settings["do_rescale"]:
+                # Floats are in 0..1 already.
+                factor = (settings["rescale_factor"] or 1 / 255) * (1 if dtype == torch.uint8 else 255)
+                batch = batch if factor == 1 else batch * factor
+            if output is None:
+                output = batch.new_empty(len(frames), *batch.shape[1:])
+            if batch.shape[1:] != output.shape[1:]:
+                raise ValueError(
+                    f"Frames come out as {tuple(output.shape[-2:])} and {tuple(batch.shape[-2:])} pixels; give `size` "
+                    f"with height and width, or `do_center_crop` and `crop_size`."
+                )
             output[rows] = batch
         if settings["do_normalize"]:
-            output = tvF.normalize(output, list(settings["image_mean"]), list(settings["image_std"]), inplace=True)
-        return output
+            output = self.normalize(output, settings["image_mean"], settings["image_std"], inplace=True)
+        return output, resized
+
+    def _resize(self, batch: torch.Tensor, settings: dict) -> torch.Tensor:
+        size, resample = settings["size"], settings["resample"]
+        resample = PILImageResampling.BICUBIC if resample is None else resample
+        if (size.height, size.width) == tuple(batch.shape[-2:]):
+            return batch.to(settings["device"])
+        if settings["resize_backend"] == "pillow" and batch.dtype == torch.uint8:
+            pictures = [_PILLOW.resize(picture.numpy(), size, resample) for picture in batch]
+            return torch.from_numpy(np.stack(pictures)).to(settings["device"])
+        return self.resize(batch.to(settings["device"]), size, resample)
 
     @staticmethod
-    def _patch_mask(clips: list[list[np.ndarray | None] | None], length: int, settings: dict) -> torch.Tensor:
-        (height, width), patch_size = settings["output_size"], settings["patch_size"]
-        resized = np.array([settings["size"]["width"], settings["size"]["height"]] * 2)
-        offset = (resized - [width, height] * 2) / 2
-        rows, columns = _patch_grid(height, width, patch_size)
-        mask = torch.ones(len(clips), length, rows * columns, dtype=torch.bool)
-        for row, boxes in enumerate(clips):
-            for column, box in enumerate(boxes or []):
-                if box is None:
-                    continue
-                pixels = box * resized - offset
-                mask[row, column] = boxes_to_patch_mask(
-                    pixels, (height, width), patch_size, settings["box_iou_threshold"]
-                )
-        return mask
+    def _patch_mask(
+        box: np.ndarray | None, resized: tuple[int, int], output: tuple[int, int], settings: dict
+    ) -> torch.Tensor:
+        """Which patches show the product, of a frame that was resized and then cropped in its middle."""
+        rows, columns = _patch_grid(*output, settings["patch_size"])
+        if box is None:
+            return torch.ones(rows * columns, dtype=torch.bool)
+        # As whole pixels, which is how the middle is cut out.
+        top, left = ((side - kept) // 2 for side, kept in zip(resized, output, strict=True))
+        pixels = box * ([resized[1], resized[0]] * 2) - [left, top] * 2
+        return boxes_to_patch_mask(pixels, tuple(output), settings["patch_size"], settings["box_iou_threshold"])
+
+
+def _size_of(name: str, size: Any, default_to_square: bool) -> SizeDict:
+    """`size` or `crop_size` in any of its forms."""
+    try:
+        sides = SizeDict(**get_size_dict(size, default_to_square=default_to_square is not False, param_name=name))
+    except (TypeError, ValueError):
+        sides = SizeDict()
+    # Of the sizes of transformers those that do not depend on the whole batch.
+    named = dict(sides)
+    if set(named) not in ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}) or any(
+        not isinstance(side, int) or side < 1 for side in named.values()
+    ):
+        raise ValueError(f"`{name}` must be a number of pixels or name height and width, got {size!r}.")
+    return sides
 
 
 def make_clips(videos) -> list:

@@ -15,6 +15,10 @@ import json
 import os
 from pathlib import Path
 
+from hub_rice.precision import AUTO, PRECISIONS
+
+from .options import add_precision_and_towers, load_encoder
+
 _LISTED = 5
 
 
@@ -34,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=int, default=64, help="pictures per batch (default: %(default)s)")
     add("--num_workers", type=int, default=min(2, os.cpu_count() or 1), help="processes that decode pictures")
     add("--commit_every", type=int, default=2048, help="pictures per commit: memory, and what an interruption costs")
+    add_precision_and_towers(parser)
     add("--device", help="such as cpu or cuda; default: cuda where there is one")
     add("--approximate", choices=("hnsw", "ivfpq", "none"), help="also build an approximate index, for hundreds of "
         "thousands of pictures that are searched as one; none: drop it")  # fmt: skip
@@ -92,14 +97,12 @@ def _show_versions(table, options: argparse.Namespace) -> None:
 
 
 def _build(options: argparse.Namespace, rows, left_out: str | None) -> None:
-    from hub_rice.loading import load_model
-
     from .index import GalleryIndex
     from .index.build import ShopEncoder, process_group
     from .index.job import estimate
     from .index.table import ShopTable
 
-    model, processor = load_model(options.model, options.device)
+    model, processor = load_encoder(options, auto=_precision_there(options.output))
     if options.boxes_file is not None and not model.config.accepts_patch_mask:
         raise ValueError(f"--boxes_file: the encoder of {options.model} takes no patch mask; leave it out.")
     is_first = process_group()[0] == 0
@@ -131,6 +134,19 @@ def _build(options: argparse.Namespace, rows, left_out: str | None) -> None:
     _report(index, options.output)
     if left_out:
         print(left_out)
+
+
+def _precision_there(folder: str) -> str:
+    """That of the index that is there, which what is added should share; "auto" where there is none."""
+    from .index.table import ShopTable
+
+    table = ShopTable(folder)
+    try:
+        stored = table.snapshot().state.settings.get("precision") if table.exists() else None
+    except ValueError:
+        # What is damaged is told when it is to be used.
+        stored = None
+    return next((name for name, dtype in PRECISIONS.items() if dtype == stored), AUTO)
 
 
 def shop_rows(options: argparse.Namespace):

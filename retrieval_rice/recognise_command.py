@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from .options import add_precision_and_towers, load_encoder, open_index
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--jsonl", metavar="FILE", help="also write JSON lines; - for standard output in the place of the table")
     add("--vtt", metavar="FILE", type=Path, help="also write WebVTT subtitles")
     add("--detector", help="folder or id of a product detector, whose boxes tell where to look; default: no boxes")
+    add_precision_and_towers(parser)
     add("--device", help="such as cpu or cuda; default: cuda where there is one")
 
 
@@ -55,15 +58,12 @@ def run(options: argparse.Namespace) -> None:
         ConnectionError: a live source did not come back; what was recognised before is written.
         OSError: an output cannot be written.
     """
-    from hub_rice.loading import load_model
-
-    from .index import GalleryIndex
     from .recogniser import Recogniser
     from .stream.source import open_stream
     from .stream.timeline import clock, name_of
 
-    model, processor = load_model(options.model, options.device)
-    index = GalleryIndex.load(options.shop, model)
+    model, processor = load_encoder(options)
+    index = open_index(options, model)
     detector = None
     if options.detector is not None:
         from .detector.product_detector import ProductDetector

@@ -62,7 +62,8 @@ class UploadError(ValueError):
     too_large = False
 
 
-def _too_large(words: str) -> UploadError:
+def upload_too_large(words: str) -> UploadError:
+    """A refusal for the size."""
     error = UploadError(words)
     error.too_large = True
     return error
@@ -125,11 +126,11 @@ def _read(paths: list[Path], limits: UploadLimits, num_frames: int | None, keep:
     if not paths:
         raise UploadError("Nothing was uploaded: choose pictures or one video.")
     if len(paths) > limits.max_files:
-        raise _too_large(f"A clip has at most {limits.max_files} pictures here, and these are {len(paths)}.")
+        raise upload_too_large(f"A clip has at most {limits.max_files} pictures here, and these are {len(paths)}.")
     size = sum(path.stat().st_size for path in paths)
     if size > limits.max_bytes:
         megabytes = limits.max_bytes / 1e6
-        raise _too_large(f"The upload has {size / 1e6:.1f} MB, more than the {megabytes:g} MB that are read.")
+        raise upload_too_large(f"The upload has {size / 1e6:.1f} MB, more than the {megabytes:g} MB that are read.")
     deadline = time.monotonic() + limits.reading_seconds
     if any(video_format(path) for path in paths):
         if len(paths) > 1:
@@ -154,28 +155,41 @@ def video_format(path: str | Path) -> str | None:
 
 def _check_time(deadline: float, limits: UploadLimits) -> None:
     if time.monotonic() > deadline:
-        raise _too_large(
+        raise upload_too_large(
             f"Reading took longer than {limits.reading_seconds:g} s; upload something shorter or smaller."
         )
 
 
-def _check_pixels(name: str, width: int, height: int, limits: UploadLimits) -> None:
-    if width * height > limits.max_pixels:
-        megapixels = limits.max_pixels / 1e6
-        raise _too_large(f"{name} has {width} x {height} pixels, more than the {megapixels:g} million that are read.")
+def check_picture(path: str | Path, name: str, limits: UploadLimits) -> None:
+    """
+    Looks at a file's header alone.
 
+    Args:
+        path: Of the file.
+        name: What a refusal calls it.
+        limits: Of its pixels.
 
-def _read_picture(path: Path, limits: UploadLimits, deadline: float) -> Image.Image:
-    _check_time(deadline, limits)
+    Raises:
+        UploadError: it is no picture, or has too many pixels.
+    """
     try:
         header = image_header(path)
     except MediaError as error:
         if not isinstance(error.__cause__, UnidentifiedImageError):
-            raise UploadError(f"{path.name} {error.reason}.") from error
+            raise UploadError(f"{name} {error.reason}.") from error
         raise UploadError(
-            f"{path.name} is neither a picture ({', '.join(FORMATS)}) nor a video (MP4, WebM, MKV, AVI)."
+            f"{name} is neither a picture ({', '.join(FORMATS)}) nor a video (MP4, WebM, MKV, AVI)."
         ) from error
-    _check_pixels(path.name, header.width, header.height, limits)
+    if header.width * header.height > limits.max_pixels:
+        megapixels = limits.max_pixels / 1e6
+        raise upload_too_large(
+            f"{name} has {header.width} x {header.height} pixels, more than the {megapixels:g} million that are read."
+        )
+
+
+def _read_picture(path: Path, limits: UploadLimits, deadline: float) -> Image.Image:
+    _check_time(deadline, limits)
+    check_picture(path, path.name, limits)
     try:
         return open_image(path)
     except MediaError as error:
@@ -186,7 +200,7 @@ def _read_video(path: Path, limits: UploadLimits, deadline: float, num_frames: i
     try:
         with VideoReader(path, limits.max_pixels, lambda: _check_time(deadline, limits)) as video:
             if video.end_s > limits.max_seconds:
-                raise _too_large(
+                raise upload_too_large(
                     f"The video lasts {video.end_s:.0f} s, more than the {limits.max_seconds:g} s that are read."
                 )
             if num_frames is None:

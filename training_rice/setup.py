@@ -44,7 +44,7 @@ _CHOSEN_ARGUMENTS = ("metric_for_best_model", "greater_is_better")
 
 # What a run may add to the checkpoint it goes on from, replace or leave out, as a whole.
 _PARTS = ("decoder", "reconstruction_head", "patch_saliency", "temporal_pooling", "text_model", "text_projection")
-_PARTS += ("text_logit_scale", "decoder.title_projection", "decoder.asr_projection")
+_PARTS += ("text_logit_scale", "decoder.title_projection", "decoder.asr_projection", "patch_projection")
 
 Validation = tuple[Dataset, Dataset, str]
 

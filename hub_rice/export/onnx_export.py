@@ -1,9 +1,10 @@
-"""Export a model to ONNX: image tower, video tower and pair scorer, checked against torch.
+"""Export a model to ONNX: encoder, image tower, video tower and pair scorer, checked against torch.
 
 Batch and frames are dynamic. The video tower takes the frames of all clips one after the other, without padding, and
-which of them each clip has; it gives an embedding per clip, and keys and values frame by frame. onnx.json describes
-the files, their inputs and the preprocessing. --int8 adds files whose matrix products are quantised dynamically, and
---evaluate tells what export and quantisation cost in recall. Boxes and text take no part in an exported model.
+which of them each clip has; it gives an embedding per clip, and keys and values frame by frame. The encoder alone is
+what `rice index`, `recognise`, `demo` and `serve` take by --towers. onnx.json describes the files, their inputs and
+the preprocessing. --int8 adds files whose matrix products are quantised dynamically, and --evaluate tells what export
+and quantisation cost in recall. Boxes and text take no part in an exported model.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def load(folder: Path):
 
 def export(model, processor, output_dir: Path, int8: bool = False, quiet: bool = False) -> dict:
     """
-    Writes `image.onnx`, `video.onnx`, with a decoder `pairs.onnx`, and `onnx.json`.
+    Writes `encoder.onnx`, `image.onnx`, `video.onnx`, with a decoder `pairs.onnx`, and `onnx.json`.
 
     Args:
         model: A [`RiceModel`] in eval mode, float32, on the CPU.
@@ -149,8 +150,8 @@ def _describe(shapes: dict, tensors: tuple) -> list[dict]:
 
 def example_inputs(model, part: str, size: tuple[int, int], clips: int, frames: int, images: int) -> Iterator:
     """
-    Random inputs of a part (`image`, `video`, `pairs`), for `images` images or `clips` clips of `frames` frames of
-    height and width `size`.
+    Random inputs of a part (`encoder`, `image`, `video`, `pairs`), for `images` images or `clips` clips of `frames`
+    frames of height and width `size`.
     """
     import torch
 
@@ -159,7 +160,7 @@ def example_inputs(model, part: str, size: tuple[int, int], clips: int, frames: 
     def draw(*shape: int):
         return torch.randn(*shape, generator=generator)
 
-    if part == "image":
+    if part in ("encoder", "image"):
         yield draw(images, 3, *size)
     elif part == "video":
         yield draw(clips * frames, 3, *size)

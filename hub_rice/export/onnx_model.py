@@ -17,6 +17,48 @@ DESCRIPTION = "onnx.json"
 _IMAGES_AT_ONCE = 1024
 
 
+def read_description(folder: Path) -> dict:
+    """
+    What `rice export` wrote of its files.
+
+    Raises:
+        FileNotFoundError: no such export.
+        ValueError: the description is damaged, or names a file elsewhere.
+    """
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {DESCRIPTION}: write it by `rice export MODEL_DIR {folder}`.")
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        files = [part[name] for part in about["parts"].values() for name in ("file", "int8_file") if name in part]
+        fits = "model_fingerprint" in about and all(Path(file).name == file for file in files)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{path} is damaged: export the model again.")
+    return about
+
+
+def open_session(file: str | os.PathLike):
+    """
+    A graph on the CPU, with as many threads as torch has.
+
+    Raises:
+        ValueError: onnxruntime is not installed, or the file is damaged.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ValueError("exported models need onnxruntime: pip install 'rice-retrieval[onnx]'.") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        return onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"])
+    except Exception as error:
+        # Its errors have no base of their own.
+        raise ValueError(f"{file} cannot be read ({' '.join(str(error).split())[:200]}); export again.") from error
+
+
 class OnnxRice:
     """
     What `rice export` wrote, with `encode_gallery`, `encode_clips`, `similarity` and `match` as [`RiceModel`] has
@@ -28,29 +70,26 @@ class OnnxRice:
 
     Raises:
         FileNotFoundError: no such export.
-        ImportError: onnxruntime is not installed.
+        ValueError: onnxruntime is not installed, or a file is damaged.
     """
 
     device = torch.device("cpu")
 
     def __init__(self, folder: str | os.PathLike, int8: bool = False):
-        import onnxruntime
-
         folder = Path(folder)
-        if not (folder / DESCRIPTION).is_file():
-            raise FileNotFoundError(f"{folder} has no {DESCRIPTION}: write it by `rice export MODEL_DIR {folder}`.")
-        self.about = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        self.about = read_description(folder)
         self.sessions = {}
         for name, part in self.about["parts"].items():
+            # Alone it is for models that keep everything else in torch.
+            if name == "encoder":
+                continue
             file = folder / part["int8_file" if int8 else "file"] if not int8 or "int8_file" in part else None
             if file is None or not file.is_file():
                 wanted = "int8 files" if int8 else f"{part['file']}"
                 raise FileNotFoundError(
                     f"{folder} has no {wanted}: export again{' with --int8' if int8 else ''} to have them."
                 )
-            self.sessions[name] = onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"])
+            self.sessions[name] = open_session(file)
         self.config = SimpleNamespace(use_decoder="pairs" in self.sessions)
         self.int8 = int8
 

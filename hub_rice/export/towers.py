@@ -9,6 +9,25 @@ from torch import Tensor, nn
 from modeling_rice import RiceModel
 
 
+class EncoderTower(nn.Module):
+    """
+    Pictures `(n, 3, H, W)`, of the shop or frames -> what the vision encoder makes of them, on which everything else
+    stands: the global feature `(n, W)`, the patches `(n, P, C)`, and where these are of an inner layer also the last
+    ones.
+    """
+
+    inputs = {"pixel_values": ("images", 3, "height", "width")}
+    outputs = {"features": ("images", "W"), "patches": ("images", "P", "C"), "last_patches": ("images", "P'", "W'")}
+
+    def __init__(self, model: RiceModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        features, patches, last = self.model._encoder_output(pixel_values)
+        return (features, patches) if last is None or last is patches else (features, patches, last)
+
+
 class ImageTower(nn.Module):
     """Shop images `(n, 3, H, W)` -> embeddings `(n, D)` and, with a decoder, its states `(n, d)`."""
 
@@ -80,8 +99,8 @@ class PairScorer(nn.Module):
 
 
 def towers(model: RiceModel) -> dict[str, nn.Module]:
-    """`image`, `video` and, where there is a decoder, `pairs`."""
-    parts = {"image": ImageTower(model), "video": VideoTower(model)}
+    """`encoder`, `image`, `video` and, where there is a decoder, `pairs`."""
+    parts = {"encoder": EncoderTower(model), "image": ImageTower(model), "video": VideoTower(model)}
     return parts if model.decoder is None else parts | {"pairs": PairScorer(model)}
 
 

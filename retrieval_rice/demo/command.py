@@ -9,6 +9,8 @@ import argparse
 import signal
 from pathlib import Path
 
+from ..options import add_precision_and_towers, load_encoder, open_index, port
+
 DEFAULT_MODEL = "runs/demo/model"
 
 
@@ -23,18 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--detector", metavar="FOLDER|ID", help="product detector, whose boxes are shown, and tell a model that takes "
         "boxes where to look (default: none)")  # fmt: skip
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
-    add("--port", type=_port, help="default: the first free one from 7860")
+    add("--port", type=port, help="default: the first free one from 7860")
+    add_precision_and_towers(parser)
     add("--device", help="such as cpu or cuda; default: cuda where there is one")
     add("--batch_size", type=int, default=64, help="pictures per batch when the shop is encoded")
     add("--space", type=Path, metavar="DIR", help="write a Space into this new folder instead of starting a server")
     add("--space_examples", type=int, default=48, help="example clips that a Space gets (default: %(default)s)")
-
-
-def _port(text: str) -> int:
-    number = int(text)
-    if not 1 <= number <= 65535:
-        raise argparse.ArgumentTypeError(f"{text} must be from 1 to 65535")
-    return number
 
 
 def run(options: argparse.Namespace) -> None:
@@ -103,20 +99,18 @@ def load_rows(options: argparse.Namespace):
 
 def load_demo(options: argparse.Namespace):
     """The `Demo` that the options describe; encodes the shop unless it is an index."""
-    from hub_rice.loading import load_model
-
     from ..index import GalleryIndex
     from .page import Demo
 
     queries, gallery = load_rows(options)
-    model, processor = load_model(options.model, options.device)
+    model, processor = load_encoder(options)
     detector = None
     if options.detector is not None:
         from ..detector.product_detector import ProductDetector
 
         detector = ProductDetector.from_pretrained(options.detector, options.device)
     if gallery is None:
-        index = GalleryIndex.load(options.shop, model, processor)
+        index = open_index(options, model, processor)
     else:
         index = GalleryIndex.build(model, processor, gallery, batch_size=options.batch_size)
     return Demo(model, processor, index, gallery, queries, detector=detector)

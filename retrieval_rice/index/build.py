@@ -18,6 +18,7 @@ from data_rice.collator import RiceCollator, failure_words
 from data_rice.parsing import id_text
 from data_rice.paths import path_to_text
 from evaluation_rice.retrieval import Loading, ModelRetriever
+from hub_rice.precision import PRECISIONS, precision_of
 from processing_rice import MediaError, is_missing, open_image, read_text
 from processing_rice.media_rice import path_of, read_media
 
@@ -246,7 +247,8 @@ class ShopEncoder:
     @property
     def precision(self) -> str:
         """In which the model computes."""
-        return str(getattr(self.model, "dtype", torch.float32)).removeprefix("torch.")
+        name = precision_of(self.model)
+        return PRECISIONS.get(name, name)
 
     def settings(self) -> dict:
         """What an encoding depends on besides the picture and the model."""

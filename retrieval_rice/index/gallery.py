@@ -125,6 +125,11 @@ class GalleryIndex:
         return settings and settings["kind"]
 
     @property
+    def precision(self) -> str | None:
+        """In which the pictures were encoded: "float32", "bfloat16", "float16" or "int8"; `None` without pictures."""
+        return None if self._newest.is_empty() else self._newest.rooms().snapshot.state.precision
+
+    @property
     def version(self) -> int:
         """Number of the version that is searched; 0 before anything was written."""
         return 0 if self._newest.is_empty() else self._newest.rooms().snapshot.version

@@ -85,10 +85,11 @@ def test_vision_config_may_be_a_dictionary_or_a_two_tower_config():
 
 
 def test_sizes_follow_the_encoder():
-    swin = RiceConfig(vision_config=SwinConfig(embed_dim=24, depths=[1, 1]), vision_pooling="mean", use_decoder=False)
-    assert swin.vision_hidden_size == 48 and swin.num_patches is None and not swin.accepts_patch_mask
+    vision = SwinConfig(embed_dim=24, depths=[1, 1], num_heads=[2, 2])
+    swin = RiceConfig(vision_config=vision, vision_pooling="mean", use_decoder=False)
+    assert swin.vision_hidden_size == 48 and swin.num_patches == 28**2 and not swin.accepts_patch_mask
     resnet = RiceConfig(vision_config=ResNetConfig(hidden_sizes=[8, 40]), vision_pooling="mean", use_decoder=False)
-    assert resnet.vision_hidden_size == 40 and resnet.num_patches is None
+    assert resnet.vision_hidden_size == 40 and resnet.num_patches == 28**2
 
 
 @pytest.mark.parametrize(
@@ -105,8 +106,7 @@ def test_sizes_follow_the_encoder():
         ({"matching_scale": -1.0}, "`matching_scale` must be above 0"),
         ({"reconstruction_softmax_over_padding": True}, "needs `reconstruction_softmax=True`"),
         ({"vision_config": SwinConfig(), "vision_pooling": "cls"}, "'swin' has no class token"),
-        ({"vision_config": SwinConfig()}, "'swin' has no class token"),
-        ({"vision_config": SiglipVisionConfig()}, "'siglip_vision_model' has no class token"),
+        ({"vision_config": SiglipVisionConfig(), "vision_pooling": "cls"}, "'siglip_vision_model' has no class token"),
         ({"decoder_hidden_act": "quickgelu"}, "`decoder_hidden_act='quickgelu'`"),
         ({"decoder_dropout": 1.5}, "`decoder_dropout` must be in 0..1"),
         ({"matching_targets": "multi_positive"}, 'needs `matching_negatives="all"`'),
@@ -133,14 +133,13 @@ def test_values_of_the_wrong_kind_are_refused(field, value):
         RiceConfig(**{field: value})
 
 
-def test_positions_must_be_given_where_the_encoder_does_not_tell():
+def test_positions_are_as_many_as_the_encoder_has_patches():
     vision = SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)
     settings = {"vision_config": vision, "vision_pooling": "mean", "projection_dim": 16}
-    with pytest.raises(ValueError, match="set `decoder_max_position_embeddings`"):
-        RiceModel(RiceConfig(**settings))
+    assert RiceModel(RiceConfig(**settings)).decoder.position_embedding.weight.shape == (17, 16)
     assert RiceModel(RiceConfig(**settings, decoder_position_embeddings=False)).decoder.position_embedding is None
-    told = RiceModel(RiceConfig(**settings, decoder_max_position_embeddings=17))
-    assert told.decoder.position_embedding.weight.shape == (17, 16)
+    told = RiceModel(RiceConfig(**settings, decoder_max_position_embeddings=20))
+    assert told.decoder.position_embedding.weight.shape == (20, 16)
 
 
 def test_a_checkpoint_saved_before_text_had_a_weight_of_its_own_has_none():

@@ -120,7 +120,7 @@ def check(config, expected, pooler_width):
     # The shapes found are those of a real run, whatever the batch.
     encoder = build_encoder(config).eval()
     with torch.no_grad():
-        output = encoder(**encoder_inputs(encoder, torch.rand(2, 3, *layout.image_size)))
+        output = encoder(**encoder_inputs(torch.rand(2, 3, *layout.image_size), layout.cut_to))
     tokens = layout.patches.tokens(last_states(output))
     assert tokens.shape == (2, layout.patches.num_prefix_tokens + layout.patches.num_patches, layout.patches.width)
     assert torch.isfinite(tokens).all()
@@ -160,7 +160,7 @@ def test_a_timm_network_tells_its_stages_and_its_pictures():
     settings = {"input_size": [3, 64, 64], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     config = AutoConfig.for_model("timm_wrapper", architecture="tf_efficientnet_lite0", pretrained_cfg=settings)
     layout = find_layout(config)
-    assert layout.image_size == (64, 64) and layout.patches.grid == (2, 2) and layout.stride == 32
+    assert layout.image_size == (64, 64) and layout.patches.grid == (2, 2)
     assert layout.image_mean == (0.1, 0.2, 0.3) and layout.image_std == (0.4, 0.5, 0.6)
     assert [(stage.width, stage.grid[0]) for stage in layout.hidden] == [
         (16, 32),
@@ -188,18 +188,46 @@ def test_siglip2_sees_patches_in_the_order_of_its_own_processor():
 
     config = AutoConfig.for_model("siglip2_vision_model", **FAST["siglip2_vision_model"][0])
     picture = torch.rand(1, 3, 32, 48)
-    inputs = encoder_inputs(build_encoder(config), picture)
+    inputs = encoder_inputs(picture, find_layout(config).cut_to)
     expected = convert_image_to_patches(picture[0], 16)
     torch.testing.assert_close(inputs["pixel_values"][0], expected.reshape(6, -1))
     assert inputs["spatial_shapes"].tolist() == [[2, 3]]
 
 
-def test_neither_finding_out_nor_building_changes_the_config():
+def test_finding_out_does_not_change_the_config():
     config = AutoConfig.for_model("clip_vision_model", **TOKENS)
     before = copy.deepcopy(config.to_dict())
     find_layout(config)
-    build_encoder(config)
     assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    "name, settings, skips",
+    [
+        ("clip_vision_model", TOKENS, True),
+        ("altclip_vision_model", TOKENS, True),
+        ("chinese_clip_vision_model", TOKENS, True),
+        ("metaclip_2_vision_model", TOKENS, True),
+        ("siglip_vision_model", TOKENS, False),
+        ("blip_vision_model", TOKENS, False),
+        ("vit", TOKENS, False),
+    ],
+)
+def test_who_leaves_the_final_norm_out_of_the_last_hidden_state(name, settings, skips):
+    assert find_layout(AutoConfig.for_model(name, **settings)).skips_final_norm == skips
+
+
+def test_layers_are_counted_from_either_end():
+    layout = find_layout(AutoConfig.for_model("swin", **FAST["swin"][0]))
+    assert [patches.grid[0] for patches in layout.hidden] == [16, 8, 4, 4]
+    assert layout.at(None) is layout.patches and layout.at(-4) is layout.at(0) is layout.hidden[0]
+    with pytest.raises(ValueError, match=r"^`vision_feature_layer=4` is no hidden .*; the encoder has 0, 1, 2, 3\.$"):
+        layout.at(4)
+
+
+def test_grids_that_shrink_on_the_way_take_pictures_of_any_size():
+    sizes = {name: find_layout(AutoConfig.for_model(name, **FAST[name][0])).takes_one_size for name in FAST}
+    assert [name for name, one_size in sizes.items() if not one_size] == ["swin", "resnet", "dinov3_convnext"]
 
 
 @pytest.mark.parametrize(

@@ -265,3 +265,17 @@ def test_training_mode_is_allowed_where_it_changes_nothing(make_model, make_batc
     expected = encode(model, batch)
     for actual, other in zip(encode(model.train(), batch), expected, strict=True):
         assert torch.equal(actual.embeds, other.embeds)
+
+
+def test_a_settled_model_keeps_its_name_in_any_precision(make_model, make_batch):
+    model, batch = make_model(), make_batch()
+    name = model.fingerprint()
+    in_halves = [copy.deepcopy(model).to(dtype) for dtype in (torch.bfloat16, torch.float16)]
+    assert not same_state(*(half.fingerprint() for half in in_halves))
+    settled = [copy.deepcopy(model).settle().to(dtype) for dtype in (torch.bfloat16, torch.float16)]
+    assert [half.fingerprint() for half in settled] == [name, name]
+    clips, gallery = encode(settled[0], batch)
+    assert settled[1].similarity(clips, gallery).isfinite().all()
+    assert copy.deepcopy(model).settle("-int8").fingerprint() == f"{name}-int8"
+    # Training ends it.
+    assert settled[0].train().eval().fingerprint() == in_halves[0].fingerprint()

@@ -134,8 +134,8 @@ def clip4clip(request):
     """
     tensors = read("clip4clip_tiny")
     model = convert_original_checkpoint(weights_of(tensors) | stand_in_encoder(width=64))
-    model._vision_states = lambda tokens, patch_mask=None, is_clip=False: tokens[:, 0]
-    model._tokens_and_features = lambda tokens: (tokens, tokens[..., 0, :])
+    model._encoder_output = lambda tokens, patch_mask=None: tokens[:, 0]
+    model._from_states = lambda tokens, patch_mask=None, is_clip=False: (tokens, tokens[..., 0, :])
     inputs = {
         "pixel_values": tensors["inputs/image_tokens"][:, None],
         "pixel_values_videos": tensors[f"inputs/{request.param}/video_tokens"][:, :, None],

@@ -303,7 +303,20 @@ def test_clips_may_be_listed_by_sample(video_processor, make_picture, tmp_path):
         (["ok"], {"padding": "short"}, '`padding` must be "longest" or "max_length"'),
         (["ok"], {"sampling": "random"}, "`mode` must be|`sampling` must be"),
         (["ok"], {"num_frames": 0}, "must be at least 1"),
-        (["ok"], {"size": {"shortest_edge": 32}}, "`size` must be"),
+        (["ok"], {"size": {"min_pixels": 32, "max_pixels": 64}}, "`size` must be"),
+        (["ok"], {"size": -3}, "`size` must be"),
+        (["ok"], {"do_center_crop": True, "crop_size": 0}, "`crop_size` must be"),
+        (["ok"], {"do_center_crop": True}, "`crop_size` must be"),
+        (["ok"], {"do_center_crop": True, "crop_size": 33}, "needs a `crop_size` within the resized frame"),
+        (["ok"], {"fps": 2}, "`fps` is not possible"),
+        (["ok"], {"return_metadata": True}, "`return_metadata` is not possible"),
+        (["ok"], {"do_pad": True}, "`do_pad` is not possible"),
+        (["ok"], {"data_format": "channels_last"}, "`data_format` must be"),
+        (["ok"], {"input_data_format": "last"}, "`input_data_format` must be"),
+        (["ok"], {"do_convert_rgb": False}, "`do_convert_rgb=False` is not possible"),
+        (["ok"], {"num_frames": "four"}, "'num_frames'"),
+        (["ok", "two"], {"padding": False}, "`padding=False` cannot put clips of 1 to 2 frames together"),
+        (["ok", "wide"], {"size": {"shortest_edge": 8}}, "Frames come out as"),
         ([[np.zeros((4, 4), dtype=bool)]], {}, "bool"),
         ([[np.zeros((8, 8, 3), dtype=np.int64)]], {}, "int64"),
         ([[np.full((8, 8, 3), 200.0)]], {}, r"floats in 0\.\.1"),
@@ -313,7 +326,8 @@ def test_clips_may_be_listed_by_sample(video_processor, make_picture, tmp_path):
     ],
 )
 def test_bad_input_gets_one_sentence(video_processor, make_picture, videos, arguments, message):
-    videos = [[make_picture()] if clip == "ok" else clip for clip in videos]
+    stand_ins = {"ok": [make_picture()], "two": [make_picture()] * 2, "wide": [make_picture(8, 50)]}
+    videos = [stand_ins.get(clip, clip) if isinstance(clip, str) else clip for clip in videos]
     with pytest.raises(ValueError, match=message) as error:
         video_processor(videos, **arguments)
     assert "\n" not in str(error.value)

@@ -1,0 +1,145 @@
+"""What [`RiceModel`] makes of pictures: one run of the vision encoder, and all that follows from its output."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from .configuration_rice import PATCH_MASK_ENCODERS, RiceConfig
+from .decoder_rice import additive_mask
+from .encoders_rice import EncoderLayout, encoder_inputs, last_states
+from .patches_rice import pool_patches, resize_patch_mask
+
+
+class EncoderStates(NamedTuple):
+    """
+    All that is taken from the encoder: a frozen one need not run again for pictures whose states are kept.
+
+    Attributes:
+        features (`(n, W)`): The global feature, before its projection.
+        patches (`(n, P, C)`): Of the layer that `vision_feature_layer` chooses, without prefix tokens.
+        last_patches (`(n, P', W')`, *optional*): Of the encoder's output; `patches` itself where no other layer is
+            chosen. Needed for a learnt saliency, and for `last_hidden_state` of a model without decoder.
+    """
+
+    features: Tensor
+    patches: Tensor
+    last_patches: Tensor | None
+
+
+class RicePatchProjection(nn.Module):
+    """Patches of an inner layer to the decoder's width: a norm, which they have not had yet, and a linear layer."""
+
+    def __init__(self, config: RiceConfig):
+        super().__init__()
+        width = config.patch_layout.width
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, config.decoder_hidden_size, bias=False)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Patches `(n, P, C)` -> `(n, P, d)`."""
+        return self.linear(self.norm(patches))
+
+
+class RiceVisionSide:
+    """The methods of [`RiceModel`] between pixels and the tokens and features that everything else stands on."""
+
+    # Of the model.
+    config: Any
+    layout: EncoderLayout
+    feature_pooling: str
+    vision_model: Any
+    visual_projection: Any
+    patch_projection: Any
+    patch_saliency: Any
+    decoder: Any
+
+    def _encoder_output(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> EncoderStates:
+        """Pictures `(n, 3, H, W)`, mask `(n, P)` bool -> what the encoder makes of them, in the weights' precision."""
+        layout, layer = self.layout, self.config.vision_feature_layer
+        # Encoders that interpolate positions would take another size, and patches would stand for other places.
+        if layout.takes_one_size and tuple(pixel_values.shape[-2:]) != layout.image_size:
+            raise ValueError(
+                f"The pictures are {tuple(pixel_values.shape[-2:])} pixels, but the encoder takes "
+                f"{layout.image_size}; let the processor's size follow the model."
+            )
+        kwargs = {} if layer is None else {"output_hidden_states": True}
+        if patch_mask is not None and not self.config.patch_mask_pooling:
+            kwargs["attention_mask"] = self._encoder_mask(patch_mask, pixel_values)
+        # Inputs follow the weights, so that a model in half precision takes what the processor gives.
+        pixel_values = pixel_values.to(self.visual_projection.weight.dtype)
+        output = self.vision_model(**encoder_inputs(pixel_values, layout.cut_to), **kwargs)
+        states = layout.patches.tokens(last_states(output))
+        last = patches = states[:, layout.patches.num_prefix_tokens :]
+        if layer is not None:
+            chosen = layout.at(layer)
+            patches = chosen.tokens(output.hidden_states[layer])[:, chosen.num_prefix_tokens :]
+        return EncoderStates(self._global_feature(states, last, output, patch_mask), patches, last)
+
+    def _global_feature(
+        self, states: Tensor, patches: Tensor, output: ModelOutput, patch_mask: Tensor | None
+    ) -> Tensor:
+        if self.feature_pooling == "cls":
+            return states[:, 0]
+        if self.feature_pooling == "pooler":
+            return output.pooler_output.flatten(1)
+        return pool_patches(patches, None if patch_mask is None else resize_patch_mask(patch_mask, patches.shape[1]))
+
+    def _encoder_mask(self, patch_mask: Tensor, pixel_values: Tensor) -> Tensor:
+        config, patches = self.config, self.layout.patches
+        if not config.accepts_patch_mask:
+            raise ValueError(
+                f"`patch_mask` was given, but no attention mask reaches the layers of "
+                f"{config.vision_config.model_type!r}; use one of {', '.join(PATCH_MASK_ENCODERS)}, or "
+                f"`patch_mask_pooling=True`, or leave the boxes out."
+            )
+        if patch_mask.shape[-1] != patches.num_patches:
+            raise ValueError(
+                f"`patch_mask` has {patch_mask.shape[-1]} patches per frame, but the encoder has "
+                f"{patches.num_patches}; let the processor's video size and patch size follow the model."
+            )
+        keep = nn.functional.pad(patch_mask.bool(), (patches.num_prefix_tokens, 0), value=True)
+        dtype = self.visual_projection.weight.dtype
+        if torch.is_autocast_enabled(pixel_values.device.type):
+            dtype = torch.get_autocast_dtype(pixel_values.device.type)
+        return additive_mask(keep, dtype)
+
+    def _from_states(
+        self, states: EncoderStates, patch_mask: Tensor | None = None, is_clip: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """
+        What is made of the encoder's states, with gradient into everything behind the encoder.
+
+        Args:
+            states: Of `_encoder_output`, from the same mask.
+            patch_mask (`(n, P)` bool, *optional*): `True` = patch of the intended product.
+            is_clip: Whether the pictures are frames, whose patches a learnt saliency weighs.
+
+        Returns:
+            The tokens that the decoder sees, `(n, 1 + P, d)`, the global one first, and the projected global feature
+            `(n, D)`. Without a decoder the tokens are the encoder's output.
+        """
+        features, patches, last = states
+        if self.patch_saliency is not None and is_clip:
+            weights = self.patch_saliency(last)
+            if patch_mask is not None:
+                weights = resize_patch_mask(patch_mask, last.shape[1]) * weights
+            features = pool_patches(last, weights)
+        if self.decoder is None:
+            has_patches = last is not None and last.shape[-1] == features.shape[-1]
+            tokens = torch.cat([features[:, None], last], dim=1) if has_patches else features[:, None]
+            return tokens, self._project(features)
+        if self.patch_projection is None and self.config.decoder_token_source == "projected":
+            tokens = self._project(torch.cat([features[:, None], patches], dim=1))
+            return tokens, tokens[:, 0]
+        projected = self._project(features)
+        first = projected if self.config.decoder_token_source == "projected" else features
+        if self.patch_projection is not None:
+            patches = self.patch_projection(patches)
+        return torch.cat([first[:, None], patches], dim=1), projected
+
+    def _project(self, states: Tensor) -> Tensor:
+        if self.layout.skips_final_norm and self.feature_pooling != "pooler":
+            states = self.vision_model.post_layernorm(states)
+        return self.visual_projection(states)

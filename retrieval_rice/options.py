@@ -1,0 +1,90 @@
+"""What the commands of recognition have in common: the model in the precision that was asked for, or exported."""
+
+import argparse
+import sys
+from typing import Any
+
+from hub_rice.precision import AUTO, INT8, PRECISIONS, add_precision, choose_precision, in_precision, precision_of
+
+
+def port(text: str) -> int:
+    """A port's number, as an argument's type."""
+    number = int(text)
+    if not 1 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} must be from 1 to 65535")
+    return number
+
+
+def add_precision_and_towers(parser: argparse.ArgumentParser) -> None:
+    """Adds `--precision` and `--towers` to a command."""
+    add_precision(parser, INT8)
+    parser.add_argument(
+        "--towers",
+        metavar="DIR",
+        help="folder that `rice export` wrote of this model, whose encoder onnxruntime runs in the place of torch's, "
+        "in fp32 or with --precision int8",
+    )
+
+
+def load_encoder(options: argparse.Namespace, auto: str = AUTO) -> tuple[Any, Any]:
+    """
+    Model and processor as `--model`, `--device`, `--precision` and `--towers` say; tells which precision it is.
+
+    Args:
+        options: Of the command.
+        auto: What `--precision auto` means here, where that is not what the processor or GPU is made for.
+
+    Raises:
+        FileNotFoundError, ValueError: as `hub_rice.loading.load_model`; towers of another model, or options that do
+            not go together.
+    """
+    from hub_rice.loading import load_model
+
+    towers, named = options.towers, options.precision
+    if towers is None and named == INT8:
+        raise ValueError("--precision int8 is that of exported models: name one by --towers.")
+    if towers is None:
+        model, processor = load_model(options.model, options.device)
+        chosen = choose_precision(auto if named == AUTO else named, model.device)
+        model = in_precision(model, chosen)
+    else:
+        from hub_rice.export.onnx_encoder import with_towers
+
+        if named not in (AUTO, "fp32", INT8):
+            raise ValueError(f"--precision {named}: --towers are there in fp32 and int8.")
+        if options.device not in (None, "cpu"):
+            raise ValueError(f"--device {options.device}: --towers run on the CPU; leave one of them out.")
+        for name in ("detector", "boxes_file"):
+            if getattr(options, name, None) is not None:
+                raise ValueError(f"--{name}: --towers take no boxes; leave one of them out.")
+        model, processor = load_model(options.model, "cpu")
+        model = with_towers(model, towers, named == INT8)
+    origin = f", its encoder in {towers}" if towers else ""
+    tell(f"the model computes in {precision_of(model)} (--precision {named}{origin})")
+    return model, processor
+
+
+def open_index(options: argparse.Namespace, model: Any, processor: Any = None, **settings: Any) -> Any:
+    """
+    The index that `--shop` names; tells where its pictures were encoded in another precision than clips will be.
+
+    Args:
+        options: Of the command.
+        model, processor: From `load_encoder`.
+        settings: Of `GalleryIndex.load`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `GalleryIndex.load`.
+    """
+    from .index import GalleryIndex
+
+    index = GalleryIndex.load(options.shop, model, processor, **settings)
+    own = precision_of(model)
+    if index.precision != PRECISIONS.get(own, own):
+        tell(f"the pictures of {options.shop} were encoded in {index.precision}: scores differ by its rounding")
+    return index
+
+
+def tell(text: str) -> None:
+    """A notice, apart from what a command writes to standard output."""
+    print(text, file=sys.stderr, flush=True)

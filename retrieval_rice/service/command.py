@@ -1,0 +1,149 @@
+"""Serve recognition over HTTP: clips, streams and changes of the shop, with metrics for Prometheus.
+
+Listens on 127.0.0.1 unless told otherwise. With RICE_TOKEN in the environment every request must carry that secret
+(`Authorization: Bearer ...`); no other machine is let in without one. Any number of such services may share an index:
+what one of them writes the others find within --refresh seconds. SIGTERM and Ctrl-C finish what is in work.
+docs/serving.md has the routes, a client and a Dockerfile.
+"""
+
+import argparse
+import signal
+from typing import Any
+
+from ..options import add_precision_and_towers, load_encoder, open_index, port
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--shop", required=True, metavar="INDEX", help="folder or URI of the shop's index, from `rice index`")
+    add("--model", required=True, help="folder or id of the model that the index was built with")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in, with RICE_TOKEN "
+        "alone (default: %(default)s)")  # fmt: skip
+    add("--port", type=port, default=8080, help="default: %(default)s")
+    add("--allow_urls", action="store_true", help="fetch clips that requests name by a public http(s) address")
+    add("--source", action="append", default=[], metavar="NAME=ADDRESS", help="a stream that requests may ask for by "
+        "its name, such as studio=rtsp://...; may be repeated")  # fmt: skip
+    add("--max_requests", type=int, default=32, help="requests in work at once; more get 503 (default: %(default)s)")
+    add("--max_streams", type=int, default=2, help="streams followed at once (default: %(default)s)")
+    add("--batch_size", type=int, default=16, help="clips encoded together at most (default: %(default)s)")
+    add("--batch_ms", type=float, default=5.0, help="milliseconds for which a clip waits for others (default: "
+        "%(default)g)")  # fmt: skip
+    add("--refresh", type=float, default=1.0, metavar="SECONDS", help="how often a newer version of the index is "
+        "looked for (default: %(default)g)")  # fmt: skip
+    add("--rerank", type=int, help="images per clip that are scored by more than their embeddings; default: as "
+        "calibrated")  # fmt: skip
+    add_precision_and_towers(parser)
+    add("--device", help="such as cpu or cuda; default: cuda where there is one")
+
+
+def run(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        FileNotFoundError: no such index or model.
+        ValueError: what is wrong with one of them, an argument, or the token; or a package is missing.
+        OSError: the port is in use.
+    """
+    _check(options)
+    build_app, uvicorn = _packages()
+    from .gate import read_token
+
+    token = read_token(options.host)
+    sources = parse_sources(options.source)
+    service = load_service(options, sources)
+    app = build_app(service, token, options.max_requests)
+    # Threads answer and streams are asked for all the time; a line for each would be all that the log says.
+    config = uvicorn.Config(
+        app,
+        host=options.host,
+        port=options.port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=60,
+    )
+    print(
+        f"{len(service.index)} pictures of {options.shop}, {service.precision}, at http://{options.host}:"
+        f"{options.port}; {'with' if token else 'without'} a token",
+        flush=True,
+    )
+    serve(uvicorn.Server(config), service)
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("max_requests", "max_streams", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}.")
+    for name in ("batch_ms", "refresh"):
+        if not 0 <= getattr(options, name) <= 3600:
+            raise ValueError(f"--{name} must be from 0 to 3600, got {getattr(options, name):g}.")
+
+
+def _packages():
+    try:
+        import uvicorn
+
+        from .app import build_app
+    except ImportError as error:
+        names = ("fastapi", "uvicorn", "multipart", "prometheus_client", "httpx", "starlette")
+        if error.name is None or error.name.partition(".")[0] not in names:
+            raise
+        raise ValueError(f"the service needs the package {error.name}: pip install 'rice-retrieval[serve]'.") from None
+    return build_app, uvicorn
+
+
+def parse_sources(entries: list[str]) -> dict[str, str]:
+    """
+    `NAME=ADDRESS` -> address by name.
+
+    Raises:
+        ValueError: an entry is none, or a name is there twice.
+    """
+    sources: dict[str, str] = {}
+    for entry in entries:
+        name, equals, address = entry.partition("=")
+        if not (name and equals and address) or name in sources:
+            raise ValueError(f"--source {entry}: write NAME=ADDRESS, each name once.")
+        sources[name] = address
+    return sources
+
+
+def load_service(options: argparse.Namespace, sources: dict[str, str]):
+    """The `Service` that the options describe."""
+    from ..recogniser import Recogniser
+    from ..uploads import UploadLimits
+    from .fetching import Fetcher
+    from .work import Service
+
+    model, processor = load_encoder(options)
+    index = open_index(options, model, processor, refresh_s=options.refresh)
+    limits = UploadLimits()
+    return Service(
+        Recogniser(model, processor, index, rerank=options.rerank),
+        limits,
+        Fetcher(limits) if options.allow_urls else None,
+        sources,
+        options.max_streams,
+        options.batch_size,
+        options.batch_ms / 1000,
+    )
+
+
+def serve(server: Any, service: Any) -> None:
+    """Answers until a signal; then ends streams, and waits for requests in work."""
+    handle_exit = server.handle_exit
+
+    def stop(number: int, frame: Any) -> None:
+        service.stop()
+        handle_exit(number, frame)
+
+    server.handle_exit = stop
+    # The server raises the signal once more when all is done, which is no reason for another status than 0.
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        server.run()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if not server.started:
+        raise OSError("the service did not start: the address cannot be used, or the port is in use.")
+    print("the service has ended", flush=True)

@@ -1,0 +1,125 @@
+"""What a request must pass before it is read: its token, and the bounds on what arrives at once."""
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import os
+import time
+from typing import Any
+
+from ..quota import UploadGate, answer
+from ..uploads import UploadLimits
+from .metrics import Metrics
+
+TOKEN = "RICE_TOKEN"
+"""The environment variable that holds the token."""
+
+_SHORTEST_TOKEN = 16
+# What a load balancer asks, and what tells how to ask.
+_OPEN = ("/healthz", "/readyz", "/openapi.json")
+RETRY_SECONDS = 2
+
+
+def read_token(host: str) -> str | None:
+    """
+    The token that requests must carry, `None` where they need none.
+
+    Raises:
+        ValueError: it is too short to be one, or missing where other machines are let in.
+    """
+    token = os.environ.get(TOKEN)
+    if token is None:
+        if not is_loopback(host):
+            raise ValueError(
+                f"--host {host} lets other machines in, and {TOKEN} is not set; set it to a secret of at least "
+                f"{_SHORTEST_TOKEN} characters, which requests then carry."
+            )
+        return None
+    if len(token) < _SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError(f"{TOKEN} must have at least {_SHORTEST_TOKEN} characters of ASCII, without spaces.")
+    return token
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address that a server listens on."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class ServiceGate(UploadGate):
+    """
+    ASGI middleware of the service; what it refuses has one sentence in JSON.
+
+    Args:
+        app: The service.
+        limits: Of what is sent.
+        metrics: Counts requests.
+        token: That requests must carry, if any.
+        most: Requests with a body that arrive, wait or are in work at once.
+    """
+
+    methods = ("POST", "PUT", "PATCH")
+
+    def __init__(self, app: Any, limits: UploadLimits, metrics: Metrics, token: str | None, most: int):
+        super().__init__(app, limits)
+        self.metrics, self.token, self.most = metrics, token and token.encode(), most
+        self.inside = 0
+
+    def is_upload(self, scope: dict) -> bool:
+        return True
+
+    async def refuse(self, send: Any, status: int, words: str) -> None:
+        body = json.dumps({"error": words}).encode()
+        headers = [(b"retry-after", str(RETRY_SECONDS).encode())] if status == 503 else []
+        headers += [(b"www-authenticate", b"Bearer")] if status == 401 else []
+        await answer(send, status, body, b"application/json", *headers)
+
+    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        started, status = time.perf_counter(), 500
+
+        async def note(message: dict) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._pass(scope, receive, note)
+        except asyncio.CancelledError:
+            # The client has gone.
+            status = 499
+            raise
+        finally:
+            # Of what the router knows, so that a stranger's paths do not become metrics.
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.requests.labels(route, status).inc()
+            self.metrics.seconds.labels(route).observe(time.perf_counter() - started)
+
+    async def _pass(self, scope: dict, receive: Any, send: Any) -> None:
+        if not self._may_enter(scope):
+            words = f"This service needs the header `Authorization: Bearer ...` with the secret in its {TOKEN}."
+            return await self.refuse(send, 401, words)
+        if scope["method"] not in self.methods:
+            return await super().__call__(scope, receive, send)
+        if self.inside >= self.most:
+            words = f"{self.most} requests are in work, as many as are taken; try again in {RETRY_SECONDS} s."
+            return await self.refuse(send, 503, words)
+        self.inside += 1
+        self.metrics.queue.set(self.inside)
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.inside -= 1
+            self.metrics.queue.set(self.inside)
+
+    def _may_enter(self, scope: dict) -> bool:
+        if self.token is None or scope["path"] in _OPEN:
+            return True
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        kind, _, secret = given.partition(b" ")
+        return kind.lower() == b"bearer" and hmac.compare_digest(secret.strip(), self.token)

@@ -1,0 +1,164 @@
+"""What comes of an encoder's output: which global feature, which layer's patches, and what a frozen encoder leaves."""
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from modeling_rice import RiceConfig, RiceModel
+from modeling_rice.vision_rice import EncoderStates
+
+SWIN = {
+    "model_type": "swin",
+    "image_size": 32,
+    "patch_size": 4,
+    "embed_dim": 8,
+    "depths": [1, 1, 1],
+    "num_heads": [1, 2, 2],
+    "window_size": 2,
+}
+SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+POOLFORMER = {"model_type": "poolformer", "hidden_sizes": [8, 16, 32, 32], "depths": [1, 1, 1, 1]}
+LAYERS = {
+    "swin": {"vision_config": SWIN, "vision_feature_layer": 1},
+    "raw": {"vision_config": SWIN, "vision_feature_layer": 1, "decoder_token_source": "raw"},
+    "clip": {"vision_feature_layer": -2},
+}
+
+
+def plain(model, pictures, layer):
+    """Tokens and features of a model with a chosen layer, step by step."""
+    output = model.vision_model(pictures, output_hidden_states=True)
+    clip = model.config.vision_config.model_type == "clip_vision_model"
+    feature = output.last_hidden_state[:, 0] if clip else output.pooler_output
+    projected = model.visual_projection(model.vision_model.post_layernorm(feature) if clip else feature)
+    patches = output.hidden_states[layer][:, 1:] if clip else output.hidden_states[layer]
+    patches = model.patch_projection.linear(model.patch_projection.norm(patches))
+    first = feature if model.config.decoder_token_source == "raw" else projected
+    return torch.cat([first[:, None], patches], dim=1), projected
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_patches_of_a_chosen_layer_have_a_projection_of_their_own(make_model, make_batch, name):
+    model, batch = make_model(**LAYERS[name]), make_batch()
+    images = model.get_image_features(batch["pixel_values"])
+    with torch.no_grad():
+        tokens, features = plain(model, batch["pixel_values"], LAYERS[name]["vision_feature_layer"])
+    torch.testing.assert_close(images.last_hidden_state, tokens)
+    torch.testing.assert_close(images.pooler_output, torch.nn.functional.normalize(features, dim=-1))
+    assert tokens.shape == (5, 1 + model.config.num_patches, model.config.decoder_hidden_size)
+
+
+def test_every_part_works_on_a_chosen_layer(make_model, make_batch):
+    model, batch = make_model(**LAYERS["swin"]), make_batch()
+    assert model.config.num_patches == 16 and model.config.mask_patch_size == 8
+    output = model.train()(**batch)
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in model.patch_projection.parameters())
+    assert len({"reconstruction_loss", "matching_loss"} & output.keys()) == 2
+    model.eval()
+    assert model.attention_maps(**batch).shape == (5, 17, 3, 16)
+    assert model.reconstruction_maps(**batch).shape == (5, 16, 3, 16)
+
+
+def test_a_patch_mask_follows_the_layer_it_applies_to(make_model, make_batch):
+    settings = {"vision_pooling": "mean", "patch_mask_pooling": True, "vision_feature_layer": 1}
+    model, frames = make_model(vision_config=SWIN, **settings), make_batch()["pixel_values"]
+    mask = torch.zeros(5, 16, dtype=torch.bool)
+    mask[:, [0, 1, 5]] = True
+    encoded = model.encode_frames(frames, mask)
+    # The patches of 8 pixels that the decoder sees are taken or left as they are.
+    assert torch.equal(encoded.token_mask[:, 1:], mask)
+    # The global feature is of the output's four patches: three quarters of the first are kept, nothing of the others.
+    with torch.no_grad():
+        patches = model.vision_model(frames).last_hidden_state
+        torch.testing.assert_close(encoded.features, model.visual_projection(patches[:, 0]))
+
+
+def test_a_learnt_saliency_weighs_the_last_patches_whatever_the_decoder_sees(make_model, make_batch):
+    settings = {"vision_pooling": "mean", "patch_saliency": "learned", "vision_feature_layer": 0}
+    model, frames = make_model(vision_config=SWIN, **settings), make_batch()["pixel_values"]
+    with torch.no_grad():
+        patches = model.vision_model(frames).last_hidden_state
+        weights = model.patch_saliency(patches)[..., None]
+        expected = model.visual_projection((weights * patches).sum(1) / weights.sum(1))
+        torch.testing.assert_close(model.encode_frames(frames).features, expected)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *LAYERS.values(),
+        {},
+        {"decoder_token_source": "raw"},
+        {"use_decoder": False},
+        {"vision_config": SWIN, "vision_feature_layer": 1, "use_decoder": False},
+        {"vision_config": SWIN, "vision_pooling": "mean", "patch_saliency": "learned", "vision_feature_layer": 0},
+    ],
+)
+def test_a_frozen_encoder_runs_once(make_model, make_batch, settings):
+    """Kept states give what pictures give, gradients included, and only what a learnt saliency needs is kept."""
+    model, frames = make_model(**settings), make_batch()["pixel_values"]
+    model.vision_model.requires_grad_(False)
+    with torch.no_grad():
+        states = model._encoder_output(frames)
+        expected = model.encode_frames(frames)
+    kept = EncoderStates(*(tensor.clone() for tensor in states))
+    tokens, features = model._from_states(kept, is_clip=True)
+    torch.testing.assert_close(features, expected.features, rtol=0, atol=0)
+    torch.testing.assert_close(tokens, expected.tokens, rtol=0, atol=0)
+    if model.patch_saliency is None and model.decoder is not None:
+        assert torch.equal(model._from_states(kept._replace(last_patches=None), is_clip=True)[1], features)
+    (tokens.sum() + features.sum()).backward()
+    assert model.visual_projection.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "vision, pooling",
+    [(None, "cls"), (SIGLIP, "pooler"), (SWIN, "pooler"), (POOLFORMER, "mean")],
+    ids=["clip", "siglip", "swin", "poolformer"],
+)
+def test_the_global_feature_is_what_the_encoder_has(vision, pooling):
+    config = RiceConfig(vision_config=vision)
+    assert config.vision_pooling is None and config.feature_pooling == pooling
+    assert config.to_dict()["vision_pooling"] is None
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"vision_config": POOLFORMER, "vision_pooling": "cls"}, "'poolformer' has no class token; .*=\"mean\"`"),
+        ({"vision_config": POOLFORMER, "vision_pooling": "pooler"}, "'poolformer' has no pooler; .*=\"mean\"`"),
+        ({"vision_config": SIGLIP, "vision_pooling": "cls"}, 'declare `vision_pooling="pooler" or "mean"`'),
+        ({"vision_config": {"model_type": "vit_mae"}}, "'vit_mae' cannot be RICE's encoder .it leaves patches out"),
+        ({"vision_config": {"model_type": "yolos"}}, "tokens are no grid of patches"),
+        ({"vision_feature_layer": 13}, "`vision_feature_layer=13` is no hidden state .* has 0, 1, .*, 12"),
+        ({"vision_feature_layer": -14}, "`vision_feature_layer=-14` is no hidden state"),
+    ],
+)
+def test_what_the_encoder_does_not_give_is_refused_at_construction(settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        RiceConfig(**settings)
+    assert str(caught.value).count(". ") == 0
+
+
+def test_positions_are_those_of_the_patches_that_the_decoder_sees():
+    vision = AutoConfig.for_model(**SWIN)
+    settings = {"vision_config": vision, "projection_dim": 16, "decoder_num_heads": 4}
+    for layer, patches in ((None, 4), (0, 64), (1, 16)):
+        model = RiceModel(RiceConfig(**settings, vision_feature_layer=layer))
+        assert model.decoder.position_embedding.weight.shape == (1 + patches, 16)
+
+
+def test_pictures_of_another_size_where_the_encoder_takes_them(make_model):
+    model = make_model(vision_config=SWIN, decoder_position_embeddings=False)
+    assert model.get_image_features(torch.rand(1, 3, 48, 48)).last_hidden_state.shape[1] == 1 + 9
+    with pytest.raises(ValueError, match=r"are \(48, 48\) pixels, but the encoder takes \(32, 32\)"):
+        make_model().get_image_features(torch.rand(1, 3, 48, 48))
