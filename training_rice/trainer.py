@@ -32,7 +32,7 @@ from .optimizer import (
     warmup_cosine,
 )
 from .resumable import ResumableTrainer
-from .validation import validate_together
+from .validation import metric_names, validate_together
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,8 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         if args.metric_for_best_model is None:
             args.metric_for_best_model = "eval_fused_R@1" if model.decoder is not None else "eval_embedding_R@1"
             args.greater_is_better = True
+        if eval_dataset is not None:
+            _check_metric(args.metric_for_best_model, metric_names(model))
         self.eval_views = eval_dataset
         self.eval_collator = eval_collator or data_collator
         self._sums: dict[str, torch.Tensor] = {}
@@ -249,3 +251,11 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
             model.config.text_score_weight = scores["text_score_weight"]
         metrics |= {f"{prefix}_{name}": value for name, value in scores.items()}
         return metrics
+
+
+def _check_metric(name: str, known: list[str]) -> None:
+    if name.removeprefix("eval_") not in known:
+        raise ValueError(
+            f"metric_for_best_model {name} is not measured of this model: choose one of "
+            f"{', '.join(f'eval_{one}' for one in known)}."
+        )
