@@ -167,7 +167,7 @@ class ParquetRows(LazyRows):
             while len(self._tables) >= self.shards_per_block:
                 self._tables.popitem(last=False)
             try:
-                with pyarrow.parquet.ParquetFile(self.files[number]) as file:
+                with pyarrow.parquet.ParquetFile(self.files[number], page_checksum_verification=True) as file:
                     self._tables[shard] = file.read_row_group(group)
             except (OSError, pyarrow.ArrowException) as error:
                 raise ValueError(

@@ -26,7 +26,7 @@ def write_shard(path: str, rows: Sequence[tuple[int, dict]], features: datasets.
         return
     columns = {name: [row[name] for _, row in rows] for name in features}
     table = datasets.Dataset.from_dict(columns, features=features).data.table
-    pyarrow.parquet.write_table(table, path, row_group_size=_ROW_GROUP)
+    pyarrow.parquet.write_table(table, path, row_group_size=_ROW_GROUP, write_page_checksum=True)
 
 
 def _write_tar(path: str, rows: Sequence[tuple[int, dict]], features: datasets.Features) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -32,6 +33,7 @@ from .optimizer import (
     warmup_cosine,
 )
 from .resumable import ResumableTrainer
+from .stopping import outlive_signals
 from .validation import metric_names, validate_together
 
 logger = logging.getLogger(__name__)
@@ -230,6 +232,8 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
             queries = queries.select([i * len(queries) // limit for i in range(limit)])
         task = RetrievalTask.from_datasets(queries, gallery, scope)
         loading = Loading(self.args.per_device_eval_batch_size, self.args.dataloader_num_workers, quiet=True)
+        if self.args.save_on_signal:
+            loading = replace(loading, worker_init=partial(outlive_signals, None))
         scores, weight, failures = validate_together(model, self.eval_collator, task, queries, gallery, loading)
         metrics = {}
         if failures:

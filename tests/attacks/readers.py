@@ -374,7 +374,7 @@ def features(folder: Path, checkpoint: Path) -> Reader:
 
 
 def parquet(folder: Path, checkpoint: Path) -> Reader:
-    """Rows of a published data set, whose pages carry checksums of their compression only."""
+    """Rows of prepared shards, whose pages carry checksums."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -389,7 +389,9 @@ def parquet(folder: Path, checkpoint: Path) -> Reader:
         lazy = ParquetRows([folder / "pairs.parquet"])
         return lazy.__getitems__(list(range(len(lazy))))
 
-    return Reader(folder, ["pairs.parquet"], read, mutate_bytes)
+    return Reader(
+        folder, ["pairs.parquet"], read, mutate_bytes, lambda whole, got, *_: "" if got == whole else "other rows"
+    )
 
 
 def training_checkpoint(folder: Path, checkpoint: Path) -> Reader:

@@ -1,32 +1,17 @@
 """Kills at any moment: training goes on to the same weights, and what was written or acknowledged is there."""
 
-import hashlib
 import os
 import random
-import runpy
 import signal
 import time
 
 import pytest
 
+from tests.attacks.kills import contents, start
 from tests.retrieval_rice.index import test_attacks as index_attacks
 from tests.train_rice.runs import assert_same_weights, free_port
 
-CONTEXT = index_attacks.CONTEXT
-CONTEXT.set_forkserver_preload(
-    ["retrieval_rice.index", "lance_namespace", "pandas", "train_rice", "rice_cli", "retrieval_rice.service.app"]
-)
 _KILLED = -signal.SIGKILL
-
-
-def start(function, *arguments):
-    """A function of this file in a child process, and the end of a pipe into which it tells how far it is."""
-    here, there = CONTEXT.Pipe(duplex=False)
-    call = {"call": (function.__name__, there, *arguments)}
-    child = CONTEXT.Process(target=runpy.run_path, args=(__file__, call, "child"))
-    child.start()
-    there.close()
-    return child, here
 
 
 def train(pipe, arguments):
@@ -54,7 +39,7 @@ def test_training_goes_on_to_the_same_weights(command, finished, tmp_path, count
     rng, survived, runs = random.Random(0), 0, 0
     while survived < kills:
         folder = tmp_path / f"run {runs}"
-        child, pipe = start(train, command(folder))
+        child, pipe = start(__file__, train, command(folder))
         steps, last = 0, rng.randint(1, 2)
         try:
             while True:
@@ -71,7 +56,7 @@ def test_training_goes_on_to_the_same_weights(command, finished, tmp_path, count
         if child.exitcode == 0:
             assert_same_weights(folder, finished)
             runs += 1
-    child, _ = start(train, command(folder))
+    child, _ = start(__file__, train, command(folder))
     child.join()
     assert child.exitcode == 0
     assert_same_weights(folder, finished)
@@ -103,7 +88,7 @@ def test_a_service_keeps_what_it_acknowledged(shop, make_index_model, tmp_path, 
     rng, known, port = random.Random(2), {row["image_id"] for row in shop.rows}, free_port()
     words = ["serve", "--shop", folder, "--model", str(tmp_path / "model"), "--device", "cpu", "--precision", "fp32"]
     for number in range(10):
-        child, _ = start(serve, [*words, "--port", str(port)])
+        child, _ = start(__file__, serve, [*words, "--port", str(port)])
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             _wait_until_ready(client, child)
             at, i = time.monotonic() + rng.uniform(0.05, 0.6), 0
@@ -151,11 +136,6 @@ if pid == 0:
         os._exit(status)
 result = pid
 """
-
-
-def contents(folder) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.mark.slow
