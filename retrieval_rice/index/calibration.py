@@ -108,11 +108,10 @@ class Calibration:
             ValueError: a field is missing or unknown, or holds what it cannot.
         """
         names = {one.name for one in fields(cls)}
-        if (
-            not isinstance(values, dict)
-            or values.keys() | {"ranking"} != names
-            or not isinstance(values["report"], dict)
-        ):
+        if isinstance(values, dict):
+            # What was fitted before this was recorded says nothing.
+            values = {"ranking": None, **values}
+        if not isinstance(values, dict) or values.keys() != names or not isinstance(values["report"], dict):
             raise ValueError(f"a calibration has the fields {', '.join(sorted(names))}, and this one has others")
         return cls(**values)
 
