@@ -42,10 +42,6 @@ def test_auto_is_bf16_where_the_processor_computes_in_it(monkeypatch, lines, com
         # What is named is what it is.
         chosen = [choose_precision(name, torch.device("cpu")) for name in precision.PRECISIONS]
         assert chosen == ["fp32", "bf16", "fp16"]
-            "fp32",
-            "bf16",
-            "fp16",
-        ]
     finally:
         computes_bf16.cache_clear()
     assert not computes_bf16("mps")
