@@ -9,7 +9,7 @@ import sys
 
 from hub_rice import convert, encoders, mteb_wrapper, publish, publish_dataset, untrained
 from hub_rice.export import onnx_export
-from retrieval_rice import index_command, recognise_command
+from retrieval_rice import index_command, recognise_command, transcribe_command
 from retrieval_rice.demo import command as demo_command
 from retrieval_rice.detector import commands as detector
 from retrieval_rice.service import command as serve_command
@@ -23,6 +23,7 @@ VERBS = {
     "publish-dataset": publish_dataset,
     "export": onnx_export,
     "mteb": mteb_wrapper,
+    "transcribe": transcribe_command,
     "index": index_command,
     "recognise": recognise_command,
     "demo": demo_command,

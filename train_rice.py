@@ -30,6 +30,7 @@ from training_rice.arguments import (
     program_name,
 )
 from training_rice.checkpoints import is_trained, newest_whole, writing
+from training_rice.feature_cache_encoding import cache_features
 from training_rice.monitor import run_figures, summary_table
 from training_rice.processes import is_told, on_first_process
 from training_rice.profiling import profile_steps
@@ -38,6 +39,7 @@ from training_rice.setup import (
     build_collators,
     build_model,
     build_rice_processor,
+    check_frozen,
     check_processes,
     check_recomputation,
     choose_attention,
@@ -106,6 +108,7 @@ def train(
 ) -> None:
     """Trains, goes on with a run, or finds that there is nothing to do; raises what the user has to hear."""
     check_processes(training_arguments)
+    check_frozen(model_arguments, training_arguments)
     arguments = model_arguments, data_arguments, training_arguments
     if training_arguments.profile:
         logger.info(profile_steps(build_trainer(*arguments)))
@@ -149,6 +152,10 @@ def build_trainer(
     check_text(data_arguments, model.config, processor.tokenizer)
     set_token_ids(model.config, processor.tokenizer)
     collator, eval_collator = build_collators(data_arguments, processor, _failure_log(training_arguments))
+    if training_arguments.cache_vision_features:
+        pairs, validation, collator, eval_collator = cache_features(
+            model, pairs, validation, (collator, eval_collator), data_arguments, training_arguments
+        )
     trainer = RiceTrainer(
         model=model,
         args=training_arguments,

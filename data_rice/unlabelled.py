@@ -9,7 +9,7 @@ from .folders import NOT_A_PICTURE, check_link, is_video_name, list_pictures, na
 from .parsing import read_json_lines, row_error
 from .paths import MediaRoot
 from .shop_clips.shop_clips import CLIP_FILES, GALLERY_FILE, frames_and_boxes, read_gallery, video_range
-from .views import load_dataset_view, prepared_folder, resolve
+from .views import builder_of, load_dataset_view
 
 FRAMES_OF_VIDEO = 32
 """Frames that are taken of a video at most, evenly spread."""
@@ -97,9 +97,10 @@ def _existing(folder: str | os.PathLike, argument: str) -> str:
 
 def _is_data_set(folder: str) -> bool:
     try:
-        return prepared_folder(folder, None) is not None or resolve(folder, None) is not None
+        builder_of(folder, None)
     except ValueError:
         return False
+    return True
 
 
 def _listed(folder: str, name: str) -> tuple[list[dict], list[dict]]:

@@ -257,7 +257,7 @@ def retrieve(
     Args:
         retriever: a model or a baseline.
         task: who searches what, from `RetrievalTask.from_datasets(queries, gallery, scope)`.
-        queries: the queries view.
+        queries: the query view.
         gallery: the gallery view.
         loading: batch size, workers and progress.
         weights: also rank by the fused score with these, where there are scores that have one.
@@ -310,7 +310,7 @@ def evaluate_retrieval(
     Args:
         model: as of `ModelRetriever`.
         processor: turns images and clips into model inputs.
-        queries: queries view of a dataset.
+        queries: query view of a dataset.
         gallery: gallery view of the same dataset.
         scope: "live" (each query searches its livestream's images) or "all".
         weights: of the fused score; by default those of the model's config.

@@ -79,6 +79,9 @@ class RiceConfig(PreTrainedConfig):
             that the contrastive loss trains; a stand-in for boxes that needs none, starting as the plain mean. Needs
             `vision_pooling="mean"`. The decoder chooses among patches by its own attention.
         projection_dim (`int`, defaults to 512): Width D of the shared embedding.
+        projection_dropout (`float`, defaults to 0.0):
+            Dropout, in training, on what the visual projection is applied to, for a projection that is trained on a
+            frozen encoder and few clips.
         normalize_frames (`bool`, defaults to `True`):
             L2-normalise each frame before the mean over frames; `False` averages the raw features.
         temporal_pooling (`"mean"`, `"attention"`, `"lstm"`, `"transformer"`):
@@ -182,6 +185,7 @@ class RiceConfig(PreTrainedConfig):
     patch_mask_pooling: bool = False
     patch_saliency: Literal["none", "learned"] = "none"
     projection_dim: int = 512
+    projection_dropout: float | int = 0.0
     normalize_frames: bool = True
     temporal_pooling: Literal["mean", "attention", "lstm", "transformer"] = "mean"
     frame_consensus_scale: float | int = 0.0
@@ -400,8 +404,9 @@ class RiceConfig(PreTrainedConfig):
         for name in ("decoder_hidden_act", "pooler_act"):
             if getattr(self, name) not in ACT2FN:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is no activation that transformers knows.")
-        if not 0 <= self.decoder_dropout < 1:
-            raise ValueError(f"`decoder_dropout` must be in 0..1 (1 excluded), got {self.decoder_dropout}.")
+        for name in ("projection_dropout", "decoder_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be in 0..1 (1 excluded), got {getattr(self, name)}.")
         if self.temporal_pooling == "transformer" and self.projection_dim % self.decoder_num_heads:
             raise ValueError(
                 f'`temporal_pooling="transformer"` needs `projection_dim={self.projection_dim}` to be a multiple of '

@@ -15,6 +15,34 @@ from torch import Tensor, nn
 
 from .fingerprint_rice import same_state
 
+# Keys of a batch of pairs, which may be handed whole to a method that needs a part of it.
+_BATCH_KEYS = (
+    *("pixel_values", "pixel_values_videos", "frame_mask", "patch_mask", "product_ids", "title_embeds", "asr_embeds"),
+    *("title_input_ids", "title_attention_mask", "asr_input_ids", "asr_attention_mask", "asr_is_noise"),
+)
+# What generic code passes along unset, such as adapters for text models.
+_GENERIC_KEYS = (
+    *("input_ids", "attention_mask", "inputs_embeds", "task_ids", "labels"),
+    *("output_attentions", "output_hidden_states"),
+)
+
+
+def refuse_unknown(method: str, arguments: dict) -> None:
+    """
+    Raises:
+        TypeError: for an argument of a model's `method` that is no key of a batch.
+        ValueError: where hidden states or attentions are asked for.
+    """
+    for name in ("output_attentions", "output_hidden_states"):
+        if arguments.get(name):
+            raise ValueError(f"`{name}` is not possible for `{method}` of RICE, which returns none; leave it out.")
+    unset = [name for name in _GENERIC_KEYS if arguments.get(name) is None or arguments[name] is False]
+    unknown = [name for name in arguments if name not in (*_BATCH_KEYS, *unset)]
+    if unknown:
+        raise TypeError(
+            f"`{method}` takes no argument {', '.join(map(repr, unknown))}; a batch holds {', '.join(_BATCH_KEYS)}."
+        )
+
 
 @dataclass
 class _RiceFeatures:

@@ -111,6 +111,8 @@ class RiceObjective:
     training: bool
     image_tokens: Any
     clip_tokens: Any
+    gather_texts: Any
+    text_loss: Any
 
     memory: Memory | None = None
     _gather: Any = OneProcess()
@@ -121,6 +123,43 @@ class RiceObjective:
         processes along the first dimension, with a gradient that sums over processes, and has the attribute `rank`.
         """
         self._gather = gather
+
+    def add_losses(
+        self,
+        output: Any,
+        images: ImageTokens,
+        clips: ClipTokens,
+        product_ids: Tensor | None = None,
+        asr_is_noise: Tensor | None = None,
+    ) -> None:
+        """Puts the losses of this process's pairs, as part of the global batch, into a `RiceOutput`."""
+        if len(images.embeds) != len(clips.embeds):
+            raise ValueError(f"The losses need pairs, got {len(images.embeds)} images and {len(clips.embeds)} clips.")
+        rows = slice(self._gather.rank * len(clips.embeds), (self._gather.rank + 1) * len(clips.embeds))
+        all_images, all_clips = self._gather(images.embeds), self._gather(clips.embeds)
+        products = None if product_ids is None else self._gather(product_ids)
+        output.contrastive_loss = self.contrastive_loss(all_images, all_clips, products, rows)
+        output.loss = self.config.contrastive_loss_weight * output.contrastive_loss
+        texts = self.gather_texts(images, clips)
+        if texts is not None:
+            noise = None if asr_is_noise is None else self._gather(asr_is_noise)
+            output.text_loss = self.text_loss(texts, products, rows, noise)
+        if output.text_loss is not None:
+            output.loss = output.loss + self.config.text_loss_weight * output.text_loss
+        if self.decoder is not None:
+            mined = self.mine_negatives(all_images, all_clips, products, texts=texts)
+            scores = self._gather(self._score_clips(self._gather(images.states[:, 0]), clips, rows, mined))
+            mined = None if mined is None else (mined[0][rows], mined[1][rows])
+            output.matching_loss, output.matching_logits = self.matching_loss(
+                scores.T[rows], scores[rows], products, rows, mined
+            )
+            output.matching_indices = None if mined is None else mined[0]
+            output.loss = output.loss + self.config.matching_loss_weight * output.matching_loss
+        if self.reconstruction_head is not None:
+            output.reconstruction_loss = self.reconstruction_loss(images, clips)
+            output.loss = output.loss + self.config.reconstruction_loss_weight * output.reconstruction_loss
+        if self.memory is not None and self.training:
+            self.memory.push(all_images.detach(), all_clips.detach(), products)
 
     @property
     def gather(self) -> Any:

@@ -5,6 +5,7 @@ What a file shows is found without decoding; wanted frames are then decoded from
 
 import math
 import os
+import reprlib
 import threading
 from array import array
 from bisect import bisect_left, bisect_right
@@ -486,7 +487,7 @@ def _clip_range(source: str | os.PathLike | Mapping[str, Any]) -> tuple[str, flo
     entry = source if isinstance(source, Mapping) else {"path": source}
     path = entry.get("path")
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-        raise MediaError(f'A video is a path or {{"path", "start", "end"}} with seconds, got {source!r}.')
+        raise MediaError(f'A video is a path or {{"path", "start", "end"}} with seconds, got {reprlib.repr(source)}.')
     bounds = []
     for name in ("start", "end"):
         value = entry.get(name)

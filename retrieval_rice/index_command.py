@@ -159,16 +159,14 @@ def shop_rows(options: argparse.Namespace):
     nothing.
     """
     from data_rice.folders import picture_rows
-    from data_rice.views import DATASETS, prepared_folder, resolve
+    from data_rice.views import DATASETS, builder_of
 
     if options.shop not in DATASETS:
         if not os.path.isdir(options.shop):
             raise FileNotFoundError(f"there is no folder {options.shop}; name the one that holds the shop's pictures.")
         try:
-            known = prepared_folder(options.shop, None) or resolve(options.shop, None)
+            builder_of(options.shop, None)
         except ValueError:
-            known = None
-        if known is None:
             return picture_rows(options.shop)
     return gallery_rows(options.shop, options.split, _source(options)), None
 
@@ -177,11 +175,11 @@ def gallery_rows(dataset: str, split: str, source: dict):
     """A data set's gallery, with the product of each picture where its ids tell."""
     from data_rice import Lpr4m, load_dataset_view
     from data_rice.lpr4m.layout import product_id_of
-    from data_rice.views import prepared_folder, resolve
+    from data_rice.views import builder_of
 
     rows = load_dataset_view(dataset, "gallery", split, **source)
     data_dir = source.get("data_dir")
-    if prepared_folder(dataset, data_dir) is None and resolve(dataset, data_dir)[0] is Lpr4m:
+    if builder_of(dataset, data_dir) is Lpr4m:
         return rows.add_column("product_id", [product_id_of(image_id) for image_id in rows["image_id"]])
     return rows
 
@@ -225,7 +223,7 @@ def _calibrate(index, options: argparse.Namespace, is_data_set: bool) -> None:
         dataset, source = options.shop, _source(options)
     try:
         boxes = {} if options.boxes_file is None else {"boxes_file": options.boxes_file}
-        queries = load_dataset_view(dataset, "queries", "validation", **source, **boxes)
+        queries = load_dataset_view(dataset, "query", "validation", **source, **boxes)
         gallery = load_dataset_view(dataset, "gallery", "validation", **source)
         reading = {"batch_size": options.batch_size, "num_workers": options.num_workers}
         shop = GalleryIndex.build(index.model, index.processor, gallery, dtype=options.dtype, **reading)

@@ -71,6 +71,15 @@ def check_processes(arguments: RiceTrainingArguments) -> None:
         )
 
 
+def check_frozen(model: ModelArguments, training: RiceTrainingArguments) -> None:
+    """Raises `ValueError` where an encoder that nobody has trained would stay as it is."""
+    if training.freeze_vision and model.model_name_or_path is None and model.init_vision_from is None:
+        raise ValueError(
+            "freeze_vision would keep an encoder with random weights: name a pretrained one by --init_vision_from, "
+            "which `rice encoder efficientnet_lite0 --output FOLDER` writes, or a checkpoint by --model_name_or_path."
+        )
+
+
 def load_views(data: DataArguments, training: RiceTrainingArguments) -> tuple[Dataset | LazyRows, Validation | None]:
     """
     The pairs to train on, and queries, gallery and scope to validate on (`None` where evaluation is off).
@@ -96,7 +105,7 @@ def load_views(data: DataArguments, training: RiceTrainingArguments) -> tuple[Da
     if data.validation_boxes_file is not None:
         options["boxes_file"] = data.validation_boxes_file
     try:
-        queries = load_dataset_view(data.dataset, "queries", "validation", **options)
+        queries = load_dataset_view(data.dataset, "query", "validation", **options)
         gallery = load_dataset_view(data.dataset, "gallery", "validation", **options)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"{error} Set eval_strategy to 'no' to train without validation.") from error
@@ -243,19 +252,22 @@ def _start_processor(
     tokenizer = build_tokenizer(model, data, config, texts)
     processor = build_processor(tokenizer, image_size=image_size, patch_size=patch_size, num_frames=data.num_frames)
     if model.init_vision_from is not None:
-        _normalise_as(model.init_vision_from, processor)
+        _normalise_as(model.init_vision_from, config, processor)
     return processor
 
 
-def _normalise_as(vision_model: str, processor: RiceProcessor) -> None:
+def _normalise_as(vision_model: str, config: RiceConfig, processor: RiceProcessor) -> None:
     """Takes over the mean and standard deviation that a pretrained encoder was trained with."""
-    try:
-        theirs = AutoImageProcessor.from_pretrained(vision_model, trust_remote_code=False)
-    except (OSError, ValueError):
-        logger.warning("%s has no image processor; pictures are normalised as CLIP's.", vision_model)
-        return
+    mean, std = config.layout.image_mean, config.layout.image_std
+    if mean is None:
+        try:
+            theirs = AutoImageProcessor.from_pretrained(vision_model, trust_remote_code=False)
+        except (OSError, ValueError):
+            logger.warning("%s has no image processor; pictures are normalised as CLIP's.", vision_model)
+            return
+        mean, std = theirs.image_mean, theirs.image_std
     for part in (processor.image_processor, processor.video_processor):
-        part.image_mean, part.image_std = theirs.image_mean, theirs.image_std
+        part.image_mean, part.image_std = mean, std
 
 
 def set_token_ids(config: RiceConfig, tokenizer: PreTrainedTokenizerBase) -> None:

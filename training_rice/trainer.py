@@ -47,7 +47,7 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         model: A [`RiceModel`].
         args: [`RiceTrainingArguments`].
         train_dataset: Pairs view, loaded or opened for streaming.
-        eval_dataset: `(queries view, gallery view, gallery scope)`; without it there is no validation.
+        eval_dataset: `(query view, gallery view, gallery scope)`; without it there is no validation.
         data_collator: For pairs.
         eval_collator: For queries and gallery.
         kwargs: As `Trainer`.

@@ -88,7 +88,7 @@ def clip_shares(model: Any, collator: Any, query: dict, images: Sequence[dict]) 
     Args:
         model: in eval mode.
         collator: a `RiceCollator` that hands over no boxes.
-        query: row of the queries view.
+        query: row of the query view.
         images: rows of the gallery view.
 
     Raises:
@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
         reads_text = getattr(model.config, "text_config", None) is not None
         dataset, split, folder = options.dataset, options.split, options.data_dir
         cache = options.cache_dir
-        views = [load_dataset_view(dataset, view, split, folder, cache) for view in ("queries", "gallery")]
+        views = [load_dataset_view(dataset, view, split, folder, cache) for view in ("query", "gallery")]
         scope = gallery_scope(dataset, folder)
         collator = RiceCollator(processor, use_text=reads_text)
         result = measure(model, collator, *views, scope=scope, num_clips=options.num_clips)

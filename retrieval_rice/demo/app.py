@@ -12,7 +12,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from ..quota import FolderQuota, UploadGate
-from .page import Clip, Demo, Pair, Recognition, caption, shared_words, table_rows
+from .page import Clip, Demo, Pair, Recognition, caption, said_pieces, table_rows
 
 MAX_VISITORS = 64
 """Visitors whose clips are kept, each a few megabytes; the one that was away longest starts anew."""
@@ -75,10 +75,10 @@ class Callbacks:
         hits, row = recognition.answer.hits, recognition.row
         relevant = row.get("relevant") or []
         pictures = [
-            (self.demo.picture(hit.image_id), caption(hit, rank, relevant)) for rank, hit in enumerate(hits, 1)
+            (self.demo.picture(hit.image_id), caption(hit, rank, relevant, recognition.rank_without_words(hit)))
+            for rank, hit in enumerate(hits, 1)
         ]
-        said = row.get("asr") or ""
-        marked = [(piece, "in the title" if shared else None) for piece, shared in shared_words(said, hits[0].title)]
+        marked = said_pieces(recognition)
         heat = (None, None, [], "")
         if self.demo.explains:
             try:
@@ -140,6 +140,9 @@ def answer_words(recognition: Recognition, calibrated: bool) -> str:
     if recognition.boxes == "detector":
         found = sum(box is not None for box in recognition.row["boxes"])
         details.insert(0, f"boxes detected: {found}, in {recognition.detect_ms:.0f} ms")
+    if recognition.silent:
+        before = recognition.rank_without_words(hit)
+        details.insert(0, "first also without the words" if before == "1" else f"without the words: rank {before}")
     if times.get("match_ms"):
         details.append(f"matched in {times['match_ms']:.1f} ms")
     if not calibrated:
@@ -183,13 +186,15 @@ def build_demo(demo: Demo) -> gr.Blocks:
                         pictures = demo.example_pictures(shops[0])
                         examples = _gallery("Clips of this shop; click one", "examples", 4, pictures)
                     with gr.Tab("upload", id="upload"):
-                        limits = demo.limits
+                        limits, hears = demo.limits, demo.transcriber is not None
                         gr.Markdown(
                             f"Pictures (up to {limits.max_files}) or one video of at most {limits.max_seconds:g} s, "
                             f"{limits.max_bytes / 1e6:g} MB in all. Files are read into memory and deleted at once."
+                            + (f" The first {limits.max_sound_seconds:g} s of sound are heard." * hears)
                         )
                         files = gr.File(file_count="multiple", type="filepath", label="clip", elem_id="files")
-                        asr = gr.Textbox(label="what was said (optional)", max_length=2000)
+                        instead = ", in the place of what is heard" * hears
+                        asr = gr.Textbox(label=f"what was said (optional{instead})", max_length=2000)
                         start = gr.Button("recognise", variant="primary", elem_id="recognise")
                 gr.Markdown("**Said** in the clip; words of the first product's title are marked")
                 said = gr.HighlightedText(

@@ -63,7 +63,7 @@ def write_space(
     Args:
         folder: New or empty.
         model: Checkpoint folder.
-        queries: The queries view, or `None`; evenly spaced clips of it become the examples.
+        queries: The query view, or `None`; evenly spaced clips of it become the examples.
         gallery: Rows of the shop. Of livestreams, those are taken along that an example belongs to.
         num_examples: Clips at most.
         detector: Checkpoint folder of a product detector.

@@ -69,6 +69,8 @@ class Calibration:
         rerank: Candidates per clip that were scored; search with the same number.
         report: What `fit_calibration` measured on clips that each fit had not seen.
         presence_prior: Share of clips whose product is in the shop, which confidences presuppose.
+        said: For clips of which the model knows what was said, whose scores are higher; `None` where validation clips
+            have no transcripts.
 
     Raises:
         ValueError: for a number that is not finite or out of its range.
@@ -82,6 +84,7 @@ class Calibration:
     rerank: int | None = None
     report: dict = field(default_factory=dict)
     presence_prior: float = PRESENCE_PRIOR
+    said: "Calibration | None" = None
 
     def __post_init__(self):
         check_decision(self.presence_prior, self.false_accept_rate)
@@ -104,9 +107,18 @@ class Calibration:
             ValueError: a field is missing or unknown, or holds what it cannot.
         """
         names = {one.name for one in fields(cls)}
+        if isinstance(values, dict):
+            # Indexes from before there were words have none.
+            values = {"said": None, **values}
         if not isinstance(values, dict) or values.keys() != names or not isinstance(values["report"], dict):
             raise ValueError(f"a calibration has the fields {', '.join(sorted(names))}, and this one has others")
+        if values["said"] is not None:
+            values["said"] = cls.from_dict(values["said"])
         return cls(**values)
+
+    def of_clip(self, has_words: bool) -> "Calibration":
+        """The one for a clip of which the model knows what was said, or does not."""
+        return self.said if has_words and self.said is not None else self
 
     def presence(self, embedding: np.ndarray, matching: np.ndarray | None) -> float:
         """Probability that the clip's product is among the candidates, 0 to 1."""
@@ -235,6 +247,21 @@ def fit_calibration(
             f"confidence is {best:.2f} and the threshold {result.threshold:.2f}; use a model that tells the products "
             f"apart, a larger validation split, or another presence_prior or false_accept_rate."
         )
+    return result
+
+
+def fit_with_words(clips: Sequence[ScoredClip], said: Sequence[ScoredClip], **settings) -> Calibration:
+    """
+    As `fit_calibration`, of clips without what was said, with a second fit of those whose words are known as `said`.
+    Where these are too few, both are calibrated alike, and the report says why.
+    """
+    result = fit_calibration(clips, **settings)
+    if said:
+        try:
+            result.said = fit_calibration(said, **settings)
+            result.report["said"] = result.said.report
+        except ValueError as error:
+            result.report["said"] = f"not calibrated apart: {error}"
     return result
 
 

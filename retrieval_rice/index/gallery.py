@@ -29,6 +29,7 @@ from .build import (
     collect_images,
     encoded_queries,
     finite_rows,
+    has_words,
     process_group,
     record_of,
     report_skipped,
@@ -40,7 +41,7 @@ from .calibration import (
     ScoredClip,
     check_decision,
     check_depth,
-    fit_calibration,
+    fit_with_words,
 )
 from .job import COMMIT_EVERY, Job, build_together, failure_of
 from .newest import Newest
@@ -490,6 +491,8 @@ class GalleryIndex:
                     scores = candidate_scores(self.model, clips[i], candidates, rerank != 0)
                 timings = {"search_ms": search_ms, "match_ms": 1000 * (time.perf_counter() - start)}
                 calibration = None if rooms is None else rooms.snapshot.state.calibration
+                if calibration is not None:
+                    calibration = calibration.of_clip(has_words(clips, i))
                 answers.append(answer_of(candidates, scores, scopes[i], top_k, calibration, timings))
         return answers
 
@@ -511,10 +514,11 @@ class GalleryIndex:
         Fits confidences and the "no product" threshold on validation clips of this index's shop, and keeps them.
 
         Each clip is searched in its shop, and in its shop without its product. A confidence is then the probability
-        that the hit is right where a share `presence_prior` of the clips show a product of the shop.
+        that the hit is right where a share `presence_prior` of the clips show a product of the shop. Where the model
+        scores texts, clips with a transcript are searched with it, too, for a calibration of their own.
 
         Args:
-            queries: Query rows (`clip_id`, `frames` or `video`, `relevant`, `live_id`), or `RiceClips`.
+            queries: Query rows (`clip_id`, `frames` or `video`, `relevant`, `live_id`, `asr`), or `RiceClips`.
             relevant: With `RiceClips`, the image ids that answer each clip.
             live_id: With `RiceClips`, as in `search`; rows name their own where the index has livestreams.
             presence_prior: Share of clips in use whose product is in the shop, above 0 and below 1.
@@ -526,8 +530,8 @@ class GalleryIndex:
         Returns:
             What was measured on clips that the fit had not seen: `num_present`, `num_absent`, `presence_prior`,
             `threshold`, `false_accepts` (share of clips without their product that are answered), `answered` (share of
-            the others), `right_when_answered` (of these), `expected_calibration_error` (under the prior), and
-            `unreadable`, the clips that could not be read.
+            the others), `right_when_answered` (of these), `expected_calibration_error` (under the prior), `said` (the
+            same of clips with transcripts, where there are any), and `unreadable`, the clips that could not be read.
 
         Raises:
             ValueError: too few clips, a prior, rate or count outside its range, lists of unequal length, rows without
@@ -540,15 +544,18 @@ class GalleryIndex:
             if relevant is None or len(relevant) != len(queries):
                 raise ValueError(f"relevant must list the image ids of each of the {len(queries)} clips.")
             answers = [[id_text(image_id) for image_id in images] for images in relevant]
-            batches = [(queries, answers, scopes_of(live_id, len(queries)))]
+            batches = [(queries, answers, scopes_of(live_id, len(queries)), False)]
         else:
-            collator = RiceCollator(self._processor_for("reading clips"), use_boxes=use_boxes)
+            names = ("text_config", "text_score_weight")
+            use_text = all(getattr(self.model.config, name, None) is not None for name in names)
+            collator = RiceCollator(self._processor_for("reading clips"), use_boxes=use_boxes, use_text=use_text)
             reading = (self.live_ids(), (batch_size, num_workers, progress), unreadable)
             batches = encoded_queries(self.model, collator, queries, *reading)
-        scored = [one for batch in batches for one in self._scored(*batch, rerank)]
-        self.calibration = fit_calibration(
-            scored, presence_prior=presence_prior, false_accept_rate=false_accept_rate, rerank=rerank
-        )
+        scored: dict[bool, list[ScoredClip]] = {False: [], True: []}
+        for *batch, said in batches:
+            scored[said] += self._scored(*batch, rerank)
+        settings = {"presence_prior": presence_prior, "false_accept_rate": false_accept_rate, "rerank": rerank}
+        self.calibration = fit_with_words(scored[False], scored[True], **settings)
         return {**self.calibration.report, "unreadable": unreadable}
 
     def _processor_for(self, purpose: str) -> Any:

@@ -168,7 +168,7 @@ class Service:
             Refused, UploadError: what is wrong with it, or as many streams are followed as may be.
         """
         if source is not None and source not in self.sources:
-            raise Refused(404, f"There is no source {source!r}; this service knows {len(self.sources)} of them.")
+            raise Refused(404, "source: this service knows none of this name.")
         if live_id is not None and live_id not in await self._in(self._readers, self.index.live_ids):
             raise Refused(404, f"The index has no images of livestream {live_id!r}.")
         self._check_streams()
