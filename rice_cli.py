@@ -102,13 +102,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     # After --help, which this would keep waiting.
-    from data_rice.commands import print_anywhere
+    from data_rice.commands import mistakes_end, print_anywhere
 
     print_anywhere()
-    try:
+    with mistakes_end(parser, verb=options.verb):
         options.run(options)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"rice {options.verb}: error: {error}\n")
     return 0
 
 

@@ -4,7 +4,7 @@ The gallery is encoded once per unique image and kept; clips are encoded in batc
 grows with the gallery and not with the number of clips.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -105,16 +105,25 @@ class ModelRetriever:
 
 @dataclass(frozen=True)
 class Loading:
-    """How rows are read: `batch_size` rows at a time, in `num_workers` processes, with or without progress bars."""
+    """
+    How rows are read: `batch_size` rows at a time, in `num_workers` processes that begin with `worker_init`, with or
+    without progress bars.
+    """
 
     batch_size: int = 32
     num_workers: int = 0
     quiet: bool = False
+    worker_init: Callable[[int], None] | None = None
 
     def batches(self, dataset, rows: list[int], load, title: str) -> Iterator[tuple[list[int], Any, list[dict]]]:
         """Yields `(row numbers that loaded, inputs, failures)` for each batch of `rows`, in order."""
         loader = DataLoader(
-            Subset(dataset, rows), self.batch_size, shuffle=False, num_workers=self.num_workers, collate_fn=load
+            Subset(dataset, rows),
+            self.batch_size,
+            shuffle=False,
+            num_workers=self.num_workers,
+            collate_fn=load,
+            worker_init_fn=self.worker_init,
         )
         done = 0
         with tqdm(total=len(rows), desc=title, unit="row", disable=self.quiet or not rows) as bar:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -359,11 +360,15 @@ def record_arguments(
     Writes the arguments beside the run, and refuses to go on with a run that was started with others.
 
     Raises:
-        ValueError: naming the first argument that differs.
+        ValueError: naming the first argument that differs, or is no number.
     """
     current = dataclasses.asdict(model) | dataclasses.asdict(data) | training.to_dict()
     current["num_processes"] = training.world_size
-    current = json.loads(json.dumps(current, default=str))
+    for name, value in current.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"{name} must be a number, got nan.")
+    # JSON has no infinity; as text it says the same.
+    current = json.loads(json.dumps(current, default=str), parse_constant=str)
     path = Path(training.output_dir) / ARGUMENTS_FILE
     if resuming and path.is_file():
         former = json.loads(path.read_text(encoding="utf-8"))
@@ -378,4 +383,4 @@ def record_arguments(
     elif training.process_index == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_name(RESULTS_FILE).unlink(missing_ok=True)
-        write_atomically(path, json.dumps(current, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(path, json.dumps(current, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

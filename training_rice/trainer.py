@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -32,7 +33,8 @@ from .optimizer import (
     warmup_cosine,
 )
 from .resumable import ResumableTrainer
-from .validation import validate_together
+from .stopping import outlive_signals
+from .validation import metric_names, validate_together
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,8 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
             has_fused = model.decoder is not None or model.alignment is not None
             args.metric_for_best_model = "eval_fused_R@1" if has_fused else "eval_embedding_R@1"
             args.greater_is_better = True
+        if eval_dataset is not None:
+            _check_metric(args.metric_for_best_model, metric_names(model))
         self.eval_views = eval_dataset
         self.eval_collator = eval_collator or data_collator
         self._sums: dict[str, torch.Tensor] = {}
@@ -230,6 +234,8 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
             queries = queries.select([i * len(queries) // limit for i in range(limit)])
         task = RetrievalTask.from_datasets(queries, gallery, scope)
         loading = Loading(self.args.per_device_eval_batch_size, self.args.dataloader_num_workers, quiet=True)
+        if self.args.save_on_signal:
+            loading = replace(loading, worker_init=partial(outlive_signals, None))
         scores, weight, failures = validate_together(model, self.eval_collator, task, queries, gallery, loading)
         metrics = {}
         if failures:
@@ -254,3 +260,11 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
             model.config.text_score_weight = scores["text_score_weight"]
         metrics |= {f"{prefix}_{name}": value for name, value in scores.items()}
         return metrics
+
+
+def _check_metric(name: str, known: list[str]) -> None:
+    if name.removeprefix("eval_") not in known:
+        raise ValueError(
+            f"metric_for_best_model {name} is not measured of this model: choose one of "
+            f"{', '.join(f'eval_{one}' for one in known)}."
+        )

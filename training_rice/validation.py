@@ -10,11 +10,20 @@ import torch.distributed as dist
 
 from evaluation_rice.fusion import TEXT_WEIGHTS, edge_words
 from evaluation_rice.protocol import RetrievalTask
+from evaluation_rice.recall import DEFAULT_KS
 from evaluation_rice.retrieval import Loading, ModelRetriever, add_text_scores, all_scores, rank_scores
+from modeling_rice.scoring_rice import pair_kinds
 
 from .processes import are_several, on_first_process
 
 logger = logging.getLogger(__name__)
+
+
+def metric_names(model: Any) -> list[str]:
+    """What `validate_together` measures of a model on any split and may be chosen by, such as "fused_R@1"."""
+    kinds = ["embedding", *pair_kinds(model)]
+    kinds += ["fused"] * (len(kinds) > 1)
+    return [f"{kind}_R@{k}" for kind in kinds for k in DEFAULT_KS]
 
 
 def share_of(task: RetrievalTask, rank: int, world_size: int) -> RetrievalTask:

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import escape
@@ -11,7 +10,7 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from ..quota import FolderQuota, UploadGate
+from ..quota import FolderQuota, UploadGate, temporary_folder
 from .page import Clip, Demo, Pair, Recognition, caption, said_pieces, table_rows
 
 MAX_VISITORS = 64
@@ -254,7 +253,7 @@ def build_demo(demo: Demo) -> gr.Blocks:
 def upload_folder() -> Iterator[str]:
     """A folder of its own for all that visitors upload and all pictures that are shown, deleted at the end."""
     before = os.environ.get("GRADIO_TEMP_DIR")
-    with tempfile.TemporaryDirectory(prefix="rice-demo-") as folder:
+    with temporary_folder("rice-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         try:
             yield folder
@@ -288,6 +287,8 @@ def serve(demo: Demo, host: str = "127.0.0.1", port: int | None = None, block: b
         server_name=host,
         server_port=port,
         prevent_thread_lock=True,
+        # Not even where the environment asks for it.
+        share=False,
         max_file_size=demo.limits.max_bytes,
         app_kwargs={"middleware": [Middleware(UploadGate, limits=demo.limits, quota=quota)]},
         state_session_capacity=MAX_VISITORS,

@@ -271,6 +271,14 @@ class TestRecord:
         with pytest.raises(ValueError, match="learning_rate=5e-05, not 1.0"):
             self.record(dataclasses.replace(training, learning_rate=1.0), True, {"projection_dim": 8})
 
+    def test_what_json_has_no_word_for(self, training, tmp_path):
+        self.record(dataclasses.replace(training, max_grad_norm=float("inf")), False)
+        text = (tmp_path / "run" / "train_arguments.json").read_text()
+        assert json.loads(text, parse_constant=pytest.fail)["max_grad_norm"] == "Infinity"
+        self.record(dataclasses.replace(training, max_grad_norm=float("inf")), True)
+        with pytest.raises(ValueError, match="weight_decay must be a number, got nan"):
+            self.record(dataclasses.replace(training, weight_decay=float("nan")), False)
+
     def test_arguments_that_may_change(self, training, tmp_path):
         self.record(training, False)
         (tmp_path / "run").rename(tmp_path / "moved")

@@ -304,6 +304,12 @@ class TestEvaluation:
         hits = [int(fuse(values, weights).argmax()) in task.relevant_positions(i) for i, values in scores.items()]
         assert metrics["eval_fused_R@1"] == pytest.approx(sum(hits) / len(hits))
 
+    @pytest.mark.parametrize("name", ["eval_fused_R@1", "eval_loss", "R@1", "embedding_R@2"])
+    def test_a_metric_that_is_not_measured_is_refused_at_the_start(self, make_trainer, make_model, name):
+        with pytest.raises(ValueError, match=f"metric_for_best_model {name} is not measured of this model: choose"):
+            make_trainer(model=make_model(use_decoder=False), validate=True, metric_for_best_model=name)
+        make_trainer(validate=True, metric_for_best_model="matching_R@5")
+
     def test_fewer_queries(self, make_trainer, monkeypatch):
         trainer = make_trainer(validate=True, eval_max_queries=3)
         asked = []
