@@ -147,6 +147,8 @@ def untrained_model(
 def _on_checkpoint(model, processor, keep_decoder: bool, settings: dict) -> tuple["RiceModel", "RiceProcessor"]:
     from modeling_rice import RiceConfig, RiceModel
 
+    from .pictures import output_side
+
     if keep_decoder and model.decoder is None:
         raise ValueError("--keep_decoder: the checkpoint has no matching decoder; leave it out.")
     former = {name: value for name, value in model.config.to_dict().items() if name not in ("auto_map", "ranking")}
@@ -160,7 +162,7 @@ def _on_checkpoint(model, processor, keep_decoder: bool, settings: dict) -> tupl
     own = result.state_dict()
     result.load_state_dict({name: value for name, value in model.state_dict().items() if name in own}, strict=False)
     # Masks are on the grid of the patches that are chosen.
-    processor.video_processor.patch_size = result.config.mask_patch_size
+    processor.video_processor.patch_size = result.config.mask_patch_size_at(output_side(processor))
     return result.eval(), processor
 
 
