@@ -32,7 +32,7 @@ from training_rice.arguments import (
 from training_rice.checkpoints import is_trained, newest_whole, writing
 from training_rice.feature_cache_encoding import cache_features
 from training_rice.monitor import run_figures, summary_table
-from training_rice.processes import is_told, on_first_process
+from training_rice.processes import failing_together, is_told, on_first_process
 from training_rice.profiling import profile_steps
 from training_rice.run_lock import run_lock
 from training_rice.setup import (
@@ -41,6 +41,7 @@ from training_rice.setup import (
     build_rice_processor,
     check_frozen,
     check_processes,
+    check_recomputation,
     choose_attention,
     find_checkpoint,
     is_finished,
@@ -115,14 +116,14 @@ def train(
     with ExitStack() as while_running:
         checkpoint, finished = on_first_process(partial(_claim, training_arguments, while_running))
         record = partial(record_arguments, *arguments, resuming=finished or checkpoint is not None)
-        with writing("the arguments", training_arguments.output_dir):
+        with failing_together(), writing("the arguments", training_arguments.output_dir):
             record()
         if finished:
             logger.info("The run in %s is finished, there is nothing to do.", training_arguments.output_dir)
             return
         trainer = build_trainer(*arguments)
         # Again, with what the trainer has chosen.
-        with writing("the arguments", training_arguments.output_dir):
+        with failing_together(), writing("the arguments", training_arguments.output_dir):
             record()
         report(trainer, run(trainer, checkpoint))
 
@@ -146,6 +147,7 @@ def build_trainer(
         pairs, validation = load_views(data_arguments, training_arguments)
     model = build_model(model_arguments, data_arguments)
     choose_attention(model, model_arguments, training_arguments)
+    check_recomputation(model, training_arguments)
     processor = build_rice_processor(model_arguments, data_arguments, model.config, read_texts(pairs, data_arguments))
     check_text(data_arguments, model.config, processor.tokenizer)
     set_token_ids(model.config, processor.tokenizer)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, is_timm_available
 
 # The side of a picture in pixels, for encoders whose config and weights do not depend on it.
 _ANY_SIZE = 224
@@ -123,22 +123,29 @@ def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     part of a model that is registered as a whole only (AltCLIP, BLIP, MetaCLIP 2).
 
     Raises:
-        ValueError: for a config that no vision model belongs to, or whose values do not fit together.
-        ImportError: when the encoder needs a package that is not installed.
+        ValueError: for a config that no vision model belongs to, or whose values do not fit together, and for a model
+            whose package is not installed.
     """
     try:
         return _new_encoder(config)
-    except ImportError as error:
-        raise ImportError(_refusal(config, error)) from error
     except Exception as error:
         raise ValueError(_refusal(config, error)) from error
 
 
 def _new_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     encoder_class = _encoder_class(config)
+    if config.model_type == "timm_wrapper" and not is_timm_available():
+        raise ImportError("it needs the package timm: pip install 'rice-retrieval[encoder]'")
     if encoder_class.main_input_name != "pixel_values":
         raise ValueError(f"it takes {encoder_class.main_input_name}, not pictures")
+    use_what_it_has(config, encoder_class)
     return encoder_class._from_config(config)
+
+
+def use_what_it_has(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> None:
+    """Lets an encoder without sdpa attend as it can, where sdpa is asked of the model that it is a part of."""
+    if config._attn_implementation == "sdpa" and not model_class._supports_sdpa:
+        config._attn_implementation = "eager"
 
 
 def _encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -192,7 +199,6 @@ def find_layout(config: PreTrainedConfig) -> EncoderLayout:
 
     Raises:
         ValueError: when the encoder cannot be built, does not take pictures, or gives no grid of patches.
-        ImportError: when it needs a package that is not installed.
     """
     settings = {name: value for name, value in config.to_dict().items() if name not in _NO_LAYOUT}
     return _find_layout(json.dumps(settings, sort_keys=True, default=str))

@@ -94,9 +94,12 @@ class RiceIdentity(nn.Module):
         return super().train(mode)
 
     def refuse_foreign(self, **encodings: Any) -> None:
-        """Raises `ValueError` for encodings, by their name, that are known to be another model's."""
+        """Raises `ValueError` for encodings, by their name, that are none or known to be another model's."""
         own = self.fingerprint()
         for name, features in encodings.items():
+            if not hasattr(features, "model_fingerprint"):
+                kind = type(features).__name__
+                raise ValueError(f"`{name}` is a {kind}; give what `encode_{name}` of this model returns.")
             if not same_state(own, features.model_fingerprint):
                 raise ValueError(
                     f"`{name}` was encoded by another model, or by this one before its weights changed or its "

@@ -115,6 +115,8 @@ class RiceVisionSide:
         if pixel_values.dim() == 2:
             return self._unpack(pixel_values)
         layout, layer = self.layout, self.config.vision_feature_layer
+        if pixel_values.dim() != 4:
+            raise ValueError(f"`pixel_values` must be (n, 3, H, W), got shape {tuple(pixel_values.shape)}.")
         # Encoders that interpolate positions would take another size, and patches would stand for other places.
         if layout.takes_one_size and tuple(pixel_values.shape[-2:]) != layout.image_size:
             raise ValueError(

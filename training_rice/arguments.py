@@ -13,6 +13,8 @@ from typing import Literal
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import is_tensorboard_available, is_wandb_available
 
+from data_rice.commands import mistakes_end
+
 from .recipe import check_model_fields, read_recipe, suggest, take_model_overrides, to_argv
 
 _DATA_COUNTS = ("num_frames", "train_num_frames", "image_size", "text_length", "vocab_size", "tokenizer_texts")
@@ -57,7 +59,10 @@ class DataArguments:
 
     dataset: str = field(
         default="mini_lpr4m",
-        metadata={"help": "mini_lpr4m, lpr4m, moving_fashion, shop_clips, or a folder in one of their layouts."},
+        metadata={
+            "help": "mini_lpr4m, lpr4m, moving_fashion, shop_clips, a folder in one of their layouts, or a "
+            "data set that rice publish-dataset wrote: its folder, or its id on the Hub."
+        },
     )
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where the Arrow tables and cached features go."})
@@ -377,7 +382,7 @@ def parse_arguments(
         usage="%(prog)s [recipe.yaml] [--name value ...] [--model.name value ...]",
         allow_abbrev=False,
     )
-    try:
+    with mistakes_end(parser):
         recipe, source = {}, ""
         if argv and not argv[0].startswith("-"):
             source = argv.pop(0)
@@ -393,8 +398,6 @@ def parse_arguments(
         if unknown:
             name = unknown[0].lstrip("-").partition("=")[0]
             raise ValueError(f"unknown argument {unknown[0]}{suggest(name, _field_names())}")
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).splitlines())}\n")
     model_arguments.model = model
     return model_arguments, data_arguments, training_arguments
 

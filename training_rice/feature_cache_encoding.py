@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from datasets import Dataset, config
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from .arguments import DataArguments, RiceTrainingArguments
 from .feature_cache import CachedRow, FeatureCache
 from .feature_cache_batches import CachedCollator, with_numbers
 from .feature_cache_rows import CachedPart, ViewChanges, distinct_images
-from .processes import are_several, barrier
+from .processes import failing_together
 from .setup import Validation
 
 logger = logging.getLogger(__name__)
@@ -151,26 +150,23 @@ class _Encoder:
 
     def fill(self, parts: list[CachedPart], caches: list[FeatureCache]) -> None:
         """Encodes what the caches lack, this process's share of it; returns when all processes have."""
-        todo = [
-            (part, cache, view, blocks)
-            for part, cache in zip(parts, caches, strict=True)
-            for view in range(cache.num_views)
-            if (blocks := cache.missing(view))
-        ]
         # No process writes before all have seen what is missing, or their shares would not fit together.
-        barrier()
-        problem, rank = None, self.training.process_index
+        with failing_together():
+            todo = [
+                (part, cache, view, blocks)
+                for part, cache in zip(parts, caches, strict=True)
+                for view in range(cache.num_views)
+                if (blocks := cache.missing(view))
+            ]
+        rank, step = self.training.process_index, self.training.world_size
         # Training puts it in its own mode.
         self.model.eval()
-        try:
+        with failing_together():
             if todo:
                 self._announce(todo)
             for part, cache, view, blocks in todo:
                 cache.begin()
-                self._fill_view(part, cache, view, blocks[rank :: self.training.world_size])
-        except (OSError, ValueError) as error:
-            problem = error
-        _raise_together(problem)
+                self._fill_view(part, cache, view, blocks[rank::step])
         lacking = [cache.folder for cache in caches for view in range(cache.num_views) if cache.missing(view)]
         if lacking:
             raise ValueError(f"{lacking[0]} lacks what other processes wrote; name a folder they share by cache_dir.")
@@ -258,13 +254,3 @@ class _Encoder:
                     f"{states.abs().max().item():.0f}; set it to fp32."
                 )
         return torch.cat(encoded)
-
-
-def _raise_together(problem: Exception | None) -> None:
-    """Raises what a process has met on all of them, so that none is left waiting."""
-    problems = [problem]
-    if are_several():
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    for problem in filter(None, problems):
-        raise problem

@@ -268,7 +268,7 @@ def test_training_mode_is_allowed_where_it_changes_nothing(make_model, make_batc
 
 
 def test_lists_that_were_tuples_before_they_were_saved_are_the_same(tmp_path):
-    vision = {"model_type": "cvt", "embed_dim": [8, 16, 32], "depth": [1, 1, 1], "num_heads": [1, 1, 2]}
+    vision = {"model_type": "vitdet", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = RiceModel(RiceConfig(vision_config=vision, use_decoder=False)).eval()
     model.save_pretrained(tmp_path)
     assert RiceModel.from_pretrained(tmp_path).fingerprint() == model.fingerprint()
