@@ -47,7 +47,6 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
     from modeling_rice import RiceGallery
     from processing_rice import build_processor, train_tokenizer
     from retrieval_rice.index import GalleryIndex
-    from retrieval_rice.index.table import ShopTable
 
     model = measure.build_model(options.size).eval()
     vision, config = model.config.vision_config, model.config
@@ -59,9 +58,9 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
     embeds = torch.nn.functional.normalize(torch.randn(options.shop, config.projection_dim), dim=1).half()
     states = torch.randn(options.shop, config.decoder_hidden_size).half()
     gallery = RiceGallery(embeds=embeds, states=states, model_fingerprint=model.fingerprint())
-    index = GalleryIndex(model, ShopTable(str(folder / "index")), processor)
+    index = GalleryIndex(model)
     index.put([{"image_id": f"image-{i}", "live_ids": ["live"]} for i in range(options.shop)], gallery)
-    index.compact()
+    index.save(folder / "index")
 
 
 def make_clips(options: argparse.Namespace) -> list[list[bytes]]:
