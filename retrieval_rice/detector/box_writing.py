@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from data_rice import load_dataset_view
 from data_rice.box_files import FORMAT, BoxFile, box_line, clip_fingerprint
+from data_rice.files import cut_torn_line
 from hub_rice.checkpoint import weights_fingerprint
 from processing_rice import MediaError, open_image, sample_frame_indices
 from processing_rice.video_media_rice import sample_video
@@ -84,7 +85,7 @@ def write_boxes(
     settings = {"data_dir": data_dir, "cache_dir": cache_dir, **options}
     counts = {"clips": 0, "frames": 0, "boxes": 0, "unreadable": 0, "earlier": len(done)}
     for split in splits:
-        rows = load_dataset_view(dataset, views.get(split, "queries"), split, **settings)
+        rows = load_dataset_view(dataset, views.get(split, "query"), split, **settings)
         if earlier is not None:
             earlier.check_pictures(rows, split)
         places = {clip_id: place for place, clip_id in enumerate(rows["clip_id"]) if (split, clip_id) not in done}
@@ -108,12 +109,9 @@ def _begin(path: Path, header: dict) -> BoxFile | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(header, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
         return None
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if not whole:
+    if b"\n" not in path.read_bytes():
         raise ValueError(f"{path} is no box file; name another file, or remove it.")
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
+    cut_torn_line(path)
     file = BoxFile(path)
     for name, value in header.items():
         if file.header.get(name) != value:

@@ -17,6 +17,7 @@ from processing_rice import MediaError
 from processing_rice.video_media_rice import VideoReader
 
 from ..index.editing import leave_livestream
+from ..quota import temporary_folder
 from ..recogniser import Recogniser
 from ..stream.source import open_stream
 from ..uploads import Upload, UploadError, UploadLimits, check_picture, read_upload, video_format
@@ -78,7 +79,7 @@ class Service:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """While a server answers."""
-        with tempfile.TemporaryDirectory(prefix="rice-serve-") as self.folder:
+        with temporary_folder("rice-serve-") as self.folder:
             task = asyncio.create_task(self.batches.run())
             try:
                 yield

@@ -39,11 +39,8 @@ def test_auto_is_bf16_where_the_processor_computes_in_it(monkeypatch, lines, com
         assert computes_bf16("cpu") == computes
         assert choose_precision("auto", torch.device("cpu")) == ("bf16" if computes else "fp32")
         # What is named is what it is.
-        assert [choose_precision(name, torch.device("cpu")) for name in PRECISIONS] == [
-            "fp32",
-            "bf16",
-            "fp16",
-        ]
+        chosen = [choose_precision(name, torch.device("cpu")) for name in PRECISIONS]
+        assert chosen == ["fp32", "bf16", "fp16"]
     finally:
         computes_bf16.cache_clear()
     assert not computes_bf16("mps")
