@@ -127,6 +127,7 @@ def run_loop(options: argparse.Namespace) -> dict[str, object]:
     row = summary(times, options.seconds + time.perf_counter() - end)
     return {
         "side": "loop",
+        "clients": 1,
         **row,
         "errors": 0,
         "told_to_come_again": 0,
