@@ -73,7 +73,8 @@ def test_bodies_that_are_no_forms(make_service):
     part = b"--x\r\nContent-Disposition: form-data; name="
     bodies = (
         b"", b"--x\r\n", b"\xff" * 100, b"%ff%fe=%00&url=%00", part + b'"clip"\r\n\r\nabc\r\n--x--\r\n',
-        part + b'"live_id"\r\n\r\n\xff\xfe\r\n--x--\r\n', part + b'"frames"; filename="\xff\x00/../../etc"\r\n\r\nabc\r\n--x--\r\n',
+        part + b'"live_id"\r\n\r\n\xff\xfe\r\n--x--\r\n',
+        part + b'"frames"; filename="\xff\x00/../../etc"\r\n\r\nabc\r\n--x--\r\n',
     )  # fmt: skip
     for kind in ("multipart/form-data; boundary=", "multipart/form-data; boundary=x", "text/plain", "application/json",
                  'multipart/form-data; boundary="x', "application/x-www-form-urlencoded"):  # fmt: skip
