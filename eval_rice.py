@@ -36,7 +36,8 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Argume
     method.add_argument("--baseline", help=f"{names}, or the id or folder of a vision model of transformers, as it is")
     add("--baseline_model", help="id or folder for a family named by --baseline; default: its published model")
     add("--trust_remote_code", action="store_true", help="run Python files that come with the model of --baseline")
-    add("--dataset", required=True, help="mini_lpr4m, lpr4m, shop_clips, or a folder in one of their layouts")
+    add("--dataset", required=True, help="mini_lpr4m, lpr4m, shop_clips, a folder in one of their layouts, or a "
+        "published data set: its folder, or its id on the Hub")  # fmt: skip
     add("--data_dir", help="folder of the data set's files")
     add("--split", default="test", choices=("validation", "test"))
     add("--output_dir", required=True, help="folder for results.json, rankings.jsonl, matches.png and README.md")
@@ -107,7 +108,7 @@ def load_views(options: argparse.Namespace, split: str, data_dir: str | None):
         detect_boxes(options, split, data_dir)
     if options.boxes == "detector":
         settings["boxes_file"] = options.boxes_file
-    return [load_dataset_view(options.dataset, view, split, **settings) for view in ("queries", "gallery")]
+    return [load_dataset_view(options.dataset, view, split, **settings) for view in ("query", "gallery")]
 
 
 def detect_boxes(options: argparse.Namespace, split: str, data_dir: str | None) -> None:

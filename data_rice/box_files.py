@@ -61,7 +61,7 @@ def clip_fingerprint(row: Mapping, numbers: Sequence[int]) -> str | None:
     """Hash what a clip's boxes were found in, whatever its files are called and wherever they lie.
 
     Args:
-        row: a ``pairs`` or ``queries`` row.
+        row: a ``pairs`` or ``query`` row.
         numbers: the frames that were looked at, whose encoded pictures count. Of a clip of a video file the time
             range counts, and the size, the beginning and the end of the file, whatever the numbers.
 
@@ -166,7 +166,7 @@ class BoxFile:
         which a picture cannot be read now, are not compared.
 
         Args:
-            rows: ``pairs`` or ``queries`` rows of the split.
+            rows: ``pairs`` or ``query`` rows of the split.
             split: as the file names it.
 
         Raises:
@@ -257,7 +257,7 @@ class _ReplaceBoxes:
 
 
 def with_boxes_of(rows: datasets.Dataset, path: str | os.PathLike, split: str) -> datasets.Dataset:
-    """Return ``pairs`` or ``queries`` rows with the boxes of a box file in place of their own.
+    """Return ``pairs`` or ``query`` rows with the boxes of a box file in place of their own.
 
     Frames for which the file has no box have none, whatever the rows said of them; how many those are is logged.
 
@@ -298,7 +298,7 @@ def with_boxes_of(rows: datasets.Dataset, path: str | os.PathLike, split: str) -
 
 
 def count_boxes(rows: datasets.Dataset) -> dict[str, int]:
-    """Count, over ``pairs`` or ``queries`` rows, the ``boxes`` and the ``frames`` (0 for clips of video files)."""
+    """Count, over ``pairs`` or ``query`` rows, the ``boxes`` and the ``frames`` (0 for clips of video files)."""
     columns = rows.select_columns(["boxes", "frames"]).with_format("arrow")
     boxes = frames = 0
     for batch in columns.iter(batch_size=10_000):

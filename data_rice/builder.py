@@ -37,7 +37,7 @@ _CODE_FILES = (
 
 @dataclass(eq=False)
 class ViewConfig(datasets.BuilderConfig):
-    """One view (``pairs``, ``queries``, ``gallery``, ...) of the data below ``data_dir``.
+    """One view (``pairs``, ``query``, ``gallery``, ...) of the data below ``data_dir``.
 
     The id of a config, and with it the folder of its cache, changes with the annotation files' names, sizes and
     modification times and with the builders' own code, so that a cache never outlives its source.
@@ -125,7 +125,7 @@ class ViewBuilder(datasets.GeneratorBasedBuilder):
     no image) and queries kept that cannot be answered. Both are also logged as warnings.
 
     Args:
-        config_name: one of the builder's views, such as ``pairs``, ``queries``, ``gallery``.
+        config_name: one of the builder's views, such as ``pairs``, ``query``, ``gallery``.
         cache_dir: where the Arrow files go; the default of `datasets` when None.
         data_dir: the folder that holds the data.
         options: the fields of the builder's config.
@@ -159,7 +159,7 @@ class ViewBuilder(datasets.GeneratorBasedBuilder):
 
     @property
     def view(self) -> str:
-        """The view that this builder yields: ``pairs``, ``queries``, ``gallery``, ..."""
+        """The view that this builder yields: ``pairs``, ``query``, ``gallery``, ..."""
         return self.config.name
 
     def _info(self) -> datasets.DatasetInfo:

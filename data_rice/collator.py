@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torchvision.transforms.v2.functional as tvF
 from PIL import Image
 
 from processing_rice import MediaError, open_image, sample_frame_indices
-from processing_rice.media_rice import path_of
+from processing_rice.media_rice import is_file_source, path_of, picture_tensor
 from processing_rice.video_media_rice import sample_video
 
 from .augmentation import Box, ClipAugmentation, ClipChange
@@ -30,6 +31,17 @@ Picture = Image.Image | torch.Tensor
 def product_id_hash(product_id: str) -> int:
     """A product's string id as a 63-bit number, the same in every process and run."""
     return int.from_bytes(hashlib.blake2b(product_id.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _open(entry: Any, target: tuple[float, float] | None = None) -> Image.Image:
+    """A picture of a row in any form the processor takes, `MediaError` where it cannot be read."""
+    if is_file_source(entry):
+        return open_image(entry, target=target)
+    try:
+        pixels = picture_tensor(entry)
+    except ValueError as error:
+        raise MediaError.of(str(error), str(error)) from None
+    return tvF.to_pil_image(tvF.to_dtype(pixels, torch.uint8, scale=True))
 
 
 @dataclass
@@ -107,9 +119,11 @@ class RiceCollator:
         batch["product_ids"] = torch.tensor([product_id_hash(_product(row)) for row in rows])
         return batch
 
-    def collate_queries(self, rows: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[int], list[Failure]]:
+    def collate_queries(
+        self, rows: list[dict[str, Any]], changes: Sequence[ClipChange] | None = None
+    ) -> tuple[dict[str, torch.Tensor], list[int], list[Failure]]:
         """
-        Query rows for evaluation.
+        Query rows for evaluation, as they are, or with one change per clip.
 
         Returns:
             The processor's keys for the readable clips (empty when there is none), their positions in `rows`, and the
@@ -118,17 +132,24 @@ class RiceCollator:
             nothing can be read).
         """
         failures: list[Failure] = []
-        clips = [self._load_clip(row, failures) for row in rows]
+        changes = changes or [None] * len(rows)
+        clips = [self._load_clip(row, failures, change) for row, change in zip(rows, changes, strict=True)]
         readable = [i for i, clip in enumerate(clips) if clip is not None]
         inputs = {}
         if readable:
             inputs = self._process_clips([rows[i] for i in readable], [clips[i] for i in readable], padding="longest")
         return inputs, readable, failures
 
-    def collate_gallery(self, rows: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[int], list[Failure]]:
-        """Gallery rows for evaluation; returns as `collate_queries`, an unreadable image is `"skipped"`."""
+    def collate_gallery(
+        self, rows: list[dict[str, Any]], changes: Sequence[ClipChange] | None = None
+    ) -> tuple[dict[str, torch.Tensor], list[int], list[Failure]]:
+        """Gallery rows likewise; returns as `collate_queries`, an unreadable image is `"skipped"`."""
         failures: list[Failure] = []
-        images = [self._load_image(row["image_id"], row["image"], failures) for row in rows]
+        changes = changes or [None] * len(rows)
+        images = [
+            self._load_image(row["image_id"], row["image"], failures, change)
+            for row, change in zip(rows, changes, strict=True)
+        ]
         readable = [i for i, image in enumerate(images) if image is not None]
         inputs = {}
         if readable:
@@ -199,7 +220,7 @@ class RiceCollator:
 
     def _read_frames(self, row: dict[str, Any], failures: list[Failure], change: ClipChange | None) -> tuple:
         entries = row["frames"]
-        if not entries:
+        if entries is None or len(entries) == 0:
             failures.append(_failure(row["clip_id"], None, "the clip has no frames"))
             return [], None
         boxes = row.get("boxes") or [None] * len(entries)
@@ -218,9 +239,9 @@ class RiceCollator:
         """Decodes for the image or video processor `part`, which resizes what the change's crop leaves."""
         size = target_size(part) if self.decode == "fast" else None
         if size is None:
-            return open_image(entry)
+            return _open(entry)
         left, top, right, bottom = (0.0, 0.0, 1.0, 1.0) if change is None else change.crop
-        return open_image(entry, target=(size[0] / (bottom - top), size[1] / (right - left)))
+        return _open(entry, target=(size[0] / (bottom - top), size[1] / (right - left)))
 
     def _finish(
         self, pictures: Sequence[Any], boxes: list[Box] | None, part: Any, change: ClipChange | None

@@ -26,7 +26,7 @@ def frames_with_boxes(clips: datasets.Dataset, split: str) -> datasets.Dataset:
     """Turn pair or query rows into ``detection`` rows.
 
     Args:
-        clips: rows of the ``pairs`` or ``queries`` view. Clips of video files give no row, because their frames exist
+        clips: rows of the ``pairs`` or ``query`` view. Clips of video files give no row, because their frames exist
             only once they have been extracted.
         split: the value of the column ``split``.
 

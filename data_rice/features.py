@@ -1,6 +1,6 @@
 """The one row that every dataset builder of the project yields, in its views.
 
-``pairs`` rows join a clip with one shop image and are what training reads; ``queries`` rows are clips with the list of
+``pairs`` rows join a clip with one shop image and are what training reads; ``query`` rows are clips with the list of
 images that answer them; ``gallery`` rows are the shop's images; ``detection`` rows are single frames with their boxes.
 Images stay encoded (``{"path": ..., "bytes": ...}``, see `processing_rice.media_rice.read_media`); whoever reads the
 row decodes them.
@@ -10,7 +10,13 @@ from collections.abc import Sequence
 
 from datasets import Features, Image, List, Value
 
-VIEWS = ("pairs", "queries", "gallery", "detection")
+VIEWS = ("pairs", "query", "gallery", "detection")
+
+
+def view_name(view: str) -> str:
+    """The name of a view, which is also that of the part of a published data set: "queries" is understood too."""
+    return "query" if view == "queries" else view
+
 
 _CLIP_TEXT = ("asr", "category", "product_scale", "visible_duration", "product_number", "source")
 
@@ -43,7 +49,7 @@ def pair_features() -> Features:
 
 
 def query_features() -> Features:
-    """Columns of a ``queries`` row: a clip and the ids of the gallery images that answer it."""
+    """Columns of a ``query`` row: a clip and the ids of the gallery images that answer it."""
     return Features({**_clip_features(), "relevant": List(Value("string"))})
 
 
@@ -75,10 +81,10 @@ def detection_features() -> Features:
 
 
 def view_features(view: str) -> Features:
-    """Return the columns of ``view``, one of ``pairs``, ``queries``, ``gallery``, ``detection``."""
+    """Return the columns of ``view``, one of ``pairs``, ``query``, ``gallery``, ``detection``."""
     return {
         "pairs": pair_features,
-        "queries": query_features,
+        "query": query_features,
         "gallery": gallery_features,
         "detection": detection_features,
     }[view]()
@@ -97,7 +103,7 @@ def clip_row(
     end: float = -1.0,
     **text: str,
 ) -> dict:
-    """Assemble the columns that ``pairs`` and ``queries`` rows share.
+    """Assemble the columns that ``pairs`` and ``query`` rows share.
 
     Args:
         frames: absolute paths of the frames, in time order; empty for a clip of a video file.

@@ -75,7 +75,7 @@ def prepare_row(row: dict, view: str, sampling: Sampling, lost: list[dict]) -> d
 
     Args:
         row: a row of the view, not changed.
-        view: ``pairs``, ``queries``, ``gallery`` or ``detection``.
+        view: ``pairs``, ``query``, ``gallery`` or ``detection``.
         sampling: frames and sizes.
         lost: receives one entry per picture that could not be read, ``{"id", "file", "reason", "what", "row"}``.
 
@@ -88,7 +88,7 @@ def prepare_row(row: dict, view: str, sampling: Sampling, lost: list[dict]) -> d
             raise ValueError(f"The clip {row['clip_id']} is part of a video; extract its frames before preparing it.")
         row["frames"], row["boxes"] = _prepare_frames(row, sampling, lost)
         if not row["frames"]:
-            stays = view == "queries"
+            stays = view == "query"
             what = "clips in all their frames"
             _lost(lost, row["clip_id"], None, what, what, "kept" if stays else "dropped")
             if not stays:

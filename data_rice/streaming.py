@@ -12,10 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from .features import view_name
 from .lazy_rows import ArrowRows, LazyRows, ParquetRows
 from .lpr4m import Lpr4m
 from .lpr4m.line_rows import training_rows
 from .prepare import check_options, shard_files
+from .published import is_published, published_files, refuse_options
 from .samplers import BlockOrder
 from .views import load_dataset_view, prepared_folder, resolve
 
@@ -193,8 +195,8 @@ def open_dataset_view(
     """Open the rows of one view for reading one by one, in constant memory.
 
     The pairs of LPR4M's training lists are parsed when they are asked for, after an index of the lists has been built
-    or found in the cache. Prepared Parquet shards are read by row groups. All other views are read from the Arrow
-    table that `load_dataset_view` builds, which is mapped into memory, not loaded.
+    or found in the cache. Prepared and published Parquet files are read by row groups. All other views are read from
+    the Arrow table that `load_dataset_view` builds, which is mapped into memory, not loaded.
 
     Args:
         dataset, view, split, data_dir, cache_dir, builder_options: as `load_dataset_view`.
@@ -203,7 +205,7 @@ def open_dataset_view(
     Raises:
         FileNotFoundError, ValueError: as `load_dataset_view`; ValueError also for a ``boxes_file`` of other rows.
     """
-    given = {name: value for name, value in builder_options.items() if value is not None}
+    given, view = {name: value for name, value in builder_options.items() if value is not None}, view_name(view)
     prepared = prepared_folder(dataset, data_dir)
     if prepared is not None:
         check_options(prepared, given)
@@ -212,6 +214,10 @@ def open_dataset_view(
             _refuse_boxes_file(boxes_file)
             return ParquetRows(files)
         return ArrowRows(load_dataset_view(dataset, view, split, data_dir, cache_dir, boxes_file, **given))
+    if is_published(dataset, data_dir):
+        refuse_options(dataset if data_dir is None else data_dir, given)
+        _refuse_boxes_file(boxes_file)
+        return ParquetRows(published_files(dataset, data_dir, view, split))
     builder_class, folder, options = resolve(dataset, data_dir)
     if builder_class is Lpr4m and view == "pairs" and split in ("train", "validation"):
         _refuse_boxes_file(boxes_file)

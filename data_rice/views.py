@@ -7,10 +7,11 @@ import datasets
 from .box_files import with_boxes_of
 from .builder import ViewBuilder
 from .detection import frames_with_boxes
-from .features import VIEWS
+from .features import VIEWS, view_name
 from .lpr4m import Lpr4m
 from .moving_fashion import MovingFashion
 from .prepare import is_prepared, load_prepared, read_manifest
+from .published import is_published, load_published, published_scope
 from .shop_clips import ShopClips, carries_live_ids
 
 DATASETS = ("mini_lpr4m", "lpr4m", "moving_fashion", "shop_clips")
@@ -38,7 +39,8 @@ def resolve(dataset: str, data_dir: str | os.PathLike | None) -> tuple[type[View
         return _BUILDERS[dataset], os.fspath(data_dir), {}
     if not os.path.isdir(dataset):
         raise FileNotFoundError(
-            f"{dataset!r} is neither a data set ({', '.join(DATASETS)}) nor a folder; check the spelling."
+            f"{dataset!r} is neither a data set ({', '.join(DATASETS)}), nor a folder, nor an id on the Hub such as "
+            "someone/mini-lpr4m; check the spelling."
         )
     if data_dir is not None and os.path.realpath(data_dir) != os.path.realpath(dataset):
         raise ValueError(f"The data set {dataset!r} is a folder and data_dir names {data_dir!r}; pass one of them.")
@@ -62,6 +64,17 @@ def prepared_folder(dataset: str | os.PathLike, data_dir: str | os.PathLike | No
     return folder if is_prepared(folder) else None
 
 
+def builder_of(dataset: str | os.PathLike, data_dir: str | os.PathLike | None) -> type[ViewBuilder] | None:
+    """Return the class that makes the rows of a data set, None for one whose rows are made: prepared, or published.
+
+    Raises:
+        FileNotFoundError, ValueError: as `resolve`.
+    """
+    if prepared_folder(dataset, data_dir) is not None or is_published(dataset, data_dir):
+        return None
+    return resolve(dataset, data_dir)[0]
+
+
 def load_dataset_view(
     dataset: str | os.PathLike,
     view: str,
@@ -75,8 +88,8 @@ def load_dataset_view(
 
     Args:
         dataset: "mini_lpr4m", "lpr4m", "moving_fashion", "shop_clips", or a folder in one of their layouts,
-            or one that `prepare_views` wrote.
-        view: "pairs" (training), "queries", "gallery", or "detection" (single frames with their boxes).
+            or one that `prepare_views` wrote; or a published data set, by its id on the Hub or its folder.
+        view: "pairs" (training), "query", "gallery", or "detection" (single frames with their boxes).
         split: "train", "validation" or "test".
         data_dir: the folder that holds the data; "data/mini_lpr4m" when None and ``dataset`` is "mini_lpr4m".
         cache_dir: where the Arrow files go; the default of `datasets` when None.
@@ -90,6 +103,7 @@ def load_dataset_view(
         ValueError: an argument is unknown, the data set has no such split or no usable row in it, or a row
             is malformed.
     """
+    view = view_name(view)
     if view not in VIEWS:
         raise ValueError(f"There is no view {view!r}; choose one of {', '.join(VIEWS)}.")
     if split not in ("train", "validation", "test"):
@@ -99,12 +113,26 @@ def load_dataset_view(
     if prepared is not None:
         rows = load_prepared(prepared, view, split, cache_dir, given)
         return _replace_boxes(rows, view, split, boxes_file)
-    builder_class, folder, options = resolve(dataset, data_dir)
+    published = is_published(dataset, data_dir)
+    builder_class, folder, options = (None, "", {}) if published else resolve(dataset, data_dir)
     options.update(given)
     # Only LPR4M has detection rows of its own; elsewhere they are the boxes of the pairs' frames.
-    from_pairs = view == "detection" and view not in [config.name for config in builder_class.BUILDER_CONFIGS]
+    from_pairs = view == "detection" and (published or view not in [c.name for c in builder_class.BUILDER_CONFIGS])
     source_view = "pairs" if from_pairs else view
-    builder = builder_class(source_view, cache_dir=cache_dir, data_dir=folder, **options)
+    if published:
+        rows = load_published(dataset, data_dir, source_view, split, cache_dir, given)
+    else:
+        rows = _build(builder_class, folder, source_view, split, cache_dir, options)
+    rows = _replace_boxes(rows, source_view, split, boxes_file)
+    if from_pairs:
+        rows = frames_with_boxes(rows, split)
+        if len(rows) == 0:
+            raise ValueError(f"{folder or dataset} has no frame with a box in the {split} split of pairs; add boxes.")
+    return rows
+
+
+def _build(builder_class, folder: str, view: str, split: str, cache_dir, options: dict) -> datasets.Dataset:
+    builder = builder_class(view, cache_dir=cache_dir, data_dir=folder, **options)
     builder.download_and_prepare()
     if split not in builder.info.splits:
         raise ValueError(builder.missing_split_reason(split))
@@ -112,12 +140,7 @@ def load_dataset_view(
         log = builder.problems.get(split)
         reasons = "; ".join(f"{count} rows {reason}" for reason, count in log.counts.items()) if log else "no row"
         raise ValueError(f"{folder} has no usable row in the {split} split of {view} ({reasons}); add some.")
-    rows = _replace_boxes(builder.as_dataset(split=split), source_view, split, boxes_file)
-    if from_pairs:
-        rows = frames_with_boxes(rows, split)
-        if len(rows) == 0:
-            raise ValueError(f"{folder} has no frame with a box in the {split} split of {source_view}; add boxes.")
-    return rows
+    return builder.as_dataset(split=split)
 
 
 def _replace_boxes(rows: datasets.Dataset, view: str, split: str, boxes_file) -> datasets.Dataset:
@@ -140,6 +163,8 @@ def gallery_scope(dataset: str | os.PathLike, data_dir: str | os.PathLike | None
     prepared = prepared_folder(dataset, data_dir)
     if prepared is not None:
         return read_manifest(prepared)["gallery_scope"]
+    if is_published(dataset, data_dir):
+        return published_scope(dataset, data_dir)
     if os.fspath(dataset) in ("mini_lpr4m", "lpr4m"):
         return "live"
     if os.fspath(dataset) == "moving_fashion" or (os.fspath(dataset) == "shop_clips" and data_dir is None):

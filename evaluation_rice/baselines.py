@@ -248,7 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num_workers", type=int, default=0, help="loader processes")
     options = parser.parse_args(arguments)
     with mistakes_end(parser):
-        queries = load_dataset_view(options.dataset, "queries", options.split, data_dir=options.data_dir)
+        queries = load_dataset_view(options.dataset, "query", options.split, data_dir=options.data_dir)
         gallery = load_dataset_view(options.dataset, "gallery", options.split, data_dir=options.data_dir)
         task = RetrievalTask.from_datasets(queries, gallery, gallery_scope(options.dataset, options.data_dir))
         loading = Loading(options.batch_size, options.num_workers)

@@ -49,7 +49,7 @@ def count_training_rows(
     where it is news); and the rule, or what is missing.
 
     Args:
-        queries: the queries view that is broken down.
+        queries: the query view that is broken down.
         model: whose training rows count; those of the data set that is evaluated where it does not say.
         dataset, data_dir, cache_dir: the data set that is evaluated.
     """

@@ -39,7 +39,7 @@ def compare_export(
     Raises:
         ValueError, FileNotFoundError: as `load_dataset_view`.
     """
-    queries, gallery = (load_dataset_view(dataset, view, split, data_dir=data_dir) for view in ("queries", "gallery"))
+    queries, gallery = (load_dataset_view(dataset, view, split, data_dir=data_dir) for view in ("query", "gallery"))
     models = {"torch": model, "onnx": OnnxRice(folder)}
     if int8:
         models["int8"] = OnnxRice(folder, int8=True)

@@ -47,7 +47,7 @@ class RetrievalTask:
 
     @classmethod
     def from_datasets(cls, queries, gallery, scope: str) -> "RetrievalTask":
-        """Reads the id columns of a queries view and a gallery view; no image is opened.
+        """Reads the id columns of a query view and a gallery view; no image is opened.
 
         Args:
             queries: dataset with `clip_id`, `live_id` and `relevant`.
@@ -60,14 +60,14 @@ class RetrievalTask:
         if scope not in SCOPES:
             raise ValueError(f"scope is {scope!r}: choose one of {', '.join(SCOPES)}.")
         if len(queries) == 0:
-            raise ValueError("the queries view has no rows: there is nothing to evaluate.")
+            raise ValueError("the query view has no rows: there is nothing to evaluate.")
         if len(gallery) == 0:
             raise ValueError("the gallery is empty: it needs at least one image to retrieve.")
         query_ids, by_live = list(queries["clip_id"]), scope == "live"
         relevant = {query: read_ids("relevant", ids) for query, ids in zip(query_ids, queries["relevant"])}
         if len(relevant) != len(query_ids):
             twice = next(query for query, count in Counter(query_ids).items() if count > 1)
-            raise ValueError(f"clip id {twice!r} occurs twice in the queries view: clip ids must be unique.")
+            raise ValueError(f"clip id {twice!r} occurs twice in the query view: clip ids must be unique.")
         shops = _live_ids(queries) if by_live or "live_id" in queries.column_names else [""] * len(query_ids)
         query_scopes = shops if by_live else [""] * len(query_ids)
         rows_of: dict[str, list[int]] = {}
@@ -305,7 +305,7 @@ def breakdown(
     """Recall by category, product scale, visible duration, product number and source, where the rows know them.
 
     Args:
-        queries: the queries view.
+        queries: the query view.
         rankings: score name -> its rankings.
         train_rows: category -> its training rows, for the further column `head_tail` by `HEAD_TAIL_RULE`.
 

@@ -12,11 +12,11 @@ from data_rice.views import MINI_LPR4M_MANIFEST, load_dataset_view
 TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "dataset_template.md"
 
 CONFIGS = {
-    "pairs": ("pairs", ("train", "validation")),
-    "query": ("queries", ("validation", "test")),
-    "gallery": ("gallery", ("train", "validation", "test")),
+    "pairs": ("train", "validation"),
+    "query": ("validation", "test"),
+    "gallery": ("train", "validation", "test"),
 }
-"""Configuration on the Hub -> view of the project and its splits."""
+"""Configuration on the Hub, named as the view of the project, and its splits."""
 
 
 def load_configs(
@@ -35,8 +35,8 @@ def load_configs(
             f"{data_dir}`; data that was not rendered is not published by this command."
         )
     loaded = {}
-    for config, (view, splits) in CONFIGS.items():
-        tables = {name: load_dataset_view(data_dir, view, name, cache_dir=cache_dir) for name in splits}
+    for config, splits in CONFIGS.items():
+        tables = {name: load_dataset_view(data_dir, config, name, cache_dir=cache_dir) for name in splits}
         loaded[config] = datasets.DatasetDict({name: _decodable(table) for name, table in tables.items()})
     return loaded
 

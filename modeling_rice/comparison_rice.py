@@ -1,12 +1,14 @@
 """Encoded clips against encoded images: every score of a model, and a ranking in one call."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .alignment_rice import align_patches
 from .features_rice import RiceClips, RiceGallery
 from .loss_rice import cosines
 from .scoring_rice import best_first, ranked_scores
@@ -19,6 +21,7 @@ class RiceComparison:
 
     # Of the model.
     config: Any
+    alignment: Any
     decoder: Any
     device: Any
     visual_projection: Any
@@ -72,6 +75,9 @@ class RiceComparison:
         if self.decoder is None:
             raise ValueError("This model has no matching decoder (`use_decoder=False`); rank by `similarity` instead.")
         self.require_eval_mode("match")
+        if not hasattr(gallery, "states") or not hasattr(clips, "keys"):
+            kinds = f"{type(clips).__name__} and {type(gallery).__name__}"
+            raise ValueError(f"`match` compares RiceClips with a RiceGallery, in this order, got {kinds}.")
         if gallery.states is None or clips.keys is None or clips.values is None or clips.mask is None:
             raise ValueError("The features come from a model without a matching decoder; encode them with this one.")
         self.refuse_foreign(clips=clips, gallery=gallery)
@@ -88,6 +94,37 @@ class RiceComparison:
                 scores[rows, columns] = self.decoder.score_pairs(states, keys, values, mask).float()
         return scores
 
+    @torch.no_grad()
+    def align(self, clips: RiceClips, gallery: RiceGallery, max_memory: int | None = None) -> Tensor:
+        """
+        Late interaction of every clip with every image, see [`alignment_rice.align_patches`]: how well the patches of
+        the one find their like among the other's, both ways. Padded frames and masked patches count nowhere.
+
+        Args:
+            clips, gallery: From `encode_clips` and `encode_gallery` of this model.
+            max_memory: Bytes the cosines may take at a time; by default what suits the device.
+
+        Returns:
+            `(num_clips, num_images)` float32 in -2..2.
+
+        Raises:
+            ValueError: when the model has no alignment, or for features without patches or of another model.
+        """
+        if self.alignment is None:
+            raise ValueError(
+                "This model has no alignment (`alignment_weight`); make one with `rice init`, or rank by `similarity` "
+                "instead."
+            )
+        if gallery.patches is None or clips.patches is None:
+            raise ValueError(
+                "The features hold no patches to align: they come from a model without alignment or in training mode; "
+                "encode them with this one after `model.eval()`."
+            )
+        self.refuse_foreign(clips=clips, gallery=gallery)
+        patches = clips.patches.to(self.device, self.visual_projection.weight.dtype)
+        mask = None if clips.patch_mask is None else clips.patch_mask.to(self.device)
+        return align_patches(gallery.patches.to(self.device), patches, mask, max_memory)
+
     def rank(
         self,
         clip,
@@ -103,7 +140,7 @@ class RiceComparison:
         Ranks images for one clip, every pair scored. Call in eval mode.
 
         Args:
-            clip: One clip, as `processor` takes it: a list of frames, an array or tensor, the path of a video.
+            clip: One clip, as `processor` takes it: a list of frames, an array or tensor, the path of a video, a row.
             images: Shop images, an encoded gallery, or the path of a saved one.
             top_k: Entries to return at most, all by default.
             processor: The [`RiceProcessor`] that was saved with this model.
@@ -151,10 +188,7 @@ def encode_candidates(model, processor, candidates, titles: list[str] | None = N
     elif isinstance(candidates, (str, os.PathLike)) and os.fspath(candidates).endswith(".safetensors"):
         gallery = RiceGallery.load(candidates)
     else:
-        gallery = None
-        candidates = (
-            list(candidates) if isinstance(candidates, (list, tuple)) or _is_stack(candidates) else [candidates]
-        )
+        gallery, candidates = None, list_candidates(candidates)
     count = len(candidates if gallery is None else gallery)
     if count == 0:
         raise ValueError("`candidates` is empty; give at least one shop image.")
@@ -173,5 +207,18 @@ def encode_candidates(model, processor, candidates, titles: list[str] | None = N
     return type(parts[0]).cat(parts)
 
 
-def _is_stack(candidates) -> bool:
-    return getattr(candidates, "ndim", 0) == 4
+def list_candidates(candidates) -> list:
+    """
+    One shop image or several, in whatever they come, as a list.
+
+    Raises:
+        ValueError: for what has no order or is the path of a folder.
+    """
+    if isinstance(candidates, (set, frozenset)):
+        raise ValueError("`candidates` is a set, which has no order; give a list.")
+    if isinstance(candidates, (str, os.PathLike)) and os.path.isdir(candidates):
+        raise ValueError(f"`candidates` is the folder {os.fspath(candidates)}; give a list of its pictures.")
+    is_picture = isinstance(candidates, (str, os.PathLike, bytes, bytearray, Mapping))
+    # Arrays of numbers are one picture or, with one axis more, several; others are columns of a table.
+    is_picture = is_picture or getattr(candidates, "ndim", 1) in (2, 3) or not hasattr(candidates, "__iter__")
+    return [candidates] if is_picture else list(candidates)

@@ -9,27 +9,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
+from .alignment_rice import RiceAlignment, RiceAlignmentSide
 from .comparison_rice import RiceComparison
 from .configuration_rice import RiceConfig
 from .decoder_rice import RiceDecoder, RiceHeadMixing, RiceReconstructionHead
 from .encoders_rice import build_encoder
-from .features_rice import RiceClips, RiceFrames, RiceGallery
+from .features_rice import RiceClips, RiceFrames, RiceGallery, refuse_unknown
 from .fingerprint_rice import RiceIdentity
 from .layout_rice import write_card, write_layout
 from .loss_rice import cosines
 from .objective_rice import ClipTokens, ImageTokens, RiceObjective
 from .patches_rice import RicePatchSaliency, RiceSaliencyScore, resize_patch_mask
 from .pooling_rice import POOLINGS, RiceZeroLinear
+from .scoring_rice import check_count
 from .text_rice import EncodedText, RiceTextEncoder, RiceTextSide
 from .vision_rice import RicePatchProjection, RiceVisionSide
-
-# Keys of a batch of pairs, which may be handed whole to a method that needs a part of it.
-_BATCH_KEYS = (
-    *("pixel_values", "pixel_values_videos", "frame_mask", "patch_mask", "product_ids", "title_embeds", "asr_embeds"),
-    *("title_input_ids", "title_attention_mask", "asr_input_ids", "asr_attention_mask", "asr_is_noise"),
-)
 
 
 @dataclass
@@ -46,7 +42,8 @@ class RiceOutput(ModelOutput):
             `match` and `logits_per_video` have them. Of a loss on mined negatives `(B, 1 + num_hard_negatives)`: a
             row per pair, its image with its own clip first, then with the clips that were mined for it.
         matching_indices (`(B, 1 + num_hard_negatives)`): Which clips those are.
-        image_embeds, video_embeds (`(B, D)`): L2-normalised.
+        image_embeds, video_embeds (`(B, D)`), text_embeds (`(B, E)`): L2-normalised; texts only where they come alone.
+        pooler_output: Of images, clips or texts alone their embeddings once more, where generic code looks for them.
     """
 
     loss: Tensor | None = None
@@ -60,6 +57,8 @@ class RiceOutput(ModelOutput):
     matching_indices: Tensor | None = None
     image_embeds: Tensor | None = None
     video_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    pooler_output: Tensor | None = None
 
 
 class RicePreTrainedModel(PreTrainedModel):
@@ -67,7 +66,9 @@ class RicePreTrainedModel(PreTrainedModel):
     base_model_prefix = "rice"
     main_input_name = "pixel_values"
     input_modalities = ("image", "video")
+    # Of a model it follows the encoder.
     supports_gradient_checkpointing = True
+    gradient_checkpointing = False
     _supports_sdpa = True
     _no_split_modules = ["RiceDecoderLayer"]
 
@@ -88,18 +89,24 @@ class RicePreTrainedModel(PreTrainedModel):
                 init.constant_(module.text_logit_scale, math.log(self.config.text_logit_scale_init_value))
         elif isinstance(module, RiceZeroLinear):
             init.zeros_(module.weight)
+        elif isinstance(module, RiceAlignment):
+            for name, value in module.starting_buffers().items():
+                init.copy_(getattr(module, name), value)
         else:
             super()._init_weights(module)
 
 
-class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceVisionSide, RicePreTrainedModel):
+class RiceModel(
+    RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceVisionSide, RiceAlignmentSide, RicePreTrainedModel
+):
     """
     Cross-view semantic alignment: one vision encoder for clips and images (ICL), a pairwise matching decoder (PMD) and
     patch feature reconstruction (PFR).
 
     Attention is chosen as for any model of transformers, by `attn_implementation` (`"sdpa"`, the default, or
-    `"eager"`) in `from_pretrained` or `set_attn_implementation`, with equal results. Training in bfloat16 on a CPU is
-    faster with `"eager"`, since sdpa's backward pass is slow there.
+    `"eager"`) in `from_pretrained` or `set_attn_implementation`, with equal results; an encoder without sdpa goes on
+    without it. `{"vision_config": "flash_attention_2"}` asks for flash attention in an encoder that has it. Training
+    in bfloat16 on a CPU is faster with `"eager"`, since sdpa's backward pass is slow there.
 
     Examples:
 
@@ -115,6 +122,8 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
         # Kept, since a config finds them out by its dictionary, which a graph cannot hold.
         self.layout, self.feature_pooling = config.layout, config.feature_pooling
         self.vision_model = build_encoder(config.vision_config)
+        self.supports_gradient_checkpointing = self.vision_model.supports_gradient_checkpointing
+        self.projection_dropout = nn.Dropout(config.projection_dropout)
         self.visual_projection = nn.Linear(config.vision_hidden_size, config.projection_dim, bias=False)
         self.patch_projection = RicePatchProjection(config) if config.projects_patches else None
         self.temporal_pooling = POOLINGS[config.temporal_pooling](config)
@@ -137,6 +146,9 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
         has_head = config.use_decoder and config.use_reconstruction
         self.reconstruction_head = RiceReconstructionHead(config) if has_head else None
         self.patch_saliency = RicePatchSaliency(config) if config.patch_saliency == "learned" else None
+        self.alignment = None
+        if config.alignment_weight is not None:
+            self.alignment = RiceAlignment(config.patch_layout.width, config.alignment_rank, config.projection_dim)
         self.post_init()
 
     # Trainer would otherwise rescale the loss, since `forward` takes keyword arguments it does not name.
@@ -158,13 +170,31 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
         write_card(working_dir, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs) -> None:
+        """As transformers does it, but `"sdpa"` leaves encoders that have none as they are."""
+        if attn_implementation == "sdpa":
+            text = None if self.text_model is None else self.text_model.model
+            parts = {"vision_config": self.vision_model, "text_config": text}
+            attn_implementation = {"": "sdpa"} | {
+                name: "sdpa" if part._supports_sdpa else "eager" for name, part in parts.items() if part is not None
+            }
+        super().set_attn_implementation(attn_implementation, **kwargs)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
+        # timm's networks have a switch of their own.
+        if type(self.vision_model)._set_gradient_checkpointing is not PreTrainedModel._set_gradient_checkpointing:
+            self.vision_model._set_gradient_checkpointing(enable, *args, **kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         """The vision encoder's, as adapters ask for them."""
         return self.vision_model.get_input_embeddings()
 
     def _embed_images(self, pixel_values: Tensor) -> ImageTokens:
-        tokens, features = self._from_states(self._encoder_output(pixel_values))
-        return ImageTokens(tokens, nn.functional.normalize(_at_least_single(features), dim=-1))
+        states = self._encoder_output(pixel_values)
+        tokens, features = self._from_states(states)
+        embeds = nn.functional.normalize(self._centred(_at_least_single(features), is_clip=False), dim=-1)
+        return ImageTokens(tokens, embeds, patches=self._aligned(states.patches))
 
     def encode_frames(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> RiceFrames:
         """
@@ -182,13 +212,16 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
             patch_mask = patch_mask.bool()
         states = self._encoder_output(pixel_values, patch_mask)
         tokens, features = self._from_states(states, patch_mask, is_clip=True)
-        token_mask = None
+        token_mask, aligned = None, self._aligned(states.patches)
         if patch_mask is not None and tokens.shape[1] > 1:
             kept = resize_patch_mask(patch_mask, tokens.shape[1] - 1) > 0
             token_mask = nn.functional.pad(kept, (1, 0), value=True)
+        if patch_mask is not None and aligned is not None:
+            patch_mask = resize_patch_mask(patch_mask, aligned.shape[1]) > 0
         # While weights change nobody compares by name, and a graph that is being made has no weights to read.
         name = None if self.training or torch.compiler.is_compiling() else self.fingerprint()
-        return RiceFrames(tokens, _at_least_single(features), token_mask, model_fingerprint=name)
+        shown = None if aligned is None else patch_mask
+        return RiceFrames(tokens, _at_least_single(features), token_mask, aligned, shown, model_fingerprint=name)
 
     def pool_frames(
         self,
@@ -227,6 +260,7 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
 
     def pool_features(self, features: Tensor, frame_mask: Tensor) -> Tensor:
         """Frames' features `(c, T, D)`, mask `(c, T)`, as of `pool_frames` -> L2-normalised embeddings `(c, D)`."""
+        features = self._centred(features, is_clip=True)
         if self.config.normalize_frames:
             features = nn.functional.normalize(features, dim=-1)
         return nn.functional.normalize(self.temporal_pooling(features, frame_mask), dim=-1)
@@ -249,7 +283,13 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
         token_mask = shown[:, :, None].expand(-1, -1, tokens.shape[2])
         if frames.token_mask is not None:
             token_mask = token_mask & place(frames.token_mask)
-        return ClipTokens(tokens, token_mask, self.pool_features(place(frames.features), frame_mask))
+        clips = ClipTokens(tokens, token_mask, self.pool_features(place(frames.features), frame_mask))
+        if frames.patches is not None:
+            clips.patches = place(frames.patches)
+            clips.patch_mask = frame_mask[:, :, None].expand(-1, -1, clips.patches.shape[2])
+            if frames.patch_mask is not None:
+                clips.patch_mask = clips.patch_mask & place(frames.patch_mask)
+        return clips
 
     def _embed_videos(self, videos: Tensor, frame_mask: Tensor | None, patch_mask: Tensor | None) -> ClipTokens:
         frame_mask = self._check_clips(videos, frame_mask, patch_mask)
@@ -261,8 +301,11 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
 
     @staticmethod
     def _check_clips(videos: Tensor, frame_mask: Tensor | None, patch_mask: Tensor | None) -> Tensor:
-        if videos.dim() != 5:
-            raise ValueError(f"`pixel_values_videos` must be (B, T, 3, H, W), got shape {tuple(videos.shape)}.")
+        if videos.dim() not in (3, 5):
+            raise ValueError(
+                f"`pixel_values_videos` must be (B, T, 3, H, W), or (B, T, F) of `encode_pictures`, got shape "
+                f"{tuple(videos.shape)}."
+            )
         if frame_mask is None:
             frame_mask = torch.ones(videos.shape[:2], dtype=torch.bool, device=videos.device)
         if frame_mask.shape != videos.shape[:2]:
@@ -278,6 +321,7 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
         _refuse_empty(frame_mask)
         return frame_mask
 
+    @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """
         Args:
@@ -289,10 +333,11 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
         Raises:
             TypeError: for an argument that is no key of a batch.
         """
-        _refuse_unknown("get_image_features", kwargs)
+        refuse_unknown("get_image_features", kwargs)
         encoded = self._embed_images(pixel_values)
         return BaseModelOutputWithPooling(last_hidden_state=encoded.tokens, pooler_output=encoded.embeds)
 
+    @can_return_tuple
     def get_video_features(
         self, pixel_values_videos: Tensor, frame_mask: Tensor | None = None, patch_mask: Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
@@ -309,7 +354,7 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
             TypeError: for an argument that is no key of a batch.
             ValueError: for shapes that do not fit.
         """
-        _refuse_unknown("get_video_features", kwargs)
+        refuse_unknown("get_video_features", kwargs)
         encoded = self._embed_videos(pixel_values_videos, frame_mask, patch_mask)
         return BaseModelOutputWithPooling(last_hidden_state=encoded.tokens, pooler_output=encoded.embeds)
 
@@ -338,7 +383,7 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
             TypeError: for an argument that is no key of a batch.
             ValueError: for an empty batch, or in training mode where that changes encodings.
         """
-        _refuse_unknown("encode_gallery", kwargs)
+        refuse_unknown("encode_gallery", kwargs)
         self.require_eval_mode("encode_gallery")
         model = self.fingerprint()
         image = (pixel_values, title_embeds, title_input_ids, title_attention_mask)
@@ -361,7 +406,7 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
         Encodes clips once, for any number of comparisons. Call in eval mode. Arguments as `get_video_features`, the
         ASR's as the title's of `encode_gallery`; `batch_size` counts clips. Raises as `encode_gallery`.
         """
-        _refuse_unknown("encode_clips", kwargs)
+        refuse_unknown("encode_clips", kwargs)
         self.require_eval_mode("encode_clips")
         model = self.fingerprint()
         clip = (pixel_values_videos, frame_mask, patch_mask, asr_embeds, asr_input_ids, asr_attention_mask)
@@ -369,8 +414,13 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
         return RiceClips.cat(parts)
 
     def _batches(self, batch_size: int, first: Tensor, *others: Tensor | None):
+        if not isinstance(first, Tensor):
+            raise ValueError(
+                f"Pixels must be a tensor, got a {type(first).__name__}; give what the processor returns."
+            )
         if len(first) == 0:
             raise ValueError("There is nothing to encode: the batch is empty.")
+        check_count("batch_size", batch_size)
         for start in range(0, len(first), batch_size):
             rows = slice(start, start + batch_size)
             yield [None if tensor is None else tensor[rows].to(self.device) for tensor in (first, *others)]
@@ -381,10 +431,11 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
             return None, None
         return text.features, text.present
 
+    @can_return_tuple
     def forward(
         self,
-        pixel_values: Tensor,
-        pixel_values_videos: Tensor,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
         frame_mask: Tensor | None = None,
         patch_mask: Tensor | None = None,
         product_ids: Tensor | None = None,
@@ -395,10 +446,12 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
         **kwargs,
     ) -> RiceOutput:
         """
+        Losses and scores of pairs. Images, clips or texts alone give their embeddings.
+
         Args:
             pixel_values (`(B, 3, H, W)`): Shop image of each pair.
             pixel_values_videos (`(B, T, 3, H, W)`), frame_mask (`(B, T)`), patch_mask (`(B, T, P)`):
-                Clip of each pair, as `get_video_features`.
+                Clip of each pair, as `get_video_features`. Both may be encoded already, by `encode_pictures`.
             product_ids (`(B,)` int64, *optional*): Pairs of one product are not each other's negatives.
             title_embeds, asr_embeds (`(B, text_embed_dim)`, *optional*): Precomputed text vectors, zero where there is
                 no text.
@@ -406,13 +459,17 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
             asr_is_noise (`(B,)` bool, *optional*): Pairs whose ASR is another product's, on purpose: the text loss
                 takes it as missing, everything else as it is.
             kwargs: `title_input_ids`, `asr_input_ids` and their `_attention_mask`, `(B, L)`, as the processor gives
-                them; a model without text encoder ignores them.
+                them; a model without text encoder ignores them beside pictures. `return_dict=False` gives a tuple.
 
         Raises:
             TypeError: for an argument that is no key of a batch.
-            ValueError: for shapes that do not fit, or a batch too small to mine negatives from.
+            ValueError: for shapes that do not fit, a batch too small to mine negatives from, hidden states or
+                attentions, which are not returned, or when there is nothing to encode.
         """
-        _refuse_unknown("forward", kwargs)
+        if pixel_values is None or pixel_values_videos is None:
+            text = {"title_embeds": title_embeds, "asr_embeds": asr_embeds, **kwargs}
+            return self._forward_alone(pixel_values, pixel_values_videos, frame_mask, patch_mask, text)
+        refuse_unknown("forward", kwargs)
         images = self.image_tokens(pixel_values, title_embeds, **kwargs)
         clips = self.clip_tokens(pixel_values_videos, frame_mask, patch_mask, asr_embeds, **kwargs)
         logits = self.logit_scale.exp() * cosines(images.embeds, clips.embeds)
@@ -422,40 +479,26 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
             video_embeds=clips.embeds,
         )
         output.logits_per_video = output.logits_per_image.T
-        if not return_loss:
-            if self.decoder is not None:
-                scores = self.decoder.score_pairs(images.states[:, 0], clips.keys, clips.values, clips.mask)
-                output.matching_logits = self.config.matching_scale * scores
-            return output
-
-        if len(images.embeds) != len(clips.embeds):
-            raise ValueError(f"The losses need pairs, got {len(images.embeds)} images and {len(clips.embeds)} clips.")
-        rows = slice(self._gather.rank * len(clips.embeds), (self._gather.rank + 1) * len(clips.embeds))
-        all_images, all_clips = self._gather(images.embeds), self._gather(clips.embeds)
-        products = None if product_ids is None else self._gather(product_ids)
-        output.contrastive_loss = self.contrastive_loss(all_images, all_clips, products, rows)
-        output.loss = self.config.contrastive_loss_weight * output.contrastive_loss
-        texts = self.gather_texts(images, clips)
-        if texts is not None:
-            noise = None if asr_is_noise is None else self._gather(asr_is_noise)
-            output.text_loss = self.text_loss(texts, products, rows, noise)
-        if output.text_loss is not None:
-            output.loss = output.loss + self.config.text_loss_weight * output.text_loss
-        if self.decoder is not None:
-            mined = self.mine_negatives(all_images, all_clips, products, texts=texts)
-            scores = self._gather(self._score_clips(self._gather(images.states[:, 0]), clips, rows, mined))
-            mined = None if mined is None else (mined[0][rows], mined[1][rows])
-            output.matching_loss, output.matching_logits = self.matching_loss(
-                scores.T[rows], scores[rows], products, rows, mined
-            )
-            output.matching_indices = None if mined is None else mined[0]
-            output.loss = output.loss + self.config.matching_loss_weight * output.matching_loss
-        if self.reconstruction_head is not None:
-            output.reconstruction_loss = self.reconstruction_loss(images, clips)
-            output.loss = output.loss + self.config.reconstruction_loss_weight * output.reconstruction_loss
-        if self.memory is not None and self.training:
-            self.memory.push(all_images.detach(), all_clips.detach(), products)
+        if return_loss:
+            self.add_losses(output, images, clips, product_ids, asr_is_noise)
+        elif self.decoder is not None:
+            scores = self.decoder.score_pairs(images.states[:, 0], clips.keys, clips.values, clips.mask)
+            output.matching_logits = self.config.matching_scale * scores
         return output
+
+    def _forward_alone(
+        self, images: Tensor | None, videos: Tensor | None, frame_mask: Tensor | None, patch_mask: Tensor | None, text
+    ) -> RiceOutput:
+        if videos is None and (frame_mask is not None or patch_mask is not None):
+            raise ValueError("`frame_mask` and `patch_mask` belong to `pixel_values_videos`, which was not given.")
+        if images is not None:
+            embeds = self.get_image_features(images, **text).pooler_output
+            return RiceOutput(image_embeds=embeds, pooler_output=embeds)
+        if videos is not None:
+            embeds = self.get_video_features(videos, frame_mask, patch_mask, **text).pooler_output
+            return RiceOutput(video_embeds=embeds, pooler_output=embeds)
+        embeds = self.get_text_features(**text).pooler_output
+        return RiceOutput(text_embeds=embeds, pooler_output=embeds)
 
     def image_tokens(
         self,
@@ -502,14 +545,6 @@ def _refuse_empty(frame_mask: Tensor) -> None:
     empty = (~frame_mask.any(dim=1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"Clip {empty[0]} of the batch has no real frame in `frame_mask`; leave it out.")
-
-
-def _refuse_unknown(method: str, arguments: dict) -> None:
-    unknown = [name for name in arguments if name not in _BATCH_KEYS]
-    if unknown:
-        raise TypeError(
-            f"`{method}` takes no argument {', '.join(map(repr, unknown))}; a batch holds {', '.join(_BATCH_KEYS)}."
-        )
 
 
 def _at_least_single(tensor: Tensor) -> Tensor:

@@ -42,18 +42,21 @@ class ImageTokens:
         embeds (`(n, D)`): L2-normalised embeddings.
         text: Of the titles.
         states (`(n, L, d)`, *optional*): From the decoder's `encode_images`.
+        patches (`(n, P, R)`, *optional*): For `align`; not in training mode.
     """
 
     tokens: Tensor
     embeds: Tensor
     text: EncodedText | None = None
     states: Tensor | None = None
+    patches: Tensor | None = None
 
     def kept(self, model_fingerprint: str | None) -> RiceGallery:
         """What comparisons need."""
         states = None if self.states is None else self.states[:, 0]
         texts = None if self.text is None else self.text.embeds
-        return RiceGallery(self.embeds, states, texts, model_fingerprint=model_fingerprint)
+        patches = None if self.patches is None else self.patches.half()
+        return RiceGallery(self.embeds, states, texts, patches, model_fingerprint=model_fingerprint)
 
 
 @dataclass
@@ -67,6 +70,7 @@ class ClipTokens:
         embeds (`(c, D)`): L2-normalised embeddings.
         text: Of the ASR.
         keys, values (`(c, S, d)`), mask (`(c, S)` bool): From the decoder's `encode_clips`, an ASR token last.
+        patches (`(c, T, Q, R)`, *optional*), patch_mask (`(c, T, Q)` bool): For `align`; not in training mode.
     """
 
     tokens: Tensor
@@ -76,11 +80,17 @@ class ClipTokens:
     keys: Tensor | None = None
     values: Tensor | None = None
     mask: Tensor | None = None
+    patches: Tensor | None = None
+    patch_mask: Tensor | None = None
 
     def kept(self, model_fingerprint: str | None) -> RiceClips:
         """What comparisons need."""
         texts = None if self.text is None else self.text.embeds
-        return RiceClips(self.embeds, self.keys, self.values, self.mask, texts, model_fingerprint=model_fingerprint)
+        patches = None if self.patches is None else self.patches.half()
+        return RiceClips(
+            *(self.embeds, self.keys, self.values, self.mask, texts, patches, self.patch_mask),
+            model_fingerprint=model_fingerprint,
+        )
 
 
 class RiceObjective:
@@ -101,6 +111,8 @@ class RiceObjective:
     training: bool
     image_tokens: Any
     clip_tokens: Any
+    gather_texts: Any
+    text_loss: Any
 
     memory: Memory | None = None
     _gather: Any = OneProcess()
@@ -111,6 +123,43 @@ class RiceObjective:
         processes along the first dimension, with a gradient that sums over processes, and has the attribute `rank`.
         """
         self._gather = gather
+
+    def add_losses(
+        self,
+        output: Any,
+        images: ImageTokens,
+        clips: ClipTokens,
+        product_ids: Tensor | None = None,
+        asr_is_noise: Tensor | None = None,
+    ) -> None:
+        """Puts the losses of this process's pairs, as part of the global batch, into a `RiceOutput`."""
+        if len(images.embeds) != len(clips.embeds):
+            raise ValueError(f"The losses need pairs, got {len(images.embeds)} images and {len(clips.embeds)} clips.")
+        rows = slice(self._gather.rank * len(clips.embeds), (self._gather.rank + 1) * len(clips.embeds))
+        all_images, all_clips = self._gather(images.embeds), self._gather(clips.embeds)
+        products = None if product_ids is None else self._gather(product_ids)
+        output.contrastive_loss = self.contrastive_loss(all_images, all_clips, products, rows)
+        output.loss = self.config.contrastive_loss_weight * output.contrastive_loss
+        texts = self.gather_texts(images, clips)
+        if texts is not None:
+            noise = None if asr_is_noise is None else self._gather(asr_is_noise)
+            output.text_loss = self.text_loss(texts, products, rows, noise)
+        if output.text_loss is not None:
+            output.loss = output.loss + self.config.text_loss_weight * output.text_loss
+        if self.decoder is not None:
+            mined = self.mine_negatives(all_images, all_clips, products, texts=texts)
+            scores = self._gather(self._score_clips(self._gather(images.states[:, 0]), clips, rows, mined))
+            mined = None if mined is None else (mined[0][rows], mined[1][rows])
+            output.matching_loss, output.matching_logits = self.matching_loss(
+                scores.T[rows], scores[rows], products, rows, mined
+            )
+            output.matching_indices = None if mined is None else mined[0]
+            output.loss = output.loss + self.config.matching_loss_weight * output.matching_loss
+        if self.reconstruction_head is not None:
+            output.reconstruction_loss = self.reconstruction_loss(images, clips)
+            output.loss = output.loss + self.config.reconstruction_loss_weight * output.reconstruction_loss
+        if self.memory is not None and self.training:
+            self.memory.push(all_images.detach(), all_clips.detach(), products)
 
     @property
     def gather(self) -> Any:

@@ -1,12 +1,13 @@
 """`pipeline("product-retrieval", model=..., trust_remote_code=True)`: a clip and a shop in, a ranking out."""
 
 import os
+from collections.abc import Mapping
 
 from PIL import Image
 from transformers import Pipeline
 
-from .comparison_rice import encode_candidates
-from .scoring_rice import best_first, ranked_scores
+from .comparison_rice import encode_candidates, list_candidates
+from .scoring_rice import best_first, check_count, ranked_scores
 
 TASK = "product-retrieval"
 
@@ -44,8 +45,9 @@ class ProductRetrievalPipeline(Pipeline):
         """
         Args:
             inputs: A clip, or a list of clips. A clip is a list of frames (PIL images or arrays), a `(T, H, W, 3)` or
-                `(T, 3, H, W)` array or tensor, or the path of a video; so a list of paths is a list of videos, and a
-                clip of frames by path is a list within the list.
+                `(T, 3, H, W)` array or tensor, the path of a video, or a row of a data set with `frames` or `video`
+                and perhaps `asr`; so a list of paths is a list of videos, and a clip of frames by path is a list
+                within the list.
             candidates: The shop: images (PIL, arrays, tensors, paths), an encoded `RiceGallery`, or the path of a
                 saved one. Encoded once per call; given to `pipeline(...)`, once for all calls.
             titles (`list[str]`, *optional*): The candidates' titles.
@@ -91,17 +93,19 @@ class ProductRetrievalPipeline(Pipeline):
         rerank = {"rerank": kwargs.pop("rerank")} if "rerank" in kwargs else {}
         if kwargs:
             raise TypeError(f"The {TASK} pipeline takes no argument {next(iter(kwargs))!r}.")
+        for name, value in (("top_k", top_k), *rerank.items()):
+            check_count(name, value)
         forward, postprocess = dict(rerank), {}
         if candidates is not None:
             self.model.eval()
+            # Needed twice, for the encodings and for the labels.
+            candidates = list(candidates) if hasattr(candidates, "__next__") else candidates
             titles = None if titles is None else self.processor.read_texts(titles)
             forward["gallery"] = encode_candidates(self.model, self.processor, candidates, titles)
             postprocess["labels"] = _labels(candidates, titles, labels, len(forward["gallery"]))
         elif titles is not None or labels is not None:
             raise ValueError("`titles` and `labels` belong to `candidates`, which were not given.")
         if top_k is not None:
-            if top_k < 1:
-                raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
             forward["top_k"] = postprocess["top_k"] = top_k
         if rank_by is not None:
             forward["rank_by"] = rank_by
@@ -109,6 +113,8 @@ class ProductRetrievalPipeline(Pipeline):
 
     def preprocess(self, inputs, asr: str | None = None) -> dict:
         clip = list(inputs) if isinstance(inputs, tuple) else inputs
+        if asr is None and isinstance(clip, Mapping):
+            asr = clip.get("asr")
         # Clips of one length are what a batch can be made of; padded frames are not encoded.
         return dict(
             self.processor(videos=[clip], asr=None if asr is None else [asr], videos_kwargs={"padding": "max_length"})
@@ -139,11 +145,12 @@ def _is_frame(value) -> bool:
 
 def _labels(candidates, titles: list[str] | None, labels: list | None, count: int) -> list:
     if labels is not None:
+        if isinstance(labels, str) or not hasattr(labels, "__len__"):
+            raise ValueError(f"`labels` is a {type(labels).__name__}; give a list, one per candidate.")
         if len(labels) != count:
             raise ValueError(f"`labels` has {len(labels)} entries for {count} candidates; give one per candidate.")
         return list(labels)
-    paths = candidates if isinstance(candidates, (list, tuple)) else [candidates] * (count == 1)
-    names = [os.fspath(path) if isinstance(path, (str, os.PathLike)) else None for path in paths]
+    names = [os.fspath(path) if isinstance(path, (str, os.PathLike)) else None for path in list_candidates(candidates)]
     names = names if len(names) == count else [None] * count
     titles = titles or [None] * count
     return [title or name or str(i) for i, (title, name) in enumerate(zip(titles, names, strict=True))]

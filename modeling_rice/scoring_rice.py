@@ -7,6 +7,7 @@ with `similarity`, and `match`, `align` and `text_similarity` where it has such 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -111,7 +112,8 @@ def fuse(scores: Mapping[str, Tensor], weights: FusionWeights) -> Tensor:
         `(..., num_images)` float64, NaN where a score is not finite.
     """
     reads_text = weights.fused_text_weight is not None and "text" in scores
-    fused = z_scores(scores["visual" if reads_text else "embedding"])
+    # Of two images every z-score is 1 or -1: where scores cancel, the embedding decides and not the rounding.
+    fused = (1 + 1e-9) * z_scores(scores["visual" if reads_text else "embedding"])
     for kind in weights.fused_kinds(scores):
         fused = fused + getattr(weights, _WEIGHTS[kind]) * z_scores(scores[kind])
     return fused + weights.fused_text_weight * torch.as_tensor(scores["text"]).double() if reads_text else fused
@@ -225,15 +227,22 @@ def check_ranking(model: Any, rank_by: str, weights: FusionWeights) -> list[str]
     return [] if rank_by == "embedding" else [rank_by]
 
 
+def check_count(name: str, value: int | None) -> None:
+    """ValueError for a number of things that is no whole number of at least 1; `None` is no limit."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+        raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
+    if value is not None and value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+
 def best_first(scores: Tensor, top_k: int | None = None) -> list[int]:
     """
     Positions in `scores` `(n,)` from best to worst; equal scores keep their order, and what is not finite was not
     scored and is left out.
 
     Raises:
-        ValueError: for `top_k` below 1.
+        ValueError: for a `top_k` that is no whole number of at least 1.
     """
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
+    check_count("top_k", top_k)
     order = scores.argsort(descending=True, stable=True)
     return order[scores[order].isfinite()].tolist()[:top_k]

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import can_return_tuple
 
 from .configuration_rice import RiceConfig
+from .features_rice import refuse_unknown
 from .loss_rice import Targets, cosines, pair_masks
 
 
@@ -114,6 +117,53 @@ class RiceTextSide:
             embeds = embeds.to(torch.promote_types(embeds.dtype, torch.float32))
             embeds = nn.functional.normalize(embeds, dim=-1).masked_fill(~present[:, None], 0.0)
         return EncodedText(features, present, embeds)
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        title_input_ids: Tensor | None = None,
+        title_attention_mask: Tensor | None = None,
+        asr_input_ids: Tensor | None = None,
+        asr_attention_mask: Tensor | None = None,
+        title_embeds: Tensor | None = None,
+        asr_embeds: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """
+        Embeddings of texts: of titles, of ASR, or of either as `input_ids`; one of the three at a time.
+
+        Args:
+            input_ids, title_input_ids, asr_input_ids (`(n, L)` int64), and their `_attention_mask`: As the processor
+                gives them.
+            title_embeds, asr_embeds (`(n, text_width)`): Precomputed features, in place of ids.
+
+        Returns:
+            `pooler_output` `(n, E)`, L2-normalised; zero where there is no text. With a score-level text term it is
+            what that compares, otherwise the encoder's pooled states.
+
+        Raises:
+            TypeError: for an argument that is no key of a batch.
+            ValueError: when nothing is given, or more than one of the three, or the model has no text encoder.
+        """
+        refuse_unknown("get_text_features", kwargs)
+        texts = {
+            "text": (None, input_ids, attention_mask),
+            "title": (title_embeds, title_input_ids, title_attention_mask),
+            "asr": (asr_embeds, asr_input_ids, asr_attention_mask),
+        }
+        given = {kind: text for kind, text in texts.items() if text[0] is not None or text[1] is not None}
+        if not given:
+            raise ValueError("There is nothing to encode: give pictures, clips, or the ids of texts.")
+        if len(given) > 1:
+            raise ValueError(f"Texts are encoded one kind at a time, got {' and '.join(given)}; give one of them.")
+        ((kind, text),) = given.items()
+        encoded = self.encode_text(kind, *text)
+        if encoded is None:
+            raise ValueError("The model has no text encoder (`text_config` is None), so it encodes no texts.")
+        embeds = nn.functional.normalize(encoded.features, dim=-1) if encoded.embeds is None else encoded.embeds
+        return BaseModelOutputWithPooling(pooler_output=embeds)
 
     def gather_texts(self, images, clips) -> tuple[Tensor, Tensor] | None:
         """Title and ASR embeddings `(B, E)` of all processes' pairs, `None` where there is no score-level term."""

@@ -128,6 +128,14 @@ def is_file_source(source: object) -> bool:
     return isinstance(source, (str, os.PathLike, bytes, bytearray, Mapping, Image.Image))
 
 
+def is_picture_entry(source: object) -> bool:
+    """Whether this is `{"path", "bytes"}` of `datasets` with a picture, by its path where there is one."""
+    if not isinstance(source, Mapping) or "bytes" not in source:
+        return False
+    suffix = os.path.splitext(path_of(source))[1].lower()
+    return not suffix or Image.registered_extensions().get(suffix) in FORMATS
+
+
 def path_of(source: object) -> str:
     """The path of a picture that is given by one, as such or in an entry of `datasets`; "" for any other."""
     path = source.get("path") if isinstance(source, Mapping) else source
@@ -355,6 +363,7 @@ __all__ = [
     "flatten",
     "image_header",
     "is_file_source",
+    "is_picture_entry",
     "media_error",
     "missing_media_error",
     "open_image",

@@ -16,7 +16,7 @@ from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from .image_processing_rice import RicePillowImageProcessor, check_picture_settings
-from .media_rice import picture_tensor
+from .media_rice import is_picture_entry, picture_tensor
 from .sampling_rice import sample_frame_indices
 from .video_media_rice import sample_video
 
@@ -151,7 +151,8 @@ class RiceVideoProcessor(BaseVideoProcessor):
 
     A clip is a list of frames (PIL images, arrays, tensors, paths; sizes may differ), a `(T, H, W, 3)` or
     `(T, 3, H, W)` array or tensor, the path of a video file (so a list of paths is a list of videos; frames by path
-    are a list within the list), or `{"path", "start", "end"}` with seconds. Arrays and tensors are uint8, or floats in
+    are a list within the list), `{"path", "start", "end"}` with seconds, or a row of a data set with `frames`, or with
+    `video`, `start` and `end`. Arrays and tensors are uint8, or floats in
     0..1. Frames are chosen before they are decoded.
 
     `resize_backend` is `"torchvision"`, which resizes a batch at once, or `"pillow"`, one uint8 picture at a time as
@@ -253,10 +254,13 @@ class RiceVideoProcessor(BaseVideoProcessor):
         max_frames, sampling = (settings["num_frames"], settings["sampling"])
         if not settings["do_sample_frames"]:
             max_frames, sampling = None, "eval"
+        clip = _clip_of(clip)
         if isinstance(clip, (str, os.PathLike, Mapping)):
             if boxes is not None:
                 raise ValueError(f"Clip {index} is a video file; boxes need a list of frames to belong to.")
             return [picture_tensor(frame) for frame in sample_video(clip, max_frames, sampling).values()], None
+        if isinstance(clip, (bytes, bytearray, set, frozenset)) or not hasattr(clip, "__getitem__"):
+            raise ValueError(f"Clip {index} is a {type(clip).__name__}; give a list of frames or the path of a video.")
         if len(clip) == 0:
             raise ValueError(f"Clip {index} has no frames; a clip needs at least one.")
         if boxes is not None and len(boxes) != len(clip):
@@ -354,15 +358,28 @@ def make_clips(videos) -> list:
     """One clip or several -> a list of clips. Lists of clips within the list, one per sample, are joined."""
     if isinstance(videos, (str, os.PathLike, Mapping)):
         return [videos]
+    if isinstance(videos, (bytes, bytearray, set, frozenset)) or not hasattr(videos, "__getitem__"):
+        raise ValueError(f"`videos` is a {type(videos).__name__}; give a clip, or a list of clips.")
     if isinstance(videos, (np.ndarray, torch.Tensor)):
         return [videos] if videos.ndim == 4 else list(videos)
     if len(videos) == 0:
         raise ValueError("`videos` is empty; give at least one clip.")
     first = videos[0]
-    is_frame = isinstance(first, Image.Image) or (isinstance(first, (np.ndarray, torch.Tensor)) and first.ndim == 3)
+    is_frame = isinstance(first, (Image.Image, bytes, bytearray)) or is_picture_entry(first)
+    is_frame = is_frame or (isinstance(first, (np.ndarray, torch.Tensor)) and first.ndim == 3)
     if is_frame:
         return [list(videos)]
     return [clip for entry in videos for clip in (entry if _holds_clips(entry) else [entry])]
+
+
+def _clip_of(entry):
+    """The clip that a row of a data set holds; anything else as it is."""
+    if not isinstance(entry, Mapping) or "path" in entry:
+        return entry
+    video = entry.get("video")
+    if isinstance(video, (str, os.PathLike)) and video:
+        return {"path": video, "start": entry.get("start"), "end": entry.get("end")}
+    return next((clip for clip in (video, entry.get("frames")) if clip is not None and len(clip)), entry)
 
 
 def _holds_clips(entry) -> bool:

@@ -13,7 +13,6 @@ seven days, and --restore goes back to one; both need --output alone.
 import argparse
 import json
 import os
-from pathlib import Path
 
 from hub_rice.precision import AUTO, PRECISIONS
 
@@ -49,7 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--presence_prior", type=float, help="share of clips in use that show a product of the shop (default: 0.9)")
     add("--false_accept_rate", type=float, help="be strict: share of clips without their product that may be "
         "answered with one, such as 0.05; default: answer what is likelier right than wrong")  # fmt: skip
-    add("--rerank", type=int, default=100, help="pictures per clip that the decoder scores (default: %(default)s)")
+    add(
+        "--rerank",
+        type=int,
+        default=100,
+        help="pictures per clip that are scored in pairs with it (default: %(default)s)",
+    )
     add("--overwrite", action="store_true", help="replace an index of another shop or model, or a damaged one")
 
 
@@ -154,17 +158,16 @@ def shop_rows(options: argparse.Namespace):
     Gallery rows of a data set, and `None`; or of a folder of pictures, and a note on what was left out of it, "" for
     nothing.
     """
-    from data_rice.views import DATASETS, prepared_folder, resolve
+    from data_rice.folders import picture_rows
+    from data_rice.views import DATASETS, builder_of
 
     if options.shop not in DATASETS:
         if not os.path.isdir(options.shop):
             raise FileNotFoundError(f"there is no folder {options.shop}; name the one that holds the shop's pictures.")
         try:
-            known = prepared_folder(options.shop, None) or resolve(options.shop, None)
+            builder_of(options.shop, None)
         except ValueError:
-            known = None
-        if known is None:
-            return folder_rows(Path(options.shop))
+            return picture_rows(options.shop)
     return gallery_rows(options.shop, options.split, _source(options)), None
 
 
@@ -172,11 +175,11 @@ def gallery_rows(dataset: str, split: str, source: dict):
     """A data set's gallery, with the product of each picture where its ids tell."""
     from data_rice import Lpr4m, load_dataset_view
     from data_rice.lpr4m.layout import product_id_of
-    from data_rice.views import prepared_folder, resolve
+    from data_rice.views import builder_of
 
     rows = load_dataset_view(dataset, "gallery", split, **source)
     data_dir = source.get("data_dir")
-    if prepared_folder(dataset, data_dir) is None and resolve(dataset, data_dir)[0] is Lpr4m:
+    if builder_of(dataset, data_dir) is Lpr4m:
         return rows.add_column("product_id", [product_id_of(image_id) for image_id in rows["image_id"]])
     return rows
 
@@ -187,32 +190,6 @@ def _source(options: argparse.Namespace) -> dict:
         "cache_dir": options.cache_dir,
         "gallery_images": options.gallery_images,
     }
-
-
-def folder_rows(folder: Path) -> tuple[list[dict], str]:
-    """
-    The pictures below a folder, named after their place in it, and a note on what was left out.
-
-    Raises:
-        FileNotFoundError: there are none.
-        ValueError: a link leads out of the folder.
-    """
-    from data_rice.folders import list_pictures
-    from data_rice.paths import path_to_text
-
-    listing, rows = list_pictures(folder, below=True), []
-    for path in map(Path, listing.pictures):
-        # No table holds bytes that are no UTF-8, and a title is for people.
-        title = os.fsencode(path.stem).decode("utf-8", "replace").replace("_", " ")
-        image_id = path_to_text(path.relative_to(folder).as_posix())
-        rows.append({"image_id": image_id, "title": title, "image": str(path)})
-    if not rows:
-        left_out = f" ({listing.note()})" if listing.left_out else ""
-        raise FileNotFoundError(
-            f"{folder} has neither pictures nor the files of a data set{left_out}; docs/data.md shows what a shop "
-            "looks like."
-        )
-    return rows, listing.note()
 
 
 def _decision(options: argparse.Namespace) -> dict:
@@ -246,7 +223,7 @@ def _calibrate(index, options: argparse.Namespace, is_data_set: bool) -> None:
         dataset, source = options.shop, _source(options)
     try:
         boxes = {} if options.boxes_file is None else {"boxes_file": options.boxes_file}
-        queries = load_dataset_view(dataset, "queries", "validation", **source, **boxes)
+        queries = load_dataset_view(dataset, "query", "validation", **source, **boxes)
         gallery = load_dataset_view(dataset, "gallery", "validation", **source)
         reading = {"batch_size": options.batch_size, "num_workers": options.num_workers}
         shop = GalleryIndex.build(index.model, index.processor, gallery, dtype=options.dtype, **reading)

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--leave", type=float, help="confidence below which it is gone; default: 0.7 times --enter")
     add("--margin", type=float, help="by how much another product must lead (default: 0.1)")
     add("--patience", type=int, help="for how many windows in a row (default: 2)")
-    add("--rerank", type=int, help="images per window that the matching decoder scores; default: as calibrated")
+    add("--rerank", type=int, help="images per window that are scored in pairs with it; default: as calibrated")
     add("--max_reconnects", type=int, default=5, help="attempts in a row to open a lost stream (default: %(default)s)")
     add("--jsonl", metavar="FILE", help="also write JSON lines; - for standard output in the place of the table")
     add("--vtt", metavar="FILE", type=Path, help="also write WebVTT subtitles")

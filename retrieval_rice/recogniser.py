@@ -43,8 +43,8 @@ class Recogniser:
             `"ground_truth"`, with which `recognise` is given them.
         detector: With `detect(frames) -> boxes`: for each of a list of PIL pictures a box, left-top-right-bottom in
             0..1, or `None`. Needed by, and only by, `boxes="detector"`.
-        rerank: Images per clip that the matching decoder scores; by default as many as the index was calibrated with,
-            else 100.
+        rerank: Images per clip that are scored by matching or alignment; by default as many as the index was
+            calibrated with, else 100.
 
     Raises:
         ValueError: for another `boxes`, a detector too few or too many, or a model that cannot take boxes.

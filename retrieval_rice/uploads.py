@@ -36,6 +36,7 @@ class UploadLimits:
         max_sound_seconds: Of its sound that are heard.
         reading_seconds: Time that reading may take.
         max_frames: Frames kept of a video, at most and evenly spaced.
+        max_decoded_pixels: Of all frames of a video that are decoded on the way to those; some seconds of work.
         max_total_bytes: Of all that visitors have uploaded and been shown and that is still on the disk.
         keep_seconds: Time after which any of that is deleted.
         arriving_seconds: Time that sending an upload may take.
@@ -46,8 +47,9 @@ class UploadLimits:
     max_pixels: int = 25_000_000
     max_seconds: float = 120.0
     max_sound_seconds: float = 60.0
-    reading_seconds: float = 20.0
+    reading_seconds: float = 10.0
     max_frames: int = 64
+    max_decoded_pixels: int = 1_000_000_000
     max_total_bytes: int = 1_000_000_000
     keep_seconds: float = 1800.0
     arriving_seconds: float = 300.0
@@ -214,7 +216,8 @@ def _read_video(path: Path, limits: UploadLimits, deadline: float, num_frames: i
                 chosen = _spread(video.times, limits.max_frames)
             else:
                 chosen = sample_frame_indices(len(video), num_frames)
-            frames = [keep(frame.picture) for frame in video.frames(chosen)]
+            affordable = video.affordable(chosen, limits.max_decoded_pixels)
+            frames = [keep(frame.picture) for frame in video.frames(affordable)]
             is_damaged = video.num_missing or video.num_damaged
     except UploadError:
         raise
@@ -222,7 +225,11 @@ def _read_video(path: Path, limits: UploadLimits, deadline: float, num_frames: i
         raise UploadError(f"{path.name} {error.reason or error}.") from error
     if not frames:
         raise UploadError(f"{path.name} is damaged, no frame of it can be read.")
-    note = f"The video is damaged: only {len(frames)} frames of what can be read were used." if is_damaged else ""
+    note = ""
+    if is_damaged:
+        note = f"The video is damaged: only {len(frames)} frames of what can be read were used."
+    elif affordable != sorted(set(chosen)):
+        note = f"The video has too many frames to decode them all: {len(frames)} that can be reached soon were used."
     return Upload(frames, note)
 
 

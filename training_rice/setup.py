@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -45,6 +46,7 @@ _CHOSEN_ARGUMENTS = ("metric_for_best_model", "greater_is_better")
 # What a run may add to the checkpoint it goes on from, replace or leave out, as a whole.
 _PARTS = ("decoder", "reconstruction_head", "patch_saliency", "temporal_pooling", "text_model", "text_projection")
 _PARTS += ("text_logit_scale", "decoder.title_projection", "decoder.asr_projection", "patch_projection")
+_PARTS += ("alignment",)
 
 Validation = tuple[Dataset, Dataset, str]
 
@@ -67,6 +69,15 @@ def check_processes(arguments: RiceTrainingArguments) -> None:
         raise ValueError(
             f"one process sees {arguments.n_gpu} GPUs, and its batch would be torn apart between them; start one "
             f"process per GPU with accelerate launch --num_processes {arguments.n_gpu}, or set CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def check_frozen(model: ModelArguments, training: RiceTrainingArguments) -> None:
+    """Raises `ValueError` where an encoder that nobody has trained would stay as it is."""
+    if training.freeze_vision and model.model_name_or_path is None and model.init_vision_from is None:
+        raise ValueError(
+            "freeze_vision would keep an encoder with random weights: name a pretrained one by --init_vision_from, "
+            "which `rice encoder efficientnet_lite0 --output FOLDER` writes, or a checkpoint by --model_name_or_path."
         )
 
 
@@ -95,7 +106,7 @@ def load_views(data: DataArguments, training: RiceTrainingArguments) -> tuple[Da
     if data.validation_boxes_file is not None:
         options["boxes_file"] = data.validation_boxes_file
     try:
-        queries = load_dataset_view(data.dataset, "queries", "validation", **options)
+        queries = load_dataset_view(data.dataset, "query", "validation", **options)
         gallery = load_dataset_view(data.dataset, "gallery", "validation", **options)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"{error} Set eval_strategy to 'no' to train without validation.") from error
@@ -204,6 +215,17 @@ def choose_attention(model: RiceModel, arguments: ModelArguments, training: Rice
         raise ValueError(f"attn_implementation {name!r} cannot be used: {' '.join(str(error).split())}") from error
 
 
+def check_recomputation(model: RiceModel, training: RiceTrainingArguments) -> None:
+    """Raises `ValueError` when activations are to be recomputed and the encoder, where they are, cannot do it."""
+    # transformers has two names for it, of which older versions know the second.
+    asked = getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing
+    if asked and not model.supports_gradient_checkpointing:
+        raise ValueError(
+            f"activation_checkpointing: the encoder {model.config.vision_config.model_type!r} cannot recompute its "
+            f"activations; leave it out, or set grad_cache_chunk."
+        )
+
+
 def build_rice_processor(
     model: ModelArguments, data: DataArguments, config: RiceConfig, texts: list[str]
 ) -> RiceProcessor:
@@ -231,19 +253,22 @@ def _start_processor(
     tokenizer = build_tokenizer(model, data, config, texts)
     processor = build_processor(tokenizer, image_size=image_size, patch_size=patch_size, num_frames=data.num_frames)
     if model.init_vision_from is not None:
-        _normalise_as(model.init_vision_from, processor)
+        _normalise_as(model.init_vision_from, config, processor)
     return processor
 
 
-def _normalise_as(vision_model: str, processor: RiceProcessor) -> None:
+def _normalise_as(vision_model: str, config: RiceConfig, processor: RiceProcessor) -> None:
     """Takes over the mean and standard deviation that a pretrained encoder was trained with."""
-    try:
-        theirs = AutoImageProcessor.from_pretrained(vision_model, trust_remote_code=False)
-    except (OSError, ValueError):
-        logger.warning("%s has no image processor; pictures are normalised as CLIP's.", vision_model)
-        return
+    mean, std = config.layout.image_mean, config.layout.image_std
+    if mean is None:
+        try:
+            theirs = AutoImageProcessor.from_pretrained(vision_model, trust_remote_code=False)
+        except (OSError, ValueError):
+            logger.warning("%s has no image processor; pictures are normalised as CLIP's.", vision_model)
+            return
+        mean, std = theirs.image_mean, theirs.image_std
     for part in (processor.image_processor, processor.video_processor):
-        part.image_mean, part.image_std = theirs.image_mean, theirs.image_std
+        part.image_mean, part.image_std = mean, std
 
 
 def set_token_ids(config: RiceConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -335,11 +360,15 @@ def record_arguments(
     Writes the arguments beside the run, and refuses to go on with a run that was started with others.
 
     Raises:
-        ValueError: naming the first argument that differs.
+        ValueError: naming the first argument that differs, or is no number.
     """
     current = dataclasses.asdict(model) | dataclasses.asdict(data) | training.to_dict()
     current["num_processes"] = training.world_size
-    current = json.loads(json.dumps(current, default=str))
+    for name, value in current.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"{name} must be a number, got nan.")
+    # JSON has no infinity; as text it says the same.
+    current = json.loads(json.dumps(current, default=str), parse_constant=str)
     path = Path(training.output_dir) / ARGUMENTS_FILE
     if resuming and path.is_file():
         former = json.loads(path.read_text(encoding="utf-8"))
@@ -354,4 +383,4 @@ def record_arguments(
     elif training.process_index == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_name(RESULTS_FILE).unlink(missing_ok=True)
-        write_atomically(path, json.dumps(current, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(path, json.dumps(current, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

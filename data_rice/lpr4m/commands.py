@@ -48,7 +48,7 @@ def _add_prepare(commands) -> None:
     parser = commands.add_parser("prepare", help="write shards with few, small frames; goes on where it stopped")
     parser.add_argument("data_dir", help="the data folder")
     parser.add_argument("output_dir", help="the folder to write")
-    parser.add_argument("--views", nargs="+", choices=VIEWS, default=["pairs", "queries", "gallery"])
+    parser.add_argument("--views", nargs="+", choices=VIEWS, default=["pairs", "query", "gallery"])
     parser.add_argument("--splits", nargs="+", default=["train", "validation", "test"])
     parser.add_argument("--num_frames", type=int, default=defaults.num_frames, help="per clip, 0 keeps all")
     parser.add_argument("--short_side", type=int, default=defaults.short_side, help="pixels, 0 keeps all sizes")

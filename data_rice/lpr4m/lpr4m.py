@@ -22,7 +22,7 @@ from .media import Lpr4mMedia, training_video_folders
 from .subset import Subset, choose_subset
 
 SPLITS = {"train": datasets.Split.TRAIN, "validation": datasets.Split.VALIDATION, "test": datasets.Split.TEST}
-VIEWS = ("pairs", "queries", "gallery", "detection")
+VIEWS = ("pairs", "query", "gallery", "detection")
 HELD_OUT = "left out of training because a validation livestream sells their product"
 NO_FRAMES = "left out because they have no frames"
 
@@ -94,7 +94,7 @@ class Lpr4mConfig(ViewConfig):
             paths += [folder, *list_stats(folder)]
         if self.name != "gallery":
             paths += training_video_folders(self.data_dir)
-        if self.name in ("queries", "detection"):
+        if self.name in ("query", "detection"):
             query = osp.join(self.data_dir, "query")
             paths += [osp.join(query, name) for name in folders.list_names(query, folders=True, root=self.data_dir)]
         return paths
@@ -137,7 +137,7 @@ class Lpr4m(ViewBuilder):
         root, config = self.config.data_dir, self.config
         train_files = layout.training_files(root, config.train_files)
         splits = []
-        if train_files and self.view != "queries":
+        if train_files and self.view != "query":
             splits.append("train")
         if train_files and config.holds_out:
             splits.append("validation")
@@ -150,7 +150,7 @@ class Lpr4m(ViewBuilder):
         root, config = self.config.data_dir, self.config
         wanted = config.train_files if self.view == "pairs" else layout.TEST_FILES["relevant"]
         missing = f"{osp.join(root, 'annotations', wanted)} does not exist"
-        if self.view == "queries" and layout.training_files(root, config.train_files):
+        if self.view == "query" and layout.training_files(root, config.train_files):
             return (
                 f"{missing}, and LPR4M publishes no validation split; put the test files there, or set "
                 "validation_fraction to hold out whole livestreams of the training list."
@@ -165,7 +165,7 @@ class Lpr4m(ViewBuilder):
                 f"{annotations} has no validation split, because LPR4M publishes none; pass validation_fraction or "
                 "validation_lives to hold out whole livestreams of the training list."
             )
-        if (self.view, split) in (("pairs", "test"), ("queries", "train")):
+        if (self.view, split) in (("pairs", "test"), ("query", "train")):
             return f"LPR4M has no {split} {self.view}; pairs are made of the training list, queries of the test files."
         wanted = self.config.train_files if split == "train" else layout.TEST_FILES["relevant"]
         return f"{osp.join(annotations, wanted)} does not exist, so there is no {split} split; put the file there."
@@ -217,11 +217,11 @@ class Lpr4m(ViewBuilder):
             if self.view == "detection":
                 yield from test.detection_rows(self.config.empty_frames)
             else:
-                yield from test.query_rows() if self.view == "queries" else test.gallery_rows()
+                yield from test.query_rows() if self.view == "query" else test.gallery_rows()
             return
         rows = {
             "pairs": self._pairs,
-            "queries": self._validation_queries,
+            "query": self._validation_queries,
             "gallery": self._training_gallery,
             "detection": self._training_detection,
         }[self.view]

@@ -15,7 +15,7 @@ def prepare(
     data_dir: str,
     output_dir: str,
     *,
-    views: Sequence[str] = ("pairs", "queries", "gallery"),
+    views: Sequence[str] = ("pairs", "query", "gallery"),
     splits: Sequence[str] = ("train", "validation", "test"),
     cache_dir: str | None = None,
     settings: PrepareSettings = PrepareSettings(),
@@ -30,7 +30,7 @@ def prepare(
     Args:
         data_dir: LPR4M as published, or the mini LPR4M.
         output_dir: the folder to write.
-        views: any of ``pairs``, ``queries``, ``gallery``, ``detection``.
+        views: any of ``pairs``, ``query``, ``gallery``, ``detection``.
         splits: any of ``train``, ``validation``, ``test``.
         cache_dir: where the Arrow files go; the default of `datasets` when None.
         settings, num_workers: see `prepare_views`.

@@ -82,13 +82,13 @@ class MovingFashion(ViewBuilder):
     """
 
     BUILDER_CONFIG_CLASS = MovingFashionConfig
-    BUILDER_CONFIGS = [MovingFashionConfig(name=view) for view in ("pairs", "queries", "gallery")]
+    BUILDER_CONFIGS = [MovingFashionConfig(name=view) for view in ("pairs", "query", "gallery")]
 
     def _split_generators(self, dl_manager):
         root, config = self.config.data_dir, self.config
         names = {split for split, file in layout.ANNOTATIONS.items() if osp.isfile(osp.join(root, file))}
         splits = []
-        if "train" in names and self.view != "queries":
+        if "train" in names and self.view != "query":
             splits.append("train")
         if config.validation_fraction:
             splits.append("validation")
@@ -107,7 +107,7 @@ class MovingFashion(ViewBuilder):
                 f"{root} has no validation split, because MovingFashion publishes none; pass validation_fraction to "
                 "hold out products of the training list."
             )
-        if (self.view, split) in (("pairs", "test"), ("queries", "train")):
+        if (self.view, split) in (("pairs", "test"), ("query", "train")):
             return f"MovingFashion has no {split} {self.view}; pairs are made of train.json, queries of test.json."
         return f"{osp.join(root, layout.ANNOTATIONS[split])} does not exist, so there is no {split} split."
 
@@ -144,7 +144,7 @@ class MovingFashion(ViewBuilder):
                     problems.add(clip_id, file, None, NO_BOXES)
                 if self.view == "pairs" and not osp.isfile(osp.join(root, product.image)):
                     usable, reason = False, "the shop's picture is missing"
-                if self.view == "queries":
+                if self.view == "query":
                     outcome = "kept" if usable else "kept as misses"
                     row = {**clip, "relevant": [product.image]}
                 else:

@@ -41,13 +41,13 @@ class ShopClips(ViewBuilder):
     carry ``live_id``, a clip is searched in its own livestream's images, and every row must carry one.
 
     Example:
-        >>> builder = ShopClips("queries", data_dir="data/grocerystore")
+        >>> builder = ShopClips("query", data_dir="data/grocerystore")
         >>> builder.download_and_prepare()
         >>> test = builder.as_dataset(split="test")
     """
 
     BUILDER_CONFIG_CLASS = ShopClipsConfig
-    BUILDER_CONFIGS = [ShopClipsConfig(name=view) for view in ("pairs", "queries", "gallery")]
+    BUILDER_CONFIGS = [ShopClipsConfig(name=view) for view in ("pairs", "query", "gallery")]
 
     def _split_generators(self, dl_manager):
         root = self.config.data_dir
@@ -78,7 +78,7 @@ class ShopClips(ViewBuilder):
         file = osp.join(self.config.data_dir, CLIP_FILES[split])
         for line, clip, relevant in _read_clips(self.config.data_dir, file, gallery):
             empty = not clip["frames"] and not clip["video"]
-            if self.view == "queries":
+            if self.view == "query":
                 if empty:
                     problems.add(clip["clip_id"], file, line, "kept without frames, so they count as misses")
                 if not relevant:

@@ -123,7 +123,7 @@ def draw_matches(
         path: file to write.
         task: queries and galleries.
         ranked: the rankings to show.
-        queries: the queries view.
+        queries: the query view.
         gallery: the gallery view.
         kind: name of the score, for the title.
         num_rows: queries shown, half of them hits and half misses where there are enough of both.

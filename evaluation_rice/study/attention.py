@@ -26,7 +26,7 @@ from modeling_rice.scoring_rice import pair_kinds
 from ..frames import clip_frames
 from ..protocol import RetrievalTask
 from ..recall import bootstrap_interval, interval_words
-from ..report.heatmap import Region, has_maps, seen_region
+from ..report.heatmap import Region, reconstructs, seen_region
 
 MAPS = {
     "score": "attention that the score is made of",
@@ -88,7 +88,7 @@ def clip_shares(model: Any, collator: Any, query: dict, images: Sequence[dict]) 
     Args:
         model: in eval mode.
         collator: a `RiceCollator` that hands over no boxes.
-        query: row of the queries view.
+        query: row of the query view.
         images: rows of the gallery view.
 
     Raises:
@@ -102,7 +102,7 @@ def clip_shares(model: Any, collator: Any, query: dict, images: Sequence[dict]) 
     inputs = pictures | {name: value.expand(len(images), *value.shape[1:]) for name, value in clip.items()}
     attention = model.attention_maps(**inputs).double().cpu().numpy()
     maps = {"score": attention[:, :1], "patches": attention[:, 1:]}
-    if has_maps(model):
+    if reconstructs(model):
         maps["reconstruction"] = model.reconstruction_maps(**inputs).double().cpu().numpy()
     side = math.isqrt(attention.shape[-1])
     if side * side != attention.shape[-1]:
@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
         reads_text = getattr(model.config, "text_config", None) is not None
         dataset, split, folder = options.dataset, options.split, options.data_dir
         cache = options.cache_dir
-        views = [load_dataset_view(dataset, view, split, folder, cache) for view in ("queries", "gallery")]
+        views = [load_dataset_view(dataset, view, split, folder, cache) for view in ("query", "gallery")]
         scope = gallery_scope(dataset, folder)
         collator = RiceCollator(processor, use_text=reads_text)
         result = measure(model, collator, *views, scope=scope, num_clips=options.num_clips)

@@ -95,7 +95,7 @@ def load_groups(results: Mapping, ids: Sequence[str], data_dir: str | None, cach
     from ..protocol import query_groups
 
     dataset = results["dataset"]
-    queries = load_dataset_view(dataset, "queries", results["protocol"]["split"], data_dir, cache_dir)
+    queries = load_dataset_view(dataset, "query", results["protocol"]["split"], data_dir, cache_dir)
     places = {query: i for i, query in enumerate(queries["clip_id"])}
     if set(places) != set(ids):
         raise ValueError(

@@ -100,6 +100,8 @@ def export(model, processor, output_dir: Path, int8: bool = False, quiet: bool =
     about = {
         "model_fingerprint": model.fingerprint(),
         "encoder": model.config.vision_config.model_type,
+        # By which scores images are ranked.
+        "config": {name: getattr(model.config, name) for name in ("ranking", "fusion_weight", "alignment_weight")},
         "parts": parts,
         "preprocessing": preprocessing(processor),
     }

@@ -81,7 +81,7 @@ def load_rows(options: argparse.Namespace):
     Rows of example clips and of the shop.
 
     Returns:
-        The queries view (`None` where there are no example clips) and the gallery rows (`None` for an index).
+        The query view (`None` where there are no example clips) and the gallery rows (`None` for an index).
     """
     from data_rice import load_dataset_view
 
@@ -93,7 +93,7 @@ def load_rows(options: argparse.Namespace):
     if dataset is None and options.shop is None:
         dataset = "mini_lpr4m"
     if dataset is not None:
-        queries = load_dataset_view(dataset, "queries", options.split, data_dir=options.data_dir)
+        queries = load_dataset_view(dataset, "query", options.split, data_dir=options.data_dir)
     if options.shop is None:
         gallery = gallery_rows(dataset, options.split, source)
     elif not ShopTable(options.shop).exists():

@@ -77,7 +77,7 @@ class Recognition:
 
 @dataclass
 class Pair:
-    """A clip and a product image, with the maps of how the one was reconstructed from the other."""
+    """A clip and a product image, with the maps of which of their patches belong together."""
 
     picture: Image.Image
     frames: list[Image.Image]
@@ -280,15 +280,16 @@ class Demo:
 
     def patch_at(self, pair: Pair, point: Sequence[float]) -> tuple[int, int] | None:
         """The patch of the pair's picture at a point in pixels, `None` outside of all."""
-        region = seen_region(self.processor.image_processor)
+        region = seen_region(self.processor.image_processor, pair.picture.size)
         return patch_at(pair.picture.size, pair.maps.grid, (point[0], point[1]), region)
 
     def heat(self, pair: Pair, patch: tuple[int, int] | None) -> tuple[Image.Image, list[Image.Image]]:
         """The pair's picture with its grid, and the frames under the heat of one patch, or of all."""
-        picture = draw_grid(pair.picture, pair.maps.grid, patch, seen_region(self.processor.image_processor))
-        region = seen_region(self.processor.video_processor)
-        heat = pair.maps.heat(patch)
-        return picture, [overlay(frame, values, region) for frame, values in zip(pair.frames, heat)]
+        seen = seen_region(self.processor.image_processor, pair.picture.size)
+        picture = draw_grid(pair.picture, pair.maps.grid, patch, seen)
+        part = self.processor.video_processor
+        frames = zip(pair.frames, pair.maps.heat(patch))
+        return picture, [overlay(frame, values, seen_region(part, frame.size)) for frame, values in frames]
 
 
 def column(rows: Sequence[dict], name: str) -> list[str]:
@@ -371,7 +372,7 @@ def table_rows(recognition: Recognition) -> list[list[str]]:
             hit.product_id,
             hit.title,
             f"{100 * hit.confidence:.1f} %",
-            *(number(value) for value in (hit.score, hit.embedding_score, hit.matching_score)),
+            *map(number, (hit.score, hit.embedding_score, hit.matching_score, hit.alignment_score)),
         ]
         for rank, hit in enumerate(recognition.answer.hits, 1)
     ]

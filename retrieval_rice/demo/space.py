@@ -47,7 +47,7 @@ license: apache-2.0
 ---
 
 Which product a livestream clip is presenting: choose one of {clips} example clips or upload one, and see the {images}
-pictures of {shops} ranked for it, with heat maps of what they were reconstructed from.
+pictures of {shops} ranked for it, with heat maps of which patches of the clip belong to them.
 """
 
 
@@ -63,7 +63,7 @@ def write_space(
     Args:
         folder: New or empty.
         model: Checkpoint folder.
-        queries: The queries view, or `None`; evenly spaced clips of it become the examples.
+        queries: The query view, or `None`; evenly spaced clips of it become the examples.
         gallery: Rows of the shop. Of livestreams, those are taken along that an example belongs to.
         num_examples: Clips at most.
         detector: Checkpoint folder of a product detector.

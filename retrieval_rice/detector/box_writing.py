@@ -85,7 +85,7 @@ def write_boxes(
     settings = {"data_dir": data_dir, "cache_dir": cache_dir, **options}
     counts = {"clips": 0, "frames": 0, "boxes": 0, "unreadable": 0, "earlier": len(done)}
     for split in splits:
-        rows = load_dataset_view(dataset, views.get(split, "queries"), split, **settings)
+        rows = load_dataset_view(dataset, views.get(split, "query"), split, **settings)
         if earlier is not None:
             earlier.check_pictures(rows, split)
         places = {clip_id: place for place, clip_id in enumerate(rows["clip_id"]) if (split, clip_id) not in done}

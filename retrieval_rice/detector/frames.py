@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from data_rice import Lpr4m, load_dataset_view
 from data_rice.detection import detection_row
 from data_rice.features import detection_features
-from data_rice.views import prepared_folder, resolve
+from data_rice.views import builder_of
 from processing_rice import MediaError, open_image
 
 logger = logging.getLogger(__name__)
@@ -34,12 +34,11 @@ def load_frames(dataset: str, split: str, **options) -> datasets.Dataset:
     Raises:
         FileNotFoundError, ValueError: as `data_rice.load_dataset_view`.
     """
-    is_lpr4m = prepared_folder(dataset, options.get("data_dir")) is None
-    is_lpr4m = is_lpr4m and resolve(dataset, options.get("data_dir"))[0] is Lpr4m
+    is_lpr4m = builder_of(dataset, options.get("data_dir")) is Lpr4m
     if is_lpr4m and split != "test":
         return load_dataset_view(dataset, "detection", split, **options, empty_frames=True)
     # LPR4M's test list names the frames with boxes only.
-    view = "queries" if is_lpr4m else "pairs"
+    view = "query" if is_lpr4m else "pairs"
     frames = load_dataset_view(dataset, "detection", split, **options)
     empty = frames_without_product(load_dataset_view(dataset, view, split, **options), split)
     # Some splits list their frames without a box already.

@@ -1,4 +1,4 @@
-"""A shop's images, encoded once and searched for ever: nearest by embedding, re-ranked by matching, with a confidence.
+"""A shop's images, encoded once and searched for ever: nearest by embedding, re-ranked in pairs, with a confidence.
 
 ```python
 index = GalleryIndex.build(model, processor, shop_rows, output_dir="shop.index")
@@ -19,6 +19,7 @@ import torch
 from data_rice.collator import RiceCollator
 from data_rice.parsing import id_text
 from modeling_rice.fingerprint_rice import same_state
+from modeling_rice.scoring_rice import default_ranking
 
 from .answers import Answer, answer_of, candidate_scores, relevance
 from .approximate import Settings, recall, sample_of
@@ -35,23 +36,10 @@ from .build import (
     report_skipped,
     state_of,
 )
-from .calibration import (
-    PRESENCE_PRIOR,
-    Calibration,
-    ScoredClip,
-    check_decision,
-    check_depth,
-    fit_with_words,
-)
+from .calibration import PRESENCE_PRIOR, Calibration, ScoredClip, check_decision, check_depth, fit_with_words
 from .job import COMMIT_EVERY, Job, build_together, failure_of
 from .newest import Newest
-from .search import (
-    CACHE_BYTES,
-    Candidates,
-    Scope,
-    check_search,
-    scopes_of,
-)
+from .search import CACHE_BYTES, Candidates, Scope, check_search, scopes_of
 from .table import KEPT_FOR, RECORD, ShopTable, Snapshot, Version, columns_of, rows_of
 
 DEPTH = 100
@@ -68,7 +56,7 @@ class GalleryIndex:
     seconds, or at once after `refresh`; a search that began before goes on in the version that it began with.
 
     One index may be searched and changed by any number of threads. The model is called by all of them, so its
-    `similarity` and `match` must be safe to call at the same time, as those of a `RiceModel` in eval mode are.
+    `similarity`, `match` and `align` must be safe to call at the same time, as a `RiceModel`'s in eval mode are.
 
     Livestreams that were searched stay in memory, `cache_bytes` of them at most; so does the whole index where
     it fits.
@@ -470,7 +458,7 @@ class GalleryIndex:
 
         Raises:
             ValueError: a count that is no whole number or below 1, a list of another length, clips of another model,
-                or an index that is damaged where it is read.
+                an index that is calibrated for another kind of score, or is damaged where it is read.
         """
         check_search(top_k, rerank)
         scopes = scopes_of(live_id, len(clips))
@@ -479,6 +467,9 @@ class GalleryIndex:
         depth = None if rerank is None else max(top_k, rerank or DEPTH)
         # One version for the whole search, whatever is written meanwhile.
         rooms = None if self._newest.is_empty() else self._newest.rooms()
+        calibration = None if rooms is None else rooms.snapshot.state.calibration
+        if calibration is not None:
+            calibration.check_ranking(self._ranking(rerank))
         with torch.no_grad():
             start = time.perf_counter()
             found = [Candidates(None, [])] * len(scopes) if rooms is None else rooms.search(clips, scopes, depth)
@@ -490,10 +481,8 @@ class GalleryIndex:
                 if candidates.records:
                     scores = candidate_scores(self.model, clips[i], candidates, rerank != 0)
                 timings = {"search_ms": search_ms, "match_ms": 1000 * (time.perf_counter() - start)}
-                calibration = None if rooms is None else rooms.snapshot.state.calibration
-                if calibration is not None:
-                    calibration = calibration.of_clip(has_words(clips, i))
-                answers.append(answer_of(candidates, scores, scopes[i], top_k, calibration, timings))
+                of_clip = None if calibration is None else calibration.of_clip(has_words(clips, i))
+                answers.append(answer_of(candidates, scores, scopes[i], top_k, of_clip, timings))
         return answers
 
     def calibrate(
@@ -554,9 +543,19 @@ class GalleryIndex:
         scored: dict[bool, list[ScoredClip]] = {False: [], True: []}
         for *batch, said in batches:
             scored[said] += self._scored(*batch, rerank)
-        settings = {"presence_prior": presence_prior, "false_accept_rate": false_accept_rate, "rerank": rerank}
-        self.calibration = fit_with_words(scored[False], scored[True], **settings)
+        self.calibration = fit_with_words(
+            scored[False],
+            scored[True],
+            presence_prior=presence_prior,
+            false_accept_rate=false_accept_rate,
+            rerank=rerank,
+            ranking=self._ranking(rerank),
+        )
         return {**self.calibration.report, "unreadable": unreadable}
+
+    def _ranking(self, rerank: int | None) -> str:
+        """The kind of score that candidates are ranked by."""
+        return "embedding" if rerank == 0 else default_ranking(self.model.config)
 
     def _processor_for(self, purpose: str) -> Any:
         if self.processor is None:
@@ -583,7 +582,8 @@ class GalleryIndex:
                         chosen = candidates.take(kept)
                         scores = candidate_scores(self.model, clips[i], chosen, rerank != 0)
                         missed = bool(own) and len(kept) == limit and not gone and not relevant[kept].any()
-                        scored.append(ScoredClip(*scores, relevant[kept], chosen.products, group, missed))
+                        kinds = (scores.embedding, scores.pairs, scores.ranked_by)
+                        scored.append(ScoredClip(*kinds, relevant[kept], chosen.products, group, missed))
         return scored
 
 

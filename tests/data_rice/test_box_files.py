@@ -58,7 +58,7 @@ def test_boxes_replace_the_rows_own_and_nothing_else(load, shop, tmp_path):
 
 
 def test_clips_of_one_name_in_two_splits_have_their_own_boxes(load):
-    assert load(GOOD, "queries", "test")["boxes"][:] == [[[0, 0, 0.5, 0.5]]]
+    assert load(GOOD, "query", "test")["boxes"][:] == [[[0, 0, 0.5, 0.5]]]
 
 
 def test_detection_rows_are_of_the_files_boxes(load):
@@ -151,7 +151,7 @@ class TestFingerprint:
     @pytest.fixture
     def rows(self, tmp_path):
         def rows(folder, **options):
-            return load_dataset_view(folder, "queries", "test", cache_dir=tmp_path / "cache", **options)
+            return load_dataset_view(folder, "query", "test", cache_dir=tmp_path / "cache", **options)
 
         return rows
 

@@ -142,7 +142,7 @@ def test_boxes_are_cut_at_the_frame_and_zero_means_none(tree, load):
 
 def test_query_rows(tree, load):
     _fill(tree)
-    rows = load("queries", "test")
+    rows = load("query", "test")
     assert [row["relevant"] for row in rows] == [[f"{_uuid(1500 + i)}-0"] for i in range(3)]
     row = rows[0]
     clip = row["clip_id"]
@@ -156,7 +156,7 @@ def test_query_attributes_come_from_the_optional_file(tree, load):
     clip = tree.add_test(20, 0, 500)
     tree.write()
     tree.write_table("test_videoid_attributes.txt", [[clip, "Skirt", "small", "short", "3"]])
-    row = load("queries", "test")[0]
+    row = load("query", "test")[0]
     attributes = [row[name] for name in ("category", "product_scale", "visible_duration", "product_number")]
     assert attributes == ["Skirt", "small", "short", "3"]
 
@@ -169,7 +169,7 @@ def test_gallery_holds_main_images_in_the_published_order(tree, load):
     assert rows[0]["title"] == "title 500" and os.path.isfile(rows[0]["image"]["path"])
     every = load("gallery", "test", gallery_images="all")
     assert every["image_id"][:2] == [f"{_uuid(1500)}-1", f"{_uuid(1500)}-0"]
-    assert load("queries", "test", gallery_images="all")[0]["relevant"] == [f"{_uuid(1500)}-1", f"{_uuid(1500)}-0"]
+    assert load("query", "test", gallery_images="all")[0]["relevant"] == [f"{_uuid(1500)}-1", f"{_uuid(1500)}-0"]
 
 
 def test_gallery_main_file_wins(tree, load):
@@ -177,14 +177,14 @@ def test_gallery_main_file_wins(tree, load):
     listed = tree.root / "annotations" / "gallery_main.txt"
     listed.write_text(f"{_uuid(20)}/{_uuid(1500)}-1.jpg\n{_uuid(1501)}-0\n{_uuid(1502)}-0\n")
     assert load("gallery", "test")["image_id"][:] == [f"{_uuid(1500)}-1", f"{_uuid(1501)}-0", f"{_uuid(1502)}-0"]
-    assert load("queries", "test")[0]["relevant"] == [f"{_uuid(1500)}-1"]
+    assert load("query", "test")[0]["relevant"] == [f"{_uuid(1500)}-1"]
 
 
 def test_validation_holds_out_whole_livestreams_and_their_products(tree, load, caplog):
     _fill(tree)
     held = load("pairs", "validation", validation_fraction=0.25)
     (live,) = set(held["live_id"])
-    assert load("queries", "validation", validation_lives=1)["live_id"][:] == [live, live]
+    assert load("query", "validation", validation_lives=1)["live_id"][:] == [live, live]
     shared = int(uuid.UUID(held[0]["product_id"])) - 1 - 1000
     kept = next(number for number in range(4) if _uuid(number) != live)
     leaked = tree.add_train(kept, 20000, shared)
@@ -196,7 +196,7 @@ def test_validation_holds_out_whole_livestreams_and_their_products(tree, load, c
     assert "1 rows left out of training" in caplog.text and leaked in caplog.text
     assert set(train["product_id"]).isdisjoint(held["product_id"])
 
-    queries = load("queries", "validation", validation_lives=[live])
+    queries = load("query", "validation", validation_lives=[live])
     gallery = load("gallery", "validation", validation_lives=[live])
     assert set(gallery["live_id"]) == {live}
     assert all(set(row["relevant"]) <= set(gallery["image_id"]) and row["relevant"] for row in queries)
@@ -224,7 +224,7 @@ def test_missing_media_keep_their_rows(tree, load, caplog):
     tree.write()
     with caplog.at_level(logging.WARNING):
         row = load("pairs", "train")[0]
-        query = load("queries", "test")[0]
+        query = load("query", "test")[0]
     assert [Path(frame["path"]).parts[-3:-1] for frame in row["frames"]] == [("training_video_00", clip)] * 2
     assert row["boxes"] == [None, None] and "no folder or shard holds their frames" in caplog.text
     assert [Path(frame["path"]).name for frame in query["frames"]] == [f"{test}-0001.jpg"]
@@ -237,7 +237,7 @@ def test_unanswerable_query_is_kept(tree, load, caplog):
     tree.relevant[clip] = ["nowhere-0"]
     tree.write()
     with caplog.at_level(logging.WARNING):
-        rows = load("queries", "test")
+        rows = load("query", "test")
     assert len(rows) == 3 and rows[0]["relevant"] == ["nowhere-0"] and clip in caplog.text
 
 
@@ -306,7 +306,7 @@ def test_malformed_test_files(tree, load, name, value, message):
     _fill(tree)
     tree.write_json(name, value)
     with pytest.raises(ValueError, match=f"{name}.*{message}"):
-        load("queries", "test")
+        load("query", "test")
 
 
 def test_damaged_json_names_the_line_and_duplicates(tree, load):
@@ -314,10 +314,10 @@ def test_damaged_json_names_the_line_and_duplicates(tree, load):
     path = tree.root / "annotations" / "test_videoid_to_gtimage.json"
     path.write_text('{"a": [],\n"b": [}')
     with pytest.raises(ValueError, match=r"gtimage.json, line 2: not valid JSON"):
-        load("queries", "test")
+        load("query", "test")
     path.write_text('{"a": [], "a": []}')
     with pytest.raises(ValueError, match=r"gtimage.json: the key 'a' appears twice"):
-        load("queries", "test")
+        load("query", "test")
 
 
 @pytest.mark.parametrize(
@@ -327,13 +327,13 @@ def test_missing_annotation_file(tree, load, name):
     _fill(tree)
     (tree.root / "annotations" / name).unlink()
     with pytest.raises(FileNotFoundError, match=name.split(".")[0]):
-        load("queries", "test")
+        load("query", "test")
 
 
 def test_missing_splits_and_arguments(tree, load, tmp_path):
     _fill(tree)
     with pytest.raises(ValueError, match="validation_fraction"):
-        load("queries", "validation")
+        load("query", "validation")
     with pytest.raises(ValueError, match="LPR4M has no test pairs"):
         load("pairs", "test")
     with pytest.raises(ValueError, match="no view 'clips'"):
@@ -381,9 +381,9 @@ def test_cache_follows_the_annotation_files_and_the_media(tree, load, tmp_path):
 
 def test_query_cache_follows_the_frames(tree, load):
     _fill(tree)
-    clip = load("queries", "test")[0]["clip_id"]
+    clip = load("query", "test")[0]["clip_id"]
     tree.jpeg("query", clip, f"{clip}-0003.jpg")
-    assert len(load("queries", "test")[0]["frames"]) == 4
+    assert len(load("query", "test")[0]["frames"]) == 4
 
 
 def test_several_processes_build_at_the_same_time(tree, tmp_path):
@@ -408,7 +408,7 @@ def test_training_lists_alone_have_no_validation_queries(tree, load):
     tree.add_train(0, 0, 1)
     tree.write()
     with pytest.raises(FileNotFoundError, match="no validation split; put the test files there, or set validation_fr"):
-        load("queries", "validation")
+        load("query", "validation")
 
 
 def test_test_boxes_without_an_area_are_counted(tree, tmp_path):
@@ -418,7 +418,7 @@ def test_test_boxes_without_an_area_are_counted(tree, tmp_path):
     untouched = tree.add_test(0, 9000, 2)
     tree.boxes[f"{untouched}-0000"] = [[0, 0, 0, 0]]
     tree.write()
-    for view in ("queries", "detection"):
+    for view in ("query", "detection"):
         builder = Lpr4m(view, data_dir=tree.root, cache_dir=tmp_path / "cache")
         builder.download_and_prepare()
         log = builder.problems["test"]
@@ -430,7 +430,7 @@ def test_boxes_that_single_precision_cannot_hold_are_none(tree, load):
     clip = tree.add_test(0, 0, 1)
     tree.boxes = {f"{clip}-0000": [[0.99999999, 0, 1, 1]], f"{clip}-0001": [[0, 0, 0.001, 1]]}
     tree.write()
-    boxes = load("queries", "test")[0]["boxes"]
+    boxes = load("query", "test")[0]["boxes"]
     assert boxes == [None, pytest.approx([0, 0, 0.001, 1]), None]
 
 

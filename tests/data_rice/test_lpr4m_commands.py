@@ -260,7 +260,7 @@ def test_prepare_skips_views_without_a_source(shop, fetch, tmp_path, caplog, cap
     assert "pairs train: 4 of 4 rows" in capsys.readouterr().out
     skipped = [message for message in caplog.messages if "is skipped" in message]
     assert len(skipped) == 1 and skipped[0].startswith("The view queries is skipped: ")
-    assert main([*arguments, "--views", "queries"]) == 2
+    assert main([*arguments, "--views", "query"]) == 2
     error = capsys.readouterr().err
     assert "LPR4M publishes no validation split; put the test files there, or set validation_fraction" in error
 
@@ -327,13 +327,13 @@ def test_prepare(shop, fetch, tmp_path, capsys, file_format):
     out = tmp_path / "out"
     arguments = ["prepare", str(shop.root), str(out), "--num_frames", "2", "--rows_per_shard", "2"]
     arguments += ["--short_side", "10"]
-    arguments += ["--cache_dir", str(shop.cache), "--file_format", file_format, "--views", "pairs", "queries"]
+    arguments += ["--cache_dir", str(shop.cache), "--file_format", file_format, "--views", "pairs", "query"]
     arguments += ["gallery", "detection", "--validation_lives", "1", "--subset", "2"]
     capsys.readouterr()
     assert main(arguments) == 0
     assert "pairs train: 2 of 2 rows in 1 shards" in capsys.readouterr().out
     sizes = {}
-    for view, split in (("pairs", "train"), ("pairs", "validation"), ("queries", "test"), ("gallery", "validation")):
+    for view, split in (("pairs", "train"), ("pairs", "validation"), ("query", "test"), ("gallery", "validation")):
         sizes[view, split] = len(load_dataset_view(out, view, split, cache_dir=shop.cache))
     assert list(sizes.values()) == [2, 1, 2, 1]
     boxes = load_dataset_view(out, "detection", "test", cache_dir=shop.cache)

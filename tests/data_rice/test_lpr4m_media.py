@@ -137,7 +137,7 @@ def test_rows_read_from_shards(root, load, output_format, parquet):
     # Boxes are pixels of the frames before img2dataset reduced them.
     assert pairs[0]["boxes"] == [pytest.approx([0.1, 0.1, 0.5, 0.5])] * 2
     assert _size(pairs[1]["image"]) == (10, 10)
-    query = load("queries", "test")[0]
+    query = load("query", "test")[0]
     assert len(query["frames"]) == 2 and query["boxes"] == [None, pytest.approx([0, 0, 1, 1])]
     assert _size(load("gallery", "test")[0]["image"]) == (10, 10)
     assert all((entry["path"].count(".tar#") == 1) == (output_format == "webdataset") for entry in query["frames"])
@@ -212,7 +212,7 @@ def test_links_out_of_the_data_folder_are_refused(root, load, tmp_path):
     query.mkdir(parents=True)
     (query / f"{FRAMES[2][0]}.jpg").symlink_to(outside / f"{FRAMES[2][0]}.jpg")
     with pytest.raises(ValueError, match="is a link that leads out of"):
-        load("queries", "test")
+        load("query", "test")
     (root / "training_video_00").mkdir()
     (root / "training_video_00" / CLIPS[0]).symlink_to(outside)
     with pytest.raises(ValueError, match="is a link that leads out of"):

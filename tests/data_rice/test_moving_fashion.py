@@ -126,13 +126,13 @@ def test_products_with_one_picture_are_one_product(load):
 
 
 def test_queries_and_gallery(folder, load):
-    rows = load("queries", "test")
-    assert rows.features == view_features("queries")
+    rows = load("query", "test")
+    assert rows.features == view_features("query")
     assert rows["clip_id"][:] == ["q0#0", "q1#0"] and rows["relevant"][:] == [["imgs/q0.jpg"], ["imgs/q1.jpg"]]
     assert load("gallery", "test")["image_id"][:] == ["imgs/q0.jpg", "imgs/q1.jpg"]
     assert load("gallery", "train")["image_id"][:] == ["imgs/p0.jpg", "imgs/p1.jpg", "imgs/p2.jpg"]
     assert gallery_scope(folder.root) == gallery_scope("moving_fashion") == "all"
-    by_name = load_dataset_view("moving_fashion", "queries", "test", data_dir=folder.root, cache_dir=folder.root / "c")
+    by_name = load_dataset_view("moving_fashion", "query", "test", data_dir=folder.root, cache_dir=folder.root / "c")
     assert by_name["clip_id"][:] == rows["clip_id"][:]
 
 
@@ -141,7 +141,7 @@ def test_validation_holds_out_products_with_all_that_shows_them(folder, load, pr
     for fraction in (0.1, 0.4):
         train, queries = (
             load("pairs", validation_fraction=fraction),
-            load("queries", "validation", validation_fraction=fraction),
+            load("query", "validation", validation_fraction=fraction),
         )
         held = set(queries["product_id"])
         assert 0 < len(held) == max(1, round(fraction * 3)) and held | set(train["product_id"]) <= ids
@@ -156,7 +156,7 @@ def test_validation_holds_out_products_with_all_that_shows_them(folder, load, pr
     with pytest.raises(ValueError, match="validation_fraction must be at least 0 and below 1, not 1.5"):
         load("pairs", validation_fraction=1.5)
     with pytest.raises(ValueError, match="MovingFashion publishes none; pass validation_fraction"):
-        load("queries", "validation")
+        load("query", "validation")
 
 
 def test_a_video_that_also_shows_a_held_out_product_is_not_trained_on(folder, load, problems):
@@ -184,9 +184,9 @@ def test_missing_media_are_left_out_of_training_and_are_misses_in_evaluation(fol
         ("p2#0", "left out: the shop's picture is missing"),
         ("p4", "left out because video_paths is empty"),
     ]
-    queries = load("queries", "test")
+    queries = load("query", "test")
     assert queries["clip_id"][:] == ["q0#0", "q1#0"] and queries[1]["relevant"] == ["imgs/q1.jpg"]
-    assert problems("queries", "test") == [("q1#0", "kept as misses: the video is missing")]
+    assert problems("query", "test") == [("q1#0", "kept as misses: the video is missing")]
 
 
 def test_the_published_archive_lacks_23_videos():
@@ -208,9 +208,9 @@ def test_missing_files(folder, load, tmp_path):
     with pytest.raises(ValueError, match="test.json does not exist, so there is no test split"):
         load_dataset_view("moving_fashion", "gallery", "test", data_dir=folder.root, cache_dir=tmp_path / "cache")
     with pytest.raises(FileNotFoundError, match="test.json does not exist; put the annotation file there"):
-        load_dataset_view("moving_fashion", "queries", "test", data_dir=folder.root, cache_dir=tmp_path / "cache")
+        load_dataset_view("moving_fashion", "query", "test", data_dir=folder.root, cache_dir=tmp_path / "cache")
     with pytest.raises(ValueError, match="needs data_dir"):
-        load_dataset_view("moving_fashion", "queries", "test")
+        load_dataset_view("moving_fashion", "query", "test")
     with pytest.raises(ValueError, match="MovingFashion has no test pairs"):
         load("pairs", "test")
 
@@ -371,11 +371,11 @@ class TestExtraction:
     def test_another_folder_can_be_named(self, folder, load, tmp_path):
         root = folder.write()
         extract_frames(str(root), str(tmp_path / "elsewhere"), self.SETTINGS, progress=False)
-        assert load("queries", "test")[0]["frames"] == []
-        row = load("queries", "test", frames_dir=str(tmp_path / "elsewhere"))[0]
+        assert load("query", "test")[0]["frames"] == []
+        row = load("query", "test", frames_dir=str(tmp_path / "elsewhere"))[0]
         assert row["frames"][0]["path"].startswith(str(tmp_path / "elsewhere")) and len(row["frames"]) == 4
         with pytest.raises(FileNotFoundError, match="frames_dir .*nowhere does not exist; extract the frames with"):
-            load("queries", "test", frames_dir=str(tmp_path / "nowhere"))
+            load("query", "test", frames_dir=str(tmp_path / "nowhere"))
 
     def test_bad_videos_are_listed_and_do_not_stop_it(self, folder, load, problems, tmp_path):
         (folder.root / "videos/b.mp4").write_bytes(b"torn")
@@ -394,8 +394,8 @@ class TestExtraction:
             ("p0#1", "left out: the video cannot be decoded"),
             ("p3#0", "left out: the video is missing"),
         ]
-        assert problems("queries", "test") == [("q1#0", "kept as misses: the video cannot be decoded")]
-        assert load("queries", "test")[1]["frames"] == []
+        assert problems("query", "test") == [("q1#0", "kept as misses: the video cannot be decoded")]
+        assert load("query", "test")[1]["frames"] == []
 
     def test_a_video_that_is_cut_short_keeps_the_frames_before(self, folder, problems, cut_after):
         cut_after(folder.write_video(folder.root / "videos/a.mp4", movflags="faststart"), 10)
@@ -455,10 +455,10 @@ class TestExtraction:
         (folder.root / "frames/videos/d.mp4/000005.jpg").unlink()
         with pytest.raises(ValueError, match="are stale: videos/d.mp4 lacks frames"):
             load("pairs")
-        assert len(load("queries", "test")) == 2
+        assert len(load("query", "test")) == 2
         folder.test["q2"] = {"video_paths": ["videos/g.mp4"], "img_path": "imgs/q0.jpg", "source": 1}
         with pytest.raises(ValueError, match="are stale: videos/g.mp4 was not there when they were extracted"):
-            load("queries", "test")
+            load("query", "test")
 
     def test_the_videos_may_be_gone_afterwards(self, folder, load):
         extracted = self.extract(folder)
@@ -494,7 +494,7 @@ class TestExtraction:
 def test_breakdown_by_source(load):
     from evaluation_rice.protocol import Rankings, RetrievalTask, breakdown
 
-    queries, gallery = load("queries", "test"), load("gallery", "test")
+    queries, gallery = load("query", "test"), load("gallery", "test")
     ranked = Rankings(RetrievalTask.from_datasets(queries, gallery, "all"))
     ranked.add(0, np.array([1.0, 0.0]))
     ranked.add(1, np.array([1.0, 0.0]))

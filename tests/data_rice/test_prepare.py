@@ -54,7 +54,7 @@ def views(tmp_path):
             (view, split): datasets.Dataset.from_list(rows, features=view_features(view))
             for view, split, rows in (
                 ("pairs", "train", pairs),
-                ("queries", "test", queries),
+                ("query", "test", queries),
                 ("gallery", "test", gallery),
             )
         }
@@ -194,7 +194,7 @@ def test_a_query_without_frames_stays(prepare, tmp_path):
     for frame in range(5):
         (tmp_path / "media" / f"1-{frame}.jpg").unlink()
     folder, _ = prepare()
-    queries = load_prepared(folder, "queries", "test", tmp_path / "cache")
+    queries = load_prepared(folder, "query", "test", tmp_path / "cache")
     assert queries["clip_id"][:] == ["clip/0", "clip/1"] and queries[1]["frames"] == []
 
 
@@ -235,9 +235,9 @@ def test_bad_settings(settings, message):
 
 def test_videos_are_refused(tmp_path):
     row = {**clip_row(clip_id="c", frames=[], boxes=[], video="/v.mp4"), "relevant": []}
-    rows = datasets.Dataset.from_list([row], features=view_features("queries"))
+    rows = datasets.Dataset.from_list([row], features=view_features("query"))
     with pytest.raises(ValueError, match="The clip c is part of a video; extract its frames"):
-        prepare_views({("queries", "test"): rows}, tmp_path / "out", dataset="toy", gallery_scope="all")
+        prepare_views({("query", "test"): rows}, tmp_path / "out", dataset="toy", gallery_scope="all")
 
 
 def test_reduce_picture(tmp_path):

@@ -79,7 +79,7 @@ def test_pairs(shop, load):
 
 
 def test_queries_and_gallery(shop, load):
-    rows = load("queries", "test")
+    rows = load("query", "test")
     assert rows["relevant"][:] == [["g0", "g1"], ["2"], ["g1"]]
     for split in ("train", "validation", "test"):
         gallery = load("gallery", split)
@@ -91,7 +91,7 @@ def test_both_builders_share_the_columns(shop, load):
     from data_rice import Lpr4m
     from data_rice.features import view_features
 
-    for view in ("pairs", "queries", "gallery"):
+    for view in ("pairs", "query", "gallery"):
         assert load(view).features == view_features(view)
     assert Lpr4m.BUILDER_CONFIG_CLASS is not ShopClips.BUILDER_CONFIG_CLASS
 
@@ -103,14 +103,14 @@ def test_rows_with_livestreams(shop, load):
     for row, live in zip(shop.clips["train"], ("l0", "l1", "l1")):
         row["live_id"] = live
     shop.clips["train"][0]["gt_gallery_ids"] = ["g0"]
-    assert load("queries")["live_id"][:] == ["l0", "l1", "l1"]
+    assert load("query")["live_id"][:] == ["l0", "l1", "l1"]
     assert gallery_scope(shop.root) == gallery_scope("shop_clips", shop.root) == "live"
     shop.clips["train"][0]["live_id"] = "l9"
     with pytest.raises(ValueError, match="clips_train.jsonl, line 1: the livestream 'l9' has an empty gallery"):
-        load("queries")
+        load("query")
     shop.clips["train"][0]["live_id"] = "l1"
     with pytest.raises(ValueError, match="line 1: the relevant image 'g0' is not in the gallery of the livestream"):
-        load("queries")
+        load("query")
     del shop.gallery[1]["live_id"]
     with pytest.raises(ValueError, match="gallery.jsonl, line 2: some gallery rows have a live_id and some have none"):
         load("gallery")
@@ -123,7 +123,7 @@ def test_unusable_clips_are_left_out_of_training_and_kept_as_queries(shop, load,
         assert load("pairs")["clip_id"][:] == ["c2"]
         assert "left out because they have no frames (c0)" in caplog.text
         assert "left out because gt_gallery_ids is empty (c1)" in caplog.text
-        queries = load("queries")
+        queries = load("query")
     assert queries["clip_id"][:] == ["c0", "c1", "c2"]
     assert queries["frames"][0] == [] and queries["relevant"][1] == []
     assert "kept without frames" in caplog.text
@@ -140,7 +140,7 @@ def test_split_without_a_usable_row(shop, load):
     assert len(load("pairs", "test")) == 3
     shop.clips["train"] = []
     with pytest.raises(ValueError, match="no usable row in the train split of queries .no row"):
-        load("queries")
+        load("query")
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_missing_files(shop, load, tmp_path):
     for name in ("clips_train.jsonl", "clips_test.jsonl"):
         (shop.root / name).unlink()
     with pytest.raises(FileNotFoundError, match="has none of clips_train.jsonl"):
-        load_dataset_view(shop.root, "queries", "test", cache_dir=tmp_path / "cache")
+        load_dataset_view(shop.root, "query", "test", cache_dir=tmp_path / "cache")
     (shop.root / "gallery.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match="gallery.jsonl does not exist"):
         load_dataset_view("shop_clips", "gallery", "test", data_dir=shop.root, cache_dir=tmp_path / "cache")
@@ -248,7 +248,7 @@ def test_rows_can_be_streamed(shop):
 def test_real_photographs(tmp_path, groceries_dir):
     pairs = load_dataset_view(groceries_dir, "pairs", "train", cache_dir=tmp_path)
     assert (len(pairs), len(set(pairs["product_id"]))) == (465, 81)
-    queries = load_dataset_view(groceries_dir, "queries", "test", cache_dir=tmp_path)
+    queries = load_dataset_view(groceries_dir, "query", "test", cache_dir=tmp_path)
     gallery = load_dataset_view(groceries_dir, "gallery", "test", cache_dir=tmp_path)
     assert (len(queries), len(gallery)) == (289, 81)
     with Image.open(queries[0]["frames"][0]["path"]) as frame:

@@ -184,7 +184,7 @@ def test_two_files_joined_are_refused_by_check_and_builder_alike(shop, found, tm
     problems = [str(problem) for problem in check_folder(str(shop.root)).problems]
     assert len(problems) == 1 and problems[0].startswith("clips_val.jsonl:5: not valid JSON")
     with pytest.raises(ValueError, match="clips_val.jsonl, line 5: not valid JSON"):
-        load_dataset_view(shop.root, "queries", "validation", cache_dir=tmp_path / "cache")
+        load_dataset_view(shop.root, "query", "validation", cache_dir=tmp_path / "cache")
 
 
 def respelt(rows, change):
@@ -255,7 +255,7 @@ def test_whole_numbers_are_ids_with_and_without_a_decimal_point(shop, found, tmp
         for row in clips:
             row["gt_gallery_ids"], row["live_id"] = [float(row["gt_gallery_ids"][0][1:])], 7.0
     assert found() == []
-    row = load_dataset_view(shop.root, "queries", "test", cache_dir=tmp_path / "cache")[3]
+    row = load_dataset_view(shop.root, "query", "test", cache_dir=tmp_path / "cache")[3]
     assert row["relevant"] == ["3"] and row["live_id"] == "7"
     shop.clips["val"][0]["query_id"] = 1.5
     (problem,) = found()
@@ -395,7 +395,7 @@ def test_any_problem_is_printed_on_a_terminal_of_ascii(shop):
 
 def test_a_folder_that_passes_can_be_loaded_and_one_that_fails_for_its_rows_cannot(shop, tmp_path):
     folder = shop.write()
-    for view, split in (("pairs", "train"), ("queries", "validation"), ("queries", "test"), ("gallery", "test")):
+    for view, split in (("pairs", "train"), ("query", "validation"), ("query", "test"), ("gallery", "test")):
         assert len(load_dataset_view(folder, view, split, cache_dir=tmp_path / "cache")) >= NUM_PRODUCTS
 
 
@@ -426,7 +426,7 @@ def test_check_and_loader_agree(shop, found, tmp_path, write_video, cut_after):
     assert "warning: 10 frames at the end are missing" in lines[1] and "after the 2 s of cut.mp4" in lines[2]
     assert not any("joined" in line for line in found(fast=True))
 
-    rows = load_dataset_view(shop.root, "queries", "validation", cache_dir=tmp_path / "cache").select(range(4))
+    rows = load_dataset_view(shop.root, "query", "validation", cache_dir=tmp_path / "cache").select(range(4))
     processor = build_processor(train_tokenizer(["a red cup"] * 9, vocab_size=400), image_size=16, patch_size=8)
     _, readable, failures = RiceCollator(processor).collate_queries(list(rows))
     assert readable == [1, 2]

@@ -113,7 +113,7 @@ def assert_whole(root, clip, relevant, gallery) -> None:
         assert 0 <= left < right <= 1 and 0 <= top < bottom <= 1
     assert (clip["start"], clip["end"]) == (-1, -1) or (clip["video"] and 0 <= clip["start"] < clip["end"] <= 1e6)
     assert set(relevant) <= gallery.keys() and clip["product_id"] == (relevant[0] if relevant else "")
-    view_features("queries").encode_example({**clip, "relevant": relevant})
+    view_features("query").encode_example({**clip, "relevant": relevant})
     json.dumps(clip, ensure_ascii=False).encode()
 
 

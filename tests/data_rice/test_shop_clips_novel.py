@@ -75,10 +75,10 @@ def test_the_written_folder_loads_and_train_and_test_share_no_product(shop, outp
     def load(view, split):
         return load_dataset_view(str(output), view, split, cache_dir=tmp_path / "cache")
 
-    products = {split: {row["product_id"] for row in load("queries", split)} for split in SPLITS}
+    products = {split: {row["product_id"] for row in load("query", split)} for split in SPLITS}
     assert products["test"] == NOVEL
     assert products["train"] == products["validation"] == {f"g{i}" for i in range(NUM_PRODUCTS)} - NOVEL
-    assert {split: len(load("queries", split)) for split in SPLITS} == {"train": 12, "validation": 6, "test": 4}
+    assert {split: len(load("query", split)) for split in SPLITS} == {"train": 12, "validation": 6, "test": 4}
     assert load("gallery", "test")["image_id"][:] == [f"g{i}" for i in range(NUM_PRODUCTS)]
     for row in load("pairs", "test"):
         assert row["asr"] == "苹果" and len(row["frames"]) == 2

@@ -114,7 +114,7 @@ class TestRows:
 
     def test_other_views_and_builders(self, lpr4m, both, shop):
         for folder, view, split in [
-            (lpr4m, "queries", "validation"),
+            (lpr4m, "query", "validation"),
             (lpr4m, "gallery", "train"),
             (shop, "pairs", "train"),
             (shop, "gallery", "test"),

@@ -1,9 +1,19 @@
 """The mini LPR4M goes to the Hub and comes back the same, with a card that was counted and not typed."""
 
+import io
+import json
 import re
 
 import pytest
 from huggingface_hub import DatasetCard
+from PIL import Image
+
+from data_rice import load_dataset_view
+from data_rice.collator import RiceCollator
+from data_rice.streaming import open_dataset_view
+from data_rice.views import gallery_scope
+from processing_rice import build_processor, train_tokenizer
+from tests.hub_rice.test_whole_way import RECIPE
 
 PUBLISH = """
 from rice_cli import main
@@ -33,15 +43,15 @@ def same(row, local):
             assert row[name] == value, name
 
 result = {}
-for config, view, splits in (
-    ("query", "queries", ("validation", "test")),
-    ("gallery", "gallery", ("train", "validation", "test")),
-    ("pairs", "pairs", ("train", "validation")),
+for config, splits in (
+    ("query", ("validation", "test")),
+    ("gallery", ("train", "validation", "test")),
+    ("pairs", ("train", "validation")),
 ):
     published = datasets.load_dataset(repo_id, config)
     assert set(published) == set(splits), published
     for split in splits:
-        local = load_dataset_view(data_dir, view, split, cache_dir=cache)
+        local = load_dataset_view(data_dir, config, split, cache_dir=cache)
         assert len(local) == len(published[split]) > 0
         for row, mine in zip(published[split], local, strict=True):
             same(row, mine)
@@ -101,3 +111,143 @@ def test_refusals(hub, client, tiny_mini, tmp_path):
     assert "has no mini_lpr4m.json: render it by" in says(tmp_path / "photographs")
     hub.tokens = {"another"}
     assert "refuses the access token (401) for someone/not" in says(tiny_mini)
+
+
+PARTS = [("pairs", "train"), ("pairs", "validation"), ("query", "test"), ("gallery", "test"), ("gallery", "train")]
+
+BY_ID = """
+from data_rice import load_dataset_view
+from data_rice.streaming import open_dataset_view
+from data_rice.views import gallery_scope
+
+result = [
+    [load_dataset_view(repo_id, view, split, cache_dir=cache)["live_id"][:] for view, split in parts],
+    [open_dataset_view(repo_id, view, split)[0]["live_id"] for view, split in parts],
+    gallery_scope(repo_id),
+]
+"""
+
+COMMAND = """
+import eval_rice, train_rice
+
+{"train": train_rice.main, "eval": eval_rice.main}[command]([str(word) for word in arguments])
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(published, tmp_path_factory):
+    """The published data set as it is downloaded."""
+    root = tmp_path_factory.mktemp("downloaded")
+    for name, content in published[1].items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return root
+
+
+def opened(value):
+    return Image.open(io.BytesIO(value["bytes"]) if value["bytes"] else value["path"]).convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("view, split", PARTS)
+def test_a_downloaded_folder_gives_the_rows_of_the_builder(folder, tiny_mini, tmp_path, view, split):
+    own = load_dataset_view(tiny_mini, view, split, cache_dir=tmp_path)
+    rows = load_dataset_view(folder, view, split, cache_dir=tmp_path)
+    streamed = open_dataset_view(folder, view, split)
+    assert rows.features == own.features and len(rows) == len(own) == len(streamed) > 0
+    for i, row in enumerate(own):
+        for other in (rows[i], streamed[i]):
+            assert other.keys() == row.keys()
+            for name, value in row.items():
+                if name == "frames":
+                    assert [opened(frame) for frame in other[name]] == [opened(frame) for frame in value]
+                else:
+                    assert opened(other[name]) == opened(value) if name == "image" else other[name] == value
+    assert gallery_scope(folder) == gallery_scope(tiny_mini) == "live"
+    boxes = [
+        load_dataset_view(place, "detection", "train", cache_dir=tmp_path)["boxes"][:] for place in (folder, tiny_mini)
+    ]
+    assert len(boxes[0]) > 0 and boxes[0][0] in boxes[1]
+
+
+def test_what_a_published_folder_does_not_have_is_named(folder, tmp_path):
+    with pytest.raises(ValueError, match="has no train split of query; choose another split"):
+        load_dataset_view(folder, "query", "train", cache_dir=tmp_path)
+    for load in (load_dataset_view, open_dataset_view):
+        with pytest.raises(ValueError, match="was published with its rows made; leave out validation_fraction"):
+            load(folder, "pairs", "train", validation_fraction=0.5)
+
+
+def test_rows_of_every_origin_fit_collator_and_processor(folder, tiny_mini, tmp_path):
+    """As the builder, the published set and `datasets` give them, and with pixels in place of files."""
+    import datasets
+    import numpy as np
+    import torch
+
+    processor = build_processor(train_tokenizer(["a red mug"] * 9), 32, 16, 3)
+    pictures = datasets.load_dataset(str(folder), "pairs", split="train", cache_dir=str(tmp_path))
+    row = load_dataset_view(tiny_mini, "pairs", "train", cache_dir=tmp_path)[0]
+
+    def with_pixels(convert):
+        return row | {"image": convert(pictures[0]["image"]), "frames": [convert(f) for f in pictures[0]["frames"]]}
+
+    def as_bytes(picture):
+        file = io.BytesIO()
+        picture.save(file, "png")
+        return file.getvalue()
+
+    rows = [
+        row,
+        load_dataset_view(folder, "pairs", "train", cache_dir=tmp_path)[0],
+        open_dataset_view(folder, "pairs", "train")[0],
+        pictures[0],
+        row | {"image": row["image"]["path"], "frames": [frame["path"] for frame in row["frames"]]},
+        with_pixels(as_bytes),
+        with_pixels(lambda picture: {"bytes": as_bytes(picture), "path": None}),
+        with_pixels(np.asarray),
+        with_pixels(lambda picture: torch.from_numpy(np.array(picture)).movedim(-1, 0)),
+        with_pixels(lambda picture: np.asarray(picture) / 255),
+    ]
+    rows.append(rows[7] | {"frames": np.stack(rows[7]["frames"])})
+    collator = RiceCollator(processor)
+    expected = collator([row])
+    for other in rows:
+        batch = collator([other])
+        inputs = processor(images=other["image"], videos=[other["frames"]], titles=other["title"], asr=other["asr"])
+        flat = processor(images=[other["image"]], videos=other["frames"]) if other is not rows[4] else inputs
+        for name in ("pixel_values", "pixel_values_videos"):
+            for pixels in (batch[name], inputs[name], flat[name]):
+                torch.testing.assert_close(pixels, expected[name], rtol=0, atol=0.01)
+    _, readable, failures = collator.collate_gallery([{"image_id": "a", "image": np.zeros((4, 4, 7), np.uint8)}])
+    assert readable == [] and "got shape (4, 4, 7)" in failures[0]["reason"]
+
+
+def test_a_published_set_is_loaded_by_its_id(published, client, tiny_mini, tmp_path):
+    own = [load_dataset_view(tiny_mini, *part, cache_dir=tmp_path)["live_id"][:] for part in PARTS]
+    result = client(BY_ID, repo_id="someone/mini", parts=PARTS, cache=str(tmp_path / "cache"))
+    assert result == [own, [lives[0] for lives in own], "live"]
+    error, _, _ = client.attempt(BY_ID, repo_id="someone/nothing", parts=PARTS, cache=str(tmp_path / "cache"))
+    assert "'someone/nothing' is no folder here, and as a data set of the Hub it cannot be fetched" in error
+
+
+def test_training_and_evaluation_from_published_data_are_those_from_the_raw(
+    published, client, folder, tiny_mini, tmp_path
+):
+    recipe = {name: value for name, value in RECIPE.items() if name != "validation_fraction"}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    cache = ["--cache_dir", tmp_path / "cache"]
+    origins = {"raw": ["--dataset", "mini_lpr4m", "--data_dir", tiny_mini], "folder": ["--dataset", folder]}
+    origins |= {"id": ["--dataset", "someone/mini"], "streamed": ["--dataset", "someone/mini", "--streaming", "true"]}
+    evaluation = ["--num_workers", "0", "--device", "cpu", *cache]
+    rankings, results = {}, {}
+    for name, origin in origins.items():
+        output = tmp_path / name
+        client(COMMAND, command="train", arguments=[tmp_path / "recipe.yaml", *origin, *cache, "--output_dir", output])
+        words = ["--model", output, *origin[: 4 if name == "raw" else 2], *evaluation, "--output_dir", output / "eval"]
+        client(COMMAND, command="eval", arguments=words)
+        rankings[name] = (output / "eval" / "rankings.jsonl").read_text()
+        results[name] = json.loads((output / "eval" / "results.json").read_text())
+    for name in ("folder", "id"):
+        assert rankings[name] == rankings["raw"] and results[name]["scores"] == results["raw"]["scores"]
+    # The same pairs in another order.
+    assert results["streamed"]["protocol"]["task_sha256"] == results["raw"]["protocol"]["task_sha256"]
+    assert results["streamed"]["num_queries"] == 5

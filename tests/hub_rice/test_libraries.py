@@ -311,3 +311,46 @@ def test_mteb_loads_the_repository_without_code(hub, fresh_process, tiny_checkpo
     )
     fresh_process(f"PICTURES, OUTPUT = {pictures!r}, {str(tmp_path / 'out')!r}\n" + MTEB)
     assert_equal(load_file(tmp_path / "out")["images"], embed_images(own, pictures))
+
+
+def test_pipelines_of_transformers_take_pictures(own, tiny_checkpoint, pictures):
+    extract = pipeline("image-feature-extraction", model=str(tiny_checkpoint), trust_remote_code=True, device="cpu")
+    expected = embed_images(own, pictures)
+    for settings in ({}, {"pool": True}):
+        assert_equal(np.concatenate(extract(pictures, **settings)).astype(np.float32), expected)
+    assert_equal(extract(Image.open(pictures[0]), return_tensors=True), expected[:1])
+
+
+def test_the_text_pipeline_without_a_text_encoder_says_so(tiny_checkpoint):
+    extract = pipeline("feature-extraction", model=str(tiny_checkpoint), trust_remote_code=True, device="cpu")
+    with pytest.raises(ValueError, match="The model has no text encoder"):
+        extract("a red cup")
+
+
+def test_the_pipeline_takes_rows(retrieve, pictures, video_files):
+    clip = [Image.open(path) for path in pictures[:2]]
+    expected = retrieve(clip, candidates=pictures)
+    for row in ({"video": clip}, {"frames": clip, "video": None, "asr": "a cup"}):
+        assert retrieve(row, candidates=pictures) == expected
+        assert retrieve([row, row], candidates=pictures) == [expected] * 2
+    row = {"video": video_files[0], "start": None, "end": None}
+    assert retrieve(row, candidates=pictures) == retrieve(video_files[0], candidates=pictures)
+    with pytest.raises(ValueError, match='A video is a path or {"path", "start", "end"}'):
+        retrieve({"vid": clip}, candidates=pictures)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"top_k": 1.5}, "`top_k` must be a whole number, got 1.5"),
+        ({"rerank": 0}, "`rerank` must be at least 1"),
+        ({"labels": 3}, "`labels` is a int; give a list"),
+        ({"labels": "abcde"}, "`labels` is a str; give a list"),
+        ({"candidates": "."}, "`candidates` is the folder .; give a list of its pictures"),
+        ({"candidates": []}, "`candidates` is empty"),
+    ],
+    ids=str,
+)
+def test_the_pipeline_names_what_is_wrong(retrieve, pictures, settings, message):
+    with pytest.raises(ValueError, match=message):
+        retrieve([Image.open(pictures[0])], **({"candidates": pictures} | settings))

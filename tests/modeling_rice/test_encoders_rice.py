@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from modeling_rice import encoders_rice
 from modeling_rice.encoders_rice import build_encoder, encoder_inputs, find_layout, last_states
 
 TOKENS = {
@@ -252,3 +253,18 @@ def test_what_cannot_work_is_refused_in_one_sentence(name, settings, reason):
     sentence = rf"^The vision model '{name}' cannot be RICE's encoder \(.*{reason}.*\); choose another\.$"
     with pytest.raises(ValueError, match=sentence):
         find_layout(AutoConfig.for_model(name, **settings))
+
+
+def test_an_encoder_that_the_meta_device_does_not_do_is_found_out_there_too():
+    """As from_pretrained does, which builds its model on the meta device."""
+    encoders_rice._find_layout.cache_clear()
+    settings, (width, *_), _ = SLOW["lw_detr_vit"]
+    with torch.device("meta"):
+        assert find_layout(AutoConfig.for_model("lw_detr_vit", **settings)).patches.width == width
+
+
+def test_where_weights_come_from_is_nothing_to_find_out():
+    config = AutoConfig.for_model("clip_vision_model", **TOKENS)
+    layout = find_layout(config)
+    config.dtype, config.architectures, config.name_or_path = "bfloat16", ["CLIPVisionModel"], "folder"
+    assert find_layout(config) is layout

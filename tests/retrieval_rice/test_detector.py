@@ -219,7 +219,7 @@ class TestBoxWriting:
         path = tmp_path / "boxes.jsonl"
         counts = self.write(shop, cache, path)
         assert counts == {"clips": 9, "frames": 18, "boxes": 13, "unreadable": 0, "earlier": 0}
-        for view, split in (("pairs", "train"), ("queries", "test")):
+        for view, split in (("pairs", "train"), ("query", "test")):
             made, drawn = (
                 load_dataset_view(shop, view, split, cache_dir=cache, boxes_file=file)["boxes"]
                 for file in (path, None)

@@ -1,0 +1,105 @@
+"""Data sets as the Hub holds them: Parquet files with the pictures inside, ``PART/SPLIT-00000-of-00001.parquet``.
+
+The parts are the views of the project, ``pairs``, ``query`` and ``gallery``. A data set is named by its id on the Hub
+or by the folder it was downloaded to; of one on the Hub only the files of the part and split are fetched, into the
+Hub's cache.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from .features import view_features
+from .prepare_shards import check_parquet
+
+_REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+
+
+def is_published(dataset: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> bool:
+    """Return whether this is an id on the Hub, or a folder with the Parquet files of a published gallery."""
+    folder = os.fspath(dataset if data_dir is None else data_dir)
+    if os.path.isdir(folder):
+        return any(Path(folder, "gallery").glob("*-of-*.parquet"))
+    return data_dir is None and not os.path.exists(folder) and _REPO_ID.fullmatch(folder) is not None
+
+
+def published_files(
+    dataset: str | os.PathLike, data_dir: str | os.PathLike | None, view: str, split: str
+) -> list[str]:
+    """Return the Parquet files of one view and split, fetched from the Hub where they are not here.
+
+    Raises:
+        FileNotFoundError: there is no such data set, or it cannot be fetched.
+        ValueError: it has no such part or split.
+    """
+    folder = os.fspath(dataset if data_dir is None else data_dir)
+    pattern = f"{view}/{split}-*-of-*.parquet"
+    root = folder if os.path.isdir(folder) else _fetch(folder, pattern)
+    files = sorted(str(path) for path in Path(root).glob(pattern))
+    if not files:
+        raise ValueError(f"{folder} has no {split} split of {view}; choose another split.")
+    return files
+
+
+def _fetch(repo_id: str, pattern: str) -> str:
+    try:
+        return snapshot_download(repo_id, repo_type="dataset", allow_patterns=pattern)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise FileNotFoundError(
+            f"{repo_id!r} is no folder here, and as a data set of the Hub it cannot be fetched "
+            f"({type(error).__name__}); check the name, the connection and the token."
+        ) from error
+
+
+def load_published(
+    dataset: str | os.PathLike,
+    data_dir: str | os.PathLike | None,
+    view: str,
+    split: str,
+    cache_dir: str | os.PathLike | None = None,
+    options: Mapping[str, object] | None = None,
+) -> datasets.Dataset:
+    """Read one view of a published data set as the rows that builders yield.
+
+    Args:
+        options: builder's options, which rows that are made already do not take.
+
+    Raises:
+        FileNotFoundError, ValueError: as `published_files`; ValueError also for a file that is damaged or lacks a
+            column, and for ``options``.
+    """
+    refuse_options(dataset if data_dir is None else data_dir, options or {})
+    files = published_files(dataset, data_dir, view, split)
+    for path in files:
+        check_parquet(path)
+    cache_dir = None if cache_dir is None else str(cache_dir)
+    rows = datasets.load_dataset("parquet", data_files={split: files}, split=split, cache_dir=cache_dir)
+    features = view_features(view)
+    missing = [name for name in features if name not in rows.column_names]
+    if missing:
+        raise ValueError(f"{files[0]}: the column {missing[0]!r} is missing; publish the data set anew.")
+    return rows.select_columns(list(features)).cast(features)
+
+
+def refuse_options(dataset: str | os.PathLike, options: Mapping[str, object]) -> None:
+    """Raise ValueError where the rows of a published data set are asked for with builder's ``options``."""
+    if options:
+        raise ValueError(f"{os.fspath(dataset)} was published with its rows made; leave out {', '.join(options)}.")
+
+
+def published_scope(dataset: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> str:
+    """Return "live" where the rows of the gallery name livestreams, else "all"."""
+    for split in ("test", "validation", "train"):
+        try:
+            files = published_files(dataset, data_dir, "gallery", split)
+        except ValueError:
+            continue
+        columns = (pyarrow.parquet.read_table(path, columns=["live_id"]) for path in files)
+        return "live" if any(any(column["live_id"].to_pylist()) for column in columns) else "all"
+    raise ValueError(f"{os.fspath(dataset if data_dir is None else data_dir)} has no gallery; publish it anew.")

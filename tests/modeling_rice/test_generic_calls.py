@@ -1,0 +1,134 @@
+"""Calls that code makes which knows models in general: one modality, tuples, arguments of other models, bad counts."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig
+
+from modeling_rice.comparison_rice import list_candidates
+from modeling_rice.scoring_rice import best_first
+
+UNSET = {
+    "input_ids": None,
+    "attention_mask": None,
+    "inputs_embeds": None,
+    "labels": None,
+    "output_attentions": None,
+    "output_hidden_states": False,
+}
+
+
+def tiny_text_config():
+    return BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+
+
+@pytest.fixture
+def text_batch():
+    return {
+        "title_input_ids": torch.tensor([[3, 4, 5], [6, 0, 0], [0, 0, 0]]),
+        "title_attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]]),
+    }
+
+
+def test_images_and_clips_alone_give_their_embeddings(make_model, make_batch):
+    model, batch = make_model(), make_batch()
+    clip = {name: value for name, value in batch.items() if name != "pixel_values"}
+    images, clips = model(pixel_values=batch["pixel_values"]), model(**clip)
+    assert set(images) == {"image_embeds", "pooler_output"} and set(clips) == {"video_embeds", "pooler_output"}
+    both = model(**batch)
+    for alone, name in ((images, "image_embeds"), (clips, "video_embeds")):
+        assert torch.equal(alone[name], both[name]) and torch.equal(alone[0], alone["pooler_output"])
+    assert images.loss is None and both.loss is not None
+    with pytest.raises(ValueError, match="`frame_mask` and `patch_mask` belong to `pixel_values_videos`"):
+        model(pixel_values=batch["pixel_values"], frame_mask=batch["frame_mask"])
+    with pytest.raises(ValueError, match="There is nothing to encode"):
+        model(product_ids=torch.arange(5))
+
+
+def test_a_tuple_holds_what_is_there_in_order(make_model, make_batch):
+    model, batch = make_model(), make_batch()
+    whole = model(**batch, return_dict=True)
+    values = model(**batch, return_dict=False)
+    assert type(values) is tuple and len(values) == len(whole)
+    assert all(torch.equal(one, other) for one, other in zip(values, whole.values(), strict=True))
+    features = model.get_image_features(batch["pixel_values"], return_dict=False)
+    assert torch.equal(features[1], whole.image_embeds)
+    assert torch.equal(model.get_video_features(**batch, return_dict=False)[1], whole.video_embeds)
+    model.config.return_dict = False
+    assert type(model(**batch)) is tuple
+
+
+def test_arguments_of_other_models_may_be_there_unset(make_model, make_batch):
+    model, batch = make_model(), make_batch()
+    assert torch.equal(model(**batch, **UNSET).loss, model(**batch).loss)
+    model.get_image_features(batch["pixel_values"], **UNSET)
+    for name in ("output_attentions", "output_hidden_states"):
+        for method in (model, model.get_image_features, model.get_video_features, model.get_text_features):
+            with pytest.raises(ValueError, match=f"`{name}` is not possible"):
+                method(**batch, **{name: True})
+    for wrong in ({"input_ids": torch.ones(5, 2)}, {"labels": torch.ones(5)}, {"colour": None}):
+        with pytest.raises(TypeError, match=f"takes no argument '{next(iter(wrong))}'"):
+            model(**batch, **wrong)
+
+
+def test_texts_alone_give_their_embeddings(make_model, text_batch):
+    model = make_model(text_config=tiny_text_config(), text_score_weight=0.5)
+    titles = model.get_text_features(**text_batch).pooler_output
+    torch.testing.assert_close(titles.norm(dim=-1), torch.tensor([1.0, 1.0, 0.0]))
+    assert torch.equal(titles, model.encode_text("title", None, *text_batch.values()).embeds)
+    plain = {name.removeprefix("title_"): value for name, value in text_batch.items()}
+    spoken = {name.replace("title", "asr"): value for name, value in text_batch.items()}
+    for other in (plain, spoken):
+        assert torch.equal(model.get_text_features(**other).pooler_output, titles)
+        output = model(**other)
+        assert set(output) == {"text_embeds", "pooler_output"} and torch.equal(output.text_embeds, titles)
+    with pytest.raises(ValueError, match="one kind at a time, got title and asr; give one of them"):
+        model.get_text_features(**text_batch, **spoken)
+
+
+def test_texts_of_a_model_without_a_score_of_texts(make_model, text_batch):
+    model = make_model(text_config=tiny_text_config())
+    features = model.encode_text("title", None, *text_batch.values()).features
+    titles = model.get_text_features(**text_batch).pooler_output
+    assert torch.equal(titles, torch.nn.functional.normalize(features, dim=-1)) and not titles[2].any()
+    with pytest.raises(ValueError, match="The model has no text encoder"):
+        make_model().get_text_features(**text_batch)
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, "a", True])
+def test_counts_are_whole_numbers_of_at_least_one(make_model, make_batch, count):
+    model, batch = make_model(), make_batch()
+    for encode in (model.encode_gallery, model.encode_clips):
+        with pytest.raises(ValueError, match="`batch_size` must be (at least 1|a whole number), got"):
+            encode(**batch, batch_size=count)
+    with pytest.raises(ValueError, match="`top_k` must be (at least 1|a whole number), got"):
+        best_first(torch.zeros(3), count)
+
+
+def test_what_is_no_encoding_is_named(make_model, make_batch):
+    model, batch = make_model(), make_batch()
+    gallery, clips = model.encode_gallery(**batch), model.encode_clips(**batch)
+    with pytest.raises(ValueError, match="`clips` is a NoneType; give what `encode_clips`"):
+        model.similarity(None, gallery)
+    with pytest.raises(ValueError, match="`gallery` is a Tensor; give what `encode_gallery`"):
+        model.similarity(clips, gallery.embeds)
+    with pytest.raises(ValueError, match="compares RiceClips with a RiceGallery, in this order, got RiceGallery"):
+        model.match(gallery, clips)
+    with pytest.raises(ValueError, match=r"`pixel_values` must be \(n, 3, H, W\), got shape \(3, 32, 32\)"):
+        model.encode_gallery(batch["pixel_values"][0])
+    with pytest.raises(ValueError, match="Pixels must be a tensor, got a list"):
+        model.encode_gallery([1, 2])
+
+
+def test_candidates_in_any_sequence(tmp_path):
+    paths = ["a.png", "b.png"]
+    for several in (paths, tuple(paths), np.array(paths), (path for path in paths)):
+        assert list_candidates(several) == paths
+    picture = np.zeros((4, 5, 3), np.uint8)
+    for one in (picture, picture[..., 0], "a.png", b"bytes", {"path": "a.png"}):
+        assert list_candidates(one)[0] is one and len(list_candidates(one)) == 1
+    assert len(list_candidates(np.stack([picture] * 3))) == 3
+    with pytest.raises(ValueError, match="is a set, which has no order"):
+        list_candidates(set(paths))
+    with pytest.raises(ValueError, match="is the folder .*; give a list of its pictures"):
+        list_candidates(tmp_path)
