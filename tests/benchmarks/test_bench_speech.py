@@ -15,10 +15,10 @@ av = pytest.importorskip("av")
 @pytest.fixture
 def study(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-    import study_speech
+    import bench_speech
 
-    yield study_speech
-    sys.modules.pop("study_speech")
+    yield bench_speech
+    sys.modules.pop("bench_speech")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What hearing is worth: the mini LPR4M's English ASR spoken, heard again, and recognised.
 
-    python benchmarks/study_speech.py --model runs/full --asr runs/whisper-base [--detector runs/detector]
+    python benchmarks/bench_speech.py --model runs/full --asr runs/whisper-base [--detector runs/detector]
         [--lives 16] [--snr 20 5] [--output runs/speech.jsonl]
 
 The clips of the test set whose ASR is English are spoken by espeak-ng (`apt-get install espeak-ng`), one voice per
