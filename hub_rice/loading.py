@@ -108,7 +108,7 @@ def load_encoder(path: str):
         FileNotFoundError, ValueError: there is none, it is damaged, or a package that it needs is not installed.
     """
     import torch
-    from transformers import AutoConfig, CLIPVisionModelWithProjection
+    from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
 
     from modeling_rice.encoders_rice import encoder_class
 
@@ -132,7 +132,9 @@ def load_encoder(path: str):
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             # AutoModel would leave its projection behind, and knows no backbones.
             is_clip = "CLIPVisionModelWithProjection" in (config.architectures or [])
-            whole = CLIPVisionModelWithProjection if is_clip else encoder_class(config)
+            whole = CLIPVisionModelWithProjection if is_clip else AutoModel
+            if type(config) not in AutoModel._model_mapping:
+                whole = encoder_class(config)
             settings = {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
             model, report = whole.from_pretrained(path, **settings)
         except ImportError as error:
