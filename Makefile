@@ -19,7 +19,7 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-lowest style lint check bench clean
+.PHONY: help demo test test-slow attacks test-lowest style lint check bench clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -53,6 +53,10 @@ test: $(INSTALLED) ## run the tests, offline, on two cores
 
 test-slow: $(INSTALLED) ## run the long tests
 	$(PY) -m pytest -m "slow and not gpu" --durations=10
+
+attacks: $(INSTALLED) ## kills, damaged files, full disks; the counts are for docs/reliability.md
+	@mkdir -p runs
+	RICE_ATTACK_COUNTS=runs/attacks.json $(PY) -m pytest -m "slow and not gpu" tests/attacks
 
 test-lowest: ## run the tests of model, processing and Hub with the lowest versions of setup.cfg (temporary, about 6 GB)
 	PYTHON=$(PYTHON) .ci/test-lowest

@@ -7,9 +7,9 @@ train_rice.py and eval_rice.py with all their arguments.
 import argparse
 import sys
 
-from hub_rice import convert, encoders, mteb_wrapper, publish, publish_dataset
+from hub_rice import convert, encoders, mteb_wrapper, publish, publish_dataset, untrained
 from hub_rice.export import onnx_export
-from retrieval_rice import index_command, recognise_command
+from retrieval_rice import index_command, recognise_command, transcribe_command
 from retrieval_rice.demo import command as demo_command
 from retrieval_rice.detector import commands as detector
 from retrieval_rice.service import command as serve_command
@@ -17,11 +17,13 @@ from retrieval_rice.service import command as serve_command
 # Verb modules import what is slow to load inside `run`, so that `rice --help` answers at once.
 VERBS = {
     "encoder": encoders,
+    "init": untrained,
     "convert": convert,
     "publish": publish,
     "publish-dataset": publish_dataset,
     "export": onnx_export,
     "mteb": mteb_wrapper,
+    "transcribe": transcribe_command,
     "index": index_command,
     "recognise": recognise_command,
     "demo": demo_command,
@@ -100,13 +102,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     # After --help, which this would keep waiting.
-    from data_rice.commands import print_anywhere
+    from data_rice.commands import mistakes_end, print_anywhere
 
     print_anywhere()
-    try:
+    with mistakes_end(parser, verb=options.verb):
         options.run(options)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"rice {options.verb}: error: {error}\n")
     return 0
 
 

@@ -1,7 +1,7 @@
 """Trains RICE.
 
     python train_rice.py configs/mini_lpr4m.yaml --output_dir runs/mini
-    accelerate launch train_rice.py configs/shop_clips.yaml --data_dir PATH --output_dir runs/shop
+    accelerate launch train_rice.py configs/lpr4m_750k.yaml --data_dir PATH --output_dir runs/lpr4m
 
 A recipe is a flat YAML mapping of the arguments in training_rice/arguments.py plus a `model:` section with fields of
 RiceConfig; `--name value` and `--model.name value` override it. Run the same command again to go on from the last
@@ -30,15 +30,18 @@ from training_rice.arguments import (
     program_name,
 )
 from training_rice.checkpoints import is_trained, newest_whole, writing
+from training_rice.feature_cache_encoding import cache_features
 from training_rice.monitor import run_figures, summary_table
-from training_rice.processes import is_told, on_first_process
+from training_rice.processes import failing_together, is_told, on_first_process
 from training_rice.profiling import profile_steps
 from training_rice.run_lock import run_lock
 from training_rice.setup import (
     build_collators,
     build_model,
     build_rice_processor,
+    check_frozen,
     check_processes,
+    check_recomputation,
     choose_attention,
     find_checkpoint,
     is_finished,
@@ -105,6 +108,7 @@ def train(
 ) -> None:
     """Trains, goes on with a run, or finds that there is nothing to do; raises what the user has to hear."""
     check_processes(training_arguments)
+    check_frozen(model_arguments, training_arguments)
     arguments = model_arguments, data_arguments, training_arguments
     if training_arguments.profile:
         logger.info(profile_steps(build_trainer(*arguments)))
@@ -112,14 +116,14 @@ def train(
     with ExitStack() as while_running:
         checkpoint, finished = on_first_process(partial(_claim, training_arguments, while_running))
         record = partial(record_arguments, *arguments, resuming=finished or checkpoint is not None)
-        with writing("the arguments", training_arguments.output_dir):
+        with failing_together(), writing("the arguments", training_arguments.output_dir):
             record()
         if finished:
             logger.info("The run in %s is finished, there is nothing to do.", training_arguments.output_dir)
             return
         trainer = build_trainer(*arguments)
         # Again, with what the trainer has chosen.
-        with writing("the arguments", training_arguments.output_dir):
+        with failing_together(), writing("the arguments", training_arguments.output_dir):
             record()
         report(trainer, run(trainer, checkpoint))
 
@@ -143,10 +147,15 @@ def build_trainer(
         pairs, validation = load_views(data_arguments, training_arguments)
     model = build_model(model_arguments, data_arguments)
     choose_attention(model, model_arguments, training_arguments)
+    check_recomputation(model, training_arguments)
     processor = build_rice_processor(model_arguments, data_arguments, model.config, read_texts(pairs, data_arguments))
     check_text(data_arguments, model.config, processor.tokenizer)
     set_token_ids(model.config, processor.tokenizer)
     collator, eval_collator = build_collators(data_arguments, processor, _failure_log(training_arguments))
+    if training_arguments.cache_vision_features:
+        pairs, validation, collator, eval_collator = cache_features(
+            model, pairs, validation, (collator, eval_collator), data_arguments, training_arguments
+        )
     trainer = RiceTrainer(
         model=model,
         args=training_arguments,

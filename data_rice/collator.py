@@ -119,9 +119,11 @@ class RiceCollator:
         batch["product_ids"] = torch.tensor([product_id_hash(_product(row)) for row in rows])
         return batch
 
-    def collate_queries(self, rows: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[int], list[Failure]]:
+    def collate_queries(
+        self, rows: list[dict[str, Any]], changes: Sequence[ClipChange] | None = None
+    ) -> tuple[dict[str, torch.Tensor], list[int], list[Failure]]:
         """
-        Query rows for evaluation.
+        Query rows for evaluation, as they are, or with one change per clip.
 
         Returns:
             The processor's keys for the readable clips (empty when there is none), their positions in `rows`, and the
@@ -130,17 +132,24 @@ class RiceCollator:
             nothing can be read).
         """
         failures: list[Failure] = []
-        clips = [self._load_clip(row, failures) for row in rows]
+        changes = changes or [None] * len(rows)
+        clips = [self._load_clip(row, failures, change) for row, change in zip(rows, changes, strict=True)]
         readable = [i for i, clip in enumerate(clips) if clip is not None]
         inputs = {}
         if readable:
             inputs = self._process_clips([rows[i] for i in readable], [clips[i] for i in readable], padding="longest")
         return inputs, readable, failures
 
-    def collate_gallery(self, rows: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[int], list[Failure]]:
-        """Gallery rows for evaluation; returns as `collate_queries`, an unreadable image is `"skipped"`."""
+    def collate_gallery(
+        self, rows: list[dict[str, Any]], changes: Sequence[ClipChange] | None = None
+    ) -> tuple[dict[str, torch.Tensor], list[int], list[Failure]]:
+        """Gallery rows likewise; returns as `collate_queries`, an unreadable image is `"skipped"`."""
         failures: list[Failure] = []
-        images = [self._load_image(row["image_id"], row["image"], failures) for row in rows]
+        changes = changes or [None] * len(rows)
+        images = [
+            self._load_image(row["image_id"], row["image"], failures, change)
+            for row, change in zip(rows, changes, strict=True)
+        ]
         readable = [i for i, image in enumerate(images) if image is not None]
         inputs = {}
         if readable:
@@ -228,7 +237,8 @@ class RiceCollator:
 
     def _decode(self, entry: Any, part: Any, change: ClipChange | None) -> Picture:
         """Decodes for the image or video processor `part`, which resizes what the change's crop leaves."""
-        size = target_size(part) if self.decode == "fast" else None
+        # A picture that is not square becomes larger on one side, and the reduction leaves at least this.
+        size = target_size(part, (1, 1)) if self.decode == "fast" else None
         if size is None:
             return _open(entry)
         left, top, right, bottom = (0.0, 0.0, 1.0, 1.0) if change is None else change.crop
@@ -243,9 +253,9 @@ class RiceCollator:
         """
         if self.decode == "exact" and change is None:
             return list(pictures), boxes
-        size = target_size(part)
 
         def resize(picture: torch.Tensor) -> torch.Tensor:
+            size = target_size(part, picture.shape[-2:])
             return picture if size is None else resize_pixels(picture, size, part.resample)
 
         pixels = [to_pixels(picture) for picture in pictures]

@@ -19,13 +19,21 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def mistakes_end(
-    parser: argparse.ArgumentParser, kinds: tuple[type[Exception], ...] = (ValueError, OSError)
+    parser: argparse.ArgumentParser, kinds: tuple[type[Exception], ...] = (ValueError, OSError), verb: str = ""
 ) -> Iterator[None]:
-    """Ends the program with one sentence and status 2 where what is run within raises an error of the user's."""
+    """
+    Ends the program with one sentence and status 2 where what is run within raises an error of the user's.
+
+    Args:
+        parser: Of the program.
+        kinds: Such errors.
+        verb: The subcommand that is run, if any.
+    """
     try:
         yield
     except kinds as error:
-        parser.exit(2, f"{parser.prog}: error: {one_line(error)}\n")
+        called = " ".join(filter(None, (parser.prog, verb)))
+        parser.exit(2, f"{called}: error: {one_line(error)}\n")
 
 
 def log_plainly(level: int = logging.INFO) -> None:

@@ -41,3 +41,11 @@ def write_atomically(path: str | os.PathLike, text: str) -> None:
     """Writes a text file, in UTF-8, in the manner and with the errors of `replacing`."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def cut_torn_line(path: str | os.PathLike) -> None:
+    """Cuts off the line without an end that an interrupted process leaves in a file that it was adding lines to."""
+    data = Path(path).read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)

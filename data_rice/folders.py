@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from . import parsing
 from .paths import path_to_text
@@ -17,6 +18,8 @@ PICTURE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .pjpeg .pjp .mpo .png .apng .webp .gif .bmp .dib .tif .tiff .avif .avifs .ppm .pgm .pbm "
     ".pnm .pfm".split()
 )
+
+VIDEO_SUFFIXES = frozenset(".mp4 .m4v .mov .mkv .webm .avi .flv .wmv .mpg .mpeg .ts .mts .m2ts .3gp .ogv".split())
 
 # Names without a leading dot, in lower case.
 _SYSTEM_NAMES = frozenset(
@@ -46,6 +49,11 @@ def is_system_entry(name: str) -> bool:
 def is_picture_name(name: str) -> bool:
     """Return whether a file's name has the suffix of a picture that is read, in capitals or not."""
     return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
+
+
+def is_video_name(name: str) -> bool:
+    """Return whether a file's name has the suffix of a video, in capitals or not."""
+    return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
 
 
 def natural_key(name: str) -> tuple:
@@ -138,6 +146,29 @@ def list_pictures(folder: str | os.PathLike, below: bool = False) -> Listing:
                 places.append(entry.path)
     listing.pictures.sort(key=natural_key)
     return listing
+
+
+def picture_rows(folder: str | os.PathLike) -> tuple[list[dict], str]:
+    """
+    The pictures below a folder as gallery rows, named after their place in it, and a note on what was left out.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: a link leads out of the folder.
+    """
+    listing, rows = list_pictures(folder, below=True), []
+    for path in map(Path, listing.pictures):
+        # No table holds bytes that are no UTF-8, and a title is for people.
+        title = os.fsencode(path.stem).decode("utf-8", "replace").replace("_", " ")
+        image_id = path_to_text(path.relative_to(folder).as_posix())
+        rows.append({"image_id": image_id, "title": title, "image": str(path)})
+    if not rows:
+        left_out = f" ({listing.note()})" if listing.left_out else ""
+        raise FileNotFoundError(
+            f"{folder} has neither pictures nor the files of a data set{left_out}; docs/data.md shows what a shop "
+            "looks like."
+        )
+    return rows, listing.note()
 
 
 def _entries(folder: str | os.PathLike) -> list[os.DirEntry]:

@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import torch
 
+from .commands import one_line
 from .line_index import LineIndex
 
 # Rows of a shard where any row can be read alone: enough for one read-ahead of a disk, few enough to mix well.
@@ -139,7 +140,7 @@ class ParquetRows(LazyRows):
             except FileNotFoundError:
                 raise FileNotFoundError(f"{path} does not exist; put the Parquet file there.") from None
             except (OSError, pyarrow.ArrowException) as error:
-                raise ValueError(f"{path} is not a Parquet file ({error}); make it again.") from None
+                raise ValueError(f"{path} is not a Parquet file ({one_line(error)}); make it again.") from None
             for group in range(metadata.num_row_groups):
                 self.groups.append((number, group))
                 sizes.append(metadata.row_group(group).num_rows)
@@ -166,10 +167,12 @@ class ParquetRows(LazyRows):
             while len(self._tables) >= self.shards_per_block:
                 self._tables.popitem(last=False)
             try:
-                with pyarrow.parquet.ParquetFile(self.files[number]) as file:
+                with pyarrow.parquet.ParquetFile(self.files[number], page_checksum_verification=True) as file:
                     self._tables[shard] = file.read_row_group(group)
             except (OSError, pyarrow.ArrowException) as error:
-                raise ValueError(f"{self.files[number]}, row group {group}: {error}; make the file again.") from None
+                raise ValueError(
+                    f"{self.files[number]}, row group {group}: {one_line(error)}; make the file again."
+                ) from None
         self._tables.move_to_end(shard)
         return self._tables[shard]
 

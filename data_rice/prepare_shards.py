@@ -13,6 +13,7 @@ import pyarrow.parquet
 from processing_rice.media_rice import tar_member_path
 
 from . import parsing
+from .commands import one_line
 
 # Rows hold up to a megabyte of pictures; readers load whole row groups, and mix the rows of as many as memory holds.
 _ROW_GROUP = 16
@@ -25,7 +26,7 @@ def write_shard(path: str, rows: Sequence[tuple[int, dict]], features: datasets.
         return
     columns = {name: [row[name] for _, row in rows] for name in features}
     table = datasets.Dataset.from_dict(columns, features=features).data.table
-    pyarrow.parquet.write_table(table, path, row_group_size=_ROW_GROUP)
+    pyarrow.parquet.write_table(table, path, row_group_size=_ROW_GROUP, write_page_checksum=True)
 
 
 def _write_tar(path: str, rows: Sequence[tuple[int, dict]], features: datasets.Features) -> None:
@@ -96,7 +97,7 @@ def check_parquet(path: str) -> None:
     try:
         pyarrow.parquet.read_metadata(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and run prepare again.") from None
+        raise ValueError(f"{path} is damaged ({one_line(error)}); delete it and run prepare again.") from None
 
 
 def _entry(value: str | dict, places: dict[str, str]) -> dict:

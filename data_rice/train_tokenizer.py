@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .commands import print_anywhere
+from .commands import mistakes_end, print_anywhere
 from .views import load_dataset_view
 
 _AT_ONCE = 10_000
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser, options = parse_arguments(arguments)
     from processing_rice import train_tokenizer
 
-    try:
+    with mistakes_end(parser, (ValueError, OSError, ImportError)):
         if options.max_rows < 0:
             raise ValueError(f"--max_rows {options.max_rows} must be 0 or more.")
         texts, read, total = read_texts(
@@ -105,8 +105,6 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer = train_tokenizer(texts, vocab_size=options.vocab_size, model_max_length=options.max_length)
         Path(options.output_dir).mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(options.output_dir)
-    except (ValueError, OSError, ImportError) as error:
-        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
     figures = coverage(tokenizer, texts)
     print(
         f"{len(texts)} different texts of {read} of {total} rows -> {len(tokenizer)} entries in {options.output_dir}; "

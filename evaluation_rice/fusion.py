@@ -12,6 +12,8 @@ FUSED_TEXT_WEIGHTS = (0.0, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.
 DEFAULT_WEIGHTS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
 DEFAULT_WEIGHTS += (7.0, 10.0, 15.0, 20.0, 30.0, 50.0)
 """At both ends one score decides almost alone: at 50 the embedding only orders images that match equally well."""
+ALIGNMENT_WEIGHTS = (0.0, *DEFAULT_WEIGHTS)
+"""0 leaves the alignment out of the fused score."""
 
 
 def edge_words(name: str, weight: float, weights: Sequence[float]) -> str | None:
@@ -52,9 +54,10 @@ def fit_fusion_weight(
     matching_scores: Sequence[np.ndarray],
     relevant: Sequence[Sequence[int]],
     weights: Sequence[float] = DEFAULT_WEIGHTS,
+    name: str = "fusion_weight",
 ) -> tuple[float, list[dict[str, float]]]:
-    """The weight of matching with the best R@1 on a validation split; ties: best mean reciprocal rank, then the
-    smallest weight.
+    """The weight of matching, or of an alignment, with the best R@1 on a validation split; ties: best mean reciprocal
+    rank, then the smallest weight.
 
     Args:
         others: per query what the weighted z-score of matching is added to, the z-scores of the embedding score or
@@ -62,15 +65,16 @@ def fit_fusion_weight(
             differ in size.
         matching_scores: the same of the matching scores, as the model gives them.
         relevant: per query the gallery positions of its relevant images; a query without any counts as a miss.
-        weights: the candidates, each above 0.
+        weights: the candidates, each above 0, or 0 or more for an alignment.
+        name: of the weight in `FusionWeights`, "fusion_weight" or "alignment_weight".
 
     Returns:
         the weight, and the validation curve `[{"weight": w, "R@1": ..., "MRR": ...}, ...]` in ascending weight.
 
     Raises:
-        ValueError: no queries, sequences of different lengths, or a weight that is not above 0.
+        ValueError: no queries, sequences of different lengths, or a weight out of its range.
     """
-    weights = np.array(sorted({FusionWeights(float(weight)).fusion_weight for weight in weights}))
+    weights = np.array(sorted({getattr(FusionWeights(**{name: float(weight)}), name) for weight in weights}))
     if weights.size == 0:
         raise ValueError("weights is empty: name at least one candidate above 0.")
     if not len(others) == len(matching_scores) == len(relevant):

@@ -4,7 +4,7 @@ The gallery is encoded once per unique image and kept; clips are encoded in batc
 grows with the gallery and not with the number of clips.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -17,7 +17,14 @@ from tqdm.auto import tqdm
 from data_rice.collator import failure_words
 from modeling_rice.scoring_rice import PARTS, FusionWeights, fuse, model_scores, pair_kinds, with_fused
 
-from .fusion import FUSED_TEXT_WEIGHTS, edge_words, fit_fusion_weight, fit_text_weight
+from .fusion import (
+    ALIGNMENT_WEIGHTS,
+    DEFAULT_WEIGHTS,
+    FUSED_TEXT_WEIGHTS,
+    edge_words,
+    fit_fusion_weight,
+    fit_text_weight,
+)
 from .protocol import Rankings, RetrievalTask
 from .recall import DEFAULT_KS
 
@@ -98,16 +105,25 @@ class ModelRetriever:
 
 @dataclass(frozen=True)
 class Loading:
-    """How rows are read: `batch_size` rows at a time, in `num_workers` processes, with or without progress bars."""
+    """
+    How rows are read: `batch_size` rows at a time, in `num_workers` processes that begin with `worker_init`, with or
+    without progress bars.
+    """
 
     batch_size: int = 32
     num_workers: int = 0
     quiet: bool = False
+    worker_init: Callable[[int], None] | None = None
 
     def batches(self, dataset, rows: list[int], load, title: str) -> Iterator[tuple[list[int], Any, list[dict]]]:
         """Yields `(row numbers that loaded, inputs, failures)` for each batch of `rows`, in order."""
         loader = DataLoader(
-            Subset(dataset, rows), self.batch_size, shuffle=False, num_workers=self.num_workers, collate_fn=load
+            Subset(dataset, rows),
+            self.batch_size,
+            shuffle=False,
+            num_workers=self.num_workers,
+            collate_fn=load,
+            worker_init_fn=self.worker_init,
         )
         done = 0
         with tqdm(total=len(rows), desc=title, unit="row", disable=self.quiet or not rows) as bar:
@@ -332,19 +348,34 @@ def evaluate_retrieval(
 
 
 class FittedFusion(NamedTuple):
-    """Weights of the fused score with their validation curves (`fit_fusion_weight`), `None` where there is no text."""
+    """Weights of the fused score with their validation curves (`fit_fusion_weight`), `None` for scores there are not.
+
+    `curve` is that of matching.
+    """
 
     weights: FusionWeights
-    curve: list[dict[str, float]]
+    curve: list[dict[str, float]] | None
     text_curve: list[dict[str, float]] | None = None
+    alignment_curve: list[dict[str, float]] | None = None
 
     def edges(self) -> list[str]:
         """What to tell of weights at an end of their grid (`evaluation_rice.fusion.edge_words`)."""
-        words = [edge_words("fusion weight", self.weights.fusion_weight, [point["weight"] for point in self.curve])]
-        if self.text_curve is not None:
-            grid = [point["weight"] for point in self.text_curve]
-            words.append(edge_words("text weight in the fused score", self.weights.fused_text_weight, grid))
+        fitted = (
+            ("fusion weight", self.weights.fusion_weight, self.curve),
+            ("alignment weight", self.weights.alignment_weight, self.alignment_curve),
+            ("text weight in the fused score", self.weights.fused_text_weight, self.text_curve),
+        )
+        words = [
+            edge_words(name, weight, [point["weight"] for point in curve])
+            for name, weight, curve in fitted
+            if curve is not None
+        ]
         return [sentence for sentence in words if sentence]
+
+    def curves(self) -> dict[str, list[dict[str, float]]]:
+        """The curves that there are, under their names in results.json."""
+        named = {"curve": self.curve, "alignment_curve": self.alignment_curve, "text_curve": self.text_curve}
+        return {name: curve for name, curve in named.items() if curve is not None}
 
 
 def fit_fusion(
@@ -352,15 +383,14 @@ def fit_fusion(
 ) -> FittedFusion:
     """Scores a validation split and fits the weights of the fused score on it.
 
-    That of matching is fitted as `fit_fusion_weight` says, from visual and matching scores alone as if there were no
-    text; then that of the text, given the first, as `fit_text_weight` says. So a clip without ASR gets what is best
-    without text, whatever text is worth to the others. That of an alignment stays the model's own.
+    That of an alignment is fitted beside the visual score, and may be 0; that of matching given the first, both as
+    `fit_fusion_weight` says and as if there were no text; then that of the text, given these, as `fit_text_weight`
+    says. So a clip without ASR gets what is best without text, whatever text is worth to the others.
 
     A query that could not be read or has no gallery counts as a miss at every weight. Raises `ValueError` when the
-    method has no matching scores.
+    method has neither matching nor alignment scores.
     """
-    own = _own_weights(retriever)
-    return _fit(task, all_scores(retriever, task, queries, gallery, loading), own, **options)
+    return _fit(task, all_scores(retriever, task, queries, gallery, loading), **options)
 
 
 def validate(
@@ -378,11 +408,11 @@ def validate(
     What could not be read is appended to `failures`, as `retrieve` returns it.
 
     Returns:
-        score name -> rankings of every query, and the weights (`None` where the method has no matching scores). The
+        score name -> rankings of every query, and the weights (`None` where the method has nothing to fuse). The
         fused figure is an optimistic one, since the weights were chosen on the same queries.
     """
     scores = all_scores(retriever, task, queries, gallery, loading, failures)
-    return rank_scores(task, scores, ks, _own_weights(retriever))
+    return rank_scores(task, scores, ks)
 
 
 def rank_scores(
@@ -393,9 +423,9 @@ def rank_scores(
 ) -> tuple[dict[str, Rankings], FittedFusion | None]:
     """What `validate` makes of the scores of all queries (`all_scores`), wherever they were computed.
 
-    `own` are the model's weights, of which those that are fitted here are replaced.
+    An `alignment_weight` of `own` is kept and not fitted.
     """
-    fitted = _fit(task, scores, own) if any("matching" in values for values in scores.values()) else None
+    fitted = _fit(task, scores, own) if _to_fit(scores, own) else None
     weights = own if fitted is None else fitted.weights
     rankings: dict[str, Rankings] = {"embedding": Rankings(task, ks)}
     for query, values in scores.items():
@@ -438,29 +468,38 @@ def all_scores(
         return dict(iter_scores(retriever, task, queries, gallery, loading, failures))
 
 
-def _own_weights(retriever) -> FusionWeights:
-    return FusionWeights.of(getattr(getattr(retriever, "model", None), "config", None))
+# Scores of pairs with a weight in the fused score, in the order in which they are fitted, and its grid.
+_FITTED = {"alignment": ("alignment_weight", ALIGNMENT_WEIGHTS), "matching": ("fusion_weight", DEFAULT_WEIGHTS)}
+
+
+def _to_fit(scores: dict[int, dict[str, torch.Tensor]], own: FusionWeights) -> list[str]:
+    kept = ["alignment"] * (own.alignment_weight is not None)
+    return [kind for kind in _FITTED if kind not in kept and any(kind in values for values in scores.values())]
 
 
 def _fit(
-    task: RetrievalTask, scores: dict[int, dict[str, torch.Tensor]], own: FusionWeights, **options
+    task: RetrievalTask, scores: dict[int, dict[str, torch.Tensor]], own: FusionWeights = FusionWeights(), **options
 ) -> FittedFusion:
-    if not any("matching" in values for values in scores.values()):
-        raise ValueError("the model gives no matching scores, so there is no fusion weight to fit.")
+    kinds = _to_fit(scores, own)
+    if not kinds:
+        raise ValueError("the model gives no matching scores, and no alignment, so there is no fusion weight to fit.")
     rows = [scores.get(i, {}) for i in range(len(task.query_ids))]
-    rows = [values if "matching" in values else dict.fromkeys(("embedding", "matching"), _NOTHING) for values in rows]
-    relevant = [task.relevant_positions(i) if len(values["matching"]) else [] for i, values in enumerate(rows)]
+    nothing = dict.fromkeys(("embedding", *kinds), _NOTHING)
+    rows = [values if set(kinds) <= values.keys() else nothing for values in rows]
+    relevant = [task.relevant_positions(i) if len(values[kinds[0]]) else [] for i, values in enumerate(rows)]
     # As if there were no text, see `fit_fusion`.
     silent = [{**values, "embedding": values.get("visual", values["embedding"])} for values in rows]
-    others = [
-        fuse({kind: row for kind, row in values.items() if kind != "matching"}, replace(own, fused_text_weight=None))
-        for values in silent
-    ]
-    weight, curve = fit_fusion_weight(others, [values["matching"] for values in rows], relevant, **options)
-    weights = replace(own, fusion_weight=weight, fused_text_weight=None)
-    if not any("text" in values for values in rows):
-        return FittedFusion(weights, curve)
-    fused = [fuse(values, weights) for values in silent]
-    texts = [values.get("text", torch.zeros(len(row))) for values, row in zip(rows, fused)]
-    text_weight, text_curve = fit_text_weight(fused, texts, relevant, FUSED_TEXT_WEIGHTS)
-    return FittedFusion(replace(weights, fused_text_weight=text_weight), curve, text_curve)
+    weights, curves = FusionWeights(alignment_weight=own.alignment_weight), {}
+    for kind in kinds:
+        name, grid = _FITTED[kind]
+        others = [fuse(values, weights) for values in silent]
+        settings = {"weights": grid, "name": name, **options}
+        weight, curves[kind] = fit_fusion_weight(others, [values[kind] for values in rows], relevant, **settings)
+        weights = replace(weights, **{name: weight})
+    text_curve = None
+    if any("text" in values for values in rows):
+        fused = [fuse(values, weights) for values in silent]
+        texts = [values.get("text", torch.zeros(len(row))) for values, row in zip(rows, fused)]
+        text_weight, text_curve = fit_text_weight(fused, texts, relevant, FUSED_TEXT_WEIGHTS)
+        weights = replace(weights, fused_text_weight=text_weight)
+    return FittedFusion(weights, curves.get("matching"), text_curve, curves.get("alignment"))

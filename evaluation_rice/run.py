@@ -16,7 +16,7 @@ from .baselines import run_baselines
 from .breakdown import count_training_rows
 from .protocol import Rankings, RetrievalTask, breakdown
 from .recall import interval_words
-from .report.heatmap import has_maps, heat_pictures
+from .report.heatmap import aligns, has_maps, heat_pictures
 from .report.html_report import Evaluation
 from .report.results import library_versions
 from .retrieval import Loading, Retriever, retrieve
@@ -69,7 +69,8 @@ def measure(
         "ties": {kind: ranked.tie_summary() for kind, ranked in rankings.items()},
     }
     heat = partial(heat_pictures, model, retriever.collator) if has_maps(model) else None
-    return Evaluation(results, task, rankings, queries, gallery, heat)
+    heat_words = "finds its like" if aligns(model) else "was reconstructed from"
+    return Evaluation(results, task, rankings, queries, gallery, heat, heat_words)
 
 
 def describe_protocol(options: argparse.Namespace, task: RetrievalTask, scope: str) -> dict[str, Any]:

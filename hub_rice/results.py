@@ -43,6 +43,7 @@ FIELDS = {
         "fusion": {
             **{"rule": TEXT, "text_weight": NUMBER, "source": TEXT, "source_words": TEXT, "at_edge": FLAG},
             **{"edge_words": TEXTS, "curve": [{EACH: NUMBER}], "text_curve": [{EACH: NUMBER}]},
+            "alignment_curve": [{EACH: NUMBER}],
         },
     },
     "num_queries": NUMBER,
@@ -135,7 +136,7 @@ def _check_shown(results: Mapping, file: str) -> None:
         _check({name for name in columns if "_" not in name} <= set(values), "a row of the table", file, where)
     for kind, tie in results["ties"].items():
         _check("share" in tie, "an object with share", file, f"ties.{kind}")
-    if results.get("fusion_weight") is not None:
+    if any(results.get(name) is not None for name in ("fusion_weight", "alignment_weight")):
         words = (results["protocol"].get("fusion") or {}).get("source_words")
         _check(words is not None, "an object with source_words", file, "protocol.fusion")
 
@@ -143,7 +144,7 @@ def _check_shown(results: Mapping, file: str) -> None:
 def complete(results: Mapping) -> dict:
     """Results with what an evaluation may leave out, and without attributes that group no clips."""
     by = {attribute: groups for attribute, groups in (results.get("by") or {}).items() if groups}
-    return {"fusion_weight": None, **results, "by": by}
+    return {"fusion_weight": None, "alignment_weight": None, **results, "by": by}
 
 
 def portable_results(results: Mapping, repo_id: str) -> dict:

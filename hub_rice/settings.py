@@ -278,5 +278,7 @@ def try_out(model: RiceModel, processor: RiceProcessor, name: str) -> None:
     with usable(name, "config.json"), torch.no_grad():
         gallery, encoded = model.encode_gallery(**images), model.encode_clips(**clips)
         model.similarity(encoded, gallery)
+        if model.alignment is not None:
+            model.align(encoded, gallery)
         if model.config.use_decoder:
             model.match(encoded, gallery)

@@ -46,7 +46,7 @@ def read_training_record(run_dir: str | os.PathLike | None) -> dict[str, Any]:
     Returns:
         `recipe` (YAML or ""), `training_data`, `datasets` (ids of the Hub), `license` (of the data, or `None`),
         `base_model` (an id of the Hub or `None`), `num_processes` in words, `cost` in words, `emissions` (metadata or
-        `None`), `parts` in words, `has_decoder`.
+        `None`), `parts` in words, `has_decoder`, `has_alignment`.
 
     Raises:
         ValueError: a file is damaged, or a field holds something else than it should.
@@ -70,8 +70,9 @@ def read_training_record(run_dir: str | os.PathLike | None) -> dict[str, Any]:
         "num_processes": "one process" if processes == 1 else f"{processes} processes",
         "cost": _cost(results, emissions),
         "emissions": emissions,
-        "parts": _parts(config),
+        "parts": _parts(config, bool(arguments)),
         "has_decoder": bool(config.get("use_decoder", config != {})),
+        "has_alignment": config.get("alignment_weight") is not None,
     }
 
 
@@ -156,13 +157,17 @@ def _read(path: Path) -> dict:
     return content
 
 
-def _parts(config: dict) -> str:
+def _parts(config: dict, has_record: bool) -> str:
     if config.get("model_type") != "rice":
         return ""
-    parts = ["contrastive learning (ICL)"]
-    if config.get("use_decoder", True):
+    aligns, has_decoder = config.get("alignment_weight") is not None, config.get("use_decoder", True)
+    # What `rice init` made of an encoder was not trained, and has no record of it.
+    is_trained = has_record or has_decoder or not aligns
+    parts = ["contrastive learning (ICL)"] if is_trained else ["embeddings of a pretrained encoder, centred per view"]
+    if has_decoder:
         parts.append("the pairwise matching decoder (PMD)")
         parts += ["patch feature reconstruction (PFR)"] * bool(config.get("use_reconstruction", True))
+    parts += ["parameter-free cross-view alignment of patches"] * aligns
     encoder = (config.get("vision_config") or {}).get("model_type", "")
     return ", ".join(parts) + (f", on a {encoder} encoder" if encoder else "")
 

@@ -4,11 +4,17 @@ round. This is the late interaction of ColBERT and ColPali, MaxSim, in both dire
 encoder.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 # Bytes of cosines held at a time: what stays in a core's cache, and what keeps a GPU busy.
 _MEMORY = {"cpu": 2**20, "cuda": 2**30}
+# Pictures of a shop that count as much as knowing nothing. Frames need no such care: a few of them show the
+# backgrounds that all have in common.
+_SHOP_PRIOR = 8
 
 
 class RiceAlignment(nn.Module):
@@ -24,17 +30,25 @@ class RiceAlignment(nn.Module):
 
     def __init__(self, patch_width: int, rank: int, embed_width: int):
         super().__init__()
-        self.register_buffer("patch_mean", torch.zeros(patch_width))
-        self.register_buffer("patch_projection", torch.eye(patch_width, min(rank, patch_width)))
-        self.register_buffer("image_mean", torch.zeros(embed_width))
-        self.register_buffer("video_mean", torch.zeros(embed_width))
+        self.register_buffer("patch_mean", torch.empty(patch_width))
+        self.register_buffer("patch_projection", torch.empty(patch_width, min(rank, patch_width)))
+        self.register_buffer("image_mean", torch.empty(embed_width))
+        self.register_buffer("video_mean", torch.empty(embed_width))
+        for name, value in self.starting_buffers().items():
+            getattr(self, name).copy_(value)
+
+    def starting_buffers(self) -> dict[str, Tensor]:
+        """Buffers before anything was fitted: patches as they are, and embeddings that are not centred."""
+        buffers = {name: torch.zeros(buffer.shape) for name, buffer in self.named_buffers()}
+        return buffers | {"patch_projection": torch.eye(*self.patch_projection.shape)}
 
     def fit(self, images: "ViewStatistics", frames: "ViewStatistics", strength: float, shrinkage: float) -> str | None:
         """
         Fills the buffers from unlabelled pictures and frames.
 
         Patches of both views are whitened by the statistics of frames alone where there are any: in a shop's pictures,
-        which are mostly products cut out before white, the background outweighs the products.
+        which are mostly products cut out before white, the background outweighs the products. A few pictures of a shop
+        alone say little about others, so that mean and strength are theirs in so far as they are many.
 
         Args:
             images, frames: Of the two views; a view of fewer than two pictures has no statistics.
@@ -44,25 +58,27 @@ class RiceAlignment(nn.Module):
             One sentence that says what is done without, or `None`.
 
         Raises:
-            ValueError: when there is neither a picture nor a frame.
+            ValueError: when there is neither a picture nor a frame, or the encoder gave numbers that are not finite.
         """
         if not images.count and not frames.count:
             raise ValueError("There is no picture to take statistics from; give at least one.")
+        for view in (images, frames):
+            if not (view.mean().isfinite().all() and view.patches.second_moment().isfinite().all()):
+                raise ValueError(
+                    "The encoder gives numbers that are not finite; its weights are damaged, save it anew."
+                )
         self.image_mean.zero_()
         self.video_mean.zero_()
-        seen = [view for view in (frames, images) if view.count > 1]
-        if not seen:
-            whole = images if images.count else frames
-            # Axes still have to be chosen where the rank is lower than the width.
-            self.patch_mean.zero_()
-            self.patch_projection.copy_(whitening(whole.patches.second_moment(), self.patch_projection.shape[1], 0, 0))
+        view, prior = (frames, 0) if frames.count > 1 or not images.count else (images, _SHOP_PRIOR)
+        # One picture has no statistics, but axes still have to be chosen where the rank is lower than the width.
+        trust = view.count / (view.count + prior) if view.count > 1 else 0.0
+        mean = view.patches.mean()
+        self.patch_mean.copy_(trust * mean)
+        moment = view.patches.covariance() + (1 - trust) ** 2 * mean[:, None] * mean
+        self.patch_projection.copy_(whitening(moment, self.patch_projection.shape[1], trust * strength, shrinkage))
+        if view.count < 2:
             return "One picture has no statistics: embeddings are not centred, and patches are not whitened."
-        patches = seen[0].patches
-        self.patch_mean.copy_(patches.mean())
-        self.patch_projection.copy_(
-            whitening(patches.covariance(), self.patch_projection.shape[1], strength, shrinkage)
-        )
-        if len(seen) == 1:
+        if images.count < 2 or frames.count < 2:
             # Both views less the mean of one would move apart.
             return "Embeddings are not centred, which takes two pictures and two frames."
         self.image_mean.copy_(images.mean())
@@ -71,11 +87,87 @@ class RiceAlignment(nn.Module):
 
     def project(self, patches: Tensor) -> Tensor:
         """Patches `(..., C)` of either view -> `(..., R)`, whitened and L2-normalised."""
-        return nn.functional.normalize((patches - self.patch_mean) @ self.patch_projection, dim=-1)
+        # Scales of unlike axes differ by more than half precision holds.
+        patches, mean, projection = (t.float() for t in (patches, self.patch_mean, self.patch_projection))
+        return nn.functional.normalize((patches - mean) @ projection, dim=-1)
 
     def center(self, features: Tensor, is_clip: bool) -> Tensor:
         """Global features `(..., D)` of one view -> the same less their view's mean, L2-normalised."""
-        return nn.functional.normalize(features - (self.video_mean if is_clip else self.image_mean), dim=-1)
+        mean = self.video_mean if is_clip else self.image_mean
+        return nn.functional.normalize(features - mean.to(features.dtype), dim=-1)
+
+
+class RiceAlignmentSide:
+    """The methods of [`RiceModel`] that fill [`RiceAlignment`], and what it makes of pictures."""
+
+    # Of the model.
+    alignment: Any
+    device: Any
+    training: bool
+    require_eval_mode: Any
+    _encoder_output: Any
+    _from_states: Any
+
+    @torch.no_grad()
+    def fit_alignment(self, images: Iterable[Tensor], frames: Iterable[Tensor] = ()) -> str | None:
+        """
+        Takes centring and whitening from unlabelled pictures, as `config.alignment_strength` and
+        `config.alignment_shrinkage` say. Encodings from before are another model's afterwards. Call in eval mode.
+
+        Args:
+            images: Batches `(n, 3, H, W)` of the shop's pictures, preprocessed.
+            frames: Batches `(n, 3, H, W)` of frames of clips.
+
+        Returns:
+            As [`RiceAlignment.fit`].
+
+        Raises:
+            ValueError: when the model has no alignment, there is no picture, or in training mode where that changes
+                encodings.
+        """
+        if self.alignment is None:
+            raise ValueError("This model has no alignment to fit; set `alignment_weight` in its config.")
+        self.require_eval_mode("fit_alignment")
+        views = []
+        for batches, is_clip in ((images, False), (frames, True)):
+            views.append(ViewStatistics(len(self.alignment.patch_mean), len(self.alignment.image_mean)))
+            for pixel_values in batches:
+                states = self._encoder_output(pixel_values.to(self.device))
+                views[-1].update(states.patches, self._from_states(states, is_clip=is_clip)[1])
+        return self.alignment.fit(*views, self.config.alignment_strength, self.config.alignment_shrinkage)
+
+    def _centred(self, features: Tensor, is_clip: bool) -> Tensor:
+        """Global features `(..., D)` of one view, less their view's mean and L2-normalised in a model that does so."""
+        return features if self.alignment is None else self.alignment.center(features, is_clip)
+
+    def _aligned(self, patches: Tensor) -> Tensor | None:
+        """The encoder's patches `(n, P, C)` -> those that are compared `(n, P, R)`, where they will be."""
+        return None if self.alignment is None or self.training else self.alignment.project(patches)
+
+    @torch.no_grad()
+    def alignment_maps(self, pixel_values: Tensor, pixel_values_videos: Tensor, **batch) -> Tensor:
+        """
+        Which patches find each other: what `align` takes the maxima of, for pairs of an image and a clip.
+
+        Args:
+            pixel_values (`(B, 3, H, W)`), pixel_values_videos (`(B, T, 3, H, W)`): As `forward`, and further entries
+                of a batch.
+
+        Returns:
+            Cosines `(B, P, T, Q)` in -1..1 of each image patch with each patch of the clip; -1 for masked patches and
+            padded frames.
+
+        Raises:
+            ValueError: when the model has no alignment, or for batches of unequal length.
+        """
+        if self.alignment is None:
+            raise ValueError("This model has no alignment, so it has no maps of it.")
+        if len(pixel_values) != len(pixel_values_videos):
+            raise ValueError(f"There are {len(pixel_values)} images and {len(pixel_values_videos)} clips; give pairs.")
+        gallery = self.encode_gallery(pixel_values)
+        clips = self.encode_clips(pixel_values_videos, **batch)
+        cosines = torch.einsum("bpr,btqr->bptq", gallery.patches.float(), clips.patches.float())
+        return cosines.masked_fill(~clips.patch_mask[:, None], -1.0)
 
 
 class PatchStatistics:

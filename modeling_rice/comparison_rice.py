@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .alignment_rice import align_patches
 from .features_rice import RiceClips, RiceGallery
 from .loss_rice import cosines
 from .scoring_rice import best_first, ranked_scores
@@ -20,6 +21,7 @@ class RiceComparison:
 
     # Of the model.
     config: Any
+    alignment: Any
     decoder: Any
     device: Any
     visual_projection: Any
@@ -91,6 +93,37 @@ class RiceComparison:
                 states = gallery.states[columns].to(device, dtype)
                 scores[rows, columns] = self.decoder.score_pairs(states, keys, values, mask).float()
         return scores
+
+    @torch.no_grad()
+    def align(self, clips: RiceClips, gallery: RiceGallery, max_memory: int | None = None) -> Tensor:
+        """
+        Late interaction of every clip with every image, see [`alignment_rice.align_patches`]: how well the patches of
+        the one find their like among the other's, both ways. Padded frames and masked patches count nowhere.
+
+        Args:
+            clips, gallery: From `encode_clips` and `encode_gallery` of this model.
+            max_memory: Bytes the cosines may take at a time; by default what suits the device.
+
+        Returns:
+            `(num_clips, num_images)` float32 in -2..2.
+
+        Raises:
+            ValueError: when the model has no alignment, or for features without patches or of another model.
+        """
+        if self.alignment is None:
+            raise ValueError(
+                "This model has no alignment (`alignment_weight`); make one with `rice init`, or rank by `similarity` "
+                "instead."
+            )
+        if gallery.patches is None or clips.patches is None:
+            raise ValueError(
+                "The features hold no patches to align: they come from a model without alignment or in training mode; "
+                "encode them with this one after `model.eval()`."
+            )
+        self.refuse_foreign(clips=clips, gallery=gallery)
+        patches = clips.patches.to(self.device, self.visual_projection.weight.dtype)
+        mask = None if clips.patch_mask is None else clips.patch_mask.to(self.device)
+        return align_patches(gallery.patches.to(self.device), patches, mask, max_memory)
 
     def rank(
         self,

@@ -79,6 +79,9 @@ class RiceConfig(PreTrainedConfig):
             that the contrastive loss trains; a stand-in for boxes that needs none, starting as the plain mean. Needs
             `vision_pooling="mean"`. The decoder chooses among patches by its own attention.
         projection_dim (`int`, defaults to 512): Width D of the shared embedding.
+        projection_dropout (`float`, defaults to 0.0):
+            Dropout, in training, on what the visual projection is applied to, for a projection that is trained on a
+            frozen encoder and few clips.
         normalize_frames (`bool`, defaults to `True`):
             L2-normalise each frame before the mean over frames; `False` averages the raw features.
         temporal_pooling (`"mean"`, `"attention"`, `"lstm"`, `"transformer"`):
@@ -156,7 +159,13 @@ class RiceConfig(PreTrainedConfig):
             model without score-level text; in a checkpoint that has it and was saved before this field was, the
             embedding z-score goes on to include the text, as `fusion_weight` was fitted.
         alignment_weight (`float`, *optional*):
-            Weight of the alignment z-score in the fused score, >= 0; `None` for a model without alignment scores.
+            Weight of the alignment z-score in the fused score, >= 0. With one the model has an alignment of patches
+            and centres its embeddings per view, by statistics that are buffers of the checkpoint
+            ([`RiceModel.fit_alignment`]); `None` for a model without.
+        alignment_rank (`int`, defaults to 64): Numbers of a patch that are compared, at most the patch's width.
+        alignment_strength (`float`, defaults to 1.0): Of the patches' whitening, 0 (none) to 1.
+        alignment_shrinkage (`float`, defaults to 0.1):
+            Of the whitening: how far variances are drawn towards their mean, 0 to 1.
         ranking (`"embedding"`, `"matching"`, `"alignment"`, `"fused"`, *optional*):
             The score that images are ranked by wherever none is asked for; training sets it to `"fused"` once it has
             fitted the weights, unless it was set before. By default the fused score where it has a weight, else
@@ -176,6 +185,7 @@ class RiceConfig(PreTrainedConfig):
     patch_mask_pooling: bool = False
     patch_saliency: Literal["none", "learned"] = "none"
     projection_dim: int = 512
+    projection_dropout: float | int = 0.0
     normalize_frames: bool = True
     temporal_pooling: Literal["mean", "attention", "lstm", "transformer"] = "mean"
     frame_consensus_scale: float | int = 0.0
@@ -230,6 +240,9 @@ class RiceConfig(PreTrainedConfig):
     fusion_weight: float | int | None = None
     fused_text_weight: float | int | None = None
     alignment_weight: float | int | None = None
+    alignment_rank: int = 64
+    alignment_strength: float | int = 1.0
+    alignment_shrinkage: float | int = 0.1
     ranking: Literal["embedding", "matching", "alignment", "fused"] | None = None
     initializer_range: float = 0.02
 
@@ -282,7 +295,6 @@ class RiceConfig(PreTrainedConfig):
 
         Raises:
             ValueError: for an encoder that cannot work, with the reason.
-            ImportError: for one whose package is not installed.
         """
         return find_layout(self.vision_config)
 
@@ -343,12 +355,16 @@ class RiceConfig(PreTrainedConfig):
 
     @property
     def mask_patch_size(self) -> int:
+        """Side in pixels of the patches of a patch mask, for pictures of the encoder's native size."""
+        return self.mask_patch_size_at(self.layout.image_size[0])
+
+    def mask_patch_size_at(self, side: int) -> int:
         """
-        Side in pixels of the patches of a patch mask: what one patch that the decoder sees stands for, or less where
-        that does not divide the picture.
+        Of pictures of `side` pixels: what one patch that the decoder sees stands for, or less where that does not
+        divide the picture.
         """
-        side = self.layout.image_size[0]
-        return next(size for size in range(side // self.patch_layout.grid[0], 0, -1) if side % size == 0)
+        stands_for = max(self.layout.image_size[0] // self.patch_layout.grid[0], 1)
+        return next(size for size in range(min(stands_for, side), 0, -1) if side % size == 0)
 
     def validate_architecture(self):
         """Refuses combinations that cannot work; runs at construction."""
@@ -392,8 +408,9 @@ class RiceConfig(PreTrainedConfig):
         for name in ("decoder_hidden_act", "pooler_act"):
             if getattr(self, name) not in ACT2FN:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is no activation that transformers knows.")
-        if not 0 <= self.decoder_dropout < 1:
-            raise ValueError(f"`decoder_dropout` must be in 0..1 (1 excluded), got {self.decoder_dropout}.")
+        for name in ("projection_dropout", "decoder_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be in 0..1 (1 excluded), got {getattr(self, name)}.")
         if self.temporal_pooling == "transformer" and self.projection_dim % self.decoder_num_heads:
             raise ValueError(
                 f'`temporal_pooling="transformer"` needs `projection_dim={self.projection_dim}` to be a multiple of '
@@ -447,6 +464,11 @@ class RiceConfig(PreTrainedConfig):
             raise ValueError(f"`text_logit_scale_init_value` must be above 0, got {self.text_logit_scale_init_value}.")
 
     def _validate_ranking(self):
+        if self.alignment_rank < 1:
+            raise ValueError(f"`alignment_rank` must be at least 1, got {self.alignment_rank}.")
+        for name in ("alignment_strength", "alignment_shrinkage"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be in 0..1, got {getattr(self, name)}.")
         if self.fusion_weight is not None and self.fusion_weight <= 0:
             raise ValueError(f"`fusion_weight` must be above 0, got {self.fusion_weight}.")
         has_alignment = self.alignment_weight is not None

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_rice import RiceConfig
@@ -98,8 +99,8 @@ class RiceDecoderMLP(nn.Module):
         return self.fc2(self.activation(self.fc1(hidden_states)))
 
 
-class RiceDecoderLayer(nn.Module):
-    """Pre-norm block. The self-attention blocks run it whole; the cross-attention block uses its parts."""
+class RiceDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm block. The self-attention blocks run it whole; the cross-attention block is given a context."""
 
     def __init__(self, config: RiceConfig, cross_attention: bool):
         super().__init__()
@@ -115,18 +116,25 @@ class RiceDecoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = RiceDecoderMLP(config)
 
-    def finish(self, hidden_states: Tensor, context: Tensor) -> Tensor:
-        """Everything after the attention: residual, norm, MLP, residual."""
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        """
+        Args:
+            hidden_states (`(..., d)`): Before the block.
+            attention_mask: Additive, of the self-attention.
+            context (`(..., d)`, *optional*): What the attention gave, if it has run; else the states attend to each
+                other, `(B, L, d)`.
+        """
+        if context is None:
+            normed, attention = self.layer_norm1(hidden_states), self.attention
+            query, key, value = (
+                attention.split_heads(project(normed))
+                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            context = attention.attend(query, key, value, attention_mask)
         hidden_states = hidden_states + self.attention.out_proj(context)
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        normed, attention = self.layer_norm1(hidden_states), self.attention
-        query, key, value = (
-            attention.split_heads(project(normed))
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        return self.finish(hidden_states, attention.attend(query, key, value, attention_mask))
 
 
 class RiceMatchingHead(nn.Module):
@@ -269,7 +277,7 @@ class RiceDecoder(nn.Module):
 
     def finish_pairs(self, image_states: Tensor, contexts: Tensor) -> Tensor:
         """States `(..., d)` and contexts `(..., d)` of pairs -> scores `(...)`."""
-        return self.head(self.cross_layer.finish(image_states, contexts))
+        return self.head(self.cross_layer(image_states, None, contexts))
 
     def score_pairs(self, image_states: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """Scores of every pair, `(c, n)`: the head's raw output, no temperature. Arguments as `pair_contexts`."""

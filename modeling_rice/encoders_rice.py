@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, is_timm_available
 
 # The side of a picture in pixels, for encoders whose config and weights do not depend on it.
 _ANY_SIZE = 224
@@ -21,6 +21,8 @@ _ANY_SIZE = 224
 _MOST_PREFIX_TOKENS = 2
 # Parameters of an encoder that is built with numbers only to be looked at, where the meta device does not do.
 _LARGEST_BUILT = 500_000_000
+# Fields of a config that say where its weights come from and how they are kept.
+_NO_LAYOUT = ("_name_or_path", "architectures", "dtype", "transformers_version")
 # Pixels that a patch stands for at most, where patches are matched with each other: a 14 x 14 grid of 224 pixels.
 _FINE_STRIDE = 16
 
@@ -121,22 +123,29 @@ def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     part of a model that is registered as a whole only (AltCLIP, BLIP, MetaCLIP 2).
 
     Raises:
-        ValueError: for a config that no vision model belongs to, or whose values do not fit together.
-        ImportError: when the encoder needs a package that is not installed.
+        ValueError: for a config that no vision model belongs to, or whose values do not fit together, and for a model
+            whose package is not installed.
     """
     try:
         return _new_encoder(config)
-    except ImportError as error:
-        raise ImportError(_refusal(config, error)) from error
     except Exception as error:
         raise ValueError(_refusal(config, error)) from error
 
 
 def _new_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     encoder_class = _encoder_class(config)
+    if config.model_type == "timm_wrapper" and not is_timm_available():
+        raise ImportError("it needs the package timm: pip install 'rice-retrieval[encoder]'")
     if encoder_class.main_input_name != "pixel_values":
         raise ValueError(f"it takes {encoder_class.main_input_name}, not pictures")
+    use_what_it_has(config, encoder_class)
     return encoder_class._from_config(config)
+
+
+def use_what_it_has(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> None:
+    """Lets an encoder without sdpa attend as it can, where sdpa is asked of the model that it is a part of."""
+    if config._attn_implementation == "sdpa" and not model_class._supports_sdpa:
+        config._attn_implementation = "eager"
 
 
 def _encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -190,9 +199,9 @@ def find_layout(config: PreTrainedConfig) -> EncoderLayout:
 
     Raises:
         ValueError: when the encoder cannot be built, does not take pictures, or gives no grid of patches.
-        ImportError: when it needs a package that is not installed.
     """
-    return _find_layout(json.dumps(config.to_dict(), sort_keys=True, default=str))
+    settings = {name: value for name, value in config.to_dict().items() if name not in _NO_LAYOUT}
+    return _find_layout(json.dumps(settings, sort_keys=True, default=str))
 
 
 @functools.lru_cache(maxsize=64)
@@ -208,7 +217,8 @@ def _find_layout(text: str) -> EncoderLayout:
         # Some read numbers out of their tensors, or keep tensors that follow no device.
         if encoder.num_parameters() > _LARGEST_BUILT:
             raise ValueError(_refusal(config, error)) from error
-        with torch.random.fork_rng(devices=[]):
+        # Not on the meta device that a checkpoint's model is built on either.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             encoder = build_encoder(config).eval()
         try:
             output, skips_final_norm = _dry_run(encoder, size)

@@ -53,8 +53,10 @@ class _RiceFeatures:
     """
 
     fields: ClassVar[tuple[str, ...]] = ()
-    # Those with one entry per token, of which clips have different numbers.
+    # Those with one entry per token or frame, of which clips have different numbers.
     token_fields: ClassVar[tuple[str, ...]] = ()
+    # Those that keep their precision, whatever the others are cast to.
+    fixed_fields: ClassVar[tuple[str, ...]] = ("patches",)
 
     model_fingerprint: str | None = field(default=None, kw_only=True)
 
@@ -85,13 +87,15 @@ class _RiceFeatures:
         return f"{type(self).__name__}({shapes})"
 
     def to(self, *args, **kwargs) -> Self:
-        """Moves or casts as `Tensor.to` does (e.g. `.to(torch.float16)` halves the storage); masks stay bool."""
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = tensor.to(*args, **kwargs)
-            return moved if tensor.is_floating_point() else moved.to(tensor.dtype)
-
-        return self._map(move)
+        """
+        Moves or casts as `Tensor.to` does (e.g. `.to(torch.float16)` halves the storage); masks stay bool, and patches
+        keep their precision.
+        """
+        moved = {name: tensor.to(*args, **kwargs) for name, tensor in self._tensors().items()}
+        for name, tensor in self._tensors().items():
+            if name in self.fixed_fields or not tensor.is_floating_point():
+                moved[name] = tensor.to(moved[name].device)
+        return type(self)(model_fingerprint=self.model_fingerprint, **moved)
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:
@@ -176,11 +180,13 @@ class RiceGallery(_RiceFeatures):
         embeds (`(n, D)`): L2-normalised embeddings.
         states (`(n, d)`, *optional*): Class-token rows before the decoder's cross-attention block.
         text_embeds (`(n, E)`, *optional*): Of the titles, normalised, zero where there is none.
+        patches (`(n, P, R)` float16, *optional*): For `align`, L2-normalised; 2 P R bytes an image.
     """
 
     embeds: Tensor
     states: Tensor | None = None
     text_embeds: Tensor | None = None
+    patches: Tensor | None = None
 
 
 @dataclass(repr=False, eq=False)
@@ -193,6 +199,8 @@ class RiceClips(_RiceFeatures):
         keys, values (`(c, S, d)`, *optional*): Projected clip tokens of the cross-attention block.
         mask (`(c, S)` bool, *optional*): `True` = real token.
         text_embeds (`(c, E)`, *optional*): Of the ASR, normalised, zero where there is none.
+        patches (`(c, T, Q, R)` float16, *optional*): For `align`, L2-normalised, frame by frame.
+        patch_mask (`(c, T, Q)` bool, *optional*): `True` = patch of a real frame that is not masked.
     """
 
     embeds: Tensor
@@ -200,8 +208,10 @@ class RiceClips(_RiceFeatures):
     values: Tensor | None = None
     mask: Tensor | None = None
     text_embeds: Tensor | None = None
+    patches: Tensor | None = None
+    patch_mask: Tensor | None = None
 
-    token_fields = ("keys", "values", "mask")
+    token_fields = ("keys", "values", "mask", "patches", "patch_mask")
 
 
 @dataclass(repr=False, eq=False)
@@ -213,8 +223,12 @@ class RiceFrames(_RiceFeatures):
         tokens (`(n, 1 + P, d)`): Those the decoder sees, the frame's global token first.
         features (`(n, D)`): Projected global features, not normalised, in at least single precision.
         token_mask (`(n, 1 + P)` bool, *optional*): `True` = token that counts; `None` where no patch was masked.
+        patches (`(n, Q, R)`, *optional*): For `align`, L2-normalised; not in training mode.
+        patch_mask (`(n, Q)` bool, *optional*): As `token_mask`, on the grid of `patches`.
     """
 
     tokens: Tensor
     features: Tensor
     token_mask: Tensor | None = None
+    patches: Tensor | None = None
+    patch_mask: Tensor | None = None

@@ -33,6 +33,7 @@ _TRAINING_FIELDS = (
     "matching_scale",
     "matching_targets",
     "num_hard_negatives",
+    "projection_dropout",
     "ranking",
     "reconstruction_",
     "text_config",
@@ -246,4 +247,10 @@ def _changed_fields(config: PreTrainedConfig) -> dict[str, str]:
     """A config's own fields that are not at their default: fields that a later version adds change no fingerprint."""
     common = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     fields = [field for field in dataclasses.fields(config) if field.name not in common]
-    return {f.name: repr(getattr(config, f.name)) for f in fields if getattr(config, f.name) != f.default}
+    # A saved config's tuples come back as lists.
+    values = {f.name: _as_list(getattr(config, f.name)) for f in fields}
+    return {f.name: repr(values[f.name]) for f in fields if values[f.name] != _as_list(f.default)}
+
+
+def _as_list(value: object) -> object:
+    return [_as_list(entry) for entry in value] if isinstance(value, (list, tuple)) else value

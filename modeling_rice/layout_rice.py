@@ -16,7 +16,7 @@ TAGS += ("sentence-transformers", "custom_code")
 # Of the card that transformers puts where there is none.
 _AUTOMATIC = "This model card has been automatically generated"
 
-_CARD = """---
+_HEAD = """---
 library_name: transformers
 pipeline_tag: {pipeline_tag}
 tags:
@@ -27,7 +27,9 @@ tags:
 
 Recognises which product a livestream clip is presenting: the clip is the query, the product images of a shop are the
 gallery. The model is RICE ([Cross-view Semantic Alignment for Livestreaming Product
-Recognition](https://arxiv.org/abs/2308.04912), ICCV 2023).
+Recognition](https://arxiv.org/abs/2308.04912), ICCV 2023)"""
+
+_CARD = """.
 
 ```python
 from transformers import AutoModel, AutoProcessor
@@ -80,6 +82,9 @@ def write_card(folder: str | os.PathLike, repo_id: str) -> None:
     path = Path(folder) / "README.md"
     if path.is_file() and _AUTOMATIC not in path.read_text(encoding="utf-8"):
         return
-    tags = "\n".join(f"- {tag}" for tag in TAGS)
-    card = _CARD.format(pipeline_tag=PIPELINE_TAG, tags=tags, name=repo_id.rpartition("/")[2], repo_id=repo_id)
-    path.write_text(card, encoding="utf-8")
+    path.write_text(card_head(repo_id.rpartition("/")[2]) + _CARD.format(repo_id=repo_id), encoding="utf-8")
+
+
+def card_head(name: str) -> str:
+    """How a model's card begins: its metadata, and what the model is, a sentence without its full stop."""
+    return _HEAD.format(pipeline_tag=PIPELINE_TAG, tags="\n".join(f"- {tag}" for tag in TAGS), name=name)

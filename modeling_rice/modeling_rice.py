@@ -11,6 +11,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .alignment_rice import RiceAlignment, RiceAlignmentSide
 from .comparison_rice import RiceComparison
 from .configuration_rice import RiceConfig
 from .decoder_rice import RiceDecoder, RiceHeadMixing, RiceReconstructionHead
@@ -65,7 +66,9 @@ class RicePreTrainedModel(PreTrainedModel):
     base_model_prefix = "rice"
     main_input_name = "pixel_values"
     input_modalities = ("image", "video")
+    # Of a model it follows the encoder.
     supports_gradient_checkpointing = True
+    gradient_checkpointing = False
     _supports_sdpa = True
     _no_split_modules = ["RiceDecoderLayer"]
 
@@ -86,18 +89,24 @@ class RicePreTrainedModel(PreTrainedModel):
                 init.constant_(module.text_logit_scale, math.log(self.config.text_logit_scale_init_value))
         elif isinstance(module, RiceZeroLinear):
             init.zeros_(module.weight)
+        elif isinstance(module, RiceAlignment):
+            for name, value in module.starting_buffers().items():
+                init.copy_(getattr(module, name), value)
         else:
             super()._init_weights(module)
 
 
-class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceVisionSide, RicePreTrainedModel):
+class RiceModel(
+    RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceVisionSide, RiceAlignmentSide, RicePreTrainedModel
+):
     """
     Cross-view semantic alignment: one vision encoder for clips and images (ICL), a pairwise matching decoder (PMD) and
     patch feature reconstruction (PFR).
 
     Attention is chosen as for any model of transformers, by `attn_implementation` (`"sdpa"`, the default, or
-    `"eager"`) in `from_pretrained` or `set_attn_implementation`, with equal results. Training in bfloat16 on a CPU is
-    faster with `"eager"`, since sdpa's backward pass is slow there.
+    `"eager"`) in `from_pretrained` or `set_attn_implementation`, with equal results; an encoder without sdpa goes on
+    without it. `{"vision_config": "flash_attention_2"}` asks for flash attention in an encoder that has it. Training
+    in bfloat16 on a CPU is faster with `"eager"`, since sdpa's backward pass is slow there.
 
     Examples:
 
@@ -113,6 +122,8 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
         # Kept, since a config finds them out by its dictionary, which a graph cannot hold.
         self.layout, self.feature_pooling = config.layout, config.feature_pooling
         self.vision_model = build_encoder(config.vision_config)
+        self.supports_gradient_checkpointing = self.vision_model.supports_gradient_checkpointing
+        self.projection_dropout = nn.Dropout(config.projection_dropout)
         self.visual_projection = nn.Linear(config.vision_hidden_size, config.projection_dim, bias=False)
         self.patch_projection = RicePatchProjection(config) if config.projects_patches else None
         self.temporal_pooling = POOLINGS[config.temporal_pooling](config)
@@ -135,6 +146,9 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
         has_head = config.use_decoder and config.use_reconstruction
         self.reconstruction_head = RiceReconstructionHead(config) if has_head else None
         self.patch_saliency = RicePatchSaliency(config) if config.patch_saliency == "learned" else None
+        self.alignment = None
+        if config.alignment_weight is not None:
+            self.alignment = RiceAlignment(config.patch_layout.width, config.alignment_rank, config.projection_dim)
         self.post_init()
 
     # Trainer would otherwise rescale the loss, since `forward` takes keyword arguments it does not name.
@@ -156,13 +170,31 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
         write_card(working_dir, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs) -> None:
+        """As transformers does it, but `"sdpa"` leaves encoders that have none as they are."""
+        if attn_implementation == "sdpa":
+            text = None if self.text_model is None else self.text_model.model
+            parts = {"vision_config": self.vision_model, "text_config": text}
+            attn_implementation = {"": "sdpa"} | {
+                name: "sdpa" if part._supports_sdpa else "eager" for name, part in parts.items() if part is not None
+            }
+        super().set_attn_implementation(attn_implementation, **kwargs)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
+        # timm's networks have a switch of their own.
+        if type(self.vision_model)._set_gradient_checkpointing is not PreTrainedModel._set_gradient_checkpointing:
+            self.vision_model._set_gradient_checkpointing(enable, *args, **kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         """The vision encoder's, as adapters ask for them."""
         return self.vision_model.get_input_embeddings()
 
     def _embed_images(self, pixel_values: Tensor) -> ImageTokens:
-        tokens, features = self._from_states(self._encoder_output(pixel_values))
-        return ImageTokens(tokens, nn.functional.normalize(_at_least_single(features), dim=-1))
+        states = self._encoder_output(pixel_values)
+        tokens, features = self._from_states(states)
+        embeds = nn.functional.normalize(self._centred(_at_least_single(features), is_clip=False), dim=-1)
+        return ImageTokens(tokens, embeds, patches=self._aligned(states.patches))
 
     def encode_frames(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> RiceFrames:
         """
@@ -180,13 +212,16 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
             patch_mask = patch_mask.bool()
         states = self._encoder_output(pixel_values, patch_mask)
         tokens, features = self._from_states(states, patch_mask, is_clip=True)
-        token_mask = None
+        token_mask, aligned = None, self._aligned(states.patches)
         if patch_mask is not None and tokens.shape[1] > 1:
             kept = resize_patch_mask(patch_mask, tokens.shape[1] - 1) > 0
             token_mask = nn.functional.pad(kept, (1, 0), value=True)
+        if patch_mask is not None and aligned is not None:
+            patch_mask = resize_patch_mask(patch_mask, aligned.shape[1]) > 0
         # While weights change nobody compares by name, and a graph that is being made has no weights to read.
         name = None if self.training or torch.compiler.is_compiling() else self.fingerprint()
-        return RiceFrames(tokens, _at_least_single(features), token_mask, model_fingerprint=name)
+        shown = None if aligned is None else patch_mask
+        return RiceFrames(tokens, _at_least_single(features), token_mask, aligned, shown, model_fingerprint=name)
 
     def pool_frames(
         self,
@@ -225,6 +260,7 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
 
     def pool_features(self, features: Tensor, frame_mask: Tensor) -> Tensor:
         """Frames' features `(c, T, D)`, mask `(c, T)`, as of `pool_frames` -> L2-normalised embeddings `(c, D)`."""
+        features = self._centred(features, is_clip=True)
         if self.config.normalize_frames:
             features = nn.functional.normalize(features, dim=-1)
         return nn.functional.normalize(self.temporal_pooling(features, frame_mask), dim=-1)
@@ -247,7 +283,13 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
         token_mask = shown[:, :, None].expand(-1, -1, tokens.shape[2])
         if frames.token_mask is not None:
             token_mask = token_mask & place(frames.token_mask)
-        return ClipTokens(tokens, token_mask, self.pool_features(place(frames.features), frame_mask))
+        clips = ClipTokens(tokens, token_mask, self.pool_features(place(frames.features), frame_mask))
+        if frames.patches is not None:
+            clips.patches = place(frames.patches)
+            clips.patch_mask = frame_mask[:, :, None].expand(-1, -1, clips.patches.shape[2])
+            if frames.patch_mask is not None:
+                clips.patch_mask = clips.patch_mask & place(frames.patch_mask)
+        return clips
 
     def _embed_videos(self, videos: Tensor, frame_mask: Tensor | None, patch_mask: Tensor | None) -> ClipTokens:
         frame_mask = self._check_clips(videos, frame_mask, patch_mask)
@@ -259,8 +301,11 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
 
     @staticmethod
     def _check_clips(videos: Tensor, frame_mask: Tensor | None, patch_mask: Tensor | None) -> Tensor:
-        if videos.dim() != 5:
-            raise ValueError(f"`pixel_values_videos` must be (B, T, 3, H, W), got shape {tuple(videos.shape)}.")
+        if videos.dim() not in (3, 5):
+            raise ValueError(
+                f"`pixel_values_videos` must be (B, T, 3, H, W), or (B, T, F) of `encode_pictures`, got shape "
+                f"{tuple(videos.shape)}."
+            )
         if frame_mask is None:
             frame_mask = torch.ones(videos.shape[:2], dtype=torch.bool, device=videos.device)
         if frame_mask.shape != videos.shape[:2]:
@@ -406,7 +451,7 @@ class RiceModel(RiceIdentity, RiceComparison, RiceObjective, RiceTextSide, RiceV
         Args:
             pixel_values (`(B, 3, H, W)`): Shop image of each pair.
             pixel_values_videos (`(B, T, 3, H, W)`), frame_mask (`(B, T)`), patch_mask (`(B, T, P)`):
-                Clip of each pair, as `get_video_features`.
+                Clip of each pair, as `get_video_features`. Both may be encoded already, by `encode_pictures`.
             product_ids (`(B,)` int64, *optional*): Pairs of one product are not each other's negatives.
             title_embeds, asr_embeds (`(B, text_embed_dim)`, *optional*): Precomputed text vectors, zero where there is
                 no text.

@@ -42,18 +42,21 @@ class ImageTokens:
         embeds (`(n, D)`): L2-normalised embeddings.
         text: Of the titles.
         states (`(n, L, d)`, *optional*): From the decoder's `encode_images`.
+        patches (`(n, P, R)`, *optional*): For `align`; not in training mode.
     """
 
     tokens: Tensor
     embeds: Tensor
     text: EncodedText | None = None
     states: Tensor | None = None
+    patches: Tensor | None = None
 
     def kept(self, model_fingerprint: str | None) -> RiceGallery:
         """What comparisons need."""
         states = None if self.states is None else self.states[:, 0]
         texts = None if self.text is None else self.text.embeds
-        return RiceGallery(self.embeds, states, texts, model_fingerprint=model_fingerprint)
+        patches = None if self.patches is None else self.patches.half()
+        return RiceGallery(self.embeds, states, texts, patches, model_fingerprint=model_fingerprint)
 
 
 @dataclass
@@ -67,6 +70,7 @@ class ClipTokens:
         embeds (`(c, D)`): L2-normalised embeddings.
         text: Of the ASR.
         keys, values (`(c, S, d)`), mask (`(c, S)` bool): From the decoder's `encode_clips`, an ASR token last.
+        patches (`(c, T, Q, R)`, *optional*), patch_mask (`(c, T, Q)` bool): For `align`; not in training mode.
     """
 
     tokens: Tensor
@@ -76,11 +80,17 @@ class ClipTokens:
     keys: Tensor | None = None
     values: Tensor | None = None
     mask: Tensor | None = None
+    patches: Tensor | None = None
+    patch_mask: Tensor | None = None
 
     def kept(self, model_fingerprint: str | None) -> RiceClips:
         """What comparisons need."""
         texts = None if self.text is None else self.text.embeds
-        return RiceClips(self.embeds, self.keys, self.values, self.mask, texts, model_fingerprint=model_fingerprint)
+        patches = None if self.patches is None else self.patches.half()
+        return RiceClips(
+            *(self.embeds, self.keys, self.values, self.mask, texts, patches, self.patch_mask),
+            model_fingerprint=model_fingerprint,
+        )
 
 
 class RiceObjective:

@@ -112,7 +112,8 @@ def fuse(scores: Mapping[str, Tensor], weights: FusionWeights) -> Tensor:
         `(..., num_images)` float64, NaN where a score is not finite.
     """
     reads_text = weights.fused_text_weight is not None and "text" in scores
-    fused = z_scores(scores["visual" if reads_text else "embedding"])
+    # Of two images every z-score is 1 or -1: where scores cancel, the embedding decides and not the rounding.
+    fused = (1 + 1e-9) * z_scores(scores["visual" if reads_text else "embedding"])
     for kind in weights.fused_kinds(scores):
         fused = fused + getattr(weights, _WEIGHTS[kind]) * z_scores(scores[kind])
     return fused + weights.fused_text_weight * torch.as_tensor(scores["text"]).double() if reads_text else fused

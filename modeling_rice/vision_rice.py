@@ -1,5 +1,6 @@
 """What [`RiceModel`] makes of pictures: one run of the vision encoder, and all that follows from its output."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -51,12 +52,69 @@ class RiceVisionSide:
     feature_pooling: str
     vision_model: Any
     visual_projection: Any
+    projection_dropout: Any
     patch_projection: Any
     patch_saliency: Any
     decoder: Any
+    alignment: Any
+
+    @property
+    def kept_states(self) -> dict[str, tuple[int, ...]]:
+        """Which of the encoder's states this model makes use of, and their shapes for a picture of the native size."""
+        config, chosen, last = self.config, self.config.patch_layout, self.layout.patches
+        shapes: dict[str, tuple[int, ...]] = {"features": (config.vision_hidden_size,)}
+        if self.decoder is not None or self.alignment is not None:
+            shapes["patches"] = (chosen.num_patches, chosen.width)
+        if self.patch_saliency is not None and ("patches" not in shapes or config.vision_feature_layer is not None):
+            shapes["last_patches"] = (last.num_patches, last.width)
+        return shapes
+
+    def encode_pictures(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> Tensor:
+        """
+        All that this model takes from its encoder, packed into one row per picture. Wherever `pixel_values` `(n, 3, H,
+        W)` or `pixel_values_videos` `(B, T, 3, H, W)` are taken, such rows may stand instead, `(n, F)` or `(B, T, F)`,
+        so that pictures go through a frozen encoder once. The encoder is to be in eval mode.
+
+        Args:
+            pixel_values (`(n, 3, H, W)`): Preprocessed images or frames.
+            patch_mask (`(n, P)` bool, *optional*): `True` = patch of the intended product; the rows are to be used
+                with the same mask.
+
+        Returns:
+            `(n, F)`, in the precision of the weights: what `kept_states` names, in that order.
+
+        Raises:
+            ValueError: for pictures or a mask that the encoder does not take.
+        """
+        states = self._encoder_output(pixel_values, patch_mask)
+        return torch.cat([getattr(states, name).flatten(1) for name in self.kept_states], dim=1)
+
+    def _unpack(self, rows: Tensor) -> EncoderStates:
+        """Rows `(n, F)` of `encode_pictures` -> the states that they were packed from; others are empty."""
+        shapes = self.kept_states
+        (width,), *grids = shapes.values()
+        # Pictures of another size than the native one have more patches, or fewer, of all layers alike.
+        scale = (rows.shape[1] - width) / max(sum(map(math.prod, grids)), 1)
+        sizes = [width, *(round(count * scale) * channels for count, channels in grids)]
+        if sum(sizes) != rows.shape[1] or (grids and scale <= 0):
+            raise ValueError(
+                f"The encoded pictures have {rows.shape[1]} numbers each, which are not those that this model keeps "
+                f"({', '.join(shapes)}); encode them with its own `encode_pictures`."
+            )
+        parts = rows.to(self.visual_projection.weight.dtype).split(sizes, dim=1)
+        kept = dict(zip(shapes, parts, strict=True))
+        kept |= {name: kept[name].unflatten(1, (-1, shapes[name][1])) for name in shapes if name != "features"}
+        patches = kept.get("patches", rows.new_zeros(len(rows), 0, 0))
+        last = patches if self.config.vision_feature_layer is None and "patches" in kept else None
+        return EncoderStates(kept["features"], patches, kept.get("last_patches", last))
 
     def _encoder_output(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> EncoderStates:
-        """Pictures `(n, 3, H, W)`, mask `(n, P)` bool -> what the encoder makes of them, in the weights' precision."""
+        """
+        Pictures `(n, 3, H, W)`, mask `(n, P)` bool -> what the encoder makes of them, in the weights' precision; or
+        what it has made of them, `(n, F)`.
+        """
+        if pixel_values.dim() == 2:
+            return self._unpack(pixel_values)
         layout, layer = self.layout, self.config.vision_feature_layer
         if pixel_values.dim() != 4:
             raise ValueError(f"`pixel_values` must be (n, 3, H, W), got shape {tuple(pixel_values.shape)}.")
@@ -144,4 +202,4 @@ class RiceVisionSide:
     def _project(self, states: Tensor) -> Tensor:
         if self.layout.skips_final_norm and self.feature_pooling != "pooler":
             states = self.vision_model.post_layernorm(states)
-        return self.visual_projection(states)
+        return self.visual_projection(self.projection_dropout(states))

@@ -145,6 +145,11 @@ def video_stream(container, name: object, max_pixels: int | None = None):
     return stream
 
 
+def sound_stream(container):
+    """The sound of a container of PyAV, its first one that can be decoded; `None` where there is none."""
+    return next((stream for stream in container.streams.audio if stream.codec_context is not None), None)
+
+
 def start_of(container) -> float:
     """Time stamp at which a player starts, in seconds: the first of all streams, sound included."""
     return container.start_time / 1e6 if container.start_time is not None else 0.0
@@ -304,6 +309,7 @@ __all__ = [
     "is_playlist",
     "open_container",
     "open_pipe",
+    "sound_stream",
     "start_of",
     "video_stream",
 ]

@@ -278,6 +278,36 @@ class VideoReader:
         for place, frame in walk([self._first + number for number in wanted]):
             yield VideoFrame(place - self._first, self._table.times[place], frame_picture(frame, self._stream))
 
+    def affordable(self, numbers: Iterable[int], max_pixels: int) -> list[int]:
+        """
+        Frames that cost no more than so many decoded pixels, since one far from its key frame costs all in between.
+
+        Args:
+            numbers: Of frames, as `frames` takes them.
+            max_pixels: To be decoded.
+
+        Returns:
+            `numbers` in order; where they cost more, in the place of those far from their key frames these.
+        """
+        wanted, table = sorted(set(numbers)), self._table
+        context = self._stream.codec_context
+        most = max(1, max_pixels // max(1, context.width * context.height))
+        if table.is_decoded:
+            return [number for number in wanted if self._first + number < most]
+        packets = {number: table.shown[self._first + number] for number in wanted}
+        keys = {number: table.key_before(packet) for number, packet in packets.items()}
+        last = {keys[number]: packet for number, packet in packets.items()}
+        if sum(packet - key + 1 for key, packet in last.items()) <= most:
+            return wanted
+        reach = most // len(last)
+        shown = {packet: number for number, packet in enumerate(table.shown[self._first : self._first + len(self)])}
+        near = {
+            number if packets[number] - key < reach else shown[key]
+            for number, key in keys.items()
+            if packets[number] - key < reach or key in shown
+        }
+        return sorted(near)[:most]
+
     def _open(self) -> None:
         self.close()
         self._container = open_container(self.path)

@@ -13,7 +13,6 @@ seven days, and --restore goes back to one; both need --output alone.
 import argparse
 import json
 import os
-from pathlib import Path
 
 from hub_rice.precision import AUTO, PRECISIONS
 
@@ -49,7 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--presence_prior", type=float, help="share of clips in use that show a product of the shop (default: 0.9)")
     add("--false_accept_rate", type=float, help="be strict: share of clips without their product that may be "
         "answered with one, such as 0.05; default: answer what is likelier right than wrong")  # fmt: skip
-    add("--rerank", type=int, default=100, help="pictures per clip that the decoder scores (default: %(default)s)")
+    add(
+        "--rerank",
+        type=int,
+        default=100,
+        help="pictures per clip that are scored in pairs with it (default: %(default)s)",
+    )
     add("--overwrite", action="store_true", help="replace an index of another shop or model, or a damaged one")
 
 
@@ -154,6 +158,7 @@ def shop_rows(options: argparse.Namespace):
     Gallery rows of a data set, and `None`; or of a folder of pictures, and a note on what was left out of it, "" for
     nothing.
     """
+    from data_rice.folders import picture_rows
     from data_rice.views import DATASETS, builder_of
 
     if options.shop not in DATASETS:
@@ -162,7 +167,7 @@ def shop_rows(options: argparse.Namespace):
         try:
             builder_of(options.shop, None)
         except ValueError:
-            return folder_rows(Path(options.shop))
+            return picture_rows(options.shop)
     return gallery_rows(options.shop, options.split, _source(options)), None
 
 
@@ -185,32 +190,6 @@ def _source(options: argparse.Namespace) -> dict:
         "cache_dir": options.cache_dir,
         "gallery_images": options.gallery_images,
     }
-
-
-def folder_rows(folder: Path) -> tuple[list[dict], str]:
-    """
-    The pictures below a folder, named after their place in it, and a note on what was left out.
-
-    Raises:
-        FileNotFoundError: there are none.
-        ValueError: a link leads out of the folder.
-    """
-    from data_rice.folders import list_pictures
-    from data_rice.paths import path_to_text
-
-    listing, rows = list_pictures(folder, below=True), []
-    for path in map(Path, listing.pictures):
-        # No table holds bytes that are no UTF-8, and a title is for people.
-        title = os.fsencode(path.stem).decode("utf-8", "replace").replace("_", " ")
-        image_id = path_to_text(path.relative_to(folder).as_posix())
-        rows.append({"image_id": image_id, "title": title, "image": str(path)})
-    if not rows:
-        left_out = f" ({listing.note()})" if listing.left_out else ""
-        raise FileNotFoundError(
-            f"{folder} has neither pictures nor the files of a data set{left_out}; docs/data.md shows what a shop "
-            "looks like."
-        )
-    return rows, listing.note()
 
 
 def _decision(options: argparse.Namespace) -> dict:

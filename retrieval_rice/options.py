@@ -38,6 +38,7 @@ def load_encoder(options: argparse.Namespace, auto: str = AUTO) -> tuple[Any, An
         FileNotFoundError, ValueError: as `hub_rice.loading.load_model`; towers of another model, or options that do
             not go together.
     """
+    from hub_rice.convolutions import speed_up
     from hub_rice.loading import load_model
 
     towers, named = options.towers, options.precision
@@ -46,6 +47,7 @@ def load_encoder(options: argparse.Namespace, auto: str = AUTO) -> tuple[Any, An
     if towers is None:
         model, processor = load_model(options.model, options.device)
         chosen = choose_precision(auto if named == AUTO else named, model.device)
+        speed_up(model)
         model = in_precision(model, chosen)
     else:
         from hub_rice.export.onnx_encoder import with_towers

@@ -5,15 +5,63 @@ Gradio takes files before anyone asks for recognition, any number of times, and 
 
 import asyncio
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 from .uploads import UploadLimits
 
 OVERHEAD = 1_000_000
-"""Bytes that a request may have beyond the files in it."""
+"""Bytes that a request may have beyond the files in it; also those after which room is looked for again."""
+NO_ROOM = "Others are uploading, and there is no room; try again in some minutes."
+
+
+_LOCK = ".in-use"
+# A folder without a lock is being made, or its process was killed at once.
+_MAKING_SECONDS = 3600.0
+
+
+@contextmanager
+def temporary_folder(prefix: str) -> Iterator[str]:
+    """
+    A folder of its own in the system's temporary folder, deleted at the end. Those of processes that were killed are
+    deleted at the beginning.
+
+    Args:
+        prefix: Of its name, which nothing else may begin with.
+    """
+    for entry in os.scandir(tempfile.gettempdir()):
+        if entry.name.startswith(prefix) and entry.is_dir(follow_symlinks=False):
+            _delete_unused(entry)
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder, open(os.path.join(folder, _LOCK), "ab") as lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
+def _delete_unused(folder: os.DirEntry) -> None:
+    try:
+        status = folder.stat(follow_symlinks=False)
+        if fcntl is None or status.st_uid != os.getuid():
+            return
+        with open(os.path.join(folder.path, _LOCK), "rb") as lock:
+            # Held as long as the process lives that made it.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        if time.time() - status.st_mtime < _MAKING_SECONDS:
+            return
+    except OSError:
+        return
+    shutil.rmtree(folder.path, ignore_errors=True)
 
 
 class FolderQuota:
@@ -70,30 +118,30 @@ def _entries(folder: str) -> Iterator[os.DirEntry]:
 class UploadGate:
     """
     ASGI middleware: what is sent is bounded in size, in time and, over all who send, in what it takes of the disk.
+    What counts is what has arrived, not what a request says will come.
 
     Args:
         app: The server.
         limits: Of uploads.
-        quota: Of the folder that the server puts files in and does not clear by itself; without one, what is arriving
-            or in work is all that there is.
+        quota: Of the folder that the server puts files in as they arrive, and does not clear by itself; without one,
+            what is arriving or in work is all that there is.
     """
 
     methods = ("POST",)
 
     def __init__(self, app: Any, limits: UploadLimits, quota: FolderQuota | None = None):
         self.app, self.limits, self.quota = app, limits, quota
-        self.arriving = 0
+        self.arrived = 0
 
     def is_upload(self, scope: dict) -> bool:
         """Whether a request carries files; any other is short."""
         return scope["path"].rstrip("/").endswith("/upload")
 
-    def has_room(self, wanted: int) -> bool:
-        """Whether so many bytes more fit beside those that are arriving."""
-        # Uploads arrive beside each other, and each may become as long as it says.
+    def has_room(self, arriving: int) -> bool:
+        """Whether all fits that has arrived, also the bytes that may not be on the disk yet."""
         if self.quota is not None:
-            return self.quota.make_room(self.arriving + wanted)
-        return self.arriving + wanted <= self.limits.max_total_bytes
+            return self.quota.make_room(arriving)
+        return self.arrived <= self.limits.max_total_bytes
 
     async def refuse(self, send: Any, status: int, words: str) -> None:
         """Answers with one sentence."""
@@ -103,7 +151,6 @@ class UploadGate:
         if scope["type"] != "http" or scope["method"] not in self.methods:
             return await self.app(scope, receive, send)
         is_upload = self.is_upload(scope)
-        seconds = self.limits.arriving_seconds if is_upload else None
         most = self.limits.max_bytes if is_upload else 0
         length = dict(scope["headers"]).get(b"content-length", b"")
         if not length.isdigit():
@@ -114,20 +161,46 @@ class UploadGate:
                 f"This is {size / 1e6:.0f} MB, more than the {(most or OVERHEAD) / 1e6:g} MB that are taken at once."
             )
             return await self.refuse(send, 413, words)
-        wanted = size if is_upload else 0
-        if not self.has_room(wanted) and is_upload:
-            words = "Others are uploading, and there is no room; try again in some minutes."
-            return await self.refuse(send, 503, words)
-        self.arriving += wanted
+        if not self.has_room(0) and is_upload:
+            return await self.refuse(send, 503, NO_ROOM)
+        if not is_upload:
+            return await self.app(scope, receive, send)
+        arrival = _Arrival(self, receive)
         try:
-            async with asyncio.timeout(seconds) as clock:
-                await self.app(scope, receive, send)
+            async with asyncio.timeout(self.limits.arriving_seconds) as arrival.clock:
+                await self.app(scope, arrival.receive, send)
         except TimeoutError:
-            if not clock.expired():
+            if not arrival.clock.expired():
                 raise
-            await self.refuse(send, 408, f"The upload took longer than {seconds:g} s; send something smaller.")
+            seconds = self.limits.arriving_seconds
+            late = (408, f"The upload took longer than {seconds:g} s; send something smaller.")
+            await self.refuse(send, *((503, NO_ROOM) if arrival.is_refused else late))
         finally:
-            self.arriving -= wanted
+            self.arrived -= arrival.size
+
+
+class _Arrival:
+    """The body of one upload, which is ended when there is no more room for it."""
+
+    def __init__(self, gate: UploadGate, receive: Any):
+        self.gate, self._receive = gate, receive
+        self.clock: Any = None
+        self.size, self.is_refused = 0, False
+        self._checked = 0
+
+    async def receive(self) -> dict:
+        message = await self._receive()
+        self.size += len(message.get("body", b""))
+        self.gate.arrived += len(message.get("body", b""))
+        # Now and then, since the folder is looked at each time.
+        new = self.size - self._checked
+        if new >= OVERHEAD or not message.get("more_body", False):
+            self._checked = self.size
+            if not self.gate.has_room(new):
+                self.is_refused = True
+                self.clock.reschedule(0)
+                await asyncio.Event().wait()
+        return message
 
 
 async def answer(send: Any, status: int, body: bytes, kind: bytes, *headers: tuple[bytes, bytes]) -> None:

@@ -34,10 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--leave", type=float, help="confidence below which it is gone; default: 0.7 times --enter")
     add("--margin", type=float, help="by how much another product must lead (default: 0.1)")
     add("--patience", type=int, help="for how many windows in a row (default: 2)")
-    add("--rerank", type=int, help="images per window that the matching decoder scores; default: as calibrated")
+    add("--rerank", type=int, help="images per window that are scored in pairs with it; default: as calibrated")
     add("--max_reconnects", type=int, default=5, help="attempts in a row to open a lost stream (default: %(default)s)")
     add("--jsonl", metavar="FILE", help="also write JSON lines; - for standard output in the place of the table")
     add("--vtt", metavar="FILE", type=Path, help="also write WebVTT subtitles")
+    words = parser.add_mutually_exclusive_group()
+    words.add_argument("--asr", metavar="MODEL", help="hear what is said: folder, id or size of a faster-whisper "
+        "model, or a speech model of transformers")  # fmt: skip
+    words.add_argument("--subtitles", metavar="FILE", help="read what is said: SRT or WebVTT, a video file with a "
+        "subtitle track, track for that of SOURCE, or JSON lines on a named pipe or standard input (-)")  # fmt: skip
+    add("--language", help="that is spoken, such as zh or en; auto, the default, detects it")
+    add("--asr_before", type=float, help="a window is given the words from so many seconds before it (default: 6)")
+    add("--asr_after", type=float, help="to so many after it (default: 2)")
     add("--detector", help="folder or id of a product detector, whose boxes tell where to look; default: no boxes")
     add_precision_and_towers(parser)
     add("--device", help="such as cpu or cuda; default: cuda where there is one")
@@ -71,6 +79,7 @@ def run(options: argparse.Namespace) -> None:
         detector = ProductDetector.from_pretrained(options.detector, options.device)
     boxes = "none" if detector is None else "detector"
     recogniser = Recogniser(model, processor, index, boxes, detector, rerank=options.rerank)
+    check_words(options, recogniser)
     fps = options.fps or recogniser.num_frames / options.window
     rules = choose_hysteresis(index, options)
 
@@ -78,6 +87,8 @@ def run(options: argparse.Namespace) -> None:
         from tqdm.auto import tqdm
 
         tqdm.write(text, file=sys.stderr)
+
+    words_of = load_words(options, say)
 
     def say_start(hit, start_s: float) -> None:
         if stream.live:
@@ -88,20 +99,91 @@ def run(options: argparse.Namespace) -> None:
         settings = {"notify": say, "max_reconnects": options.max_reconnects}
         stream = open_stream(options.source, fps, options.folder_fps, **settings)
         stack.enter_context(stopping(stream))
+        hearing = words_of(stream)
         segments = recogniser.stream(
             stream,
             live_id=options.live_id,
             window_s=options.window,
             hop_s=options.hop,
             hysteresis=rules,
+            speech=hearing,
+            asr_before_s=None if hearing is None else options.asr_before,
+            asr_after_s=None if hearing is None else options.asr_after,
             on_start=say_start,
             progress=True,
         )
         for segment in segments:
             write(segment)
     say(summary(stream.counts))
+    if hearing is not None:
+        say(words_summary(hearing))
     if stream.error:
         raise ConnectionError(stream.error)
+
+
+def check_words(options: argparse.Namespace, recogniser) -> None:
+    """Raises `ValueError` for arguments of what is said that would change nothing, or are out of range."""
+    if options.asr is None and options.language is not None:
+        raise ValueError("--language belongs to --asr; give both, or leave it out.")
+    for name in ("asr_before", "asr_after"):
+        seconds = getattr(options, name)
+        if seconds is None:
+            continue
+        if options.asr is None and options.subtitles is None:
+            raise ValueError(f"--{name} belongs to --asr or --subtitles; give one of them, or leave it out.")
+        if not 0 <= seconds < math.inf:
+            raise ValueError(f"--{name} must be a number of seconds of 0 or more, got {seconds:g}.")
+    if options.source == options.subtitles == "-":
+        raise ValueError(
+            "SOURCE and --subtitles cannot both be read from standard input; name a pipe for one of them."
+        )
+    if not recogniser.reads_asr and (options.asr is not None or options.subtitles is not None):
+        name = "--asr" if options.asr is not None else "--subtitles"
+        raise ValueError(f"{name} needs a model that reads text, which {options.model} does not; leave it out.")
+
+
+def load_words(options: argparse.Namespace, say):
+    """
+    A function from the opened stream to a `Hearing` of what is said in it, or `None`. What cannot be loaded or read is
+    told before anything is written.
+    """
+    from .stream.speech import Hearing
+
+    if options.subtitles is not None:
+        from .stream.speech_captions import captions
+
+        read = captions(options.subtitles, options.source, say)
+        return lambda stream: Hearing(read, waits=stream.is_recording, notify=say)
+    if options.asr is None:
+        return lambda stream: None
+    from .stream.speech_models import listen, load_transcriber
+
+    transcriber = load_transcriber(options.asr, options.language or "auto", options.device)
+
+    def hear(stream):
+        heard = listen(stream, transcriber, say)
+        if heard is None:
+            say(f"{options.source} has no sound; it is recognised by its pictures alone")
+        return heard and Hearing(heard, waits=stream.is_recording, notify=say)
+
+    return hear
+
+
+def words_summary(hearing) -> str:
+    """What became of the words, in a line."""
+    counts, sound = hearing.counts, getattr(hearing.speech, "counts", None)
+    parts = [f"{counts.words} words {'read' if sound is None else 'heard'}"]
+    if counts.delay_s:
+        parts.append(f"{counts.delay_s:.1f} s after they were said, at most {counts.longest_delay_s:.1f} s")
+    if counts.late:
+        parts.append(f"{counts.late} came too late for what they were said of, and were scored with the next window")
+    if counts.lost:
+        parts.append(f"{counts.lost} could not be used")
+    if sound is not None and sound.skipped_s:
+        parts.append(f"{sound.skipped_s:.1f} s of sound skipped, since speech recognition was slower than the stream")
+    if sound is not None and sound.damaged:
+        parts.append(f"{sound.damaged} packets of sound could not be decoded")
+    return "; ".join(parts)
 
 
 def choose_hysteresis(index, options: argparse.Namespace):

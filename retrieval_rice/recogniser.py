@@ -7,8 +7,10 @@ for segment in recogniser.stream("rtsp://camera/1"):
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from processing_rice.media_rice import is_file_source, picture_tensor
 from processing_rice.video_media_rice import VideoReader
 
 from .stream.source import Frame, frames_of_folder, is_address, open_stream
+from .stream.speech import ASR_AFTER_S, ASR_BEFORE_S, Hearing
 from .stream.timeline import Hysteresis, Segment, Timeline
 from .stream.windows import Window, cut_windows
 
@@ -40,8 +43,8 @@ class Recogniser:
             `"ground_truth"`, with which `recognise` is given them.
         detector: With `detect(frames) -> boxes`: for each of a list of PIL pictures a box, left-top-right-bottom in
             0..1, or `None`. Needed by, and only by, `boxes="detector"`.
-        rerank: Images per clip that the matching decoder scores; by default as many as the index was calibrated with,
-            else 100.
+        rerank: Images per clip that are scored by matching or alignment; by default as many as the index was
+            calibrated with, else 100.
 
     Raises:
         ValueError: for another `boxes`, a detector too few or too many, or a model that cannot take boxes.
@@ -131,6 +134,9 @@ class Recogniser:
         fps: float | None = None,
         top_k: int = 5,
         hysteresis: Hysteresis | None = None,
+        speech: Iterable | None = None,
+        asr_before_s: float | None = None,
+        asr_after_s: float | None = None,
         on_start: Callable[[Any, float], None] | None = None,
         progress: bool = False,
     ) -> Iterator[Segment]:
@@ -149,18 +155,25 @@ class Recogniser:
                 to.
             top_k: Hits per window at most that are followed over time.
             hysteresis: When to tell a switch; by default what fits the index.
+            speech: What is said, for models that read it: an iterable of [`Word`]s or `(start_s, end_s, text)` that
+                gives them as time goes on, or a [`Hearing`] of one (which tells what came late). The picture of a live
+                source never waits for words.
+            asr_before_s, asr_after_s: A window is given the words from so many seconds before it to so many after it;
+                by default 6 and 2.
             on_start: Called with hit (`None`: no product) and second as soon as something new is known to be on
                 screen, long before its segment is closed.
             progress: Show a bar on a terminal.
 
         Raises:
-            ValueError, FileNotFoundError: what is wrong with the source, an unknown livestream, ground-truth boxes.
+            ValueError, FileNotFoundError: what is wrong with the source, an unknown livestream, ground-truth boxes,
+                speech for a model that reads none.
         """
         if self.boxes == "ground_truth":
             raise ValueError('A stream has no ground-truth boxes; use `boxes="none"` or a detector.')
         self._check_live(live_id)
         if not 0 < hop_s <= window_s:
             raise ValueError(f"Windows need 0 < hop <= window, got a hop of {hop_s} s and a window of {window_s} s.")
+        around_s = self._check_speech(speech, asr_before_s, asr_after_s)
         fps = fps or getattr(source, "fps", None) or self.num_frames / window_s
         if isinstance(source, (str, os.PathLike)):
             source = open_stream(source, fps)
@@ -172,7 +185,34 @@ class Recogniser:
         frames = _with_progress(source, length_s) if progress else source
         windows = cut_windows(frames, window_s, hop_s, 1 / fps, length_s)
         timeline = Timeline(hysteresis or Hysteresis.for_index(self.index))
-        return self._segments(windows, timeline, live_id, top_k, on_start)
+        if speech is None:
+            return self._segments(windows, timeline, live_id, top_k, on_start)
+        if not isinstance(speech, Hearing):
+            speech = Hearing(speech, waits=getattr(source, "is_recording", isinstance(source, Sequence)))
+        windows = _with_words(windows, speech, *around_s)
+        segments = self._segments(windows, timeline, live_id, top_k, on_start)
+        return (replace(segment, said=speech.said(segment.start_s, segment.end_s)) for segment in segments)
+
+    @property
+    def reads_asr(self) -> bool:
+        """Whether the model reads what is said."""
+        return getattr(self.model.config, "text_config", None) is not None
+
+    def _check_speech(self, speech, before_s: float | None, after_s: float | None) -> tuple[float, float]:
+        """Seconds before and after a window whose words it is given."""
+        for name, seconds in (("asr_before_s", before_s), ("asr_after_s", after_s)):
+            if seconds is None:
+                continue
+            if speech is None:
+                raise ValueError(f"`{name}` belongs to `speech`; give both, or leave it out.")
+            if not 0 <= seconds < math.inf:
+                raise ValueError(f"`{name}` must be a number of seconds of 0 or more, got {seconds}.")
+        if speech is not None and not self.reads_asr:
+            raise ValueError(
+                "The model reads no text, so that nothing follows from what is said; leave `speech` out, or use a "
+                "model with a `text_config`."
+            )
+        return ASR_BEFORE_S if before_s is None else before_s, ASR_AFTER_S if after_s is None else after_s
 
     def _segments(self, windows, timeline: Timeline, live_id, top_k: int, on_start) -> Iterator[Segment]:
         encoder = _WindowEncoder(self)
@@ -233,6 +273,20 @@ def _with_progress(frames: Iterable[Frame], length_s: float) -> Iterator[Frame]:
             yield frame
 
 
+def _with_words(windows: Iterable[Window], hearing: Hearing, before_s: float, after_s: float) -> Iterator[Window]:
+    """Windows with the words around them."""
+    first_s = 0.0
+    hearing.start()
+    try:
+        for window in windows:
+            if window.is_first:
+                first_s = window.start_s
+            span = (window.start_s - before_s, window.end_s + after_s)
+            yield replace(window, asr=hearing.text(*span, first_s=first_s - before_s, now_s=window.end_s))
+    finally:
+        hearing.stop()
+
+
 def _to_picture(frame) -> Image.Image:
     """Detectors take PIL pictures."""
     if is_file_source(frame):
@@ -265,7 +319,13 @@ class _WindowEncoder:
         self.empty &= self.known.keys()
         shown = [number for number in window.numbers if number not in self.empty] or window.numbers
         parts = [self.known[number] for number in shown]
-        return self.model.pool_frames(type(parts[0]).cat(parts))
+        frames = type(parts[0]).cat(parts)
+        if not window.asr:
+            return self.model.pool_frames(frames)
+        tokens = self.recogniser.processor(asr=[window.asr])
+        return self.model.pool_frames(
+            frames, **{name: value.to(frames.features.device) for name, value in tokens.items()}
+        )
 
     def _encode_frames(self, numbers: Sequence[int], pictures: Sequence):
         detector, boxes = self.recogniser.detector, [None] * len(pictures)

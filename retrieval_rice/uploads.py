@@ -7,7 +7,7 @@ not opened as a video. What is kept of a frame is chosen by who reads it; the de
 import io
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,10 @@ from PIL import Image, UnidentifiedImageError
 from data_rice.folders import natural_key
 from processing_rice import MediaError, open_image, sample_frame_indices
 from processing_rice.media_rice import FORMATS, image_header
+from processing_rice.video_container_rice import open_container
 from processing_rice.video_media_rice import VideoReader
+
+from .stream.speech_sound import FILE_CHUNK_S, Block, FileSound, chunks
 
 _SIDE = 640
 _FIRST_STEP = 0.2
@@ -30,8 +33,10 @@ class UploadLimits:
         max_files: Pictures of a clip.
         max_pixels: Of a picture or a frame.
         max_seconds: Length of a video.
+        max_sound_seconds: Of its sound that are heard.
         reading_seconds: Time that reading may take.
         max_frames: Frames kept of a video, at most and evenly spaced.
+        max_decoded_pixels: Of all frames of a video that are decoded on the way to those; some seconds of work.
         max_total_bytes: Of all that visitors have uploaded and been shown and that is still on the disk.
         keep_seconds: Time after which any of that is deleted.
         arriving_seconds: Time that sending an upload may take.
@@ -41,8 +46,10 @@ class UploadLimits:
     max_files: int = 64
     max_pixels: int = 25_000_000
     max_seconds: float = 120.0
-    reading_seconds: float = 20.0
+    max_sound_seconds: float = 60.0
+    reading_seconds: float = 10.0
     max_frames: int = 64
+    max_decoded_pixels: int = 1_000_000_000
     max_total_bytes: int = 1_000_000_000
     keep_seconds: float = 1800.0
     arriving_seconds: float = 300.0
@@ -69,10 +76,11 @@ def upload_too_large(words: str) -> UploadError:
 
 @dataclass
 class Upload:
-    """What was kept of a clip's frames, and what is worth knowing of them ("" for nothing)."""
+    """What was kept of a clip's frames, what is worth knowing of them ("" for nothing), and the clip's sound."""
 
     frames: list[Any]
     note: str = ""
+    sound: list[Block] = field(default_factory=list)
 
 
 def small_jpeg(picture: Image.Image) -> bytes:
@@ -89,6 +97,7 @@ def read_upload(
     limits: UploadLimits = UploadLimits(),
     num_frames: int | None = None,
     keep: Callable[[Image.Image], Any] = small_jpeg,
+    with_sound: bool = False,
 ) -> Upload:
     """
     Frames of uploaded pictures, in the order of their names, or of one uploaded video. The files are deleted, also
@@ -101,6 +110,7 @@ def read_upload(
         num_frames: Read only those frames that a model of so many frames looks at, as `Recogniser.recognise` chooses
             them; by default all pictures, and of a video up to `limits.max_frames`, evenly spaced in time.
         keep: What is kept of a frame, an upright RGB picture; the picture itself is let go.
+        with_sound: Read the sound of a video, too.
 
     Raises:
         UploadError: the files are too many, too large, too long, of no known kind, damaged, or not in the folder.
@@ -110,7 +120,7 @@ def read_upload(
         if len(own) < len(paths):
             raise UploadError("A file was not uploaded here or is gone by now; upload it again.")
         own.sort(key=lambda path: natural_key(path.name))
-        return _read(own, limits, num_frames, keep)
+        return _read(own, limits, num_frames, keep, with_sound)
     finally:
         for path in own:
             path.unlink(missing_ok=True)
@@ -120,7 +130,7 @@ def _lies_in(path: Path, folder: Path) -> bool:
     return not path.is_symlink() and path.is_file() and path.resolve().is_relative_to(folder.resolve())
 
 
-def _read(paths: list[Path], limits: UploadLimits, num_frames: int | None, keep: Callable) -> Upload:
+def _read(paths: list[Path], limits: UploadLimits, num_frames: int | None, keep: Callable, with_sound: bool) -> Upload:
     if not paths:
         raise UploadError("Nothing was uploaded: choose pictures or one video.")
     if len(paths) > limits.max_files:
@@ -133,7 +143,8 @@ def _read(paths: list[Path], limits: UploadLimits, num_frames: int | None, keep:
     if any(video_format(path) for path in paths):
         if len(paths) > 1:
             raise UploadError("Upload either pictures or one video, not both or several.")
-        return _read_video(paths[0], limits, deadline, num_frames, keep)
+        upload = _read_video(paths[0], limits, deadline, num_frames, keep)
+        return replace(upload, sound=_read_sound(paths[0], limits, deadline)) if with_sound else upload
     chosen = range(len(paths)) if num_frames is None else sample_frame_indices(len(paths), num_frames)
     return Upload([keep(_read_picture(paths[i], limits, deadline)) for i in chosen])
 
@@ -205,7 +216,8 @@ def _read_video(path: Path, limits: UploadLimits, deadline: float, num_frames: i
                 chosen = _spread(video.times, limits.max_frames)
             else:
                 chosen = sample_frame_indices(len(video), num_frames)
-            frames = [keep(frame.picture) for frame in video.frames(chosen)]
+            affordable = video.affordable(chosen, limits.max_decoded_pixels)
+            frames = [keep(frame.picture) for frame in video.frames(affordable)]
             is_damaged = video.num_missing or video.num_damaged
     except UploadError:
         raise
@@ -213,8 +225,21 @@ def _read_video(path: Path, limits: UploadLimits, deadline: float, num_frames: i
         raise UploadError(f"{path.name} {error.reason or error}.") from error
     if not frames:
         raise UploadError(f"{path.name} is damaged, no frame of it can be read.")
-    note = f"The video is damaged: only {len(frames)} frames of what can be read were used." if is_damaged else ""
+    note = ""
+    if is_damaged:
+        note = f"The video is damaged: only {len(frames)} frames of what can be read were used."
+    elif affordable != sorted(set(chosen)):
+        note = f"The video has too many frames to decode them all: {len(frames)} that can be reached soon were used."
     return Upload(frames, note)
+
+
+def _read_sound(path: Path, limits: UploadLimits, deadline: float) -> list[Block]:
+    """The first part of a video's sound, in chunks to hear; damaged packets are left out."""
+    blocks = []
+    for block in FileSound(path, 0.0, limits.max_sound_seconds, open_container):
+        _check_time(deadline, limits)
+        blocks.append(block)
+    return list(chunks(blocks, FILE_CHUNK_S))
 
 
 def _spread(times: Sequence[float], max_frames: int) -> list[int]:

@@ -13,6 +13,8 @@ from typing import Literal
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import is_tensorboard_available, is_wandb_available
 
+from data_rice.commands import mistakes_end
+
 from .recipe import check_model_fields, read_recipe, suggest, take_model_overrides, to_argv
 
 _DATA_COUNTS = ("num_frames", "train_num_frames", "image_size", "text_length", "vocab_size", "tokenizer_texts")
@@ -63,7 +65,7 @@ class DataArguments:
         },
     )
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where the Arrow tables go."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where the Arrow tables and cached features go."})
     streaming: bool = field(
         default=False,
         metadata={"help": "Read training rows when they are needed, in constant memory, instead of from one table."},
@@ -73,6 +75,13 @@ class DataArguments:
     )
     image_size: int | None = field(
         default=None, metadata={"help": "Side that pictures are resized to; the encoder's own by default, else 224."}
+    )
+    stretch_pictures: bool = field(
+        default=False,
+        metadata={
+            "help": "Stretch pictures to the square that the encoder takes, as published, where init_vision_from "
+            "would have them resized and cropped as it was trained."
+        },
     )
     num_frames: int = field(
         default=10, metadata={"help": "Frames per clip at evaluation, and in the saved processor."}
@@ -213,6 +222,30 @@ class RiceTrainingArguments(TrainingArguments):
         metadata={"help": "Each encoder layer learns at this factor of the rate of the one above it, e.g. 0.75."},
     )
     freeze_vision: bool = field(default=False, metadata={"help": "Train everything but the vision encoder."})
+    cache_vision_features: bool = field(
+        default=False,
+        metadata={
+            "help": "With freeze_vision: all pictures go through the encoder once, before training, which reads from "
+            "the disk what it left (below cache_dir); runs with the same encoder and pictures share it."
+        },
+    )
+    cached_views: int = field(
+        default=1,
+        metadata={
+            "help": "With cache_vision_features and the augmentations of pictures: how many changed versions of each "
+            "clip and image are cached, drawn by the seed; each step draws among them."
+        },
+    )
+    cached_frames: int = field(
+        default=32,
+        metadata={
+            "help": "With cache_vision_features: frames of a training clip that are cached, evenly spread where it "
+            "has more; frame_sampling chooses among them."
+        },
+    )
+    cached_precision: Literal["fp16", "fp32"] = field(
+        default="fp16", metadata={"help": "With cache_vision_features: the numbers' type in the cache."}
+    )
     freeze: list[str] = field(
         default_factory=list,
         metadata={"help": "Names or name prefixes of modules and weights that are not trained."},
@@ -274,6 +307,12 @@ class RiceTrainingArguments(TrainingArguments):
         if not self.dataloader_drop_last:
             raise ValueError("dataloader_drop_last must stay true: the loss needs equal batches on every process.")
         _check_counts(self, ("per_device_train_batch_size", "per_device_eval_batch_size"))
+        _check_counts(self, ("cached_views", "cached_frames"))
+        if self.cache_vision_features and not self.freeze_vision:
+            raise ValueError("cache_vision_features needs an encoder that stays as it is; set freeze_vision too.")
+        for name in ("cached_views", "cached_frames", "cached_precision"):
+            if not self.cache_vision_features and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"{name} goes with cache_vision_features; set both, or leave it out.")
         for name in ("learning_rate", "vision_learning_rate"):
             rate = getattr(self, name)
             if rate is not None and not 0 <= rate < math.inf:
@@ -350,7 +389,7 @@ def parse_arguments(
         usage="%(prog)s [recipe.yaml] [--name value ...] [--model.name value ...]",
         allow_abbrev=False,
     )
-    try:
+    with mistakes_end(parser):
         recipe, source = {}, ""
         if argv and not argv[0].startswith("-"):
             source = argv.pop(0)
@@ -366,8 +405,6 @@ def parse_arguments(
         if unknown:
             name = unknown[0].lstrip("-").partition("=")[0]
             raise ValueError(f"unknown argument {unknown[0]}{suggest(name, _field_names())}")
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).splitlines())}\n")
     model_arguments.model = model
     return model_arguments, data_arguments, training_arguments
 

@@ -1,14 +1,12 @@
 """A new RICE model that starts from a pretrained encoder: its weights, its projection, and blocks for the decoder."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection, PreTrainedModel
 
-from hub_rice.checkpoint import check_checkpoint
+from hub_rice.loading import load_encoder
 from modeling_rice import RiceConfig, RiceModel
 
 logger = logging.getLogger(__name__)
@@ -16,21 +14,6 @@ logger = logging.getLogger(__name__)
 # Parts of a transformer block under the same names here and in CLIP's and SigLIP's towers, but for the attention's.
 _BLOCK = ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
-
-
-def load_encoder(path: str) -> PreTrainedModel:
-    """
-    The model of a folder or Hub id, in float32, with whatever it has beside its vision tower.
-
-    Raises:
-        FileNotFoundError, ValueError: when the folder is missing or damaged.
-    """
-    if not list(Path(path).glob("*.bin")):
-        check_checkpoint(path)
-    architectures = AutoConfig.from_pretrained(path, trust_remote_code=False).architectures or []
-    # AutoModel would leave its projection behind.
-    whole = CLIPVisionModelWithProjection if "CLIPVisionModelWithProjection" in architectures else AutoModel
-    return whole.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
 
 
 def start_from(path: str, settings: dict[str, Any]) -> RiceModel:

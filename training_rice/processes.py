@@ -1,6 +1,7 @@
 """What the processes of one run decide together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -9,18 +10,12 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 _exchanged: dict[torch.device, Tensor] = {}
-_TOLD = "The first process raises this too, and tells the user."
+_TOLD = "Another process raises this too, and tells the user."
 
 
 def are_several() -> bool:
     """Whether this run has other processes, and they are connected."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def barrier() -> None:
-    """Waits until every process of the run is here."""
-    if are_several():
-        dist.barrier()
 
 
 def maximum(value: Tensor | float, device: torch.device) -> float:
@@ -62,6 +57,33 @@ def on_first_process(decide: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """
+    What one process raises inside, all raise at the end, so that none is left waiting; to be entered by all of them,
+    with nothing inside that waits for others.
+
+    Raises:
+        ValueError, OSError: that of the first process that has one, which tells the user.
+    """
+    failure = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        failure = error
+    failures = [failure]
+    if are_several():
+        failures = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, failure)
+    rank = next((rank for rank, one in enumerate(failures) if one is not None), None)
+    if rank is None:
+        return
+    if are_several() and rank != dist.get_rank():
+        failures[rank].add_note(_TOLD)
+        raise failures[rank]
+    raise failure
+
+
 def is_told(error: Exception) -> bool:
-    """Whether an error is one that the first process tells the user."""
+    """Whether an error is one that another process tells the user."""
     return _TOLD in getattr(error, "__notes__", ())

@@ -1,6 +1,7 @@
 """transformers' Trainer, made to survive: whole checkpoints, exact continuation, bad steps left out, EMA weights."""
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from .checkpoints import (
     writing,
 )
 from .guard import UpdateGuard
-from .processes import barrier
+from .processes import failing_together, on_first_process
 from .randomness import EpochCallback, SeededCollator
 from .stopping import Stopped, StopRequest, outlive_signals, signals_call
 
@@ -66,7 +67,7 @@ class ResumableTrainer(Trainer):
         self.guard = UpdateGuard(model, args.max_nonfinite_steps, self.last_checkpoint)
         self.averaged: AveragedWeights | None = None
         self._staging: Path | None = None
-        self._losses = _LossSum()
+        self._losses, self._total_loss = _LossSum(), 0.0
         self._stop = StopRequest()
         self._saved_step: int | None = None
         self._epochs = _EpochEnds()
@@ -185,46 +186,58 @@ class ResumableTrainer(Trainer):
             raise Stopped(number)
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        """Trainer writes below the staging folder, and the first process moves the result to its place."""
+        """
+        Trainer writes below the staging folder, and the first process moves the result to its place. A process that
+        cannot write ends all of them, unless the model is sharded: its parts are gathered while they are written.
+        """
         args, folder = self.args, Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
-        with writing(name, folder):
-            self._write_checkpoint(model, trial, folder, name)
+        best = f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
+        # While no process can have failed yet.
+        self._total_loss = self._summed_losses()
+        self._on_first(name, folder, clear_staging)
+        self._staging, best_step = folder / STAGING, self.state.best_global_step
+        # Of a run that has a best step Trainer waits for all processes, of which one may have failed.
+        self.state.best_global_step = None
+        try:
+            with failing_together(), writing(name, folder):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self._staging, self.state.best_global_step = None, best_step
+        if best is not None and (best == name or (folder / best).is_dir()):
+            self.state.best_model_checkpoint = str(folder / best)
+        self._on_first(name, folder, partial(self._publish_checkpoint, name))
         self._saved_step = self.state.global_step
-        barrier()
         if args.push_to_hub:
             self._push_from_checkpoint(str(folder / name))
 
-    def _write_checkpoint(self, model: nn.Module, trial, folder: Path, name: str) -> None:
-        best = f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
-        if self.args.should_save:
-            clear_staging(folder)
-        barrier()
-        self._staging = folder / STAGING
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = None
-        barrier()
-        if best is not None and (best == name or (folder / best).is_dir()):
-            self.state.best_model_checkpoint = str(folder / best)
-        if self.args.should_save:
-            self.state.save_to_json(str(folder / STAGING / name / "trainer_state.json"))
-            publish(folder / STAGING / name, folder)
-            rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
-            clear_staging(folder).rmdir()
+    def _publish_checkpoint(self, name: str, folder: Path) -> None:
+        self.state.save_to_json(str(folder / STAGING / name / "trainer_state.json"))
+        publish(folder / STAGING / name, folder)
+        rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        clear_staging(folder).rmdir()
+
+    def _on_first(self, what: str, folder: Path, write: Callable[[Path], object]) -> None:
+        """Something of `what` that one process writes, and that ends all if it cannot be written."""
+
+        def decide() -> None:
+            with writing(what, folder):
+                write(folder)
+
+        on_first_process(decide)
 
     def save_final(self) -> None:
         """Writes the model and its processor into the output folder, where they appear once they are written."""
         folder = Path(self.args.output_dir)
-        with writing("the model", folder):
-            if self.args.should_save:
-                clear_staging(folder)
-            barrier()
+        self._on_first("the model", folder, clear_staging)
+        with failing_together(), writing("the model", folder):
             self.save_model(str(folder / STAGING / "model"), _internal_call=True)
-            if self.args.should_save:
-                publish_model(folder / STAGING / "model", folder)
-                clear_staging(folder).rmdir()
+        self._on_first("the model", folder, self._publish_final)
+
+    @staticmethod
+    def _publish_final(folder: Path) -> None:
+        publish_model(folder / STAGING / "model", folder)
+        clear_staging(folder).rmdir()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer asks for this while the checkpoint is still being written.
@@ -233,11 +246,10 @@ class ResumableTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        losses = self._summed_losses()
         if not self.args.should_save:
             return
         state = {name: kept.state_dict() for name, kept in self._kept().items()}
-        state["losses"] = {"total": losses, "count": self._losses.count}
+        state["losses"] = {"total": self._total_loss, "count": self._losses.count}
         if self.averaged is not None:
             state["averaged_updates"] = self.averaged.updates
             self.averaged.save(output_dir)

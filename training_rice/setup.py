@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import logging
+import math
 import os
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoImageProcessor, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from data_rice import LazyRows, gallery_scope, load_dataset_view, open_dataset_view
 from data_rice.asr_noise import with_noisy_asr
@@ -17,6 +18,7 @@ from data_rice.augmentation import ClipAugmentation
 from data_rice.collator import RiceCollator
 from data_rice.files import write_atomically
 from hub_rice.loading import checkpoint_folder, load_processor
+from hub_rice.pictures import follow_encoder, resize_to
 from hub_rice.repository import hub_errors
 from hub_rice.settings import read_config
 from modeling_rice import RiceConfig, RiceModel
@@ -45,6 +47,7 @@ _CHOSEN_ARGUMENTS = ("metric_for_best_model", "greater_is_better")
 # What a run may add to the checkpoint it goes on from, replace or leave out, as a whole.
 _PARTS = ("decoder", "reconstruction_head", "patch_saliency", "temporal_pooling", "text_model", "text_projection")
 _PARTS += ("text_logit_scale", "decoder.title_projection", "decoder.asr_projection", "patch_projection")
+_PARTS += ("alignment",)
 
 Validation = tuple[Dataset, Dataset, str]
 
@@ -67,6 +70,15 @@ def check_processes(arguments: RiceTrainingArguments) -> None:
         raise ValueError(
             f"one process sees {arguments.n_gpu} GPUs, and its batch would be torn apart between them; start one "
             f"process per GPU with accelerate launch --num_processes {arguments.n_gpu}, or set CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def check_frozen(model: ModelArguments, training: RiceTrainingArguments) -> None:
+    """Raises `ValueError` where an encoder that nobody has trained would stay as it is."""
+    if training.freeze_vision and model.model_name_or_path is None and model.init_vision_from is None:
+        raise ValueError(
+            "freeze_vision would keep an encoder with random weights: name a pretrained one by --init_vision_from, "
+            "which `rice encoder efficientnet_lite0 --output FOLDER` writes, or a checkpoint by --model_name_or_path."
         )
 
 
@@ -204,6 +216,17 @@ def choose_attention(model: RiceModel, arguments: ModelArguments, training: Rice
         raise ValueError(f"attn_implementation {name!r} cannot be used: {' '.join(str(error).split())}") from error
 
 
+def check_recomputation(model: RiceModel, training: RiceTrainingArguments) -> None:
+    """Raises `ValueError` when activations are to be recomputed and the encoder, where they are, cannot do it."""
+    # transformers has two names for it, of which older versions know the second.
+    asked = getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing
+    if asked and not model.supports_gradient_checkpointing:
+        raise ValueError(
+            f"activation_checkpointing: the encoder {model.config.vision_config.model_type!r} cannot recompute its "
+            f"activations; leave it out, or set grad_cache_chunk."
+        )
+
+
 def build_rice_processor(
     model: ModelArguments, data: DataArguments, config: RiceConfig, texts: list[str]
 ) -> RiceProcessor:
@@ -222,28 +245,29 @@ def _start_processor(
             processor = load_processor(checkpoint_folder(model.model_name_or_path), model.model_name_or_path)
         processor.video_processor.num_frames = data.num_frames
         if data.image_size is not None:
-            for part in (processor.image_processor, processor.video_processor):
-                part.size = type(part.size)(height=data.image_size, width=data.image_size)
+            resize_to(processor, config, data.image_size)
         return processor
-    vision = config.vision_config
-    image_size = data.image_size or getattr(vision, "image_size", None) or 224
-    patch_size = config.mask_patch_size or 32
+    layout = config.layout
+    image_size = data.image_size or layout.image_size[0]
     tokenizer = build_tokenizer(model, data, config, texts)
-    processor = build_processor(tokenizer, image_size=image_size, patch_size=patch_size, num_frames=data.num_frames)
+    processor = build_processor(
+        tokenizer, image_size, config.mask_patch_size_at(image_size), num_frames=data.num_frames
+    )
+    parts = processor.image_processor, processor.video_processor
+    stretched = [part.size for part in parts]
     if model.init_vision_from is not None:
-        _normalise_as(model.init_vision_from, processor)
+        with hub_errors(model.init_vision_from):
+            assumed = follow_encoder(processor, model.init_vision_from, config, data.image_size)
+        if assumed:
+            logger.warning(assumed)
+    elif layout.image_mean is not None:
+        for part in parts:
+            part.image_mean, part.image_std = layout.image_mean, layout.image_std
+    if data.stretch_pictures:
+        for part, size in zip(parts, stretched, strict=True):
+            part.size, part.do_center_crop, part.default_to_square = size, False, True
+        processor.video_processor.patch_size = config.mask_patch_size_at(image_size)
     return processor
-
-
-def _normalise_as(vision_model: str, processor: RiceProcessor) -> None:
-    """Takes over the mean and standard deviation that a pretrained encoder was trained with."""
-    try:
-        theirs = AutoImageProcessor.from_pretrained(vision_model, trust_remote_code=False)
-    except (OSError, ValueError):
-        logger.warning("%s has no image processor; pictures are normalised as CLIP's.", vision_model)
-        return
-    for part in (processor.image_processor, processor.video_processor):
-        part.image_mean, part.image_std = theirs.image_mean, theirs.image_std
 
 
 def set_token_ids(config: RiceConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -335,11 +359,15 @@ def record_arguments(
     Writes the arguments beside the run, and refuses to go on with a run that was started with others.
 
     Raises:
-        ValueError: naming the first argument that differs.
+        ValueError: naming the first argument that differs, or is no number.
     """
     current = dataclasses.asdict(model) | dataclasses.asdict(data) | training.to_dict()
     current["num_processes"] = training.world_size
-    current = json.loads(json.dumps(current, default=str))
+    for name, value in current.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"{name} must be a number, got nan.")
+    # JSON has no infinity; as text it says the same.
+    current = json.loads(json.dumps(current, default=str), parse_constant=str)
     path = Path(training.output_dir) / ARGUMENTS_FILE
     if resuming and path.is_file():
         former = json.loads(path.read_text(encoding="utf-8"))
@@ -354,4 +382,4 @@ def record_arguments(
     elif training.process_index == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_name(RESULTS_FILE).unlink(missing_ok=True)
-        write_atomically(path, json.dumps(current, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(path, json.dumps(current, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -32,12 +33,13 @@ from .optimizer import (
     warmup_cosine,
 )
 from .resumable import ResumableTrainer
-from .validation import validate_together
+from .stopping import outlive_signals
+from .validation import metric_names, validate_together
 
 logger = logging.getLogger(__name__)
 
 # Of RiceConfig: how the scores of a model are put together, which validation finds out.
-FITTED_FIELDS = ("fusion_weight", "text_score_weight", "fused_text_weight", "ranking")
+FITTED_FIELDS = ("fusion_weight", "alignment_weight", "text_score_weight", "fused_text_weight", "ranking")
 LOSS_TERMS = ("contrastive_loss", "matching_loss", "reconstruction_loss", "text_loss")
 
 
@@ -66,8 +68,11 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         **kwargs,
     ):
         if args.metric_for_best_model is None:
-            args.metric_for_best_model = "eval_fused_R@1" if model.decoder is not None else "eval_embedding_R@1"
+            has_fused = model.decoder is not None or model.alignment is not None
+            args.metric_for_best_model = "eval_fused_R@1" if has_fused else "eval_embedding_R@1"
             args.greater_is_better = True
+        if eval_dataset is not None:
+            _check_metric(args.metric_for_best_model, metric_names(model))
         self.eval_views = eval_dataset
         self.eval_collator = eval_collator or data_collator
         self._sums: dict[str, torch.Tensor] = {}
@@ -208,9 +213,10 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
 
         Returns:
             `{prefix}_embedding_R@1`, `{prefix}_matching_R@1`, `{prefix}_fused_R@1` and so on, in 0..1, and
-            `{prefix}_fusion_weight`, which is fitted on this very split; with a score-level text term also
-            `{prefix}_text_score_weight` and `{prefix}_fused_text_weight`. The config takes them over, and names the
-            fused score as its `ranking` unless it names another.
+            `{prefix}_fusion_weight`, which is fitted on this very split; with an alignment also
+            `{prefix}_alignment_weight`, with a score-level text term `{prefix}_text_score_weight` and
+            `{prefix}_fused_text_weight`. The config takes them over, and names the fused score as its `ranking` unless
+            it names another.
         """
         start = time.time()
         with self.evaluation_weights():
@@ -228,6 +234,8 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
             queries = queries.select([i * len(queries) // limit for i in range(limit)])
         task = RetrievalTask.from_datasets(queries, gallery, scope)
         loading = Loading(self.args.per_device_eval_batch_size, self.args.dataloader_num_workers, quiet=True)
+        if self.args.save_on_signal:
+            loading = replace(loading, worker_init=partial(outlive_signals, None))
         scores, weight, failures = validate_together(model, self.eval_collator, task, queries, gallery, loading)
         metrics = {}
         if failures:
@@ -243,9 +251,20 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
             model.config.fusion_weight = weight
             # That of an earlier fit would not go with this weight.
             model.config.fused_text_weight = scores.get("fused_text_weight")
-            model.config.ranking = model.config.ranking or "fused"
             metrics[f"{prefix}_fusion_weight"] = weight
+        if "alignment_weight" in scores:
+            model.config.alignment_weight = scores["alignment_weight"]
+        if weight is not None or "alignment_weight" in scores:
+            model.config.ranking = model.config.ranking or "fused"
         if "text_score_weight" in scores:
             model.config.text_score_weight = scores["text_score_weight"]
         metrics |= {f"{prefix}_{name}": value for name, value in scores.items()}
         return metrics
+
+
+def _check_metric(name: str, known: list[str]) -> None:
+    if name.removeprefix("eval_") not in known:
+        raise ValueError(
+            f"metric_for_best_model {name} is not measured of this model: choose one of "
+            f"{', '.join(f'eval_{one}' for one in known)}."
+        )

@@ -10,12 +10,20 @@ import torch.distributed as dist
 
 from evaluation_rice.fusion import TEXT_WEIGHTS, edge_words
 from evaluation_rice.protocol import RetrievalTask
+from evaluation_rice.recall import DEFAULT_KS
 from evaluation_rice.retrieval import Loading, ModelRetriever, add_text_scores, all_scores, rank_scores
-from modeling_rice.scoring_rice import FusionWeights
+from modeling_rice.scoring_rice import pair_kinds
 
 from .processes import are_several, on_first_process
 
 logger = logging.getLogger(__name__)
+
+
+def metric_names(model: Any) -> list[str]:
+    """What `validate_together` measures of a model on any split and may be chosen by, such as "fused_R@1"."""
+    kinds = ["embedding", *pair_kinds(model)]
+    kinds += ["fused"] * (len(kinds) > 1)
+    return [f"{kind}_R@{k}" for kind in kinds for k in DEFAULT_KS]
 
 
 def share_of(task: RetrievalTask, rank: int, world_size: int) -> RetrievalTask:
@@ -55,9 +63,9 @@ def validate_together(
     As `evaluation_rice.retrieval.validate`, each process on its share; to be called by all of them.
 
     Returns:
-        `{kind}_{name}` such as `fused_R@1` -> value (and with a score-level text term its weights, fitted here:
-        `text_score_weight` in the embedding score, `fused_text_weight` in the fused one), the fusion weight or `None`,
-        and the failures; the same on every process.
+        `{kind}_{name}` such as `fused_R@1` -> value (and the weights, fitted here, of what the model has: with a
+        score-level text term `text_score_weight` in the embedding score and `fused_text_weight` in the fused one, with
+        an alignment `alignment_weight`), the fusion weight or `None`, and the failures; the same on every process.
 
     Raises:
         ValueError, OSError: when a process could not read one image of its galleries, or the main one not compute the
@@ -91,16 +99,14 @@ def validate_together(
     failures = [failure for _, part, _ in parts for failure in part] + task.without_gallery()
     # In file order, or the order of ties would depend on who scored what.
     merged = dict(sorted((query, values) for part, _, _ in parts for query, values in part.items()))
-    metrics, weight = on_first_process(partial(_measure, task, merged, FusionWeights.of(model.config)))
+    metrics, weight = on_first_process(partial(_measure, task, merged))
     return metrics, weight, failures
 
 
-def _measure(
-    task: RetrievalTask, scores: dict[int, dict[str, np.ndarray]], own: FusionWeights
-) -> tuple[dict[str, float], float | None]:
+def _measure(task: RetrievalTask, scores: dict[int, dict[str, np.ndarray]]) -> tuple[dict[str, float], float | None]:
     """Recall and fitted weights, and the fusion weight; a weight at an end of its grid is logged."""
     scores, text_weight = add_text_scores(task, scores)
-    rankings, fitted = rank_scores(task, scores, own=own)
+    rankings, fitted = rank_scores(task, scores)
     metrics = {
         f"{kind}_{name}": value
         for kind, ranked in rankings.items()
@@ -113,8 +119,9 @@ def _measure(
         edges.append(edge_words("weight of the text in the embedding score", text_weight, TEXT_WEIGHTS))
     if fitted is not None:
         edges += fitted.edges()
-        if fitted.weights.fused_text_weight is not None:
-            metrics["fused_text_weight"] = fitted.weights.fused_text_weight
+        for name in ("fused_text_weight", "alignment_weight"):
+            if getattr(fitted.weights, name) is not None:
+                metrics[name] = getattr(fitted.weights, name)
     for words in filter(None, edges):
         logger.warning("Validation: %s.", words)
     return metrics, None if fitted is None else fitted.weights.fusion_weight

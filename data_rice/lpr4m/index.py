@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from processing_rice.media_rice import tar_member_path
 
 from .. import folders, parsing
+from ..commands import one_line
 from ..prepare_shards import UnsafeTar, tar_members
 
 _STATS_FILE = re.compile(r"(\d+)_stats\.json")
@@ -251,7 +252,7 @@ def _read_parquet(path: str) -> Iterator[tuple]:
         table = pyarrow.parquet.read_table(path, columns=_META_COLUMNS)
         columns = [table[name].to_pylist() for name in _META_COLUMNS]
     except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
-        raise DamagedShard(f"has an unreadable {os.path.basename(path)} ({error}); fetch it again") from None
+        raise DamagedShard(f"has an unreadable {os.path.basename(path)} ({one_line(error)}); fetch it again") from None
     for url, key, status, width, height in zip(*columns):
         if status == "success":
             yield url, key, width, height

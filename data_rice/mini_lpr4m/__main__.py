@@ -3,6 +3,7 @@
 import argparse
 import inspect
 
+from ..commands import mistakes_end
 from .writer import render_mini_lpr4m
 
 _HELP = {
@@ -25,10 +26,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, text in _HELP.items():
         parser.add_argument(f"--{name}", type=int, default=defaults[name], help=f"{text} (default: %(default)s)")
     arguments = vars(parser.parse_args(argv))
-    try:
+    with mistakes_end(parser):
         print(render_mini_lpr4m(arguments.pop("output_dir"), **arguments))
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 if __name__ == "__main__":

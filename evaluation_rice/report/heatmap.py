@@ -1,7 +1,8 @@
-"""Which patches of a clip each patch of a shop image was reconstructed from (PFR), as heat over the clip's frames.
+"""Which patches of a clip belong to each patch of a shop image, as heat over the clip's frames.
 
-A model takes part by a method `reconstruction_maps(**inputs)` that gives weights `(1, P, T, P)`, at least 0, for one
-image and one clip.
+A model takes part by a method that gives weights `(1, P, T, P)` for one image and one clip:
+`alignment_maps(**inputs)`, cosines of patches, of whose best the alignment score is made; or
+`reconstruction_maps(**inputs)` (PFR).
 """
 
 import math
@@ -23,30 +24,50 @@ DIMMED = 0.4
 """Brightness that is left where there is no heat."""
 
 
-def has_maps(model: Any) -> bool:
+def reconstructs(model: Any) -> bool:
     """Whether a model says from which patches it reconstructs."""
     return hasattr(model, "reconstruction_maps") and getattr(model, "reconstruction_head", True) is not None
 
 
-def seen_region(part: Any) -> Region:
-    """The part of a picture that an image or video processor hands to the encoder: ltrb in 0..1 of the picture."""
+def aligns(model: Any) -> bool:
+    """Whether a model says which patches find each other."""
+    return getattr(model, "alignment", None) is not None and hasattr(model, "alignment_maps")
+
+
+def has_maps(model: Any) -> bool:
+    """Whether there are heat maps of a model."""
+    return aligns(model) or reconstructs(model)
+
+
+def seen_region(part: Any, size: tuple[int, int] = (1, 1)) -> Region:
+    """
+    The part of a picture that an image or video processor hands to the encoder: ltrb in 0..1 of the picture.
+
+    Args:
+        part: Image or video processor.
+        size: Width and height of the picture, which count where its short side is resized and its shape is kept.
+    """
     if not getattr(part, "do_center_crop", False):
         return (0.0, 0.0, 1.0, 1.0)
-    width = part.crop_size["width"] / part.size["width"]
-    height = part.crop_size["height"] / part.size["height"]
+    edge = part.size.get("shortest_edge")
+    resized = [edge * side / min(size) for side in size] if edge else [part.size["width"], part.size["height"]]
+    width, height = (min(1.0, part.crop_size[name] / side) for name, side in zip(("width", "height"), resized))
     return ((1 - width) / 2, (1 - height) / 2, (1 + width) / 2, (1 + height) / 2)
 
 
 @dataclass
 class PairMaps:
     """
-    Reconstruction weights of one image with one clip.
+    How much the patches of one image and of one clip have to do with each other.
 
     Attributes:
-        weights: `(rows, columns, T, rows, columns)`: the image's patches, then the clip's frames and patches.
+        weights: `(rows, columns, T, rows, columns)`, at least 0: the image's patches, then the clip's frames and
+            patches.
+        is_alignment: Whether these are similarities of patches and not weights of a reconstruction.
     """
 
     weights: np.ndarray
+    is_alignment: bool = False
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -58,9 +79,11 @@ class PairMaps:
         `(T, rows, columns)` from 0, the clip's least weight, to 1, its greatest; all 0 where all weights are equal.
 
         Args:
-            patch: Row and column of the image's patch; by default the mean over all of them.
+            patch: Row and column of the image's patch; by default all of them: the mean of a reconstruction's weights,
+                the best match in an alignment.
         """
-        weights = self.weights.mean(axis=(0, 1)) if patch is None else self.weights[patch]
+        together = self.weights.max if self.is_alignment else self.weights.mean
+        weights = together(axis=(0, 1)) if patch is None else self.weights[patch]
         spread = weights.max() - weights.min()
         if spread <= 1e-6 * abs(weights.max()):
             return np.zeros_like(weights)
@@ -71,19 +94,24 @@ class PairMaps:
 def pair_maps(model: Any, inputs: dict[str, Any]) -> PairMaps:
     """
     Args:
-        model: With `reconstruction_maps`, in eval mode.
+        model: Of which `has_maps`, in eval mode; its alignment comes first.
         inputs: Model inputs of one image and one clip.
 
     Raises:
-        ValueError: the model reconstructs nothing, or its patches are not a square grid.
+        ValueError: the model has no maps, or its patches are not a square grid.
     """
     if not has_maps(model):
-        raise ValueError("this model reconstructs no patches, so it has no heat maps; train it with PFR.")
-    weights = model.reconstruction_maps(**inputs)[0].float().cpu().numpy()
+        raise ValueError(
+            "this model reconstructs no patches and aligns none, so it has no heat maps; train it with PFR, or make "
+            "one with `rice init`."
+        )
+    is_alignment = aligns(model)
+    maps = model.alignment_maps(**inputs) if is_alignment else model.reconstruction_maps(**inputs)
+    weights = maps[0].float().clamp(min=0).cpu().numpy()
     side = math.isqrt(weights.shape[0])
     if side * side != weights.shape[0]:
         raise ValueError(f"the model's {weights.shape[0]} patches are not a square grid, which heat maps need.")
-    return PairMaps(weights.reshape(side, side, weights.shape[1], side, side))
+    return PairMaps(weights.reshape(side, side, weights.shape[1], side, side), is_alignment)
 
 
 def row_maps(model: Any, collator: Any, query: dict, image: dict) -> PairMaps:
@@ -106,7 +134,7 @@ def row_maps(model: Any, collator: Any, query: dict, image: dict) -> PairMaps:
         boxes = [box for _, box in clip_frames(query, collator.num_frames or part.num_frames)]
         weights = np.zeros_like(maps.weights, shape=(*maps.weights.shape[:2], len(boxes), *maps.weights.shape[3:]))
         weights[:, :, frames_with_box(boxes)] = maps.weights
-        maps = PairMaps(weights)
+        maps = PairMaps(weights, maps.is_alignment)
     return maps
 
 
@@ -115,7 +143,9 @@ def heat_pictures(model: Any, collator: Any, query: dict, image: dict) -> list[I
     part = collator.processor.video_processor
     heat = row_maps(model, collator, query, image).heat()
     frames = clip_frames(query, collator.num_frames or part.num_frames)
-    return [overlay(frame, values, seen_region(part)) for (frame, _), values in zip(frames, heat, strict=True)]
+    return [
+        overlay(frame, values, seen_region(part, frame.size)) for (frame, _), values in zip(frames, heat, strict=True)
+    ]
 
 
 def overlay(picture: Image.Image, heat: np.ndarray, region: Region = (0.0, 0.0, 1.0, 1.0)) -> Image.Image:

@@ -80,6 +80,7 @@ class Evaluation:
     queries: Any
     gallery: Any
     heat: HeatPictures | None = None
+    heat_words: str = "was reconstructed from"
 
     @property
     def shown(self) -> str:
@@ -259,7 +260,7 @@ def _heat(evaluation: Evaluation, query: dict, image: str | None, words: str) ->
         pictures = evaluation.heat(query, row)
     except (ValueError, OSError) as error:
         return _note(f"no heat map: {error}")
-    title = f"where {words} was reconstructed from (bright: much, dark: nothing)"
+    title = f"where {words} {evaluation.heat_words} (bright: much, dark: nothing)"
     return _strip(title, [_figure(picture) for picture in pictures])
 
 
@@ -283,7 +284,7 @@ def _fusion(results: Mapping) -> str:
     curve = fusion.get("curve")
     plot = curve_plot(curve, results["fusion_weight"], "R@1 over the fusion weight, in percent") if curve else ""
     title = "<h3>R@1 in percent on the validation split</h3>" if plot else ""
-    return _section("Fusion of embedding and matching", _note(words), title, plot)
+    return _section("Fusion of scores", _note(words), title, plot)
 
 
 def _failures(results: Mapping) -> str:

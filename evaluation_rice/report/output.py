@@ -68,10 +68,12 @@ def print_report(results: Mapping, output: Path, report: bool) -> None:
 
 
 def _print_fusion(results: Mapping) -> None:
-    if results["fusion_weight"] is None:
+    fusion = results["protocol"].get("fusion")
+    if fusion is None:
         return
-    fusion = results["protocol"]["fusion"]
-    print(f"fusion weight {results['fusion_weight']:g}: {fusion['source_words']}")
+    for name in ("fusion_weight", "alignment_weight"):
+        if results[name] is not None:
+            print(f"{name.replace('_', ' ')} {results[name]:g}: {fusion['source_words']}")
     if fusion["text_weight"] is not None:
         source = "fitted after it" if fusion["source"] == "validation" else "the checkpoint's own"
         print(f"text weight in the fused score {fusion['text_weight']:g}: {source}")

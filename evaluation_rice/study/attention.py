@@ -26,7 +26,7 @@ from modeling_rice.scoring_rice import pair_kinds
 from ..frames import clip_frames
 from ..protocol import RetrievalTask
 from ..recall import bootstrap_interval, interval_words
-from ..report.heatmap import Region, has_maps, seen_region
+from ..report.heatmap import Region, reconstructs, seen_region
 
 MAPS = {
     "score": "attention that the score is made of",
@@ -102,14 +102,14 @@ def clip_shares(model: Any, collator: Any, query: dict, images: Sequence[dict]) 
     inputs = pictures | {name: value.expand(len(images), *value.shape[1:]) for name, value in clip.items()}
     attention = model.attention_maps(**inputs).double().cpu().numpy()
     maps = {"score": attention[:, :1], "patches": attention[:, 1:]}
-    if has_maps(model):
+    if reconstructs(model):
         maps["reconstruction"] = model.reconstruction_maps(**inputs).double().cpu().numpy()
     side = math.isqrt(attention.shape[-1])
     if side * side != attention.shape[-1]:
         raise ValueError(f"the model's {attention.shape[-1]} patches are no square grid to compare with boxes.")
     part = collator.processor.video_processor
     frames = clip_frames(query, collator.num_frames or part.num_frames)
-    cover = np.stack([box_cover(box, side, seen_region(part)) for _, box in frames])
+    cover = np.stack([box_cover(box, side, seen_region(part, frame.size)) for frame, box in frames])
     if not cover.any():
         raise ValueError("no frame that the model sees has a box")
     return {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modeling_rice import RiceClips, RiceGallery
+from modeling_rice.alignment_rice import align_patches
 from modeling_rice.loss_rice import cosines
 
 from .towers import pack, unpack
@@ -61,8 +62,8 @@ def open_session(file: str | os.PathLike):
 
 class OnnxRice:
     """
-    What `rice export` wrote, with `encode_gallery`, `encode_clips`, `similarity` and `match` as [`RiceModel`] has
-    them. Galleries of the exported model and of the original may be exchanged, those of the int8 one may not.
+    What `rice export` wrote, with `encode_gallery`, `encode_clips`, `similarity`, `match` and `align` as [`RiceModel`]
+    has them. Galleries of the exported model and of the original may be exchanged, those of the int8 one may not.
 
     Args:
         folder: With `onnx.json`.
@@ -90,7 +91,9 @@ class OnnxRice:
                     f"{folder} has no {wanted}: export again{' with --int8' if int8 else ''} to have them."
                 )
             self.sessions[name] = open_session(file)
-        self.config = SimpleNamespace(use_decoder="pairs" in self.sessions)
+        # Of exports from before there were alignments nothing is said.
+        settings = self.about.get("config", {})
+        self.config = SimpleNamespace(use_decoder="pairs" in self.sessions, **settings)
         self.int8 = int8
 
     def fingerprint(self) -> str | None:
@@ -105,11 +108,17 @@ class OnnxRice:
         feed = {key: value.contiguous().numpy() for key, value in zip(names, inputs, strict=True)}
         return [torch.from_numpy(output) for output in session.run(None, feed)]
 
+    def _fields(self, name: str, *inputs: Tensor) -> dict[str, Tensor]:
+        names = [item.name for item in self.sessions[name].get_outputs()]
+        return dict(zip(names, self.run(name, *inputs), strict=True))
+
     def encode_gallery(self, pixel_values: Tensor, batch_size: int = 64, **kwargs) -> RiceGallery:
         """As `RiceModel.encode_gallery`; titles are not read."""
         parts = []
         for pixels in pixel_values.float().split(batch_size):
-            fields = dict(zip(("embeds", "states"), self.run("image", pixels)))
+            fields = self._fields("image", pixels)
+            if "patches" in fields:
+                fields["patches"] = fields["patches"].half()
             parts.append(RiceGallery(model_fingerprint=self.fingerprint(), **fields))
         return RiceGallery.cat(parts)
 
@@ -130,11 +139,13 @@ class OnnxRice:
             frame_mask = torch.ones(pixel_values_videos.shape[:2], dtype=torch.bool)
         parts = []
         for videos, mask in zip(pixel_values_videos.float().split(batch_size), frame_mask.split(batch_size)):
-            embeds, *tokens = self.run("video", *pack(videos, mask))
-            fields = {"embeds": embeds}
-            if tokens:
-                fields |= {"keys": unpack(tokens[0], mask), "values": unpack(tokens[1], mask)}
-                fields["mask"] = mask[:, :, None].expand(-1, -1, tokens[0].shape[1]).flatten(1)
+            fields = self._fields("video", *pack(videos, mask))
+            if "keys" in fields:
+                fields["mask"] = mask[:, :, None].expand(-1, -1, fields["keys"].shape[1]).flatten(1)
+                fields |= {name: unpack(fields[name], mask) for name in ("keys", "values")}
+            if "patches" in fields:
+                fields["patches"] = unpack(fields["patches"], mask).unflatten(1, (mask.shape[1], -1)).half()
+                fields["patch_mask"] = mask[:, :, None].expand(fields["patches"].shape[:3])
             parts.append(RiceClips(model_fingerprint=self.fingerprint(), **fields))
         return RiceClips.cat(parts)
 
@@ -155,3 +166,9 @@ class OnnxRice:
             ]
             rows.append(torch.cat(parts, dim=1))
         return torch.cat(rows)
+
+    def align(self, clips: RiceClips, gallery: RiceGallery) -> Tensor:
+        """Alignment of every clip with every image, `(num_clips, num_images)`."""
+        if gallery.patches is None or clips.patches is None:
+            raise ValueError("This model has no alignment; rank by `similarity` instead.")
+        return align_patches(gallery.patches, clips.patches.float(), clips.patch_mask)

@@ -28,28 +28,41 @@ class EncoderTower(nn.Module):
         return (features, patches) if last is None or last is patches else (features, patches, last)
 
 
-class ImageTower(nn.Module):
-    """Shop images `(n, 3, H, W)` -> embeddings `(n, D)` and, with a decoder, its states `(n, d)`."""
+class _Tower(nn.Module):
+    """A part that gives as many of its class's outputs as the model has."""
 
-    inputs = {"pixel_values": ("images", 3, "height", "width")}
-    outputs = {"embeds": ("images", "D"), "states": ("images", "d")}
+    all_outputs: dict[str, tuple]
 
     def __init__(self, model: RiceModel):
         super().__init__()
         self.model = model
+        absent = {"states", "keys", "values"} if model.decoder is None else set()
+        absent |= {"patches"} if model.alignment is None else set()
+        self.outputs = {name: shape for name, shape in self.all_outputs.items() if name not in absent}
+
+
+class ImageTower(_Tower):
+    """
+    Shop images `(n, 3, H, W)` -> embeddings `(n, D)`; with a decoder its states `(n, d)`; with an alignment its
+    patches `(n, P, R)`.
+    """
+
+    inputs = {"pixel_values": ("images", 3, "height", "width")}
+    all_outputs = {"embeds": ("images", "D"), "states": ("images", "d"), "patches": ("images", "P", "R")}
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        images = self.model.get_image_features(pixel_values)
-        if self.model.decoder is None:
-            return (images.pooler_output,)
-        return images.pooler_output, self.model.decoder.encode_images(images.last_hidden_state)[:, 0]
+        images = self.model.image_tokens(pixel_values)
+        outputs = {"embeds": images.embeds, "patches": images.patches}
+        if images.states is not None:
+            outputs["states"] = images.states[:, 0]
+        return tuple(outputs[name] for name in self.outputs)
 
 
-class VideoTower(nn.Module):
+class VideoTower(_Tower):
     """
     The frames of all clips `(f, 3, H, W)`, one after the other, which of them each clip has in order `(c, T)`, and a
-    mask of the same shape, `True` = real -> embeddings `(c, D)` and, with a decoder, every frame's keys and values
-    `(f, 1 + P, d)`.
+    mask of the same shape, `True` = real -> embeddings `(c, D)`; with a decoder every frame's keys and values
+    `(f, 1 + P, d)`; with an alignment every frame's patches `(f, P, R)`.
     """
 
     inputs = {
@@ -57,26 +70,23 @@ class VideoTower(nn.Module):
         "frame_index": ("clips", "length"),
         "frame_mask": ("clips", "length"),
     }
-    outputs = {
+    all_outputs = {
         "embeds": ("clips", "D"),
         "keys": ("frames", "frame_tokens", "d"),
         "values": ("frames", "frame_tokens", "d"),
+        "patches": ("frames", "P", "R"),
     }
-
-    def __init__(self, model: RiceModel):
-        super().__init__()
-        self.model = model
 
     def forward(self, pixel_values: Tensor, frame_index: Tensor, frame_mask: Tensor) -> tuple[Tensor, ...]:
         model = self.model
         frames = model.encode_frames(pixel_values)
         embeds = model.pool_features(frames.features[frame_index], frame_mask)
-        if model.decoder is None:
-            return (embeds,)
-        # A clip's keys and values are its frames', so that frames may be in several clips here too.
-        mask = torch.ones(frames.tokens.shape[:2], dtype=torch.bool, device=pixel_values.device)
-        keys, values, _ = model.decoder.encode_clips(frames.tokens, mask)
-        return embeds, keys, values
+        outputs = {"embeds": embeds, "patches": frames.patches}
+        if model.decoder is not None:
+            # A clip's keys and values are its frames', so that frames may be in several clips here too.
+            mask = torch.ones(frames.tokens.shape[:2], dtype=torch.bool, device=pixel_values.device)
+            outputs["keys"], outputs["values"], _ = model.decoder.encode_clips(frames.tokens, mask)
+        return tuple(outputs[name] for name in self.outputs)
 
 
 class PairScorer(nn.Module):

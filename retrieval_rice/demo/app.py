@@ -2,7 +2,6 @@
 
 import functools
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import escape
@@ -11,14 +10,14 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from ..quota import FolderQuota, UploadGate
-from .page import Clip, Demo, Pair, Recognition, caption, shared_words, table_rows
+from ..quota import FolderQuota, UploadGate, temporary_folder
+from .page import Clip, Demo, Pair, Recognition, caption, said_pieces, table_rows
 
 MAX_VISITORS = 64
 """Visitors whose clips are kept, each a few megabytes; the one that was away longest starts anew."""
 
-COLUMN_WIDTHS = ["4%", "28%", "30%", "10%", "8%", "10%", "10%"]
-COLUMNS = ["#", "product", "title", "confidence", "score", "embedding", "matching"]
+COLUMN_WIDTHS = ["4%", "24%", "26%", "10%", "8%", "9%", "9%", "10%"]
+COLUMNS = ["#", "product", "title", "confidence", "score", "embedding", "matching", "alignment"]
 NO_BOXES = "(only drawn: this model takes none)"
 CSS = """footer { display: none !important; }
 #answer { font-size: 1.15em; }
@@ -29,7 +28,7 @@ CSS = """footer { display: none !important; }
 #scores * { font-family: inherit !important; }"""
 INTRODUCTION = """# RICE: which product is this clip presenting?
 Choose an example or upload a clip; the pictures of a shop are ranked for it. A picture in the ranking can be clicked:
-bright places of the frames are those that it was reconstructed from."""
+bright places of the frames are those that belong to it."""
 
 
 def _told(function: Callable) -> Callable:
@@ -75,10 +74,10 @@ class Callbacks:
         hits, row = recognition.answer.hits, recognition.row
         relevant = row.get("relevant") or []
         pictures = [
-            (self.demo.picture(hit.image_id), caption(hit, rank, relevant)) for rank, hit in enumerate(hits, 1)
+            (self.demo.picture(hit.image_id), caption(hit, rank, relevant, recognition.rank_without_words(hit)))
+            for rank, hit in enumerate(hits, 1)
         ]
-        said = row.get("asr") or ""
-        marked = [(piece, "in the title" if shared else None) for piece, shared in shared_words(said, hits[0].title)]
+        marked = said_pieces(recognition)
         heat = (None, None, [], "")
         if self.demo.explains:
             try:
@@ -113,7 +112,8 @@ class Callbacks:
     def _heat(self, pair: Pair, patch: tuple[int, int] | None) -> tuple:
         picture, frames = self.demo.heat(pair, patch)
         which = "All patches" if patch is None else f"The patch in row {patch[0] + 1}, column {patch[1] + 1}"
-        words = f"{which} of <b>{escape(pair.title)}</b>: bright is what went into the reconstruction."
+        meaning = "looks most alike" if pair.maps.is_alignment else "went into the reconstruction"
+        words = f"{which} of <b>{escape(pair.title)}</b>: bright is what {meaning}."
         return picture, frames, words
 
 
@@ -139,6 +139,9 @@ def answer_words(recognition: Recognition, calibrated: bool) -> str:
     if recognition.boxes == "detector":
         found = sum(box is not None for box in recognition.row["boxes"])
         details.insert(0, f"boxes detected: {found}, in {recognition.detect_ms:.0f} ms")
+    if recognition.silent:
+        before = recognition.rank_without_words(hit)
+        details.insert(0, "first also without the words" if before == "1" else f"without the words: rank {before}")
     if times.get("match_ms"):
         details.append(f"matched in {times['match_ms']:.1f} ms")
     if not calibrated:
@@ -182,13 +185,15 @@ def build_demo(demo: Demo) -> gr.Blocks:
                         pictures = demo.example_pictures(shops[0])
                         examples = _gallery("Clips of this shop; click one", "examples", 4, pictures)
                     with gr.Tab("upload", id="upload"):
-                        limits = demo.limits
+                        limits, hears = demo.limits, demo.transcriber is not None
                         gr.Markdown(
                             f"Pictures (up to {limits.max_files}) or one video of at most {limits.max_seconds:g} s, "
                             f"{limits.max_bytes / 1e6:g} MB in all. Files are read into memory and deleted at once."
+                            + (f" The first {limits.max_sound_seconds:g} s of sound are heard." * hears)
                         )
                         files = gr.File(file_count="multiple", type="filepath", label="clip", elem_id="files")
-                        asr = gr.Textbox(label="what was said (optional)", max_length=2000)
+                        instead = ", in the place of what is heard" * hears
+                        asr = gr.Textbox(label=f"what was said (optional{instead})", max_length=2000)
                         start = gr.Button("recognise", variant="primary", elem_id="recognise")
                 gr.Markdown("**Said** in the clip; words of the first product's title are marked")
                 said = gr.HighlightedText(
@@ -204,7 +209,7 @@ def build_demo(demo: Demo) -> gr.Blocks:
                 picture = gr.Image(show_label=False, interactive=False, buttons=[], height=260, elem_id="picture")
                 every = gr.Button("all patches", size="sm", elem_id="every")
             with gr.Column(scale=3):
-                heat = _gallery("**Heat**: the patches of the clip that it was reconstructed from", "heat")
+                heat = _gallery("**Heat**: the patches of the clip that belong to it", "heat")
                 words = gr.HTML(elem_id="words")
         with gr.Accordion("scores", open=True):
             table = gr.Dataframe(
@@ -248,7 +253,7 @@ def build_demo(demo: Demo) -> gr.Blocks:
 def upload_folder() -> Iterator[str]:
     """A folder of its own for all that visitors upload and all pictures that are shown, deleted at the end."""
     before = os.environ.get("GRADIO_TEMP_DIR")
-    with tempfile.TemporaryDirectory(prefix="rice-demo-") as folder:
+    with temporary_folder("rice-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         try:
             yield folder
@@ -282,6 +287,8 @@ def serve(demo: Demo, host: str = "127.0.0.1", port: int | None = None, block: b
         server_name=host,
         server_port=port,
         prevent_thread_lock=True,
+        # Not even where the environment asks for it.
+        share=False,
         max_file_size=demo.limits.max_bytes,
         app_kwargs={"middleware": [Middleware(UploadGate, limits=demo.limits, quota=quota)]},
         state_session_capacity=MAX_VISITORS,

@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shop", metavar="DIR", help="shop to search: an index, a data set's folder, or pictures")
     add("--detector", metavar="FOLDER|ID", help="product detector, whose boxes are shown, and tell a model that takes "
         "boxes where to look (default: none)")  # fmt: skip
+    add("--asr", metavar="MODEL", help="hear uploads: folder, id or size of a faster-whisper model, or a speech "
+        "model of transformers (default: none)")  # fmt: skip
+    add("--language", help="that is spoken, such as zh or en; auto, the default, detects it")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
     add("--port", type=port, help="default: the first free one from 7860")
     add_precision_and_towers(parser)
@@ -41,6 +44,10 @@ def run(options: argparse.Namespace) -> None:
         ValueError: Gradio is not installed, or what is named cannot be used.
         OSError: the port is in use.
     """
+    if options.language is not None and options.asr is None:
+        raise ValueError("--language belongs to --asr; give both, or leave it out.")
+    if options.space is not None and options.asr is not None:
+        raise ValueError("--asr is for a server, and a Space has none for its uploads; leave it out.")
     if options.space is not None:
         from .space import write_space
 
@@ -113,4 +120,11 @@ def load_demo(options: argparse.Namespace):
         index = open_index(options, model, processor)
     else:
         index = GalleryIndex.build(model, processor, gallery, batch_size=options.batch_size)
-    return Demo(model, processor, index, gallery, queries, detector=detector)
+    transcriber = None
+    if options.asr is not None:
+        if getattr(model.config, "text_config", None) is None:
+            raise ValueError(f"--asr needs a model that reads text, which {options.model} does not; leave it out.")
+        from ..stream.speech_models import load_transcriber
+
+        transcriber = load_transcriber(options.asr, options.language or "auto", options.device)
+    return Demo(model, processor, index, gallery, queries, detector=detector, transcriber=transcriber)

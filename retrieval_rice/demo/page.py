@@ -18,11 +18,15 @@ from processing_rice import open_image, sample_frame_indices
 from processing_rice.video_media_rice import sample_video
 
 from ..index import Answer, GalleryIndex, Hit
+from ..stream.speech import Word, join_words, phrases
+from ..stream.speech_models import words_of
 from ..uploads import Upload, UploadError, UploadLimits, read_upload
 
 TOP_K = 10
 EXAMPLES = 12
 SIDE = 240
+UPLOAD = "upload"
+"""The clip id of an upload."""
 _WORDS = re.compile(r"[a-z0-9]+|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|.", re.IGNORECASE | re.DOTALL)
 
 
@@ -32,10 +36,12 @@ class Clip:
     Attributes:
         row: A query row, whose frames may be bytes.
         note: What is worth knowing of it.
+        words: What was heard in an upload, and when.
     """
 
     row: dict[str, Any]
     note: str = ""
+    words: list[Word] = field(default_factory=list)
 
 
 @dataclass
@@ -50,6 +56,7 @@ class Recognition:
         boxes: Where the boxes come from, see `Demo.boxes`.
         answer: Of the index.
         encode_ms, detect_ms: For reading and encoding the frames, and for the detector.
+        silent: Of an upload with words, the images that are found without them, best first.
     """
 
     clip: Clip
@@ -59,11 +66,18 @@ class Recognition:
     answer: Answer
     encode_ms: float
     detect_ms: float = 0.0
+    silent: list[str] = field(default_factory=list)
+
+    def rank_without_words(self, hit: Hit) -> str:
+        """Which place the hit has without what was said, "" where nothing was."""
+        if not self.silent:
+            return ""
+        return str(self.silent.index(hit.image_id) + 1) if hit.image_id in self.silent else f"after {len(self.silent)}"
 
 
 @dataclass
 class Pair:
-    """A clip and a product image, with the maps of how the one was reconstructed from the other."""
+    """A clip and a product image, with the maps of which of their patches belong together."""
 
     picture: Image.Image
     frames: list[Image.Image]
@@ -82,6 +96,7 @@ class Demo:
         folder: Where uploads arrive; nothing else is ever read or deleted for a visitor.
         limits: Of uploads.
         detector: With `detect(frames)`, as a `Recogniser` takes it, or `None`.
+        transcriber: Hears uploads, see `load_transcriber`, or `None`.
 
     Attributes:
         boxes: Where boxes can come from: "none", "true" where the queries have some, "detector" where there is one.
@@ -95,6 +110,7 @@ class Demo:
     folder: str = ""
     limits: UploadLimits = field(default_factory=UploadLimits)
     detector: Any = None
+    transcriber: Any = None
 
     def __post_init__(self):
         use_text = getattr(self.model.config, "text_config", None) is not None
@@ -157,9 +173,15 @@ class Demo:
 
     def upload(self, paths: Sequence[str]) -> Clip:
         """A clip of uploaded files, which are gone afterwards; raises `UploadError`."""
-        upload: Upload = read_upload(paths, self.folder, self.limits)
+        upload: Upload = read_upload(paths, self.folder, self.limits, with_sound=self.transcriber is not None)
         frames = [{"path": None, "bytes": data} for data in upload.frames]
-        return Clip({"clip_id": "upload", "frames": frames, "boxes": None, "asr": "", "relevant": []}, upload.note)
+        words, note = [], upload.note
+        try:
+            words = [word for chunk in upload.sound for word in words_of(chunk, self.transcriber)]
+        except (RuntimeError, ValueError) as error:
+            note = f"{note} The sound could not be heard ({error}).".strip()
+        row = {"clip_id": UPLOAD, "frames": frames, "boxes": None, "asr": join_words(words), "relevant": []}
+        return Clip(row, note, words)
 
     @torch.no_grad()
     def recognise(self, clip: Clip, live_id: str, asr: str = "", boxes: str = "none") -> Recognition:
@@ -169,7 +191,7 @@ class Demo:
         Args:
             clip: From `example` or `upload`.
             live_id: Shop to search, "" for the whole index.
-            asr: What was said in an uploaded clip.
+            asr: What was said in an uploaded clip, in the place of what was heard.
             boxes: Where the boxes come from that tell the model where to look, one of `boxes`.
 
         Raises:
@@ -178,7 +200,7 @@ class Demo:
         if live_id and live_id not in self.live_ids:
             raise ValueError("There is no such shop; choose one of the list.")
         if asr:
-            clip = Clip({**clip.row, "asr": asr[:2000]}, clip.note)
+            clip = replace(clip, row={**clip.row, "asr": asr[:2000]}, words=[])
         start = time.perf_counter()
         row = self.with_boxes(clip.row, boxes)
         detect_ms = 1000 * (time.perf_counter() - start)
@@ -188,12 +210,18 @@ class Demo:
             raise ValueError(f"The clip cannot be read: {failure_words(failures[0])}.")
         clips = self.model.encode_clips(**inputs)
         encode_ms = 1000 * (time.perf_counter() - start)
-        calibration = self.index.calibration
-        depth = getattr(calibration, "rerank", None) or 100
-        answer = self.index.search(clips, live_id or None, top_k=TOP_K, rerank=depth)[0]
+        answer = self._search(clips, live_id)
         if not answer.hits:
             raise ValueError("This shop has no pictures to search.")
-        return Recognition(clip, row, live_id, boxes, answer, encode_ms, detect_ms)
+        silent = []
+        if row["clip_id"] == UPLOAD and row["asr"] and self.collator.use_text:
+            pictures = {name: value for name, value in inputs.items() if not name.startswith("asr_")}
+            silent = [hit.image_id for hit in self._search(self.model.encode_clips(**pictures), live_id).hits]
+        return Recognition(clip, row, live_id, boxes, answer, encode_ms, detect_ms, silent)
+
+    def _search(self, clips: Any, live_id: str) -> Answer:
+        depth = getattr(self.index.calibration, "rerank", None) or 100
+        return self.index.search(clips, live_id or None, top_k=TOP_K, rerank=depth)[0]
 
     def with_boxes(self, row: dict, source: str) -> dict:
         """A query row with the boxes of one of `boxes`; the detector looks at the frames that the model looks at."""
@@ -252,15 +280,16 @@ class Demo:
 
     def patch_at(self, pair: Pair, point: Sequence[float]) -> tuple[int, int] | None:
         """The patch of the pair's picture at a point in pixels, `None` outside of all."""
-        region = seen_region(self.processor.image_processor)
+        region = seen_region(self.processor.image_processor, pair.picture.size)
         return patch_at(pair.picture.size, pair.maps.grid, (point[0], point[1]), region)
 
     def heat(self, pair: Pair, patch: tuple[int, int] | None) -> tuple[Image.Image, list[Image.Image]]:
         """The pair's picture with its grid, and the frames under the heat of one patch, or of all."""
-        picture = draw_grid(pair.picture, pair.maps.grid, patch, seen_region(self.processor.image_processor))
-        region = seen_region(self.processor.video_processor)
-        heat = pair.maps.heat(patch)
-        return picture, [overlay(frame, values, region) for frame, values in zip(pair.frames, heat)]
+        seen = seen_region(self.processor.image_processor, pair.picture.size)
+        picture = draw_grid(pair.picture, pair.maps.grid, patch, seen)
+        part = self.processor.video_processor
+        frames = zip(pair.frames, pair.maps.heat(patch))
+        return picture, [overlay(frame, values, seen_region(part, frame.size)) for frame, values in frames]
 
 
 def column(rows: Sequence[dict], name: str) -> list[str]:
@@ -343,16 +372,29 @@ def table_rows(recognition: Recognition) -> list[list[str]]:
             hit.product_id,
             hit.title,
             f"{100 * hit.confidence:.1f} %",
-            *(number(value) for value in (hit.score, hit.embedding_score, hit.matching_score)),
+            *map(number, (hit.score, hit.embedding_score, hit.matching_score, hit.alignment_score)),
         ]
         for rank, hit in enumerate(recognition.answer.hits, 1)
     ]
 
 
-def caption(hit: Hit, rank: int, relevant: Sequence[str]) -> str:
-    """Line under a product's picture; where the answer is known, the right one is marked."""
+def said_pieces(recognition: Recognition) -> list[tuple[str, str | None]]:
+    """What was said in pieces with what they are called: times of what was heard, and words of the first title."""
+    hit, words = recognition.answer.hits[0], recognition.clip.words
+    parts = [(f"{part.start_s:.0f} s ", part.text + " ") for part in phrases(words)]
+    pieces: list[tuple[str, str | None]] = []
+    for time_s, text in parts or [("", recognition.row.get("asr") or "")]:
+        pieces += [(time_s, "time")] if time_s else []
+        pieces += [(piece, "in the title" if shared else None) for piece, shared in shared_words(text, hit.title)]
+    return pieces
+
+
+def caption(hit: Hit, rank: int, relevant: Sequence[str], before: str = "") -> str:
+    """Line under a product's picture; where the answer is known, the right one is marked, and where words moved it,
+    its rank without them is told."""
     mark = " ✓" if hit.image_id in relevant else ""
-    return f"{rank}.{mark} {100 * hit.confidence:.0f} % {hit.title or hit.image_id}"
+    moved = f" (without words: {before})" if before not in ("", str(rank)) else ""
+    return f"{rank}.{mark} {100 * hit.confidence:.0f} % {hit.title or hit.image_id}{moved}"
 
 
 __all__ = [
@@ -363,6 +405,7 @@ __all__ = [
     "UploadError",
     "UploadLimits",
     "caption",
+    "said_pieces",
     "shared_words",
     "table_rows",
 ]

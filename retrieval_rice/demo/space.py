@@ -47,7 +47,7 @@ license: apache-2.0
 ---
 
 Which product a livestream clip is presenting: choose one of {clips} example clips or upload one, and see the {images}
-pictures of {shops} ranked for it, with heat maps of what they were reconstructed from.
+pictures of {shops} ranked for it, with heat maps of which patches of the clip belong to them.
 """
 
 

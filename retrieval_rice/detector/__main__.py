@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from data_rice.commands import print_anywhere
+from data_rice.commands import mistakes_end, print_anywhere
 
 from . import commands
 
@@ -19,10 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_arguments(parser)
     print_anywhere()
     options = parser.parse_args(arguments)
-    try:
+    with mistakes_end(parser, verb=options.step):
         commands.run(options)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog} {options.step}: error: {' '.join(str(error).split())}\n")
     return 0
 
 

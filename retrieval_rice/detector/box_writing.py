@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from data_rice import load_dataset_view
 from data_rice.box_files import FORMAT, BoxFile, box_line, clip_fingerprint
+from data_rice.files import cut_torn_line
 from hub_rice.checkpoint import weights_fingerprint
 from processing_rice import MediaError, open_image, sample_frame_indices
 from processing_rice.video_media_rice import sample_video
@@ -108,12 +109,9 @@ def _begin(path: Path, header: dict) -> BoxFile | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(header, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
         return None
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if not whole:
+    if b"\n" not in path.read_bytes():
         raise ValueError(f"{path} is no box file; name another file, or remove it.")
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
+    cut_torn_line(path)
     file = BoxFile(path)
     for name, value in header.items():
         if file.header.get(name) != value:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,8 +12,23 @@ from modeling_rice.scoring_rice import best_first, ranked_scores
 from .calibration import Calibration, product_shares
 from .search import Candidates, Scope
 
-Scores = tuple[np.ndarray, np.ndarray | None, np.ndarray]
-"""Embedding and matching scores of candidates, and those that they are ranked by, each `(k,)`."""
+
+class Scores(NamedTuple):
+    """Of candidates, each `(k,)`: by kind, `None` where it was not asked for, and those that they are ranked by."""
+
+    embedding: np.ndarray
+    matching: np.ndarray | None
+    alignment: np.ndarray | None
+    ranked_by: np.ndarray
+
+    @property
+    def pairs(self) -> np.ndarray | None:
+        """What confidences look at besides the embeddings: the score of pairs, that of the decoder first."""
+        return self.alignment if self.matching is None else self.matching
+
+    def take(self, order: Sequence[int]) -> "Scores":
+        """Those of some candidates."""
+        return Scores(*(None if kind is None else kind[order] for kind in self))
 
 
 @dataclass
@@ -27,7 +42,7 @@ class Hit:
         image: Path of the picture as `data_rice.paths.path_to_text` writes it, "" where it came as bytes.
         score: By which hits are ranked, the kind that `config.ranking` of the model says.
         embedding_score: `model.similarity`, a cosine.
-        matching_score: `model.match`, `None` where it was not asked for.
+        matching_score, alignment_score: `model.match` and `model.align`, `None` where it was not asked for.
         confidence: Probability that the hit's product is the clip's, 0 to 1; see `GalleryIndex.calibrate`.
     """
 
@@ -40,6 +55,7 @@ class Hit:
     embedding_score: float
     matching_score: float | None
     confidence: float
+    alignment_score: float | None = None
 
 
 @dataclass
@@ -51,7 +67,8 @@ class Answer:
         hits: Best first; empty where the searched livestreams have no images.
         no_product: The clip shows none of the shop's products: the confidence is below the calibrated threshold.
         confidence: Of the first hit, 0 to 1.
-        timings: Milliseconds of "search_ms" (embedding search) and "match_ms" (matching), a clip's share of its batch.
+        timings: Milliseconds of "search_ms" (embedding search) and "match_ms" (matching and alignment), a clip's
+            share of its batch.
     """
 
     hits: list[Hit]
@@ -64,11 +81,8 @@ def candidate_scores(model: Any, clip: Any, candidates: Candidates, match: bool)
     """`Scores` of the candidates of a clip, `RiceClips` of one row, by the model's ranking or its embeddings alone."""
     features = candidates.features.to(clip.embeds.device)
     ranked_by, known = ranked_scores(model, clip, features, None if match else "embedding")
-    embedding, matching, ranked_by = (
-        None if scores is None else scores[0].cpu().numpy()
-        for scores in (known["embedding"], known.get("matching"), ranked_by)
-    )
-    return embedding, matching, ranked_by
+    kinds = (known["embedding"], known.get("matching"), known.get("alignment"), ranked_by)
+    return Scores(*(None if scores is None else scores[0].cpu().numpy() for scores in kinds))
 
 
 def answer_of(
@@ -81,23 +95,26 @@ def answer_of(
 ) -> Answer:
     """The answer from the candidates of one clip and their scores, `None` where there are no candidates."""
     # Without a score an image cannot be found, as in evaluation.
-    order = [] if scores is None else best_first(torch.from_numpy(scores[2]))
+    order = [] if scores is None else best_first(torch.from_numpy(scores.ranked_by))
     if not order:
         return Answer([], True, 0.0, timings)
-    embedding, matching, ranked_by = (None if kind is None else kind[order] for kind in scores)
+    scores = scores.take(order)
     records = [candidates.records[i] for i in order]
     products = [record["product_id"] for record in records]
     if calibration is None:
-        confidence = product_shares(ranked_by, 1.0, products)
+        confidence = product_shares(scores.ranked_by, 1.0, products)
     else:
-        confidence = calibration.confidences(embedding, matching, ranked_by, products)
+        confidence = calibration.confidences(scores.embedding, scores.pairs, scores.ranked_by, products)
     hits = [
         Hit(
             **{name: records[i][name] for name in ("image_id", "product_id", "title", "image")},
             live_id=live_of(records[i], scope),
-            score=float(ranked_by[i]),
-            embedding_score=float(embedding[i]),
-            matching_score=None if matching is None else float(matching[i]),
+            score=float(scores.ranked_by[i]),
+            embedding_score=float(scores.embedding[i]),
+            **{
+                f"{kind}_score": None if values is None else float(values[i])
+                for kind, values in (("matching", scores.matching), ("alignment", scores.alignment))
+            },
             confidence=float(confidence[i]),
         )
         for i in range(min(top_k, len(order)))

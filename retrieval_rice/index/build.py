@@ -388,7 +388,10 @@ def query_answers(queries: Sequence[dict]) -> tuple[list[list[str]], list[str]]:
 
 
 def encoded_queries(model, collator, rows, live_ids: list[str], reading: tuple[int, int, bool], unreadable: list):
-    """Batches of clips with the images that answer them and the livestreams they search."""
+    """
+    Batches of clips with the images that answer them, the livestreams they search, and whether the clips hold what
+    was said: each clip without, and where the model scores texts and there is a transcript, again with it.
+    """
     batch_size, num_workers, progress = reading
     rows = as_rows(rows)
     relevant, searched = query_answers(rows)
@@ -398,7 +401,18 @@ def encoded_queries(model, collator, rows, live_ids: list[str], reading: tuple[i
         unreadable += [failure for failure in failures if failure.get("outcome", "skipped") == "skipped"]
         if not loaded:
             continue
-        with torch.no_grad():
-            clips = retriever.encode_clips(inputs)
         scopes = [(searched[i],) if live_ids and searched[i] else None for i in loaded]
-        yield clips, [relevant[i] for i in loaded], scopes
+        answers = [relevant[i] for i in loaded]
+        silent = {name: value for name, value in inputs.items() if not name.startswith("asr_")}
+        with torch.no_grad():
+            clips = retriever.encode_clips(silent)
+            spoken = retriever.encode_clips(inputs) if len(silent) < len(inputs) else clips
+        yield clips, answers, scopes, False
+        said = [i for i in range(len(spoken)) if has_words(spoken, i)]
+        if said:
+            yield spoken[said], [answers[i] for i in said], [scopes[i] for i in said], True
+
+
+def has_words(clips: Any, row: int) -> bool:
+    """Whether the text score of one of `RiceClips` has words to go by."""
+    return getattr(clips, "text_embeds", None) is not None and bool(clips.text_embeds[row].any())

@@ -69,6 +69,9 @@ class Calibration:
         rerank: Candidates per clip that were scored; search with the same number.
         report: What `fit_calibration` measured on clips that each fit had not seen.
         presence_prior: Share of clips whose product is in the shop, which confidences presuppose.
+        said: For clips of which the model knows what was said, whose scores are higher; `None` where validation clips
+            have no transcripts.
+        ranking: Kind of score that the clips were ranked by, such as "fused"; `None` where that was not recorded.
 
     Raises:
         ValueError: for a number that is not finite or out of its range.
@@ -82,6 +85,8 @@ class Calibration:
     rerank: int | None = None
     report: dict = field(default_factory=dict)
     presence_prior: float = PRESENCE_PRIOR
+    said: "Calibration | None" = None
+    ranking: str | None = None
 
     def __post_init__(self):
         check_decision(self.presence_prior, self.false_accept_rate)
@@ -94,6 +99,8 @@ class Calibration:
         # The lowest threshold that keeps a rate may be the number after 1.
         check_number("threshold", self.threshold, low=0, high=_ABOVE_ONE)
         check_depth("rerank", self.rerank)
+        if self.ranking is not None and not isinstance(self.ranking, str):
+            raise ValueError(f"ranking of a calibration is the name of a score, got {self.ranking!r}.")
 
     @classmethod
     def from_dict(cls, values: dict) -> "Calibration":
@@ -104,9 +111,26 @@ class Calibration:
             ValueError: a field is missing or unknown, or holds what it cannot.
         """
         names = {one.name for one in fields(cls)}
+        if isinstance(values, dict):
+            # What was fitted before these were recorded says nothing.
+            values = {"said": None, "ranking": None, **values}
         if not isinstance(values, dict) or values.keys() != names or not isinstance(values["report"], dict):
             raise ValueError(f"a calibration has the fields {', '.join(sorted(names))}, and this one has others")
+        if values["said"] is not None:
+            values["said"] = cls.from_dict(values["said"])
         return cls(**values)
+
+    def of_clip(self, has_words: bool) -> "Calibration":
+        """The one for a clip of which the model knows what was said, or does not."""
+        return self.said if has_words and self.said is not None else self
+
+    def check_ranking(self, kind: str) -> None:
+        """Raises `ValueError` unless clips are ranked by the kind of score that this was fitted to."""
+        if self.ranking not in (None, kind):
+            raise ValueError(
+                f"the index was calibrated for clips that are ranked by {self.ranking} scores, and these are ranked "
+                f"by {kind} scores; calibrate it again, or rank by {self.ranking} scores."
+            )
 
     def presence(self, embedding: np.ndarray, matching: np.ndarray | None) -> float:
         """Probability that the clip's product is among the candidates, 0 to 1."""
@@ -194,6 +218,7 @@ def fit_calibration(
     presence_prior: float = PRESENCE_PRIOR,
     false_accept_rate: float | None = None,
     rerank: int | None = None,
+    ranking: str | None = None,
 ) -> Calibration:
     """
     Args:
@@ -201,7 +226,7 @@ def fit_calibration(
         presence_prior: Share of clips in use whose product is in the shop, above 0 and below 1.
         false_accept_rate: Share of clips without their product, 0 to 1, that may be answered with one; `None`: answer
             where the answer is likelier right than wrong (`EVEN_ODDS`).
-        rerank: Noted in the result.
+        rerank, ranking: Noted in the result.
 
     Returns:
         `Calibration`, whose threshold and report come from fits that had not seen the clips in question.
@@ -222,7 +247,8 @@ def fit_calibration(
         )
     confidence = _unseen_confidences(clips, presence_prior)
     result = _fit(clips, presence_prior)
-    result.presence_prior, result.false_accept_rate, result.rerank = presence_prior, false_accept_rate, rerank
+    result.presence_prior, result.false_accept_rate = presence_prior, false_accept_rate
+    result.rerank, result.ranking = rerank, ranking
     if false_accept_rate is None:
         result.threshold = EVEN_ODDS
     else:
@@ -235,6 +261,21 @@ def fit_calibration(
             f"confidence is {best:.2f} and the threshold {result.threshold:.2f}; use a model that tells the products "
             f"apart, a larger validation split, or another presence_prior or false_accept_rate."
         )
+    return result
+
+
+def fit_with_words(clips: Sequence[ScoredClip], said: Sequence[ScoredClip], **settings) -> Calibration:
+    """
+    As `fit_calibration`, of clips without what was said, with a second fit of those whose words are known as `said`.
+    Where these are too few, both are calibrated alike, and the report says why.
+    """
+    result = fit_calibration(clips, **settings)
+    if said:
+        try:
+            result.said = fit_calibration(said, **settings)
+            result.report["said"] = result.said.report
+        except ValueError as error:
+            result.report["said"] = f"not calibrated apart: {error}"
     return result
 
 

@@ -1,4 +1,4 @@
-"""A shop's images, encoded once and searched for ever: nearest by embedding, re-ranked by matching, with a confidence.
+"""A shop's images, encoded once and searched for ever: nearest by embedding, re-ranked in pairs, with a confidence.
 
 ```python
 index = GalleryIndex.build(model, processor, shop_rows, output_dir="shop.index")
@@ -19,6 +19,7 @@ import torch
 from data_rice.collator import RiceCollator
 from data_rice.parsing import id_text
 from modeling_rice.fingerprint_rice import same_state
+from modeling_rice.scoring_rice import default_ranking
 
 from .answers import Answer, answer_of, candidate_scores, relevance
 from .approximate import Settings, recall, sample_of
@@ -29,28 +30,16 @@ from .build import (
     collect_images,
     encoded_queries,
     finite_rows,
+    has_words,
     process_group,
     record_of,
     report_skipped,
     state_of,
 )
-from .calibration import (
-    PRESENCE_PRIOR,
-    Calibration,
-    ScoredClip,
-    check_decision,
-    check_depth,
-    fit_calibration,
-)
+from .calibration import PRESENCE_PRIOR, Calibration, ScoredClip, check_decision, check_depth, fit_with_words
 from .job import COMMIT_EVERY, Job, build_together, failure_of
 from .newest import Newest
-from .search import (
-    CACHE_BYTES,
-    Candidates,
-    Scope,
-    check_search,
-    scopes_of,
-)
+from .search import CACHE_BYTES, Candidates, Scope, check_search, scopes_of
 from .table import KEPT_FOR, RECORD, ShopTable, Snapshot, Version, columns_of, rows_of
 
 DEPTH = 100
@@ -67,7 +56,7 @@ class GalleryIndex:
     seconds, or at once after `refresh`; a search that began before goes on in the version that it began with.
 
     One index may be searched and changed by any number of threads. The model is called by all of them, so its
-    `similarity` and `match` must be safe to call at the same time, as those of a `RiceModel` in eval mode are.
+    `similarity`, `match` and `align` must be safe to call at the same time, as a `RiceModel`'s in eval mode are.
 
     Livestreams that were searched stay in memory, `cache_bytes` of them at most; so does the whole index where
     it fits.
@@ -469,7 +458,7 @@ class GalleryIndex:
 
         Raises:
             ValueError: a count that is no whole number or below 1, a list of another length, clips of another model,
-                or an index that is damaged where it is read.
+                an index that is calibrated for another kind of score, or is damaged where it is read.
         """
         check_search(top_k, rerank)
         scopes = scopes_of(live_id, len(clips))
@@ -478,6 +467,9 @@ class GalleryIndex:
         depth = None if rerank is None else max(top_k, rerank or DEPTH)
         # One version for the whole search, whatever is written meanwhile.
         rooms = None if self._newest.is_empty() else self._newest.rooms()
+        calibration = None if rooms is None else rooms.snapshot.state.calibration
+        if calibration is not None:
+            calibration.check_ranking(self._ranking(rerank))
         with torch.no_grad():
             start = time.perf_counter()
             found = [Candidates(None, [])] * len(scopes) if rooms is None else rooms.search(clips, scopes, depth)
@@ -489,8 +481,8 @@ class GalleryIndex:
                 if candidates.records:
                     scores = candidate_scores(self.model, clips[i], candidates, rerank != 0)
                 timings = {"search_ms": search_ms, "match_ms": 1000 * (time.perf_counter() - start)}
-                calibration = None if rooms is None else rooms.snapshot.state.calibration
-                answers.append(answer_of(candidates, scores, scopes[i], top_k, calibration, timings))
+                of_clip = None if calibration is None else calibration.of_clip(has_words(clips, i))
+                answers.append(answer_of(candidates, scores, scopes[i], top_k, of_clip, timings))
         return answers
 
     def calibrate(
@@ -511,10 +503,11 @@ class GalleryIndex:
         Fits confidences and the "no product" threshold on validation clips of this index's shop, and keeps them.
 
         Each clip is searched in its shop, and in its shop without its product. A confidence is then the probability
-        that the hit is right where a share `presence_prior` of the clips show a product of the shop.
+        that the hit is right where a share `presence_prior` of the clips show a product of the shop. Where the model
+        scores texts, clips with a transcript are searched with it, too, for a calibration of their own.
 
         Args:
-            queries: Query rows (`clip_id`, `frames` or `video`, `relevant`, `live_id`), or `RiceClips`.
+            queries: Query rows (`clip_id`, `frames` or `video`, `relevant`, `live_id`, `asr`), or `RiceClips`.
             relevant: With `RiceClips`, the image ids that answer each clip.
             live_id: With `RiceClips`, as in `search`; rows name their own where the index has livestreams.
             presence_prior: Share of clips in use whose product is in the shop, above 0 and below 1.
@@ -526,8 +519,8 @@ class GalleryIndex:
         Returns:
             What was measured on clips that the fit had not seen: `num_present`, `num_absent`, `presence_prior`,
             `threshold`, `false_accepts` (share of clips without their product that are answered), `answered` (share of
-            the others), `right_when_answered` (of these), `expected_calibration_error` (under the prior), and
-            `unreadable`, the clips that could not be read.
+            the others), `right_when_answered` (of these), `expected_calibration_error` (under the prior), `said` (the
+            same of clips with transcripts, where there are any), and `unreadable`, the clips that could not be read.
 
         Raises:
             ValueError: too few clips, a prior, rate or count outside its range, lists of unequal length, rows without
@@ -540,16 +533,29 @@ class GalleryIndex:
             if relevant is None or len(relevant) != len(queries):
                 raise ValueError(f"relevant must list the image ids of each of the {len(queries)} clips.")
             answers = [[id_text(image_id) for image_id in images] for images in relevant]
-            batches = [(queries, answers, scopes_of(live_id, len(queries)))]
+            batches = [(queries, answers, scopes_of(live_id, len(queries)), False)]
         else:
-            collator = RiceCollator(self._processor_for("reading clips"), use_boxes=use_boxes)
+            names = ("text_config", "text_score_weight")
+            use_text = all(getattr(self.model.config, name, None) is not None for name in names)
+            collator = RiceCollator(self._processor_for("reading clips"), use_boxes=use_boxes, use_text=use_text)
             reading = (self.live_ids(), (batch_size, num_workers, progress), unreadable)
             batches = encoded_queries(self.model, collator, queries, *reading)
-        scored = [one for batch in batches for one in self._scored(*batch, rerank)]
-        self.calibration = fit_calibration(
-            scored, presence_prior=presence_prior, false_accept_rate=false_accept_rate, rerank=rerank
+        scored: dict[bool, list[ScoredClip]] = {False: [], True: []}
+        for *batch, said in batches:
+            scored[said] += self._scored(*batch, rerank)
+        self.calibration = fit_with_words(
+            scored[False],
+            scored[True],
+            presence_prior=presence_prior,
+            false_accept_rate=false_accept_rate,
+            rerank=rerank,
+            ranking=self._ranking(rerank),
         )
         return {**self.calibration.report, "unreadable": unreadable}
+
+    def _ranking(self, rerank: int | None) -> str:
+        """The kind of score that candidates are ranked by."""
+        return "embedding" if rerank == 0 else default_ranking(self.model.config)
 
     def _processor_for(self, purpose: str) -> Any:
         if self.processor is None:
@@ -576,7 +582,8 @@ class GalleryIndex:
                         chosen = candidates.take(kept)
                         scores = candidate_scores(self.model, clips[i], chosen, rerank != 0)
                         missed = bool(own) and len(kept) == limit and not gone and not relevant[kept].any()
-                        scored.append(ScoredClip(*scores, relevant[kept], chosen.products, group, missed))
+                        kinds = (scores.embedding, scores.pairs, scores.ranked_by)
+                        scored.append(ScoredClip(*kinds, relevant[kept], chosen.products, group, missed))
         return scored
 
 

@@ -359,7 +359,7 @@ class ShopTable:
 def _is_library(error: BaseException) -> bool:
     # Rust's panics are no `Exception`.
     kinds = (RuntimeError, OSError, ValueError, pa.ArrowException)
-    return isinstance(error, kinds) or type(error).__name__ == "PanicException"
+    return isinstance(error, kinds) or type(error).__name__ in ("PanicException", "RustPanic")
 
 
 class Snapshot:

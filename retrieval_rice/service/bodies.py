@@ -18,12 +18,13 @@ HIT = {
     "embedding_score": 0.74,
     "matching_score": 5.2,
     "confidence": 0.91,
+    "alignment_score": 1.08,
 }
 
 HitBody = create_model(
     "Hit",
     __config__=ConfigDict(json_schema_extra={"example": HIT}),
-    __doc__="An image of the shop that was found; of a model without a matching decoder `matching_score` is null.",
+    __doc__="An image of the shop that was found; of a model without them, pair scores are null.",
     **{one.name: (one.type, ...) for one in fields(Hit) if one.name not in _PRIVATE},
 )
 

@@ -17,6 +17,7 @@ from processing_rice import MediaError
 from processing_rice.video_media_rice import VideoReader
 
 from ..index.editing import leave_livestream
+from ..quota import temporary_folder
 from ..recogniser import Recogniser
 from ..stream.source import open_stream
 from ..uploads import Upload, UploadError, UploadLimits, check_picture, read_upload, video_format
@@ -78,7 +79,7 @@ class Service:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """While a server answers."""
-        with tempfile.TemporaryDirectory(prefix="rice-serve-") as self.folder:
+        with temporary_folder("rice-serve-") as self.folder:
             task = asyncio.create_task(self.batches.run())
             try:
                 yield
@@ -107,7 +108,7 @@ class Service:
             Refused, UploadError: what is wrong with it.
         """
         start = time.perf_counter()
-        if asr and self.recogniser.model.config.text_config is None:
+        if asr and not self.recogniser.reads_asr:
             raise Refused(422, "asr: this model reads no text; leave it out.")
         async with self._files(files, url) as paths:
             upload: Upload = await self._in(
@@ -168,7 +169,7 @@ class Service:
             Refused, UploadError: what is wrong with it, or as many streams are followed as may be.
         """
         if source is not None and source not in self.sources:
-            raise Refused(404, f"There is no source {source!r}; this service knows {len(self.sources)} of them.")
+            raise Refused(404, "source: this service knows none of this name.")
         if live_id is not None and live_id not in await self._in(self._readers, self.index.live_ids):
             raise Refused(404, f"The index has no images of livestream {live_id!r}.")
         self._check_streams()

@@ -9,7 +9,7 @@ from processing_rice.video_container_rice import LEAP_S, Clock, has_time_stamps
 # What can be read within so long had come while the source was opened.
 _BACKLOG_S = 0.05
 # More packets than a decoder holds back.
-_MOST_IN_DECODER = 64
+_MOST_IN_DECODER = 32
 # Frames without a stamp may be as early as this: a decoder gives up several at once.
 _EARLY_S = 1.0
 # Time stamps may lag so far behind the time that passed, or be ahead, since servers send what they have kept.

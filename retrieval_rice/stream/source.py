@@ -28,6 +28,7 @@ from processing_rice.video_container_rice import (
     is_playlist,
     open_container,
     open_pipe,
+    sound_stream,
     video_stream,
 )
 
@@ -144,6 +145,7 @@ class FolderStream:
     """The pictures of a folder; see [`open_stream`]. One that cannot be decoded is counted, told, and left out."""
 
     live = False
+    is_recording = True
     error = None
 
     def __init__(self, folder, fps: float, folder_fps: float, notify: Callable[[str], None] = logger.warning):
@@ -238,6 +240,7 @@ class VideoStream:
         live: Whether the source does not wait: an address or camera without a known length.
         duration_s: Length in seconds by the header, or `None`.
         error: Why a live source ended before its time, or `None`.
+        sound: What is handed the packets of sound as they are read, a `LiveSound`; `None` leaves the sound out.
         clock: The [`StreamClock`] of its times.
     """
 
@@ -257,6 +260,7 @@ class VideoStream:
         self.opener = opener or open_source
         self.counts = Counts()
         self.error: str | None = None
+        self.sound = None
         self.clock = StreamClock(source, now, notify, self._tell_leap)
         self._container = self._open()
         # Told at once, and not when frames are asked for.
@@ -302,6 +306,16 @@ class VideoStream:
         # No lock here: a signal may come while this very thread holds it.
         self._stopping.set()
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether all of it is there, and can be read a second time."""
+        return not self.live and (is_address(self.source) or os.path.isfile(self.source))
+
+    @property
+    def has_sound(self) -> bool:
+        """Whether there is sound beside the pictures, to be asked before frames are taken."""
+        return sound_stream(self._container) is not None
+
     def _run(self) -> None:
         try:
             while self._container is not None:
@@ -320,6 +334,8 @@ class VideoStream:
         finally:
             if self._container is not None:
                 self._container.close()
+            if self.sound is not None:
+                self.sound.stop()
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
@@ -329,15 +345,26 @@ class VideoStream:
         container = self._container
         stream = video_stream(container, self.source)
         stream.thread_type = "AUTO"
-        is_file = not self.live and (is_address(self.source) or os.path.isfile(self.source))
-        self.clock.begin(container, stream, is_file, self.live)
-        packets = self.clock.arriving(container.demux(stream))
+        self.clock.begin(container, stream, self.is_recording, self.live)
+        packets = self.clock.arriving(self._pictures(container, stream))
         problems: list[str] = []
         for frame in decoded_frames(packets, stream, self._count_damage, problems.append):
             if self._stopping.is_set():
                 return None
             self._hand_out(frame, stream, self.clock.time_of(frame.time))
         return problems[0] if problems else None
+
+    def _pictures(self, container, stream) -> Iterator:
+        """The packets of pictures; those of sound go by the same clock, which may begin with the first picture."""
+        sound = None if self.sound is None else sound_stream(container)
+        if sound is None:
+            yield from container.demux(stream)
+            return
+        for packet in container.demux(stream, sound):
+            if packet.stream is stream:
+                yield packet
+            elif self.clock.shift_s is not None:
+                self.sound.take(packet, self.clock.shift_s)
 
     def _open(self):
         self.clock.opening()

@@ -10,6 +10,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .speech import Word, join_words, phrases
+
 _UNDECIDED = object()
 # Of a product that is hardly seen, no more than its name is kept.
 _FORGET_BELOW = 1e-3
@@ -56,7 +58,10 @@ class Hysteresis:
         calibration = getattr(index, "calibration", None)
         if calibration is None:
             return cls(enter=0.0, leave=0.0, margin=0.0, patience=3)
-        enter = min(max(float(calibration.threshold), 0.0), 1.0)
+        # With and without words; the higher one keeps a rate of false accepts in both.
+        said = getattr(calibration, "said", None)
+        threshold = calibration.threshold if said is None else max(calibration.threshold, said.threshold)
+        enter = min(max(float(threshold), 0.0), 1.0)
         return cls(enter=enter, leave=0.7 * enter)
 
 
@@ -70,6 +75,7 @@ class Segment:
         hit: The product's image with the highest confidence, as the index gave it; `None` where no product is shown.
         confidence: Mean confidence over the segment's windows, 0..1; without a product, that there is none.
         alternatives: Other products, likeliest first, each a hit with its mean confidence over the segment.
+        said: What was said meanwhile, the last 10,000 words; `None` where nobody listened.
     """
 
     start_s: float
@@ -77,6 +83,7 @@ class Segment:
     hit: Any | None
     confidence: float
     alternatives: list = field(default_factory=list)
+    said: list[Word] | None = None
 
 
 @dataclass
@@ -313,6 +320,8 @@ def json_line(segment: Segment) -> str:
         "confidence": round(segment.confidence, 4),
         "alternatives": [{**describe(hit), "confidence": round(hit.confidence, 4)} for hit in segment.alternatives],
     }
+    if segment.said is not None:
+        entry["asr"] = join_words(segment.said)
     return json.dumps(entry, ensure_ascii=False, allow_nan=False)
 
 
@@ -320,10 +329,20 @@ VTT_HEADER = "WEBVTT\n\n"
 
 
 def vtt_cue(segment: Segment) -> str:
-    """A segment as a cue of WebVTT with a blank line after it; nothing where no product is shown."""
-    if segment.hit is None:
-        return ""
-    text = f"{name_of(segment.hit)} ({segment.confidence:.0%})"
+    """
+    A segment as cues of WebVTT, each with a blank line after it: the product, where one is shown, and then what was
+    said meanwhile, in parentheses.
+    """
+    cues = []
+    if segment.hit is not None:
+        cues.append((segment.start_s, segment.end_s, f"{name_of(segment.hit)} ({segment.confidence:.0%})"))
+    for part in phrases(segment.said or ()):
+        # A cue lasts; words of which only the start is known do not.
+        cues.append((part.start_s, max(part.end_s, part.start_s + 0.5), f"({one_line(part.text)})"))
+    return "".join(f"{clock(start)} --> {clock(end)}\n{_escaped(text)}\n\n" for start, end, text in cues)
+
+
+def _escaped(text: str) -> str:
     for sign, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
         text = text.replace(sign, entity)
-    return f"{clock(segment.start_s)} --> {clock(segment.end_s)}\n{text}\n\n"
+    return text

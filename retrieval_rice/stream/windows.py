@@ -18,6 +18,7 @@ class Window:
         frames: Those within, at least one.
         numbers: Their numbers in the stream.
         is_first, is_last: Whether it begins, or ends, a stretch without long pauses.
+        asr: What is said around it, "" for nothing.
     """
 
     start_s: float
@@ -26,6 +27,7 @@ class Window:
     numbers: list[int]
     is_first: bool
     is_last: bool
+    asr: str = ""
 
 
 def cut_windows(

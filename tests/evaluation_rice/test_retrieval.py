@@ -258,3 +258,25 @@ def test_the_models_own_weight_of_alignment_is_kept_while_matching_is_fitted(sho
     without = {query: {"embedding": v["embedding"], "alignment": v["alignment"]} for query, v in scores.items()}
     rankings, fitted = rank_scores(task, without, own=FusionWeights(None, 2.0))
     assert fitted is None and set(rankings) == {"embedding", "alignment", "fused"}
+
+
+def test_alignment_is_a_third_score_where_validation_says_so(shop):
+    """Of two scores one knows the answer and one misleads: the weight is high for the one, and 0 for the other."""
+    task = RetrievalTask.from_datasets(shop.queries, shop.gallery, "live")
+    scores = {}
+    for query in range(5):
+        size, right = len(task.gallery_of(query)), task.relevant_positions(query)
+        knows, wrong = torch.zeros(size), torch.zeros(size)
+        knows[right] = 1.0
+        wrong[[i for i in range(size) if i not in right][0]] = 1.0
+        scores[query] = {"embedding": wrong, "matching": wrong, "alignment": knows}
+    rankings, fitted = rank_scores(task, scores)
+    assert fitted.weights.alignment_weight > 1 and rankings["fused"].recall()["R@1"] == 1.0
+    assert {"curve", "alignment_curve"} == fitted.curves().keys()
+    bare = {query: {kind: values[kind] for kind in ("embedding", "alignment")} for query, values in scores.items()}
+    rankings, fitted = rank_scores(task, bare)
+    assert fitted.curve is None and rankings["fused"].recall()["R@1"] == 1.0
+    swapped = {query: {"embedding": v["alignment"], "alignment": v["embedding"]} for query, v in scores.items()}
+    rankings, fitted = rank_scores(task, swapped)
+    assert fitted.weights.alignment_weight == 0 and rankings["fused"].recall()["R@1"] == 1.0
+    assert fitted.edges() == []

@@ -1,35 +1,12 @@
 """Training that publishes: at saves and at the end, what belongs on the Hub and nothing else."""
 
-import json
 import shutil
 
 import pytest
 
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-VISION |= {"image_size": 32, "patch_size": 8}
-RECIPE = f"""
-dataset: mini_lpr4m
-validation_fraction: 0.3
-num_frames: 3
-train_num_frames: 2
-vocab_size: 400
-model:
-  vision_config: {json.dumps(VISION)}
-  projection_dim: 16
-  decoder_num_heads: 4
-  logit_scale_init_value: 10.0
-per_device_train_batch_size: 8
-max_steps: 4
-learning_rate: 1e-2
-logging_steps: 1
-eval_strategy: "no"
-save_steps: 2
-save_total_limit: 1
-report_to: none
-disable_tqdm: true
-use_cpu: true
-push_to_hub: true
-"""
+from tests.train_rice.runs import BASE_RECIPE
+
+RECIPE = BASE_RECIPE + 'eval_strategy: "no"\nsave_total_limit: 1\npush_to_hub: true\n'
 TRAIN = """
 import train_rice
 

@@ -183,7 +183,14 @@ def test_without_frames_patches_are_whitened_by_the_shop_and_nothing_is_centred(
     images = pictures(5, shift=10.0)
     alignment, said = fitted(images, [])
     assert said == "Embeddings are not centred, which takes two pictures and two frames."
-    torch.testing.assert_close(alignment.patch_mean, torch.cat([p for p, _ in images]).mean(dim=0))
+    # Five pictures count for 5 of 5 + 8.
+    patches_ = torch.cat([p for p, _ in images])
+    mean = patches_.mean(dim=0) * 5 / 13
+    torch.testing.assert_close(alignment.patch_mean, mean)
+    variances = torch.linalg.eigvalsh((patches_ - mean).T @ (patches_ - mean) / len(patches_))
+    projected = (patches_ - mean) @ alignment.patch_projection
+    left = (projected.T @ projected / len(patches_)).diagonal().sort().values
+    torch.testing.assert_close(left, variances ** (1 - 5 / 13), rtol=1e-3, atol=0)
     assert not alignment.image_mean.any() and not alignment.video_mean.any()
 
 
@@ -207,6 +214,13 @@ def test_a_fit_replaces_the_one_before():
 def test_no_picture_at_all_is_refused():
     with pytest.raises(ValueError, match="no picture to take statistics from"):
         fitted([], [])
+
+
+def test_numbers_that_are_not_finite_are_refused():
+    broken = pictures(3, shift=1.0)
+    broken[1][0][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="numbers that are not finite"):
+        fitted(broken, pictures(3, shift=1.0))
 
 
 def test_statistics_travel_with_the_weights():

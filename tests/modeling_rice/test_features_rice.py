@@ -8,7 +8,12 @@ from modeling_rice import RiceClips, RiceGallery
 
 
 def gallery(rows=5, width=4):
-    return RiceGallery(embeds=torch.randn(rows, width), states=torch.randn(rows, 6), text_embeds=torch.randn(rows, 3))
+    return RiceGallery(
+        embeds=torch.randn(rows, width),
+        states=torch.randn(rows, 6),
+        text_embeds=torch.randn(rows, 3),
+        patches=torch.randn(rows, 9, 2).half(),
+    )
 
 
 def clips(rows=3, tokens=7):
@@ -18,6 +23,8 @@ def clips(rows=3, tokens=7):
         values=torch.randn(rows, tokens, 6),
         mask=torch.rand(rows, tokens) < 0.5,
         text_embeds=torch.randn(rows, 3),
+        patches=torch.randn(rows, tokens - 2, 9, 2).half(),
+        patch_mask=torch.rand(rows, tokens - 2, 9) < 0.5,
     )
 
 
@@ -58,6 +65,7 @@ def test_clips_of_unequal_length_are_padded_and_masked():
     joined = RiceClips.cat([short, long])
     assert joined.keys.shape == (3, 5, 6) and joined.mask.shape == (3, 5)
     assert torch.equal(joined.keys[:2, :3], short.keys) and torch.equal(joined.keys[2:], long.keys)
+    assert joined.patches.shape == (3, 3, 9, 2) and not joined.patch_mask[:2, 1:].any()
     assert not joined.mask[:2, 3:].any() and torch.equal(joined.mask[:2, :3], short.mask)
 
 
@@ -91,6 +99,9 @@ def test_half_precision_halves_the_numbers_and_spares_the_mask():
     features = clips()
     half = features.to(torch.float16)
     assert half.keys.dtype == half.embeds.dtype == torch.float16 and half.mask.dtype == torch.bool
+    # Patches are stored in half precision, and stay as they are.
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(features.to(dtype).patches, features.patches)
     assert torch.equal(half.mask, features.mask)
     back = half.to("cpu", torch.float32)
     torch.testing.assert_close(back.keys, features.keys, rtol=1e-3, atol=1e-3)
@@ -145,7 +156,7 @@ def test_unknown_fields_are_refused():
 
 
 def test_repr_tells_the_shapes():
-    assert repr(gallery(2)) == "RiceGallery(embeds=(2, 4), states=(2, 6), text_embeds=(2, 3))"
+    assert repr(gallery(2)) == "RiceGallery(embeds=(2, 4), states=(2, 6), text_embeds=(2, 3), patches=(2, 9, 2))"
 
 
 @pytest.mark.parametrize("make", [gallery, clips])

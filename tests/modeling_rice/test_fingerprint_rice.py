@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, ResNetConfig, ViTConfig
 
-from modeling_rice import RiceClips, RiceGallery, RiceModel
+from modeling_rice import RiceClips, RiceConfig, RiceGallery, RiceModel
 from modeling_rice.fingerprint_rice import changes_in_training, fingerprint, same_state
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -265,6 +265,13 @@ def test_training_mode_is_allowed_where_it_changes_nothing(make_model, make_batc
     expected = encode(model, batch)
     for actual, other in zip(encode(model.train(), batch), expected, strict=True):
         assert torch.equal(actual.embeds, other.embeds)
+
+
+def test_lists_that_were_tuples_before_they_were_saved_are_the_same(tmp_path):
+    vision = {"model_type": "vitdet", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = RiceModel(RiceConfig(vision_config=vision, use_decoder=False)).eval()
+    model.save_pretrained(tmp_path)
+    assert RiceModel.from_pretrained(tmp_path).fingerprint() == model.fingerprint()
 
 
 def test_a_settled_model_keeps_its_name_in_any_precision(make_model, make_batch):

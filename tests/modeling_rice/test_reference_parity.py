@@ -216,7 +216,7 @@ def test_clip4clip_decoder_states(clip4clip):
     contexts = model.decoder.pair_contexts(states[:, 0], keys, values, mask)
     chosen = torch.stack([contexts[clip, image] for image, clip in pairs])
     assert_close("contexts", chosen, recorded["cross/cross_attention_context_first8"][:, 0])
-    finished = model.decoder.cross_layer.finish(states[[image for image, _ in pairs], 0], chosen)
+    finished = model.decoder.cross_layer(states[[image for image, _ in pairs], 0], None, chosen)
     assert_close("class states", finished, recorded["cross/query_after_cross_layer_first8"][:, 0])
     attention = model.decoder.positive_attention(states, keys, mask)
     assert_close("attention of positives", attention, recorded["cross/attention_positive"])
@@ -318,7 +318,7 @@ def test_mmf_encoder_and_decoder_states(mmf):
     keys, values, mask = clips.keys, clips.values, clips.mask
     contexts = model.decoder.pair_contexts(states[:, 0], keys, values, mask)
     chosen = run.output.matching_indices[0]
-    finished = model.decoder.cross_layer.finish(states[[0] * 4, 0], contexts[chosen, 0])
+    finished = model.decoder.cross_layer(states[[0] * 4, 0], None, contexts[chosen, 0])
     assert_close("class states", finished, recorded["vim_last_hidden_first4"][:, 0])
     if model.reconstruction_head is not None:
         attention = model.decoder.positive_attention(states, keys, mask)

@@ -81,6 +81,15 @@ def test_each_score_that_is_there_and_has_a_weight_is_added():
     assert with_fused({"embedding": VISUAL}, FusionWeights(0.5, 2.0)).keys() == {"embedding"}
 
 
+@pytest.mark.parametrize("cosines", [[0.1, 0.3], [0.3, 0.1]])
+def test_of_two_images_the_embedding_decides_where_scores_cancel(cosines):
+    scores = {"embedding": torch.tensor(cosines), "alignment": torch.tensor(cosines[::-1]) * 3.7}
+    fused = fuse(scores, FusionWeights(alignment_weight=1.0))
+    assert fused.argmax() == scores["embedding"].argmax() and fused.abs().max() < 1e-6
+    # Also once it is rounded.
+    assert fused.float().argmax() == fused.argmax()
+
+
 def test_text_is_added_as_it_is_and_counts_once():
     text = torch.tensor([0.0, 0.0, 0.0, 0.4], dtype=torch.float64)
     scores = {"embedding": VISUAL + 0.5 * text, "visual": VISUAL, "text": text, "matching": MATCHING}

@@ -162,3 +162,55 @@ def test_pictures_of_another_size_where_the_encoder_takes_them(make_model):
     assert model.get_image_features(torch.rand(1, 3, 48, 48)).last_hidden_state.shape[1] == 1 + 9
     with pytest.raises(ValueError, match=r"are \(48, 48\) pixels, but the encoder takes \(32, 32\)"):
         make_model().get_image_features(torch.rand(1, 3, 48, 48))
+
+
+@pytest.mark.parametrize("choice", ["sdpa", "eager", None])
+def test_an_encoder_attends_as_it_can(tmp_path, choice):
+    settings = {"projection_dim": 16, "decoder_num_heads": 4}
+    RiceModel(RiceConfig(vision_config=POOLFORMER, **settings)).save_pretrained(tmp_path)
+    model = RiceModel.from_pretrained(tmp_path, **({} if choice is None else {"attn_implementation": choice}))
+    attentions = model.decoder.cross_layer.attention.config, model.vision_model.config
+    assert [config._attn_implementation for config in attentions] == [choice or "sdpa", "eager"]
+    for other in ("eager", "sdpa"):
+        model.set_attn_implementation(other)
+        assert [config._attn_implementation for config in attentions] == [other, "eager"]
+    with pytest.raises((ValueError, ImportError), match="Flash"):
+        model.set_attn_implementation("flash_attention_2")
+
+
+@pytest.mark.parametrize("vision", [None, POOLFORMER])
+def test_activations_are_recomputed_where_the_encoder_can(make_model, make_batch, vision):
+    model = make_model(**({} if vision is None else {"vision_config": vision})).train()
+    assert model.supports_gradient_checkpointing == (vision is None)
+    if vision is not None:
+        with pytest.raises(ValueError, match="does not support"):
+            model.gradient_checkpointing_enable()
+        return
+    calls = []
+    for layer in (*model.decoder.self_layers, model.decoder.cross_layer):
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    counts = []
+    for enable in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+        enable()
+        calls.clear()
+        model(**make_batch()).loss.backward()
+        counts.append(len(calls))
+    assert counts[1] == 2 * counts[0]
+
+
+def test_a_network_of_timm_recomputes_by_its_own_switch():
+    pytest.importorskip("timm")
+    settings = {"input_size": [3, 64, 64]}
+    vision = {"model_type": "timm_wrapper", "architecture": "tf_efficientnet_lite0", "pretrained_cfg": settings}
+    model = RiceModel(RiceConfig(vision_config=vision, use_decoder=False))
+    model.gradient_checkpointing_enable()
+    assert model.vision_model.timm_model.grad_checkpointing and model.is_gradient_checkpointing
+    model.gradient_checkpointing_disable()
+    assert not model.vision_model.timm_model.grad_checkpointing and not model.is_gradient_checkpointing
+
+
+def test_without_timm_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr("modeling_rice.encoders_rice.is_timm_available", lambda: False)
+    vision = {"model_type": "timm_wrapper", "architecture": "resnet18"}
+    with pytest.raises(ValueError, match=r"needs the package timm: pip install 'rice-retrieval\[encoder\]'"):
+        RiceConfig(vision_config=vision)

@@ -1,6 +1,7 @@
 """A tiny model, and shops of coloured pictures to index."""
 
 import io
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -155,3 +156,59 @@ def save_frames(tmp_path):
         return [str(path) for path in paths]
 
     return save
+
+
+@pytest.fixture
+def write_show(tmp_path):
+    """
+    A function that writes a video of single colours, one per second, with sound and a subtitle track where given, and
+    returns its path. Sound is `(n,)` float at 16 kHz, from `sound_at` seconds on; cues are `(start, end, text)`.
+    """
+    av = pytest.importorskip("av")
+
+    def write(name, colours, sound=None, sound_at=0.0, cues=(), codec="pcm_s16le", rate=10):
+        path = tmp_path / name
+        with av.open(str(path), "w") as container:
+            video = container.add_stream("mpeg4", rate=rate)
+            video.width = video.height = 32
+            video.pix_fmt = "yuv420p"
+            heard = container.add_stream(codec, rate=16000, layout="mono") if sound is not None else None
+            written = av.open(io.BytesIO(subrip(cues).encode())) if cues else None
+            track = container.add_stream_from_template(written.streams.subtitles[0]) if cues else None
+            for i in range(len(colours) * rate):
+                frame = av.VideoFrame.from_image(Image.new("RGB", (32, 32), colours[i // rate]))
+                container.mux(video.encode(frame))
+            container.mux(video.encode())
+            for start in range(0, 0 if sound is None else len(sound), 1024):
+                block = (np.clip(sound[start : start + 1024], -1, 1) * 32767).astype(np.int16)[None]
+                frame = av.AudioFrame.from_ndarray(block, format="s16", layout="mono")
+                frame.sample_rate, frame.time_base = 16000, Fraction(1, 16000)
+                frame.pts = round(sound_at * 16000) + start
+                container.mux(heard.encode(frame))
+            if heard is not None:
+                container.mux(heard.encode(None))
+            for packet in written.demux() if cues else ():
+                if packet.dts is not None:
+                    packet.stream = track
+                    container.mux(packet)
+        return path
+
+    return write
+
+
+def subrip(cues) -> str:
+    from retrieval_rice.stream.timeline import clock
+
+    spans = [f"{clock(start)} --> {clock(end)}".replace(".", ",") for start, end, _ in cues]
+    return "".join(f"{i}\n{span}\n{text}\n\n" for i, (span, (_, _, text)) in enumerate(zip(spans, cues), 1))
+
+
+def tones(*parts) -> np.ndarray:
+    """Sound of `(loudness, seconds)` after each other."""
+    times = [np.arange(round(16000 * seconds)) / 16000 for _, seconds in parts]
+    return np.concatenate([level * np.sin(2 * np.pi * 440 * time) for (level, _), time in zip(parts, times)])
+
+
+@pytest.fixture(name="tones")
+def tones_fixture():
+    return tones

@@ -2,13 +2,16 @@
 
 import asyncio
 import os
+import socket
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from retrieval_rice.quota import OVERHEAD, FolderQuota, UploadGate
+from retrieval_rice.quota import OVERHEAD, FolderQuota, UploadGate, temporary_folder
 from retrieval_rice.uploads import UploadLimits
 
 LIMITS = UploadLimits(max_bytes=1000, max_total_bytes=OVERHEAD + 3000, arriving_seconds=5)
@@ -71,13 +74,20 @@ def test_a_folder_that_is_gone_is_no_error(tmp_path):
 
 
 class Server:
-    """Takes what is sent to it and answers when it is told to."""
+    """Writes what is sent to it into its folder, and answers when it is told to."""
 
-    def __init__(self):
-        self.requests, self.go_on = [], asyncio.Event()
+    def __init__(self, folder=None):
+        self.requests, self.folder, self.go_on = [], folder, asyncio.Event()
 
     async def __call__(self, scope, receive, send):
         self.requests.append(scope["path"])
+        path = self.folder and self.folder / f"arriving{len(self.requests)}"
+        while receive is not None:
+            message = await receive()
+            if path is not None:
+                path.write_bytes((path.read_bytes() if path.exists() else b"") + message["body"])
+            if not message["more_body"]:
+                break
         await self.go_on.wait()
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
@@ -87,15 +97,23 @@ def make_gate(server, folder, limits) -> UploadGate:
     return UploadGate(server, limits, FolderQuota(folder, limits.max_total_bytes, limits.keep_seconds))
 
 
-async def post(gate, size: int | None, path: str = "/gradio_api/upload", method: str = "POST") -> tuple[int, str]:
-    """Status and words of the answer to a request."""
-    sent = []
+async def post(
+    gate, size: int | None, path: str = "/gradio_api/upload", method: str = "POST", parts: tuple[int, ...] | None = ()
+) -> tuple[int, str]:
+    """Status and words of the answer to a request that claims a size and sends parts, or (`None`) nothing for ever."""
+    sent, left = [], list(parts or ())
+
+    async def receive():
+        await asyncio.sleep(0)
+        if parts is None:
+            await asyncio.Event().wait()
+        return {"type": "http.request", "body": bytes(left.pop(0) if left else 0), "more_body": bool(left)}
 
     async def send(message):
         sent.append(message)
 
     headers = [] if size is None else [(b"content-length", str(size).encode())]
-    await gate({"type": "http", "method": method, "path": path, "headers": headers}, None, send)
+    await gate({"type": "http", "method": method, "path": path, "headers": headers}, receive, send)
     return sent[0]["status"], sent[1]["body"].decode()
 
 
@@ -117,20 +135,38 @@ def test_requests_without_or_of_too_great_length_are_refused_unread(folder):
     asyncio.run(scenario())
 
 
-def test_uploads_that_arrive_together_share_the_room(folder):
+def test_what_is_claimed_takes_no_room(folder):
     async def scenario():
-        server = Server()
-        gate = make_gate(server, folder, LIMITS)
-        first = asyncio.create_task(post(gate, OVERHEAD + 1000))
-        await asyncio.sleep(0)
-        # As many as there are bytes left still fit; one more does not.
-        second = asyncio.create_task(post(gate, 2000))
-        await asyncio.sleep(0)
-        status, words = await post(gate, 1)
-        assert status == 503 and words.endswith("try again in some minutes.")
+        gate = make_gate(Server(folder), folder, LIMITS)
+        other = put(folder / "other", OVERHEAD, 20)
+        idle = [asyncio.create_task(post(gate, OVERHEAD + 1000, parts=None)) for _ in range(20)]
+        await asyncio.sleep(0.01)
+        assert other.exists() and gate.arrived == 0
+        gate.app.go_on.set()
+        assert (await post(gate, 1000, parts=(1000,)))[0] == 200 and other.exists()
+        for task in idle:
+            task.cancel()
+        await asyncio.gather(*idle, return_exceptions=True)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("has_quota", [True, False])
+def test_uploads_that_arrive_together_share_the_room(folder, has_quota):
+    limits = UploadLimits(max_bytes=4 * OVERHEAD, max_total_bytes=6 * OVERHEAD, arriving_seconds=5)
+
+    async def scenario():
+        server = Server(folder)
+        gate = make_gate(server, folder, limits) if has_quota else UploadGate(server, limits)
+        gate.quota and gate.quota.kept.update(str(folder / f"arriving{number}") for number in (1, 2, 3))
+        claims = 4 * OVERHEAD
+        first = asyncio.create_task(post(gate, claims, parts=(OVERHEAD,) * 4))
+        while gate.arrived < claims:
+            await asyncio.sleep(0.001)
+        status, words = await post(gate, claims, parts=(OVERHEAD,) * 4)
+        assert status == 503 and words.endswith("try again in some minutes.") and len(server.requests) == 2
         server.go_on.set()
-        assert [(await task)[0] for task in (first, second)] == [200, 200]
-        assert (await post(gate, OVERHEAD + 1000))[0] == 200 and gate.arriving == 0
+        assert (await first)[0] == 200 and gate.arrived == 0
 
     asyncio.run(scenario())
 
@@ -141,7 +177,7 @@ def test_an_upload_makes_room_and_so_does_a_click(folder):
         server.go_on.set()
         gate = make_gate(server, folder, LIMITS)
         old, young = put(folder / "old", OVERHEAD, 20), put(folder / "young", 2500, 10)
-        assert (await post(gate, 600))[0] == 200
+        assert (await post(gate, 600, parts=(600,)))[0] == 200
         assert not old.exists() and young.exists()
         shown = put(folder / "shown", LIMITS.max_total_bytes)
         assert (await post(gate, 100, "/gradio_api/queue/join"))[0] == 200
@@ -153,9 +189,9 @@ def test_an_upload_makes_room_and_so_does_a_click(folder):
 def test_a_slow_upload_ends_and_frees_its_room(folder):
     async def scenario():
         gate = make_gate(Server(), folder, replace(LIMITS, arriving_seconds=0.05))
-        status, words = await post(gate, OVERHEAD)
+        status, words = await post(gate, OVERHEAD, parts=None)
         assert status == 408 and words == "The upload took longer than 0.05 s; send something smaller."
-        assert gate.arriving == 0
+        assert gate.arrived == 0
 
     asyncio.run(scenario())
 
@@ -167,7 +203,29 @@ def test_errors_of_the_server_are_its_own(folder):
     gate = make_gate(fail, folder, LIMITS)
     with pytest.raises(TimeoutError, match="of the server"):
         asyncio.run(post(gate, 10))
-    assert gate.arriving == 0
+    assert gate.arrived == 0
+
+
+def test_a_folder_that_a_killed_process_left_goes_at_the_next_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = (
+        "import os, tempfile; from retrieval_rice.quota import temporary_folder; tempfile.tempdir = os.environ['AT']\n"
+        "with temporary_folder('own-') as folder: open(folder + '/upload', 'w').close(); os.kill(os.getpid(), 9)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], env={**os.environ, "AT": str(tmp_path)}, timeout=120)
+    assert result.returncode == -9
+    (left,) = tmp_path.iterdir()
+    assert (left / "upload").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "own-file").touch()
+    (tmp_path / "own-link").symlink_to(tmp_path / "other")
+    (tmp_path / "own-making").mkdir()
+    with temporary_folder("own-") as first, temporary_folder("own-") as second:
+        assert not left.exists() and os.path.isdir(first) and os.path.isdir(second)
+    assert {path.name for path in tmp_path.iterdir()} == {"other", "own-file", "own-link", "own-making"}
+    os.utime(tmp_path / "own-making", (0, 0))
+    with temporary_folder("own-"):
+        assert not (tmp_path / "own-making").exists() and (tmp_path / "other").exists()
 
 
 def test_a_served_page_bounds_what_is_sent_to_it(demo):
@@ -191,6 +249,18 @@ def test_a_served_page_bounds_what_is_sent_to_it(demo):
             assert sum(path.stat().st_size for path in _files(folder)) < 3_000_000
             assert pictures and all(path.exists() for path in pictures)
             assert send(7, 2_500_000).status_code == 413
+            # Who claims much and sends nothing takes no room from others.
+            kept = [name for name in arrived if os.path.exists(name)]
+            claim = f"POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: {1_900_000}\r\n\r\n".encode()
+            place = ("127.0.0.1", int(server.local_url.rstrip("/").rpartition(":")[2]))
+            sockets = [socket.create_connection(place) for _ in range(20)]
+            for idle in sockets:
+                idle.sendall(claim)
+            time.sleep(0.5)
+            assert kept and all(map(os.path.exists, kept)) and send(8, 100).status_code == 200
+            for idle in sockets:
+                idle.close()
+            assert not server.share
         finally:
             server.close()
 

@@ -5,6 +5,7 @@ import zlib
 import pytest
 from PIL import Image, ImageFile
 
+from processing_rice.video_media_rice import VideoReader
 from retrieval_rice.uploads import UploadError, UploadLimits, read_upload, video_format
 
 RED, BLUE = (220, 20, 20), (20, 20, 220)
@@ -22,10 +23,10 @@ def make_video(folder):
     """A function that writes an MP4 whose picture turns from red to blue."""
     av = pytest.importorskip("av", reason="needs PyAV")
 
-    def make(frames: int = 20, fps: int = 10, name: str = "clip.mp4", side: int = 64):
+    def make(frames: int = 20, fps: int = 10, name: str = "clip.mp4", side: int = 64, options: dict | None = None):
         path = folder / name
         with av.open(str(path), "w", format="mp4") as container:
-            stream = container.add_stream("mpeg4", rate=fps)
+            stream = container.add_stream("mpeg4", rate=fps, options=options or {})
             stream.width = stream.height = side
             stream.pix_fmt = "yuv420p"
             for i in range(frames):
@@ -195,6 +196,38 @@ def test_a_video_without_pictures_is_refused(folder):
 def test_pictures_and_video_do_not_mix(folder, make_video):
     words = refusal([make_video(), picture(folder / "a.png")], folder)
     assert words == "Upload either pictures or one video, not both or several."
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """How many packets are decoded, by file."""
+    counts = []
+    close = VideoReader.close
+
+    def count(self):
+        counts.append(self.num_decoded)
+        close(self)
+
+    monkeypatch.setattr(VideoReader, "close", count)
+    return counts
+
+
+def test_decoding_is_bounded_for_a_video_of_many_frames(folder, make_video, decoded):
+    """Ten seconds of 240 frames: every twelfth frame is a key frame, or the first one alone."""
+    pixels = 64 * 64
+    upload = read_upload([str(make_video(2400, 240))], folder, UploadLimits(max_decoded_pixels=250 * pixels))
+    assert max(decoded) <= 250 and 40 <= len(upload.frames) <= 64 and "too many frames" in upload.note
+    reds = [colour[0] for colour in colours(upload)]
+    # From the start to the end.
+    assert reds == sorted(reds, reverse=True) and reds[0] > 210 and reds[-1] < 35
+    decoded.clear()
+    path = make_video(2400, 240, options={"g": "9999", "keyint_min": "9999", "sc_threshold": "1000000000"})
+    upload = read_upload([str(path)], folder, UploadLimits(max_decoded_pixels=300 * pixels))
+    assert max(decoded) <= 300 and len(upload.frames) >= 5 and "too many frames" in upload.note
+    # What can be paid for is read as before.
+    decoded.clear()
+    upload = read_upload([str(make_video(60, 10))], folder)
+    assert upload.note == "" and len(upload.frames) == 30
 
 
 def test_reading_is_bounded_in_time(folder, make_video):

@@ -13,7 +13,7 @@ REPOSITORY = Path(train_rice.__file__).parent
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION |= {"image_size": 32, "patch_size": 8}
 TEXT_CONFIG = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-RECIPE = f"""
+BASE_RECIPE = f"""
 dataset: mini_lpr4m
 validation_fraction: 0.3
 num_frames: 3
@@ -29,15 +29,13 @@ per_device_train_batch_size: 8
 max_steps: 4
 learning_rate: 1e-2
 logging_steps: 1
-eval_strategy: steps
-eval_steps: 2
 save_strategy: steps
 save_steps: 2
-load_best_model_at_end: true
 report_to: none
 disable_tqdm: true
 use_cpu: true
 """
+RECIPE = BASE_RECIPE + "eval_strategy: steps\neval_steps: 2\nload_best_model_at_end: true\n"
 
 
 def weights(folder) -> dict[str, torch.Tensor]:

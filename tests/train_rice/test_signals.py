@@ -2,16 +2,20 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import train_rice
+from evaluation_rice.retrieval import Loading
 from tests.train_rice.runs import REPOSITORY, TEXT_CONFIG, assert_same_weights, free_port, results
 
 # Enough steps for a signal to arrive within, at any speed.
@@ -24,7 +28,7 @@ def start(command, environment):
     """A function that starts a training command, each process in a session of its own as launchers do it."""
     running = []
 
-    def start(folder, *words: str, processes: int = 1) -> list[subprocess.Popen]:
+    def start(folder, *words: str, processes: int = 1, limits: dict | None = None) -> list[subprocess.Popen]:
         port, ours = str(free_port()), []
         for rank in range(processes):
             several = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
@@ -37,6 +41,7 @@ def start(command, environment):
                     stderr=subprocess.STDOUT,
                     text=True,
                     start_new_session=True,
+                    preexec_fn=partial(limit_files, (limits or {}).get(rank)),
                 )
             )
         running.extend(ours)
@@ -47,6 +52,11 @@ def start(command, environment):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+def limit_files(size: int | None) -> None:
+    if size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def wait_for(path: Path, processes: list[subprocess.Popen]) -> None:
@@ -130,6 +140,31 @@ def test_last_checkpoint_goes_on_to_the_same_weights(command, tmp_path, monkeypa
     assert results(stopped)["train_loss"] == pytest.approx(results(whole)["train_loss"])
 
 
+def test_validation_is_finished_when_its_workers_get_the_signal_too(command, tmp_path, monkeypatch, capsys):
+    words = ["--max_steps", "4", "--dataloader_num_workers", "1", "--per_device_eval_batch_size", "1"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train_rice.main(command(whole, *words))
+    batches, sent = Loading.batches, []
+
+    def to_all(self, *args, **kwargs):
+        for batch in batches(self, *args, **kwargs):
+            if not sent:
+                sent.extend(multiprocessing.active_children())
+                for child in sent:
+                    os.kill(child.pid, signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loading, "batches", to_all)
+        with pytest.raises(SystemExit) as end:
+            train_rice.main(command(stopped, *words, "--save_on_signal", "true"))
+    assert sent and end.value.code == 143
+    assert f"run the same command again to go on from {stopped}/checkpoint-2." in capsys.readouterr().err
+    train_rice.main(command(stopped, *words))
+    assert_same_weights(stopped, whole)
+
+
 def test_second_signal_does_not_wait(command, tmp_path, monkeypatch):
     signalled(monkeypatch, 3, signal.SIGINT, times=2)
     with pytest.raises(SystemExit) as end:
@@ -160,3 +195,19 @@ def test_signal_to_all_processes_and_workers(start, tmp_path, processes):
     assert int(checkpoint.name.removeprefix("checkpoint-")) < 60
     finish(start(stopped, *words, processes=processes))
     assert_same_weights(stopped, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.5])
+def test_a_full_disk_of_the_first_process_ends_all(start, finished, tmp_path, share):
+    """A limit on the size of files stands for the disk's; with none at all not even the arguments can be written."""
+    limit = int(share * (finished / "model.safetensors").stat().st_size)
+    words = ["--per_device_train_batch_size", "4"]
+    both = start(tmp_path / "run", *words, processes=2, limits={0: limit})
+    said = [process.communicate(timeout=200)[0] for process in both]
+    assert [process.returncode for process in both] == [2, 2], said
+    assert "Traceback" not in said[0] + said[1]
+    last = said[0].strip().splitlines()[-1]
+    assert last.startswith("train_rice.py: error: ") and f"could not be written to {tmp_path / 'run'} (" in last
+    assert "error:" not in said[1]
+    finish(start(tmp_path / "run", *words, processes=2))

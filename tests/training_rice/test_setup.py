@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionModel
 
+from modeling_rice import RiceConfig, RiceModel
 from training_rice.arguments import DataArguments, ModelArguments
 from training_rice.checkpoints import RESULTS_FILE
 from training_rice.setup import (
     build_model,
     build_rice_processor,
     check_processes,
+    check_recomputation,
     choose_attention,
     load_views,
     read_texts,
@@ -207,6 +209,23 @@ class TestAttention:
         assert model.config._attn_implementation == expected
         assert model.vision_model.config._attn_implementation == expected
 
+    def test_an_encoder_without_sdpa_attends_as_it_can(self, resnet_settings):
+        model = RiceModel(RiceConfig(**resnet_settings))
+        training = SimpleNamespace(bf16=False, device=torch.device("cpu"))
+        for name in ("eager", "sdpa"):
+            choose_attention(model, ModelArguments(attn_implementation=name), training)
+            configs = model.config, model.vision_model.config
+            assert [config._attn_implementation for config in configs] == [name, "eager"]
+
+    def test_activations_are_recomputed_where_the_encoder_can(self, make_model, resnet_settings):
+        asked = SimpleNamespace(activation_checkpointing=True, gradient_checkpointing=False)
+        check_recomputation(make_model(), asked)
+        model = RiceModel(RiceConfig(**resnet_settings))
+        check_recomputation(model, SimpleNamespace(gradient_checkpointing=None))
+        for training in (asked, SimpleNamespace(gradient_checkpointing=True)):
+            with pytest.raises(ValueError, match="the encoder 'resnet' cannot recompute its activations; leave it"):
+                check_recomputation(model, training)
+
     def test_unknown(self, make_model):
         training = SimpleNamespace(bf16=False, device=torch.device("cpu"))
         with pytest.raises(ValueError, match="attn_implementation 'fast' cannot be used") as error:
@@ -251,6 +270,14 @@ class TestRecord:
             self.record(training, True, {"projection_dim": 16})
         with pytest.raises(ValueError, match="learning_rate=5e-05, not 1.0"):
             self.record(dataclasses.replace(training, learning_rate=1.0), True, {"projection_dim": 8})
+
+    def test_what_json_has_no_word_for(self, training, tmp_path):
+        self.record(dataclasses.replace(training, max_grad_norm=float("inf")), False)
+        text = (tmp_path / "run" / "train_arguments.json").read_text()
+        assert json.loads(text, parse_constant=pytest.fail)["max_grad_norm"] == "Infinity"
+        self.record(dataclasses.replace(training, max_grad_norm=float("inf")), True)
+        with pytest.raises(ValueError, match="weight_decay must be a number, got nan"):
+            self.record(dataclasses.replace(training, weight_decay=float("nan")), False)
 
     def test_arguments_that_may_change(self, training, tmp_path):
         self.record(training, False)

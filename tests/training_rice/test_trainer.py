@@ -9,6 +9,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data_rice.collator import RiceCollator
+from evaluation_rice.fusion import ALIGNMENT_WEIGHTS
+from evaluation_rice.protocol import RetrievalTask
+from evaluation_rice.retrieval import Loading, ModelRetriever, all_scores
+from modeling_rice.scoring_rice import FusionWeights, fuse
 from training_rice.arguments import RiceTrainingArguments
 from training_rice.averaging import AVERAGED_FILE
 from training_rice.trainer import LOSS_TERMS, RiceTrainer
@@ -283,6 +287,28 @@ class TestEvaluation:
         assert not [name for name in metrics if "matching" in name or "fus" in name]
         assert trainer.args.metric_for_best_model == "eval_embedding_R@1"
         assert trainer.args.greater_is_better is True
+
+    @pytest.mark.parametrize("use_decoder", [False, True])
+    def test_the_weight_of_an_alignment_is_fitted_and_kept(self, make_trainer, make_model, validation, use_decoder):
+        model = make_model(alignment_weight=1.0, use_decoder=use_decoder)
+        trainer = make_trainer(model=model, validate=True)
+        assert trainer.args.metric_for_best_model == "eval_fused_R@1" and "alignment_weight" in trainer.fitted_fields
+        metrics = trainer.evaluate()
+        assert metrics["eval_alignment_weight"] == model.config.alignment_weight in ALIGNMENT_WEIGHTS
+        assert model.config.ranking == "fused" and ("eval_fusion_weight" in metrics) == use_decoder
+        queries, gallery, scope = validation
+        task = RetrievalTask.from_datasets(queries, gallery, scope)
+        model.eval()
+        scores = all_scores(ModelRetriever(model, trainer.eval_collator), task, queries, gallery, Loading(8, 0, True))
+        weights = FusionWeights.of(model.config)
+        hits = [int(fuse(values, weights).argmax()) in task.relevant_positions(i) for i, values in scores.items()]
+        assert metrics["eval_fused_R@1"] == pytest.approx(sum(hits) / len(hits))
+
+    @pytest.mark.parametrize("name", ["eval_fused_R@1", "eval_loss", "R@1", "embedding_R@2"])
+    def test_a_metric_that_is_not_measured_is_refused_at_the_start(self, make_trainer, make_model, name):
+        with pytest.raises(ValueError, match=f"metric_for_best_model {name} is not measured of this model: choose"):
+            make_trainer(model=make_model(use_decoder=False), validate=True, metric_for_best_model=name)
+        make_trainer(validate=True, metric_for_best_model="matching_R@5")
 
     def test_fewer_queries(self, make_trainer, monkeypatch):
         trainer = make_trainer(validate=True, eval_max_queries=3)

@@ -19,6 +19,7 @@ from hub_rice.export import onnx_export  # noqa: E402
 from hub_rice.export.onnx_model import OnnxRice  # noqa: E402
 from hub_rice.export.towers import pack, unpack  # noqa: E402
 from hub_rice.publish import add_onnx  # noqa: E402
+from modeling_rice.scoring_rice import ranked_scores  # noqa: E402
 from rice_cli import main  # noqa: E402
 
 CLIP = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
@@ -119,6 +120,26 @@ def test_convolutions_without_a_decoder(convolutional, inputs):
         OnnxRice(convolutional[2] / "onnx", int8=True)
 
 
+def test_an_alignment_is_exported_with_its_patches(tmp_path, inputs):
+    settings = {"vision_config": CLIP, "use_decoder": False, "alignment_weight": 1.0, "alignment_rank": 6}
+    model, processor = save(tmp_path, **settings, vision_feature_layer=1)
+    model.fit_alignment([inputs[0]["pixel_values"]], [inputs[1]["pixel_values_videos"].flatten(0, 1)])
+    add_onnx(model, processor, tmp_path, wanted=True)
+    onnx = OnnxRice(tmp_path / "onnx")
+    gallery, clips = onnx.encode_gallery(**inputs[0], batch_size=2), onnx.encode_clips(**inputs[1], batch_size=2)
+    expected = model.encode_gallery(**inputs[0]), model.encode_clips(**inputs[1])
+    assert_close(gallery.embeds, expected[0].embeds)
+    assert_close(clips.embeds, expected[1].embeds)
+    assert torch.equal(clips.patch_mask, expected[1].patch_mask) and gallery.patches.dtype == torch.float16
+    torch.testing.assert_close(onnx.align(clips, gallery), model.align(*expected[::-1]), atol=1e-3, rtol=0)
+    # By the same kind of score as the model.
+    torch.testing.assert_close(
+        ranked_scores(onnx, clips, gallery)[0], ranked_scores(model, *expected[::-1])[0], atol=1e-2, rtol=0
+    )
+    with pytest.raises(ValueError, match="no matching decoder"):
+        onnx.match(clips, gallery)
+
+
 def test_int8_is_near_and_not_mixed_with_the_original(exported, inputs):
     model, quantised = exported[0], OnnxRice(exported[2] / "onnx", int8=True)
     gallery, expected = quantised.encode_gallery(**inputs[0]), model.encode_gallery(**inputs[0])
@@ -141,11 +162,8 @@ def test_the_description_is_that_of_the_files(exported):
 
     folder, processor = exported[2] / "onnx", exported[1]
     about = json.loads((folder / "onnx.json").read_text())
-    assert about["model_fingerprint"] == exported[0].fingerprint() and set(about["parts"]) == {
-        "image",
-        "video",
-        "pairs",
-    }
+    assert about["model_fingerprint"] == exported[0].fingerprint()
+    assert set(about["parts"]) == {"encoder", "image", "video", "pairs"}
     for part in about["parts"].values():
         session = onnxruntime.InferenceSession(str(folder / part["file"]))
         for described, found in ((part["inputs"], session.get_inputs()), (part["outputs"], session.get_outputs())):

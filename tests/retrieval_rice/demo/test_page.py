@@ -117,6 +117,8 @@ def test_table_shows_the_scores_of_each_hit(demo):
     assert rows[1] == [
         *("2", hits[1].product_id, hits[1].title, f"{100 * hits[1].confidence:.1f} %"),
         *(f"{value:.3f}" for value in (hits[1].score, hits[1].embedding_score, hits[1].matching_score)),
+        # The model has no alignment.
+        "",
     ]
 
 

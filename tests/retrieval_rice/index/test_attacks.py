@@ -10,7 +10,6 @@ import time
 import zlib
 from types import SimpleNamespace
 
-import pytest
 import torch
 
 from modeling_rice import RiceClips, RiceGallery
@@ -160,15 +159,6 @@ def test_kills_lose_nothing(shop, tmp_path):
     assert survive_adding(tmp_path / "added", 2, rng)
     survive_compacting(tmp_path / "compacted", 2, rng)
     assert survive_building(shop, tmp_path / "built", 2, rng) > 0
-
-
-@pytest.mark.slow
-def test_many_kills_lose_nothing(shop, tmp_path):
-    rng = random.Random(1)
-    assert len(survive_adding(tmp_path / "added", 15, rng)) > 15
-    survive_compacting(tmp_path / "compacted", 15, rng)
-    for number in range(3):
-        assert survive_building(shop, tmp_path / f"built {number}", 5, rng) > 0
 
 
 def write_some(pipe, folder, name, count):

@@ -10,6 +10,7 @@ from retrieval_rice.index.calibration import (
     ScoredClip,
     calibration_error,
     fit_calibration,
+    fit_with_words,
     product_shares,
     threshold_at,
 )
@@ -219,3 +220,31 @@ def test_mistakes_get_one_sentence():
 def test_a_prior_is_a_probability(prior):
     with pytest.raises(ValueError, match="presence_prior must be above 0 and below 1, got .*; it is the share"):
         fit_calibration(simulate(4, np.random.default_rng(0)), presence_prior=prior)
+
+
+def louder(clips, by):
+    """The same clips with higher embedding scores, as known words make them."""
+    return [ScoredClip(c.embedding + by, None, c.ranked_by, c.relevant, c.products, c.group) for c in clips]
+
+
+def test_clips_with_words_have_a_calibration_of_their_own():
+    clips = simulate(400, np.random.default_rng(0))
+    fitted = fit_with_words(clips, louder(clips, 5.0), presence_prior=0.8, false_accept_rate=0.1)
+    alone = fit_calibration(clips, presence_prior=0.8, false_accept_rate=0.1)
+    assert (fitted.bias, fitted.weights, fitted.threshold) == (alone.bias, alone.weights, alone.threshold)
+    assert fitted.of_clip(False) is fitted and fitted.of_clip(True) is fitted.said
+    # The shift is all that differs, and is undone by the bias.
+    assert fitted.said.weights == pytest.approx(fitted.weights, rel=1e-3)
+    assert fitted.said.bias == pytest.approx(fitted.bias - 5 * fitted.weights[0], rel=1e-3)
+    assert fitted.report["said"]["num_present"] == fitted.report["num_present"]
+    assert Calibration.from_dict(fitted.to_dict()) == fitted
+    old = {name: value for name, value in alone.to_dict().items() if name != "said"}
+    assert Calibration.from_dict(old) == alone and alone.of_clip(True) is alone
+
+
+def test_too_few_transcripts_are_told():
+    clips = simulate(400, np.random.default_rng(0))
+    fitted = fit_with_words(clips, louder(clips[:5], 5.0))
+    assert fitted.said is None and fitted.of_clip(True) is fitted
+    assert fitted.report["said"].startswith("not calibrated apart: calibration needs at least 10 clips")
+    assert "said" not in fit_with_words(clips, []).report

@@ -10,6 +10,7 @@ import torch
 from modeling_rice import RiceClips, RiceGallery
 from modeling_rice.scoring_rice import FusionWeights
 from retrieval_rice.index import GalleryIndex, search
+from retrieval_rice.index.calibration import Calibration
 from retrieval_rice.index.search import best_rows
 
 
@@ -269,7 +270,18 @@ def test_calibrating_reads_rows(shop, build):
     # An untrained decoder is never sure.
     report = index.calibrate(queries, progress=False, rerank=5, false_accept_rate=0.5)
     assert report["num_present"] == 24 and [failure["id"] for failure in report["unreadable"]] == ["broken"]
-    assert index.calibration.rerank == 5
+    assert (index.calibration.rerank, index.calibration.ranking) == (5, "matching")
+    with pytest.raises(ValueError, match="ranked by matching scores, and these are ranked by embedding scores; cal"):
+        index.search(shop.clips(1), rerank=0)
+    index.model.config.ranking = "embedding"
+    with pytest.raises(ValueError, match="calibrate it again, or rank by matching scores"):
+        index.search(shop.clips(1))
+    index.calibrate(queries, progress=False, rerank=5, false_accept_rate=0.5)
+    assert index.search(shop.clips(1), rerank=0)[0].hits
+    # An index from before does not say what it was fitted to.
+    values = index.calibration.to_dict()
+    del values["ranking"]
+    assert Calibration.from_dict(values).ranking is None
 
 
 TEXT = {"vocab_size": 400, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

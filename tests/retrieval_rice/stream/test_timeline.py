@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from retrieval_rice.index import Answer, Hit
+from retrieval_rice.stream.speech import Word
 from retrieval_rice.stream.timeline import (
     TABLE_HEADER,
     Hysteresis,
@@ -202,3 +203,21 @@ def test_what_is_written_without_a_product():
     assert vtt_cue(segment) == ""
     assert "(no product)" in table_row(segment)
     assert json.loads(json_line(segment))["product_id"] is None
+
+
+def test_an_index_with_words_enters_at_the_higher_threshold():
+    def entering(threshold, said):
+        return Hysteresis.for_index(SimpleNamespace(calibration=SimpleNamespace(threshold=threshold, said=said))).enter
+
+    assert entering(0.4, None) == 0.4
+    assert entering(0.4, SimpleNamespace(threshold=0.6)) == 0.6 == entering(0.6, SimpleNamespace(threshold=0.4))
+
+
+def test_words_in_the_outputs():
+    said = [Word(2.0, 2.5, "a"), Word(2.5, 3.0, "red <mug>.\x1b"), Word(9.0, 9.5, "next")]
+    segment = Segment(1.5, 12.0, None, 0.5, said=said)
+    assert vtt_cue(segment) == (
+        "00:00:02.000 --> 00:00:03.000\n(a red &lt;mug&gt;.)\n\n00:00:09.000 --> 00:00:09.500\n(next)\n\n"
+    )
+    assert json.loads(json_line(segment))["asr"] == "a red <mug>.\x1b next"
+    assert "asr" not in json.loads(json_line(Segment(0.0, 1.0, None, 0.5)))

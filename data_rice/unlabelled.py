@@ -1,0 +1,170 @@
+"""Pictures of a shop, and frames of clips without their labels: what statistics are taken from."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import path as osp
+
+from .folders import NOT_A_PICTURE, check_link, is_video_name, list_pictures, natural_key, picture_rows
+from .parsing import read_json_lines, row_error
+from .paths import MediaRoot
+from .shop_clips.shop_clips import CLIP_FILES, GALLERY_FILE, frames_and_boxes, read_gallery, video_range
+from .views import builder_of, load_dataset_view
+
+FRAMES_OF_VIDEO = 32
+"""Frames that are taken of a video at most, evenly spread."""
+
+_MEDIA_KEYS = ("frames", "video", "start", "end")
+# Pictures that are read as one clip, since frames by themselves are what is wanted.
+_FRAMES_AT_ONCE = 16
+
+
+@dataclass
+class Unlabelled:
+    """
+    Attributes:
+        rows: for `RiceCollator.collate_gallery`, or for `collate_queries` with `FRAMES_OF_VIDEO` frames per clip.
+        words: how many pictures these are, such as "81 pictures".
+        note: a sentence that names what was left out, "" where that is nothing.
+    """
+
+    rows: Sequence[dict]
+    words: str
+    note: str = ""
+
+
+def shop_pictures(folder: str | os.PathLike, limit: int) -> Unlabelled:
+    """The pictures of a shop.
+
+    Args:
+        folder: with gallery.jsonl, of which only that is read; in the layout of another data set; or of pictures,
+            those in folders below included.
+        limit: pictures at most, evenly spread.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or nothing in it.
+        ValueError: gallery.jsonl is malformed, or a link leads out of the folder.
+    """
+    folder = _existing(folder, "shop")
+    note = ""
+    if osp.isfile(osp.join(folder, GALLERY_FILE)):
+        rows = list(read_gallery(folder).values())
+    elif _is_data_set(folder):
+        rows = load_dataset_view(folder, "gallery", "test")
+    else:
+        rows, note = picture_rows(folder)
+    kept = spread(len(rows), limit)
+    return Unlabelled([rows[i] for i in kept], _counted(len(kept), len(rows), "picture"), note)
+
+
+def clip_frames(folder: str | os.PathLike, split: str, limit: int) -> Unlabelled:
+    """The frames of clips, whatever the clips show.
+
+    Args:
+        folder: with a clip file such as clips_train.jsonl, of which frames, video, start and end are read and nothing
+            else; in the layout of another data set; or of pictures and videos, those in folders below included.
+        split: "train", "validation" or "test", where the folder has splits.
+        limit: frames at most, evenly spread.
+
+    Raises:
+        FileNotFoundError: there is no such folder, no clip file of the split, or no frame.
+        ValueError: a row is malformed, or a link leads out of the folder.
+    """
+    folder, note = _existing(folder, "clips"), ""
+    present = [name for name in CLIP_FILES.values() if osp.isfile(osp.join(folder, name))]
+    if present or osp.isfile(osp.join(folder, GALLERY_FILE)):
+        wanted = CLIP_FILES[split]
+        if wanted not in present:
+            there = f"it has {', '.join(present)}, which --clips_split chooses" if present else "write the clips there"
+            raise FileNotFoundError(f"{folder} has no {wanted}; {there}.")
+        frames, videos = _listed(folder, wanted)
+    elif _is_data_set(folder):
+        rows = load_dataset_view(folder, "queries" if split == "test" else "pairs", split)
+        videos = [row for row in rows if row["video"]]
+        frames = [frame for row in rows if not row["video"] for frame in row["frames"]]
+    else:
+        frames, videos, note = _found(folder)
+    return _thinned(frames, videos, folder, limit, note)
+
+
+def _existing(folder: str | os.PathLike, argument: str) -> str:
+    folder = os.fspath(folder)
+    if not osp.isdir(folder):
+        what = "is a file" if osp.exists(folder) else "does not exist"
+        raise FileNotFoundError(f"--{argument} {folder} {what}; name a folder.")
+    return folder
+
+
+def _is_data_set(folder: str) -> bool:
+    try:
+        builder_of(folder, None)
+    except ValueError:
+        return False
+    return True
+
+
+def _listed(folder: str, name: str) -> tuple[list[dict], list[dict]]:
+    """Frames, and clips that are videos, of a clip file."""
+    file, media = osp.join(folder, name), MediaRoot(folder)
+    frames: list[str] = []
+    videos: list[tuple] = []
+    for line, row in read_json_lines(file):
+        shown = {key: row.get(key) for key in _MEDIA_KEYS}
+        try:
+            frames += frames_and_boxes(media, shown)[0]
+            if shown["video"] is not None:
+                videos.append(video_range(media, shown))
+        except ValueError as error:
+            raise row_error(file, line, f"{error}; repair the row.") from None
+    # Clips may share frames, which count once.
+    return (
+        [{"path": path} for path in dict.fromkeys(frames)],
+        [{"video": path, "start": start, "end": end} for path, start, end in dict.fromkeys(videos)],
+    )
+
+
+def _found(folder: str) -> tuple[list[dict], list[dict], str]:
+    """Pictures and videos that lie in a folder."""
+    listing = list_pictures(folder, below=True)
+    others = listing.left_out.pop(NOT_A_PICTURE, [])
+    videos = [name for name in others if is_video_name(name) and osp.isfile(osp.join(folder, name))]
+    for name in videos:
+        check_link(osp.join(folder, name), folder)
+    rest = [name for name in others if name not in set(videos)]
+    if rest:
+        listing.left_out["no suffix of a picture or video"] = rest
+    paths = [osp.join(folder, name) for name in sorted(videos, key=natural_key)]
+    return (
+        [{"path": path} for path in listing.pictures],
+        [{"video": path, "start": -1.0, "end": -1.0} for path in paths],
+        listing.note(),
+    )
+
+
+def _thinned(frames: list[dict], videos: list[dict], folder: str, limit: int, note: str) -> Unlabelled:
+    """As many frames as are wanted, of pictures and videos alike."""
+    total = len(frames) + FRAMES_OF_VIDEO * len(videos)
+    if not total:
+        raise FileNotFoundError(f"{folder} holds no frame of a clip{f' ({note})' if note else ''}; add some.")
+    share = min(1.0, limit / total)
+    frames_kept = [frames[i] for i in spread(len(frames), round(share * len(frames)))]
+    kept = spread(len(videos), max(1, round(share * len(videos))))
+    rows = [
+        {"clip_id": f"frames {start + 1} and more", "frames": frames_kept[start : start + _FRAMES_AT_ONCE]}
+        for start in range(0, len(frames_kept), _FRAMES_AT_ONCE)
+    ]
+    rows += [{"clip_id": osp.basename(videos[i]["video"]), "frames": [], **videos[i]} for i in kept]
+    words = [_counted(len(frames_kept), len(frames), "frame")] * bool(frames)
+    if videos:
+        words.append(f"at most {FRAMES_OF_VIDEO} frames of each of {_counted(len(kept), len(videos), 'video')}")
+    return Unlabelled(rows, " and ".join(words), note)
+
+
+def _counted(kept: int, total: int, what: str) -> str:
+    plural = what + "s" * (kept != 1)
+    return f"{kept:,} {plural}" if kept == total else f"{kept:,} {plural} of {total:,}, evenly spread"
+
+
+def spread(total: int, limit: int) -> list[int]:
+    """At most ``limit`` of the numbers below ``total``, evenly spread."""
+    return [i * total // limit for i in range(limit)] if total > limit else list(range(total))

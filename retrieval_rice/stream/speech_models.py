@@ -1,0 +1,229 @@
+"""Speech models: sound to words with their times, by faster-whisper or by a speech pipeline of transformers."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .speech import Word
+from .speech_sound import FILE_CHUNK_S, LIVE_CHUNK_S, RATE, Block, FileSound, LiveSound, SoundCounts, chunks
+
+logger = logging.getLogger(__name__)
+
+# A language that is detected with less certainty is detected anew in the next chunk.
+_SURE_OF_LANGUAGE = 0.7
+# Full scale is 1; a speaker is some hundred times as loud.
+_SILENCE = 1e-3
+_INSTALL = "install it: pip install faster-whisper."
+
+Transcriber = Callable[[np.ndarray], list[Word]]
+"""Sound `(n,)` float32 at 16 kHz to its words, with times from its start."""
+
+
+class WhisperTranscriber:
+    """
+    A faster-whisper model: int8 on a CPU, with voice activity detection.
+
+    Args:
+        name: A folder, a Hub id, or a size such as "base".
+        language: A code such as "zh" or "en"; "auto" detects it once it is sure, and keeps it.
+        device: As torch names it; by default a GPU where CTranslate2 finds one.
+
+    Raises:
+        ValueError: faster-whisper is not installed, the model cannot be loaded, or it does not know the language.
+    """
+
+    def __init__(self, name: str, language: str = "auto", device: str | None = None):
+        try:
+            from ctranslate2 import get_cuda_device_count
+            from faster_whisper import WhisperModel
+        except ImportError:
+            raise ValueError(f"The speech model {name} needs faster-whisper; {_INSTALL}") from None
+        kind, _, number = (device or ("cuda" if get_cuda_device_count() else "cpu")).partition(":")
+        # Of torch's devices CTranslate2 knows these two.
+        kind = "cuda" if kind == "cuda" else "cpu"
+        try:
+            self.model = WhisperModel(name, kind, int(number or 0), "int8" if kind == "cpu" else "auto")
+        except (RuntimeError, ValueError, OSError) as error:
+            raise _not_loaded(name, error) from error
+        known = self.model.supported_languages
+        if language != "auto" and language not in known:
+            raise _unknown_language(name, language, known)
+        self.name, self.language = name, None if language == "auto" else language
+
+    def __call__(self, samples: np.ndarray) -> list[Word]:
+        segments, info = self.model.transcribe(
+            samples,
+            language=self.language,
+            vad_filter=True,
+            word_timestamps=True,
+            # A mistake would be carried on from chunk to chunk.
+            condition_on_previous_text=False,
+        )
+        words = [Word(float(w.start), float(w.end), w.word) for segment in segments for w in segment.words or ()]
+        if self.language is None and words and info.language_probability >= _SURE_OF_LANGUAGE:
+            self.language = info.language
+        return words
+
+
+class PipelineTranscriber:
+    """
+    A speech model of transformers that gives times of words: Whisper and its like, or a CTC model.
+
+    Args:
+        name: A folder or a Hub id.
+        language: As [`WhisperTranscriber`], for Whisper; a CTC model knows one language and is told none.
+        device: Of torch; by default a GPU where there is one.
+
+    Raises:
+        ValueError: the model cannot be loaded, or takes no language or not this one.
+    """
+
+    def __init__(self, name: str, language: str = "auto", device: str | None = None):
+        import torch
+        from transformers import pipeline
+
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self.pipeline = pipeline("automatic-speech-recognition", model=name, device=device)
+        except (RuntimeError, ValueError, OSError, KeyError, ImportError) as error:
+            raise _not_loaded(name, error) from error
+        codes = getattr(getattr(self.pipeline.model, "generation_config", None), "lang_to_id", None) or {}
+        known = sorted(code.strip("<|>") for code in codes)
+        if language != "auto" and language not in known:
+            raise _unknown_language(name, language, known)
+        self.name, self.language = name, None if language == "auto" else language
+
+    def __call__(self, samples: np.ndarray) -> list[Word]:
+        if np.abs(samples).max(initial=0.0) < _SILENCE:
+            return []
+        generate = {} if self.language is None else {"generate_kwargs": {"language": self.language}}
+        sound = {"raw": samples, "sampling_rate": RATE}
+        heard = self.pipeline(sound, return_timestamps="word", **generate)
+        words = []
+        for part in heard.get("chunks") or ():
+            start_s, end_s = part["timestamp"]
+            start_s = 0.0 if start_s is None else float(start_s)
+            # Whisper leaves the end of the last word open.
+            words.append(Word(start_s, len(samples) / RATE if end_s is None else float(end_s), part["text"]))
+        return words
+
+
+def _not_loaded(name: str, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ValueError(f"The speech model {name} cannot be loaded ({reason}).")
+
+
+def _unknown_language(name: str, language: str, known: Iterable[str]) -> ValueError:
+    known = list(known)
+    if not known:
+        return ValueError(f"The speech model {name} takes no language; leave it out, or say auto.")
+    return ValueError(
+        f"The speech model {name} does not know the language {language!r} (it knows: {', '.join(known)})."
+    )
+
+
+def load_transcriber(name: str, language: str = "auto", device: str | None = None) -> Any:
+    """
+    A speech model by its folder, Hub id or size.
+
+    Args:
+        name: Of a faster-whisper (CTranslate2) model, or of a speech model of transformers; its config tells which.
+        language: A code such as "zh" or "en", or "auto".
+        device: Of torch.
+
+    Returns:
+        A `Transcriber` with `name` and `language`, the one that was detected where none was given.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: no such model, or what it needs is not installed.
+    """
+    if os.path.isdir(name):
+        config = Path(name) / "config.json"
+        if not config.is_file():
+            raise ValueError(f"{name} holds no speech model: it has no config.json.")
+        try:
+            values = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{config} is no JSON ({error}); fetch the model anew.") from None
+    elif os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"There is no folder {name} with a speech model.")
+    else:
+        values = _hub_config(name)
+    kind = PipelineTranscriber if "model_type" in values else WhisperTranscriber
+    return kind(name, language, device)
+
+
+def _hub_config(name: str) -> dict:
+    """The config of a model of the Hub; faster-whisper's sizes have none of their own."""
+    if "/" not in name:
+        return {}
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise _not_loaded(name, error) from error
+
+
+class Listener:
+    """
+    Words of sound as it comes; a source of words for [`Hearing`].
+
+    Args:
+        blocks: From a `FileSound` or a `LiveSound`.
+        transcriber: Hears them, see [`load_transcriber`].
+        chunk_s: Seconds that are heard together at most.
+
+    Attributes:
+        heard_s: The second before which all words are known.
+    """
+
+    def __init__(self, blocks: Any, transcriber: Transcriber, chunk_s: float):
+        self.blocks, self.transcriber, self.chunk_s = blocks, transcriber, chunk_s
+        self.heard_s = -math.inf
+
+    @property
+    def counts(self) -> SoundCounts:
+        """What became of the sound."""
+        return self.blocks.counts
+
+    def stop(self) -> None:
+        """No more is to be heard."""
+        self.blocks.stop()
+
+    def __iter__(self) -> Iterator[Word]:
+        for chunk in chunks(self.blocks, self.chunk_s):
+            yield from words_of(chunk, self.transcriber)
+            self.heard_s = chunk.end_s
+        self.heard_s = math.inf
+
+
+def words_of(chunk: Block, transcriber: Transcriber) -> list[Word]:
+    """The words of a chunk of sound, on the stream's clock."""
+    words = transcriber(chunk.samples)
+    return [Word(chunk.start_s + word.start_s, chunk.start_s + word.end_s, word.text) for word in words]
+
+
+def listen(stream: Any, transcriber: Transcriber, notify: Callable[[str], None] = logger.warning) -> Listener | None:
+    """
+    What is said in a stream that was opened, before its frames are taken; `None` where it has no sound.
+
+    Args:
+        stream: From `open_stream`.
+        transcriber: See [`load_transcriber`].
+        notify: Is told in one sentence when sound of a live source is skipped.
+    """
+    if not getattr(stream, "has_sound", False):
+        return None
+    if not stream.is_recording:
+        stream.sound = LiveSound(notify)
+        return Listener(stream.sound, transcriber, LIVE_CHUNK_S)
+    return Listener(FileSound(stream.source, opener=stream.opener), transcriber, FILE_CHUNK_S)

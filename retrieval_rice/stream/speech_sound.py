@@ -1,0 +1,286 @@
+"""The sound of a video: mono at 16 kHz, in blocks with their times on the clock of the frames, and in chunks to hear.
+
+A file is read a second time for its sound, since its frames wait for whoever takes them. A live source is read once:
+its reader hands the packets of sound on, and what waits too long is skipped, and counted.
+"""
+
+import logging
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from processing_rice.video_container_rice import LEAP_S, clock_leaps, import_av, sound_stream, start_of
+
+from .source import open_source
+
+logger = logging.getLogger(__name__)
+
+RATE = 16_000
+"""Samples per second, as speech models take them."""
+
+LIVE_CHUNK_S = 6.0
+"""Seconds of a live source that are heard together: words come so much later, and a longer part is heard better."""
+
+FILE_CHUNK_S = 28.0
+"""Of a file; Whisper hears 30 s at a time."""
+
+# Blocks that are further apart do not belong together.
+_GAP_S = 0.3
+# Shorter sounds hold no word, and a model may dream over them.
+_SHORTEST_S = 0.3
+_QUIET_S = 0.1
+_SEEK_FROM_S = 30.0
+_LONGEST_QUEUE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Block:
+    """Sound from `start_s` seconds on: `samples` `(n,)` float32, full scale 1."""
+
+    start_s: float
+    samples: np.ndarray
+
+    @property
+    def end_s(self) -> float:
+        return self.start_s + len(self.samples) / RATE
+
+
+@dataclass
+class SoundCounts:
+    """
+    What became of a stream's sound so far.
+
+    Attributes:
+        damaged: Packets that could not be decoded.
+        skipped_s: Seconds of a live source that were left out, since the speech model fell behind.
+    """
+
+    damaged: int = 0
+    skipped_s: float = 0.0
+
+
+class _Decoder:
+    """Packets of sound to blocks; what cannot be decoded is counted."""
+
+    def __init__(self, counts: SoundCounts):
+        self.av, self.counts = import_av(), counts
+        self._resampler, self._format = None, None
+        self._next_s = 0.0
+
+    def blocks(self, packet, shift_s: float) -> list[Block]:
+        """The sound of a packet, `shift_s` seconds later than its time stamps say."""
+        try:
+            return [block for frame in packet.decode() if len((block := self._block(frame, shift_s)).samples)]
+        except EOFError:
+            return []
+        except Exception:
+            # Whatever a decoder of sound raises, the picture goes on.
+            self.counts.damaged += 1
+            self._format = None
+            return []
+
+    def _block(self, frame, shift_s: float) -> Block:
+        start_s = self._next_s if frame.time is None else frame.time + shift_s
+        self._next_s = start_s + frame.samples / (frame.sample_rate or RATE)
+        kind = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if kind != self._format:
+            self._resampler = self.av.AudioResampler(format="flt", layout="mono", rate=RATE)
+            self._format = kind
+        frame.pts = None
+        parts = [part.to_ndarray()[0] for part in self._resampler.resample(frame)]
+        # A float that is no number would spoil all of a chunk.
+        return Block(start_s, np.nan_to_num(np.concatenate(parts)) if parts else np.zeros(0, np.float32))
+
+
+class FileSound:
+    """
+    The blocks of a file's sound, or of a part of it. To be iterated once.
+
+    Args:
+        source: A file, or an address that is a recording.
+        start_s, end_s: The part, in seconds from the start of the file.
+        opener: Opens a container, see `open_source`.
+
+    Attributes:
+        has_sound: Whether there is any, known once it is iterated over.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike,
+        start_s: float = 0.0,
+        end_s: float = math.inf,
+        opener: Callable = open_source,
+    ):
+        self.source, self.start_s, self.end_s, self.opener = source, start_s, end_s, opener
+        self.counts = SoundCounts()
+        self.has_sound: bool | None = None
+        self._stopping = False
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    def __iter__(self) -> Iterator[Block]:
+        with self.opener(self.source) as container:
+            stream = sound_stream(container)
+            self.has_sound = stream is not None
+            if stream is None:
+                return
+            self._seek(container)
+            clock, decoder = _PacketClock(container), _Decoder(self.counts)
+            for packet in _packets(container, stream, decoder.av):
+                if self._stopping:
+                    return
+                shift_s = clock.shift_of(packet)
+                if packet.stream is not stream:
+                    continue
+                for block in decoder.blocks(packet, shift_s):
+                    if block.start_s >= self.end_s:
+                        return
+                    block = _part(block, self.start_s, self.end_s)
+                    if len(block.samples):
+                        yield block
+
+    def _seek(self, container) -> None:
+        if self.start_s < _SEEK_FROM_S:
+            return
+        try:
+            container.seek(round((self.start_s - 1 + start_of(container)) * 1e6))
+        except (import_av().FFmpegError, OSError):
+            # What cannot be sought in is read from its start.
+            logger.debug("%s is read from its start", self.source)
+
+
+def _packets(container, stream, av) -> Iterator:
+    """Packets of sound; of pictures, too, where the clock may leap, since silence alone is no leap."""
+    pictures = container.streams.video[:1] if clock_leaps(container) else ()
+    packets = container.demux(stream, *pictures)
+    while True:
+        try:
+            yield next(packets)
+        except StopIteration:
+            return
+        except (av.FFmpegError, OSError):
+            # The reader of the frames tells where a file breaks off.
+            return
+
+
+def _part(block: Block, start_s: float, end_s: float) -> Block:
+    first = max(0, round((start_s - block.start_s) * RATE))
+    last = len(block.samples) if end_s == math.inf else max(0, round((end_s - block.start_s) * RATE))
+    return Block(block.start_s + first / RATE, block.samples[first:last])
+
+
+class _PacketClock:
+    """From a file's time stamps to seconds since its start, in the order of its packets; see `Clock` for frames."""
+
+    def __init__(self, container):
+        self.shift_s, self.leaps = -start_of(container), clock_leaps(container)
+        self.last_s: float | None = None
+
+    def shift_of(self, packet) -> float:
+        stamp = packet.dts if packet.dts is not None else packet.pts
+        if stamp is None or not packet.time_base:
+            return self.shift_s
+        time_s = float(stamp * packet.time_base) + self.shift_s
+        passed_s = 0.0 if self.last_s is None else time_s - self.last_s
+        if passed_s < -LEAP_S or (self.leaps and passed_s > LEAP_S):
+            self.shift_s += self.last_s - time_s
+            time_s = self.last_s
+        self.last_s = time_s
+        return self.shift_s
+
+
+class LiveSound:
+    """
+    The blocks of a live source's sound, which its reader hands over packet by packet. The reader never waits: when
+    more than `longest_s` seconds are not taken, the oldest are skipped.
+    """
+
+    def __init__(self, notify: Callable[[str], None] = logger.warning, longest_s: float = _LONGEST_QUEUE_S):
+        self.notify, self.longest_s = notify, longest_s
+        self.counts = SoundCounts()
+        self._decoder = _Decoder(self.counts)
+        self._queue: deque[Block] = deque()
+        self._waiting_s = 0.0
+        self._changed = threading.Condition()
+        self._ended = False
+        self._told_s = 10.0
+
+    def take(self, packet, shift_s: float) -> None:
+        """A packet, `shift_s` seconds later than its time stamps say; called by the reader."""
+        for block in self._decoder.blocks(packet, shift_s):
+            with self._changed:
+                self._queue.append(block)
+                self._waiting_s += len(block.samples) / RATE
+                while self._waiting_s > self.longest_s and len(self._queue) > 1:
+                    seconds = len(self._queue.popleft().samples) / RATE
+                    self._waiting_s -= seconds
+                    self.counts.skipped_s += seconds
+                self._changed.notify_all()
+        if self.counts.skipped_s >= self._told_s:
+            self._told_s = self.counts.skipped_s + 10.0
+            self.notify(
+                f"speech recognition is slower than the stream: {self.counts.skipped_s:.0f} s of sound skipped so "
+                f"far; use a smaller speech model"
+            )
+
+    def stop(self) -> None:
+        """No more will come."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[Block]:
+        while True:
+            with self._changed:
+                while not self._queue and not self._ended:
+                    self._changed.wait(0.5)
+                if not self._queue:
+                    return
+                block = self._queue.popleft()
+                self._waiting_s -= len(block.samples) / RATE
+            yield block
+
+
+def chunks(blocks: Iterable[Block], chunk_s: float) -> Iterator[Block]:
+    """
+    Sound in chunks of at most about `chunk_s` seconds, cut where it is quietest within the last third, and where
+    something is missing.
+    """
+    parts: list[np.ndarray] = []
+    start_s, count = 0.0, 0
+    for block in blocks:
+        # From the first sample on, since small gaps add up.
+        if parts and abs(block.start_s - start_s - count / RATE) > _GAP_S:
+            yield from _long_enough(Block(start_s, np.concatenate(parts)))
+            parts, count = [], 0
+        if not parts:
+            start_s = block.start_s
+        parts.append(block.samples)
+        count += len(block.samples)
+        while count >= chunk_s * RATE:
+            samples = np.concatenate(parts)
+            place = _quietest(samples, round(chunk_s * RATE))
+            yield from _long_enough(Block(start_s, samples[:place]))
+            start_s, parts, count = start_s + place / RATE, [samples[place:]], count - place
+    if parts:
+        yield from _long_enough(Block(start_s, np.concatenate(parts)))
+
+
+def _long_enough(chunk: Block) -> list[Block]:
+    return [chunk] if len(chunk.samples) >= _SHORTEST_S * RATE else []
+
+
+def _quietest(samples: np.ndarray, most: int) -> int:
+    """The middle of the quietest tenth of a second between two thirds of `most` samples and all of them."""
+    step = round(_QUIET_S * RATE)
+    first = most * 2 // 3
+    count = max(1, (most - first) // step)
+    energy = np.square(samples[first : first + count * step].reshape(count, -1)).sum(axis=1)
+    return first + int(energy.argmin()) * step + step // 2

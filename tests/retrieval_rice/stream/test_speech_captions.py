@@ -1,0 +1,136 @@
+"""Subtitles in every dress, a container's own track, and captions as JSON lines."""
+
+import os
+import threading
+
+import pytest
+
+from retrieval_rice.stream.speech import Word
+from retrieval_rice.stream.speech_captions import JsonWords, Subtitles, captions
+
+av = pytest.importorskip("av")
+
+SRT = """1
+00:00:01,000 --> 00:00:03,000
+Hello <i>red</i> mug & co
+
+2
+00:00:09,000 --> 00:00:08,000
+ends before it starts
+
+3
+00:00:02,500 --> 00:00:06,000
+two
+lines
+
+4
+00:00:00,500 --> 00:00:00,900
+{first} {\\an8}of all
+"""
+CUES = [(0.5, 0.9, "of all"), (1.0, 3.0, "Hello red mug & co"), (2.5, 6.0, "two lines")]
+
+
+def read(path):
+    notices = []
+    return list(Subtitles(path, notices.append)), notices
+
+
+def write(path, text, encoding="utf-8"):
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def test_overlapping_and_backward_cues(tmp_path):
+    found, notices = read(write(tmp_path / "a.srt", SRT))
+    assert found[:3] == [Word(*cue) for cue in CUES] and notices == []
+    # As it stands; a stream gives it no length.
+    assert found[3] == Word(9.0, 8.0, "ends before it starts")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_encodings_that_tell_themselves(tmp_path, encoding):
+    text = SRT.replace("two", "红色杯子 für")
+    found, notices = read(write(tmp_path / "a.srt", text, encoding))
+    assert found[2].text == "红色杯子 für lines" and notices == []
+
+
+@pytest.mark.parametrize(
+    "encoding, said, name",
+    [
+        ("gb18030", "这个红色的杯子", "GB 18030"),
+        ("latin-1", "für die schönste Tasse", "Windows-1252"),
+        ("cp1252", "la tasse préférée – 5 €", "Windows-1252"),
+    ],
+)
+def test_encodings_that_have_to_be_guessed_are_told(tmp_path, encoding, said, name):
+    found, notices = read(write(tmp_path / "a.srt", SRT.replace("two", said), encoding))
+    assert found[2].text == f"{said} lines" and len(found) == 4
+    assert notices == [f"{tmp_path / 'a.srt'} is not in UTF-8 or UTF-16; it is read as {name}"]
+
+
+def test_webvtt(tmp_path):
+    text = (
+        "WEBVTT\n\nNOTE nothing\n\nintro\n00:01.000 --> 00:03.000 align:start\n<v Ann>Hello <b>red</b> &lt;3\n\n"
+        "00:00:02.500 --> 00:00:06.000\nthis<00:00:03.000><c> one</c>\n"
+    )
+    found, _ = read(write(tmp_path / "a.vtt", text))
+    assert found == [Word(1.0, 3.0, "Hello red <3"), Word(2.5, 6.0, "this one")]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"nothing of the kind\n", bytes(range(256)) * 8, b"#EXTM3U\n#EXTINF:1,\nx.ts\n"]
+)
+def test_what_holds_no_subtitles(tmp_path, content):
+    (tmp_path / "a.srt").write_bytes(content)
+    with pytest.raises(ValueError, match="a.srt holds no subtitles"):
+        Subtitles(tmp_path / "a.srt")
+
+
+def test_a_track_of_the_source(write_show, tmp_path):
+    path = write_show("show.mkv", [(200, 0, 0)] * 4, cues=[(1.0, 2.0, "a red mug"), (2.5, 3.0, "look")])
+    for name in ("track", str(path)):
+        source = captions(name, path)
+        assert list(source) == [Word(1.0, 2.0, "a red mug"), Word(2.5, 3.0, "look")] and source.heard_s == float("inf")
+    with pytest.raises(ValueError, match="holds no subtitles in text"):
+        captions("track", write_show("bare.mkv", [(200, 0, 0)]))
+    with pytest.raises(ValueError, match="rtsp://a/b is no video file"):
+        captions("track", "rtsp://a/b")
+    with pytest.raises(FileNotFoundError, match="There is no subtitle file nowhere.srt"):
+        captions("nowhere.srt", path)
+
+
+def test_json_lines_as_they_arrive():
+    reading, writing = os.pipe()
+    notices, found, second = [], [], threading.Event()
+
+    def listen():
+        for word in JsonWords(reading, "standard input", notices.append):
+            found.append(word)
+            second.set()
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    os.write(writing, '\n{"start_s": 1, "end_s": 1.5, "text": "红色"}\n{"start_s": 2, "te'.encode())
+    # The first is there before the second is whole.
+    assert second.wait(5) and found == [Word(1.0, 1.5, "红色")]
+    os.write(
+        writing, b'xt": "mug"}\nnonsense\n[1]\n{"start_s": NaN, "text": "x"}\n\xff\n{"start_s": 3, "text": "end"}'
+    )
+    os.close(writing)
+    thread.join(5)
+    os.close(reading)
+    assert found[1:] == [Word(2.0, 2.0, "mug"), Word(3.0, 3.0, "end")]
+    assert notices[0].startswith("standard input, line 4: ") and notices[0].endswith("; it is left out")
+    assert notices[1] == "standard input: 4 lines were left out"
+
+
+def test_a_named_pipe_and_a_file_of_json_lines(tmp_path):
+    line = '{"start_s": 1, "end_s": 2, "text": "mug"}\n'
+    (tmp_path / "a.jsonl").write_text(line)
+    assert list(captions(str(tmp_path / "a.jsonl"), "x")) == [Word(1.0, 2.0, "mug")]
+    os.mkfifo(tmp_path / "pipe")
+    source = captions(str(tmp_path / "pipe"), "x")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text(line), daemon=True)
+    writer.start()
+    assert list(source) == [Word(1.0, 2.0, "mug")]
+    writer.join(5)

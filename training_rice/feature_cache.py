@@ -1,0 +1,158 @@
+"""Pictures as a frozen encoder left them, on disk: written in blocks that are whole or not there, mapped when read."""
+
+import errno
+import hashlib
+import io
+import json
+import logging
+import shutil
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from data_rice.files import replacing, write_atomically
+
+logger = logging.getLogger(__name__)
+
+ABOUT_FILE = "about.json"
+# Rows that a block holds one view of. It is what an interruption loses at most, and what a process is handed.
+ROWS_PER_BLOCK = 128
+_FORMAT = 1
+
+
+class CachedRow(NamedTuple):
+    """
+    The encoded pictures of a row: the frames of a clip that could be read, or one shop image.
+
+    Attributes:
+        states (`(n, F)`): As `RiceModel.encode_pictures` gives them.
+        patch_mask (`(n, P)` bool, *optional*): Of the frames, `True` = patch of the intended product.
+        failures: What could not be read, as a collator lists it.
+    """
+
+    states: Tensor
+    patch_mask: Tensor | None = None
+    failures: Sequence[Mapping[str, str]] = ()
+
+
+class FeatureCache:
+    """
+    The encoded pictures of numbered rows, in one or several views of each.
+
+    Its folder is named after all that the encodings depend on, so that no run finds those of another encoder, of
+    other pictures or of another preparation.
+
+    Args:
+        parent: Folder in which the cache's own folder lies, or will lie.
+        kind: What the rows are, the first part of its name.
+        about: What the encodings depend on, by name: strings and numbers.
+        num_rows, num_views: How many there are.
+    """
+
+    def __init__(self, parent: str | Path, kind: str, about: Mapping[str, Any], num_rows: int, num_views: int = 1):
+        self.about = {"format": _FORMAT, **about, "rows_per_block": ROWS_PER_BLOCK, "num_views": num_views}
+        text = json.dumps(self.about, sort_keys=True)
+        self.kind, self.folder = kind, Path(parent) / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        self.num_rows, self.num_views = num_rows, num_views
+        self._blocks: dict[tuple[int, int], dict[str, Any]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A loader's worker maps the files itself.
+        return self.__dict__ | {"_blocks": {}}
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks per view."""
+        return -(-self.num_rows // ROWS_PER_BLOCK)
+
+    def rows_of(self, block: int) -> range:
+        """The numbers of the rows that a block holds."""
+        return range(block * ROWS_PER_BLOCK, min((block + 1) * ROWS_PER_BLOCK, self.num_rows))
+
+    def missing(self, view: int) -> list[int]:
+        """Blocks of a view that are still to be written, or were damaged since."""
+        return [block for block in range(self.num_blocks) if self._load(view, block) is None]
+
+    def why_others_do_not_fit(self) -> str | None:
+        """How the nearest of the other caches of such rows differs, if one has the same rows or the same encoder."""
+        reasons = []
+        for path in sorted(self.folder.parent.glob(f"{self.kind}-*/{ABOUT_FILE}")):
+            other = json.loads(path.read_text(encoding="utf-8"))
+            differing = [name for name in self.about if other.get(name) != self.about[name]]
+            if path.parent != self.folder and not {"rows", "encoder"} <= set(differing):
+                reasons.append((len(differing), f"{path.parent} was made with another {', another '.join(differing)}"))
+        return min(reasons)[1] if reasons else None
+
+    def begin(self) -> None:
+        """
+        Makes the folder.
+
+        Raises:
+            OSError: when it cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / ABOUT_FILE).is_file():
+            write_atomically(self.folder / ABOUT_FILE, json.dumps(self.about, indent=2) + "\n")
+
+    def write(self, view: int, block: int, rows: Sequence[CachedRow]) -> None:
+        """
+        Writes a block, which appears under its name once all of it is on the disk.
+
+        Raises:
+            OSError: when it cannot be written, with the room that is left.
+        """
+        starts = torch.tensor([0, *(len(row.states) for row in rows)]).cumsum(0)
+        content = {
+            "starts": starts,
+            "states": torch.cat([row.states for row in rows]),
+            "failures": [[dict(failure) for failure in row.failures] for row in rows],
+        }
+        if any(row.patch_mask is not None for row in rows):
+            content["patch_mask"] = torch.cat([row.patch_mask for row in rows if row.patch_mask is not None])
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        try:
+            with replacing(self._path(view, block)) as temporary:
+                temporary.write_bytes(buffer.getbuffer())
+        except OSError as error:
+            free = shutil.disk_usage(self.folder).free / 2**20
+            reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+            raise OSError(
+                f"cached features could not be written to {self.folder} ({reason}; {free:,.0f} MB are free): make "
+                f"room, or name another place by cache_dir, and run the same command again, which goes on from there."
+            ) from error
+
+    def read(self, view: int, row: int) -> CachedRow:
+        """
+        One view of a row; its tensors lie in the file, which is mapped into memory.
+
+        Raises:
+            ValueError: when it is not there.
+        """
+        block, place = divmod(row, ROWS_PER_BLOCK)
+        content = self._load(view, block)
+        if content is None:
+            raise ValueError(f"{self._path(view, block)} is missing or damaged; start the run again, which mends it.")
+        part = slice(content["starts"][place], content["starts"][place + 1])
+        mask = content.get("patch_mask")
+        return CachedRow(content["states"][part], None if mask is None else mask[part], content["failures"][place])
+
+    def _path(self, view: int, block: int) -> Path:
+        return self.folder / f"view-{view}-block-{block:06d}.pt"
+
+    def _load(self, view: int, block: int) -> dict[str, Any] | None:
+        if (view, block) not in self._blocks:
+            path = self._path(view, block)
+            # The archive's list of contents stands at its end, so that a file that was cut has none.
+            if not zipfile.is_zipfile(path):
+                return None
+            try:
+                self._blocks[view, block] = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+            except (RuntimeError, OSError, ValueError, EOFError) as error:
+                logger.warning("%s is damaged (%s).", path, " ".join(str(error).split()))
+                return None
+        return self._blocks[view, block]
