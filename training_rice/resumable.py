@@ -196,12 +196,14 @@ class ResumableTrainer(Trainer):
         # While no process can have failed yet.
         self._total_loss = self._summed_losses()
         self._on_first(name, folder, clear_staging)
-        self._staging = folder / STAGING
+        self._staging, best_step = folder / STAGING, self.state.best_global_step
+        # Of a run that has a best step Trainer waits for all processes, of which one may have failed.
+        self.state.best_global_step = None
         try:
             with failing_together(), writing(name, folder):
                 super()._save_checkpoint(model, trial)
         finally:
-            self._staging = None
+            self._staging, self.state.best_global_step = None, best_step
         if best is not None and (best == name or (folder / best).is_dir()):
             self.state.best_model_checkpoint = str(folder / best)
         self._on_first(name, folder, partial(self._publish_checkpoint, name))
