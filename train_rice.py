@@ -1,7 +1,7 @@
 """Trains RICE.
 
     python train_rice.py configs/mini_lpr4m.yaml --output_dir runs/mini
-    accelerate launch train_rice.py configs/shop_clips.yaml --data_dir PATH --output_dir runs/shop
+    accelerate launch train_rice.py configs/lpr4m_750k.yaml --data_dir PATH --output_dir runs/lpr4m
 
 A recipe is a flat YAML mapping of the arguments in training_rice/arguments.py plus a `model:` section with fields of
 RiceConfig; `--name value` and `--model.name value` override it. Run the same command again to go on from the last

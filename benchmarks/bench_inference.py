@@ -1,11 +1,13 @@
 """Encoding and scoring in torch (fp32, bf16, compiled) and onnxruntime (fp32, int8), in one run.
 
-    python benchmarks/bench_inference.py [--size tiny] [--device cuda]
+    python benchmarks/bench_inference.py [--size lite0] [--device cuda]
 
 One JSON line per variant: milliseconds per shop image, per clip and per pair of a clip and an image, the largest
 differences to torch in fp32, and the size of the weights. All variants get the same pixels, on frames that are packed
 already. The ONNX files hold the encoder twice, once for images and once for clips; they run on the CPU only. Compiling
-and exporting are not timed. Random weights: what int8 costs in recall is told by `rice export --int8 --evaluate`.
+and exporting are not timed. Of an encoder with batch norms (`--size lite0`) "folded" are those with these folded and
+channels last, as the commands use it. Random weights: what int8 costs in recall is told by
+`rice export --int8 --evaluate`, and what each precision does by bench_precision.py.
 """
 
 import argparse
@@ -19,19 +21,21 @@ import torch
 from plain import measure
 from torch import Tensor
 
+from hub_rice.convolutions import speed_up
 from hub_rice.export.onnx_export import export
 from hub_rice.export.onnx_model import OnnxRice
 from hub_rice.export.towers import towers
 from processing_rice import build_processor, train_tokenizer
 
 VARIANTS = ("torch fp32", "torch bf16", "torch compiled", "onnx fp32", "onnx int8")
+FOLDED = ("torch fp32 folded", "torch bf16 folded")
 Run = Callable[..., list[Tensor]]
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--variants", nargs="+", choices=VARIANTS, help="default: all that the device has")
+    add("--variants", nargs="+", choices=VARIANTS + FOLDED, help="default: all that the device has")
     add("--batch_size", type=int, default=16, help="images encoded at a time")
     add("--clips", type=int, default=2, help="clips encoded at a time")
     add("--frames", type=int, default=10, help="frames per clip")
@@ -42,7 +46,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, help="CPU threads; default: as torch chooses")
     options = parser.parse_args(arguments)
     if options.variants is None:
-        options.variants = [name for name in VARIANTS if options.device == "cpu" or name.startswith("torch")]
+        known = VARIANTS + FOLDED * (options.size == "lite0")
+        options.variants = [name for name in known if options.device == "cpu" or name.startswith("torch")]
     elif options.device != "cpu" and any(name.startswith("onnx") for name in options.variants):
         parser.error("the ONNX variants run on --device cpu only.")
     return options
@@ -50,15 +55,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def make_inputs(options: argparse.Namespace, model) -> dict[str, tuple[Tensor, ...]]:
     """Random inputs of the three parts."""
-    side, width = model.config.vision_config.image_size, model.config.decoder_hidden_size
+    (height, side), width = model.layout.image_size, model.config.decoder_hidden_size
     tokens = options.frames * (1 + model.config.num_patches)
     index = torch.arange(options.clips * options.frames).reshape(options.clips, options.frames)
     mask = torch.ones(1, tokens, dtype=torch.bool)
     draws = (torch.randn(1, tokens, width), torch.randn(1, tokens, width), mask)
     inputs = {
-        "image": (torch.randn(options.batch_size, 3, side, side),),
+        "image": (torch.randn(options.batch_size, 3, height, side),),
         "video": (
-            torch.randn(options.clips * options.frames, 3, side, side),
+            torch.randn(options.clips * options.frames, 3, height, side),
             index,
             torch.ones_like(index, dtype=torch.bool),
         ),
@@ -71,24 +76,33 @@ def variants(options: argparse.Namespace, model, folder: Path) -> Iterator[tuple
     """Name, what runs each part, and megabytes."""
     megabytes = sum(p.nbytes for p in model.parameters()) / 1e6
     if any(name.startswith("onnx") for name in options.variants):
-        vision = model.config.vision_config
-        processor = build_processor(train_tokenizer(["benchmark"] * 20), vision.image_size, vision.patch_size)
+        side, patch = model.layout.image_size[0], getattr(model.config.vision_config, "patch_size", 32)
+        processor = build_processor(train_tokenizer(["benchmark"] * 20), side, patch)
         export(model, processor, folder, int8="onnx int8" in options.variants)
     for name in options.variants:
-        if name == "torch bf16":
-            half = copy.deepcopy(model).to(torch.bfloat16)
-            yield name, {part: in_half(tower) for part, tower in towers(half).items()}, megabytes / 2
+        if name.startswith("torch") and name != "torch compiled":
+            used, is_half = copy.deepcopy(model), "bf16" in name
+            if name in FOLDED:
+                speed_up(used)
+            parts = parts_of(used.to(torch.bfloat16) if is_half else used)
+            if is_half:
+                parts = {part: in_half(tower) for part, tower in parts.items()}
+            yield name, parts, megabytes / (2 if is_half else 1)
         elif name == "torch compiled":
             torch.compiler.reset()
-            compiled = {p: torch.compile(tower, fullgraph=True, dynamic=False) for p, tower in towers(model).items()}
+            compiled = {p: torch.compile(tower, fullgraph=True, dynamic=False) for p, tower in parts_of(model).items()}
             yield name, compiled, megabytes
-        elif name == "torch fp32":
-            yield name, towers(model), megabytes
         else:
             onnx = OnnxRice(folder, int8=name == "onnx int8")
-            files = folder.glob("*_int8.onnx" if name == "onnx int8" else "*[!8].onnx")
+            ending = "_int8.onnx" if name == "onnx int8" else ".onnx"
+            files = [folder / f"{part}{ending}" for part in onnx.sessions]
             parts = {part: lambda *inputs, part=part: onnx.run(part, *inputs) for part in onnx.sessions}
             yield name, parts, sum(file.stat().st_size for file in files) / 1e6
+
+
+def parts_of(model) -> dict[str, Run]:
+    """The parts that are measured: the encoder is within the others."""
+    return {name: tower for name, tower in towers(model).items() if name != "encoder"}
 
 
 def in_half(tower) -> Run:
@@ -112,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model.to(options.device)
         inputs = make_inputs(options, model)
-        expected = {name: tower(*inputs[name])[0] for name, tower in towers(model).items()}
+        expected = {name: tower(*inputs[name])[0] for name, tower in parts_of(model).items()}
         counts = {"image": options.batch_size, "video": options.clips, "pairs": options.pairs}
         for name, parts, megabytes in variants(options, model, Path(folder)):
             times, differences = {}, {}

@@ -237,7 +237,8 @@ class RiceCollator:
 
     def _decode(self, entry: Any, part: Any, change: ClipChange | None) -> Picture:
         """Decodes for the image or video processor `part`, which resizes what the change's crop leaves."""
-        size = target_size(part) if self.decode == "fast" else None
+        # A picture that is not square becomes larger on one side, and the reduction leaves at least this.
+        size = target_size(part, (1, 1)) if self.decode == "fast" else None
         if size is None:
             return _open(entry)
         left, top, right, bottom = (0.0, 0.0, 1.0, 1.0) if change is None else change.crop
@@ -252,9 +253,9 @@ class RiceCollator:
         """
         if self.decode == "exact" and change is None:
             return list(pictures), boxes
-        size = target_size(part)
 
         def resize(picture: torch.Tensor) -> torch.Tensor:
+            size = target_size(part, picture.shape[-2:])
             return picture if size is None else resize_pixels(picture, size, part.resample)
 
         pixels = [to_pixels(picture) for picture in pictures]

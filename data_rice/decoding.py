@@ -104,13 +104,19 @@ def _floats(values: Sequence[float]) -> list[float]:
     return [float(value) for value in values]
 
 
-def target_size(part: Any) -> tuple[int, int] | None:
-    """Height and width to which an image or video processor resizes, or `None` when it does not or keeps the shape."""
+def target_size(part: Any, shape: Sequence[int]) -> tuple[int, int] | None:
+    """
+    Height and width to which an image or video processor resizes a picture of the height and width `shape`; `None`
+    when it does not resize it, or by a rule of its own.
+    """
     if not part.do_resize:
         return None
-    size = part.size
-    if isinstance(size, int):
-        return (size, size)
-    if not size.get("height") or not size.get("width"):
+    size = {"height": part.size, "width": part.size} if isinstance(part.size, int) else part.size
+    if size.get("height") and size.get("width"):
+        return (size["height"], size["width"])
+    short = size.get("shortest_edge")
+    if not short or size.get("longest_edge"):
         return None
-    return (size["height"], size["width"])
+    # Rounded down, as transformers does it.
+    height, width = (int(short * side / min(shape)) for side in shape)
+    return height, width

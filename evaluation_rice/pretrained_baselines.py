@@ -162,7 +162,9 @@ def load_baseline(
     family, path = choose_model(baseline, baseline_model)
     model, processor, untrained_pooler = load_encoder(path, family, trust_remote_code)
     retriever = FrozenEncoder(to_device(model), processor, num_frames, use_boxes, batch_size, untrained_pooler)
-    return retriever, {"name": family or model.config.model_type, "model": path}
+    # Of timm's networks the model type is that of the wrapper.
+    kind = getattr(model.config, "architecture", model.config.model_type)
+    return retriever, {"name": family or kind, "model": path}
 
 
 def spread(num_frames: int, wanted: int) -> list[int]:

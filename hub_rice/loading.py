@@ -112,7 +112,7 @@ def load_encoder(path: str):
 
     from .checkpoint import check_checkpoint
     from .encoders import ENCODERS
-    from .settings import usable
+    from .settings import Refusal, usable
 
     if path in ENCODERS and not os.path.isdir(path):
         raise FileNotFoundError(
@@ -135,7 +135,7 @@ def load_encoder(path: str):
         except ImportError as error:
             package = "timm" if "timm" in str(error) else "the package that its error names"
             reason = " ".join(str(error).split())
-            raise ValueError(f"{path} needs {package}: pip install 'rice-retrieval[encoder]' ({reason}).") from error
+            raise Refusal(f"{path} needs {package}: pip install 'rice-retrieval[encoder]' ({reason}).") from error
     # A pooler that was never trained is not used.
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
     if missing:

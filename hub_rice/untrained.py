@@ -9,6 +9,7 @@ helps more than anything else. The result ranks by embedding and alignment, fuse
 """
 
 import argparse
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from data_rice.unlabelled import Unlabelled
     from modeling_rice import RiceModel
     from processing_rice import RiceProcessor
+
+logger = logging.getLogger(__name__)
 
 MOST_PICTURES = 10_000
 """Pictures of a shop, and frames, that statistics are taken from by default; more hardly change them."""
@@ -144,6 +147,8 @@ def untrained_model(
 def _on_checkpoint(model, processor, keep_decoder: bool, settings: dict) -> tuple["RiceModel", "RiceProcessor"]:
     from modeling_rice import RiceConfig, RiceModel
 
+    from .pictures import output_side
+
     if keep_decoder and model.decoder is None:
         raise ValueError("--keep_decoder: the checkpoint has no matching decoder; leave it out.")
     former = {name: value for name, value in model.config.to_dict().items() if name not in ("auto_map", "ranking")}
@@ -157,7 +162,7 @@ def _on_checkpoint(model, processor, keep_decoder: bool, settings: dict) -> tupl
     own = result.state_dict()
     result.load_state_dict({name: value for name, value in model.state_dict().items() if name in own}, strict=False)
     # Masks are on the grid of the patches that are chosen.
-    processor.video_processor.patch_size = result.config.mask_patch_size
+    processor.video_processor.patch_size = result.config.mask_patch_size_at(output_side(processor))
     return result.eval(), processor
 
 
@@ -225,25 +230,17 @@ def _pooling(vision, layout) -> str:
 
 
 def _processor(path: str, config) -> "RiceProcessor":
-    """Pictures as the encoder was trained on them, as far as it says."""
-    from transformers import AutoImageProcessor
-
+    """Pictures as the encoder was trained on them; what had to be assumed is logged."""
     from processing_rice import build_processor, train_tokenizer
 
     from .convert import GENERIC_TEXTS
+    from .pictures import follow_encoder
 
-    layout = config.layout
-    processor = build_processor(train_tokenizer(GENERIC_TEXTS), layout.image_size[0], config.mask_patch_size)
-    try:
-        theirs = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
-        theirs = None
-    mean, std = (getattr(theirs, name, None) or getattr(layout, name) for name in ("image_mean", "image_std"))
-    if mean is None or std is None:
-        print(f"{path} does not say how its pictures were normalised: as CLIP's, it is assumed.")
-        return processor
-    for part in (processor.image_processor, processor.video_processor):
-        part.image_mean, part.image_std = list(mean), list(std)
+    side = config.layout.image_size[0]
+    processor = build_processor(train_tokenizer(GENERIC_TEXTS), side, config.mask_patch_size)
+    assumed = follow_encoder(processor, path, config)
+    if assumed:
+        logger.warning("%s", assumed)
     return processor
 
 

@@ -355,12 +355,16 @@ class RiceConfig(PreTrainedConfig):
 
     @property
     def mask_patch_size(self) -> int:
+        """Side in pixels of the patches of a patch mask, for pictures of the encoder's native size."""
+        return self.mask_patch_size_at(self.layout.image_size[0])
+
+    def mask_patch_size_at(self, side: int) -> int:
         """
-        Side in pixels of the patches of a patch mask: what one patch that the decoder sees stands for, or less where
-        that does not divide the picture.
+        Of pictures of `side` pixels: what one patch that the decoder sees stands for, or less where that does not
+        divide the picture.
         """
-        side = self.layout.image_size[0]
-        return next(size for size in range(side // self.patch_layout.grid[0], 0, -1) if side % size == 0)
+        stands_for = max(self.layout.image_size[0] // self.patch_layout.grid[0], 1)
+        return next(size for size in range(min(stands_for, side), 0, -1) if side % size == 0)
 
     def validate_architecture(self):
         """Refuses combinations that cannot work; runs at construction."""

@@ -56,15 +56,16 @@ class RiceVisionSide:
     patch_projection: Any
     patch_saliency: Any
     decoder: Any
+    alignment: Any
 
     @property
     def kept_states(self) -> dict[str, tuple[int, ...]]:
         """Which of the encoder's states this model makes use of, and their shapes for a picture of the native size."""
         config, chosen, last = self.config, self.config.patch_layout, self.layout.patches
         shapes: dict[str, tuple[int, ...]] = {"features": (config.vision_hidden_size,)}
-        if self.decoder is not None:
+        if self.decoder is not None or self.alignment is not None:
             shapes["patches"] = (chosen.num_patches, chosen.width)
-        if self.patch_saliency is not None and (self.decoder is None or config.vision_feature_layer is not None):
+        if self.patch_saliency is not None and ("patches" not in shapes or config.vision_feature_layer is not None):
             shapes["last_patches"] = (last.num_patches, last.width)
         return shapes
 

@@ -89,6 +89,8 @@ class RiceProcessor(ProcessorMixin):
             raise ValueError("Nothing to process: give `images`, `videos`, `titles`, `asr` or `text`.")
         if boxes is not None and videos is None:
             raise ValueError("`boxes` belong to the frames of `videos`, which were not given.")
+        if boxes is not None and "boxes" in (kwargs.get("videos_kwargs") or {}):
+            raise ValueError("`boxes` was given twice, by itself and in `videos_kwargs`; give it once.")
         has_text = any(value is not None for value in (text, titles, asr))
         settings = self._call_settings(kwargs, images is not None, videos is not None, has_text)
         text, titles, asr = (
@@ -128,14 +130,15 @@ class RiceProcessor(ProcessorMixin):
             for name in kwargs.get(kind) or ():
                 if not any(name in names for part, names in known.items() if kind in (part, "common_kwargs")):
                     raise ValueError(f"Unknown argument {name!r} in `{kind}` of {type(self).__name__}.")
-        for name in [name for name in kwargs if name not in (*given, "common_kwargs", "audio_kwargs")]:
+        nested = (*given, "common_kwargs", "audio_kwargs")
+        for name in [name for name in kwargs if name not in nested]:
             kinds = [kind for kind in given if name in known[kind]]
             if not kinds:
                 raise ValueError(f"Unknown argument {name!r} for {type(self).__name__}.")
             if name not in _GENERIC_SETTINGS and not any(given[kind] for kind in kinds):
                 wanted = " or ".join(kind.removesuffix("_kwargs") for kind in kinds)
                 raise ValueError(f"`{name}` is a setting for {wanted}, and there is none in this call; leave it out.")
-        kwargs = dict(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in nested}
         for name, value in kwargs.pop("common_kwargs", {}).items():
             for kind in (kind for kind in given if name in known[kind]):
                 kwargs[kind] = {name: value} | kwargs.get(kind, {})

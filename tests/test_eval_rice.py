@@ -125,6 +125,16 @@ def test_the_same_command_gives_the_same_figures(model_dir, shop, tmp_path):
     assert (tmp_path / "a" / "matches.png").read_bytes() == (tmp_path / "b" / "matches.png").read_bytes()
 
 
+def test_precision_is_single_unless_told_and_stands_in_the_results(model_dir, shop, tmp_path, capsys):
+    single = run(model_dir, shop, tmp_path / "single")
+    half = run(model_dir, shop, tmp_path / "half", "--precision", "bf16")
+    assert (single["protocol"]["precision"], half["protocol"]["precision"]) == ("fp32", "bf16")
+    with pytest.raises(SystemExit):
+        eval_rice.main(["--baseline", "chance", "--dataset", str(shop), "--output_dir", str(tmp_path / "b"),
+                        "--precision", "bf16"])  # fmt: skip
+    assert "--precision bf16: baselines compute in fp32" in capsys.readouterr().err
+
+
 def test_a_damaged_frame_is_listed_and_the_clip_is_scored_without_it(model_dir, shop, tmp_path, capsys):
     (shop / "images" / "test-3-1.png").write_bytes(b"\x89PNG no image")
     results = run(model_dir, shop, tmp_path / "out")

@@ -76,6 +76,13 @@ class DataArguments:
     image_size: int | None = field(
         default=None, metadata={"help": "Side that pictures are resized to; the encoder's own by default, else 224."}
     )
+    stretch_pictures: bool = field(
+        default=False,
+        metadata={
+            "help": "Stretch pictures to the square that the encoder takes, as published, where init_vision_from "
+            "would have them resized and cropped as it was trained."
+        },
+    )
     num_frames: int = field(
         default=10, metadata={"help": "Frames per clip at evaluation, and in the saved processor."}
     )

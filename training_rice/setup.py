@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoImageProcessor, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from data_rice import LazyRows, gallery_scope, load_dataset_view, open_dataset_view
 from data_rice.asr_noise import with_noisy_asr
@@ -18,6 +18,7 @@ from data_rice.augmentation import ClipAugmentation
 from data_rice.collator import RiceCollator
 from data_rice.files import write_atomically
 from hub_rice.loading import checkpoint_folder, load_processor
+from hub_rice.pictures import follow_encoder, resize_to
 from hub_rice.repository import hub_errors
 from hub_rice.settings import read_config
 from modeling_rice import RiceConfig, RiceModel
@@ -244,31 +245,29 @@ def _start_processor(
             processor = load_processor(checkpoint_folder(model.model_name_or_path), model.model_name_or_path)
         processor.video_processor.num_frames = data.num_frames
         if data.image_size is not None:
-            for part in (processor.image_processor, processor.video_processor):
-                part.size = type(part.size)(height=data.image_size, width=data.image_size)
+            resize_to(processor, config, data.image_size)
         return processor
-    vision = config.vision_config
-    image_size = data.image_size or getattr(vision, "image_size", None) or 224
-    patch_size = config.mask_patch_size or 32
+    layout = config.layout
+    image_size = data.image_size or layout.image_size[0]
     tokenizer = build_tokenizer(model, data, config, texts)
-    processor = build_processor(tokenizer, image_size=image_size, patch_size=patch_size, num_frames=data.num_frames)
+    processor = build_processor(
+        tokenizer, image_size, config.mask_patch_size_at(image_size), num_frames=data.num_frames
+    )
+    parts = processor.image_processor, processor.video_processor
+    stretched = [part.size for part in parts]
     if model.init_vision_from is not None:
-        _normalise_as(model.init_vision_from, config, processor)
+        with hub_errors(model.init_vision_from):
+            assumed = follow_encoder(processor, model.init_vision_from, config, data.image_size)
+        if assumed:
+            logger.warning(assumed)
+    elif layout.image_mean is not None:
+        for part in parts:
+            part.image_mean, part.image_std = layout.image_mean, layout.image_std
+    if data.stretch_pictures:
+        for part, size in zip(parts, stretched, strict=True):
+            part.size, part.do_center_crop, part.default_to_square = size, False, True
+        processor.video_processor.patch_size = config.mask_patch_size_at(image_size)
     return processor
-
-
-def _normalise_as(vision_model: str, config: RiceConfig, processor: RiceProcessor) -> None:
-    """Takes over the mean and standard deviation that a pretrained encoder was trained with."""
-    mean, std = config.layout.image_mean, config.layout.image_std
-    if mean is None:
-        try:
-            theirs = AutoImageProcessor.from_pretrained(vision_model, trust_remote_code=False)
-        except (OSError, ValueError):
-            logger.warning("%s has no image processor; pictures are normalised as CLIP's.", vision_model)
-            return
-        mean, std = theirs.image_mean, theirs.image_std
-    for part in (processor.image_processor, processor.video_processor):
-        part.image_mean, part.image_std = mean, std
 
 
 def set_token_ids(config: RiceConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import CLIPVisionConfig
 
 from modeling_rice import RiceConfig, RiceModel
 
 SIZES = {
     "vit_b_32": ({"image_size": 224, "patch_size": 32}, {}),
+    # timm's form of it, from the extra `encoder`.
+    "lite0": ({"model_type": "timm_wrapper", "architecture": "tf_efficientnet_lite0"}, {}),
     "tiny": (
         {
             "hidden_size": 64,
@@ -34,7 +35,8 @@ def build_model(size: str, seed: int = 0) -> RiceModel:
     """A model of the older variant's architecture without dropout; random weights large enough to move the scores."""
     torch.manual_seed(seed)
     vision, settings = SIZES[size]
-    model = RiceModel(RiceConfig(vision_config=CLIPVisionConfig(**vision), decoder_dropout=0.0, **settings))
+    vision = {"model_type": "clip_vision_model", **vision}
+    model = RiceModel(RiceConfig(vision_config=vision, decoder_dropout=0.0, **settings))
     with torch.no_grad():
         for parameter in model.decoder.parameters():
             if parameter.dim() == 2:

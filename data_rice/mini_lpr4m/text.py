@@ -66,9 +66,9 @@ def _garble(sentence: str, rng: random.Random, rate: float = 0.04) -> str:
     return "".join(out)
 
 
-def draw_asr(product: Product, others: list[Product], rng: random.Random) -> str:
+def draw_asr(product: Product, others: list[Product], rng: random.Random, garbled: bool = True) -> str:
     """What speech recognition made of a clip: small talk around half of the attributes, sometimes another product of
-    the shop, sometimes nothing at all (then "")."""
+    the shop, sometimes nothing at all (then ""). With `garbled=False` it is what was said, without its mistakes."""
     if rng.random() < 0.08:
         return ""
     chinese = rng.random() < 0.67
@@ -76,4 +76,5 @@ def draw_asr(product: Product, others: list[Product], rng: random.Random) -> str
     sentences.insert(rng.randrange(len(sentences) + 1), _phrase(product, chinese, rng, keep=0.5))
     if others and rng.random() < 0.3:
         sentences.insert(rng.randrange(len(sentences) + 1), _phrase(rng.choice(others), chinese, rng, keep=0.5))
-    return _garble(("" if chinese else " ").join(sentences), rng).strip()
+    said = ("" if chinese else " ").join(sentences)
+    return _garble(said, rng).strip() if garbled else said

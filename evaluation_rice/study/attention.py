@@ -109,7 +109,7 @@ def clip_shares(model: Any, collator: Any, query: dict, images: Sequence[dict]) 
         raise ValueError(f"the model's {attention.shape[-1]} patches are no square grid to compare with boxes.")
     part = collator.processor.video_processor
     frames = clip_frames(query, collator.num_frames or part.num_frames)
-    cover = np.stack([box_cover(box, side, seen_region(part)) for _, box in frames])
+    cover = np.stack([box_cover(box, side, seen_region(part, frame.size)) for frame, box in frames])
     if not cover.any():
         raise ValueError("no frame that the model sees has a box")
     return {

@@ -234,11 +234,15 @@ def quantize(file: Path, output: Path) -> None:
     """Dynamic int8: weights of matrix products per tensor, activations as they come. Convolutions stay as they are."""
     import logging
 
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     # It recommends a preparation of the graph that the exporter has done already.
     logging.getLogger().addFilter(lambda record: "pre-process" not in record.getMessage())
-    quantize_dynamic(file, output, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+    # Shapes of inner values are inferred anew: the exporter turns weights over and keeps the shapes that they had.
+    graph = onnx.load(file)
+    del graph.graph.value_info[:]
+    quantize_dynamic(graph, output, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
 
 
 def preprocessing(processor) -> dict:

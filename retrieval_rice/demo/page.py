@@ -25,6 +25,8 @@ from ..uploads import Upload, UploadError, UploadLimits, read_upload
 TOP_K = 10
 EXAMPLES = 12
 SIDE = 240
+UPLOAD = "upload"
+"""The clip id of an upload."""
 _WORDS = re.compile(r"[a-z0-9]+|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|.", re.IGNORECASE | re.DOTALL)
 
 
@@ -35,13 +37,11 @@ class Clip:
         row: A query row, whose frames may be bytes.
         note: What is worth knowing of it.
         words: What was heard in an upload, and when.
-        is_upload: Whether it is one.
     """
 
     row: dict[str, Any]
     note: str = ""
     words: list[Word] = field(default_factory=list)
-    is_upload: bool = False
 
 
 @dataclass
@@ -180,8 +180,8 @@ class Demo:
             words = [word for chunk in upload.sound for word in words_of(chunk, self.transcriber)]
         except (RuntimeError, ValueError) as error:
             note = f"{note} The sound could not be heard ({error}).".strip()
-        row = {"clip_id": "upload", "frames": frames, "boxes": None, "asr": join_words(words), "relevant": []}
-        return Clip(row, note, words, is_upload=True)
+        row = {"clip_id": UPLOAD, "frames": frames, "boxes": None, "asr": join_words(words), "relevant": []}
+        return Clip(row, note, words)
 
     @torch.no_grad()
     def recognise(self, clip: Clip, live_id: str, asr: str = "", boxes: str = "none") -> Recognition:
@@ -214,7 +214,7 @@ class Demo:
         if not answer.hits:
             raise ValueError("This shop has no pictures to search.")
         silent = []
-        if clip.is_upload and row["asr"] and self.collator.use_text:
+        if row["clip_id"] == UPLOAD and row["asr"] and self.collator.use_text:
             pictures = {name: value for name, value in inputs.items() if not name.startswith("asr_")}
             silent = [hit.image_id for hit in self._search(self.model.encode_clips(**pictures), live_id).hits]
         return Recognition(clip, row, live_id, boxes, answer, encode_ms, detect_ms, silent)

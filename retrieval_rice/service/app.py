@@ -91,13 +91,13 @@ def _tell_mistakes(app: FastAPI) -> None:
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"][1:])) or "the request"
-        return _sentence(422, f"{name}: {first['msg']}.")
+        return _sentence(422, f"{name}: {first['msg'].rstrip('.')}.")
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:
         words = {404: "There is no such address here; see /openapi.json.", 405: "This address takes other methods."}
         # What the parser of forms says is for the client, too.
-        return _sentence(error.status_code, words.get(error.status_code, f"{error.detail}."))
+        return _sentence(error.status_code, words.get(error.status_code, f"{str(error.detail).rstrip('.')}."))
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:
@@ -123,8 +123,12 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", summary="For Prometheus", response_class=Response)
     def metrics() -> Response:
-        service.metrics.images.set(len(service.index))
-        service.metrics.version.set(service.index.version)
+        try:
+            service.metrics.images.set(len(service.index))
+            service.metrics.version.set(service.index.version)
+        except (ValueError, OSError) as error:
+            # What was counted is told all the same.
+            logger.warning("the index cannot be read: %s", error)
         service.metrics.streams.set(len(service.streams.running))
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
@@ -217,7 +221,7 @@ data: {"segments": 1, "error": null}
 
 
 def _add_shops(app: FastAPI, service: Service) -> None:
-    @app.put("/v1/shops/{live_id}/images", summary="Write images of a livestream", response_model=ShopBody)
+    @app.put("/v1/shops/{live_id:path}/images", summary="Write images of a livestream", response_model=ShopBody)
     async def put(
         live_id: LiveId,
         images: Annotated[list[UploadFile], File(description="Pictures.")],
@@ -244,7 +248,7 @@ def _add_shops(app: FastAPI, service: Service) -> None:
         unreadable = [{"image_id": failure["id"], "reason": failure["reason"]} for failure in failures]
         return _shop(service, count - len(unreadable), unreadable=unreadable)
 
-    @app.delete("/v1/shops/{live_id}/images", summary="Take images out of a livestream", response_model=ShopBody)
+    @app.delete("/v1/shops/{live_id:path}/images", summary="Take images out of a livestream", response_model=ShopBody)
     async def delete(
         live_id: LiveId,
         image_id: Annotated[list[str], Query(description="Once or several times.", min_length=1)],

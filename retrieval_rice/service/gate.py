@@ -19,6 +19,8 @@ _SHORTEST_TOKEN = 16
 # What a load balancer asks, and what tells how to ask.
 _OPEN = ("/healthz", "/readyz", "/openapi.json")
 RETRY_SECONDS = 2
+IDLE_SECONDS = 15.0
+"""For which a request may send nothing of its body, since it takes the place of another one."""
 
 
 def read_token(host: str) -> str | None:
@@ -111,11 +113,14 @@ class ServiceGate(UploadGate):
             return await self.refuse(send, 503, words)
         self.inside += 1
         self.metrics.queue.set(self.inside)
+        body = _Body(receive, send)
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, body.receive, body.send)
         finally:
             self.inside -= 1
             self.metrics.queue.set(self.inside)
+        if body.is_idle:
+            await self.refuse(send, 408, f"Nothing was sent for {IDLE_SECONDS:g} s; send the request again.")
 
     def _may_enter(self, scope: dict) -> bool:
         if self.token is None or scope["path"] in _OPEN:
@@ -123,3 +128,27 @@ class ServiceGate(UploadGate):
         given = dict(scope["headers"]).get(b"authorization", b"")
         kind, _, secret = given.partition(b" ")
         return kind.lower() == b"bearer" and hmac.compare_digest(secret.strip(), self.token)
+
+
+class _Body:
+    """What a client sends, which ends where it sends nothing for long; what the service says to that is not told."""
+
+    def __init__(self, receive: Any, send: Any):
+        self._receive, self._send = receive, send
+        self.is_idle = self._is_whole = False
+
+    async def receive(self) -> dict:
+        if self._is_whole:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(IDLE_SECONDS):
+                message = await self._receive()
+        except TimeoutError:
+            self.is_idle = True
+            return {"type": "http.disconnect"}
+        self._is_whole = not message.get("more_body", False)
+        return message
+
+    async def send(self, message: dict) -> None:
+        if not self.is_idle:
+            await self._send(message)

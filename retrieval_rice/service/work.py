@@ -108,7 +108,7 @@ class Service:
             Refused, UploadError: what is wrong with it.
         """
         start = time.perf_counter()
-        if asr and self.recogniser.model.config.text_config is None:
+        if asr and not self.recogniser.reads_asr:
             raise Refused(422, "asr: this model reads no text; leave it out.")
         async with self._files(files, url) as paths:
             upload: Upload = await self._in(

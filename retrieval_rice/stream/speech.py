@@ -31,6 +31,7 @@ _LONGEST_WAIT_S = 120.0
 _LATEST_S = 30.0
 _SECONDS_BETWEEN_NOTICES = 10.0
 _MOST_WORDS_OF_A_SEGMENT = 10_000
+_LONGEST_WORD_S, _LONGEST_TEXT = 60.0, 2000
 _UNSPACED = re.compile(r"[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef]")
 _PHRASE_LETTERS, _PHRASE_S, _PHRASE_PAUSE_S = 42, 6.0, 1.0
 
@@ -70,7 +71,10 @@ class WordCounts:
 
 
 def word_of(value: Any) -> Word | None:
-    """A word from what a source gives, `None` where that is none. One that ends before it starts has no length."""
+    """
+    A word from what a source gives, `None` where that is none. One that ends before it starts has no length, and one
+    that never ends, such as the last cue of some subtitle files, is said for a minute at most.
+    """
     if not isinstance(value, Word):
         if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) != 3:
             return None
@@ -82,7 +86,7 @@ def word_of(value: Any) -> Word | None:
     text = " ".join(value.text.split()) if isinstance(value.text, str) else ""
     if not math.isfinite(start_s) or not math.isfinite(end_s) or not text:
         return None
-    return Word(start_s, max(start_s, end_s), text)
+    return Word(start_s, min(max(start_s, end_s), start_s + _LONGEST_WORD_S), text[:_LONGEST_TEXT])
 
 
 def join_words(words: Iterable[Word]) -> str:

@@ -1,6 +1,7 @@
 """Frames of a clip that can be read, and resizing in 8 bits: how far the fast way is from the exact one."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,9 +49,15 @@ class TestResizing:
         assert np.abs(resized.movedim(0, -1).numpy() - expected).max() <= 1
 
     def test_targets_of_processors(self):
-        assert target_size(CLIPImageProcessor(size={"height": 20, "width": 30})) == (20, 30)
-        assert target_size(CLIPImageProcessor(size={"shortest_edge": 20})) is None
-        assert target_size(CLIPImageProcessor(size={"height": 20, "width": 30}, do_resize=False)) is None
+        assert target_size(CLIPImageProcessor(size={"height": 20, "width": 30}), (90, 80)) == (20, 30)
+        assert target_size(CLIPImageProcessor(size={"height": 20, "width": 30}, do_resize=False), (9, 8)) is None
+        short = CLIPImageProcessor(size={"shortest_edge": 20})
+        for height, width in ((41, 67), (67, 41), (30, 30), (20, 33)):
+            picture = torch.zeros(3, height, width, dtype=torch.uint8)
+            resized = short(picture, do_center_crop=False, return_tensors="pt")["pixel_values"]
+            assert target_size(short, (height, width)) == tuple(resized.shape[-2:])
+        both = SimpleNamespace(do_resize=True, size={"shortest_edge": 20, "longest_edge": 30})
+        assert target_size(both, (41, 67)) is None
 
 
 class TestNormalisation:

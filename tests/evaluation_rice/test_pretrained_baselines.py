@@ -213,3 +213,19 @@ def test_lost_weights_are_refused(tmp_path):
     save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
     with pytest.raises(ValueError, match="lacks 1 weights of its model, such as visual_projection.weight"):
         baselines.load_encoder(folder)
+
+
+def test_a_network_of_timm_is_called_by_its_architecture(tmp_path):
+    pytest.importorskip("timm")
+    import transformers as t
+
+    architecture = "mobilenetv3_small_050"
+    config = t.TimmWrapperConfig(architecture=architecture, num_classes=0)
+    model = t.TimmWrapperModel(config).eval()
+    model.save_pretrained(tmp_path)
+    t.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    retriever, entry = baselines.load_baseline(str(tmp_path))
+    assert entry == {"name": architecture, "model": str(tmp_path)}
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(retriever._features({"pixel_values": pixels}), model(pixels).pooler_output)

@@ -274,6 +274,18 @@ def test_card_of_a_model_without_decoder():
     assert "z(matching)" not in text and "matching decoder" not in text and "get_video_features" in text
 
 
+def test_card_tells_what_an_alignment_is_and_how_it_is_fused(tmp_path):
+    results = {**copy.deepcopy(RESULTS), "alignment_weight": 1.0}
+    assert "z(embedding) + 0.4 x z(matching) + 1 x z(alignment), z-scores" in model_card(results)
+    results["scores"]["alignment"], results["fusion_weight"] = results["scores"]["embedding"], None
+    config = {"model_type": "rice", "use_decoder": False, "alignment_weight": 1.0, "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = model_card(results, run_dir=tmp_path)
+    assert "Fused = z(embedding) + 1 x z(alignment), z-scores" in text and "model.align(clips, gallery)" in text
+    assert "matching" not in text.split("## Published")[0] and "contrastive learning" not in text
+    assert "parameter-free cross-view alignment of patches" in text and "RICE, alignment" in text
+
+
 def test_missing_entries_and_template_are_named(tmp_path):
     with pytest.raises(ValueError, match="lack scores"):
         model_card({name: value for name, value in RESULTS.items() if name != "scores"})

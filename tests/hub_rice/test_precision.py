@@ -8,9 +8,8 @@ import pytest
 import torch
 from transformers import ResNetConfig
 
-from hub_rice import precision
 from hub_rice.convolutions import speed_up
-from hub_rice.precision import add_precision, choose_precision, computes_bf16, in_precision, precision_of
+from hub_rice.precision import PRECISIONS, add_precision, choose_precision, computes_bf16, in_precision, precision_of
 from modeling_rice import RiceConfig, RiceModel
 
 FLAGS = "flags\t\t: fpu avx2 avx512f {}\n"
@@ -40,7 +39,7 @@ def test_auto_is_bf16_where_the_processor_computes_in_it(monkeypatch, lines, com
         assert computes_bf16("cpu") == computes
         assert choose_precision("auto", torch.device("cpu")) == ("bf16" if computes else "fp32")
         # What is named is what it is.
-        chosen = [choose_precision(name, torch.device("cpu")) for name in precision.PRECISIONS]
+        chosen = [choose_precision(name, torch.device("cpu")) for name in PRECISIONS]
         assert chosen == ["fp32", "bf16", "fp16"]
     finally:
         computes_bf16.cache_clear()

@@ -193,6 +193,15 @@ def test_bad_input_is_told_in_one_sentence(encoder, shop, tmp_path, capsys, monk
     assert not output.exists()
 
 
+def test_a_package_that_is_not_installed_is_named_with_its_extra(encoder, shop, tmp_path, capsys, monkeypatch):
+    def missing(*arguments, **settings):
+        raise ImportError("TimmWrapperModel requires the timm library\nbut it was not found")
+
+    monkeypatch.setattr(AutoModel, "from_pretrained", missing)
+    sentence = refusal(capsys, encoder, "--shop", shop, "--output", tmp_path / "model")
+    assert f"error: {encoder} needs timm: pip install 'rice-retrieval[encoder]' (TimmWrapperModel" in sentence
+
+
 def test_an_encoder_without_some_of_its_weights_is_refused(encoder, shop, tmp_path, capsys):
     from safetensors.torch import load_file, save_file
 

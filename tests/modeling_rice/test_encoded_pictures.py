@@ -20,6 +20,7 @@ SETTINGS = {
     "clip_raw": {"vision_config": CLIP, "decoder_token_source": "raw"},
     "clip_inner": {"vision_config": CLIP, "vision_feature_layer": 1},
     "clip_no_decoder": {"vision_config": CLIP, "use_decoder": False},
+    "clip_aligned": {"vision_config": CLIP, "use_decoder": False, "alignment_weight": 1.0, "vision_feature_layer": 1},
     "resnet": {"vision_config": RESNET, "vision_pooling": "mean", "decoder_position_embeddings": False},
     "resnet_saliency": {
         "vision_config": RESNET,
@@ -70,7 +71,8 @@ def test_losses_scores_and_gradients_are_equal(make, name):
         output.loss.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         clips, gallery = model.encode_clips(**inputs), model.encode_gallery(**inputs)
-        results.append([output.loss, output.matching_logits, model.similarity(clips, gallery), *gradients])
+        aligned = None if model.alignment is None else model.align(clips, gallery)
+        results.append([output.loss, output.matching_logits, model.similarity(clips, gallery), aligned, *gradients])
     for plain, other in zip(*results, strict=True):
         torch.testing.assert_close(plain, other)
 

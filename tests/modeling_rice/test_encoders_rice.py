@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from modeling_rice import encoders_rice
+from modeling_rice import RiceConfig, RiceModel, encoders_rice
 from modeling_rice.encoders_rice import build_encoder, encoder_inputs, find_layout, last_states
 
 TOKENS = {
@@ -127,24 +127,57 @@ def check(config, expected, pooler_width):
     assert torch.isfinite(tokens).all()
 
 
+def check_model(config, tmp_path):
+    """A model on the encoder encodes, matches and trains, and is the same once saved and loaded."""
+    settings = {"projection_dim": 16, "decoder_num_heads": 4, "num_hard_negatives": 2, "decoder_dropout": 0.0}
+    model = RiceModel(RiceConfig(vision_config=config, **settings))
+    pictures = torch.randn(3, 3, *model.layout.image_size)
+    batch = {"pixel_values": pictures, "pixel_values_videos": torch.stack([pictures, pictures.flip(-1)], dim=1)}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    model.train()(**batch).loss.backward()
+    optimizer.step()
+    assert all(weight.isfinite().all() for weight in model.parameters())
+    assert model.visual_projection.weight.grad.abs().sum() > 0
+    encoders = [weight.grad for weight in model.vision_model.parameters() if weight.grad is not None]
+    assert any(gradient.abs().sum() > 0 for gradient in encoders)
+    model.eval().save_pretrained(tmp_path)
+    loaded = RiceModel.from_pretrained(tmp_path).eval()
+    assert loaded.fingerprint() == model.fingerprint()
+    scores = []
+    for each in (model, loaded):
+        gallery = each.encode_gallery(pictures)
+        clips = each.encode_clips(batch["pixel_values_videos"])
+        assert gallery.embeds.shape == clips.embeds.shape == (3, 16)
+        scores.append((gallery.embeds, each.similarity(clips, gallery), each.match(clips, gallery)))
+    torch.testing.assert_close(scores[1], scores[0], rtol=0, atol=0)
+    assert all(score.isfinite().all() for score in scores[0])
+
+
 @pytest.mark.parametrize("name", FAST)
-def test_families(name):
+def test_families(name, tmp_path):
     settings, *expected = FAST[name]
-    check(AutoConfig.for_model(name, **settings), *expected)
+    config = AutoConfig.for_model(name, **settings)
+    check(config, *expected)
+    check_model(config, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
-def test_more_families(name):
+def test_more_families(name, tmp_path):
     settings, *expected = SLOW[name]
-    check(AutoConfig.for_model(name, **settings), *expected)
+    config = AutoConfig.for_model(name, **settings)
+    check(config, *expected)
+    check_model(config, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", TIMM)
-def test_networks_of_timm(architecture):
+def test_networks_of_timm(architecture, tmp_path):
     pytest.importorskip("timm")
-    check(AutoConfig.for_model("timm_wrapper", architecture=architecture), *TIMM[architecture])
+    config = AutoConfig.for_model("timm_wrapper", architecture=architecture)
+    check(config, *TIMM[architecture])
+    if find_layout(config).image_size[0] <= 224:
+        check_model(config, tmp_path)
 
 
 @pytest.mark.slow
@@ -251,8 +284,9 @@ def test_grids_that_shrink_on_the_way_take_pictures_of_any_size():
 )
 def test_what_cannot_work_is_refused_in_one_sentence(name, settings, reason):
     sentence = rf"^The vision model '{name}' cannot be RICE's encoder \(.*{reason}.*\); choose another\.$"
-    with pytest.raises(ValueError, match=sentence):
-        find_layout(AutoConfig.for_model(name, **settings))
+    for refuse in (find_layout, lambda config: RiceConfig(vision_config=config)):
+        with pytest.raises(ValueError, match=sentence):
+            refuse(AutoConfig.for_model(name, **settings))
 
 
 def test_an_encoder_that_the_meta_device_does_not_do_is_found_out_there_too():

@@ -162,6 +162,7 @@ def test_common_settings_act_on_everything(processor, make_picture):
         images=make_picture(), videos=[make_picture()], titles=["a"], common_kwargs={"return_tensors": "np"}
     )
     assert all(isinstance(values, np.ndarray) for values in inputs.values())
+    assert processor(titles=["a"], images_kwargs=None, common_kwargs=None)["title_input_ids"].shape[0] == 1
     wide = processor(images=make_picture(), videos=[make_picture()], common_kwargs={"size": SQUARE | {"width": 48}})
     assert wide["pixel_values"].shape[-2:] == wide["pixel_values_videos"].shape[-2:] == (32, 48)
 
@@ -225,6 +226,7 @@ def test_boxes_follow_the_size_of_the_call(processor, make_picture, settings, gr
         ({"videos": 1, "videos_kwargs": {"max_length": 3}}, "Unknown argument 'max_length' in `videos_kwargs`"),
         ({"images": 1, "common_kwargs": {"sise": 3}}, "Unknown argument 'sise' in `common_kwargs`"),
         ({"images": 1, "audio": 3}, "Unknown argument 'audio'"),
+        ({"videos": 1, "boxes": [[None]], "videos_kwargs": {"boxes": [[None]]}}, "`boxes` was given twice"),
         ({"images": 1, "size": 3, "images_kwargs": {"size": 4}}, "size was passed two times"),
         ({"images": 1, "data_format": "channels_last"}, '`data_format` must be "channels_first"'),
         ({"images": 1, "do_convert_rgb": False}, "`do_convert_rgb=False` is not possible"),

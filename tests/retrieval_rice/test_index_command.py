@@ -290,3 +290,37 @@ def test_another_shop_needs_overwrite(shop, checkpoint, tmp_path, capsys):
     assert "--overwrite" in capsys.readouterr().err
     assert run(tmp_path / "two", "--model", checkpoint, "--output", output, "--overwrite") == 0
     assert GalleryIndex.load(output, shop.model).image_ids() == [f"other_p{i}.png" for i in range(4)]
+
+
+def precision_of_index(folder) -> str:
+    from retrieval_rice.index.table import ShopTable
+
+    return ShopTable(str(folder)).snapshot().state.precision
+
+
+def test_an_index_keeps_its_precision_and_is_searched_in_any(shop, checkpoint, tmp_path, capsys, monkeypatch):
+    import hub_rice.precision
+
+    shop.make_rows(10)
+    pictures, output = tmp_path / "pictures", tmp_path / "index"
+    arguments = (pictures, "--model", checkpoint, "--output", output)
+    monkeypatch.setattr(hub_rice.precision, "computes_bf16", lambda device: True)
+    assert run(*arguments) == 0 and precision_of_index(output) == "bfloat16"
+    assert "the model computes in bf16 (--precision auto)" in capsys.readouterr().err
+    # On a machine that computes otherwise, what is added is as what is there.
+    monkeypatch.setattr(hub_rice.precision, "computes_bf16", lambda device: False)
+    shop.make_rows(12)
+    assert run(*arguments) == 0 and precision_of_index(output) == "bfloat16"
+    assert "the model computes in bf16 (--precision auto)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(*arguments, "--precision", "fp32")
+    assert "with other settings (precision)" in capsys.readouterr().err
+    lines = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        words = ["recognise", str(pictures), "--shop", str(output), "--model", str(checkpoint), "--device", "cpu"]
+        assert main([*words, "--jsonl", "-", "--precision", precision]) == 0
+        told = capsys.readouterr()
+        lines[precision] = [json.loads(line)["image_id"] for line in told.out.splitlines()]
+        assert ("were encoded in bfloat16: scores differ by its rounding" in told.err) == (precision != "bf16")
+    assert lines["fp32"] == lines["bf16"] == lines["fp16"]
+    assert run(*arguments, "--precision", "fp32", "--overwrite") == 0 and precision_of_index(output) == "float32"

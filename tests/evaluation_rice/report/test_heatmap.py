@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.image_utils import SizeDict
 
 from evaluation_rice.report.heatmap import (
     PairMaps,
@@ -39,6 +40,35 @@ def test_heat_of_one_patch_and_of_all():
     one = maps.heat((1, 0))
     assert one.shape == (3, 2, 2) and one[2].tolist() == [[0, 0], [1, 0]] and one[:2].max() == 0
     np.testing.assert_allclose(maps.heat()[2], [[0.25, 0.5], [0.75, 1.0]])
+
+
+class Aligning:
+    """A model that also reconstructs, of whose 2 x 2 image patches the last finds its like in two places."""
+
+    reconstruction_head = alignment = object()
+
+    def alignment_maps(self, pixel_values, pixel_values_videos):
+        cosines = torch.full((1, 4, 2, 4), 0.2)
+        cosines[0, 3, 1, 2], cosines[0, 3, 0, 1], cosines[0, :, 0, 0] = 1.0, 0.6, -1.0
+        return cosines
+
+
+def test_heat_of_an_alignment_is_that_of_the_best_match():
+    maps = pair_maps(Aligning(), {"pixel_values": torch.zeros(1, 3), "pixel_values_videos": torch.zeros(1, 2, 3)})
+    assert maps.is_alignment
+    # From a masked patch, which no patch matches, to the best match.
+    np.testing.assert_allclose(maps.heat(), [[[0, 0.6], [0.2, 0.2]], [[0.2, 0.2], [1, 0.2]]], rtol=1e-6)
+    np.testing.assert_allclose(maps.heat((0, 0)), [[[0, 1], [1, 1]], [[1, 1], [1, 1]]])
+
+
+def test_of_a_short_side_the_region_follows_the_pictures_shape():
+    crop = SimpleNamespace(
+        do_center_crop=True, crop_size={"width": 224, "height": 224}, size=SizeDict(shortest_edge=224)
+    )
+    assert seen_region(crop, (400, 200)) == (0.25, 0.0, 0.75, 1.0)
+    assert seen_region(crop, (200, 400)) == (0.0, 0.25, 1.0, 0.75)
+    crop.size = SizeDict(shortest_edge=256)
+    assert seen_region(crop, (300, 300)) == (0.0625, 0.0625, 0.9375, 0.9375)
 
 
 def test_equal_weights_have_no_heat():

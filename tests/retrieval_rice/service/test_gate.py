@@ -88,6 +88,35 @@ def test_more_requests_than_are_taken_are_told_to_come_again(make_service, monke
     assert served.client.post("/v1/recognise", files=frame_files(1)).status_code == 200
 
 
+def test_who_sends_nothing_gives_the_place_to_others(make_service, monkeypatch):
+    import asyncio
+
+    from retrieval_rice.service import gate
+
+    monkeypatch.setattr(gate, "IDLE_SECONDS", 0.2)
+    served = make_service(max_requests=1)
+    sent = []
+
+    async def receive():
+        if not sent_parts:
+            await asyncio.Event().wait()
+        return {"type": "http.request", "body": sent_parts.pop(), "more_body": True}
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"content-length", b"5000"), (b"content-type", b"multipart/form-data; boundary=x")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/recognise", "query_string": b"", "raw_path": b"",
+             "headers": headers, "root_path": "", "scheme": "http", "server": ("127.0.0.1", 80), "client": None,
+             "http_version": "1.1"}  # fmt: skip
+    for parts in ([], [b"--x\r\n"]):
+        sent_parts = list(parts)
+        sent.clear()
+        asyncio.run(served.client.app(dict(scope), receive, send))
+        assert sent[0]["status"] == 408 and b"Nothing was sent for 0.2 s" in sent[1]["body"] and len(sent) == 2
+    assert served.client.post("/v1/recognise", files=frame_files(1)).status_code == 200
+
+
 def test_unknown_addresses_and_methods_get_a_sentence(make_service):
     client = make_service().client
     assert refusal(client.get("/"), 404) == "There is no such address here; see /openapi.json."

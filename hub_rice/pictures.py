@@ -1,0 +1,156 @@
+"""Pictures as an encoder was trained on them: what its image processor does, done by both of RICE's."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modeling_rice import RiceConfig
+    from processing_rice import RiceProcessor
+
+# What LeViT's image processor resizes the short side to, beside its `size`.
+_LEVIT_RATIO = 256 / 224
+# From this side on, ConvNeXT's image processor crops nothing.
+_CONVNEXT_WHOLE = 384
+# Mean difference of normalised pixels between two ways to resize.
+_SAME_PIXELS = 0.05
+
+
+def follow_encoder(
+    processor: "RiceProcessor", path: str, config: "RiceConfig", image_size: int | None = None
+) -> str | None:
+    """
+    Lets images and frames be resized, cropped and normalised as the image processor of an encoder says, and patch
+    masks with them. An encoder of timm without one says it in its config.
+
+    Args:
+        processor: To be changed.
+        path: Folder or Hub id of the encoder.
+        config: Of the model that the encoder is part of.
+        image_size: Side of the pictures that the model shall see, instead of the encoder's own.
+
+    Returns:
+        One sentence that says what had to be assumed, or `None`.
+    """
+    theirs = _image_processor(path)
+    rule = {} if theirs is None else _rule(theirs)
+    layout = config.layout
+    if theirs is None and layout.image_mean is not None:
+        rule = {"image_mean": layout.image_mean, "image_std": layout.image_std}
+    for part in (processor.image_processor, processor.video_processor):
+        for name, value in rule.items():
+            setattr(part, name, value)
+    side = image_size or (layout.image_size[0] if layout.takes_one_size else None)
+    resize_to(processor, config, side)
+    if theirs is None:
+        side = output_side(processor)
+        normalised = "" if rule else ", and normalised as CLIP's"
+        return f"{path} has no image processor: pictures are stretched to {side} x {side} pixels{normalised}."
+    if image_size is None and not _is_same(theirs, processor.image_processor):
+        return (
+            f"{path}: its {type(theirs).__name__} does something to pictures that this one does not; size, mean and "
+            f"deviation are its own."
+        )
+    return None
+
+
+def output_side(processor: "RiceProcessor") -> int:
+    """Side in pixels of the pictures that a processor gives."""
+    part = processor.image_processor
+    size = part.crop_size if part.do_center_crop else part.size
+    return size.get("height") or size["shortest_edge"]
+
+
+def resize_to(processor: "RiceProcessor", config: "RiceConfig", side: int | None) -> None:
+    """Lets a processor give squares of another side, resized and cropped in the same proportions."""
+    from transformers.image_utils import SizeDict
+
+    former = output_side(processor)
+    side = side or former
+    for part in (processor.image_processor, processor.video_processor):
+        for name in ("size", "crop_size"):
+            size = getattr(part, name, None)
+            if size:
+                sides = {edge: round(pixels * side / former) for edge, pixels in dict(size).items() if pixels}
+                setattr(part, name, SizeDict(**sides))
+    processor.video_processor.patch_size = config.mask_patch_size_at(side)
+
+
+def _image_processor(path: str) -> Any:
+    """Of an encoder; the one that lies beside it, before the one that transformers makes for any encoder of timm."""
+    import transformers
+    from transformers import AutoImageProcessor
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(path)
+        name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or ""
+        name = name.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
+        kind = getattr(transformers, name, None)
+        if kind is not None:
+            return kind.from_dict(settings)
+    except OSError:
+        pass
+    try:
+        return AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _rule(theirs: Any) -> dict[str, Any]:
+    """The fields of RICE's two processors that do what an image processor does."""
+    from transformers.image_utils import SizeDict
+
+    if (data := getattr(theirs, "data_config", None)) is not None:
+        return _rule_of_timm(data)
+    names = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+    rule = {name: getattr(theirs, name) for name in names if getattr(theirs, name, None) is not None}
+    size = dict(getattr(theirs, "size", None) or {})
+    crop = dict(getattr(theirs, "crop_size", None) or {}) if getattr(theirs, "do_center_crop", False) else {}
+    short, kept, kind = size.get("shortest_edge"), getattr(theirs, "crop_pct", None), type(theirs).__name__
+    if short and kept and kind.startswith("ConvNext") and short >= _CONVNEXT_WHOLE:
+        size, short = {"height": short, "width": short}, None
+    elif short and kept:
+        crop, short = crop or {"height": short, "width": short}, int(short / kept)
+    elif short and kind.startswith("Levit"):
+        short = int(short * _LEVIT_RATIO)
+    if short:
+        # Without a crop pictures would keep their shapes, and a batch has one.
+        crop, size = crop or {"height": short, "width": short}, {"shortest_edge": short}
+    if not getattr(theirs, "do_resize", True) or not (short or {"height", "width"} <= size.keys()):
+        return rule
+    rule |= {"size": SizeDict(**size), "do_center_crop": bool(crop), "default_to_square": not short}
+    return rule | ({"crop_size": SizeDict(**crop)} if crop else {})
+
+
+def _rule_of_timm(data: dict[str, Any]) -> dict[str, Any]:
+    """As `timm.data.create_transform` does it for evaluation."""
+    from transformers.image_utils import PILImageResampling, SizeDict
+
+    height, width = data["input_size"][-2:]
+    sides = (math.floor(side / data["crop_pct"]) for side in (height, width))
+    size = dict(zip(("height", "width"), sides, strict=True))
+    if data["crop_mode"] != "squash":
+        size = {"shortest_edge": min(size.values())}
+    return {
+        "size": SizeDict(**size),
+        "do_center_crop": True,
+        "crop_size": SizeDict(height=height, width=width),
+        "default_to_square": data["crop_mode"] == "squash",
+        "resample": PILImageResampling[data["interpolation"].upper()],
+        "image_mean": data["mean"],
+        "image_std": data["std"],
+    }
+
+
+def _is_same(theirs: Any, ours: Any) -> bool:
+    """Whether a picture comes out alike; of encoders that take it cut into patches nothing is said."""
+    import torch
+    from torchvision.transforms.v2.functional import to_pil_image
+
+    noise = torch.rand(3, 6, 8, generator=torch.Generator().manual_seed(0))
+    picture = to_pil_image(torch.nn.functional.interpolate(noise[None], (480, 640), mode="bicubic")[0].clamp(0, 1))
+    expected = torch.as_tensor(theirs(picture, return_tensors="pt")["pixel_values"])
+    actual = ours(picture, return_tensors="pt")["pixel_values"]
+    if expected.dim() != 4:
+        return False
+    return expected.shape == actual.shape and float((expected - actual).abs().mean()) < _SAME_PIXELS
