@@ -90,6 +90,8 @@ def _load_yaml(text: str) -> Any:
         return yaml.load(text, _RecipeLoader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
 
 
 def check_model_fields(model: dict[str, Any], source: str = "") -> None:

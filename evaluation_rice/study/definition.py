@@ -66,6 +66,8 @@ def read_study(path: str | Path) -> Study:
         content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"the study {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise ValueError(f"the study {path} nests its values too deeply.") from None
     _check_keys(content, _KEYS, f"the study {path}")
     for key in ("recipe", "arms"):
         if not content.get(key):

@@ -25,7 +25,7 @@ from tests.train_rice.conftest import command, environment, finished, mini  # no
 
 _COUNTS = pytest.StashKey[dict]()
 KINDS = ("kills survived", "files tried", "files refused", "bombs refused", "full disks told")
-FAULTS = ("tracebacks", "silent errors", "lost", "sentences that name nothing")
+FAULTS = ("tracebacks", "silent errors", "lost", "sentences that name nothing", "crashes of a library")
 
 
 @pytest.fixture

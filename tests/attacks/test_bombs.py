@@ -31,7 +31,7 @@ def gif(width: int, height: int) -> bytes:
 
 
 def mjpeg_avi(side: int) -> bytes:
-    """A video whose frames are announced to be of `side` pixels a side."""
+    """A video whose frames say that they are of `side` pixels a side."""
     av = pytest.importorskip("av")
     import io
 
@@ -42,7 +42,10 @@ def mjpeg_avi(side: int) -> bytes:
         stream.pix_fmt = "yuvj420p"
         out.mux(stream.encode(av.VideoFrame(48, 48, "yuvj420p")))
         out.mux(stream.encode())
-    return buffer.getvalue().replace(struct.pack("<II", 48, 48), struct.pack("<II", side, side))
+    data = buffer.getvalue().replace(struct.pack("<II", 48, 48), struct.pack("<II", side, side))
+    sizes = [b"\xff\xc0\x00\x11\x08" + struct.pack(">HH", one, one) for one in (48, side)]
+    assert sizes[0] in data
+    return data.replace(*sizes)
 
 
 def read_gallery(path):
@@ -55,6 +58,12 @@ def read_recipe(path):
     from training_rice.recipe import read_recipe as read
 
     return read(path, ["model", "dataset"])
+
+
+def read_study(path):
+    from evaluation_rice.study.definition import read_study as read
+
+    return read(path)
 
 
 def read_features(path):
@@ -96,6 +105,7 @@ BOMBS = {
     "brackets in a box file": ("boxes.jsonl", DEEP, read_boxes),
     "a recipe of a billion laughs": ("recipe.yaml", LAUGHS.encode(), read_recipe),
     "a recipe of brackets": ("recipe.yaml", b"model: " + b"[" * 100_000, read_recipe),
+    "a study of brackets": ("study.yaml", b"arms: " + b"[" * 100_000, read_study),
     "encodings of a terabyte": ("x.safetensors", safetensors([2**38]), read_features),
     "a header of 2 ** 62 bytes": ("x.safetensors", safetensors([1], 2**62), read_features),
     "weights of a terabyte": ("model.safetensors", safetensors([2**38]), read_weights),

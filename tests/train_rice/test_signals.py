@@ -200,8 +200,8 @@ def test_signal_to_all_processes_and_workers(start, tmp_path, processes):
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.5])
 def test_a_full_disk_of_the_first_process_ends_all(start, finished, tmp_path, share):
-    """A limit on the size of files stands for the disk's; with none at all not even the arguments can be written."""
-    limit = int(share * (finished / "model.safetensors").stat().st_size)
+    """A limit on the size of files stands for the disk's; the arguments do not fit, or a checkpoint's parts."""
+    limit = int(share * (finished / "model.safetensors").stat().st_size) or 1000
     words = ["--per_device_train_batch_size", "4"]
     both = start(tmp_path / "run", *words, processes=2, limits={0: limit})
     said = [process.communicate(timeout=200)[0] for process in both]
