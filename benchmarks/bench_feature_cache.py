@@ -92,7 +92,7 @@ def train(options: argparse.Namespace, pairs: Dataset, losses: str, folder: str,
     settings = {"vision_config": vision, "projection_dim": 256, "logit_scale_init_value": 15.0, **LOSSES[losses]}
     model = RiceModel(RiceConfig(**settings))
     processor = build_processor(
-        train_tokenizer(["a red mug"] * 20, vocab_size=300), options.side, model.config.mask_patch_size, options.frames
+        train_tokenizer(["a red mug"] * 20, vocab_size=400), options.side, model.config.mask_patch_size, options.frames
     )
     steps = options.cached_steps if cached else options.plain_steps + 1
     data = DataArguments(num_frames=options.frames, frame_sampling="random", cache_dir=folder)
