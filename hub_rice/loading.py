@@ -110,6 +110,8 @@ def load_encoder(path: str):
     import torch
     from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
 
+    from modeling_rice.encoders_rice import encoder_class
+
     from .checkpoint import check_checkpoint
     from .encoders import ENCODERS
     from .settings import Refusal, usable
@@ -127,9 +129,12 @@ def load_encoder(path: str):
         check_checkpoint(path)
     with usable(path, "config.json or the weights"):
         try:
-            architectures = AutoConfig.from_pretrained(path, trust_remote_code=False).architectures or []
-            # AutoModel would leave its projection behind.
-            whole = CLIPVisionModelWithProjection if "CLIPVisionModelWithProjection" in architectures else AutoModel
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            # AutoModel would leave its projection behind, and knows no backbones.
+            is_clip = "CLIPVisionModelWithProjection" in (config.architectures or [])
+            whole = CLIPVisionModelWithProjection if is_clip else AutoModel
+            if type(config) not in AutoModel._model_mapping:
+                whole = encoder_class(config)
             settings = {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
             model, report = whole.from_pretrained(path, **settings)
         except ImportError as error:

@@ -83,13 +83,13 @@ def _image_processor(path: str) -> Any:
 
     try:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(path)
-        name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or ""
-        name = name.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
-        kind = getattr(transformers, name, None)
-        if kind is not None:
-            return kind.from_dict(settings)
     except OSError:
-        pass
+        # There is no such file.
+        settings = {}
+    name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or ""
+    kind = getattr(transformers, name.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast"), None)
+    if kind is not None:
+        return kind.from_dict(settings)
     try:
         return AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError):

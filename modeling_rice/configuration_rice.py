@@ -344,11 +344,6 @@ class RiceConfig(PreTrainedConfig):
         return self.patch_layout.num_patches
 
     @property
-    def has_class_token(self) -> bool:
-        """Whether the encoder's first token is a global one."""
-        return self.layout.has_class_token
-
-    @property
     def accepts_patch_mask(self) -> bool:
         """Whether a clip may come with a patch mask."""
         return self.patch_mask_pooling or self.vision_config.model_type in PATCH_MASK_ENCODERS

@@ -133,13 +133,13 @@ def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _new_encoder(config: PreTrainedConfig) -> PreTrainedModel:
-    encoder_class = _encoder_class(config)
+    kind = encoder_class(config)
     if config.model_type == "timm_wrapper" and not is_timm_available():
         raise ImportError("it needs the package timm: pip install 'rice-retrieval[encoder]'")
-    if encoder_class.main_input_name != "pixel_values":
-        raise ValueError(f"it takes {encoder_class.main_input_name}, not pictures")
-    use_what_it_has(config, encoder_class)
-    return encoder_class._from_config(config)
+    if kind.main_input_name != "pixel_values":
+        raise ValueError(f"it takes {kind.main_input_name}, not pictures")
+    use_what_it_has(config, kind)
+    return kind._from_config(config)
 
 
 def use_what_it_has(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> None:
@@ -148,7 +148,8 @@ def use_what_it_has(config: PreTrainedConfig, model_class: type[PreTrainedModel]
         config._attn_implementation = "eager"
 
 
-def _encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that [`build_encoder`] builds; `ValueError` where there is none."""
     for auto in (AutoModel, AutoBackbone):
         if type(config) in auto._model_mapping:
             return auto._model_mapping[type(config)]

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .configuration_rice import RiceConfig
+from .encoders_rice import encoder_class, use_what_it_has
 from .features_rice import refuse_unknown
 from .loss_rice import Targets, cosines, pair_masks
 
@@ -36,6 +37,7 @@ class RiceTextEncoder(nn.Module):
     def __init__(self, config: RiceConfig):
         super().__init__()
         self.config = config
+        use_what_it_has(config.text_config, encoder_class(config.text_config))
         self.model = AutoModel.from_config(config.text_config)
         if getattr(self.model, "pooler", None) is not None:
             # Would stay without a gradient: the last hidden states are pooled here.

@@ -325,8 +325,10 @@ def picture_tensor(
     if is_file_source(picture):
         return tvF.pil_to_tensor(open_image(picture))
     try:
-        # Arrays may run backwards, which tensors cannot.
-        values = torch.as_tensor(np.ascontiguousarray(picture) if isinstance(picture, np.ndarray) else picture)
+        # Arrays may run backwards or be read only, which tensors cannot.
+        values = torch.as_tensor(
+            np.require(picture, requirements="CW") if isinstance(picture, np.ndarray) else picture
+        )
     except (TypeError, ValueError, RuntimeError):
         kind = getattr(picture, "dtype", type(picture).__name__)
         raise ValueError(f"{name} must be a picture, a path, or hold uint8 or floats in 0..1, got {kind}.") from None

@@ -176,7 +176,8 @@ class Service:
         fps = self.recogniser.num_frames / settings["window_s"]
         settings = {**settings, "live_id": live_id}
         if source is not None:
-            opened = await self._in(self._readers, self._open, self.sources[source], fps)
+            # A source may let us wait, which must not keep the readers from what others sent.
+            opened = await asyncio.to_thread(self._open, self.sources[source], fps)
             return self._start(opened, None, settings)
         async with self._files(files, url) as paths:
             path = Path(paths[0])

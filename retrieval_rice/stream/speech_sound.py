@@ -27,7 +27,7 @@ LIVE_CHUNK_S = 6.0
 """Seconds of a live source that are heard together: words come so much later, and a longer part is heard better."""
 
 FILE_CHUNK_S = 28.0
-"""Of a file; Whisper hears 30 s at a time."""
+"""Of a file; Whisper takes 30 s at a time, whatever of it is filled. Shorter parts were heard no better."""
 
 # Blocks that are further apart do not belong together.
 _GAP_S = 0.3

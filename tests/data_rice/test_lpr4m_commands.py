@@ -259,7 +259,7 @@ def test_prepare_skips_views_without_a_source(shop, fetch, tmp_path, caplog, cap
     assert main(arguments) == 0
     assert "pairs train: 4 of 4 rows" in capsys.readouterr().out
     skipped = [message for message in caplog.messages if "is skipped" in message]
-    assert len(skipped) == 1 and skipped[0].startswith("The view queries is skipped: ")
+    assert len(skipped) == 1 and skipped[0].startswith("The view query is skipped: ")
     assert main([*arguments, "--views", "query"]) == 2
     error = capsys.readouterr().err
     assert "LPR4M publishes no validation split; put the test files there, or set validation_fraction" in error

@@ -139,7 +139,7 @@ def test_split_without_a_usable_row(shop, load):
         load("pairs")
     assert len(load("pairs", "test")) == 3
     shop.clips["train"] = []
-    with pytest.raises(ValueError, match="no usable row in the train split of queries .no row"):
+    with pytest.raises(ValueError, match="no usable row in the train split of query .no row"):
         load("query")
 
 

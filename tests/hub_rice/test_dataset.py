@@ -229,6 +229,7 @@ def test_a_published_set_is_loaded_by_its_id(published, client, tiny_mini, tmp_p
     assert "'someone/nothing' is no folder here, and as a data set of the Hub it cannot be fetched" in error
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_from_published_data_are_those_from_the_raw(
     published, client, folder, tiny_mini, tmp_path
 ):

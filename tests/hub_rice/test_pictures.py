@@ -93,7 +93,8 @@ def test_the_file_beside_an_encoder_of_timm_is_read(follow):
     vision = {"model_type": "timm_wrapper", "architecture": "tf_efficientnet_lite0"}
     theirs = transformers.CLIPImageProcessor(**SIDE, image_mean=[0.1] * 3, image_std=[0.2] * 3)
     processor, _ = follow(vision, files=theirs)
-    assert processor.video_processor.image_mean == [0.1] * 3 and processor.video_processor.crop_size["height"] == 64
+    part = processor.video_processor
+    assert list(part.image_mean) == [0.1] * 3 and part.crop_size["height"] == 64
 
 
 def test_what_an_encoder_does_not_say_is_told(follow):

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoProcessor, CLIPVisionConfig, CLIPVisionModel, ResNetConfig, ResNetModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    ResNetConfig,
+    ResNetModel,
+)
 
 import rice_cli
 from modeling_rice import RiceConfig, RiceModel
@@ -197,7 +205,7 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(encoder, shop, 
     def missing(*arguments, **settings):
         raise ImportError("TimmWrapperModel requires the timm library\nbut it was not found")
 
-    monkeypatch.setattr(AutoModel, "from_pretrained", missing)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", missing)
     sentence = refusal(capsys, encoder, "--shop", shop, "--output", tmp_path / "model")
     assert f"error: {encoder} needs timm: pip install 'rice-retrieval[encoder]' (TimmWrapperModel" in sentence
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from evaluation_rice.recall import recall_at_k
 from modeling_rice.convert_rice_original_to_hf import convert_original_checkpoint
+from modeling_rice.vision_rice import EncoderStates
 from processing_rice import RiceVideoProcessor, boxes_to_patch_mask, sample_frame_indices
 from processing_rice.sampling_rice import drop_last_frames
 
@@ -134,8 +135,11 @@ def clip4clip(request):
     """
     tensors = read("clip4clip_tiny")
     model = convert_original_checkpoint(weights_of(tensors) | stand_in_encoder(width=64))
-    model._encoder_output = lambda tokens, patch_mask=None: tokens[:, 0]
-    model._from_states = lambda tokens, patch_mask=None, is_clip=False: (tokens, tokens[..., 0, :])
+    model._encoder_output = lambda tokens, patch_mask=None: EncoderStates(tokens[:, 0, 0], tokens[:, 0, 1:], None)
+    model._from_states = lambda states, patch_mask=None, is_clip=False: (
+        torch.cat([states.features[:, None], states.patches], dim=1),
+        states.features,
+    )
     inputs = {
         "pixel_values": tensors["inputs/image_tokens"][:, None],
         "pixel_values_videos": tensors[f"inputs/{request.param}/video_tokens"][:, :, None],

@@ -5,6 +5,9 @@ import logging
 import pytest
 import torch
 from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
     CLIPConfig,
     CLIPModel,
     CLIPVisionModel,
@@ -14,6 +17,7 @@ from transformers import (
 )
 
 from training_rice.arguments import ModelArguments
+from training_rice.pretrained import start_from
 from training_rice.setup import build_model
 
 TEXT_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -156,3 +160,27 @@ class TestWhatElseIsTaken:
 
     def test_same_vision_config_is_not(self, build):
         assert "replaces" not in build(vision_config={"hidden_size": 32, "patch_size": 8})[1]
+
+
+WHOLE = ["siglip", "siglip2", "altclip", "chinese_clip", "blip", "metaclip_2", "aimv2"]
+BACKBONES = {
+    "vitdet": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64},
+    "rt_detr_resnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+}
+
+
+@pytest.mark.parametrize("name", [*WHOLE, *BACKBONES])
+def test_any_encoder_may_be_named(name, tmp_path):
+    """Models with a vision part, and backbones, which AutoModel does not know."""
+    if name in BACKBONES:
+        source = AutoBackbone.from_config(AutoConfig.for_model(name, **BACKBONES[name]))
+    else:
+        tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision = {**tower, "patch_size": 16} | ({"num_patches": 16} if name == "siglip2" else {"image_size": 64})
+        text = {**tower, "vocab_size": 100}
+        source = AutoModel.from_config(AutoConfig.for_model(name, vision_config=vision, text_config=text))
+    source.save_pretrained(tmp_path)
+    model = start_from(str(tmp_path), {"use_decoder": False, "projection_dim": 16})
+    weights = getattr(source, "vision_model", source).state_dict()
+    own = model.vision_model.state_dict()
+    assert weights.keys() == own.keys() and all(torch.equal(own[key], weights[key]) for key in weights)
