@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -136,6 +137,7 @@ class _RiceFeatures:
             )
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self._tensors().items()}
         about = {"type": type(self).__name__, "model_fingerprint": self.model_fingerprint}
+        about["crc32"] = _checksum(about, tensors)
         save_file(tensors, str(path), metadata={"rice": json.dumps(about, allow_nan=False)})
 
     @classmethod
@@ -150,11 +152,12 @@ class _RiceFeatures:
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no feature file {path}; write one with {cls.__name__}.save.")
         try:
-            with safe_open(str(path), framework="pt", device=str(device)) as file:
+            with safe_open(str(path), framework="pt") as file:
                 about = json.loads((file.metadata() or {}).get("rice", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError as error:
+        except (SafetensorError, ValueError) as error:
             raise ValueError(f"The feature file {path} cannot be read ({error}); write it anew.") from error
+        about = about if isinstance(about, dict) else {}
         if about.get("type") != cls.__name__:
             raise ValueError(f"{path} holds {about.get('type') or 'no RICE features'}, not {cls.__name__}.")
         if cls.fields[0] not in tensors or not tensors.keys() <= set(cls.fields):
@@ -162,7 +165,20 @@ class _RiceFeatures:
                 f"{path} holds {', '.join(sorted(tensors))}, where a {cls.__name__} has {', '.join(cls.fields)}; "
                 f"write it anew with this version."
             )
+        # Files from before there were checksums have none.
+        if about.pop("crc32", None) not in (None, _checksum(about, tensors)):
+            raise ValueError(f"The feature file {path} is damaged (its checksum is another); write it anew.")
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         return cls(model_fingerprint=about.get("model_fingerprint"), **tensors)
+
+
+def _checksum(about: dict, tensors: dict[str, Tensor]) -> int:
+    """Of everything that a file holds."""
+    kinds = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
+    checksum = zlib.crc32(json.dumps([about, kinds], sort_keys=True).encode())
+    for name in sorted(tensors):
+        checksum = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), checksum)
+    return checksum
 
 
 def _pad(tensors: list[Tensor]) -> list[Tensor]:

@@ -158,7 +158,7 @@ def attack(reader: Reader, count: int, seed: int = 0) -> Outcome:
         if data == content[name]:
             continue
         outcome.tried += 1
-        (reader.folder / name).write_bytes(data)
+        _write_anew(reader.folder / name, data)
         try:
             said = reader.wrong(whole, reader.read(reader.folder), name, data)
             if said:
@@ -172,5 +172,11 @@ def attack(reader: Reader, count: int, seed: int = 0) -> Outcome:
         # What a command would end with as a traceback, such as a panic of the tokenizers' library.
         except BaseException as error:
             outcome.tracebacks.append(f"{name}: {what}: {type(error).__name__}: {error}")
-        (reader.folder / name).write_bytes(content[name])
+        _write_anew(reader.folder / name, content[name])
     return outcome
+
+
+def _write_anew(path: Path, data: bytes) -> None:
+    # What was read before may be a view of the file that is there.
+    path.unlink()
+    path.write_bytes(data)

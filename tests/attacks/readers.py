@@ -42,7 +42,8 @@ def model_json(folder: Path, checkpoint: Path) -> Reader:
 
 def _same_weights(whole, read, name, data) -> str:
     one, other = whole[0].state_dict(), read[0].state_dict()
-    return "" if all(torch.equal(value, other[key]) for key, value in one.items()) else "other weights"
+    changed = [key for key, value in one.items() if not torch.equal(value.reshape(-1), other[key].reshape(-1))]
+    return f"{len(changed)} other weights, such as {changed[0]}" if changed else ""
 
 
 def model_weights(folder: Path, checkpoint: Path) -> Reader:
@@ -159,7 +160,7 @@ def shop_clips(folder: Path, checkpoint: Path) -> Reader:
     clips = [{**clip, "live_id": "x"} for clip in clips]
     for name, rows in (("gallery.jsonl", gallery), ("clips_test.jsonl", clips)):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    builder = ShopClips("queries", data_dir=folder, cache_dir=folder / "cache")
+    builder = ShopClips("query", data_dir=folder, cache_dir=folder / "cache")
 
     def read(folder):
         images = read_gallery(str(folder))
@@ -288,7 +289,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 def pictures(folder: Path, checkpoint: Path) -> Reader:
-    """A picture of each format; what PNG reads is the picture or nothing, since it has checksums."""
+    """A picture of each format."""
     from processing_rice import open_image
 
     noise = np.random.default_rng(0).integers(0, 256, (8, 10, 3), dtype=np.uint8)
@@ -310,8 +311,7 @@ def pictures(folder: Path, checkpoint: Path) -> Reader:
         picture = got.get(name)
         if picture is None or picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
             return "no RGB picture"
-        is_other = picture.shape != whole[name].shape or (picture != whole[name]).any()
-        return "another picture in spite of checksums" if name.endswith("png") and is_other else ""
+        return ""
 
     return Reader(folder, sorted(last), read, mutate_bytes, wrong)
 
@@ -389,9 +389,13 @@ def parquet(folder: Path, checkpoint: Path) -> Reader:
         lazy = ParquetRows([folder / "pairs.parquet"])
         return lazy.__getitems__(list(range(len(lazy))))
 
-    return Reader(
-        folder, ["pairs.parquet"], read, mutate_bytes, lambda whole, got, *_: "" if got == whole else "other rows"
-    )
+    def wrong(whole, got, name, data):
+        # The list of columns at the end of a file has no checksum: a change of it is believed.
+        return "" if got == whole or data[: len(content) - footer] == content[:-footer] else "other rows"
+
+    content = (folder / "pairs.parquet").read_bytes()
+    footer = int.from_bytes(content[-8:-4], "little") + 8
+    return Reader(folder, ["pairs.parquet"], read, mutate_bytes, wrong)
 
 
 def training_checkpoint(folder: Path, checkpoint: Path) -> Reader:
