@@ -1,11 +1,11 @@
 """The routes of the service."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
-from fastapi import FastAPI, File, Form, Header, Path, Query, Request, UploadFile
+from fastapi import APIRouter, Depends, FastAPI, File, Form, Header, Path, Query, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
@@ -14,6 +14,7 @@ from ..uploads import UploadError
 from .bodies import AnswerBody, ErrorBody, ReadyBody, ShopBody, StreamBody, hit_body
 from .gate import RETRY_SECONDS, ServiceGate
 from .metrics import CONTENT_TYPE
+from .names import check_names
 from .streams import FollowedStream
 from .work import Refused, Service
 
@@ -25,6 +26,7 @@ _DESCRIPTION = """Which product of a shop a clip presents. Where the service has
 `Authorization: Bearer ...`. A mistake is answered with one sentence, `{"error": ...}`; 503 with `Retry-After` means
 that as many requests are in work as are taken."""
 _REFUSALS = {
+    400: "The body is no whole form.",
     401: "The token is missing or another one.",
     404: "No such livestream, stream or source.",
     408: "Sending took too long.",
@@ -60,21 +62,23 @@ def build_app(service: Service, token: str | None = None, max_requests: int = 32
     # Its pages of documentation would load scripts from elsewhere.
     app = FastAPI(
         title="RICE", description=_DESCRIPTION, version="1", lifespan=lifespan, docs_url=None, redoc_url=None,
-        responses=refusals,
+        responses=refusals, redirect_slashes=False,
     )  # fmt: skip
     app.add_middleware(
         ServiceGate, limits=service.limits, metrics=service.metrics, token=token, most=max_requests
     )  # fmt: skip
     _tell_mistakes(app)
     _add_health(app, service)
-    _add_recognition(app, service)
-    _add_streams(app, service)
-    _add_shops(app, service)
+    routes = APIRouter(dependencies=[Depends(check_names)])
+    _add_recognition(routes, service)
+    _add_streams(routes, service)
+    _add_shops(routes, service)
+    app.include_router(routes)
     return app
 
 
-def _sentence(status: int, words: str) -> JSONResponse:
-    headers = {"Retry-After": str(RETRY_SECONDS)} if status == 503 else None
+def _sentence(status: int, words: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    headers = {"Retry-After": str(RETRY_SECONDS)} if status == 503 else headers
     return JSONResponse({"error": " ".join(words.split())}, status, headers)
 
 
@@ -91,13 +95,16 @@ def _tell_mistakes(app: FastAPI) -> None:
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"][1:])) or "the request"
-        return _sentence(422, f"{name}: {first['msg'].rstrip('.')}.")
+        words = "send it as a file, with a file's name" if "UploadFile" in first["msg"] else first["msg"].rstrip(".")
+        return _sentence(422, f"{name}: {words}.")
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:
         words = {404: "There is no such address here; see /openapi.json.", 405: "This address takes other methods."}
         # What the parser of forms says is for the client, too.
-        return _sentence(error.status_code, words.get(error.status_code, f"{str(error.detail).rstrip('.')}."))
+        sentence = words.get(error.status_code, f"{str(error.detail).rstrip('.')}.")
+        # Which methods an address takes is told in a header.
+        return _sentence(error.status_code, sentence, error.headers)
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:
@@ -139,8 +146,8 @@ def _one_of(**given: Any) -> None:
         raise Refused(422, f"Send one of {', '.join(names)} and {last}.")
 
 
-def _add_recognition(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/recognise", summary="What one clip shows", response_model=AnswerBody)
+def _add_recognition(routes: APIRouter, service: Service) -> None:
+    @routes.post("/v1/recognise", summary="What one clip shows", response_model=AnswerBody)
     async def recognise(
         clip: Annotated[UploadFile | None, File(description="A video: MP4, WebM, MKV or AVI.")] = None,
         frames: Annotated[list[UploadFile], File(description="Or its frames, pictures in their order.")] = [],  # noqa: B006
@@ -167,13 +174,13 @@ def _body(stream: FollowedStream) -> StreamBody:
     return StreamBody(stream_id=stream.stream_id, segments=stream.count, running=running, error=stream.error)
 
 
-def _add_streams(app: FastAPI, service: Service) -> None:
+def _add_streams(routes: APIRouter, service: Service) -> None:
     def known(stream_id: str) -> FollowedStream:
         if stream_id not in service.streams.known:
             raise Refused(404, f"There is no stream {stream_id!r} here, or it is forgotten.")
         return service.streams.known[stream_id]
 
-    @app.post("/v1/streams", summary="Follow a video or a source", response_model=StreamBody, status_code=201)
+    @routes.post("/v1/streams", summary="Follow a video or a source", response_model=StreamBody, status_code=201)
     async def follow(
         clip: Annotated[UploadFile | None, File(description="A video: MP4, WebM, MKV or AVI.")] = None,
         url: Annotated[str | None, _URL] = None,
@@ -188,17 +195,17 @@ def _add_streams(app: FastAPI, service: Service) -> None:
         settings = {"window_s": window_s, "hop_s": hop_s}
         return _body(await service.follow([clip] if clip else [], url, source, live_id, settings))
 
-    @app.get("/v1/streams/{stream_id}", summary="How far it is", response_model=StreamBody)
+    @routes.get("/v1/streams/{stream_id}", summary="How far it is", response_model=StreamBody)
     async def state(stream_id: str) -> StreamBody:
         return _body(known(stream_id))
 
-    @app.delete("/v1/streams/{stream_id}", summary="End it", response_model=StreamBody)
+    @routes.delete("/v1/streams/{stream_id}", summary="End it", response_model=StreamBody)
     async def end(stream_id: str) -> StreamBody:
         stream = known(stream_id)
         stream.stop()
         return _body(stream)
 
-    @app.get(
+    @routes.get(
         "/v1/streams/{stream_id}/events",
         summary="Its segments as they end, as server-sent events",
         description="`segment` with the JSON of `rice recognise --jsonl`, then one `end`. A client that was cut off "
@@ -220,8 +227,8 @@ data: {"segments": 1, "error": null}
 """
 
 
-def _add_shops(app: FastAPI, service: Service) -> None:
-    @app.put("/v1/shops/{live_id:path}/images", summary="Write images of a livestream", response_model=ShopBody)
+def _add_shops(routes: APIRouter, service: Service) -> None:
+    @routes.put("/v1/shops/{live_id:path}/images", summary="Write images of a livestream", response_model=ShopBody)
     async def put(
         live_id: LiveId,
         images: Annotated[list[UploadFile], File(description="Pictures.")],
@@ -237,6 +244,8 @@ def _add_shops(app: FastAPI, service: Service) -> None:
                 raise Refused(422, f"{name}: there are {len(values)} of them for {count} images; send one for each.")
             if not all(len(value) <= _MAX_WORDS for value in values):
                 raise Refused(422, f"{name}: one is longer than {_MAX_WORDS} characters.")
+        if not all(product_ids):
+            raise Refused(422, "product_ids: one is empty; send one for each image, or none at all.")
         if not all(image_ids) or len(set(image_ids)) < count:
             raise Refused(422, "image_ids: every image needs one of its own.")
         records = [
@@ -248,7 +257,9 @@ def _add_shops(app: FastAPI, service: Service) -> None:
         unreadable = [{"image_id": failure["id"], "reason": failure["reason"]} for failure in failures]
         return _shop(service, count - len(unreadable), unreadable=unreadable)
 
-    @app.delete("/v1/shops/{live_id:path}/images", summary="Take images out of a livestream", response_model=ShopBody)
+    @routes.delete(
+        "/v1/shops/{live_id:path}/images", summary="Take images out of a livestream", response_model=ShopBody
+    )
     async def delete(
         live_id: LiveId,
         image_id: Annotated[list[str], Query(description="Once or several times.", min_length=1)],

@@ -18,6 +18,8 @@ from ..uploads import UploadError, UploadLimits, upload_too_large
 _REDIRECTS = 3
 _IDLE_SECONDS = 10.0
 _TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
+# Those that `ipaddress` takes for global: of a site, of a network's own translation, of a device, and older forms.
+_INNER = [ipaddress.ip_network(name) for name in ("fec0::/10", "64:ff9b:1::/48", "192.0.0.0/24", "::/96")]
 
 
 class Fetcher:
@@ -44,7 +46,9 @@ class Fetcher:
             raise UploadError(
                 f"url was not fetched within {self.limits.arriving_seconds:g} s; upload the clip."
             ) from None
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+        except httpx.InvalidURL as error:
+            raise UploadError("url is no address of the web.") from error
+        except (httpx.HTTPError, OSError, ValueError) as error:
             if isinstance(error, UploadError):
                 raise
             raise UploadError("url cannot be fetched: its server does not answer as a web server does.") from error
@@ -107,4 +111,4 @@ def is_public(address: str) -> bool:
         # Addresses of the older kind in the dress of the newer one.
         translated = ipaddress.ip_address(int(ip) & 0xFFFFFFFF) if ip in _TRANSLATED else None
         ip = ip.ipv4_mapped or ip.sixtofour or translated or ip
-    return ip.is_global and not ip.is_multicast
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in _INNER)

@@ -70,6 +70,7 @@ def fetch(url: str, path, is_allowed=lambda address: address == "127.0.0.1") -> 
         ("100.64.0.1", False), ("224.0.0.1", False), ("255.255.255.255", False), ("::1", False), ("::", False),
         ("fe80::1%eth0", False), ("fc00::1", False), ("::ffff:127.0.0.1", False), ("::ffff:8.8.8.8", True),
         ("64:ff9b::a00:1", False), ("64:ff9b::808:808", True), ("2002:7f00:1::", False), ("ff02::1", False),
+        ("::7f00:1", False), ("fec0::1", False), ("64:ff9b:1::a00:1", False), ("192.0.0.8", False),
     ],
 )  # fmt: skip
 def test_public_addresses(address, public):

@@ -121,7 +121,11 @@ def test_unknown_addresses_and_methods_get_a_sentence(make_service):
     client = make_service().client
     assert refusal(client.get("/"), 404) == "There is no such address here; see /openapi.json."
     assert refusal(client.get("/docs"), 404)
-    assert refusal(client.get("/v1/recognise"), 405) == "This address takes other methods."
+    answer = client.get("/v1/recognise")
+    assert refusal(answer, 405) == "This address takes other methods." and answer.headers["allow"] == "POST"
+    # Behind a proxy a redirection would lead to an address of the service's own, without TLS.
+    assert refusal(client.post("/v1/recognise/", follow_redirects=False), 404)
+    assert client.get("/healthz", params={"seen": "1"}).status_code == 200
     # The body of an unknown length is not read.
     answer = client.post("/v1/recognise", content=iter([b"x"]))
     assert refusal(answer, 411) == "The length of what is sent must be given."

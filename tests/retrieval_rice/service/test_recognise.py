@@ -136,7 +136,16 @@ def test_what_was_said_is_refused_by_a_model_that_reads_nothing(make_service):
         ({"files": {"clip": ("a.mp4", b"\0\0\0\x20ftypisom" + bytes(500))}}, 422, "file 1 cannot be "),
         ({"files": {"clip": ("a.m3u8", b"#EXTM3U\n#EXTINF:2,\nfile:///etc/passwd\n")}}, 422, "file 1 is neither"),
         ({"content": b"--x", "headers": {"content-type": "multipart/form-data"}}, 400, "Missing boundary"),
-        ({"content": b"{}", "headers": {"content-type": "application/json"}}, 422, "Send one of"),
+        ({"content": b"{}", "headers": {"content-type": "application/json"}}, 422, "The body must be a form"),
+        ({"content": b"{}"}, 422, "The body must be a form (multipart/form-data), and say so"),
+        ({"data": {"clip": "no file"}}, 422, "clip: send it as a file, with a file's name."),
+        ({"files": frame_files(1), "data": {"topk": 1}}, 422, "'topk' is no field of the form here, which takes clip"),
+        ({"files": [*frame_files(1), ("video", ("a", b"x"))]}, 422, "'video' is no field of the form here"),
+        ({"files": frame_files(1), "params": {"top_k": 1}}, 422, "'top_k' is no field of the query here, which takes"),
+        ({"files": frame_files(1), "data": {"top_k": [1, 2]}}, 422, "top_k: it is there 2 times; send it once."),
+        ({"files": [("clip", ("a", b"x"))] * 2}, 422, "clip: it is there 2 times; send it once."),
+        ({"files": frame_files(1), "data": {"live_id": ""}}, 422, "live_id: it is empty; fill it in, or leave"),
+        ({"files": frame_files(1), "data": {"top_k": ""}}, 422, "top_k: it is empty; fill it in, or leave it out."),
     ],
 )
 def test_mistakes_get_a_sentence(make_service, request_, status, words):

@@ -83,6 +83,7 @@ def test_mistakes_get_a_sentence(make_service, show):
     assert refusal(post("/v1/streams", files=clip, data={"live_id": "z"}), 404).endswith("livestream 'z'.")
     assert refusal(post("/v1/streams", files=clip, data={"hop_s": 5}), 422).startswith("hop_s: ")
     assert refusal(post("/v1/streams", files=clip, data={"window_s": "nan"}), 422).startswith("window_s: ")
+    assert refusal(post("/v1/streams", files=clip, data={"window": 2}), 422).startswith("'window' is no field of ")
     assert refusal(post("/v1/streams"), 422) == "Send one of clip, url and source."
     assert refusal(post("/v1/streams", files={"clip": ("a", b"#EXTM3U\n")}), 422).startswith("The stream is no video")
     cut = show.read_bytes()[:300]
