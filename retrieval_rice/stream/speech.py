@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from data_rice.parsing import SURROGATE
+
 logger = logging.getLogger(__name__)
 
 ASR_BEFORE_S = 6.0
@@ -81,9 +83,10 @@ def word_of(value: Any) -> Word | None:
         value = Word(*value)
     try:
         start_s, end_s = float(value.start_s), float(value.end_s)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    text = " ".join(value.text.split()) if isinstance(value.text, str) else ""
+    # Half of a surrogate pair can be written to no file.
+    text = " ".join(SURROGATE.sub("\ufffd", value.text).split()) if isinstance(value.text, str) else ""
     if not math.isfinite(start_s) or not math.isfinite(end_s) or not text:
         return None
     return Word(start_s, min(max(start_s, end_s), start_s + _LONGEST_WORD_S), text[:_LONGEST_TEXT])
@@ -172,7 +175,8 @@ class Hearing:
                 self._add(word_of(value))
         except Exception as error:
             # Whatever a recogniser raises, the picture goes on.
-            self.notify(f"what is said is not known from here on: {' '.join(str(error).split())}")
+            words = " ".join(str(error).split()) or type(error).__name__
+            self.notify(f"what is said is not known from here on: {words}")
         finally:
             with self._changed:
                 self._ended = True

@@ -3,8 +3,9 @@
 FFmpeg reads subtitles, through PyAV: SRT, WebVTT and others, and the text tracks of MP4 and Matroska.
 """
 
+import codecs
+import html
 import io
-import json
 import logging
 import math
 import os
@@ -13,7 +14,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 
-from data_rice.parsing import decode_text
+from data_rice.parsing import decode_line, decode_text, is_number, parse_json_line, row_error
 from processing_rice import MediaError
 from processing_rice.media_rice import MissingMediaError, printable
 from processing_rice.video_container_rice import import_av, open_container, start_of
@@ -55,9 +56,11 @@ def captions(name: str, source: str | os.PathLike, notify: Callable[[str], None]
         name = os.fspath(source)
     if not os.path.exists(name):
         raise MissingMediaError(f"There is no subtitle file {printable(name)}.")
+    if os.path.isdir(name):
+        raise ValueError(f"{printable(name)} is a folder; name the subtitle file in it.")
     if stat.S_ISFIFO(os.stat(name).st_mode):
         return JsonWords(name, printable(name), notify)
-    if name.endswith(".jsonl"):
+    if name.lower().endswith(".jsonl"):
         # What is there already is known before the first window.
         return list(JsonWords(name, printable(name), notify))
     return Subtitles(name, notify)
@@ -67,8 +70,9 @@ class Subtitles:
     """
     The cues of a subtitle file or of the first text track of a video file, a [`Word`] each.
 
-    Overlapping cues are all said; one that ends before it starts has no length; the order in a subtitle file does not
-    matter. Its encoding is told by its bytes: UTF-8 and UTF-16, else GB 18030 or Windows-1252.
+    Overlapping cues are all said; one that ends before it starts lasts until the next one starts, and the last of a
+    file has no length; the order in a subtitle file does not matter. Its encoding is told by its bytes: UTF-8 and
+    UTF-16, else GB 18030 or Windows-1252.
 
     Args:
         path: Of the file.
@@ -111,7 +115,7 @@ class Subtitles:
             self.notify(f"{self.name} is not in UTF-8 or UTF-16; it is read as {encoding}")
         av = import_av()
         try:
-            return av.open(io.BytesIO(text.encode()), container_options={"protocol_whitelist": "none"})
+            return av.open(io.BytesIO(_plain_lines(text).encode()), container_options={"protocol_whitelist": "none"})
         except (av.FFmpegError, OSError, ValueError):
             raise ValueError(f"{self.name} holds no subtitles; give an SRT or WebVTT file.") from None
 
@@ -150,6 +154,11 @@ class Subtitles:
         self.heard_s = math.inf
 
 
+def _plain_lines(text: str) -> str:
+    """Text of which FFmpeg loses nothing: it ends at a NUL, and of WebVTT knows one kind of line ends."""
+    return text.replace("\0", "").replace("\r\n", "\n").replace("\r", "\n")
+
+
 def _is_text(stream) -> bool:
     """Whether there is a decoder that gives text; subtitles of discs are pictures."""
     return stream.codec_context is not None and stream.codec_context.codec.text_sub
@@ -159,7 +168,8 @@ def _event_text(event) -> str:
     """What is said in an event of ASS, without its styles and breaks."""
     line = bytes(getattr(event, "ass", b"") or b"").decode("utf-8", "replace")
     text = line.split(",", _FIELDS)[-1] if line else ""
-    return " ".join(_BREAKS.sub(" ", _STYLES.sub("", text)).split())
+    # FFmpeg knows some entities of WebVTT, and none of SRT.
+    return " ".join(html.unescape(_BREAKS.sub(" ", _STYLES.sub("", text))).split())
 
 
 def decode_subtitles(data: bytes, path: str | os.PathLike) -> tuple[str, str | None]:
@@ -202,11 +212,11 @@ class JsonWords:
         with open(self.place, "rb", buffering=0, closefd=not isinstance(self.place, int)) as file:
             for number, line in enumerate(_lines(file), 1):
                 try:
-                    word = _json_word(line)
+                    word = _json_word(self.name, number, line)
                 except ValueError as error:
                     lost += 1
                     if lost == 1:
-                        self.notify(f"{self.name}, line {number}: {error}; it is left out")
+                        self.notify(f"{str(error).rstrip('.')}; it is left out")
                     continue
                 if word is not None:
                     yield word
@@ -223,16 +233,16 @@ def _lines(file) -> Iterator[bytes]:
         yield rest
 
 
-def _json_word(line: bytes) -> Word | None:
-    text = line.decode("utf-8-sig").strip()
+def _json_word(name: str, number: int, line: bytes) -> Word | None:
+    text = decode_line(name, number, line.removeprefix(codecs.BOM_UTF8)).strip()
     if not text:
         return None
-    entry = json.loads(text)
-    if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-        raise ValueError('words are objects such as {"start_s": 1.2, "end_s": 1.5, "text": "red"}')
+    entry = parse_json_line(name, number, text)
+    if not isinstance(entry.get("text"), str):
+        raise row_error(name, number, 'words are objects such as {"start_s": 1.2, "end_s": 1.5, "text": "red"}')
     start_s = entry.get("start_s")
     end_s = entry.get("end_s", start_s)
     for value in (start_s, end_s):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"start_s and end_s must be seconds, got {value!r}")
+        if not is_number(value):
+            raise row_error(name, number, f"start_s and end_s must be seconds, got {repr(value)[:40]}")
     return Word(float(start_s), float(end_s), entry["text"])

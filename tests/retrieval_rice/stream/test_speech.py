@@ -40,6 +40,8 @@ def test_what_is_no_word_is_left_out_and_counted():
     bad = [(math.nan, 1, "x"), (0, math.inf, "x"), (0, 1, " "), (0, 1, None), ("a", 1, "x"), "abc", (0, 1), 7, None]
     assert [word_of(value) for value in bad] == [None] * len(bad)
     assert word_of(("1", 2, " two \n lines ")) == Word(1.0, 2.0, "two lines")
+    assert word_of((10**400, 1, "a")) is None
+    assert word_of((1, 2, "half a \ud83d")) == Word(1.0, 2.0, "half a \ufffd")
     assert word_of((5, 1e9, "x" * 10_000)) == Word(5.0, 65.0, "x" * 2000)
     tool, _ = hearing([*bad, (0, 1, "good")])
     assert tool.text(0, 5) == "good" and tool.counts.lost == len(bad) and tool.counts.words == 1

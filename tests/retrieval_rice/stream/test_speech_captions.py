@@ -47,6 +47,20 @@ def test_overlapping_and_backward_cues(tmp_path):
     assert found[3] == Word(9.0, 8.0, "ends before it starts")
 
 
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_line_ends_and_entities(tmp_path, line_end):
+    said = "salt &amp; pepper &#39;set&#39;\0 &quot;a&quot;"
+    for name, head in (("a.srt", "1\n"), ("a.vtt", "WEBVTT\n\n")):
+        text = f"{head}00:00:01.000 --> 00:00:02.000\n{said}\n\n00:00:03.000 --> 00:00:04.000\nred\n"
+        found, _ = read(write(tmp_path / name, text.replace("\n", line_end)))
+        assert found == [Word(1.0, 2.0, "salt & pepper 'set' \"a\""), Word(3.0, 4.0, "red")]
+
+
+def test_a_cue_that_ends_before_it_starts_lasts_until_the_next(tmp_path):
+    text = SRT.replace("00:00:01,000 --> 00:00:03,000", "00:00:01,000 --> 00:00:00,500")
+    assert read(write(tmp_path / "a.srt", text))[0][1] == Word(1.0, 2.5, "Hello red mug & co")
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_encodings_that_tell_themselves(tmp_path, encoding):
     text = SRT.replace("two", "红色杯子 für")
@@ -134,3 +148,29 @@ def test_a_named_pipe_and_a_file_of_json_lines(tmp_path):
     writer.start()
     assert list(source) == [Word(1.0, 2.0, "mug")]
     writer.join(5)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"start_s": 1' + "0" * 350 + ', "text": "a"}', "start_s and end_s must be seconds, got 1000"),
+        ('{"start_s": 1' + "0" * 5000 + ', "text": "a"}', "a number has 5001 digits"),
+        ("[" * 100_000, "the value is nested too deeply"),
+        ('{"start_s": 1, "text": "\\ud800"}', "a text holds half of a surrogate pair"),
+        ('{"start_s": 1, "start_s": 2, "text": "a"}', "the key 'start_s' appears twice"),
+        ('{"start_s": "1", "text": "a"}', "start_s and end_s must be seconds, got '1'"),
+        ('{"start_s": 1, "text": 5}', "words are objects such as"),
+        ("null", "expected a JSON object, found a NoneType"),
+    ],
+)
+def test_json_lines_that_are_none(tmp_path, line, words):
+    path, notices = tmp_path / "a.JSONL", []
+    path.write_text(line + '\n{"start_s": 1, "end_s": 2, "text": "mug"}\n')
+    assert captions(str(path), "x", notices.append) == [Word(1.0, 2.0, "mug")]
+    (notice,) = notices
+    assert notice.startswith(f"{path}, line 1: {words}") and notice.endswith("; it is left out")
+
+
+def test_a_folder_is_no_subtitle_file(tmp_path):
+    with pytest.raises(ValueError, match="is a folder; name the subtitle file in it"):
+        captions(str(tmp_path), "x")
