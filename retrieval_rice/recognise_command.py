@@ -212,11 +212,12 @@ def outputs(jsonl: str | None, vtt: Path | None) -> Iterator:
             # What was recognised before cannot be had again.
             if path is not None and path != "-" and os.path.isfile(path) and os.path.getsize(path):
                 raise ValueError(f"{option} {path} holds something already; name another file, or delete it.")
+        if jsonl is not None and vtt is not None and os.path.abspath(jsonl) == os.path.abspath(vtt):
+            raise ValueError(f"--jsonl and --vtt are both {vtt}; name two files.")
         if jsonl is not None and jsonl != "-":
-            lines = stack.enter_context(open(jsonl, "w", encoding="utf-8"))
+            lines = stack.enter_context(_open_output("--jsonl", jsonl))
         if vtt is not None:
-            cues = stack.enter_context(open(vtt, "w", encoding="utf-8"))
-            print(VTT_HEADER, end="", file=cues, flush=True)
+            cues = stack.enter_context(_open_output("--vtt", vtt))
         if jsonl != "-":
             tqdm.write(TABLE_HEADER)
 
@@ -226,9 +227,19 @@ def outputs(jsonl: str | None, vtt: Path | None) -> Iterator:
             if lines is not None:
                 print(json_line(segment), file=lines, flush=True)
             if cues is not None:
-                print(vtt_cue(segment), end="", file=cues, flush=True)
+                print("" if cues.tell() else VTT_HEADER, vtt_cue(segment), sep="", end="", file=cues, flush=True)
 
         yield write
+        # Not before: a file that a mistake left would be refused when the mistake is mended.
+        if cues is not None and not cues.tell():
+            print(VTT_HEADER, end="", file=cues)
+
+
+def _open_output(option: str, path: str | Path):
+    try:
+        return open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{option} {path} cannot be written ({error.strerror}); name another file.") from None
 
 
 @contextmanager

@@ -121,6 +121,10 @@ def phrases(words: Iterable[Word]) -> list[Word]:
     return [Word(group[0].start_s, max(word.end_s for word in group), join_words(group)) for group in groups]
 
 
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class Hearing:
     """
     The words of a stream for its windows, which come in the order of time.
@@ -164,8 +168,10 @@ class Hearing:
     def stop(self) -> None:
         """Ends the reading; may be called from any thread."""
         self._stopping = True
-        if hasattr(self.speech, "stop"):
-            self.speech.stop()
+        try:
+            getattr(self.speech, "stop", lambda: None)()
+        except Exception as error:
+            self.notify(f"the source of words could not be stopped: {_reason(error)}")
 
     def _read(self) -> None:
         try:
@@ -173,10 +179,9 @@ class Hearing:
                 if self._stopping:
                     return
                 self._add(word_of(value))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             # Whatever a recogniser raises, the picture goes on.
-            words = " ".join(str(error).split()) or type(error).__name__
-            self.notify(f"what is said is not known from here on: {words}")
+            self.notify(f"what is said is not known from here on: {_reason(error)}")
         finally:
             with self._changed:
                 self._ended = True
@@ -250,7 +255,13 @@ class Hearing:
                 return
 
     def _heard_s(self) -> float | None:
-        return getattr(self.speech, "heard_s", None)
+        try:
+            heard_s = getattr(self.speech, "heard_s", None)
+            return None if heard_s is None else float(heard_s)
+        except Exception as error:
+            self.waits = False
+            self.notify(f"how far the words are known cannot be told, and nothing waits for them: {_reason(error)}")
+            return None
 
     def _tell_late(self) -> None:
         if self.counts.late and time.monotonic() - self._told_s >= _SECONDS_BETWEEN_NOTICES:

@@ -89,12 +89,13 @@ class _Decoder:
         self._next_s = start_s + frame.samples / (frame.sample_rate or RATE)
         kind = (frame.format.name, frame.layout.name, frame.sample_rate)
         if kind != self._format:
-            self._resampler = self.av.AudioResampler(format="flt", layout="mono", rate=RATE)
+            # Of floats FFmpeg adds channels up to beyond full scale; of integers it weighs them.
+            self._resampler = self.av.AudioResampler(format="s16", layout="mono", rate=RATE)
             self._format = kind
         frame.pts = None
         parts = [part.to_ndarray()[0] for part in self._resampler.resample(frame)]
-        # A float that is no number would spoil all of a chunk.
-        return Block(start_s, np.nan_to_num(np.concatenate(parts)) if parts else np.zeros(0, np.float32))
+        samples = np.concatenate(parts) if parts else np.zeros(0, np.int16)
+        return Block(start_s, samples.astype(np.float32) / 32768)
 
 
 class FileSound:

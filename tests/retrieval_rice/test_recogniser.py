@@ -444,3 +444,21 @@ def test_eval_hands_everything_on(capsys):
         main(["eval", "--model", "nowhere/at/all", "--dataset", "mini_lpr4m", "--output_dir", "x"])
     message = capsys.readouterr().err
     assert end.value.code == 2 and message.startswith("rice eval: error: ") and "nowhere/at/all" in message
+
+
+def test_outputs_of_a_run_that_failed_can_be_used_by_the_next(tmp_path):
+    from retrieval_rice.recognise_command import outputs
+
+    cues = tmp_path / "show.vtt"
+    with pytest.raises(FileNotFoundError), outputs(str(tmp_path / "show.jsonl"), cues):
+        raise FileNotFoundError("no such video")
+    with outputs(str(tmp_path / "show.jsonl"), cues):
+        pass
+    assert cues.read_text() == "WEBVTT\n\n"
+    for jsonl, vtt, words in (
+        (str(tmp_path / "a"), tmp_path / "a", "--jsonl and --vtt are both .*; name two files"),
+        (str(tmp_path), None, "--jsonl .* cannot be written \\(Is a directory\\); name another file"),
+        (None, tmp_path / "nowhere" / "a.vtt", "--vtt .* cannot be written \\(No such file or directory\\)"),
+    ):
+        with pytest.raises(ValueError, match=words), outputs(jsonl, vtt):
+            pass

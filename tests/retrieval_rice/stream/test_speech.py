@@ -158,6 +158,42 @@ def test_a_source_that_fails_is_told_and_the_rest_goes_without_words():
     assert notices == ["what is said is not known from here on: the model is broken"]
 
 
+class Failing:
+    """A source of words whose every other part fails."""
+
+    def __iter__(self):
+        yield (0, 1, "one")
+
+    @property
+    def heard_s(self):
+        raise RuntimeError("no clock")
+
+    def stop(self):
+        raise RuntimeError("no brake")
+
+
+def test_no_failure_of_a_source_reaches_the_picture():
+    notices = []
+    tool = Hearing(Failing(), waits=True, notify=notices.append)
+    tool.start()
+    assert tool.text(0, 5) == "one" and tool.text(5, 9) == ""
+    tool.stop()
+    assert notices == [
+        "how far the words are known cannot be told, and nothing waits for them: no clock",
+        "the source of words could not be stopped: no brake",
+    ]
+
+
+@pytest.mark.parametrize("error, words", [(RuntimeError(), "RuntimeError"), (SystemExit(3), "3")])
+def test_a_failure_without_words_is_told(error, words):
+    def source():
+        yield (0, 1, "one")
+        raise error
+
+    tool, notices = hearing(source())
+    assert tool.text(0, 5) == "one" and notices == [f"what is said is not known from here on: {words}"]
+
+
 def test_words_of_segments():
     tool, _ = hearing([(0, 1, "a"), (5, 6, "c"), (3, 4, "b"), (9, 9.5, "d")])
     tool.text(0, 8)

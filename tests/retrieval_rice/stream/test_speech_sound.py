@@ -159,3 +159,16 @@ def test_a_live_source_hands_blocks_on_while_they_come():
     sound.stop()
     thread.join(5)
     assert [round(one.start_s) for one in taken] == [0, 1, 2] and sound.counts.skipped_s == 0
+
+
+@pytest.mark.parametrize("layout, channels", [("stereo", 2), ("5.1", 6)])
+def test_channels_that_say_the_same_are_as_loud_as_one(tmp_path, layout, channels):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=16000, layout=layout)
+        samples = np.full((1, channels * 1600), 16384, np.int16)
+        frame = av.AudioFrame.from_ndarray(samples, format="s16", layout=layout)
+        frame.sample_rate = 16000
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    (block,) = FileSound(path)
+    np.testing.assert_allclose(block.samples, np.full(1600, 0.5, np.float32), atol=1e-3)
