@@ -24,9 +24,8 @@ async def check_names(request: Request) -> None:
         return
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in _FORMS and (kind or request.headers.get("content-length") != "0"):
-        raise Refused(
-            422, f"The body must be a form ({_FORMS[0]}), not {repr(kind[:80]) if kind else 'without a content-type'}."
-        )
+        given = f"not {kind[:80]!r}" if kind else "and say so in its content-type"
+        raise Refused(422, f"The body must be a form ({_FORMS[0]}), {given}.")
     _check((await request.form()).multi_items(), takes.body_params, "the form")
 
 

@@ -107,6 +107,8 @@ def open_stream(source: str | os.PathLike, fps: float = 2.5, folder_fps: float =
     """
     if not fps > 0 or not folder_fps > 0:
         raise ValueError(f"Frames per second must be above 0, got {fps if not fps > 0 else folder_fps}.")
+    if settings.get("max_reconnects", 0) < 0:
+        raise ValueError(f"`max_reconnects` must be at least 0, got {settings['max_reconnects']}.")
     if not is_address(source) and os.path.isdir(source):
         return FolderStream(source, fps, folder_fps, notify=settings.get("notify", logger.warning))
     return VideoStream(source, fps, **settings)

@@ -418,3 +418,8 @@ def test_a_live_address_through_ffmpeg(tmp_path):
     assert len(frames) + stream.counts.dropped >= 34 and stream.counts.reconnects == 1
     assert times(frames) == sorted(times(frames)) and times(frames)[-1] < 60
     assert f"{address} did not come back after 2 attempts" in stream.error
+
+
+def test_a_number_of_attempts_is_not_negative(tmp_path):
+    with pytest.raises(ValueError, match="`max_reconnects` must be at least 0, got -1"):
+        open_stream(tmp_path, max_reconnects=-1)
