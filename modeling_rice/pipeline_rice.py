@@ -80,6 +80,11 @@ class ProductRetrievalPipeline(Pipeline):
             return super().__call__(tuple(inputs), **kwargs)
         return super().__call__(list(inputs), **kwargs)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """As transformers does it, with the processor, which it leaves out."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
     def _sanitize_parameters(
         self,
         candidates=None,
