@@ -353,7 +353,7 @@ def picture_tensor(
             f"{name} must hold uint8 or floats in 0..1, got floats from {low:g} to {high:g}; give 0..255 as uint8, or "
             f"set `do_rescale=False`."
         )
-    if values.is_floating_point() and not values.isfinite().all():
+    if values.is_floating_point() and any_range and not values.isfinite().all():
         raise ValueError(f"{name} must hold finite numbers, got some that are NaN or infinite; replace them.")
     values = values.float() if values.is_floating_point() else values
     return values.movedim(channels, 0)

@@ -169,7 +169,8 @@ class RiceProcessor(ProcessorMixin):
                 raise ValueError(f"`{name}` has no meaning for one text per image or clip; leave it out.")
         if settings.get("truncation") == "only_second":
             raise ValueError('`truncation="only_second"` cuts nothing where there is one text; give True.')
-        added = self.tokenizer.num_special_tokens_to_add() if settings.get("add_special_tokens", True) else 0
+        adds = settings.get("max_length") is not None and settings.get("add_special_tokens", True)
+        added = self.tokenizer.num_special_tokens_to_add() if adds else 0
         for name, lowest in (("max_length", added + 1), ("pad_to_multiple_of", 1)):
             if settings.get(name) is not None and settings[name] < lowest:
                 why = f", since the tokenizer adds {added} to each text" if lowest > 1 else ""

@@ -245,8 +245,7 @@ class RiceVideoProcessor(BaseVideoProcessor):
         }
         check_picture_settings(settings, {"pillow": "pil"}.get(settings["resize_backend"], "torchvision"))
         for name in ("fps", "video_metadata", "return_metadata", "do_pad"):
-            # Zero is equal to False, but no way to say that something is not wanted.
-            if settings[name] is not None and settings[name] is not False:
+            if settings[name] or (name == "fps" and settings[name] is not None):
                 raise ValueError(f"`{name}` is not possible: `num_frames` of a clip are sampled; leave it out.")
         for name, choices in _CHOICES.items():
             if settings[name] not in choices:
