@@ -303,7 +303,7 @@ class RiceModel(
 
     @staticmethod
     def _check_clips(videos: Tensor, frame_mask: Tensor | None, patch_mask: Tensor | None) -> Tensor:
-        if require_tensor("pixel_values_videos", videos).dim() not in (3, 5) or len(videos) == 0:
+        if require_tensor("pixel_values_videos", videos).dim() not in (3, 5) or videos.shape[0] == 0:
             raise ValueError(
                 f"`pixel_values_videos` must be (B, T, 3, H, W), or (B, T, F) of `encode_pictures`, got shape "
                 f"{tuple(videos.shape)}."

@@ -119,7 +119,8 @@ class RiceVisionSide:
         layout, layer = self.layout, self.config.vision_feature_layer
         if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"`pixel_values` must be (n, 3, H, W), got shape {tuple(pixel_values.shape)}.")
-        if len(pixel_values) == 0:
+        # Not by `len`, which would fix the number of pictures in an exported graph.
+        if pixel_values.shape[0] == 0:
             raise ValueError("There is nothing to encode: the batch is empty.")
         # Encoders that interpolate positions would take another size, and patches would stand for other places.
         if layout.takes_one_size and tuple(pixel_values.shape[-2:]) != layout.image_size:
