@@ -21,9 +21,10 @@ _BATCH_KEYS = (
     *("pixel_values", "pixel_values_videos", "frame_mask", "patch_mask", "product_ids", "title_embeds", "asr_embeds"),
     *("title_input_ids", "title_attention_mask", "asr_input_ids", "asr_attention_mask", "asr_is_noise"),
 )
+PLAIN_TEXT_KEYS = ("input_ids", "attention_mask")
 # What generic code passes along unset, such as adapters for text models.
 _GENERIC_KEYS = (
-    *("input_ids", "attention_mask", "inputs_embeds", "task_ids", "labels"),
+    *(*PLAIN_TEXT_KEYS, "inputs_embeds", "task_ids", "labels"),
     *("output_attentions", "output_hidden_states"),
 )
 
@@ -43,6 +44,17 @@ def refuse_unknown(method: str, arguments: dict) -> None:
         raise TypeError(
             f"`{method}` takes no argument {', '.join(map(repr, unknown))}; a batch holds {', '.join(_BATCH_KEYS)}."
         )
+
+
+def require_tensor(name: str, value: object) -> Tensor:
+    """
+    Raises:
+        ValueError: for what is no tensor, such as pictures that were not processed.
+    """
+    if not isinstance(value, Tensor):
+        kind = type(value).__name__
+        raise ValueError(f"`{name}` must be a tensor, got a {kind}; give what the processor returns, as tensors.")
+    return value
 
 
 @dataclass

@@ -16,7 +16,7 @@ from .comparison_rice import RiceComparison
 from .configuration_rice import RiceConfig
 from .decoder_rice import RiceDecoder, RiceHeadMixing, RiceReconstructionHead
 from .encoders_rice import build_encoder
-from .features_rice import RiceClips, RiceFrames, RiceGallery, refuse_unknown
+from .features_rice import PLAIN_TEXT_KEYS, RiceClips, RiceFrames, RiceGallery, refuse_unknown, require_tensor
 from .fingerprint_rice import RiceIdentity
 from .layout_rice import write_card, write_layout
 from .loss_rice import cosines
@@ -243,9 +243,11 @@ class RiceModel(
         Raises:
             ValueError: for a mask that does not fit, a clip without a real frame, or frames of another model.
         """
+        if not isinstance(frames, RiceFrames):
+            raise ValueError(f"`frames` is a {type(frames).__name__}; give what `encode_frames` returns.")
         if frame_mask is None:
             frame_mask = torch.ones(1, len(frames), dtype=torch.bool, device=frames.features.device)
-        frame_mask = frame_mask.bool()
+        frame_mask = require_tensor("frame_mask", frame_mask).bool()
         _refuse_empty(frame_mask)
         if len(frames) not in (frame_mask.numel(), int(frame_mask.sum())):
             raise ValueError(
@@ -301,18 +303,18 @@ class RiceModel(
 
     @staticmethod
     def _check_clips(videos: Tensor, frame_mask: Tensor | None, patch_mask: Tensor | None) -> Tensor:
-        if videos.dim() not in (3, 5):
+        if require_tensor("pixel_values_videos", videos).dim() not in (3, 5) or videos.shape[0] == 0:
             raise ValueError(
                 f"`pixel_values_videos` must be (B, T, 3, H, W), or (B, T, F) of `encode_pictures`, got shape "
                 f"{tuple(videos.shape)}."
             )
         if frame_mask is None:
             frame_mask = torch.ones(videos.shape[:2], dtype=torch.bool, device=videos.device)
-        if frame_mask.shape != videos.shape[:2]:
+        if require_tensor("frame_mask", frame_mask).shape != videos.shape[:2]:
             raise ValueError(
                 f"`frame_mask` must be (B, T) = {tuple(videos.shape[:2])}, got shape {tuple(frame_mask.shape)}."
             )
-        if patch_mask is not None and patch_mask.shape[:2] != videos.shape[:2]:
+        if patch_mask is not None and require_tensor("patch_mask", patch_mask).shape[:2] != videos.shape[:2]:
             raise ValueError(
                 f"`patch_mask` must start with (B, T) = {tuple(videos.shape[:2])}, "
                 f"got shape {tuple(patch_mask.shape)}."
@@ -386,8 +388,13 @@ class RiceModel(
         refuse_unknown("encode_gallery", kwargs)
         self.require_eval_mode("encode_gallery")
         model = self.fingerprint()
-        image = (pixel_values, title_embeds, title_input_ids, title_attention_mask)
-        parts = [self.image_tokens(*batch).kept(model) for batch in self._batches(batch_size, *image)]
+        image = {
+            "pixel_values": pixel_values,
+            "title_embeds": title_embeds,
+            "title_input_ids": title_input_ids,
+            "title_attention_mask": title_attention_mask,
+        }
+        parts = [self.image_tokens(**batch).kept(model) for batch in self._batches(batch_size, image)]
         return RiceGallery.cat(parts)
 
     @torch.no_grad()
@@ -409,21 +416,30 @@ class RiceModel(
         refuse_unknown("encode_clips", kwargs)
         self.require_eval_mode("encode_clips")
         model = self.fingerprint()
-        clip = (pixel_values_videos, frame_mask, patch_mask, asr_embeds, asr_input_ids, asr_attention_mask)
-        parts = [self.clip_tokens(*batch).kept(model) for batch in self._batches(batch_size, *clip)]
+        clip = {
+            "pixel_values_videos": pixel_values_videos,
+            "frame_mask": frame_mask,
+            "patch_mask": patch_mask,
+            "asr_embeds": asr_embeds,
+            "asr_input_ids": asr_input_ids,
+            "asr_attention_mask": asr_attention_mask,
+        }
+        parts = [self.clip_tokens(**batch).kept(model) for batch in self._batches(batch_size, clip)]
         return RiceClips.cat(parts)
 
-    def _batches(self, batch_size: int, first: Tensor, *others: Tensor | None):
-        if not isinstance(first, Tensor):
-            raise ValueError(
-                f"Pixels must be a tensor, got a {type(first).__name__}; give what the processor returns."
-            )
-        if len(first) == 0:
+    def _batches(self, batch_size: int, inputs: dict[str, Tensor | None]):
+        """Some rows at a time of inputs that belong together, the pixels first, on the model's device."""
+        pixels, *others = inputs
+        count = len(require_tensor(pixels, inputs[pixels]))
+        if count == 0:
             raise ValueError("There is nothing to encode: the batch is empty.")
+        for name in others:
+            if inputs[name] is not None and len(require_tensor(name, inputs[name])) != count:
+                raise ValueError(f"`{name}` has {len(inputs[name])} rows, but `{pixels}` {count}; give one for each.")
         check_count("batch_size", batch_size)
-        for start in range(0, len(first), batch_size):
+        for start in range(0, count, batch_size):
             rows = slice(start, start + batch_size)
-            yield [None if tensor is None else tensor[rows].to(self.device) for tensor in (first, *others)]
+            yield {name: None if tensor is None else tensor[rows].to(self.device) for name, tensor in inputs.items()}
 
     def _text_token(self, text: EncodedText | None) -> tuple[Tensor | None, Tensor | None]:
         """What the decoder is told of a text."""
@@ -467,6 +483,8 @@ class RiceModel(
                 attentions, which are not returned, or when there is nothing to encode.
         """
         if pixel_values is None or pixel_values_videos is None:
+            # Texts alone may also come as what other models call them.
+            refuse_unknown("forward", {name: kwargs[name] for name in kwargs if name not in PLAIN_TEXT_KEYS})
             text = {"title_embeds": title_embeds, "asr_embeds": asr_embeds, **kwargs}
             return self._forward_alone(pixel_values, pixel_values_videos, frame_mask, patch_mask, text)
         refuse_unknown("forward", kwargs)
@@ -511,6 +529,7 @@ class RiceModel(
         """What the losses need of images, with gradient; arguments as `encode_gallery`."""
         images = self._embed_images(pixel_values)
         images.text = self.encode_text("title", title_embeds, title_input_ids, title_attention_mask)
+        _refuse_other_count("title", images)
         if self.decoder is not None:
             tokens = images.tokens.detach() if self.config.detach_matching_features else images.tokens
             images.states = self.decoder.encode_images(tokens, *self._text_token(images.text))
@@ -534,6 +553,7 @@ class RiceModel(
     def _add_asr(self, clips: ClipTokens, vectors: Tensor | None, ids: Tensor | None, mask: Tensor | None) -> None:
         """Gives clips their ASR, and with it the decoder's keys and values."""
         clips.text = self.encode_text("asr", vectors, ids, mask)
+        _refuse_other_count("asr", clips)
         if self.decoder is not None:
             tokens = clips.tokens.detach() if self.config.detach_matching_features else clips.tokens
             clips.keys, clips.values, clips.mask = self.decoder.encode_clips(
@@ -545,6 +565,14 @@ def _refuse_empty(frame_mask: Tensor) -> None:
     empty = (~frame_mask.any(dim=1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"Clip {empty[0]} of the batch has no real frame in `frame_mask`; leave it out.")
+
+
+def _refuse_other_count(kind: str, pictures: ImageTokens | ClipTokens) -> None:
+    if pictures.text is not None and len(pictures.text.features) != len(pictures.embeds):
+        raise ValueError(
+            f"There are {len(pictures.text.features)} texts (`{kind}_embeds` or `{kind}_input_ids`) for "
+            f"{len(pictures.embeds)} images or clips; give one for each."
+        )
 
 
 def _at_least_single(tensor: Tensor) -> Tensor:

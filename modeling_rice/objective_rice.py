@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .features_rice import RiceClips, RiceGallery
+from .features_rice import RiceClips, RiceGallery, require_tensor
 from .loss_rice import (
     Memory,
     contrastive_loss,
@@ -135,6 +135,9 @@ class RiceObjective:
         """Puts the losses of this process's pairs, as part of the global batch, into a `RiceOutput`."""
         if len(images.embeds) != len(clips.embeds):
             raise ValueError(f"The losses need pairs, got {len(images.embeds)} images and {len(clips.embeds)} clips.")
+        for name, given in (("product_ids", product_ids), ("asr_is_noise", asr_is_noise)):
+            if given is not None and require_tensor(name, given).shape != (len(clips.embeds),):
+                raise ValueError(f"`{name}` must have one entry per pair, got shape {tuple(given.shape)}.")
         rows = slice(self._gather.rank * len(clips.embeds), (self._gather.rank + 1) * len(clips.embeds))
         all_images, all_clips = self._gather(images.embeds), self._gather(clips.embeds)
         products = None if product_ids is None else self._gather(product_ids)

@@ -80,6 +80,11 @@ class ProductRetrievalPipeline(Pipeline):
             return super().__call__(tuple(inputs), **kwargs)
         return super().__call__(list(inputs), **kwargs)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """The model and the processor, which pipelines of transformers leave out."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
     def _sanitize_parameters(
         self,
         candidates=None,

@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_rice import RiceConfig
 from .encoders_rice import encoder_class, use_what_it_has
-from .features_rice import refuse_unknown
+from .features_rice import refuse_unknown, require_tensor
 from .loss_rice import Targets, cosines, pair_masks
 
 
@@ -53,8 +53,16 @@ class RiceTextEncoder(nn.Module):
             Features `(n, W)`, and `(n,)` bool, which of the texts are there.
 
         Raises:
-            ValueError: for texts longer than the encoder's positions.
+            ValueError: for what are no ids, a mask of another shape, or texts longer than the encoder's positions.
         """
+        ids = require_tensor("input_ids", input_ids)
+        if ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
+            raise ValueError(f"`input_ids` must be (n, L) whole numbers, got shape {tuple(ids.shape)} of {ids.dtype}.")
+        if attention_mask is not None and require_tensor("attention_mask", attention_mask).shape != ids.shape:
+            raise ValueError(
+                f"`attention_mask` must have the shape of the ids, {tuple(ids.shape)}, got shape "
+                f"{tuple(attention_mask.shape)}."
+            )
         longest = getattr(self.config.text_config, "max_position_embeddings", None)
         if longest is not None and input_ids.shape[1] > longest:
             raise ValueError(
@@ -166,6 +174,19 @@ class RiceTextSide:
             raise ValueError("The model has no text encoder (`text_config` is None), so it encodes no texts.")
         embeds = nn.functional.normalize(encoded.features, dim=-1) if encoded.embeds is None else encoded.embeds
         return BaseModelOutputWithPooling(pooler_output=embeds)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+        """
+        The text encoder's, as transformers does it, for a tokenizer with more tokens.
+
+        Raises:
+            ValueError: for a model without a text encoder.
+        """
+        if self.text_model is None:
+            raise ValueError("The model has no text encoder (`text_config` is None), so it has no token embeddings.")
+        embeddings = self.text_model.model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        self.config.text_config.vocab_size = embeddings.num_embeddings
+        return embeddings
 
     def gather_texts(self, images, clips) -> tuple[Tensor, Tensor] | None:
         """Title and ASR embeddings `(B, E)` of all processes' pairs, `None` where there is no score-level term."""

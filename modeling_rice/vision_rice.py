@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput
 from .configuration_rice import PATCH_MASK_ENCODERS, RiceConfig
 from .decoder_rice import additive_mask
 from .encoders_rice import EncoderLayout, encoder_inputs, last_states
+from .features_rice import require_tensor
 from .patches_rice import pool_patches, resize_patch_mask
 
 
@@ -113,11 +114,14 @@ class RiceVisionSide:
         Pictures `(n, 3, H, W)`, mask `(n, P)` bool -> what the encoder makes of them, in the weights' precision; or
         what it has made of them, `(n, F)`.
         """
-        if pixel_values.dim() == 2:
+        if require_tensor("pixel_values", pixel_values).dim() == 2:
             return self._unpack(pixel_values)
         layout, layer = self.layout, self.config.vision_feature_layer
-        if pixel_values.dim() != 4:
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"`pixel_values` must be (n, 3, H, W), got shape {tuple(pixel_values.shape)}.")
+        # Not by `len`, which would fix the number of pictures in an exported graph.
+        if pixel_values.shape[0] == 0:
+            raise ValueError("There is nothing to encode: the batch is empty.")
         # Encoders that interpolate positions would take another size, and patches would stand for other places.
         if layout.takes_one_size and tuple(pixel_values.shape[-2:]) != layout.image_size:
             raise ValueError(

@@ -1,5 +1,6 @@
 """What settings pictures may have, and their resizing as the official code does it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,19 @@ from transformers.image_utils import PILImageResampling, SizeDict
 
 _RESAMPLE = {"pil": tuple(PILImageResampling)}
 _RESAMPLE["torchvision"] = tuple(filter for filter in PILImageResampling if filter.name not in ("BOX", "HAMMING"))
+_SIZES = ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"max_height", "max_width"})
+_WRONG_TYPE = re.compile(
+    r"Field '(?P<name>\w+)' with value (?P<value>.*?) doesn't match any type in \((?P<types>.*?)\)\. Errors: "
+)
+
+
+def type_sentence(error: Exception) -> str:
+    """What transformers says of a setting of a wrong type, without its account of every type that was tried."""
+    match = _WRONG_TYPE.search(" ".join(str(error).split()))
+    if match is None:
+        return " ".join(str(error).split())
+    types = re.sub(r"<(?:class|enum) '([\w.]+)'>|typing\.", r"\1", match["types"]).replace("NoneType", "None")
+    return f"`{match['name']}` must be of one of the types {types}, got {match['value']}."
 
 
 def check_picture_settings(settings: Mapping[str, Any], backend: str) -> None:
@@ -26,17 +40,31 @@ def check_picture_settings(settings: Mapping[str, Any], backend: str) -> None:
         raise ValueError(
             f'`data_format` must be "channels_first", as models take pictures, got {settings["data_format"]!r}.'
         )
+    if settings.get("input_data_format") not in (None, "channels_first", "channels_last"):
+        raise ValueError(
+            f'`input_data_format` must be "channels_first" or "channels_last", got {settings["input_data_format"]!r}.'
+        )
     if settings.get("do_convert_rgb") is False:
         raise ValueError("`do_convert_rgb=False` is not possible: every picture is read as RGB; leave it out.")
     if settings.get("image_seq_length") is not None:
         raise ValueError("`image_seq_length` has no meaning here: no text holds pictures; leave it out.")
     resample = settings.get("resample")
-    if resample is not None and resample not in _RESAMPLE[backend]:
+    if resample is not None and (isinstance(resample, float) or resample not in _RESAMPLE[backend]):
         known = ", ".join(f"{filter.value} ({filter.name.lower()})" for filter in _RESAMPLE[backend])
         raise ValueError(f"`resample` must be one of {known}, got {resample!r}.")
     for name in ("image_mean", "image_std"):
         if isinstance(settings.get(name), (list, tuple)) and len(settings[name]) != 3:
             raise ValueError(f"`{name}` must be a number, or one for each of three colours, got {settings[name]!r}.")
+    for name, lowest in (("image_mean", -np.inf), ("image_std", 0), ("rescale_factor", 0)):
+        numbers = np.asarray(1.0 if settings.get(name) is None else settings[name])
+        if np.issubdtype(numbers.dtype, np.number) and not ((numbers > lowest) & (numbers < np.inf)).all():
+            wanted = "finite" if name == "image_mean" else "finite and above 0"
+            raise ValueError(f"`{name}` must be {wanted}, got {settings[name]!r}.")
+    size = settings.get("size")
+    if size and isinstance(size, (Mapping, SizeDict)) and set(dict(size)) not in _SIZES:
+        raise ValueError(
+            f"`size` must be a number of pixels, or name height and width, or shortest_edge, got {dict(size)!r}."
+        )
     for name in ("size", "crop_size", "pad_size"):
         sides = settings.get(name)
         sides = (
@@ -89,4 +117,4 @@ class RicePillowImageProcessor(CLIPImageProcessorPil):
 
 RicePillowImageProcessor.register_for_auto_class("AutoImageProcessor")
 
-__all__ = ["RicePillowImageProcessor", "check_picture_settings", "on_device", "resize_with_pillow"]
+__all__ = ["RicePillowImageProcessor", "check_picture_settings", "on_device", "resize_with_pillow", "type_sentence"]

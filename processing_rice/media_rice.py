@@ -200,9 +200,13 @@ def _opened(source: str | os.PathLike | bytes | Mapping[str, Any], name: str | N
     if not is_file_source(source):
         kind = type(source).__name__
         raise MediaError(f'A picture is a path, bytes, a PIL picture or {{"path", "bytes"}}, got a {kind}.')
-    name = name or path_of(source) or "<bytes>"
     if not isinstance(source, Mapping):
         source = {"bytes" if isinstance(source, (bytes, bytearray)) else "path": source}
+    if source.get("bytes") is None and not path_of(source):
+        entry = name or f"with the keys {', '.join(map(repr, source))}" if source else "without keys"
+        reason = "has neither bytes nor a path"
+        raise MediaError.of(f"The image entry {entry} {reason}; give it one of them.", reason)
+    name = name or path_of(source) or "<bytes>"
     try:
         data = read_media(source)
     except FileNotFoundError:
@@ -334,8 +338,6 @@ def picture_tensor(
         raise ValueError(f"{name} must be a picture, a path, or hold uint8 or floats in 0..1, got {kind}.") from None
     if values.dtype != torch.uint8 and not values.is_floating_point():
         raise ValueError(f"{name} must hold uint8 or floats in 0..1, got {values.dtype}; convert it to uint8.")
-    if layout not in (None, "channels_first", "channels_last"):
-        raise ValueError(f'`input_data_format` must be "channels_first" or "channels_last", got {layout!r}.')
     if values.dim() == 2:
         values, layout = values[None].expand(3, -1, -1), "channels_first"
     if values.dim() != 3 or 3 not in (values.shape[0], values.shape[-1]) or not values.numel():
@@ -351,6 +353,8 @@ def picture_tensor(
             f"{name} must hold uint8 or floats in 0..1, got floats from {low:g} to {high:g}; give 0..255 as uint8, or "
             f"set `do_rescale=False`."
         )
+    if values.is_floating_point() and any_range and not values.isfinite().all():
+        raise ValueError(f"{name} must hold finite numbers, got some that are NaN or infinite; replace them.")
     values = values.float() if values.is_floating_point() else values
     return values.movedim(channels, 0)
 

@@ -2,6 +2,7 @@
 
 import os
 import urllib.request
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from transformers import BatchFeature, CLIPImageProcessor, PreTrainedTokenizerBase
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 
-from .image_processing_rice import RicePillowImageProcessor, check_picture_settings, on_device
+from .image_processing_rice import RicePillowImageProcessor, check_picture_settings, on_device, type_sentence
 from .media_rice import is_file_source, media_error, open_image, picture_tensor
 from .text_entries_rice import read_texts
 from .video_processing_rice import RiceVideoProcessor, RiceVideosKwargs
@@ -109,7 +110,9 @@ class RiceProcessor(ProcessorMixin):
                 raise ValueError(
                     f"`{name}` has {len(strings)} entries for {pictures} images or clips; give one for each."
                 )
-        for prefix, strings in (("", text), ("title_", titles), ("asr_", asr)):
+        for name, prefix, strings in (("text", "", text), ("titles", "title_", titles), ("asr", "asr_", asr)):
+            if strings == []:
+                raise ValueError(f"`{name}` is empty; give at least one text, or None.")
             if strings is not None:
                 encoded = self._tokenize(strings, settings["text_kwargs"], keep_middle=prefix == "asr_")
                 if prefix and "attention_mask" in encoded:
@@ -127,6 +130,8 @@ class RiceProcessor(ProcessorMixin):
             for kind, part in parts.items()
         }
         for kind in (*given, "common_kwargs"):
+            if not isinstance(kwargs.get(kind) or {}, Mapping):
+                raise ValueError(f"`{kind}` must be a dictionary of settings, got {kwargs[kind]!r}.")
             for name in kwargs.get(kind) or ():
                 if not any(name in names for part, names in known.items() if kind in (part, "common_kwargs")):
                     raise ValueError(f"Unknown argument {name!r} in `{kind}` of {type(self).__name__}.")
@@ -149,15 +154,27 @@ class RiceProcessor(ProcessorMixin):
             # Those of texts are not looked at there.
             validate_typed_dict(TextKwargs, {name: value for name, value in merged["text_kwargs"].items() if value})
         except StrictDataclassError as error:
-            raise ValueError(" ".join(str(error).split())) from None
-        for name in _REFUSED_TEXT_SETTINGS:
-            if merged["text_kwargs"].get(name):
-                raise ValueError(f"`{name}` has no meaning for one text per image or clip; leave it out.")
+            raise ValueError(type_sentence(error)) from None
+        self._check_text_settings(merged["text_kwargs"])
         # A number as `size` means for clips what it means for images.
         merged["videos_kwargs"].setdefault(
             "default_to_square", getattr(self.image_processor, "default_to_square", True)
         )
         return merged
+
+    def _check_text_settings(self, settings: dict[str, Any]) -> None:
+        """ValueError for what tokenizers would ignore, or stumble over without naming it."""
+        for name in _REFUSED_TEXT_SETTINGS:
+            if settings.get(name):
+                raise ValueError(f"`{name}` has no meaning for one text per image or clip; leave it out.")
+        if settings.get("truncation") == "only_second":
+            raise ValueError('`truncation="only_second"` cuts nothing where there is one text; give True.')
+        adds = settings.get("max_length") is not None and settings.get("add_special_tokens", True)
+        added = self.tokenizer.num_special_tokens_to_add() if adds else 0
+        for name, lowest in (("max_length", added + 1), ("pad_to_multiple_of", 1)):
+            if settings.get(name) is not None and settings[name] < lowest:
+                why = f", since the tokenizer adds {added} to each text" if lowest > 1 else ""
+                raise ValueError(f"`{name}` must be at least {lowest} tokens{why}, got {settings[name]}.")
 
     def _process_images(self, images: Any, settings: dict[str, Any]) -> BatchFeature:
         """Floats are in 0..1 already, so that they and the others of a list go apart through the image processor."""
@@ -234,12 +251,15 @@ def _mask_missing(attention_mask, strings: list[str]) -> None:
 
 def flatten_images(images: Any) -> list:
     """
-    One image, a batch of them in one array, or lists of either, as a list of images.
+    One image, a batch of them in one array, or lists of either, as a list of images. A column of a table is a list.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or they have no order.
     """
-    if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
+    if isinstance(images, (set, frozenset)):
+        raise ValueError("`images` is a set, which has no order; give a list.")
+    # Arrays of numbers are one picture or, with four axes, several; those with one axis are columns.
+    if not is_file_source(images) and hasattr(images, "__iter__") and getattr(images, "ndim", 1) in (1, 4):
         flat = [image for entry in images for image in flatten_images(entry)]
         if not flat:
             raise ValueError("`images` is empty; give at least one image.")

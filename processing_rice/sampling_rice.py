@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 # How frames are spread over the clip, and which clips may then lose their end at random.
-_SAMPLING_MODES = {
+SAMPLING_MODES = {
     "train": ("train", None),
     "eval": ("eval", None),
     "train_random_drop": ("train", "any"),
@@ -43,9 +43,9 @@ def sample_frame_indices(num_frames: int, max_frames: int, mode: str = "eval") -
         )
     if max_frames < 1:
         raise ValueError(f"`max_frames` must be at least 1, got {max_frames}.")
-    if mode not in _SAMPLING_MODES:
-        raise ValueError(f"`mode` must be one of {', '.join(_SAMPLING_MODES)}, got {mode!r}.")
-    spread, drop = _SAMPLING_MODES[mode]
+    if mode not in SAMPLING_MODES:
+        raise ValueError(f"`mode` must be one of {', '.join(SAMPLING_MODES)}, got {mode!r}.")
+    spread, drop = SAMPLING_MODES[mode]
     if num_frames <= max_frames:
         indices = list(range(num_frames))
     elif spread == "train":

@@ -15,9 +15,9 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from .image_processing_rice import RicePillowImageProcessor, check_picture_settings
+from .image_processing_rice import RicePillowImageProcessor, check_picture_settings, type_sentence
 from .media_rice import is_picture_entry, picture_tensor
-from .sampling_rice import sample_frame_indices
+from .sampling_rice import SAMPLING_MODES, sample_frame_indices
 from .video_media_rice import sample_video
 
 Frame = Any  # what `media_rice.picture_tensor` takes
@@ -29,6 +29,7 @@ _CHOICES = {
     "padding": ("longest", "max_length", True, False),
     "resize_backend": ("torchvision", "pillow"),
     "frames_without_box": ("keep", "drop"),
+    "sampling": tuple(SAMPLING_MODES),
 }
 
 # Boxes drawn by people and detectors overshoot the frame a little; beyond this they are in another unit.
@@ -95,7 +96,7 @@ def _patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
 
 def _check_boxes(boxes: Box, clip: int, frame: int) -> np.ndarray | None:
     """The boxes of a frame as `(n, 4)` in 0..1, or `None`; ValueError names the clip and the frame."""
-    if boxes is None or len(boxes) == 0:
+    if boxes is None or (hasattr(boxes, "__len__") and not isinstance(boxes, Mapping) and len(boxes) == 0):
         return None
     try:
         values = np.asarray(boxes, dtype=np.float64)
@@ -111,6 +112,13 @@ def _check_boxes(boxes: Box, clip: int, frame: int) -> np.ndarray | None:
     if (values[:, 2:] <= values[:, :2]).any():
         raise ValueError(f"{where} has no area in the frame; give `None` where there is none.")
     return values
+
+
+def _count(boxes: Any, name: str) -> int:
+    """How many entries a list or an array of boxes has; ValueError for anything else."""
+    if isinstance(boxes, (str, bytes, Mapping)) or not hasattr(boxes, "__len__") or not hasattr(boxes, "__getitem__"):
+        raise ValueError(f"{name} is a {type(boxes).__name__}; give a list with the boxes of each frame.")
+    return len(boxes)
 
 
 def frames_with_box(boxes: Sequence) -> list[int]:
@@ -138,7 +146,7 @@ class RiceVideosKwargs(VideosKwargs, total=False):
     sampling: str | None
     padding: str | bool | None
     patch_size: int | None
-    box_iou_threshold: float | None
+    box_iou_threshold: float | int | None
     frames_without_box: str | None
     resize_backend: str | None
 
@@ -198,9 +206,10 @@ class RiceVideoProcessor(BaseVideoProcessor):
         """
         settings = self._settings(kwargs)
         clips = make_clips(videos)
-        if boxes is not None and len(boxes) != len(clips):
+        if boxes is not None and _count(boxes, "`boxes`") != len(clips):
             raise ValueError(f"`boxes` has {len(boxes)} entries for {len(clips)} clips; give one per clip.")
-        loaded = [self._load_clip(i, clip, boxes[i] if boxes else None, settings) for i, clip in enumerate(clips)]
+        by_clip = [None] * len(clips) if boxes is None else boxes
+        loaded = [self._load_clip(i, *each, settings) for i, each in enumerate(zip(clips, by_clip, strict=True))]
         counts = [len(frames) for frames, _ in loaded]
         length = max(counts)
         if settings["padding"] is False and min(counts) < length:
@@ -230,18 +239,22 @@ class RiceVideoProcessor(BaseVideoProcessor):
         try:
             validate_typed_dict(self.valid_kwargs, kwargs)
         except StrictDataclassError as error:
-            raise ValueError(" ".join(str(error).split())) from None
+            raise ValueError(type_sentence(error)) from None
         settings = {name: getattr(self, name, None) for name in names} | {
             name: value for name, value in kwargs.items() if value is not None
         }
         check_picture_settings(settings, {"pillow": "pil"}.get(settings["resize_backend"], "torchvision"))
         for name in ("fps", "video_metadata", "return_metadata", "do_pad"):
-            if settings[name]:
+            if settings[name] or (name == "fps" and settings[name] is not None):
                 raise ValueError(f"`{name}` is not possible: `num_frames` of a clip are sampled; leave it out.")
         for name, choices in _CHOICES.items():
             if settings[name] not in choices:
                 listed = " or ".join(repr(choice) for choice in choices if isinstance(choice, str)).replace("'", '"')
                 raise ValueError(f"`{name}` must be {listed}, got {settings[name]!r}.")
+        if not 0 <= settings["box_iou_threshold"] <= 1:
+            raise ValueError(f"`box_iou_threshold` must be in 0..1, got {settings['box_iou_threshold']}.")
+        if settings["patch_size"] < 1:
+            raise ValueError(f"`patch_size` must be at least 1 pixel, got {settings['patch_size']}.")
         if settings["num_frames"] < 1:
             raise ValueError(f"`num_frames` must be at least 1, got {settings['num_frames']}.")
         settings["size"] = _size_of("size", settings["size"], settings["default_to_square"])
@@ -263,7 +276,7 @@ class RiceVideoProcessor(BaseVideoProcessor):
             raise ValueError(f"Clip {index} is a {type(clip).__name__}; give a list of frames or the path of a video.")
         if len(clip) == 0:
             raise ValueError(f"Clip {index} has no frames; a clip needs at least one.")
-        if boxes is not None and len(boxes) != len(clip):
+        if boxes is not None and _count(boxes, f"The entry of clip {index} in `boxes`") != len(clip):
             raise ValueError(f"Clip {index} has {len(clip)} frames but {len(boxes)} entries in `boxes`.")
         chosen = sample_frame_indices(len(clip), max_frames or len(clip), sampling)
         kept = None if boxes is None else [_check_boxes(boxes[i], index, i) for i in chosen]

@@ -36,8 +36,7 @@ retrieve = pipeline("product-retrieval", model="someone/libraries", trust_remote
 assert type(retrieve).__module__.startswith("transformers_modules"), type(retrieve)
 print(json.dumps(retrieve(pictures[:2], candidates=PICTURES, top_k=2)))
 assert retrieve.model.rank(pictures[:2], PICTURES, 1, processor=retrieve.processor)[0].keys() == {"corpus_id", "score"}
-retrieve.model.save_pretrained(SAVED)
-retrieve.processor.save_pretrained(SAVED)
+retrieve.save_pretrained(SAVED)
 again = pipeline("product-retrieval", model=SAVED, trust_remote_code=True, device="cpu")
 print(json.dumps(again(pictures[:2], candidates=PICTURES, top_k=2)))
 """

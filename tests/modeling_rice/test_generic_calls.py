@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import BertConfig
 
+from modeling_rice import RiceModel
 from modeling_rice.comparison_rice import list_candidates
 from modeling_rice.scoring_rice import best_first
 
@@ -116,7 +117,7 @@ def test_what_is_no_encoding_is_named(make_model, make_batch):
         model.match(gallery, clips)
     with pytest.raises(ValueError, match=r"`pixel_values` must be \(n, 3, H, W\), got shape \(3, 32, 32\)"):
         model.encode_gallery(batch["pixel_values"][0])
-    with pytest.raises(ValueError, match="Pixels must be a tensor, got a list"):
+    with pytest.raises(ValueError, match="`pixel_values` must be a tensor, got a list"):
         model.encode_gallery([1, 2])
 
 
@@ -132,3 +133,61 @@ def test_candidates_in_any_sequence(tmp_path):
         list_candidates(set(paths))
     with pytest.raises(ValueError, match="is the folder .*; give a list of its pictures"):
         list_candidates(tmp_path)
+
+
+def test_what_is_no_tensor_or_has_another_shape_is_named(make_model, make_batch):
+    model, batch = make_model(), make_batch()
+    images, clips, mask = (batch[name] for name in ("pixel_values", "pixel_values_videos", "frame_mask"))
+    frames = model.encode_frames(images)
+    for call, message in (
+        (lambda: model(pixel_values=images.numpy()), "`pixel_values` must be a tensor, got a ndarray; give what"),
+        (lambda: model(pixel_values_videos=clips.numpy()), "`pixel_values_videos` must be a tensor, got a ndarray"),
+        (lambda: model.get_image_features(None), "`pixel_values` must be a tensor, got a NoneType"),
+        (lambda: model.encode_pictures(images.tolist()), "`pixel_values` must be a tensor, got a list"),
+        (lambda: model(images, clips, mask.numpy()), "`frame_mask` must be a tensor, got a ndarray"),
+        (lambda: model.encode_clips(clips, mask.numpy()), "`frame_mask` must be a tensor, got a ndarray"),
+        (lambda: model.encode_clips(clips, mask[:2]), "`frame_mask` has 2 rows, but `pixel_values_videos` 5"),
+        (lambda: model.get_video_features(clips, patch_mask=[1]), "`patch_mask` must be a tensor, got a list"),
+        (lambda: model.pool_frames(images), "`frames` is a Tensor; give what `encode_frames` returns"),
+        (lambda: model.pool_frames(frames, [[True] * 5]), "`frame_mask` must be a tensor, got a list"),
+        (lambda: model(pixel_values=images[:, :1]), r"must be \(n, 3, H, W\), got shape \(5, 1, 32, 32\)"),
+        (lambda: model(pixel_values=images[:0]), "There is nothing to encode: the batch is empty"),
+        (lambda: model(pixel_values_videos=clips[:0]), r"must be \(B, T, 3, H, W\), .* got shape \(0, 3, 3, 32, 32\)"),
+        (lambda: model(**batch, product_ids=[1, 2, 3, 4, 5]), "`product_ids` must be a tensor, got a list"),
+        (lambda: model(**batch, product_ids=torch.arange(3)), r"`product_ids` must have one entry per pair, .*\(3,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    for call in (lambda: model(pixel_value=images), lambda: model(pixel_values=images, title=["a"])):
+        with pytest.raises(TypeError, match="`forward` takes no argument"):
+            call()
+
+
+def test_texts_that_do_not_fit_are_named(make_model, make_batch, text_batch):
+    model, batch = make_model(text_config=tiny_text_config(), text_score_weight=0.5), make_batch()
+    ids = text_batch["title_input_ids"]
+    for call, message in (
+        (lambda: model(**batch, title_input_ids=ids), "There are 3 texts .* for 5 images or clips; give one for each"),
+        (lambda: model(**batch, asr_input_ids=ids), "There are 3 texts .* for 5 images or clips"),
+        (lambda: model.encode_gallery(batch["pixel_values"], title_input_ids=ids), "`title_input_ids` has 3 rows"),
+        (lambda: model.get_text_features(ids.numpy()), "`input_ids` must be a tensor, got a ndarray"),
+        (lambda: model.get_text_features(ids[0]), r"`input_ids` must be \(n, L\) whole numbers, got shape \(3,\)"),
+        (lambda: model.get_text_features(ids[:, :0]), r"`input_ids` must be \(n, L\)"),
+        (lambda: model.get_text_features(ids.float()), "whole numbers, got shape .* of torch.float32"),
+        (lambda: model.get_text_features(ids, ids[:2]), r"`attention_mask` must have the shape of the ids, \(3, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_token_embeddings_grow_with_the_tokenizer(make_model, tmp_path):
+    model = make_model(text_config=tiny_text_config())
+    old = model.get_text_features(torch.tensor([[3, 4]])).pooler_output
+    model.resize_token_embeddings(60)
+    assert torch.equal(model.get_text_features(torch.tensor([[3, 4]])).pooler_output, old)
+    model.save_pretrained(tmp_path)
+    loaded = RiceModel.from_pretrained(tmp_path)
+    new = torch.tensor([[3, 59]])
+    assert torch.equal(loaded.get_text_features(new).pooler_output, model.get_text_features(new).pooler_output)
+    with pytest.raises(ValueError, match="no text encoder .* so it has no token embeddings"):
+        make_model().resize_token_embeddings(60)

@@ -331,7 +331,7 @@ class TestDamaged:
             open_image({"path": str(tmp_path / "absent.jpg"), "bytes": None})
         with pytest.raises(MediaError, match="cannot be read"):
             open_image({"path": str(tmp_path), "bytes": None})
-        with pytest.raises(MediaError, match="cannot be read"):
+        with pytest.raises(MediaError, match="entry with the keys 'path', 'bytes' has neither bytes nor a path"):
             open_image({"path": None, "bytes": None})
 
     def test_pipes_and_devices_are_not_waited_for(self, tmp_path):

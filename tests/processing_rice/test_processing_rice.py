@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
+from datasets import Image as DatasetsImage
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
 
@@ -204,6 +207,8 @@ def test_pillow_resizing_survives_saving(make_picture, processor, tmp_path):
 
 _LOAD_ELSEWHERE = """
 import sys, numpy as np, torch
+from datasets import Dataset
+from datasets import Image as DatasetsImage
 from PIL import Image
 from transformers import AutoProcessor
 processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
@@ -303,7 +308,7 @@ def test_files_in_any_form_and_pictures_that_were_opened(processor, make_picture
         ("shop/mug", "There is no image file shop/mug"),
         ("mug", "There is no image file mug"),
         ("http://127.0.0.1:9/mug.png", "The image file http://127.0.0.1:9/mug.png cannot be fetched"),
-        ({"path": None}, "The image file <bytes> cannot be read"),
+        ({"path": None}, "The image entry with the keys 'path' has neither bytes nor a path"),
         (3, "Image 0 must"),
         ([None], "Image 0 must"),
     ],
@@ -312,3 +317,33 @@ def test_what_names_no_picture(processor, images, message):
     with pytest.raises(ValueError, match=message) as error:
         processor(images=images)
     assert "\n" not in str(error.value)
+
+
+def test_images_in_any_sequence(processor, make_picture, tmp_path):
+    """The column of a data set or a table, an array of paths, an iterator: what texts may come in."""
+    pictures = [Image.fromarray(make_picture(seed=i)) for i in range(3)]
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for picture, path in zip(pictures, paths, strict=True):
+        picture.save(path)
+    expected = processor(images=pictures)["pixel_values"]
+    column = Dataset.from_dict({"image": pictures}).cast_column("image", DatasetsImage())["image"]
+    for images in (column, pd.Series(pictures), np.array([str(path) for path in paths]), iter(pictures)):
+        assert torch.equal(processor(images=images)["pixel_values"], expected)
+    with pytest.raises(ValueError, match="`images` is a set, which has no order; give a list"):
+        processor(images=set(paths))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"titles": []}, "`titles` is empty; give at least one text"),
+        ({"text": []}, "`text` is empty"),
+        ({"images": {"image": "a.png"}}, "entry with the keys 'image' has neither bytes nor a path"),
+        ({"images": np.full((4, 4, 3), np.nan), "do_rescale": False}, "Image 0 must hold finite numbers"),
+        ({"videos": [np.full((1, 4, 4, 3), np.inf)], "do_rescale": False}, "Clip 0, frame 0 must hold finite numbers"),
+    ],
+    ids=str,
+)
+def test_what_holds_nothing_is_named(processor, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        processor(**arguments)

@@ -237,15 +237,37 @@ def test_boxes_follow_the_size_of_the_call(processor, make_picture, settings, gr
         ({"images": 1, "size": -3}, "`size` must be at least 1 pixel, got -3"),
         ({"images": 1, "size": 0}, "`size` must be at least 1 pixel, got 0"),
         ({"images": 1, "size": {"height": 0, "width": 3}}, "`size` must be at least 1 pixel"),
-        ({"images": 1, "size": "a"}, "'size'"),
-        ({"images": 1, "do_resize": "no"}, "'do_resize'"),
+        ({"images": 1, "size": "a"}, "`size` must be of one of the types int, .*, got 'a'"),
+        ({"images": 1, "do_resize": "no"}, "`do_resize` must be of one of the types bool, None, got 'no'"),
         ({"images": 1, "device": "toaster"}, "`device` must name a device of torch, got 'toaster'"),
         ({"images": 1, "videos": 1, "fps": 2}, "`fps` is not possible"),
         ({"images": 1, "videos": 1, "do_pad": True}, "`do_pad` is not possible"),
         ({"videos": 1, "return_metadata": True}, "`return_metadata` is not possible"),
         ({"titles": 1, "return_overflowing_tokens": True}, "`return_overflowing_tokens` has no meaning"),
+        ({"images": 1, "image_std": 0.0}, "`image_std` must be finite and above 0, got 0.0"),
+        ({"images": 1, "image_std": [0.5, float("nan"), 0.5]}, "`image_std` must be finite and above 0, got"),
+        ({"images": 1, "image_mean": float("inf")}, "`image_mean` must be finite, got inf"),
+        ({"videos": 1, "rescale_factor": 0.0}, "`rescale_factor` must be finite and above 0, got 0.0"),
+        ({"images": 1, "resample": 2.0}, "`resample` must be one of .*, got 2.0"),
+        ({"images": 1, "input_data_format": "HWC"}, '`input_data_format` must be "channels_first" or "channels_last"'),
+        ({"images": 1, "size": {"width": 3}}, r"`size` must be a number of pixels, or name .*, got \{'width': 3\}"),
+        ({"images": 1, "size": {"longest_edge": 3}}, "`size` must be a number of pixels, or name"),
+        ({"images": 1, "images_kwargs": 5}, "`images_kwargs` must be a dictionary of settings, got 5"),
+        ({"images": 1, "common_kwargs": "size"}, "`common_kwargs` must be a dictionary of settings, got 'size'"),
+        ({"videos": 1, "fps": 0}, "`fps` is not possible"),
+        ({"videos": 1, "patch_size": 0}, "`patch_size` must be at least 1 pixel, got 0"),
+        ({"videos": 1, "box_iou_threshold": 2}, "`box_iou_threshold` must be in 0..1, got 2"),
+        ({"videos": 1, "box_iou_threshold": float("nan")}, "`box_iou_threshold` must be in 0..1, got nan"),
+        ({"videos": 1, "num_frames": "2"}, "`num_frames` must be of one of the types int, None, got '2'"),
+        (
+            {"titles": 1, "max_length": 2},
+            "`max_length` must be at least 3 tokens, since the tokenizer adds 2",
+        ),
+        ({"titles": 1, "max_length": 0, "add_special_tokens": False}, "`max_length` must be at least 1 tokens, got 0"),
+        ({"titles": 1, "pad_to_multiple_of": 0}, "`pad_to_multiple_of` must be at least 1 tokens, got 0"),
+        ({"titles": 1, "truncation": "only_second"}, '`truncation="only_second"` cuts nothing'),
         ({"titles": 1, "text_pair": "a"}, "`text_pair` has no meaning"),
-        ({"titles": 1, "max_length": "a"}, "'max_length'"),
+        ({"titles": 1, "max_length": "a"}, "`max_length` must be of one of the types int, None, got 'a'"),
     ],
     ids=str,
 )
@@ -254,6 +276,17 @@ def test_settings_without_effect_are_refused_by_name(processor, make_picture, se
     arguments = {name: stand_ins.get(name, value) for name, value in settings.items()}
     with pytest.raises(ValueError, match=message):
         processor(**arguments)
+
+
+def test_types_of_settings_are_told_in_one_sentence(processor, make_picture):
+    with pytest.raises(ValueError) as error:
+        processor(images=[make_picture()], size=3.5)
+    assert str(error.value) == (
+        "`size` must be of one of the types int, list[int], tuple[int, ...], dict[str, int], None, got 3.5."
+    )
+    boxes = [[[0, 0, 0.5, 0.5]]]
+    whole = processor(videos=[[make_picture()]], boxes=boxes, box_iou_threshold=0)
+    assert whole["patch_mask"].all()
 
 
 def test_settings_of_loading_act_on_everything(processor, make_picture, tmp_path):

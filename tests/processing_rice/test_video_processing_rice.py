@@ -301,7 +301,7 @@ def test_clips_may_be_listed_by_sample(video_processor, make_picture, tmp_path):
         (["ok"], {"boxes": [[None, None]]}, "Clip 0 has 1 frames but 2 entries in `boxes`"),
         (["ok"], {"num_frame": 3}, "Unknown argument 'num_frame'"),
         (["ok"], {"padding": "short"}, '`padding` must be "longest" or "max_length"'),
-        (["ok"], {"sampling": "random"}, "`mode` must be|`sampling` must be"),
+        (["ok"], {"sampling": "random"}, "`sampling` must be"),
         (["ok"], {"num_frames": 0}, "must be at least 1"),
         (["ok"], {"size": {"min_pixels": 32, "max_pixels": 64}}, "`size` must be"),
         (["ok"], {"size": -3}, "`size` must be"),
@@ -314,7 +314,7 @@ def test_clips_may_be_listed_by_sample(video_processor, make_picture, tmp_path):
         (["ok"], {"data_format": "channels_last"}, "`data_format` must be"),
         (["ok"], {"input_data_format": "last"}, "`input_data_format` must be"),
         (["ok"], {"do_convert_rgb": False}, "`do_convert_rgb=False` is not possible"),
-        (["ok"], {"num_frames": "four"}, "'num_frames'"),
+        (["ok"], {"num_frames": "four"}, "`num_frames` must be of one of the types int, None, got 'four'"),
         (["ok", "two"], {"padding": False}, "`padding=False` cannot put clips of 1 to 2 frames together"),
         (["ok", "wide"], {"size": {"shortest_edge": 8}}, "Frames come out as"),
         ([[np.zeros((4, 4), dtype=bool)]], {}, "bool"),
@@ -446,3 +446,21 @@ def test_the_processor_drops_frames_where_asked_to(make_picture):
         assert torch.equal(pixels[:length], whole[:length]) and not pixels[length:].any()
     kept = processor(clips, sampling="train_random_drop", do_sample_frames=False)
     assert kept["frame_mask"].all(), "frames that were chosen before stay"
+
+
+def test_boxes_in_arrays_and_what_is_no_list_of_boxes(make_picture):
+    processor = RiceVideoProcessor(size={"height": 32, "width": 32}, patch_size=8)
+    clips, boxes = [[make_picture(), make_picture()]] * 2, np.full((2, 2, 4), [0, 0, 0.5, 0.5])
+    expected = processor(clips, boxes=boxes.tolist(), return_tensors="pt")["patch_mask"]
+    assert expected.sum() < expected.numel()
+    for same in (boxes, torch.from_numpy(boxes), tuple(boxes)):
+        assert torch.equal(processor(clips, boxes=same, return_tensors="pt")["patch_mask"], expected)
+    for wrong, message in (
+        (5, "`boxes` is a int; give a list"),
+        ({0: [None], 1: [None]}, "`boxes` is a dict; give a list"),
+        ([5, None], "The entry of clip 0 in `boxes` is a int; give a list"),
+        ([[5, None], None], "Clip 0, frame 0: the box 5 is not left-top-right-bottom"),
+        ([[{}, None], None], "Clip 0, frame 0: the box {} is not left-top-right-bottom"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor(clips, boxes=wrong)
