@@ -58,7 +58,7 @@ def _follow(processor: "RiceProcessor", path: str, config: "RiceConfig", image_s
     if theirs is None and layout.takes_one_size:
         rule["size"] = SizeDict(height=layout.image_size[0], width=layout.image_size[1])
     if theirs is None and layout.image_mean is not None:
-        rule = {"image_mean": layout.image_mean, "image_std": layout.image_std}
+        rule |= {"image_mean": layout.image_mean, "image_std": layout.image_std}
     for part in (processor.image_processor, processor.video_processor):
         for name, value in rule.items():
             setattr(part, name, value)

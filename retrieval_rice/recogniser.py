@@ -44,7 +44,7 @@ class Recogniser:
         detector: With `detect(frames) -> boxes`: for each of a list of PIL pictures a box, left-top-right-bottom in
             0..1, or `None`. Needed by, and only by, `boxes="detector"`.
         rerank: Images per clip that are scored by matching or alignment; by default as many as the index was
-            calibrated with, else 100.
+            calibrated with, else 100. 0: clips are ranked by embedding alone.
 
     Raises:
         ValueError: for another `boxes`, a detector too few or too many, or a model that cannot take boxes.
@@ -72,7 +72,8 @@ class Recogniser:
         self.model, self.processor, self.index = model, processor, index
         self.boxes, self.detector = boxes, detector
         calibration = getattr(index, "calibration", None)
-        self.rerank = rerank or getattr(calibration, "rerank", None) or 100
+        calibrated = getattr(calibration, "rerank", None)
+        self.rerank = next((depth for depth in (rerank, calibrated) if depth is not None), 100)
 
     @property
     def num_frames(self) -> int:

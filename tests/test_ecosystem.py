@@ -1,4 +1,4 @@
-"""The blocks of docs/ecosystem.md, each run as it stands, and what they leave behind."""
+"""The blocks of docs/ecosystem.md, each run as it stands, and their results."""
 
 import importlib.util
 import json
@@ -92,12 +92,12 @@ def test_the_page_has_a_block_for_each_library():
 
 def test_generic_code(place, capsys):
     place()
-    names = run("Any code that knows models of transformers")
+    names = run("Any code for transformers models")
     assert names["images"]["pixel_values"].shape == (1, 3, 32, 32)
     assert capsys.readouterr().out == "16\ntorch.Size([1, 16]) torch.Size([1, 16])\n"
 
 
-@pytest.mark.parametrize("title", ["transformers' Trainer", "A loop of one's own, with accelerate"])
+@pytest.mark.parametrize("title", ["transformers' Trainer", "Your own training loop, with accelerate"])
 def test_training(place, title):
     root = place()
     run(title)

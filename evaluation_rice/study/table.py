@@ -1,7 +1,7 @@
 """
 One Markdown table of many results: recall with intervals, and what each method costs.
 
-    python -m evaluation_rice.study.table runs/demo "SEAM-style=runs/baselines_mini/seam_style" runs/baselines/clip
+    python -m evaluation_rice.study.table runs/demo runs/baselines/clip runs/baselines/color_histogram
 
 Each argument is a folder with the results.json of eval_rice.py, or an arm of a study (`ARM/seed0/eval/results.json`,
 ...), whose seeds become one row; `TITLE=FOLDER` names the row, and is listed as not run where there is no result yet.

@@ -145,6 +145,13 @@ def test_the_time_line_of_a_video_is_exactly_right(tmp_path):
     assert set(tool.index.searches) == {("room", 5, 7)}
 
 
+@pytest.mark.parametrize(("given", "used"), [(None, 7), (3, 3), (0, 0)])
+def test_as_many_images_are_scored_as_is_said(given, used):
+    tool = recogniser(rerank=given)
+    tool.recognise([picture("red")])
+    assert tool.index.searches == [(None, 10, used)]
+
+
 def test_a_folder_is_a_stream_too(tmp_path):
     for i, colour in enumerate(["red"] * 6 + ["blue"] * 6):
         picture(colour).save(tmp_path / f"{i}.png")

@@ -180,7 +180,7 @@ def command(collator, shop, tmp_path, monkeypatch):
 
     def view_of(name, view, split="train", data_dir=None, cache_dir=None):
         call.caches.append(cache_dir)
-        return getattr(shop, view)
+        return shop.queries if view == "query" else getattr(shop, view)
 
     call.caches = []
     return call
