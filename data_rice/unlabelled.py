@@ -57,7 +57,9 @@ def shop_pictures(folder: str | os.PathLike, limit: int) -> Unlabelled:
     return Unlabelled([rows[i] for i in kept], _counted(len(kept), len(rows), "picture"), note)
 
 
-def clip_frames(folder: str | os.PathLike, split: str, limit: int) -> Unlabelled:
+def clip_frames(
+    folder: str | os.PathLike, split: str, limit: int, shop: str | os.PathLike | None = None
+) -> Unlabelled:
     """The frames of clips, whatever the clips show.
 
     Args:
@@ -65,6 +67,7 @@ def clip_frames(folder: str | os.PathLike, split: str, limit: int) -> Unlabelled
             else; in the layout of another data set; or of pictures and videos, those in folders below included.
         split: "train", "validation" or "test", where the folder has splits.
         limit: frames at most, evenly spread.
+        shop: folder whose pictures, lying in a folder of pictures and videos, are no frames.
 
     Raises:
         FileNotFoundError: there is no such folder, no clip file of the split, or no frame.
@@ -83,7 +86,7 @@ def clip_frames(folder: str | os.PathLike, split: str, limit: int) -> Unlabelled
         videos = [row for row in rows if row["video"]]
         frames = [frame for row in rows if not row["video"] for frame in row["frames"]]
     else:
-        frames, videos, note = _found(folder)
+        frames, videos, note = _found(folder, shop)
     return _thinned(frames, videos, folder, limit, note)
 
 
@@ -123,8 +126,8 @@ def _listed(folder: str, name: str) -> tuple[list[dict], list[dict]]:
     )
 
 
-def _found(folder: str) -> tuple[list[dict], list[dict], str]:
-    """Pictures and videos that lie in a folder."""
+def _found(folder: str, shop: str | os.PathLike | None) -> tuple[list[dict], list[dict], str]:
+    """Pictures and videos that lie in a folder, the shop's pictures left out where the shop lies there too."""
     listing = list_pictures(folder, below=True)
     others = listing.left_out.pop(NOT_A_PICTURE, [])
     videos = [name for name in others if is_video_name(name) and osp.isfile(osp.join(folder, name))]
@@ -134,11 +137,23 @@ def _found(folder: str) -> tuple[list[dict], list[dict], str]:
     if rest:
         listing.left_out["no suffix of a picture or video"] = rest
     paths = [osp.join(folder, name) for name in sorted(videos, key=natural_key)]
+    pictures = listing.pictures
+    if shop is not None and _contains(folder, shop):
+        pictures = [path for path in pictures if not _contains(shop, path)]
+        if len(pictures) < len(listing.pictures):
+            kept = set(pictures)
+            own = [osp.relpath(path, folder) for path in listing.pictures if path not in kept]
+            listing.left_out["a picture of the shop, no frame"] = own
     return (
-        [{"path": path} for path in listing.pictures],
+        [{"path": path} for path in pictures],
         [{"video": path, "start": -1.0, "end": -1.0} for path in paths],
         listing.note(),
     )
+
+
+def _contains(folder: str | os.PathLike, path: str | os.PathLike) -> bool:
+    folder = osp.realpath(folder)
+    return osp.commonpath([folder, osp.realpath(path)]) == folder
 
 
 def _thinned(frames: list[dict], videos: list[dict], folder: str, limit: int, note: str) -> Unlabelled:
@@ -161,8 +176,8 @@ def _thinned(frames: list[dict], videos: list[dict], folder: str, limit: int, no
 
 
 def _counted(kept: int, total: int, what: str) -> str:
-    plural = what + "s" * (kept != 1)
-    return f"{kept:,} {plural}" if kept == total else f"{kept:,} {plural} of {total:,}, evenly spread"
+    plural = what + "s" * (total != 1)
+    return f"{total:,} {plural}" if kept == total else f"{kept:,} of {total:,} {plural} (evenly spread)"
 
 
 def spread(total: int, limit: int) -> list[int]:

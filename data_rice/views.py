@@ -109,6 +109,8 @@ def load_dataset_view(
     if split not in ("train", "validation", "test"):
         raise ValueError(f"There is no split {split!r}; choose one of train, validation, test.")
     given = {name: value for name, value in builder_options.items() if value is not None}
+    if cache_dir is not None and os.path.exists(cache_dir) and not os.path.isdir(cache_dir):
+        raise ValueError(f"cache_dir {cache_dir} is a file; name a folder.")
     prepared = prepared_folder(dataset, data_dir)
     if prepared is not None:
         rows = load_prepared(prepared, view, split, cache_dir, given)

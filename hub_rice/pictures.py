@@ -1,6 +1,7 @@
 """Pictures as an encoder was trained on them: what its image processor does, done by both of RICE's."""
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,8 @@ _LEVIT_RATIO = 256 / 224
 _CONVNEXT_WHOLE = 384
 # Mean difference of normalised pixels between two ways to resize.
 _SAME_PIXELS = 0.05
+# Which of the two holds an image processor.
+_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def follow_encoder(
@@ -30,21 +33,44 @@ def follow_encoder(
 
     Returns:
         One sentence that says what had to be assumed, or `None`.
+
+    Raises:
+        ValueError: the encoder's image processor is damaged.
     """
+    from data_rice.parsing import read_json_object
+
+    from .settings import usable
+
+    for file in (Path(path, name) for name in _FILES):
+        if file.is_file():
+            # Of a damaged file transformers says the same as of none.
+            read_json_object(file)
+    with usable(path, " or ".join(_FILES)):
+        return _follow(processor, path, config, image_size)
+
+
+def _follow(processor: "RiceProcessor", path: str, config: "RiceConfig", image_size: int | None) -> str | None:
+    from transformers.image_utils import SizeDict
+
     theirs = _image_processor(path)
     rule = {} if theirs is None else _rule(theirs)
     layout = config.layout
+    if theirs is None and layout.takes_one_size:
+        rule["size"] = SizeDict(height=layout.image_size[0], width=layout.image_size[1])
     if theirs is None and layout.image_mean is not None:
-        rule = {"image_mean": layout.image_mean, "image_std": layout.image_std}
+        rule |= {"image_mean": layout.image_mean, "image_std": layout.image_std}
     for part in (processor.image_processor, processor.video_processor):
         for name, value in rule.items():
             setattr(part, name, value)
     side = image_size or (layout.image_size[0] if layout.takes_one_size else None)
     resize_to(processor, config, side)
     if theirs is None:
-        side = output_side(processor)
-        normalised = "" if rule else ", and normalised as CLIP's"
-        return f"{path} has no image processor: pictures are stretched to {side} x {side} pixels{normalised}."
+        size = processor.image_processor.size
+        normalised = "" if "image_mean" in rule else ", and normalised as CLIP's"
+        return (
+            f"{path} has no image processor: pictures are stretched to {size['height']} x {size['width']} "
+            f"pixels{normalised}."
+        )
     if image_size is None and not _is_same(theirs, processor.image_processor):
         return (
             f"{path}: its {type(theirs).__name__} does something to pictures that this one does not; size, mean and "

@@ -11,7 +11,8 @@ helps more than anything else. The result ranks by embedding and alignment, fuse
 import argparse
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,9 @@ def run(options: argparse.Namespace) -> None:
     with new_folder(options.output) as folder:
         shop, clips = shop_pictures(options.shop, options.max_pictures), None
         if options.clips is not None:
-            clips = clip_frames(options.clips, _SPLITS[options.clips_split or "train"], options.max_pictures)
+            clips = clip_frames(
+                options.clips, _SPLITS[options.clips_split or "train"], options.max_pictures, options.shop
+            )
         model, processor = untrained_model(options.encoder, keep_decoder=options.keep_decoder, **_settings(options))
         frames = f" and {clips.words} of {options.clips}" if clips else ""
         print(f"Statistics of {shop.words} of {options.shop}{frames}.", flush=True)
@@ -85,7 +88,8 @@ def run(options: argparse.Namespace) -> None:
     patches, rank = model.config.patch_layout.num_patches, model.alignment.patch_projection.shape[1]
     print(
         f"Wrote {options.output}: ranks by embedding ({model.config.projection_dim} numbers an image) and by the "
-        f"alignment of {patches} patches ({2 * patches * rank:,} bytes an image)."
+        f"alignment of {patches} patches ({2 * patches * rank:,} bytes an image).\n"
+        f"Next: rice index {options.shop} --model {options.output} --output INDEX"
     )
 
 
@@ -159,7 +163,8 @@ def _on_checkpoint(model, processor, keep_decoder: bool, settings: dict) -> tupl
     elif "vision_feature_layer" in settings:
         raise ValueError("--vision_feature_layer: a decoder that is kept was trained on its own layer; leave it out.")
     result = RiceModel(RiceConfig.from_dict(former | chosen))
-    own = result.state_dict()
+    # The alignment's statistics are taken anew, and in other shapes where settings say so.
+    own = {name for name in result.state_dict() if not name.startswith("alignment.")}
     result.load_state_dict({name: value for name, value in model.state_dict().items() if name in own}, strict=False)
     # Masks are on the grid of the patches that are chosen.
     processor.video_processor.patch_size = result.config.mask_patch_size_at(output_side(processor))
@@ -277,12 +282,13 @@ def fit(
     failures: list[list[dict]] = [[], []]
     loading = (num_workers, quiet)
     images = _batches(shop.rows, batch_size, collator.collate_gallery, "pictures", failures[0], *loading)
-    frames: Iterator[Tensor] = iter(())
-    if clips is not None:
-        # A row is up to 32 frames.
-        frames = _batches(clips.rows, 1, collator.collate_queries, "frames", failures[1], *loading)
-        frames = (part for batch in frames for part in batch.split(batch_size))
-    notes = [model.fit_alignment(images, frames)]
+    # A row is up to 32 frames.
+    rows = None if clips is None else clips.rows
+    frames = _batches(rows, 1, collator.collate_queries, "frames", failures[1], *loading)
+    # Closed, so that no bar stands in the line of an error.
+    with closing(images), closing(frames):
+        parts = (part for batch in frames for part in batch.split(batch_size))
+        notes = [model.fit_alignment(images, parts)]
     for source, failed, what in ((shop, failures[0], "the shop's pictures"), (clips, failures[1], "the frames")):
         if source is not None:
             notes += [_not_read(failed, what), source.note]
@@ -290,14 +296,22 @@ def fit(
 
 
 def _batches(
-    rows: Sequence[dict], batch_size: int, collate: Callable, title: str, failures: list[dict], num_workers, quiet
-) -> Iterator["Tensor"]:
-    """Pixels `(n, 3, H, W)` of rows; raises `ValueError` where none of all can be read."""
+    rows: Sequence[dict] | None,
+    batch_size: int,
+    collate: Callable,
+    title: str,
+    failures: list[dict],
+    num_workers: int,
+    quiet: bool,
+) -> Generator["Tensor"]:
+    """Pixels `(n, 3, H, W)` of rows, if any are asked for; raises `ValueError` where none of all can be read."""
     from torch.utils.data import DataLoader
     from tqdm.auto import tqdm
 
     from data_rice.collator import failure_words
 
+    if rows is None:
+        return
     loader = DataLoader(list(rows), batch_size, shuffle=False, num_workers=num_workers, collate_fn=collate)
     some = False
     for inputs, _, failed in tqdm(loader, desc=title, unit="batch", disable=quiet):

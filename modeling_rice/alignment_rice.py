@@ -80,7 +80,7 @@ class RiceAlignment(nn.Module):
             return "One picture has no statistics: embeddings are not centred, and patches are not whitened."
         if images.count < 2 or frames.count < 2:
             # Both views less the mean of one would move apart.
-            return "Embeddings are not centred, which takes two pictures and two frames."
+            return "Embeddings are not centred, which takes two pictures and two frames of clips."
         self.image_mean.copy_(images.mean())
         self.video_mean.copy_(frames.mean())
         return None

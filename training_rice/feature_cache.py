@@ -5,9 +5,11 @@ import hashlib
 import io
 import json
 import logging
+import pickle
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from data_rice.files import replacing, write_atomically
+from data_rice.parsing import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +84,10 @@ class FeatureCache:
         """How the nearest of the other caches of such rows differs, if one has the same rows or the same encoder."""
         reasons = []
         for path in sorted(self.folder.parent.glob(f"{self.kind}-*/{ABOUT_FILE}")):
-            other = json.loads(path.read_text(encoding="utf-8"))
+            other: Mapping[str, Any] = {}
+            # One that is damaged explains nothing.
+            with suppress(ValueError, OSError):
+                other = read_json_object(path)
             differing = [name for name in self.about if other.get(name) != self.about[name]]
             if path.parent != self.folder and not {"rows", "encoder"} <= set(differing):
                 reasons.append((len(differing), f"{path.parent} was made with another {', another '.join(differing)}"))
@@ -95,8 +101,7 @@ class FeatureCache:
             OSError: when it cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / ABOUT_FILE).is_file():
-            write_atomically(self.folder / ABOUT_FILE, json.dumps(self.about, indent=2) + "\n")
+        write_atomically(self.folder / ABOUT_FILE, json.dumps(self.about, indent=2) + "\n")
 
     def write(self, view: int, block: int, rows: Sequence[CachedRow]) -> None:
         """
@@ -151,8 +156,23 @@ class FeatureCache:
             if not zipfile.is_zipfile(path):
                 return None
             try:
-                self._blocks[view, block] = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-            except (RuntimeError, OSError, ValueError, EOFError) as error:
+                content = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+            except (RuntimeError, OSError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
                 logger.warning("%s is damaged (%s).", path, " ".join(str(error).split()))
                 return None
+            if not _is_block(content, len(self.rows_of(block))):
+                logger.warning("%s is damaged (it does not hold the rows of its block).", path)
+                return None
+            self._blocks[view, block] = content
         return self._blocks[view, block]
+
+
+def _is_block(content: Any, num_rows: int) -> bool:
+    """Whether it is what `FeatureCache.write` writes of so many rows."""
+    if not isinstance(content, dict) or not {"starts", "states", "failures"} <= content.keys():
+        return False
+    starts, states, mask = content["starts"], content["states"], content.get("patch_mask")
+    if not (torch.is_tensor(starts) and torch.is_tensor(states) and starts.shape == (num_rows + 1,)):
+        return False
+    ends_there = starts[0] == 0 and starts[-1] == len(states) and bool((starts.diff() >= 0).all())
+    return ends_there and len(content["failures"]) == num_rows and (mask is None or len(mask) == len(states))

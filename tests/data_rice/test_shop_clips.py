@@ -253,3 +253,9 @@ def test_real_photographs(tmp_path, groceries_dir):
     assert (len(queries), len(gallery)) == (289, 81)
     with Image.open(queries[0]["frames"][0]["path"]) as frame:
         assert min(frame.size) <= 160
+
+
+def test_a_cache_that_is_a_file_is_named(shop, tmp_path):
+    (tmp_path / "cache").write_text("x")
+    with pytest.raises(ValueError, match=r"cache_dir .*cache is a file; name a folder\."):
+        load_dataset_view(shop.root, "gallery", "test", cache_dir=tmp_path / "cache")

@@ -121,8 +121,8 @@ def test_of_many_an_evenly_spread_part_is_taken(save):
     folder = save(*(f"{i:02}.jpg" for i in range(40)))
     clips = clip_frames(folder, "train", 10)
     assert paths(clips.rows) == [f"{i:02}.jpg" for i in range(0, 40, 4)]
-    assert clips.words == "10 frames of 40, evenly spread"
-    assert shop_pictures(folder, 1).words == "1 picture of 40, evenly spread"
+    assert clips.words == "10 of 40 frames (evenly spread)"
+    assert shop_pictures(folder, 1).words == "1 of 40 pictures (evenly spread)"
     for total, limit in ((7, 3), (100, 99), (5, 5), (2, 9)):
         kept = np.array(spread(total, limit))
         assert len(kept) == min(total, limit) and (np.diff(kept) > 0).all() and kept.max() < total

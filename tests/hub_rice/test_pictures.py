@@ -103,6 +103,23 @@ def test_what_an_encoder_does_not_say_is_told(follow):
     assert processor(images=[picture()])["pixel_values"].shape[-2:] == (64, 64)
 
 
+@pytest.mark.parametrize("content", ['{"size": ', "[1]", '{"size": "x"}', '{"size": {"height": -3, "width": 4}}'])
+def test_a_damaged_file_is_not_taken_for_none(follow, tmp_path, content):
+    """transformers says the same of a file that is damaged as of one that is missing."""
+    content = content.replace('{"size', '{"image_processor_type": "ViTImageProcessor", "size')
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json.*(restore the file|save it again)\."):
+        follow()
+
+
+def test_pictures_have_the_shape_that_an_encoder_was_made_for(follow):
+    shape = {"model_type": "vit", **TOKENS, "image_size": [32, 64]}
+    processor, assumed = follow(shape)
+    assert "pictures are stretched to 32 x 64 pixels" in assumed
+    inputs = processor(images=[picture()], videos=[[picture()]])
+    assert inputs["pixel_values"].shape[-2:] == inputs["pixel_values_videos"].shape[-2:] == (32, 64)
+
+
 def test_what_cannot_be_followed_is_told(follow):
     _, assumed = follow(files=transformers.MobileViTImageProcessor(**SIDE))
     assert "MobileViTImageProcessor does something to pictures that this one does not" in assumed

@@ -105,7 +105,7 @@ def test_labels_and_clips_beside_the_shop_change_nothing(encoder, shop, tmp_path
 
 def test_without_clips_nothing_is_centred_and_it_is_said(encoder, shop, tmp_path, capsys):
     run(encoder, "--shop", shop, "--output", tmp_path / "model")
-    assert "Embeddings are not centred, which takes two pictures and two frames." in capsys.readouterr().out
+    assert "Embeddings are not centred, which takes two pictures and two frames of clips." in capsys.readouterr().out
     model = AutoModel.from_pretrained(tmp_path / "model")
     assert not model.alignment.image_mean.any() and model.alignment.patch_mean.any()
 
@@ -163,6 +163,24 @@ def test_a_trained_checkpoint_gets_an_alignment(trained, shop, tmp_path):
     # Statistics are taken anew, and the same pictures give the same.
     run(tmp_path / "bare", "--shop", shop, "--clips", shop, "--output", tmp_path / "again")
     assert AutoModel.from_pretrained(tmp_path / "again").fingerprint() == bare.fingerprint()
+
+
+@pytest.mark.parametrize("setting", [("--alignment_rank", 4), ("--vision_feature_layer", 0)])
+def test_statistics_of_a_checkpoint_take_another_shape(encoder, shop, tmp_path, setting):
+    run(encoder, "--shop", shop, "--output", tmp_path / "first")
+    run(tmp_path / "first", "--shop", shop, "--output", tmp_path / "second", *setting)
+    run(encoder, "--shop", shop, "--output", tmp_path / "at_once", *setting)
+    models = [RiceModel.from_pretrained(tmp_path / name).state_dict() for name in ("second", "at_once")]
+    assert models[0].keys() == models[1].keys()
+    for name, value in models[0].items():
+        torch.testing.assert_close(value, models[1][name])
+
+
+def test_the_shops_own_pictures_are_no_frames(encoder, shop, tmp_path, capsys):
+    pictures = shop / "g"
+    sentence = refusal(capsys, encoder, "--shop", pictures, "--clips", pictures, "--output", tmp_path / "m")
+    assert "holds no frame of a clip" in sentence and "6 entries were left out" in sentence
+    assert "a picture of the shop, no frame" in sentence
 
 
 def test_a_class_token_is_the_global_feature(shop, tmp_path):

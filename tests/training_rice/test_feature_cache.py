@@ -52,6 +52,21 @@ class TestBlocks:
         with pytest.raises(ValueError, match="view-0-block-000000.pt is missing or damaged; start the run again"):
             cache.read(0, 0)
 
+    @pytest.mark.parametrize("change", ["other", "fewer", "unlisted"])
+    def test_what_is_no_block_of_these_rows_is_missing(self, tmp_path, change):
+        """Another file under its name, a block with fewer pictures than its rows have, one without their failures."""
+        make(tmp_path).write(0, 0, [row(1), row(2)])
+        file = next(tmp_path.glob("clips-*/view-*.pt"))
+        content = torch.load(file)
+        if change == "other":
+            content = {"weights": content["states"]}
+        elif change == "fewer":
+            content["states"] = content["states"][:1]
+        else:
+            content["failures"] = content["failures"][:1]
+        torch.save(content, file)
+        assert make(tmp_path).missing(0) == [0, 1]
+
     @pytest.mark.parametrize("kept", [0, 10, 0.5, 0.99])
     def test_a_cut_block_is_missing(self, tmp_path, kept):
         make(tmp_path).write(0, 0, [row(1), row(2)])
@@ -92,3 +107,10 @@ class TestNames:
         other = make(tmp_path, precision="fp16", frames=3, encoder="z")
         assert other.why_others_do_not_fit() == f"{first.folder} was made with another encoder"
         assert make(tmp_path, encoder="y", rows="y").why_others_do_not_fit() is None
+
+
+@pytest.mark.parametrize("content", ["", '{"rows":', "[1]"])
+def test_a_damaged_description_of_another_cache_explains_nothing(tmp_path, content):
+    other = make(tmp_path, frames=9)
+    (other.folder / "about.json").write_text(content)
+    assert make(tmp_path, frames=5).why_others_do_not_fit() is None
