@@ -283,6 +283,8 @@ def test_grids_that_shrink_on_the_way_take_pictures_of_any_size():
     ],
 )
 def test_what_cannot_work_is_refused_in_one_sentence(name, settings, reason):
+    if name == "pe_video_encoder":
+        pytest.importorskip("timm")
     sentence = rf"^The vision model '{name}' cannot be RICE's encoder \(.*{reason}.*\); choose another\.$"
     config = AutoConfig.for_model(name, **settings)
     with pytest.raises(ValueError, match=sentence):
