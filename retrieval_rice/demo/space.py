@@ -19,7 +19,7 @@ PACKAGES = ("modeling_rice", "processing_rice", "data_rice", "hub_rice", "evalua
 # What setup.cfg requires, and PyAV for uploaded videos; Gradio is named by the README's metadata.
 REQUIREMENTS = (
     *("transformers>=5.17,<6", "datasets>=5.0", "accelerate>=1.15,<2", "safetensors>=0.8", "huggingface_hub>=1.33"),
-    *("torch>=2.11", "torchvision>=0.26", "evaluate>=0.4.6", "sentencepiece>=0.2", "av>=17", "lancedb>=0.40"),
+    *("torch>=2.11", "torchvision>=0.26", "evaluate>=0.4.6", "sentencepiece>=0.2", "av>=17.1", "lancedb>=0.40"),
 )
 MODEL_FILES = ("*.json", "*.safetensors", "*.py", "*.model", "*.txt")
 _FRAMES = 16
