@@ -82,7 +82,7 @@ def clip_frames(
             raise FileNotFoundError(f"{folder} has no {wanted}; {there}.")
         frames, videos = _listed(folder, wanted)
     elif _is_data_set(folder):
-        rows = load_dataset_view(folder, "queries" if split == "test" else "pairs", split)
+        rows = load_dataset_view(folder, "query" if split == "test" else "pairs", split)
         videos = [row for row in rows if row["video"]]
         frames = [frame for row in rows if not row["video"] for frame in row["frames"]]
     else:

@@ -14,6 +14,11 @@ from data_rice.parsing import file_sha256, read_json_object
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+def may_be_hub_id(path: str) -> bool:
+    """Whether a name has the form of a Hub id, such as "someone/rice", and not of a path."""
+    return path.count("/") == 1 and not path.startswith((".", "/", "~"))
+
+
 def check_checkpoint(path: str | os.PathLike, made_by: str = "train_rice.py") -> None:
     """Refuses a folder that is no whole checkpoint; a name that is no folder is left to the Hub.
 
@@ -30,7 +35,7 @@ def check_checkpoint(path: str | os.PathLike, made_by: str = "train_rice.py") ->
     if not folder.is_dir():
         if folder.exists():
             raise ValueError(f"{path} is a file: name the folder that holds config.json and the weights.")
-        if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        if not may_be_hub_id(path):
             raise FileNotFoundError(f"there is no checkpoint folder {path}: train one with {made_by}.")
         return
     if not (folder / "config.json").is_file():

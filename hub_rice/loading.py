@@ -112,7 +112,7 @@ def load_encoder(path: str):
 
     from modeling_rice.encoders_rice import encoder_class
 
-    from .checkpoint import check_checkpoint
+    from .checkpoint import check_checkpoint, may_be_hub_id
     from .encoders import ENCODERS
     from .settings import Refusal, usable
 
@@ -121,7 +121,7 @@ def load_encoder(path: str):
             f"there is no folder {path}: write that encoder with `rice encoder {path} --output {path}` "
             f"(pip install 'rice-retrieval[encoder]')."
         )
-    if not os.path.exists(path) and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
+    if not os.path.exists(path) and not may_be_hub_id(path):
         raise FileNotFoundError(
             f"there is no encoder folder {path}: write one with `rice encoder NAME --output DIR`, or name a Hub id."
         )

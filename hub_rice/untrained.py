@@ -134,12 +134,13 @@ def untrained_model(
 
     from data_rice.parsing import read_json_object
 
+    from .checkpoint import may_be_hub_id
     from .loading import load_model
     from .repository import hub_errors
 
     config = Path(encoder, "config.json")
     with hub_errors(encoder):
-        if not os.path.exists(encoder) and encoder.count("/") == 1 and not encoder.startswith((".", "/", "~")):
+        if not os.path.exists(encoder) and may_be_hub_id(encoder):
             config = Path(hf_hub_download(encoder, "config.json"))
         if config.is_file() and read_json_object(config).get("model_type") == "rice":
             return _on_checkpoint(*load_model(encoder, "cpu"), keep_decoder, settings)

@@ -21,8 +21,8 @@ _ANY_SIZE = 224
 _MOST_PREFIX_TOKENS = 2
 # Parameters of an encoder that is built with numbers only to be looked at, where the meta device does not do.
 _LARGEST_BUILT = 500_000_000
-# Fields of a config that say where its weights come from and how they are kept.
-_NO_LAYOUT = ("_name_or_path", "architectures", "dtype", "transformers_version")
+# Fields of a config that say where its weights come from and how they are kept, and nothing of what it does.
+ORIGIN_FIELDS = ("_name_or_path", "architectures", "dtype", "transformers_version")
 # Pixels that a patch stands for at most, where patches are matched with each other: a 14 x 14 grid of 224 pixels.
 _FINE_STRIDE = 16
 
@@ -201,7 +201,7 @@ def find_layout(config: PreTrainedConfig) -> EncoderLayout:
     Raises:
         ValueError: when the encoder cannot be built, does not take pictures, or gives no grid of patches.
     """
-    settings = {name: value for name, value in config.to_dict().items() if name not in _NO_LAYOUT}
+    settings = {name: value for name, value in config.to_dict().items() if name not in ORIGIN_FIELDS}
     return _find_layout(json.dumps(settings, sort_keys=True, default=str))
 
 

@@ -32,6 +32,12 @@ BOXES = ("none", "detector", "ground_truth")
 _FRAMES_AT_ONCE = 32
 
 
+def candidates_of(index: Any) -> int:
+    """Images per clip that are scored in pairs with it: as many as the index was calibrated with, else 100."""
+    calibrated = getattr(getattr(index, "calibration", None), "rerank", None)
+    return 100 if calibrated is None else calibrated
+
+
 class Recogniser:
     """
     Args:
@@ -71,9 +77,7 @@ class Recogniser:
             )
         self.model, self.processor, self.index = model, processor, index
         self.boxes, self.detector = boxes, detector
-        calibration = getattr(index, "calibration", None)
-        calibrated = getattr(calibration, "rerank", None)
-        self.rerank = next((depth for depth in (rerank, calibrated) if depth is not None), 100)
+        self.rerank = candidates_of(index) if rerank is None else rerank
 
     @property
     def num_frames(self) -> int:

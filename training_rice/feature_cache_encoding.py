@@ -17,6 +17,7 @@ from data_rice.collator import Failure, RiceCollator
 from data_rice.decoding import normalize_pixels
 from evaluation_rice.retrieval import Loading
 from modeling_rice import RiceModel
+from modeling_rice.encoders_rice import ORIGIN_FIELDS
 
 from .arguments import DataArguments, RiceTrainingArguments
 from .feature_cache import CachedRow, FeatureCache
@@ -31,8 +32,6 @@ logger = logging.getLogger(__name__)
 _ROWS = 8
 # Pictures that go through the encoder at a time. On a CPU few, whose intermediate results stay in its caches.
 _PICTURES, _PICTURES_ON_CPU = 128, 8
-# Fields of an encoder's config that say where it came from, and nothing of what it does.
-_ORIGIN = ("_name_or_path", "architectures", "dtype", "transformers_version")
 _DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -136,7 +135,7 @@ class _Encoder:
         self.model, self.training = model.to(training.device), training
         config = model.config
         self.precision = training.cached_precision
-        vision = {name: value for name, value in config.vision_config.to_dict().items() if name not in _ORIGIN}
+        vision = {name: value for name, value in config.vision_config.to_dict().items() if name not in ORIGIN_FIELDS}
         settings = [vision, config.feature_pooling, config.vision_feature_layer, config.patch_mask_pooling]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, tensor in model.vision_model.state_dict().items():

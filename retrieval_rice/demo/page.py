@@ -18,6 +18,7 @@ from processing_rice import open_image, sample_frame_indices
 from processing_rice.video_media_rice import sample_video
 
 from ..index import Answer, GalleryIndex, Hit
+from ..recogniser import candidates_of
 from ..stream.speech import Word, join_words, phrases
 from ..stream.speech_models import words_of
 from ..uploads import Upload, UploadError, UploadLimits, read_upload
@@ -220,8 +221,7 @@ class Demo:
         return Recognition(clip, row, live_id, boxes, answer, encode_ms, detect_ms, silent)
 
     def _search(self, clips: Any, live_id: str) -> Answer:
-        depth = getattr(self.index.calibration, "rerank", None) or 100
-        return self.index.search(clips, live_id or None, top_k=TOP_K, rerank=depth)[0]
+        return self.index.search(clips, live_id or None, top_k=TOP_K, rerank=candidates_of(self.index))[0]
 
     def with_boxes(self, row: dict, source: str) -> dict:
         """A query row with the boxes of one of `boxes`; the detector looks at the frames that the model looks at."""
