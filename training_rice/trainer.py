@@ -21,6 +21,7 @@ from hub_rice.publishing import PublishingTrainer
 from modeling_rice import RiceModel
 from modeling_rice.modeling_rice import RiceOutput
 
+from .alignment import fit_alignment
 from .arguments import RiceTrainingArguments
 from .monitor import StepClock, in_batch_accuracy, peak_memory_gb
 from .negatives import NegativesTrainer
@@ -226,6 +227,17 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def fit_alignment(self) -> None:
+        """Takes the alignment's statistics anew, of a model that has one; its validation does it too."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if model.alignment is not None:
+            fit_alignment(model, self.train_dataset, self.data_collator, self._loading())
+
+    def _loading(self) -> Loading:
+        """How rows are read outside of training steps."""
+        loading = Loading(self.args.per_device_eval_batch_size, self.args.dataloader_num_workers, quiet=True)
+        return replace(loading, worker_init=partial(outlive_signals, None)) if self.args.save_on_signal else loading
+
     def _validate(self, prefix: str) -> dict[str, float]:
         model: Any = self.accelerator.unwrap_model(self.model)
         queries, gallery, scope = self.eval_views
@@ -233,9 +245,8 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         if limit is not None and limit < len(queries):
             queries = queries.select([i * len(queries) // limit for i in range(limit)])
         task = RetrievalTask.from_datasets(queries, gallery, scope)
-        loading = Loading(self.args.per_device_eval_batch_size, self.args.dataloader_num_workers, quiet=True)
-        if self.args.save_on_signal:
-            loading = replace(loading, worker_init=partial(outlive_signals, None))
+        self.fit_alignment()
+        loading = self._loading()
         scores, weight, failures = validate_together(model, self.eval_collator, task, queries, gallery, loading)
         metrics = {}
         if failures:
