@@ -31,6 +31,7 @@ from .optimizer import (
     layer_factors,
     parameter_groups,
     published_parameter_groups,
+    unfreeze_last_stage,
     warmup_cosine,
 )
 from .resumable import ResumableTrainer
@@ -88,7 +89,10 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
             **kwargs,
         )
         self.add_callback(self.clock)
-        self._frozen = freeze(model, ["vision_model"] * args.freeze_vision + args.freeze)
+        self._frozen = freeze(model, ["vision_model"] * args.freeze_vision)
+        if args.unfreeze_last_stage:
+            self._unfrozen = unfreeze_last_stage(model, freeze(model, args.freeze))
+        self._frozen += freeze(model, args.freeze)
         if self.memory_queue is not None:
             self.stateful["memory_queue"] = self.memory_queue
 
@@ -164,9 +168,7 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         return normalize_pixels(super()._prepare_inputs(inputs), self.processing_class)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        for module in self._frozen:
-            # Trainer puts the whole model in training mode, where batch norms go on moving and dropout goes on.
-            module.eval()
+        self._keep_frozen()
         output = model(**inputs, return_loss=True)
         self._record(output, inputs.get("product_ids"))
         return (output.loss, output) if return_outputs else output.loss
