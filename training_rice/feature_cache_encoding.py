@@ -53,8 +53,8 @@ def check_caching(data: DataArguments, training: RiceTrainingArguments, model: R
         ),
         (
             data.use_boxes and training.unfreeze_last_stage and not model.config.patch_mask_pooling,
-            "use_boxes masks patches inside the encoder, whose last stage alone runs with unfreeze_last_stage, so that "
-            "both need model.patch_mask_pooling true",
+            "use_boxes masks patches inside the encoder, of which unfreeze_last_stage runs the last stage alone; both "
+            "need model.patch_mask_pooling true",
         ),
     )
     for wrong, reason in refusals:

@@ -223,8 +223,8 @@ def freeze(model: nn.Module, prefixes: Iterable[str]) -> list[nn.Module]:
 
 def unfreeze_last_stage(model: RiceModel, frozen: Iterable[nn.Module] = ()) -> list[nn.Module]:
     """
-    Trains the last stage of an encoder that is frozen. Its batch norms go on with the statistics that they have: images
-    and clips pass through it one after the other, and statistics of both in turn would fit neither.
+    Trains the last stage of an encoder that is frozen. Its batch norms go on with the statistics that they have:
+    images and clips pass through it one after the other, and statistics of both in turn would fit neither.
 
     Args:
         model: Whose encoder.

@@ -9,8 +9,6 @@ from tests.training_rice.runs import run
 from training_rice.arguments import RiceTrainingArguments
 
 STAGE = {"unfreeze_last_stage": True}
-POOLED = {"vision_pooling": "mean", "decoder_position_embeddings": False}
-TIMM = {"model_type": "timm_wrapper", "architecture": "test_efficientnet.r160_in1k", "num_classes": 0}
 
 
 @pytest.fixture
