@@ -156,9 +156,9 @@ def _find(encoder: nn.Module, layout: EncoderLayout) -> LastStage:
         raise ValueError(f"{shared[0]} runs both before and in it")
     own = after - before
     outermost = [name for name in own if not any(name.startswith(f"{other}.") for other in own)]
-    # Of other pictures than those that it is tried with, for what follows from pictures is not constant.
+    # Of another picture than those that it is tried with, for what follows from pictures is not constant.
     with _entries(encoder, calls[entry].name) as entries:
-        encoder(**_noise(encoder, layout, scale=0.5))
+        encoder(**_noise(encoder, layout, count=1, scale=0.5))
     return LastStage(number, calls[entry].name, tuple(sorted(outermost)), entering, tuple(entries[0][1:]))
 
 
@@ -223,9 +223,9 @@ def _patches(states: Tensor, layout: PatchLayout) -> Tensor:
     return layout.tokens(states)[:, layout.num_prefix_tokens :]
 
 
-def _noise(encoder: nn.Module, layout: EncoderLayout, scale: float = 1.0) -> dict[str, Tensor | None]:
-    """Two pictures."""
-    pixels = torch.randn(2, 3, *layout.image_size, generator=torch.Generator().manual_seed(0))
+def _noise(encoder: nn.Module, layout: EncoderLayout, count: int = 2, scale: float = 1.0) -> dict[str, Tensor | None]:
+    """Pictures to look at what an encoder does."""
+    pixels = torch.randn(count, 3, *layout.image_size, generator=torch.Generator().manual_seed(0))
     return encoder_inputs((scale * pixels).to(encoder.device, encoder.dtype), layout.cut_to)
 
 

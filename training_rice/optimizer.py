@@ -221,29 +221,22 @@ def freeze(model: nn.Module, prefixes: Iterable[str]) -> list[nn.Module]:
     return frozen
 
 
-def unfreeze_last_stage(model: RiceModel, frozen: Iterable[nn.Module] = ()) -> list[nn.Module]:
+def unfreeze_last_stage(model: RiceModel) -> list[nn.Module]:
     """
     Trains the last stage of an encoder that is frozen. Its batch norms go on with the statistics that they have:
     images and clips pass through it one after the other, and statistics of both in turn would fit neither.
 
-    Args:
-        model: Whose encoder.
-        frozen: Modules that stay frozen even there.
-
     Returns:
-        The modules whose mode is that of training; those within them are listed too.
+        The modules that belong into training mode, those within others too.
 
     Raises:
         ValueError: for an encoder whose last stage cannot run by itself.
     """
     stage, encoder = model.split_last_stage(), model.vision_model
-    kept = {module for whole in frozen for module in whole.modules()}
-    kept_weights = {parameter for module in kept for parameter in module.parameters()}
     for name, parameter in encoder.named_parameters():
-        if stage.owns(name) and parameter not in kept_weights:
-            parameter.requires_grad_(True)
+        parameter.requires_grad_(parameter.requires_grad or stage.owns(name))
     return [
         module
         for name, module in encoder.named_modules()
-        if stage.owns(name) and module not in kept and not isinstance(module, nn.modules.batchnorm._NormBase)
+        if stage.owns(name) and not isinstance(module, nn.modules.batchnorm._NormBase)
     ]

@@ -90,9 +90,12 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         )
         self.add_callback(self.clock)
         self._frozen = freeze(model, ["vision_model"] * args.freeze_vision)
-        if args.unfreeze_last_stage:
-            self._unfrozen = unfreeze_last_stage(model, freeze(model, args.freeze))
-        self._frozen += freeze(model, args.freeze)
+        trained = unfreeze_last_stage(model) if args.unfreeze_last_stage else []
+        kept = freeze(model, args.freeze)
+        self._frozen += kept
+        self._unfrozen = [module for module in trained if not any(module in whole.modules() for whole in kept)]
+        if trained and not any(weight.requires_grad for weight in model.vision_model.parameters()):
+            raise ValueError("freeze names all that unfreeze_last_stage trains; leave one of them out.")
         if self.memory_queue is not None:
             self.stateful["memory_queue"] = self.memory_queue
 
@@ -105,6 +108,11 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
             f"{len(self.train_dataset):,} pairs",
             *self.describe_negatives(),
         ]
+        if self.args.unfreeze_last_stage:
+            count = sum(weight.numel() for weight in model.vision_model.parameters() if weight.requires_grad)
+            lines.append(
+                f"of the encoder the last stage trains, from {model.last_stage.entry} on: {count:,} parameters"
+            )
         if self._has_own_sampler:
             lines.append(self._global_batch_sampler.describe())
         return "\n".join(lines)

@@ -113,6 +113,10 @@ class TestRefusals:
         with pytest.raises(ValueError, match="unfreeze_last_stage goes with freeze_vision"):
             RiceTrainingArguments(unfreeze_last_stage=True)
 
+    def test_all_of_it_frozen(self, make_trainer, settings_of):
+        with pytest.raises(ValueError, match="freeze names all that unfreeze_last_stage trains"):
+            make_trainer(settings_of["clip"], cached=False, **STAGE, freeze=["vision_model"])
+
     def test_boxes_inside_the_encoder(self, make_trainer, settings_of):
         with pytest.raises(ValueError, match="both need model.patch_mask_pooling true"):
             make_trainer(settings_of["clip"], cached=True, data={"use_boxes": True}, **STAGE)
