@@ -71,7 +71,8 @@ class LastStage:
         size = _picture_size(layout, self.entering, tokens.shape[1])
         constants = [constant.to(tokens.device) for constant in self.constants]
 
-        def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            hook.remove()
             leaves, structure = tree_flatten((args, kwargs))
             places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
             values = [states, *constants]
@@ -116,8 +117,7 @@ def find_last_stage(encoder: nn.Module, layout: EncoderLayout) -> LastStage:
     encoder.eval()
     try:
         with torch.no_grad():
-            stage = _find(encoder, layout)
-            _try(encoder, layout, stage)
+            return _find(encoder, layout)
     except Exception as error:
         reason = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
         raise ValueError(
@@ -126,7 +126,6 @@ def find_last_stage(encoder: nn.Module, layout: EncoderLayout) -> LastStage:
         ) from error
     finally:
         encoder.train(was_training)
-    return stage
 
 
 @dataclass
@@ -139,10 +138,22 @@ class _Call:
 
 
 def _find(encoder: nn.Module, layout: EncoderLayout) -> LastStage:
-    number = len(layout.hidden) - 2
-    wanted = layout.hidden[number] if number >= 0 else None
-    if wanted is None:
+    numbers = [number for number, patches in enumerate(layout.hidden[:-1]) if patches is not None]
+    if not numbers:
         raise ValueError("it gives no hidden states that are grids of patches")
+    weights = dict(encoder.named_parameters())
+    # Some encoders list their output before the final norm, too, which is no stage.
+    for number in reversed(numbers[-2:]):
+        stage = _stage_after(encoder, layout, number)
+        if any(stage.owns(name) and weight.ndim > 1 for name, weight in weights.items()):
+            _try(encoder, layout, stage)
+            return stage
+    raise ValueError("it has no weights but those of norms")
+
+
+def _stage_after(encoder: nn.Module, layout: EncoderLayout, number: int) -> LastStage:
+    """What follows a hidden state."""
+    wanted = layout.hidden[number]
     calls: list[_Call] = []
     with _calls(encoder, wanted, calls):
         output = encoder(**_noise(encoder, layout), output_hidden_states=True)
@@ -202,8 +213,6 @@ def _entry(calls: list[_Call], wanted: PatchLayout, patches: Tensor) -> tuple[in
     if not found:
         raise ValueError("none of its modules takes the hidden state before the last")
     number = max(found)
-    if sum(call.name == calls[number].name for call in calls) > 1:
-        raise ValueError(f"its {calls[number].name} runs more than once")
     return number, found[number]
 
 

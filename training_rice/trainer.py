@@ -110,9 +110,7 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         ]
         if self.args.unfreeze_last_stage:
             count = sum(weight.numel() for weight in model.vision_model.parameters() if weight.requires_grad)
-            lines.append(
-                f"of the encoder the last stage trains, from {model.last_stage.entry} on: {count:,} parameters"
-            )
+            lines.append(f"of the encoder {count:,} parameters train, from {model.last_stage.entry} on")
         if self._has_own_sampler:
             lines.append(self._global_batch_sampler.describe())
         return "\n".join(lines)
