@@ -24,7 +24,7 @@ from .feature_cache import CachedRow, FeatureCache
 from .feature_cache_batches import CachedCollator, with_numbers
 from .feature_cache_rows import CachedPart, ViewChanges, distinct_images
 from .processes import failing_together
-from .setup import Validation
+from .setup import Validation, recomputes
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,11 @@ def check_caching(data: DataArguments, training: RiceTrainingArguments, model: R
             data.use_boxes and training.unfreeze_last_stage and not model.config.patch_mask_pooling,
             "use_boxes masks patches inside the encoder, of which unfreeze_last_stage runs the last stage alone; both "
             "need model.patch_mask_pooling true",
+        ),
+        (
+            training.unfreeze_last_stage and recomputes(training),
+            "activation_checkpointing recomputes a stage from what the stage before it gives, which does not run with "
+            "unfreeze_last_stage",
         ),
     )
     for wrong, reason in refusals:

@@ -75,6 +75,9 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
             args.greater_is_better = True
         if eval_dataset is not None:
             _check_metric(args.metric_for_best_model, metric_names(model))
+        if args.unfreeze_last_stage:
+            # Before anything else is done to the encoder.
+            model.split_last_stage()
         self.eval_views = eval_dataset
         self.eval_collator = eval_collator or data_collator
         self._sums: dict[str, torch.Tensor] = {}

@@ -126,6 +126,10 @@ class TestRefusals:
         with pytest.raises(ValueError, match="freeze names all that unfreeze_last_stage trains"):
             make_trainer(settings_of["clip"], cached=False, **STAGE, freeze=["vision_model"])
 
+    def test_activations_that_are_recomputed(self, make_trainer, settings_of):
+        with pytest.raises(ValueError, match="activation_checkpointing recomputes a stage"):
+            make_trainer(settings_of["clip"], cached=True, gradient_checkpointing=True, **STAGE)
+
     def test_boxes_inside_the_encoder(self, make_trainer, settings_of):
         with pytest.raises(ValueError, match="both need model.patch_mask_pooling true"):
             make_trainer(settings_of["clip"], cached=True, data={"use_boxes": True}, **STAGE)
