@@ -81,13 +81,14 @@ class RiceVisionSide:
         """
         config, chosen, last = self.config, self.config.patch_layout, self.layout.patches
         uses_patches = self.decoder is not None or self.alignment is not None
+        shapes: dict[str, tuple[int, ...]] = {}
         if self.last_stage is not None:
             entering = self.last_stage.entering
-            shapes = {"entering": (entering.num_prefix_tokens + entering.num_patches, entering.width)}
+            shapes["entering"] = (entering.num_prefix_tokens + entering.num_patches, entering.width)
             if uses_patches and self._patch_layer < self.last_stage.layer:
                 shapes["patches"] = (chosen.num_patches, chosen.width)
             return shapes
-        shapes = {"features": (config.vision_hidden_size,)}
+        shapes["features"] = (config.vision_hidden_size,)
         if uses_patches:
             shapes["patches"] = (chosen.num_patches, chosen.width)
         if self.patch_saliency is not None and ("patches" not in shapes or config.vision_feature_layer is not None):
