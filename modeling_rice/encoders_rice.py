@@ -55,6 +55,27 @@ class PatchLayout:
             return states
         return states.flatten(2).transpose(1, 2) if self.order == "channels_first" else states.flatten(1, 2)
 
+    def grid_of(self, num_tokens: int) -> tuple[int, int]:
+        """
+        Rows and columns of so many tokens, of a picture of any size with the native shape.
+
+        Raises:
+            ValueError: when they are no such grid.
+        """
+        count = num_tokens - self.num_prefix_tokens
+        rows = round(math.sqrt(max(count, 0) * self.grid[0] / self.grid[1]))
+        columns = round(rows * self.grid[1] / self.grid[0])
+        if rows < 1 or rows * columns != count:
+            raise ValueError(f"{num_tokens} tokens are no grid of patches of the shape {self.grid}.")
+        return rows, columns
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """`(n, prefix + P, W)` -> the same in the encoder's order; convolutions get the layout they are fastest in."""
+        if self.order == "tokens":
+            return tokens
+        states = tokens.unflatten(1, self.grid_of(tokens.shape[1]))
+        return states.permute(0, 3, 1, 2) if self.order == "channels_first" else states
+
 
 @dataclass(frozen=True)
 class EncoderLayout:

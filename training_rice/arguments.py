@@ -222,6 +222,13 @@ class RiceTrainingArguments(TrainingArguments):
         metadata={"help": "Each encoder layer learns at this factor of the rate of the one above it, e.g. 0.75."},
     )
     freeze_vision: bool = field(default=False, metadata={"help": "Train everything but the vision encoder."})
+    unfreeze_last_stage: bool = field(
+        default=False,
+        metadata={
+            "help": "With freeze_vision: train the encoder's last stage all the same (the last block of a vision "
+            "transformer). With cache_vision_features the cache holds what enters it."
+        },
+    )
     cache_vision_features: bool = field(
         default=False,
         metadata={
@@ -310,6 +317,8 @@ class RiceTrainingArguments(TrainingArguments):
         _check_counts(self, ("cached_views", "cached_frames"))
         if self.cache_vision_features and not self.freeze_vision:
             raise ValueError("cache_vision_features needs an encoder that stays as it is; set freeze_vision too.")
+        if self.unfreeze_last_stage and not self.freeze_vision:
+            raise ValueError("unfreeze_last_stage goes with freeze_vision; set both, or leave it out.")
         for name in ("cached_views", "cached_frames", "cached_precision"):
             if not self.cache_vision_features and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(f"{name} goes with cache_vision_features; set both, or leave it out.")

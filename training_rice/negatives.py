@@ -29,6 +29,8 @@ class NegativesTrainer(Trainer):
     """
 
     _frozen: list[nn.Module] = []
+    # Modules within these that train all the same.
+    _unfrozen: list[nn.Module] = []
 
     def __init__(self, model: RiceModel, args: RiceTrainingArguments, **kwargs):
         super().__init__(model, args, **kwargs)
@@ -107,8 +109,7 @@ class NegativesTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        for module in self._frozen:
-            module.eval()
+        self._keep_frozen()
         unwrapped, steps = self.accelerator.unwrap_model(model), self.current_gradient_accumulation_steps
         output = self._grad_cache(unwrapped, inputs, lambda loss: self.accelerator.backward(loss / steps))
         if self.args.world_size > 1 and self.accelerator.sync_gradients:
@@ -118,6 +119,13 @@ class NegativesTrainer(Trainer):
         products = inputs.get("product_ids")
         self._record(output, None if products is None else products.to(output.video_embeds.device))
         return output.loss.detach() / steps
+
+    def _keep_frozen(self) -> None:
+        """Trainer puts the whole model in training mode, where batch norms go on moving and dropout goes on."""
+        for module in self._frozen:
+            module.eval()
+        for module in self._unfrozen:
+            module.training = True
 
     def _record(self, output: RiceOutput, product_ids: Tensor | None) -> None:
         """Is shown each batch's losses and logits."""
