@@ -188,6 +188,23 @@ def _cut_to(encoder: nn.Module) -> int | None:
     return encoder.config.patch_size if "spatial_shapes" in inspect.signature(encoder.forward).parameters else None
 
 
+def parts_to_compile(encoder: nn.Module) -> list[nn.Module]:
+    """
+    Its blocks, where they are alike and hold most of its weights: one graph serves them all, and is compiled in the
+    time of one. Else the encoder as a whole.
+    """
+    for blocks in encoder.modules():
+        if isinstance(blocks, (nn.ModuleList, nn.Sequential)) and len(blocks) > 1:
+            kinds = {(type(block), tuple(p.shape for p in block.parameters())) for block in blocks}
+            if len(kinds) == 1 and 2 * _count(blocks) > _count(encoder):
+                return list(blocks)
+    return [encoder]
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def last_states(output: ModelOutput) -> Tensor:
     """The states of the last layer: a model's last hidden state, or a backbone's last feature map."""
     states = output.get("last_hidden_state")

@@ -9,7 +9,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_rice import PATCH_MASK_ENCODERS, RiceConfig
 from .decoder_rice import additive_mask
-from .encoders_rice import EncoderLayout, encoder_inputs, last_states
+from .encoders_rice import EncoderLayout, encoder_inputs, last_states, parts_to_compile
 from .features_rice import require_tensor
 from .patches_rice import pool_patches, resize_patch_mask
 
@@ -207,3 +207,17 @@ class RiceVisionSide:
         if self.layout.skips_final_norm and self.feature_pooling != "pooler":
             states = self.vision_model.post_layernorm(states)
         return self.visual_projection(self.projection_dropout(states))
+
+    def compile_encoder(self, **kwargs) -> None:
+        """
+        Compiles the vision encoder in place, for training and inference: its blocks, or the whole of an encoder whose
+        blocks differ from each other. Names of weights and checkpoints stay as they are. Compiling happens when the
+        encoder is first used, once more when the number of pictures changes, and anew without gradients. The rest of
+        a step stays as it is, since which frames are real and which pairs are scored depends on the data.
+
+        Args:
+            kwargs: Of `torch.compile`, such as `backend`, `mode`, `dynamic` and `fullgraph`, which raises for what the
+                others check.
+        """
+        for part in parts_to_compile(self.vision_model):
+            part.compile(**kwargs)

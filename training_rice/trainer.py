@@ -22,6 +22,7 @@ from modeling_rice import RiceModel
 from modeling_rice.modeling_rice import RiceOutput
 
 from .arguments import RiceTrainingArguments
+from .compilation import compile_encoder, describe_compilation
 from .monitor import StepClock, in_batch_accuracy, peak_memory_gb
 from .negatives import NegativesTrainer
 from .optimizer import (
@@ -87,6 +88,7 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
             **kwargs,
         )
         self.add_callback(self.clock)
+        compile_encoder(model, args, self.accelerator)
         self._frozen = freeze(model, ["vision_model"] * args.freeze_vision + args.freeze)
         if self.memory_queue is not None:
             self.stateful["memory_queue"] = self.memory_queue
@@ -99,6 +101,7 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
             f"{' + '.join(terms)}, {sum(p.numel() for p in model.parameters()):,} parameters, on "
             f"{len(self.train_dataset):,} pairs",
             *self.describe_negatives(),
+            *describe_compilation(model, self.args),
         ]
         if self._has_own_sampler:
             lines.append(self._global_batch_sampler.describe())
