@@ -89,7 +89,7 @@ def test_as_the_launcher_of_accelerate_asks(make_trainer, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--torch_compile_backend inducter", "torch_compile_backend inducter does not exist here: choose .*, inductor"),
+        ("--torch_compile_backend inductr", "torch_compile_backend inductr does not exist here: choose .*inductor"),
         ("--torch_compile_backend no", "torch_compile_backend no does not exist here"),
         ("--torch_compile_mode fastest", "torch_compile_mode fastest does not exist here: choose .*, max-autotune"),
         (
