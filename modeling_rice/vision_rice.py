@@ -210,14 +210,17 @@ class RiceVisionSide:
 
     def compile_encoder(self, **kwargs) -> None:
         """
-        Compiles the vision encoder in place, for training and inference: its blocks, or the whole of an encoder whose
-        blocks differ from each other. Names of weights and checkpoints stay as they are. Compiling happens when the
-        encoder is first used, once more when the number of pictures changes, and anew without gradients. The rest of
-        a step stays as it is, since which frames are real and which pairs are scored depends on the data.
+        Compiles the vision encoder in place, for training and inference: its blocks by one graph for any number of
+        pictures, or the whole of an encoder whose blocks differ from each other. Weights and their names stay as they
+        are. Compiling happens at the first use, and once more without gradients. The rest of a step stays as it is:
+        which frames are real and which pairs are scored depends on the data, so that its shapes change.
 
         Args:
-            kwargs: Of `torch.compile`, such as `backend`, `mode`, `dynamic` and `fullgraph`, which raises for what the
-                others check.
+            kwargs: Of `torch.compile`, such as `backend`, `mode`, `dynamic` and `fullgraph`.
         """
-        for part in parts_to_compile(self.vision_model):
+        parts = parts_to_compile(self.vision_model)
+        if len(parts) > 1:
+            # Or each mode would have a graph for the first number of pictures, and another for all others.
+            kwargs = {"dynamic": True, **kwargs}
+        for part in parts:
             part.compile(**kwargs)
