@@ -66,7 +66,7 @@ def measure_side(options: argparse.Namespace, side: str, precision: str) -> dict
     elif side == "model":
         model.compile(backend=options.backend)
     batches = []
-    for more, padding in ((0, 0.22), (1, 0.4)):
+    for more, padding in ((0, 0.22), (2, 0.3)):
         sizes = argparse.Namespace(batch_size=options.batch_size + more, frames=options.frames, padding=padding)
         batch = make_batch(sizes, model.layout.image_size[0])
         batches.append({name: tensor.to(device) for name, tensor in batch.items()})

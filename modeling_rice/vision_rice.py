@@ -212,8 +212,9 @@ class RiceVisionSide:
         """
         Compiles the vision encoder in place, for training and inference: its blocks by one graph for any number of
         pictures, or the whole of an encoder whose blocks differ from each other. Weights and their names stay as they
-        are. Compiling happens at the first use, and once more without gradients. The rest of a step stays as it is:
-        which frames are real and which pairs are scored depends on the data, so that its shapes change.
+        are. Compiling happens at the first use, and again without gradients, with a patch mask and for a single
+        picture. The rest of a step stays as it is: which frames are real and which pairs are scored depends on the
+        data.
 
         Args:
             kwargs: Of `torch.compile`, such as `backend`, `mode`, `dynamic` and `fullgraph`.

@@ -74,7 +74,7 @@ def test_activations_are_recomputed(make_pair, make_batch, use_reentrant):
 
 def test_steps_in_chunks(make_pair, make_batch, backend):
     plain, compiled = make_pair()
-    batch = make_batch()
+    batch = make_batch(6)
     plain(**batch).loss.backward()
     GradCache(2)(compiled, batch)
     assert_equal_gradients(plain, compiled)
