@@ -190,14 +190,14 @@ def _cut_to(encoder: nn.Module) -> int | None:
 
 def parts_to_compile(encoder: nn.Module) -> list[nn.Module]:
     """
-    Its blocks, where they are alike and hold most of its weights: one graph serves them all, and is compiled in the
-    time of one. Else the encoder as a whole.
+    Its blocks, where they are alike: one graph serves them all, and is compiled in the time of one. Else the encoder
+    as a whole, since each stage would need graphs of its own.
     """
     for blocks in encoder.modules():
-        if isinstance(blocks, (nn.ModuleList, nn.Sequential)) and len(blocks) > 1:
+        is_trunk = isinstance(blocks, (nn.ModuleList, nn.Sequential)) and 2 * _count(blocks) > _count(encoder)
+        if is_trunk and len(blocks) > 1:
             kinds = {(type(block), tuple(p.shape for p in block.parameters())) for block in blocks}
-            if len(kinds) == 1 and 2 * _count(blocks) > _count(encoder):
-                return list(blocks)
+            return list(blocks) if len(kinds) == 1 else [encoder]
     return [encoder]
 
 
