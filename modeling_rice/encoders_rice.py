@@ -209,6 +209,23 @@ def _cut_to(encoder: nn.Module) -> int | None:
     return encoder.config.patch_size if "spatial_shapes" in inspect.signature(encoder.forward).parameters else None
 
 
+def parts_to_compile(encoder: nn.Module) -> list[nn.Module]:
+    """
+    Its blocks, where they are alike: one graph serves them all, and is compiled in the time of one. Else the encoder
+    as a whole, since each stage would need graphs of its own.
+    """
+    for blocks in encoder.modules():
+        is_trunk = isinstance(blocks, (nn.ModuleList, nn.Sequential)) and 2 * _count(blocks) > _count(encoder)
+        if is_trunk and len(blocks) > 1:
+            kinds = {(type(block), tuple(p.shape for p in block.parameters())) for block in blocks}
+            return list(blocks) if len(kinds) == 1 else [encoder]
+    return [encoder]
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def last_states(output: ModelOutput) -> Tensor:
     """The states of the last layer: a model's last hidden state, or a backbone's last feature map."""
     states = output.get("last_hidden_state")

@@ -9,7 +9,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_rice import PATCH_MASK_ENCODERS, RiceConfig
 from .decoder_rice import additive_mask
-from .encoders_rice import EncoderLayout, encoder_inputs, last_states
+from .encoders_rice import EncoderLayout, encoder_inputs, last_states, parts_to_compile
 from .features_rice import require_tensor
 from .last_stage_rice import LastStage, find_last_stage
 from .patches_rice import pool_patches, resize_patch_mask
@@ -272,3 +272,21 @@ class RiceVisionSide:
         if self.layout.skips_final_norm and self.feature_pooling != "pooler":
             states = self.vision_model.post_layernorm(states)
         return self.visual_projection(self.projection_dropout(states))
+
+    def compile_encoder(self, **kwargs) -> None:
+        """
+        Compiles the vision encoder in place, for training and inference: its blocks by one graph for any number of
+        pictures, or the whole of an encoder whose blocks differ from each other. Weights and their names stay as they
+        are. Compiling happens at the first use, and again without gradients, with a patch mask and for a single
+        picture. The rest of a step stays as it is: which frames are real and which pairs are scored depends on the
+        data.
+
+        Args:
+            kwargs: Of `torch.compile`, such as `backend`, `mode`, `dynamic` and `fullgraph`.
+        """
+        parts = parts_to_compile(self.vision_model)
+        if len(parts) > 1:
+            # Or each mode would have a graph for the first number of pictures, and another for all others.
+            kwargs = {"dynamic": True, **kwargs}
+        for part in parts:
+            part.compile(**kwargs)

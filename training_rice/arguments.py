@@ -15,6 +15,7 @@ from transformers.integrations import is_tensorboard_available, is_wandb_availab
 
 from data_rice.commands import mistakes_end
 
+from .compilation import compile_settings
 from .recipe import check_model_fields, read_recipe, suggest, take_model_overrides, to_argv
 
 _DATA_COUNTS = ("num_frames", "train_num_frames", "image_size", "text_length", "vocab_size", "tokenizer_texts")
@@ -355,6 +356,11 @@ class RiceTrainingArguments(TrainingArguments):
             # What stands for the trainer's choice; TrainingArguments would name a loss that validation does not have.
             self.metric_for_best_model, self.greater_is_better = chosen
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
+        if compile_settings(self) is not None and self.cache_vision_features:
+            raise ValueError(
+                "torch_compile compiles the vision encoder, which cache_vision_features leaves out of the steps; "
+                "leave one of them out."
+            )
 
 
 def _check_counts(arguments: DataArguments | RiceTrainingArguments, names: Sequence[str]) -> None:

@@ -90,8 +90,6 @@ class NegativesTrainer(Trainer):
         lines = [f"{-(-batch // chunk)} chunks of {chunk} pairs; beyond the memory of a chunk at most {sizes}"]
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
             lines.append(f"warning: the encoder's batch norms see chunks of {chunk}, not the batch")
-        if self.args.torch_compile:
-            lines.append("warning: torch_compile has no effect on steps in chunks")
         return lines
 
     def get_train_dataloader(self) -> DataLoader:

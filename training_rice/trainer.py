@@ -23,6 +23,7 @@ from modeling_rice.modeling_rice import RiceOutput
 
 from .alignment import fit_alignment
 from .arguments import RiceTrainingArguments
+from .compilation import compile_encoder, describe_compilation
 from .monitor import StepClock, in_batch_accuracy, peak_memory_gb
 from .negatives import NegativesTrainer
 from .optimizer import (
@@ -92,6 +93,7 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
             **kwargs,
         )
         self.add_callback(self.clock)
+        compile_encoder(model, args, self.accelerator)
         self._frozen = freeze(model, ["vision_model"] * args.freeze_vision)
         trained = unfreeze_last_stage(model) if args.unfreeze_last_stage else []
         kept = freeze(model, args.freeze)
@@ -110,6 +112,7 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
             f"{' + '.join(terms)}, {sum(p.numel() for p in model.parameters()):,} parameters, on "
             f"{len(self.train_dataset):,} pairs",
             *self.describe_negatives(),
+            *describe_compilation(model, self.args),
         ]
         if self.args.unfreeze_last_stage:
             count = sum(weight.numel() for weight in model.vision_model.parameters() if weight.requires_grad)
