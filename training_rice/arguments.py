@@ -358,8 +358,8 @@ class RiceTrainingArguments(TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
         if compile_settings(self) is not None and self.cache_vision_features:
             raise ValueError(
-                "torch_compile compiles the vision encoder, which cache_vision_features leaves out of the steps; "
-                "leave one of them out."
+                "torch_compile compiles the vision encoder as a whole, which steps with cache_vision_features do not "
+                "run; leave one of them out."
             )
 
 
