@@ -1,16 +1,18 @@
 """Speech models: sound to words with their times, by faster-whisper or by a speech pipeline of transformers."""
 
+import copy
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .speech import Word
+from .speech import UNSPACED, Word
+from .speech_hints import hint_words, within
 from .speech_sound import FILE_CHUNK_S, LIVE_CHUNK_S, RATE, Block, FileSound, LiveSound, SoundCounts, chunks
 
 logger = logging.getLogger(__name__)
@@ -55,20 +57,55 @@ class WhisperTranscriber:
         if language != "auto" and language not in known:
             raise _unknown_language(name, language, known)
         self.name, self.language = name, None if language == "auto" else language
+        self._titles: list[str] = []
+        # Of a language.
+        self._hints: dict[str, str] = {}
+
+    def expecting(self, titles: Iterable[str]) -> "WhisperTranscriber":
+        """
+        One with the same model that expects words of these titles, and no others.
+
+        Args:
+            titles: Of the shop that is on show.
+        """
+        other = copy.copy(self)
+        other._titles, other._hints = list(titles), {}
+        return other
+
+    def hints(self, language: str) -> str:
+        """The words that are expected in a language, as many as Whisper takes."""
+        if language not in self._hints:
+            # faster-whisper would cut what is longer, within a word.
+            most = self.model.max_length // 2 - 1
+            self._hints[language] = within(hint_words(self._titles, language), most, self._num_tokens)
+        return self._hints[language]
+
+    def _num_tokens(self, text: str) -> int:
+        return len(self.model.hf_tokenizer.encode(f" {text}", add_special_tokens=False).ids)
 
     def __call__(self, samples: np.ndarray) -> list[Word]:
-        segments, info = self.model.transcribe(
+        segments, info = self._transcribe(samples, self.language)
+        if self.language is None and info.language_probability >= _SURE_OF_LANGUAGE and self.hints(info.language):
+            # Segments are not made before they are asked for, so that this costs little.
+            segments, _ = self._transcribe(samples, info.language)
+        words: list[Word] = []
+        for segment in segments:
+            words += whole_words([Word(float(w.start), float(w.end), w.word) for w in segment.words or ()])
+        if self.language is None and words and info.language_probability >= _SURE_OF_LANGUAGE:
+            self.language = info.language
+        return words
+
+    def _transcribe(self, samples: np.ndarray, language: str | None) -> tuple:
+        return self.model.transcribe(
             samples,
-            language=self.language,
+            language=language,
+            # Where nobody speaks nothing is heard, and hints are not either.
             vad_filter=True,
             word_timestamps=True,
             # A mistake would be carried on from chunk to chunk.
             condition_on_previous_text=False,
+            hotwords=self.hints(language) or None if language else None,
         )
-        words = [Word(float(w.start), float(w.end), w.word) for segment in segments for w in segment.words or ()]
-        if self.language is None and words and info.language_probability >= _SURE_OF_LANGUAGE:
-            self.language = info.language
-        return words
 
 
 class PipelineTranscriber:
@@ -204,6 +241,25 @@ class Listener:
             yield from words_of(chunk, self.transcriber)
             self.heard_s = chunk.end_s
         self.heard_s = math.inf
+
+
+def whole_words(parts: Sequence[Word]) -> list[Word]:
+    """
+    Whisper's parts of the words of a segment joined: a word begins with a space, and "t-shirt" comes as " t" and
+    "-shirt". In a script without spaces each part stays by itself.
+    """
+    words: list[Word] = []
+    for part in parts:
+        before = words[-1] if words else None
+        if before is None or _begins_a_word(before.text, part.text):
+            words.append(part)
+        else:
+            words[-1] = Word(before.start_s, max(before.end_s, part.end_s), before.text + part.text)
+    return words
+
+
+def _begins_a_word(before: str, text: str) -> bool:
+    return text[:1].isspace() or before[-1:].isspace() or bool(UNSPACED.match(before[-1:]) and UNSPACED.match(text))
 
 
 def words_of(chunk: Block, transcriber: Transcriber) -> list[Word]:
