@@ -4,8 +4,8 @@
     python train_rice.py RECIPE --use_text true --tokenizer runs/tokenizer --output_dir runs/text
 
 SentencePiece's unigram vocabulary for Chinese and English alike; what it does not know is spelled in bytes. Case,
-width of characters, and punctuation of sentences are left out, since speech models write them and many transcripts do not.
-The output folder holds tokenizer.json, which `AutoTokenizer.from_pretrained` reads without sentencepiece.
+width of characters, and punctuation of sentences are left out: speech models write them, many transcripts do not. The
+output folder holds tokenizer.json, which `AutoTokenizer.from_pretrained` reads without sentencepiece.
 """
 
 import argparse

@@ -20,8 +20,8 @@ _WORD = re.compile(r"[^\W_](?:[\w'’.-]*[^\W_])?")
 def hint_words(titles: Iterable[str], language: str) -> list[str]:
     """
     The words of titles, first those that tell most of which product is meant: what stands in half of the titles tells
-    more than what stands in one, or in nearly all. Titles in a script without spaces, such as
-    Chinese, have no words to choose, and other languages do not say them.
+    more than what stands in one, or in nearly all. Titles in a script without spaces, such as Chinese, have no words
+    to choose.
 
     Args:
         titles: Of a shop's images. Equal titles count once.
@@ -32,12 +32,11 @@ def hint_words(titles: Iterable[str], language: str) -> list[str]:
     """
     if language in _UNSPACED_LANGUAGES:
         return []
-    different = list(dict.fromkeys(titles))
-    counts = Counter(word for title in different for word in dict.fromkeys(_words(title)))
-
+    worded = [words for title in dict.fromkeys(titles) if (words := dict.fromkeys(_words(title)))]
+    counts = Counter(word for words in worded for word in words)
     # A word that is in every title tells nothing of which one; the order of the titles decides between equals.
-    telling = [word for word in counts if counts[word] < len(different) or len(different) == 1]
-    return sorted(telling, key=lambda word: abs(2 * counts[word] - len(different)))
+    telling = [word for word in counts if counts[word] < len(worded) or len(worded) == 1]
+    return sorted(telling, key=lambda word: abs(2 * counts[word] - len(worded)))
 
 
 def _words(title: str) -> list[str]:

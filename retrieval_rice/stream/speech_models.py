@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 
 # A language that is detected with less certainty is detected anew in the next chunk.
 _SURE_OF_LANGUAGE = 0.7
+# The probability of a word is that of the sound alone, without hints. Where a model only repeats its hints, as it does
+# in speech that it does not understand, it is about 0.
+_LEAST_OF_A_HINT = 0.02
+_AROUND_A_WORD = " \t\n.,!?;:\"'()"
 # Full scale is 1; a speaker is some hundred times as loud.
 _SILENCE = 1e-3
 _INSTALL = "install it: pip install faster-whisper."
@@ -85,12 +89,18 @@ class WhisperTranscriber:
 
     def __call__(self, samples: np.ndarray) -> list[Word]:
         segments, info = self._transcribe(samples, self.language)
-        if self.language is None and info.language_probability >= _SURE_OF_LANGUAGE and self.hints(info.language):
+        language = self.language or info.language
+        if self.language is None and info.language_probability >= _SURE_OF_LANGUAGE and self.hints(language):
             # Segments are not made before they are asked for, so that this costs little.
-            segments, _ = self._transcribe(samples, info.language)
+            segments, _ = self._transcribe(samples, language)
+        hints = set(self.hints(language).split())
         words: list[Word] = []
         for segment in segments:
-            words += whole_words([Word(float(w.start), float(w.end), w.word) for w in segment.words or ()])
+            words += [
+                word
+                for word, probability in whole_words(segment.words or ())
+                if probability >= _LEAST_OF_A_HINT or word.text.lower().strip(_AROUND_A_WORD) not in hints
+            ]
         if self.language is None and words and info.language_probability >= _SURE_OF_LANGUAGE:
             self.language = info.language
         return words
@@ -243,18 +253,26 @@ class Listener:
         self.heard_s = math.inf
 
 
-def whole_words(parts: Sequence[Word]) -> list[Word]:
+def whole_words(parts: Iterable[Any]) -> list[tuple[Word, float]]:
     """
     Whisper's parts of the words of a segment joined: a word begins with a space, and "t-shirt" comes as " t" and
     "-shirt". In a script without spaces each part stays by itself.
+
+    Args:
+        parts: With `start`, `end`, `word` and `probability`, as faster-whisper gives them.
+
+    Returns:
+        Words, and the least probability of the parts of each.
     """
-    words: list[Word] = []
+    words: list[tuple[Word, float]] = []
     for part in parts:
-        before = words[-1] if words else None
-        if before is None or _begins_a_word(before.text, part.text):
-            words.append(part)
+        word, probability = Word(float(part.start), float(part.end), part.word), float(part.probability)
+        before, least = words[-1] if words else (None, 1.0)
+        if before is None or _begins_a_word(before.text, word.text):
+            words.append((word, probability))
         else:
-            words[-1] = Word(before.start_s, max(before.end_s, part.end_s), before.text + part.text)
+            joined = Word(before.start_s, max(before.end_s, word.end_s), before.text + word.text)
+            words[-1] = (joined, min(least, probability))
     return words
 
 

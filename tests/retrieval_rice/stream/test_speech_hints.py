@@ -9,19 +9,12 @@ from retrieval_rice.stream.speech import Word
 from retrieval_rice.stream.speech_hints import expect_titles, hint_words, within
 from retrieval_rice.stream.speech_models import WhisperTranscriber, whole_words
 
-TITLES = [
-    "Red mug, new",
-    "Red bottle new",
-    "blue mug (new)",
-    "blue T-shirt 500 new",
-    "【新款】红色 mug",
-    "Red mug, new",
-]
+TITLES = ["Red mug, new", "Red bottle new", "blue mug (new)", "blue T-shirt 500 new", "【新款】红色 mug"]
 
 
 def test_what_stands_in_half_of_the_titles_tells_most():
     # Of five different titles: mug 3, new 4, red 2, blue 2, the others 1.
-    assert hint_words(TITLES, "en") == ["red", "mug", "blue", "new", "bottle", "t-shirt"]
+    assert hint_words([*TITLES, TITLES[0]], "en") == ["red", "mug", "blue", "new", "bottle", "t-shirt"]
 
 
 def test_a_word_of_every_title_tells_nothing_unless_there_is_one_title():
@@ -41,19 +34,30 @@ def test_words_are_cut_between_words():
     assert within(["umbrella"], 7, len) == "" and within([], 7, len) == ""
 
 
-def test_parts_of_words_are_joined():
-    parts = [(0, 1, " T"), (1, 2, "-shirt"), (2, 3, " R"), (3, 4, "&D"), (5, 6, " 1"), (6, 7, ".5")]
-    assert whole_words([Word(*part) for part in parts]) == [
-        Word(0, 2, " T-shirt"),
-        Word(2, 4, " R&D"),
-        Word(5, 7, " 1.5"),
+def parts(*texts, probability=1.0):
+    """As faster-whisper gives them, half a second each."""
+    return [
+        SimpleNamespace(start=i / 2, end=i / 2 + 0.5, word=text, probability=probability)
+        for i, text in enumerate(texts)
     ]
-    assert [word.text for word in whole_words([Word(0, 1, text) for text in ("红", "色", "T", "恤", "，")])] == [
-        "红",
-        "色T恤",
-        "，",
-    ]
-    assert [word.text for word in whole_words([Word(0, 1, text) for text in ("สวั", "สดี")])] == ["สวั", "สดี"]
+
+
+@pytest.mark.parametrize(
+    "texts, words",
+    [
+        ((" T", "-shirt", " R", "&D", " 1", ".5"), [" T-shirt", " R&D", " 1.5"]),
+        (("红", "色", "T", "恤", "，", "好"), ["红", "色T恤", "，", "好"]),
+        (("สวั", "สดี"), ["สวั", "สดี"]),
+        ((), []),
+    ],
+)
+def test_parts_of_words_are_joined(texts, words):
+    assert [word.text for word, _ in whole_words(parts(*texts))] == words
+
+
+def test_a_joined_word_lasts_as_long_as_its_parts_and_is_as_likely_as_the_least():
+    (word, probability), _ = whole_words([*parts(" two"), *parts("", "-tone", " mug", probability=0.5)[1:]])
+    assert word == Word(0.0, 1.0, " two-tone") and probability == 0.5
 
 
 class Whisper:
@@ -63,14 +67,13 @@ class Whisper:
     supported_languages = ["en", "zh"]
 
     def __init__(self, language="en", probability=0.9):
-        self.calls = []
+        self.calls, self.heard = [], [parts(" Red")]
         self.info = SimpleNamespace(language=language, language_probability=probability)
         self.hf_tokenizer = SimpleNamespace(encode=lambda text, **_: SimpleNamespace(ids=list(text)))
 
     def transcribe(self, samples, **settings):
         self.calls.append(settings)
-        words = [SimpleNamespace(start=0.0, end=0.5, word=" Red", probability=1.0)]
-        return iter([SimpleNamespace(words=words)] if samples.any() else []), self.info
+        return iter([SimpleNamespace(words=words) for words in self.heard] if samples.any() else []), self.info
 
 
 @pytest.fixture
@@ -103,6 +106,20 @@ def test_speech_is_looked_for_first(ear):
     told, _ = expect_titles(ear(), TITLES)
     told(LOUD)
     assert told.model.calls[-1]["vad_filter"] is True
+
+
+def test_hints_that_are_only_repeated_are_not_heard(ear):
+    """In speech that it does not understand a model repeats its hints, of which it thinks nothing without them."""
+    told, _ = expect_titles(ear(), TITLES)
+    echo = parts(" red", " mug", " blue,", " t", "-shirt", probability=0.001)
+    told.model.heard = [echo, parts(" a", " Mug!", probability=0.3), parts(" wait", " bottles", probability=0.001)]
+    assert [word.text for word in told(LOUD)] == [" t-shirt", " a", " Mug!", " wait", " bottles"]
+    told.model.max_length = 200
+    told, _ = expect_titles(told, TITLES)
+    assert [word.text for word in told(LOUD)] == [" a", " Mug!", " wait", " bottles"]
+    # A model that expects nothing repeats nothing.
+    plain, _ = expect_titles(told, ())
+    assert len(plain(LOUD)) == 8
 
 
 @pytest.mark.parametrize(
