@@ -157,8 +157,24 @@ def test_whisper_hears_what_is_said(whisper_base, tmp_path):
 def test_whisper_hears_nothing_where_nothing_is_said(whisper_base, tones):
     model = load_transcriber(whisper_base, "en", device="cpu")
     chord = sum(np.sin(2 * np.pi * pitch * np.arange(8 * RATE) / RATE) for pitch in (220, 277, 330)) / 6
+    told = model.expecting(["red mug", "blue bottle", "green umbrella", "striped cap"])
     for sound in (np.zeros(8 * RATE), chord, np.random.default_rng(0).normal(0, 0.05, 8 * RATE)):
-        assert model(sound.astype(np.float32)) == []
+        assert model(sound.astype(np.float32)) == told(sound.astype(np.float32)) == []
+
+
+@pytest.mark.slow
+def test_whisper_hears_what_it_expects_and_invents_nothing(whisper_base, tmp_path):
+    text = "So pretty, right. We ship it tonight. Navy zigzag mug. Only a few left."
+    subprocess.run(["espeak-ng", "-s", "150", "-w", tmp_path / "said.wav", text], check=True)
+    blocks = list(FileSound(tmp_path / "said.wav"))
+    said = np.concatenate([block.samples for block in blocks])
+    hints = ["navy", "zigzag", "mug", "pinstripes", "sneaker", "umbrella", "teapot"]
+    model = load_transcriber(whisper_base, "en", device="cpu").expecting(hints)
+    words = join_words(words_of(Block(0.0, said), model)).lower()
+    assert "navy zigzag mug" in words
+    # Speech played backwards is speech to the detection of voices, and nothing that can be understood.
+    backwards = join_words(words_of(Block(0.0, said[::-1].copy()), model)).lower()
+    assert not set(hints) & set(backwards.replace(",", " ").replace(".", " ").split())
 
 
 @pytest.mark.slow
