@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 # A language that is detected with less certainty is detected anew in the next chunk.
 _SURE_OF_LANGUAGE = 0.7
-# The probability of a word is that of the sound alone, without hints. Where a model only repeats its hints, as it does
-# in speech that it does not understand, it is about 0.
-_LEAST_OF_A_HINT = 0.02
+# Mean probability of the hints in a segment. In speech that it does not understand a model repeats hints of which it
+# thinks nothing without them, 0.00 to 0.01; where they were said it was 0.3 and more, though 0.01 for some of them.
+_LEAST_OF_HINTS = 0.05
 _AROUND_A_WORD = " \t\n.,!?;:\"'()"
 # Full scale is 1; a speaker is some hundred times as loud.
 _SILENCE = 1e-3
@@ -94,13 +94,7 @@ class WhisperTranscriber:
             # Segments are not made before they are asked for, so that this costs little.
             segments, _ = self._transcribe(samples, language)
         hints = set(self.hints(language).split())
-        words: list[Word] = []
-        for segment in segments:
-            words += [
-                word
-                for word, probability in whole_words(segment.words or ())
-                if probability >= _LEAST_OF_A_HINT or word.text.lower().strip(_AROUND_A_WORD) not in hints
-            ]
+        words = [word for segment in segments for word in without_echo(whole_words(segment.words or ()), hints)]
         if self.language is None and words and info.language_probability >= _SURE_OF_LANGUAGE:
             self.language = info.language
         return words
@@ -274,6 +268,20 @@ def whole_words(parts: Iterable[Any]) -> list[tuple[Word, float]]:
             joined = Word(before.start_s, max(before.end_s, word.end_s), before.text + word.text)
             words[-1] = (joined, min(least, probability))
     return words
+
+
+def without_echo(words: list[tuple[Word, float]], hints: set[str]) -> list[Word]:
+    """
+    The words of a segment without those that a model only repeats from its hints.
+
+    Args:
+        words: With the probability of each, which is that of the sound alone, without hints.
+        hints: In lower case.
+    """
+    expected = [word.text.lower().strip(_AROUND_A_WORD) in hints for word, _ in words]
+    likely = [probability for (_, probability), is_hint in zip(words, expected) if is_hint]
+    echo = likely and sum(likely) / len(likely) < _LEAST_OF_HINTS
+    return [word for (word, _), is_hint in zip(words, expected) if not (echo and is_hint)]
 
 
 def _begins_a_word(before: str, text: str) -> bool:

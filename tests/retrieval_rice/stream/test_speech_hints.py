@@ -111,15 +111,21 @@ def test_speech_is_looked_for_first(ear):
 def test_hints_that_are_only_repeated_are_not_heard(ear):
     """In speech that it does not understand a model repeats its hints, of which it thinks nothing without them."""
     told, _ = expect_titles(ear(), TITLES)
-    echo = parts(" red", " mug", " blue,", " t", "-shirt", probability=0.001)
-    told.model.heard = [echo, parts(" a", " Mug!", probability=0.3), parts(" wait", " bottles", probability=0.001)]
-    assert [word.text for word in told(LOUD)] == [" t-shirt", " a", " Mug!", " wait", " bottles"]
+    doubtful = [*parts(" a", " Red", " mug!", probability=0.01), *parts(" new.", probability=0.2)]
+    told.model.heard = [
+        parts(" so", " red", " mug", " Blue,", " t", "-shirt", probability=0.01),
+        doubtful,
+        parts(" wait", " bottles", probability=0.01),
+    ]
+    said = [" a", " Red", " mug!", " new.", " wait", " bottles"]
+    # Only what was told is doubted, and " t-shirt" was beyond what the model takes.
+    assert [word.text for word in told(LOUD)] == [" so", " t-shirt", *said]
     told.model.max_length = 200
     told, _ = expect_titles(told, TITLES)
-    assert [word.text for word in told(LOUD)] == [" a", " Mug!", " wait", " bottles"]
+    assert [word.text for word in told(LOUD)] == [" so", *said]
     # A model that expects nothing repeats nothing.
     plain, _ = expect_titles(told, ())
-    assert len(plain(LOUD)) == 8
+    assert len(plain(LOUD)) == 11
 
 
 @pytest.mark.parametrize(
