@@ -88,12 +88,13 @@ class WhisperTranscriber:
         return len(self.model.hf_tokenizer.encode(f" {text}", add_special_tokens=False).ids)
 
     def __call__(self, samples: np.ndarray) -> list[Word]:
-        segments, info = self._transcribe(samples, self.language)
-        language = self.language or info.language
-        if self.language is None and info.language_probability >= _SURE_OF_LANGUAGE and self.hints(language):
+        language = self.language
+        segments, info = self._transcribe(samples, language)
+        if language is None and info.language_probability >= _SURE_OF_LANGUAGE and self.hints(info.language):
             # Segments are not made before they are asked for, so that this costs little.
+            language = info.language
             segments, _ = self._transcribe(samples, language)
-        hints = set(self.hints(language).split())
+        hints = set(self.hints(language).split()) if language else set()
         words = [word for segment in segments for word in without_echo(whole_words(segment.words or ()), hints)]
         if self.language is None and words and info.language_probability >= _SURE_OF_LANGUAGE:
             self.language = info.language
