@@ -66,9 +66,9 @@ class Whisper:
     max_length = 60
     supported_languages = ["en", "zh"]
 
-    def __init__(self, language="en", probability=0.9):
+    def __init__(self, detected="en", probability=0.9):
         self.calls, self.heard = [], [parts(" Red")]
-        self.info = SimpleNamespace(language=language, language_probability=probability)
+        self.info = SimpleNamespace(language=detected, language_probability=probability)
         self.hf_tokenizer = SimpleNamespace(encode=lambda text, **_: SimpleNamespace(ids=list(text)))
 
     def transcribe(self, samples, **settings):
@@ -131,16 +131,16 @@ def test_hints_that_are_only_repeated_are_not_heard(ear):
 @pytest.mark.parametrize(
     "known, hints",
     [
-        ({"language": "en"}, "red mug blue new bottle"),
-        ({"language": "zh"}, None),
-        ({"language": "en", "probability": 0.6}, None),
+        ({"detected": "en"}, "red mug blue new bottle"),
+        ({"detected": "zh"}, None),
+        ({"detected": "en", "probability": 0.6}, None),
     ],
 )
 def test_a_detected_language_chooses_the_words(ear, known, hints):
     told, _ = expect_titles(ear(None, **known), TITLES)
     told(LOUD)
     assert told.model.calls[-1]["hotwords"] == hints
-    assert told.language == (known["language"] if "probability" not in known else None)
+    assert told.language == (known["detected"] if "probability" not in known else None)
 
 
 def test_each_shop_hears_its_own_language(ear):
