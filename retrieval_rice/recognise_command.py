@@ -165,7 +165,7 @@ def load_words(options: argparse.Namespace, index, say):
     titles = index.titles(options.live_id) if options.asr_hints != "none" else ()
     transcriber, count = expect_titles(transcriber, titles, options.asr_hints)
     if count:
-        say(f"the speech model expects words of the shop's titles, which have {count} different ones")
+        say(f"the speech model expects words of the shop's titles, of which {count} have any")
 
     def hear(stream):
         heard = listen(stream, transcriber, say)

@@ -1,5 +1,6 @@
-"""Words that a speech model is told to expect: those of the shop's titles that tell its products apart."""
+"""Titles that a speech model is told to expect: those of the shop whose words tell its products apart."""
 
+import heapq
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -13,45 +14,63 @@ HINTS_HELP = "what --asr is told to expect: words of the shop's titles, or none 
 
 # Languages that are written without spaces between words, by their codes in Whisper.
 _UNSPACED_LANGUAGES = ("zh", "yue", "ja", "th", "lo", "my", "km")
-# A letter first, then what may stand within a word or a number: t-shirt, kid's, 5g.
+# A letter or digit first, then what may stand within a word or a number: t-shirt, kid's, 5g.
 _WORD = re.compile(r"[^\W_](?:[\w'’.-]*[^\W_])?")
+# Of longer titles the beginning, which names the product.
+_MOST_WORDS = 16
 
 
-def hint_words(titles: Iterable[str], language: str) -> list[str]:
+def hint_titles(titles: Iterable[str], language: str) -> list[str]:
     """
-    The words of titles, first those that tell most of which product is meant: what stands in half of the titles tells
-    more than what stands in one, or in nearly all. Titles in a script without spaces, such as Chinese, have no words
-    to choose.
+    The words of each title, first the titles that bring most of what tells products apart: a word that stands in half
+    of the titles tells more than one that stands in a single one, or in nearly all, and no word counts twice. A model
+    hears words better in the order in which they are said than by themselves.
 
     Args:
-        titles: Of a shop's images. Equal titles count once.
+        titles: Of a shop's images.
         language: A code such as "en".
 
     Returns:
-        Words in lower case, each once; none for a language that is written without spaces.
+        Different titles in lower case, without words in a script that has no spaces, such as Chinese; none for a
+        language that is written so.
     """
     if language in _UNSPACED_LANGUAGES:
         return []
-    worded = [words for title in dict.fromkeys(titles) if (words := dict.fromkeys(_words(title)))]
-    counts = Counter(word for words in worded for word in words)
-    # A word that is in every title tells nothing of which one; the order of the titles decides between equals.
-    telling = [word for word in counts if counts[word] < len(worded) or len(worded) == 1]
-    return sorted(telling, key=lambda word: abs(2 * counts[word] - len(worded)))
+    worded = list(dict.fromkeys(words for title in titles if (words := _words(title))))
+    counts = Counter(word for words in worded for word in set(words))
+    worth = {word: min(count, len(worded) - count) for word, count in counts.items()}
+    known: set[str] = set()
+
+    def cost(place: int) -> tuple[float, int]:
+        words = worded[place]
+        return -sum(worth[word] for word in set(words) - known) / len(words), place
+
+    ordered: list[str] = []
+    heap = sorted(map(cost, range(len(worded))))
+    while heap:
+        place = heapq.heappop(heap)[1]
+        # What a title brings only falls, so that the best by what was known before may still be the best.
+        if heap and cost(place) > heap[0]:
+            heapq.heappush(heap, cost(place))
+        else:
+            ordered.append(" ".join(worded[place]))
+            known.update(worded[place])
+    return ordered
 
 
-def _words(title: str) -> list[str]:
+def _words(title: str) -> tuple[str, ...]:
     found = (match.group().lower() for match in _WORD.finditer(title))
-    return [word for word in found if not UNSPACED.search(word) and not word.isdigit()]
+    return tuple(word for word in found if not UNSPACED.search(word) and not word.isdigit())[:_MOST_WORDS]
 
 
-def within(words: Iterable[str], most: int, size: Callable[[str], int]) -> str:
-    """The first of the words, with spaces between them, that have a size of `most` together."""
+def within(titles: Iterable[str], most: int, size: Callable[[str], int]) -> str:
+    """The first of the titles, with commas between them, that have a size of `most` together."""
     chosen: list[str] = []
-    for word in words:
-        if size(" ".join([*chosen, word])) > most:
+    for title in titles:
+        if size(", ".join([*chosen, title])) > most:
             break
-        chosen.append(word)
-    return " ".join(chosen)
+        chosen.append(title)
+    return ", ".join(chosen)
 
 
 def expect_titles(transcriber: Any, titles: Iterable[str], asked: str | None = None) -> tuple[Any, int]:
@@ -64,7 +83,7 @@ def expect_titles(transcriber: Any, titles: Iterable[str], asked: str | None = N
         asked: One of `HINTS`, or `None` for titles where they are of use.
 
     Returns:
-        The speech model to hear with, and how many different words there are to expect.
+        The speech model to hear with, and how many different titles there are to choose from.
 
     Raises:
         ValueError: titles were asked for and would change nothing.
@@ -73,8 +92,8 @@ def expect_titles(transcriber: Any, titles: Iterable[str], asked: str | None = N
     if asked == "titles" and not takes_hints:
         raise ValueError("--asr_hints titles needs a faster-whisper model; leave it out with another one.")
     language = getattr(transcriber, "language", None) or ""
-    words = hint_words(titles, language) if takes_hints else []
-    if asked == "titles" and not words:
+    hints = hint_titles(titles, language) if takes_hints else []
+    if asked == "titles" and not hints:
         spoken = f" to expect in the language {language}" if language else ""
         raise ValueError(f"--asr_hints titles: the shop's titles have no words{spoken}; leave it out.")
-    return (transcriber.expecting(titles) if takes_hints else transcriber), len(words)
+    return (transcriber.expecting(titles) if takes_hints else transcriber), len(hints)

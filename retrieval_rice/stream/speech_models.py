@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .speech import UNSPACED, Word
-from .speech_hints import hint_words, within
+from .speech_hints import hint_titles, within
 from .speech_sound import FILE_CHUNK_S, LIVE_CHUNK_S, RATE, Block, FileSound, LiveSound, SoundCounts, chunks
 
 logger = logging.getLogger(__name__)
@@ -77,11 +77,11 @@ class WhisperTranscriber:
         return other
 
     def hints(self, language: str) -> str:
-        """The words that are expected in a language, as many as Whisper takes."""
+        """What is expected in a language: titles with commas between them, as many as Whisper takes."""
         if language not in self._hints:
             # faster-whisper would cut what is longer, within a word.
             most = self.model.max_length // 2 - 1
-            self._hints[language] = within(hint_words(self._titles, language), most, self._num_tokens)
+            self._hints[language] = within(hint_titles(self._titles, language), most, self._num_tokens)
         return self._hints[language]
 
     def _num_tokens(self, text: str) -> int:
@@ -94,7 +94,7 @@ class WhisperTranscriber:
             # Segments are not made before they are asked for, so that this costs little.
             language = info.language
             segments, _ = self._transcribe(samples, language)
-        hints = set(self.hints(language).split()) if language else set()
+        hints = set(self.hints(language).replace(",", " ").split()) if language else set()
         words = [word for segment in segments for word in without_echo(whole_words(segment.words or ()), hints)]
         if self.language is None and words and info.language_probability >= _SURE_OF_LANGUAGE:
             self.language = info.language

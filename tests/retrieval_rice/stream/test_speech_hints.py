@@ -1,36 +1,64 @@
 """Words that a speech model is told to expect: which ones, how many, and what is refused."""
 
+import random
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from retrieval_rice.stream.speech import Word
-from retrieval_rice.stream.speech_hints import expect_titles, hint_words, within
+from retrieval_rice.stream.speech_hints import expect_titles, hint_titles, within
 from retrieval_rice.stream.speech_models import WhisperTranscriber, whole_words
 
-TITLES = ["Red mug, new", "Red bottle new", "blue mug (new)", "blue T-shirt 500 new", "【新款】红色 mug"]
+TITLES = ["Red mug, new", "RED bottle new", "blue mug (new)", "blue T-shirt 500 new", "【新款】红色 mug"]
 
 
-def test_what_stands_in_half_of_the_titles_tells_most():
-    # Of five different titles: mug 3, new 4, red 2, blue 2, the others 1.
-    assert hint_words([*TITLES, TITLES[0]], "en") == ["red", "mug", "blue", "new", "bottle", "t-shirt"]
+def test_titles_come_first_that_tell_most():
+    # Of five titles mug is in 3, red and blue are in 2, new is in 4: they tell as much as 2, 2, 2 and 1. A title counts
+    # by word: 2 for "mug" alone, then 4/3 for "red bottle new", then 1 for "blue t-shirt new", and no more for others.
+    expected = ["mug", "red bottle new", "blue t-shirt new", "red mug new", "blue mug new"]
+    assert hint_titles([*TITLES, TITLES[0]], "en") == expected
 
 
-def test_a_word_of_every_title_tells_nothing_unless_there_is_one_title():
-    assert hint_words(["new mug", "new shoe"], "en") == ["mug", "shoe"]
-    assert hint_words(["new mug", "new mug"], "en") == ["new", "mug"]
+def test_a_word_of_every_title_tells_nothing():
+    assert hint_titles(["new", "new shoe", "new mug"], "en") == ["new shoe", "new mug", "new"]
+    assert hint_titles(["new mug", "New mug!"], "en") == ["new mug"]
+
+
+def test_of_a_long_title_the_beginning_is_told():
+    assert hint_titles(["mug " + " ".join("abcdefghijklmnopqrstuv")], "en") == ["mug a b c d e f g h i j k l m n o"]
+
+
+def test_equal_titles_keep_the_order_of_the_shop():
+    titles = [f"w{i} x{i}" for i in range(50)]
+    assert hint_titles(titles, "en") == titles
+
+
+def test_the_order_is_that_of_trying_every_title_each_time():
+    """The plain twin: what each title would bring, again and again."""
+    rng = random.Random(0)
+    titles = [" ".join(rng.choices("abcdefghijkl", k=rng.randint(1, 6))) for _ in range(60)]
+    left = list(dict.fromkeys(tuple(title.split()) for title in titles))
+    counts = {word: sum(word in words for words in left) for words in left for word in words}
+    worth = {word: min(count, len(left) - count) for word, count in counts.items()}
+    known, expected = set(), []
+    while left:
+        best = max(left, key=lambda words: sum(worth[word] for word in set(words) - known) / len(words))
+        left.remove(best)
+        expected.append(" ".join(best))
+        known |= set(best)
+    assert hint_titles(titles, "en") == expected
 
 
 @pytest.mark.parametrize(
     "titles, language", [([], "en"), (["", "【新款】红色", "42"], "en"), (TITLES, "zh"), (TITLES, "ja")]
 )
 def test_no_words_to_choose(titles, language):
-    assert hint_words(titles, language) == []
+    assert hint_titles(titles, language) == []
 
 
-def test_words_are_cut_between_words():
-    assert within(["red", "mug", "bottle", "of"], 7, len) == "red mug"
+def test_hints_are_cut_between_titles():
+    assert within(["red mug", "cap", "bottle"], 15, len) == "red mug, cap"
     assert within(["umbrella"], 7, len) == "" and within([], 7, len) == ""
 
 
@@ -92,10 +120,10 @@ LOUD = np.ones(16000, np.float32)
 def test_titles_are_told_within_what_the_model_takes(ear):
     model = ear()
     told, count = expect_titles(model, TITLES)
-    assert count == 6
+    assert count == 5
     assert told(LOUD) == [Word(0.0, 0.5, " Red")]
-    # 29 tokens, a space before the first word included.
-    assert [call["hotwords"] for call in model.model.calls] == ["red mug blue new bottle"]
+    # 20 of 29 tokens, a space before the first word included.
+    assert [call["hotwords"] for call in model.model.calls] == ["mug, red bottle new"]
     # The one that was given expects nothing still, so that two shops do not share theirs.
     model(LOUD)
     assert model.model.calls[-1]["hotwords"] is None
@@ -113,7 +141,7 @@ def test_hints_that_are_only_repeated_are_not_heard(ear):
     told, _ = expect_titles(ear(), TITLES)
     doubtful = [*parts(" a", " Red", " mug!", probability=0.01), *parts(" new.", probability=0.2)]
     told.model.heard = [
-        parts(" so", " red", " mug", " Blue,", " t", "-shirt", probability=0.01),
+        parts(" so", " red", " mug", " New,", " t", "-shirt", probability=0.01),
         doubtful,
         parts(" wait", " bottles", probability=0.01),
     ]
@@ -131,7 +159,7 @@ def test_hints_that_are_only_repeated_are_not_heard(ear):
 @pytest.mark.parametrize(
     "known, hints",
     [
-        ({"detected": "en"}, "red mug blue new bottle"),
+        ({"detected": "en"}, "mug, red bottle new"),
         ({"detected": "zh"}, None),
         ({"detected": "en", "probability": 0.6}, None),
     ],
