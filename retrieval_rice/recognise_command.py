@@ -17,8 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from .options import add_precision_and_towers, load_encoder, open_index
-from .stream.speech_hints import HINTS, HINTS_HELP, expect_titles
+from .options import add_hints, add_precision_and_towers, load_encoder, open_index
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     words.add_argument("--subtitles", metavar="FILE", help="read what is said: SRT or WebVTT, a video file with a "
         "subtitle track, track for that of SOURCE, or JSON lines on a named pipe or standard input (-)")  # fmt: skip
     add("--language", help="that is spoken, such as zh or en; auto, the default, detects it")
-    add("--asr_hints", choices=HINTS, help=HINTS_HELP)
+    add_hints(parser)
     add("--asr_before", type=float, help="a window is given the words from so many seconds before it (default: 6)")
     add("--asr_after", type=float, help="to so many after it (default: 2)")
     add("--detector", help="folder or id of a product detector, whose boxes tell where to look; default: no boxes")
@@ -159,6 +158,7 @@ def load_words(options: argparse.Namespace, index, say):
         return lambda stream: Hearing(read, waits=stream.is_recording, notify=say)
     if options.asr is None:
         return lambda stream: None
+    from .stream.speech_hints import expect_titles
     from .stream.speech_models import listen, load_transcriber
 
     transcriber = load_transcriber(options.asr, options.language or "auto", options.device)

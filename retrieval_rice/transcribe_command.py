@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from .stream.speech_hints import HINTS, HINTS_HELP, expect_titles
+from .options import HINTS, add_hints
 
 TRANSCRIPTS = "transcripts.jsonl"
 SPLITS = ("train", "validation", "test")
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model of transformers")  # fmt: skip
     add("--language", default="auto", help="that is spoken, such as zh or en; auto detects it in each clip "
         "(default: %(default)s)")  # fmt: skip
-    add("--asr_hints", choices=HINTS, help=HINTS_HELP)
+    add_hints(parser)
     add(
         "--splits", nargs="+", choices=SPLITS, help="of shop_clips (default: all that are there); LPR4M has test alone"
     )
@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> None:
     from data_rice.shop_clips.shop_clips import ShopClips
     from data_rice.views import resolve
 
+    from .stream.speech_hints import expect_titles
     from .stream.speech_models import load_transcriber
 
     if options.sound is not None and not options.sound.is_dir():
@@ -162,6 +163,7 @@ def _hear(
     from processing_rice.video_container_rice import open_container
 
     from .stream.speech import join_words
+    from .stream.speech_hints import expect_titles
     from .stream.speech_models import Listener
     from .stream.speech_sound import FILE_CHUNK_S, FileSound
 

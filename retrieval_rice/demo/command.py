@@ -9,8 +9,7 @@ import argparse
 import signal
 from pathlib import Path
 
-from ..options import add_precision_and_towers, load_encoder, open_index, port
-from ..stream.speech_hints import HINTS, HINTS_HELP, expect_titles
+from ..options import add_hints, add_precision_and_towers, load_encoder, open_index, port
 
 DEFAULT_MODEL = "runs/demo/model"
 
@@ -28,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--asr", metavar="MODEL", help="hear uploads: folder, id or size of a faster-whisper model, or a speech "
         "model of transformers (default: none)")  # fmt: skip
     add("--language", help="that is spoken, such as zh or en; auto, the default, detects it")
-    add("--asr_hints", choices=HINTS, help=HINTS_HELP)
+    add_hints(parser)
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
     add("--port", type=port, help="default: the first free one from 7860")
     add_precision_and_towers(parser)
@@ -127,6 +126,7 @@ def load_demo(options: argparse.Namespace):
     if options.asr is not None:
         if getattr(model.config, "text_config", None) is None:
             raise ValueError(f"--asr needs a model that reads text, which {options.model} does not; leave it out.")
+        from ..stream.speech_hints import expect_titles
         from ..stream.speech_models import load_transcriber
 
         transcriber = load_transcriber(options.asr, options.language or "auto", options.device)

@@ -8,10 +8,6 @@ from typing import Any
 
 from .speech import UNSPACED
 
-HINTS = ("titles", "none")
-"""What a speech model can be told to expect."""
-HINTS_HELP = "what --asr is told to expect: words of the shop's titles, or none (default: titles, if it can be told)"
-
 # Languages that are written without spaces between words, by their codes in Whisper.
 _UNSPACED_LANGUAGES = ("zh", "yue", "ja", "th", "lo", "my", "km")
 # A letter or digit first, then what may stand within a word or a number: t-shirt, kid's, 5g.
@@ -80,7 +76,7 @@ def expect_titles(transcriber: Any, titles: Iterable[str], asked: str | None = N
     Args:
         transcriber: See `load_transcriber`. One with `expecting` can be told.
         titles: Of the shop that is on show.
-        asked: One of `HINTS`, or `None` for titles where they are of use.
+        asked: "titles", "none", or `None` for titles where they are of use.
 
     Returns:
         The speech model to hear with, and how many different titles there are to choose from.
