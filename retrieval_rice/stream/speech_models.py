@@ -95,7 +95,10 @@ class WhisperTranscriber:
             language = info.language
             segments, _ = self._transcribe(samples, language)
         hints = set(self.hints(language).replace(",", " ").split()) if language else set()
-        words = [word for segment in segments for word in without_echo(whole_words(segment.words or ()), hints)]
+        words: list[Word] = []
+        for segment in segments:
+            parts = [(Word(float(w.start), float(w.end), w.word), float(w.probability)) for w in segment.words or ()]
+            words += without_echo(whole_words(parts), hints)
         if self.language is None and words and info.language_probability >= _SURE_OF_LANGUAGE:
             self.language = info.language
         return words
@@ -153,7 +156,9 @@ class PipelineTranscriber:
             start_s = 0.0 if start_s is None else float(start_s)
             # Whisper leaves the end of the last word open.
             words.append(Word(start_s, len(samples) / RATE if end_s is None else float(end_s), part["text"]))
-        return words
+        if getattr(self.pipeline, "type", None) != "seq2seq_whisper":
+            return words
+        return [word for word, _ in whole_words((word, 1.0) for word in words)]
 
 
 def _not_loaded(name: str, error: Exception) -> ValueError:
@@ -248,20 +253,13 @@ class Listener:
         self.heard_s = math.inf
 
 
-def whole_words(parts: Iterable[Any]) -> list[tuple[Word, float]]:
+def whole_words(parts: Iterable[tuple[Word, float]]) -> list[tuple[Word, float]]:
     """
-    Whisper's parts of the words of a segment joined: a word begins with a space, and "t-shirt" comes as " t" and
-    "-shirt". In a script without spaces each part stays by itself.
-
-    Args:
-        parts: With `start`, `end`, `word` and `probability`, as faster-whisper gives them.
-
-    Returns:
-        Words, and the least probability of the parts of each.
+    Whisper's parts of words joined, each with its probability: a word begins with a space, and "t-shirt" comes as " t"
+    and "-shirt". A word has the least probability of its parts. In a script without spaces each part stays by itself.
     """
     words: list[tuple[Word, float]] = []
-    for part in parts:
-        word, probability = Word(float(part.start), float(part.end), part.word), float(part.probability)
+    for word, probability in parts:
         before, least = words[-1] if words else (None, 1.0)
         if before is None or _begins_a_word(before.text, word.text):
             words.append((word, probability))

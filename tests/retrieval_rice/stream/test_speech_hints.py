@@ -80,12 +80,12 @@ def parts(*texts, probability=1.0):
     ],
 )
 def test_parts_of_words_are_joined(texts, words):
-    assert [word.text for word, _ in whole_words(parts(*texts))] == words
+    assert [word.text for word, _ in whole_words((Word(0.0, 0.1, text), 1.0) for text in texts)] == words
 
 
 def test_a_joined_word_lasts_as_long_as_its_parts_and_is_as_likely_as_the_least():
-    (word, probability), _ = whole_words([*parts(" two"), *parts("", "-tone", " mug", probability=0.5)[1:]])
-    assert word == Word(0.0, 1.0, " two-tone") and probability == 0.5
+    two, tone, mug = Word(0.0, 0.5, " two"), Word(0.5, 1.0, "-tone"), Word(1.0, 1.5, " mug")
+    assert whole_words([(two, 0.9), (tone, 0.5), (mug, 0.8)]) == [(Word(0.0, 1.0, " two-tone"), 0.5), (mug, 0.8)]
 
 
 class Whisper:

@@ -110,6 +110,22 @@ def test_words_without_an_end_last_to_the_end_of_their_sound():
     assert calls == [{"return_timestamps": "word", "generate_kwargs": {"language": "zh"}}]
 
 
+def test_parts_of_words_are_joined_where_spaces_tell_words():
+    model = PipelineTranscriber.__new__(PipelineTranscriber)
+    model.language = None
+
+    class Pipeline:
+        def __call__(self, sound, **settings):
+            texts = enumerate((" two", "-tone", " mug"))
+            return {"chunks": [{"text": text, "timestamp": (float(i), i + 1.0)} for i, text in texts]}
+
+    model.pipeline = Pipeline()
+    samples = np.ones(3 * RATE, np.float32)
+    assert [word.text for word in model(samples)] == [" two", "-tone", " mug"]
+    model.pipeline.type = "seq2seq_whisper"
+    assert model(samples) == [Word(0.0, 2.0, " two-tone"), Word(2.0, 3.0, " mug")]
+
+
 def test_a_listener_tells_how_far_it_is():
     heard = []
 
