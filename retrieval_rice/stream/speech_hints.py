@@ -4,6 +4,7 @@ import heapq
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 from .speech import UNSPACED
@@ -30,8 +31,12 @@ def hint_titles(titles: Iterable[str], language: str) -> list[str]:
         Different titles in lower case, without words in a script that has no spaces, such as Chinese; none for a
         language that is written so.
     """
-    if language in _UNSPACED_LANGUAGES:
-        return []
+    return [] if language in _UNSPACED_LANGUAGES else list(_in_order(tuple(titles)))
+
+
+# The shops of a demo are asked for again and again.
+@lru_cache(maxsize=16)
+def _in_order(titles: tuple[str, ...]) -> tuple[str, ...]:
     worded = list(dict.fromkeys(words for title in titles if (words := _words(title))))
     counts = Counter(word for words in worded for word in set(words))
     worth = {word: min(count, len(worded) - count) for word, count in counts.items()}
@@ -51,7 +56,7 @@ def hint_titles(titles: Iterable[str], language: str) -> list[str]:
         else:
             ordered.append(" ".join(worded[place]))
             known.update(worded[place])
-    return ordered
+    return tuple(ordered)
 
 
 def _words(title: str) -> tuple[str, ...]:

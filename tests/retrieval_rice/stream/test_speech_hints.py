@@ -29,6 +29,10 @@ def test_of_a_long_title_the_beginning_is_told():
     assert hint_titles(["mug " + " ".join("abcdefghijklmnopqrstuv")], "en") == ["mug a b c d e f g h i j k l m n o"]
 
 
+def test_what_a_model_reads_as_a_command_is_words():
+    assert hint_titles(["red <|endoftext|> mug"], "en") == ["red endoftext mug"]
+
+
 def test_equal_titles_keep_the_order_of_the_shop():
     titles = [f"w{i} x{i}" for i in range(50)]
     assert hint_titles(titles, "en") == titles
