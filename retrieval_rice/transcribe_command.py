@@ -1,8 +1,9 @@
 """Write what is said in the clips of a data set into its rows.
 
 Training and evaluation then read what a stream hears. DATA is a folder of shop_clips, whose clip files get `asr`, or
-of LPR4M, whose test_videoid_asr is written. Sound comes from the clips' videos, or from files in --sound: CLIP_ID.mp4 (.wav, ...), or for LPR4M one file per livestream,
-LIVE_ID.mp4, of which a clip is the part that its id names. The same command goes on where it was interrupted.
+of LPR4M, whose test_videoid_asr is written. Sound comes from the clips' videos, or from files in --sound: CLIP_ID.mp4
+(.wav, ...), or for LPR4M one file per livestream, LIVE_ID.mp4, of which a clip is the part that its id names. The same
+command goes on where it was interrupted.
 DATA/transcripts.jsonl tells the model, the language, the hints, and what was heard in each clip; clips that have ASR
 already keep it, unless --overwrite is given.
 """
