@@ -62,6 +62,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--fold_texts", action="store_true", help="read texts without case and punctuation, of a model that was "
         "trained before tokenizers did so")  # fmt: skip
     add("--heard_dir", type=Path, metavar="DIR", help="keep what was heard here, and do not hear it again")
+    add("--clips_only", action="store_true", help="without the time lines of the streams, which cost most of the time")
     add("--snr", type=float, nargs="+", default=[20.0, 5.0], help="decibels of speech over noise (default: 20 5)")
     add("--output", type=Path, help="also write the lines to this file")
     add("--device", default="cpu")
@@ -342,7 +343,10 @@ def study(options: argparse.Namespace, folder: Path) -> list[dict]:
         conditions.append(Condition(name, list(map(true_words, streams, texts)), texts))
     conditions += heard(options, streams, recogniser.index, folder)
     names = name_words()
-    results = [measure(recogniser, streams, folder, condition, names) for condition in conditions]
+    results = [measure(recogniser, streams, condition, names) for condition in conditions]
+    if not options.clips_only:
+        for result, condition in zip(results, conditions):
+            result |= times(recogniser, streams, folder, condition)
     return with_intervals(results, [stream.live_id for stream in streams for _ in stream.clips])
 
 
@@ -405,24 +409,25 @@ class Heard:
         return f"{stream.live_id} {stream.end_s:g} {stream.voice}"
 
 
-def measure(recogniser, streams: list[Stream], folder: Path, condition: Condition, names: set[str]) -> dict:
+def measure(recogniser, streams: list[Stream], condition: Condition, names: set[str]) -> dict:
     said = [tokens(clip.row["asr"]) for stream in streams for clip in stream.clips]
     read = [tokens(text) for own in condition.texts for text in own]
-    shares = np.zeros(3)
-    for number, stream in enumerate(tqdm(streams, desc=f"text: {condition.name}", unit="stream", disable=None)):
-        words = condition.words and condition.words[number]
-        shares += time_shares(recogniser, folder / f"{number}.mp4", stream, words)
     empty = condition.words is None
     return {
         "text": condition.name,
         "word_error_rate": None if empty else sum(map(word_errors, said, read)) / sum(map(len, said)),
         "name_words_heard": None if empty else name_recall(said, read, names),
         "hits": clip_hits(recogniser, streams, condition.texts),
-        "time_right": shares[0] / shares.sum(),
-        "time_wrong": shares[1] / shares.sum(),
-        "time_none": shares[2] / shares.sum(),
         "cpu_s_per_s_of_sound": condition.cpu_s_per_s_of_sound,
     }
+
+
+def times(recogniser, streams: list[Stream], folder: Path, condition: Condition) -> dict:
+    shares = np.zeros(3)
+    for number, stream in enumerate(tqdm(streams, desc=f"text: {condition.name}", unit="stream", disable=None)):
+        words = condition.words and condition.words[number]
+        shares += time_shares(recogniser, folder / f"{number}.mp4", stream, words)
+    return dict(zip(("time_right", "time_wrong", "time_none"), shares / shares.sum()))
 
 
 def with_intervals(results: list[dict], lives: list[str]) -> list[dict]:
