@@ -3,8 +3,9 @@
     python -m data_rice.train_tokenizer --dataset mini_lpr4m --output_dir runs/tokenizer
     python train_rice.py RECIPE --use_text true --tokenizer runs/tokenizer --output_dir runs/text
 
-SentencePiece's unigram vocabulary for Chinese and English alike; what it does not know is spelled in bytes. The output
-folder holds tokenizer.json, which `AutoTokenizer.from_pretrained` reads without sentencepiece.
+SentencePiece's unigram vocabulary for Chinese and English alike; what it does not know is spelled in bytes. Case,
+width of characters, and punctuation of sentences are left out: speech models write them, many transcripts do not. The
+output folder holds tokenizer.json, which `AutoTokenizer.from_pretrained` reads without sentencepiece.
 """
 
 import argparse
@@ -102,7 +103,8 @@ def main(arguments: list[str] | None = None) -> None:
         texts, read, total = read_texts(
             options.dataset, options.data_dir, options.cache_dir, options.split, options.max_rows
         )
-        tokenizer = train_tokenizer(texts, vocab_size=options.vocab_size, model_max_length=options.max_length)
+        limits = {"vocab_size": options.vocab_size, "model_max_length": options.max_length}
+        tokenizer = train_tokenizer(texts, **limits, fold=True)
         Path(options.output_dir).mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(options.output_dir)
     figures = coverage(tokenizer, texts)

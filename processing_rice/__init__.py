@@ -28,6 +28,7 @@ __all__ = [
     "RiceVideoProcessor",
     "boxes_to_patch_mask",
     "build_processor",
+    "fold_texts",
     "is_missing",
     "open_image",
     "read_text",

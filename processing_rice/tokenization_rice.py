@@ -6,9 +6,11 @@ sentencepiece is imported only while a vocabulary is being trained.
 
 Text is left as it is apart from whitespace: runs of it become one space and the ends are stripped (U+2581, with which
 SentencePiece marks word boundaries, counts as a space). Whatever the vocabulary does not know is spelled in bytes, so
-decoding returns the text that was encoded.
+decoding returns the text that was encoded. With `fold` letters lose their case, full-width characters their width, and
+sentences their punctuation, so that "Red mug." of a title or a speech model is the "red mug" of another one.
 """
 
+import copy
 import io
 from collections import Counter
 from collections.abc import Iterable
@@ -22,10 +24,12 @@ PRINTABLE_ASCII = "".join(chr(code) for code in range(0x21, 0x7F))
 NUM_FIXED_PIECES = len(SPECIAL_TOKENS) + 256 + len(PRINTABLE_ASCII) + 1
 MIN_VOCAB_SIZE = 400
 QUIET_UP_TO = 20_000
+# Of sentences, not of numbers, times and names such as 1.5, 10:30 and node.js.
+_PUNCTUATION = r"[.,!?;:]+(?![0-9a-z])|[\u3001\u3002]+"
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int = 2000, model_max_length: int = 64
+    texts: Iterable[str], vocab_size: int = 2000, model_max_length: int = 64, fold: bool = False
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer on `texts`. The same texts in the same order give the same tokenizer.
 
@@ -34,6 +38,7 @@ def train_tokenizer(
         vocab_size: Upper bound of the vocabulary, at least 400, of which 355 entries are fixed (4 special tokens, 256
             bytes, printable ASCII, the word boundary). A corpus too small to fill it gives a smaller vocabulary.
         model_max_length: Length in tokens, the two sequence marks included, that `truncation=True` cuts to.
+        fold: Read texts without case, width and the punctuation of sentences, here and whenever the tokenizer is used.
 
     Returns:
         A tokenizer that writes `<s> ... </s>`, pads on the right with id 0 and returns `input_ids` and
@@ -45,10 +50,23 @@ def train_tokenizer(
             of it is not valid Unicode.
         ImportError: sentencepiece is not installed.
     """
-    return wrap_sentencepiece(train_sentencepiece(texts, vocab_size=vocab_size), model_max_length=model_max_length)
+    model_proto = train_sentencepiece(texts, vocab_size=vocab_size, fold=fold)
+    tokenizer = wrap_sentencepiece(model_proto, model_max_length=model_max_length)
+    return fold_texts(tokenizer) if fold else tokenizer
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int = 2000) -> bytes:
+def fold_texts(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """
+    A copy of a tokenizer of `train_tokenizer` that reads texts as with `fold`. Its ids mean what they did, so that a
+    model trained on texts in lower case without punctuation, as many recognisers of speech write them, understands
+    texts that have both.
+    """
+    folding = copy.deepcopy(tokenizer)
+    folding.backend_tokenizer.normalizer = _normalizer(fold=True)
+    return folding
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int = 2000, fold: bool = False) -> bytes:
     """Train the unigram vocabulary of `train_tokenizer` (arguments and errors as there).
 
     Returns:
@@ -58,7 +76,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int = 2000) -> bytes:
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(f"vocab_size is {vocab_size}; use at least {MIN_VOCAB_SIZE}.")
-    sentences = _clean_sentences(texts)
+    sentences = _clean_sentences(texts, _normalizer(fold))
     sentences = _keep_frequent_characters(sentences, max_characters=(vocab_size - NUM_FIXED_PIECES) // 2)
     try:
         import sentencepiece
@@ -112,7 +130,7 @@ def wrap_sentencepiece(model_proto: bytes, model_max_length: int = 64) -> PreTra
 
     sp = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
     tokenizer = Tokenizer(models.Unigram(_unigram_vocab(sp), unk_id=sp.unk_id(), byte_fallback=True))
-    tokenizer.normalizer = _whitespace_normalizer()
+    tokenizer.normalizer = _normalizer(fold=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE_MARK, prepend_scheme="always")
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS_TOKEN} $A {EOS_TOKEN}",
@@ -137,15 +155,16 @@ def wrap_sentencepiece(model_proto: bytes, model_max_length: int = 64) -> PreTra
     )
 
 
-def _whitespace_normalizer() -> normalizers.Normalizer:
+def _normalizer(fold: bool) -> normalizers.Normalizer:
+    folding = [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(_PUNCTUATION), " ")]
     # The word boundary's own character stands for a space inside both libraries, which then disagree on doubled ones.
-    return normalizers.Sequence([normalizers.Replace(Regex(rf"[\s{SPACE_MARK}]+"), " "), normalizers.Strip()])
+    spaces = [normalizers.Replace(Regex(rf"[\s{SPACE_MARK}]+"), " "), normalizers.Strip()]
+    return normalizers.Sequence([*folding, *spaces] if fold else spaces)
 
 
-def _clean_sentences(texts: Iterable[str]) -> list[str]:
+def _clean_sentences(texts: Iterable[str], normalizer: normalizers.Normalizer) -> list[str]:
     if isinstance(texts, str):
         raise TypeError("texts is one string; pass a list of strings.")
-    normalizer = _whitespace_normalizer()
     sentences = []
     for index, text in enumerate(texts):
         if not isinstance(text, str):

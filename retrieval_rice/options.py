@@ -6,6 +6,8 @@ from typing import Any
 
 from hub_rice.precision import AUTO, INT8, PRECISIONS, add_precision, choose_precision, in_precision, precision_of
 
+HINTS = ("titles", "none")
+
 
 def port(text: str) -> int:
     """A port's number, as an argument's type."""
@@ -24,6 +26,14 @@ def add_precision_and_towers(parser: argparse.ArgumentParser) -> None:
         help="folder that `rice export` wrote of this model, whose encoder onnxruntime runs in the place of torch's, "
         "in fp32 or with --precision int8",
     )
+
+
+def add_hints(parser: argparse.ArgumentParser) -> None:
+    """Adds `--asr_hints` to a command with `--asr`."""
+    help_text = (
+        "what the speech model is told to expect: titles of the shop, or none (default: titles, if it can be told)"
+    )
+    parser.add_argument("--asr_hints", choices=HINTS, help=help_text)
 
 
 def load_encoder(options: argparse.Namespace, auto: str = AUTO) -> tuple[Any, Any]:

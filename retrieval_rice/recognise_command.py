@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from .options import add_precision_and_towers, load_encoder, open_index
+from .options import add_hints, add_precision_and_towers, load_encoder, open_index
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     words.add_argument("--subtitles", metavar="FILE", help="read what is said: SRT or WebVTT, a video file with a "
         "subtitle track, track for that of SOURCE, or JSON lines on a named pipe or standard input (-)")  # fmt: skip
     add("--language", help="that is spoken, such as zh or en; auto, the default, detects it")
+    add_hints(parser)
     add("--asr_before", type=float, help="a window is given the words from so many seconds before it (default: 6)")
     add("--asr_after", type=float, help="to so many after it (default: 2)")
     add("--detector", help="folder or id of a product detector, whose boxes tell where to look; default: no boxes")
@@ -88,7 +89,7 @@ def run(options: argparse.Namespace) -> None:
 
         tqdm.write(text, file=sys.stderr)
 
-    words_of = load_words(options, say)
+    words_of = load_words(options, index, say)
 
     def say_start(hit, start_s: float) -> None:
         if stream.live:
@@ -123,8 +124,9 @@ def run(options: argparse.Namespace) -> None:
 
 def check_words(options: argparse.Namespace, recogniser) -> None:
     """Raises `ValueError` for arguments of what is said that would change nothing, or are out of range."""
-    if options.asr is None and options.language is not None:
-        raise ValueError("--language belongs to --asr; give both, or leave it out.")
+    for name in ("language", "asr_hints"):
+        if options.asr is None and getattr(options, name) is not None:
+            raise ValueError(f"--{name} belongs to --asr; give both, or leave it out.")
     for name in ("asr_before", "asr_after"):
         seconds = getattr(options, name)
         if seconds is None:
@@ -142,7 +144,7 @@ def check_words(options: argparse.Namespace, recogniser) -> None:
         raise ValueError(f"{name} needs a model that reads text, which {options.model} does not; leave it out.")
 
 
-def load_words(options: argparse.Namespace, say):
+def load_words(options: argparse.Namespace, index, say):
     """
     A function from the opened stream to a `Hearing` of what is said in it, or `None`. What cannot be loaded or read is
     told before anything is written.
@@ -156,9 +158,14 @@ def load_words(options: argparse.Namespace, say):
         return lambda stream: Hearing(read, waits=stream.is_recording, notify=say)
     if options.asr is None:
         return lambda stream: None
+    from .stream.speech_hints import expect_titles
     from .stream.speech_models import listen, load_transcriber
 
     transcriber = load_transcriber(options.asr, options.language or "auto", options.device)
+    titles = index.titles(options.live_id) if options.asr_hints != "none" else ()
+    transcriber, count = expect_titles(transcriber, titles, options.asr_hints)
+    if count:
+        say(f"the speech model expects words of the shop's titles, of which {count} have any")
 
     def hear(stream):
         heard = listen(stream, transcriber, say)

@@ -1,11 +1,11 @@
 """Write what is said in the clips of a data set into its rows.
 
 Training and evaluation then read what a stream hears. DATA is a folder of shop_clips, whose clip files get `asr`, or
-of LPR4M, whose test_videoid_asr is written. Sound comes
-from the clips' videos, or from files in --sound: CLIP_ID.mp4 (.wav, ...), or for LPR4M one file per livestream,
-LIVE_ID.mp4, of which a clip is the part that its id names. The same command goes on where it was interrupted.
-DATA/transcripts.jsonl tells the model, the language, and what was heard in each clip; clips that have ASR already keep
-it, unless --overwrite is given.
+of LPR4M, whose test_videoid_asr is written. Sound comes from the clips' videos, or from files in --sound: CLIP_ID.mp4
+(.wav, ...), or for LPR4M one file per livestream, LIVE_ID.mp4, of which a clip is the part that its id names. The same
+command goes on where it was interrupted.
+DATA/transcripts.jsonl tells the model, the language, the hints, and what was heard in each clip; clips that have ASR
+already keep it, unless --overwrite is given.
 """
 
 import argparse
@@ -14,7 +14,10 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+
+from .options import HINTS, add_hints
 
 TRANSCRIPTS = "transcripts.jsonl"
 SPLITS = ("train", "validation", "test")
@@ -29,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model of transformers")  # fmt: skip
     add("--language", default="auto", help="that is spoken, such as zh or en; auto detects it in each clip "
         "(default: %(default)s)")  # fmt: skip
+    add_hints(parser)
     add(
         "--splits", nargs="+", choices=SPLITS, help="of shop_clips (default: all that are there); LPR4M has test alone"
     )
@@ -39,13 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip of a data set: where its sound is, in seconds of a file (`None`: nowhere), and its ASR so far."""
+    """
+    A clip of a data set: where its sound is, in seconds of a file (`None`: nowhere), its ASR so far, and its
+    livestream, "" for none.
+    """
 
     clip_id: str
     path: str | None
     start_s: float
     end_s: float
     asr: str
+    live_id: str = ""
 
 
 def run(options: argparse.Namespace) -> None:
@@ -59,6 +67,7 @@ def run(options: argparse.Namespace) -> None:
     from data_rice.shop_clips.shop_clips import ShopClips
     from data_rice.views import resolve
 
+    from .stream.speech_hints import expect_titles
     from .stream.speech_models import load_transcriber
 
     if options.sound is not None and not options.sound.is_dir():
@@ -67,12 +76,14 @@ def run(options: argparse.Namespace) -> None:
     if kind not in (Lpr4m, ShopClips):
         raise ValueError(f"{options.data} has no rows with ASR; give a folder of shop_clips or LPR4M.")
     parts = _shop_parts(root, options) if kind is ShopClips else _lpr4m_parts(root, options)
-    header = {**_FORMAT, "model": options.asr, "language": options.language}
+    titles = {} if options.asr_hints == "none" else parts[0].titles()
     transcriber = load_transcriber(options.asr, options.language, options.device)
+    _, count = expect_titles(transcriber, chain(*titles.values()), options.asr_hints)
+    header = {**_FORMAT, "model": options.asr, "language": options.language, "hints": HINTS[not count]}
     transcripts = Transcripts(Path(root) / TRANSCRIPTS, header, options.overwrite)
     for part in parts:
         clips = part.clips()
-        _hear(clips, part.split, transcripts, transcriber, options)
+        _hear(clips, part.split, transcripts, transcriber, options, titles)
         part.write({clip.clip_id: text for clip in clips if (text := transcripts.text(part.split, clip)) is not None})
     print(f"{transcripts.path} tells the model, the language and what was heard")
 
@@ -93,10 +104,12 @@ class Transcripts:
         if path.is_file():
             cut_torn_line(path)
         before, lines = self._read() if path.is_file() and path.stat().st_size else (header, [])
+        # Files of before there were hints do not name them.
+        before = {"hints": HINTS[1], **before}
         if before != header and not overwrite:
             raise ValueError(
-                f"{path} was begun with the model {before.get('model')} and the language {before.get('language')}; "
-                f"give --overwrite to transcribe anew with {header['model']} and {header['language']}."
+                f"{path} was begun with {_settings(before)}; give --overwrite to transcribe anew with "
+                f"{_settings(header)}."
             )
         if before != header:
             # What stood in the rows before anything was heard stays known.
@@ -129,21 +142,34 @@ class Transcripts:
             file.write(_json_line(line))
 
 
+def _settings(header: dict) -> str:
+    return f"the model {header.get('model')}, the language {header.get('language')} and the hints {header['hints']}"
+
+
 def _json_line(entry: dict) -> str:
     return json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _hear(clips: list[Clip], split: str, transcripts: Transcripts, transcriber, options: argparse.Namespace) -> None:
+def _hear(
+    clips: list[Clip],
+    split: str,
+    transcripts: Transcripts,
+    transcriber,
+    options: argparse.Namespace,
+    titles: dict[str, list[str]],
+) -> None:
     from tqdm.auto import tqdm
 
     from processing_rice.video_container_rice import open_container
 
     from .stream.speech import join_words
+    from .stream.speech_hints import expect_titles
     from .stream.speech_models import Listener
     from .stream.speech_sound import FILE_CHUNK_S, FileSound
 
     counts = {"heard": 0, "silent": 0, "earlier": 0, "kept": 0, "without sound": 0}
     failures: list[str] = []
+    ear, shop = transcriber, None
     for clip in tqdm(clips, desc=f"transcribing {split}", unit="clip", disable=None):
         if transcripts.text(split, clip) is not None:
             counts["earlier"] += 1
@@ -155,10 +181,13 @@ def _hear(clips: list[Clip], split: str, transcripts: Transcripts, transcriber, 
             counts["without sound"] += 1
             continue
         if options.language == "auto":
-            transcriber.language = None
+            ear.language = None
+        if clip.live_id != shop:
+            shop = clip.live_id
+            ear, _ = expect_titles(transcriber, titles.get(shop, ()))
         sound = FileSound(clip.path, clip.start_s, clip.end_s, open_container)
         try:
-            asr = join_words(Listener(sound, transcriber, FILE_CHUNK_S))
+            asr = join_words(Listener(sound, ear, FILE_CHUNK_S))
         except (ValueError, OSError, RuntimeError) as error:
             failures.append(f"{clip.clip_id} ({' '.join(str(error).split())})")
             continue
@@ -166,7 +195,7 @@ def _hear(clips: list[Clip], split: str, transcripts: Transcripts, transcriber, 
             counts["without sound"] += 1
             continue
         counts["heard" if asr else "silent"] += 1
-        transcripts.add(split, clip, asr, getattr(transcriber, "language", None))
+        transcripts.add(split, clip, asr, getattr(ear, "language", None))
     words = {"earlier": "heard earlier", "kept": "with ASR of their own"}
     told = [f"{count} {words.get(name, name)}" for name, count in counts.items() if count]
     print(f"{split}: {len(clips)} clips; {', '.join(told) or 'none heard'}")
@@ -198,18 +227,27 @@ class _ShopPart:
     def _rows(self) -> Iterator[tuple[dict, Clip]]:
         from data_rice import parsing
         from data_rice.paths import MediaRoot
-        from data_rice.shop_clips.shop_clips import id_value, text_value, video_range
+        from data_rice.shop_clips.shop_clips import id_value, optional_id, text_value, video_range
 
         media = MediaRoot(self.root)
         for line, row in parsing.read_json_lines(self.file):
             try:
                 clip_id = id_value(row, "query_id")
                 video, start_s, end_s = video_range(media, row)
-                asr = text_value(row, "asr")
+                asr, live_id = text_value(row, "asr"), optional_id(row, "live_id")
             except ValueError as error:
                 raise parsing.row_error(self.file, line, f"{error}; repair the row.") from None
             path = video or self.sound.get(clip_id)
-            yield row, Clip(clip_id, path, max(start_s, 0.0), end_s if end_s > 0 else math.inf, asr)
+            yield row, Clip(clip_id, path, max(start_s, 0.0), end_s if end_s > 0 else math.inf, asr, live_id)
+
+    def titles(self) -> dict[str, list[str]]:
+        """Of each livestream's images; of "" where the gallery is one shop."""
+        from data_rice.shop_clips.shop_clips import read_gallery
+
+        titles: dict[str, list[str]] = {}
+        for image in read_gallery(self.root).values():
+            titles.setdefault(image["live_id"], []).append(image["title"])
+        return titles
 
     def write(self, texts: dict[str, str]) -> None:
         """Puts what was heard into the rows; everything else stays as it is."""
@@ -260,13 +298,24 @@ class _Lpr4mPart:
     def _clip(self, clip_id: str, asr: str) -> Clip:
         from data_rice.lpr4m.layout import live_id_of
 
-        if clip_id in self.sound:
-            return Clip(clip_id, self.sound[clip_id], 0.0, math.inf, asr)
         live_id = live_id_of(clip_id)
+        if clip_id in self.sound:
+            return Clip(clip_id, self.sound[clip_id], 0.0, math.inf, asr, live_id)
         start, end = clip_id.removeprefix(f"{live_id}-").split("-")
         if not start.isdigit() or not end.isdigit():
             return Clip(clip_id, None, 0.0, math.inf, asr)
-        return Clip(clip_id, self.sound.get(live_id), int(start) / 1000, int(end) / 1000, asr)
+        return Clip(clip_id, self.sound.get(live_id), int(start) / 1000, int(end) / 1000, asr, live_id)
+
+    def titles(self) -> dict[str, list[str]]:
+        """Of each livestream's images, where the files of both are there."""
+        from data_rice.lpr4m import layout
+
+        files = [layout.annotation_files(self.root, layout.TEST_FILES[kind]) for kind in ("title", "gallery")]
+        if not all(files):
+            return {}
+        titles = layout.read_id_table(files[0][0], 2, "image id")
+        lives = layout.read_id_lists(files[1][0], "live id")
+        return {live_id: [titles.get(image_id, [""])[0] for image_id in ids] for live_id, ids in lives.items()}
 
     def write(self, texts: dict[str, str]) -> None:
         """Puts what was heard into the table of the test clips' ASR; other rows stay as they are."""

@@ -75,7 +75,7 @@ def build_tokenizer(
     """
     path = data.tokenizer or arguments.init_text_from
     if path is None:
-        tokenizer = train_tokenizer(texts or ["rice"], vocab_size=data.vocab_size)
+        tokenizer = train_tokenizer(texts or ["rice"], vocab_size=data.vocab_size, fold=True)
     else:
         tokenizer = _read_tokenizer(path, "tokenizer" if data.tokenizer else "init_text_from")
     limits = [data.text_length, getattr(config.text_config, "max_position_embeddings", None) or data.text_length]

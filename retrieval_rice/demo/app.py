@@ -60,7 +60,7 @@ class Callbacks:
 
     def upload(self, files: list[str] | str | None, live_id: str, boxes: str, asr: str) -> tuple:
         """As `show`, for uploaded files, which are gone afterwards."""
-        clip: Clip = self.demo.upload([files] if isinstance(files, str) else files or [])
+        clip: Clip = self.demo.upload([files] if isinstance(files, str) else files or [], live_id)
         return self.show(self.demo.recognise(clip, live_id, asr or "", boxes))
 
     def boxes(self, recognition: Recognition | None, boxes: str) -> tuple | dict:

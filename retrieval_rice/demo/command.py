@@ -9,7 +9,7 @@ import argparse
 import signal
 from pathlib import Path
 
-from ..options import add_precision_and_towers, load_encoder, open_index, port
+from ..options import add_hints, add_precision_and_towers, load_encoder, open_index, port
 
 DEFAULT_MODEL = "runs/demo/model"
 
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--asr", metavar="MODEL", help="hear uploads: folder, id or size of a faster-whisper model, or a speech "
         "model of transformers (default: none)")  # fmt: skip
     add("--language", help="that is spoken, such as zh or en; auto, the default, detects it")
+    add_hints(parser)
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
     add("--port", type=port, help="default: the first free one from 7860")
     add_precision_and_towers(parser)
@@ -44,8 +45,9 @@ def run(options: argparse.Namespace) -> None:
         ValueError: Gradio is not installed, or what is named cannot be used.
         OSError: the port is in use.
     """
-    if options.language is not None and options.asr is None:
-        raise ValueError("--language belongs to --asr; give both, or leave it out.")
+    for name in ("language", "asr_hints"):
+        if options.asr is None and getattr(options, name) is not None:
+            raise ValueError(f"--{name} belongs to --asr; give both, or leave it out.")
     if options.space is not None and options.asr is not None:
         raise ValueError("--asr is for a server, and a Space has none for its uploads; leave it out.")
     if options.space is not None:
@@ -124,7 +126,11 @@ def load_demo(options: argparse.Namespace):
     if options.asr is not None:
         if getattr(model.config, "text_config", None) is None:
             raise ValueError(f"--asr needs a model that reads text, which {options.model} does not; leave it out.")
+        from ..stream.speech_hints import expect_titles
         from ..stream.speech_models import load_transcriber
 
         transcriber = load_transcriber(options.asr, options.language or "auto", options.device)
-    return Demo(model, processor, index, gallery, queries, detector=detector, transcriber=transcriber)
+        # Refused where it would change nothing.
+        expect_titles(transcriber, () if options.asr_hints is None else index.titles(), options.asr_hints)
+    hearing = {"transcriber": transcriber, "expects_titles": options.asr_hints != "none"}
+    return Demo(model, processor, index, gallery, queries, detector=detector, **hearing)

@@ -20,6 +20,7 @@ from processing_rice.video_media_rice import sample_video
 from ..index import Answer, GalleryIndex, Hit
 from ..recogniser import candidates_of
 from ..stream.speech import Word, join_words, phrases
+from ..stream.speech_hints import expect_titles
 from ..stream.speech_models import words_of
 from ..uploads import Upload, UploadError, UploadLimits, read_upload
 
@@ -98,6 +99,7 @@ class Demo:
         limits: Of uploads.
         detector: With `detect(frames)`, as a `Recogniser` takes it, or `None`.
         transcriber: Hears uploads, see `load_transcriber`, or `None`.
+        expects_titles: Whether it is told to expect the words of the shop's titles.
 
     Attributes:
         boxes: Where boxes can come from: "none", "true" where the queries have some, "detector" where there is one.
@@ -112,6 +114,7 @@ class Demo:
     limits: UploadLimits = field(default_factory=UploadLimits)
     detector: Any = None
     transcriber: Any = None
+    expects_titles: bool = True
 
     def __post_init__(self):
         use_text = getattr(self.model.config, "text_config", None) is not None
@@ -172,13 +175,25 @@ class Demo:
             raise ValueError("There is no such example; choose another one.")
         return Clip(self.queries[numbers[place]])
 
-    def upload(self, paths: Sequence[str]) -> Clip:
-        """A clip of uploaded files, which are gone afterwards; raises `UploadError`."""
+    def upload(self, paths: Sequence[str], live_id: str = "") -> Clip:
+        """
+        A clip of uploaded files, which are gone afterwards.
+
+        Args:
+            paths: Where the server put the files.
+            live_id: Shop whose titles the speech model is told to expect, "" for the whole index.
+
+        Raises:
+            UploadError: see `read_upload`.
+        """
         upload: Upload = read_upload(paths, self.folder, self.limits, with_sound=self.transcriber is not None)
         frames = [{"path": None, "bytes": data} for data in upload.frames]
         words, note = [], upload.note
         try:
-            words = [word for chunk in upload.sound for word in words_of(chunk, self.transcriber)]
+            titles = self.index.titles(live_id or None) if upload.sound and self.expects_titles else ()
+            # Anew for each upload, whose language is its own.
+            ear, _ = expect_titles(self.transcriber, titles)
+            words = [word for chunk in upload.sound for word in words_of(chunk, ear)]
         except (RuntimeError, ValueError) as error:
             note = f"{note} The sound could not be heard ({error}).".strip()
         row = {"clip_id": UPLOAD, "frames": frames, "boxes": None, "asr": join_words(words), "relevant": []}

@@ -293,10 +293,11 @@ class GalleryIndex:
 
     def image_ids(self) -> list[str]:
         """All images, in the order of the gallery."""
-        if self._newest.is_empty():
-            return []
-        rows = self._newest.rooms().snapshot.read(["image_id", "position"], "reason IS NULL")
-        return rows.sort_by("position")["image_id"].to_pylist()
+        return [] if self._newest.is_empty() else self._newest.rooms().column("image_id")
+
+    def titles(self, live_id: str | None = None) -> list[str]:
+        """The titles of a livestream's images, by default of all, in the order of the gallery; "" for none."""
+        return [] if self._newest.is_empty() else self._newest.rooms().column("title", scopes_of(live_id, 1)[0])
 
     def add(self, rows: Sequence[dict], batch_size: int = 64) -> list[dict]:
         """
@@ -371,11 +372,8 @@ class GalleryIndex:
                 _check_features(features, snapshot)
             there = snapshot.find([record["image_id"] for record in records], ["image_id", "position"]).to_pylist()
             places = {row["image_id"]: row["position"] for row in there}
-            last = snapshot.last_position()
-            for record in records:
-                if record["image_id"] not in places:
-                    last += 1
-                    places[record["image_id"]] = last
+            new = dict.fromkeys(record["image_id"] for record in records if record["image_id"] not in places)
+            places |= {image_id: place for place, image_id in enumerate(new, snapshot.last_position() + 1)}
             placed = [{**record, "position": places[record["image_id"]]} for record in records]
             self._table.upsert(rows_of(placed, features, snapshot.fields))
             self.refresh()

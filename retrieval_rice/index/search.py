@@ -155,6 +155,11 @@ class Rooms:
             self._live_ids = list(dict.fromkeys(pc.list_flatten(rows["live_ids"]).to_pylist()))
         return self._live_ids
 
+    def column(self, name: str, scope: Scope = None) -> list:
+        """What a column says of the images in a scope, in the order of the gallery."""
+        where = ENCODED if scope is None else f"({live_filter(scope)}) AND {ENCODED}"
+        return self.snapshot.read([name, "position"], where).sort_by("position")[name].to_pylist()
+
     def records(self, image_ids: Sequence[str]) -> dict[str, dict]:
         """Records of those of the images that are here, by their id."""
         rows = self.snapshot.find(image_ids, [*RECORD, "reason"])

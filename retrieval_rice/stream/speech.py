@@ -34,7 +34,9 @@ _LATEST_S = 30.0
 _SECONDS_BETWEEN_NOTICES = 10.0
 _MOST_WORDS_OF_A_SEGMENT = 10_000
 _LONGEST_WORD_S, _LONGEST_TEXT = 60.0, 2000
-_UNSPACED = re.compile(r"[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef]")
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef]")
+"""Letters of scripts that have no spaces between words: Chinese, Japanese, Thai, Lao, Burmese and Khmer."""
+
 _PHRASE_LETTERS, _PHRASE_S, _PHRASE_PAUSE_S = 42, 6.0, 1.0
 
 
@@ -97,7 +99,7 @@ def join_words(words: Iterable[Word]) -> str:
     joined = ""
     for word in words:
         text = word.text.strip()
-        together = joined and _UNSPACED.match(joined[-1]) and _UNSPACED.match(text)
+        together = joined and UNSPACED.match(joined[-1]) and UNSPACED.match(text)
         joined += text if together or not joined else f" {text}"
     return joined
 

@@ -1,5 +1,6 @@
 """Speech models: sound to words with their times, by faster-whisper or by a speech pipeline of transformers."""
 
+import copy
 import json
 import logging
 import math
@@ -10,13 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from .speech import Word
+from .speech import UNSPACED, Word
+from .speech_hints import hint_titles, within
 from .speech_sound import FILE_CHUNK_S, LIVE_CHUNK_S, RATE, Block, FileSound, LiveSound, SoundCounts, chunks
 
 logger = logging.getLogger(__name__)
 
 # A language that is detected with less certainty is detected anew in the next chunk.
 _SURE_OF_LANGUAGE = 0.7
+# Mean probability of the hints in a segment. In speech that it does not understand a model repeats hints of which it
+# thinks nothing without them, 0.00 to 0.01; where they were said it was 0.3 and more, though 0.01 for some of them.
+_LEAST_OF_HINTS = 0.05
+_AROUND_A_WORD = " \t\n.,!?;:\"'()"
 # Full scale is 1; a speaker is some hundred times as loud.
 _SILENCE = 1e-3
 _INSTALL = "install it: pip install faster-whisper."
@@ -55,20 +61,59 @@ class WhisperTranscriber:
         if language != "auto" and language not in known:
             raise _unknown_language(name, language, known)
         self.name, self.language = name, None if language == "auto" else language
+        self._titles: list[str] = []
+        # Of a language.
+        self._hints: dict[str, str] = {}
+
+    def expecting(self, titles: Iterable[str]) -> "WhisperTranscriber":
+        """
+        One with the same model that expects words of these titles, and no others.
+
+        Args:
+            titles: Of the shop that is on show.
+        """
+        other = copy.copy(self)
+        other._titles, other._hints = list(titles), {}
+        return other
+
+    def hints(self, language: str) -> str:
+        """What is expected in a language: titles with commas between them, as many as Whisper takes."""
+        if language not in self._hints:
+            # faster-whisper would cut what is longer, within a word.
+            most = self.model.max_length // 2 - 1
+            self._hints[language] = within(hint_titles(self._titles, language), most, self._num_tokens)
+        return self._hints[language]
+
+    def _num_tokens(self, text: str) -> int:
+        return len(self.model.hf_tokenizer.encode(f" {text}", add_special_tokens=False).ids)
 
     def __call__(self, samples: np.ndarray) -> list[Word]:
-        segments, info = self.model.transcribe(
+        language = self.language
+        segments, info = self._transcribe(samples, language)
+        if language is None and info.language_probability >= _SURE_OF_LANGUAGE and self.hints(info.language):
+            # Segments are not made before they are asked for, so that this costs little.
+            language = info.language
+            segments, _ = self._transcribe(samples, language)
+        hints = set(self.hints(language).replace(",", " ").split()) if language else set()
+        words: list[Word] = []
+        for segment in segments:
+            parts = [(Word(float(w.start), float(w.end), w.word), float(w.probability)) for w in segment.words or ()]
+            words += without_echo(whole_words(parts), hints)
+        if self.language is None and words and info.language_probability >= _SURE_OF_LANGUAGE:
+            self.language = info.language
+        return words
+
+    def _transcribe(self, samples: np.ndarray, language: str | None) -> tuple:
+        return self.model.transcribe(
             samples,
-            language=self.language,
+            language=language,
+            # Where nobody speaks nothing is heard, and hints are not either.
             vad_filter=True,
             word_timestamps=True,
             # A mistake would be carried on from chunk to chunk.
             condition_on_previous_text=False,
+            hotwords=self.hints(language) or None if language else None,
         )
-        words = [Word(float(w.start), float(w.end), w.word) for segment in segments for w in segment.words or ()]
-        if self.language is None and words and info.language_probability >= _SURE_OF_LANGUAGE:
-            self.language = info.language
-        return words
 
 
 class PipelineTranscriber:
@@ -111,7 +156,9 @@ class PipelineTranscriber:
             start_s = 0.0 if start_s is None else float(start_s)
             # Whisper leaves the end of the last word open.
             words.append(Word(start_s, len(samples) / RATE if end_s is None else float(end_s), part["text"]))
-        return words
+        if getattr(self.pipeline, "type", None) != "seq2seq_whisper":
+            return words
+        return [word for word, _ in whole_words((word, 1.0) for word in words)]
 
 
 def _not_loaded(name: str, error: Exception) -> ValueError:
@@ -204,6 +251,40 @@ class Listener:
             yield from words_of(chunk, self.transcriber)
             self.heard_s = chunk.end_s
         self.heard_s = math.inf
+
+
+def whole_words(parts: Iterable[tuple[Word, float]]) -> list[tuple[Word, float]]:
+    """
+    Whisper's parts of words joined, each with its probability: a word begins with a space, and "t-shirt" comes as " t"
+    and "-shirt". A word has the least probability of its parts. In a script without spaces each part stays by itself.
+    """
+    words: list[tuple[Word, float]] = []
+    for word, probability in parts:
+        before, least = words[-1] if words else (None, 1.0)
+        if before is None or _begins_a_word(before.text, word.text):
+            words.append((word, probability))
+        else:
+            joined = Word(before.start_s, max(before.end_s, word.end_s), before.text + word.text)
+            words[-1] = (joined, min(least, probability))
+    return words
+
+
+def without_echo(words: list[tuple[Word, float]], hints: set[str]) -> list[Word]:
+    """
+    The words of a segment without those that a model only repeats from its hints.
+
+    Args:
+        words: With the probability of each, which is that of the sound alone, without hints.
+        hints: In lower case.
+    """
+    expected = [word.text.lower().strip(_AROUND_A_WORD) in hints for word, _ in words]
+    likely = [probability for (_, probability), is_hint in zip(words, expected) if is_hint]
+    echo = likely and sum(likely) / len(likely) < _LEAST_OF_HINTS
+    return [word for (word, _), is_hint in zip(words, expected) if not (echo and is_hint)]
+
+
+def _begins_a_word(before: str, text: str) -> bool:
+    return text[:1].isspace() or before[-1:].isspace() or bool(UNSPACED.match(before[-1:]) and UNSPACED.match(text))
 
 
 def words_of(chunk: Block, transcriber: Transcriber) -> list[Word]:

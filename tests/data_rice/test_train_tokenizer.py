@@ -52,6 +52,8 @@ def test_the_folder_reads_every_text_back(shop, tmp_path, capsys):
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
         assert tokenizer.unk_token_id not in ids
+    # As a speech model writes it.
+    assert tokenizer("Blue mug.")["input_ids"] == tokenizer("blue mug")["input_ids"]
     # What nothing else is installed for reads it too.
     code = "import sys; from transformers import AutoTokenizer; sys.modules['sentencepiece'] = None; "
     code += f"print(AutoTokenizer.from_pretrained({str(folder)!r})('blue mug')['input_ids'])"

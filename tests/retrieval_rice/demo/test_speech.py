@@ -56,6 +56,28 @@ def test_an_upload_is_heard(hearing_demo, upload):
     assert pieces[0] == ("2 s ", "time") and "".join(piece for piece, _ in pieces[1:]) == "title 3 "
 
 
+def test_an_upload_is_heard_with_the_titles_of_the_shop_that_is_chosen(hearing_demo, upload):
+    class Ear:
+        titles, language = (), None
+
+        def expecting(self, titles):
+            ear = Ear()
+            ear.titles = list(titles)
+            return ear
+
+        def __call__(self, samples):
+            words = [Word(0.0, 0.1, f" {self.language} {len(self.titles)}")]
+            self.language = "en"
+            return words
+
+    hearing_demo.transcriber = Ear()
+    # Each upload has a language of its own.
+    assert hearing_demo.upload(upload((0.5, 6)), "x").row["asr"] == "None 5"
+    assert hearing_demo.upload(upload((0.5, 6))).row["asr"] == "None 10"
+    hearing_demo.expects_titles = False
+    assert hearing_demo.upload(upload((0.5, 6)), "x").row["asr"] == "None 0"
+
+
 def test_typed_words_stand_in_the_place_of_heard_ones(hearing_demo, upload):
     recognition = hearing_demo.recognise(hearing_demo.upload(upload((0.5, 6))), "", asr="blue shoe")
     assert recognition.row["asr"] == "blue shoe" and recognition.clip.words == []
@@ -102,6 +124,7 @@ def test_the_page_shows_words_and_times(hearing_demo, upload):
     "arguments, words",
     [
         (["--language", "en"], "--language belongs to --asr"),
+        (["--asr_hints", "titles"], "--asr_hints belongs to --asr"),
         (["--asr", "base", "--space", "x"], "--asr is for a server"),
     ],
 )
