@@ -115,9 +115,7 @@ class TestMaskPooling:
             build().encode_clips(**clips)
 
     def test_needs_the_mean(self):
-        with pytest.raises(
-            ValueError, match="`patch_mask_pooling=True` changes the mean over patches; declare `vision_"
-        ):
+        with pytest.raises(ValueError, match="`patch_mask_pooling=True` changes the mean over patches; set `vision_"):
             build(VIT, vision_pooling="cls", patch_mask_pooling=True)
 
 
