@@ -240,9 +240,9 @@ def test_boxes_follow_the_size_of_the_call(processor, make_picture, settings, gr
         ({"images": 1, "size": "a"}, "`size` must be of one of the types int, .*, got 'a'"),
         ({"images": 1, "do_resize": "no"}, "`do_resize` must be of one of the types bool, None, got 'no'"),
         ({"images": 1, "device": "toaster"}, "`device` must name a device of torch, got 'toaster'"),
-        ({"images": 1, "videos": 1, "fps": 2}, "`fps` is not possible"),
-        ({"images": 1, "videos": 1, "do_pad": True}, "`do_pad` is not possible"),
-        ({"videos": 1, "return_metadata": True}, "`return_metadata` is not possible"),
+        ({"images": 1, "videos": 1, "fps": 2}, "`fps` is not supported"),
+        ({"images": 1, "videos": 1, "do_pad": True}, "`do_pad` is not supported"),
+        ({"videos": 1, "return_metadata": True}, "`return_metadata` is not supported"),
         ({"titles": 1, "return_overflowing_tokens": True}, "`return_overflowing_tokens` has no meaning"),
         ({"images": 1, "image_std": 0.0}, "`image_std` must be finite and above 0, got 0.0"),
         ({"images": 1, "image_std": [0.5, float("nan"), 0.5]}, "`image_std` must be finite and above 0, got"),
@@ -254,7 +254,7 @@ def test_boxes_follow_the_size_of_the_call(processor, make_picture, settings, gr
         ({"images": 1, "size": {"longest_edge": 3}}, "`size` must be a number of pixels, or name"),
         ({"images": 1, "images_kwargs": 5}, "`images_kwargs` must be a dictionary of settings, got 5"),
         ({"images": 1, "common_kwargs": "size"}, "`common_kwargs` must be a dictionary of settings, got 'size'"),
-        ({"videos": 1, "fps": 0}, "`fps` is not possible"),
+        ({"videos": 1, "fps": 0}, "`fps` is not supported"),
         ({"videos": 1, "patch_size": 0}, "`patch_size` must be at least 1 pixel, got 0"),
         ({"videos": 1, "box_iou_threshold": 2}, "`box_iou_threshold` must be in 0..1, got 2"),
         ({"videos": 1, "box_iou_threshold": float("nan")}, "`box_iou_threshold` must be in 0..1, got nan"),
@@ -265,7 +265,7 @@ def test_boxes_follow_the_size_of_the_call(processor, make_picture, settings, gr
         ),
         ({"titles": 1, "max_length": 0, "add_special_tokens": False}, "`max_length` must be at least 1 tokens, got 0"),
         ({"titles": 1, "pad_to_multiple_of": 0}, "`pad_to_multiple_of` must be at least 1 tokens, got 0"),
-        ({"titles": 1, "truncation": "only_second"}, '`truncation="only_second"` cuts nothing'),
+        ({"titles": 1, "truncation": "only_second"}, '`truncation="only_second"` has no effect'),
         ({"titles": 1, "text_pair": "a"}, "`text_pair` has no meaning"),
         ({"titles": 1, "max_length": "a"}, "`max_length` must be of one of the types int, None, got 'a'"),
     ],
@@ -299,5 +299,5 @@ def test_settings_of_loading_act_on_everything(processor, make_picture, tmp_path
         assert inputs["title_input_ids"].shape == (1, 5)
     raw = AutoProcessor.from_pretrained(tmp_path, do_normalize=False, do_rescale=False)(**arguments)
     assert raw["pixel_values"].max() > 10 and raw["pixel_values_videos"].max() > 10
-    with pytest.raises(ValueError, match="`fps` is not possible"):
+    with pytest.raises(ValueError, match="`fps` is not supported"):
         AutoProcessor.from_pretrained(tmp_path, fps=2)(**arguments)
