@@ -76,7 +76,7 @@ def test_the_checkpoint_loads_and_ranks_by_what_its_pictures_say(encoder, shop, 
     output = tmp_path / "model"
     assert run(encoder, "--shop", shop, "--clips", shop, "--output", output) == 0
     said = capsys.readouterr().out
-    assert f"Statistics of 6 pictures of {shop} and 8 frames of {shop}." in said and "bytes an image" in said
+    assert f"Taking statistics from 6 pictures of {shop} and 8 frames of {shop}." in said and "bytes per image" in said
     model, processor = AutoModel.from_pretrained(output), AutoProcessor.from_pretrained(output)
     config = model.config
     assert not config.use_decoder and (config.ranking, config.alignment_weight) == ("fused", 1)
@@ -136,7 +136,10 @@ def test_unreadable_pictures_are_counted_and_named(encoder, shop, tmp_path, caps
     for path in (shop / "g").iterdir():
         path.write_bytes(b"no picture")
     sentence = refusal(capsys, encoder, "--shop", shop, "--output", tmp_path / "other")
-    assert "none of the pictures can be read, 6 in all; the first: " in sentence and not (tmp_path / "other").exists()
+    assert (
+        "none of the 6 pictures can be read; replace them (the first: " in sentence
+        and not (tmp_path / "other").exists()
+    )
 
 
 @pytest.fixture
@@ -207,7 +210,7 @@ def test_bad_input_is_told_in_one_sentence(encoder, shop, tmp_path, capsys, monk
         capsys, encoder, "--shop", shop, "--output", tmp_path / "in_use"
     )
     assert "has no clips_val.jsonl" in refusal(capsys, encoder, *with_shop, "--clips", shop, "--clips_split", "val")
-    assert "--clips_split belongs to --clips" in refusal(capsys, encoder, *with_shop, "--clips_split", "train")
+    assert "--clips_split needs --clips" in refusal(capsys, encoder, *with_shop, "--clips_split", "train")
     assert "--alignment_rank must be at least 1" in refusal(capsys, encoder, *with_shop, "--alignment_rank", 0)
     assert "--alignment_strength must be in 0..1" in refusal(capsys, encoder, *with_shop, "--alignment_strength", 2)
     assert "--max_pictures must be at least 1" in refusal(capsys, encoder, *with_shop, "--max_pictures", 0)
