@@ -45,11 +45,11 @@ def check_checkpoint(path: str | os.PathLike, made_by: str = "train_rice.py") ->
         files = weight_files(folder)
     except ValueError as error:
         raise ValueError(
-            f"{path} is a half-written checkpoint: its JSON cannot be read ({error}), so save it again."
+            f"{path} is an incomplete checkpoint: its JSON cannot be read ({error}), so save it again."
         ) from error
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{path} is a half-written checkpoint: {file.name} is missing, so save it again.")
+            raise FileNotFoundError(f"{path} is an incomplete checkpoint: {file.name} is missing, so save it again.")
         try:
             with safe_open(str(file), framework="pt"):
                 pass

@@ -381,7 +381,7 @@ class TestCommands:
         (tmp_path / "bad").mkdir()
         (tmp_path / "bad" / "config.json").write_text("{}")
         line = refusal(capsys, "eval", *data, "--detector", tmp_path / "bad")
-        assert "half-written checkpoint: model.safetensors is missing" in line
+        assert "incomplete checkpoint: model.safetensors is missing" in line
 
 
 @pytest.fixture(scope="module")
