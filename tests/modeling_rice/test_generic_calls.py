@@ -146,7 +146,7 @@ def test_what_is_no_tensor_or_has_another_shape_is_named(make_model, make_batch)
         (lambda: model.encode_pictures(images.tolist()), "`pixel_values` must be a tensor, got a list"),
         (lambda: model(images, clips, mask.numpy()), "`frame_mask` must be a tensor, got a ndarray"),
         (lambda: model.encode_clips(clips, mask.numpy()), "`frame_mask` must be a tensor, got a ndarray"),
-        (lambda: model.encode_clips(clips, mask[:2]), "`frame_mask` has 2 rows, but `pixel_values_videos` 5"),
+        (lambda: model.encode_clips(clips, mask[:2]), "`frame_mask` has 2 rows, but `pixel_values_videos` has 5"),
         (lambda: model.get_video_features(clips, patch_mask=[1]), "`patch_mask` must be a tensor, got a list"),
         (lambda: model.pool_frames(images), "`frames` is a Tensor; give what `encode_frames` returns"),
         (lambda: model.pool_frames(frames, [[True] * 5]), "`frame_mask` must be a tensor, got a list"),
