@@ -325,4 +325,4 @@ def _grid(num_tokens: int, encoder: nn.Module, size: tuple[int, int]) -> tuple[t
 
 def _refusal(config: PreTrainedConfig, reason: Exception | str) -> str:
     reason = (" ".join(str(reason).split()) or type(reason).__name__).rstrip(".")
-    return f"The vision model {config.model_type!r} cannot be RICE's encoder ({reason}); choose another one."
+    return f"The vision model {config.model_type!r} cannot be RICE's encoder ({reason}); choose another."

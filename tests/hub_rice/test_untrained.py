@@ -131,8 +131,8 @@ def test_unreadable_pictures_are_counted_and_named(encoder, shop, tmp_path, caps
     (shop / "f" / "1-1.png").unlink()
     run(encoder, "--shop", shop, "--clips", shop, "--output", tmp_path / "model")
     said = capsys.readouterr().out
-    assert "cannot be read: 1 of the shop's pictures (" in said and "2.png" in said
-    assert "cannot be read: 1 of the frames (" in said and "1-1.png: there is no such file" in said
+    assert "Left out 1 of the shop's pictures that cannot be read (" in said and "2.png" in said
+    assert "Left out 1 of the frames that cannot be read (" in said and "1-1.png: there is no such file" in said
     for path in (shop / "g").iterdir():
         path.write_bytes(b"no picture")
     sentence = refusal(capsys, encoder, "--shop", shop, "--output", tmp_path / "other")

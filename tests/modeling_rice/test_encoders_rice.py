@@ -275,7 +275,7 @@ def test_grids_that_shrink_on_the_way_take_pictures_of_any_size():
             "it takes input_ids, not images",
         ),
         ("pvt", {**STAGES, "num_attention_heads": [1, 2, 5, 8]}, "hidden size .32. is not a multiple of the number"),
-        ("yolos", {**TOKENS, "image_size": [64, 64]}, "117 tokens are no grid of patches of a 64 x 64 picture"),
+        ("yolos", {**TOKENS, "image_size": [64, 64]}, "117 tokens are no grid of patches of a 64 x 64 image"),
         # Never built: it would take 27 GB.
         ("llama", {}, "it takes input_ids, not images"),
         ("pe_video_encoder", {}, "it takes pixel_values_videos, not images"),
