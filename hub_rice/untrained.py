@@ -340,9 +340,9 @@ def _not_read(failures: list[dict], what: str) -> str:
     return f"Left out {len(failures)} of {what} that cannot be read ({shown}{more})." if failures else ""
 
 
-_CARD = """, **without training**. The encoder is {encoder}, unchanged.
-Statistics of {shop}{frames} centre its embeddings and whiten the patches by which images and clips are aligned.
-No label was used.
+_CARD = """, **without training**.
+The encoder is {encoder}, unchanged. Statistics of {shop}{frames} centre its embeddings and whiten the
+patches by which images and clips are aligned. No labels were used.
 
 ```python
 from transformers import AutoModel, AutoProcessor
@@ -353,7 +353,7 @@ clip = ["frame_0.jpg", "frame_1.jpg"]
 print(model.rank(clip, ["red_mug.jpg", "blue_mug.jpg"], processor=processor))
 ```
 
-Not evaluated yet: no figure is claimed. The encoder's licence applies.
+Not evaluated yet, so this card gives no figures. The encoder's licence applies.
 """
 
 

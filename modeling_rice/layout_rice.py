@@ -25,8 +25,8 @@ tags:
 
 # {name}
 
-Recognises which product a livestream clip is presenting: the clip is the query, the product images of a shop are the
-gallery. The model is RICE ([Cross-view Semantic Alignment for Livestreaming Product
+This model recognises which product a livestream clip presents. The clip is the query; the product images of a shop are
+the gallery. The model is RICE ([Cross-view Semantic Alignment for Livestreaming Product
 Recognition](https://arxiv.org/abs/2308.04912), ICCV 2023)"""
 
 _CARD = """.
@@ -41,7 +41,7 @@ clip = model.get_video_features(**processor(videos=[["frame_0.jpg", "frame_1.jpg
 print(clip @ shop.T)
 ```
 
-Not evaluated yet: no figure is claimed. No licence is stated; ask the publisher of the model.
+Not evaluated yet, so this card gives no figures. No licence is stated; ask the publisher of the model.
 """
 
 _FEATURES = {
