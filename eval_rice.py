@@ -39,7 +39,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Argume
     add("--dataset", required=True, help="mini_lpr4m, lpr4m, shop_clips, a folder in one of their layouts, or a "
         "published data set: its folder, or its id on the Hub")  # fmt: skip
     add("--data_dir", help="folder of the data set's files")
-    add("--split", default="test", choices=("validation", "test"))
+    add("--split", default="test", choices=("validation", "test"), help="split to measure (default: %(default)s)")
     add("--output_dir", required=True, help="folder for results.json, rankings.jsonl, matches.png and README.md")
     add("--rank_by", choices=KINDS, help="score of rankings.jsonl; default: config.ranking of the checkpoint")
     add("--batch_size", type=positive, default=32, help="clips or images per batch (default: %(default)s)")

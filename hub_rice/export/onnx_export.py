@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--int8", action="store_true", help="also write int8 files")
     add("--evaluate", metavar="DATASET", help="measure R@k of torch, ONNX and int8 on mini_lpr4m, shop_clips, ...")
     add("--data_dir", help="folder of the data set's files")
-    add("--split", default="test", choices=("validation", "test"))
+    add("--split", default="test", choices=("validation", "test"), help="split to measure (default: %(default)s)")
     add("--num_workers", type=int, default=0, help="processes that decode images (default: %(default)s)")
 
 
