@@ -156,7 +156,7 @@ def _on_checkpoint(model, processor, keep_decoder: bool, settings: dict) -> tupl
     if keep_decoder and model.decoder is None:
         raise ValueError("--keep_decoder: the checkpoint has no matching decoder; leave it out.")
     former = {name: value for name, value in model.config.to_dict().items() if name not in ("auto_map", "ranking")}
-    # Features less their mean have lengths that say nothing.
+    # After centring, the length of a feature carries no information.
     chosen = {"ranking": "fused", "alignment_weight": 1.0, "normalize_frames": True, **settings}
     if not keep_decoder:
         # Without a decoder, only the alignment uses the patches.

@@ -165,9 +165,10 @@ class RiceConfig(PreTrainedConfig):
             score-level text. A checkpoint with score-level text that was saved before this field existed also has
             `None`; its embedding z-score includes the text, as when `fusion_weight` was fitted.
         alignment_weight (`float`, *optional*):
-            Weight of the alignment z-score in the fused score, >= 0. Training fits it on a validation split. A model with
-            a weight aligns patches, with statistics that are buffers of the checkpoint ([`RiceModel.fit_alignment`]).
-            In a model without training these also centre its embeddings per view. `None` for a model without alignment.
+            Weight of the alignment z-score in the fused score, >= 0. Training fits it on a validation split. A model
+            with a weight aligns patches, with statistics that are buffers of the checkpoint
+            ([`RiceModel.fit_alignment`]). In a model without training these also centre its embeddings per view.
+            `None` for a model without alignment.
         alignment_rank (`int`, defaults to 64): Width of the compared patch vectors, at most the encoder's patch width.
         alignment_strength (`float`, defaults to 1.0): Strength of the patch whitening, 0 (none) to 1.
         alignment_shrinkage (`float`, defaults to 0.1):

@@ -58,20 +58,20 @@ class PatchLayout:
 
     def grid_of(self, num_tokens: int) -> tuple[int, int]:
         """
-        Rows and columns of so many tokens, of a picture of any size with the native shape.
+        Rows and columns of `num_tokens` tokens of an image of any size with the native aspect ratio.
 
         Raises:
-            ValueError: when they are no such grid.
+            ValueError: if the tokens are no such grid.
         """
         count = num_tokens - self.num_prefix_tokens
         rows = round(math.sqrt(max(count, 0) * self.grid[0] / self.grid[1]))
         columns = round(rows * self.grid[1] / self.grid[0])
         if rows < 1 or rows * columns != count:
-            raise ValueError(f"{num_tokens} tokens are no grid of patches of the shape {self.grid}.")
+            raise ValueError(f"{num_tokens} tokens are no grid of patches with the aspect ratio of {self.grid}.")
         return rows, columns
 
     def states(self, tokens: Tensor) -> Tensor:
-        """`(n, prefix + P, W)` -> the same in the encoder's order; convolutions get the layout they are fastest in."""
+        """Tokens `(n, prefix + P, W)` -> states in the encoder's order; for convolutions in channels-last memory."""
         if self.order == "tokens":
             return tokens
         states = tokens.unflatten(1, self.grid_of(tokens.shape[1]))
@@ -213,8 +213,8 @@ def _cut_to(encoder: nn.Module) -> int | None:
 
 def parts_to_compile(encoder: nn.Module) -> list[nn.Module]:
     """
-    Its blocks, where they are alike: one graph serves them all, and is compiled in the time of one. Else the encoder
-    as a whole, since each stage would need graphs of its own.
+    The blocks of an encoder if they are alike, so that one graph serves all of them and is compiled once. Otherwise
+    the whole encoder, since each stage would need its own graph.
     """
     for blocks in encoder.modules():
         is_trunk = isinstance(blocks, (nn.ModuleList, nn.Sequential)) and 2 * _count(blocks) > _count(encoder)

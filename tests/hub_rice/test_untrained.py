@@ -105,7 +105,10 @@ def test_labels_and_clips_beside_the_shop_change_nothing(encoder, shop, tmp_path
 
 def test_without_clips_nothing_is_centred_and_it_is_said(encoder, shop, tmp_path, capsys):
     run(encoder, "--shop", shop, "--output", tmp_path / "model")
-    assert "Embeddings are not centred, which takes two pictures and two frames of clips." in capsys.readouterr().out
+    assert (
+        "Embeddings are not centred, since this needs at least two pictures and two frames of clips."
+        in capsys.readouterr().out
+    )
     model = AutoModel.from_pretrained(tmp_path / "model")
     assert not model.alignment.image_mean.any() and model.alignment.patch_mean.any()
 

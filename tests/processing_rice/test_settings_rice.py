@@ -185,7 +185,7 @@ def test_axes_that_shapes_do_not_tell(processor, make_picture):
     assert torch.equal(last["pixel_values"], first["pixel_values"])
     assert torch.equal(last["pixel_values_videos"], first["pixel_values_videos"])
     assert not torch.equal(processor(images=[square])["pixel_values"], last["pixel_values"])
-    with pytest.raises(ValueError, match=r"Image 0 has shape \(24, 40, 3\), which `input_data_format`"):
+    with pytest.raises(ValueError, match=r"Image 0 has shape \(24, 40, 3\), which does not fit `input_data_format`"):
         processor(images=[make_picture()], input_data_format="channels_first")
 
 
@@ -229,11 +229,11 @@ def test_boxes_follow_the_size_of_the_call(processor, make_picture, settings, gr
         ({"videos": 1, "boxes": [[None]], "videos_kwargs": {"boxes": [[None]]}}, "`boxes` was given twice"),
         ({"images": 1, "size": 3, "images_kwargs": {"size": 4}}, "size was passed two times"),
         ({"images": 1, "data_format": "channels_last"}, '`data_format` must be "channels_first"'),
-        ({"images": 1, "do_convert_rgb": False}, "`do_convert_rgb=False` is not possible"),
-        ({"images": 1, "image_seq_length": 3}, "`image_seq_length` has no meaning here"),
+        ({"images": 1, "do_convert_rgb": False}, "`do_convert_rgb=False` is not supported"),
+        ({"images": 1, "image_seq_length": 3}, "`image_seq_length` has no effect"),
         ({"images": 1, "resample": 4}, r"`resample` must be one of 0 \(nearest\), .*, got 4"),
         ({"images": 1, "resample": 99}, "`resample` must be one of"),
-        ({"images": 1, "image_mean": [0.5, 0.5]}, "`image_mean` must be a number, or one for each of three colours"),
+        ({"images": 1, "image_mean": [0.5, 0.5]}, "`image_mean` must be one number, or one per colour channel"),
         ({"images": 1, "size": -3}, "`size` must be at least 1 pixel, got -3"),
         ({"images": 1, "size": 0}, "`size` must be at least 1 pixel, got 0"),
         ({"images": 1, "size": {"height": 0, "width": 3}}, "`size` must be at least 1 pixel"),

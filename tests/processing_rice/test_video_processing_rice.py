@@ -313,7 +313,7 @@ def test_clips_may_be_listed_by_sample(video_processor, make_picture, tmp_path):
         (["ok"], {"do_pad": True}, "`do_pad` is not supported"),
         (["ok"], {"data_format": "channels_last"}, "`data_format` must be"),
         (["ok"], {"input_data_format": "last"}, "`input_data_format` must be"),
-        (["ok"], {"do_convert_rgb": False}, "`do_convert_rgb=False` is not possible"),
+        (["ok"], {"do_convert_rgb": False}, "`do_convert_rgb=False` is not supported"),
         (["ok"], {"num_frames": "four"}, "`num_frames` must be of one of the types int, None, got 'four'"),
         (["ok", "two"], {"padding": False}, "`padding=False` needs clips of equal length, got 1 to 2 frames"),
         (["ok", "wide"], {"size": {"shortest_edge": 8}}, "The processed frames have different sizes"),
