@@ -171,7 +171,7 @@ class RiceVisionSide:
         # Encoders that interpolate positions would accept another size, but their patches would cover other areas.
         if layout.takes_one_size and tuple(pixel_values.shape[-2:]) != layout.image_size:
             raise ValueError(
-                f"The images have {tuple(pixel_values.shape[-2:])} pixels, but the encoder takes "
+                f"The images are {tuple(pixel_values.shape[-2:])} pixels, but the encoder takes "
                 f"{layout.image_size}; set the processor's size to that of the model."
             )
 
