@@ -12,7 +12,7 @@ from .video_processing_rice import RiceVideoProcessor, boxes_to_patch_mask, samp
 
 
 class _RegistryKey(PreTrainedConfig):
-    """The Auto classes keep processors under a config class but find them by name; the model's is out of reach."""
+    """Key under which the Auto classes register the processors. They are found by name, so any config class works."""
 
     model_type = "rice_processor"
 

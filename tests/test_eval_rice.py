@@ -373,7 +373,7 @@ def test_refuses_a_missing_checkpoint(shop, tmp_path, capsys):
     "damage, words",
     [
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "ri'), "half-written"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "ri'), "incomplete checkpoint"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
     ],
 )

@@ -430,4 +430,4 @@ def test_check_and_loader_agree(shop, found, tmp_path, write_video, cut_after):
     processor = build_processor(train_tokenizer(["a red cup"] * 9, vocab_size=400), image_size=16, patch_size=8)
     _, readable, failures = RiceCollator(processor).collate_queries(list(rows))
     assert readable == [1, 2]
-    assert failures[0]["reason"] in lines[0] and "its picture ends at 2 s" in failures[1]["reason"]
+    assert failures[0]["reason"] in lines[0] and "its video ends at 2 s" in failures[1]["reason"]

@@ -108,7 +108,7 @@ def test_refusals(hub, client, tiny_mini, tmp_path):
         return said.strip().splitlines()[-1]
 
     (tmp_path / "photographs").mkdir()
-    assert "has no mini_lpr4m.json: render it by" in says(tmp_path / "photographs")
+    assert "has no mini_lpr4m.json, and this command publishes rendered data only" in says(tmp_path / "photographs")
     hub.tokens = {"another"}
     assert "refuses the access token (401) for someone/not" in says(tiny_mini)
 

@@ -142,7 +142,7 @@ def test_words_of_the_corpus_become_pieces(tokenizer):
     ("texts", "options", "error", "message"),
     [
         (["ok", None], {}, TypeError, r"texts\[1\] is a NoneType"),
-        ("one string", {}, TypeError, "pass a list of strings"),
+        ("single string", {}, TypeError, "pass a list of strings"),
         ([], {}, ValueError, "no visible character"),
         (["", " \n"], {}, ValueError, "no visible character"),
         (["ok", "\ud800"], {}, ValueError, r"texts\[1\] is not valid Unicode"),

@@ -381,7 +381,7 @@ class TestCommands:
         (tmp_path / "bad").mkdir()
         (tmp_path / "bad" / "config.json").write_text("{}")
         line = refusal(capsys, "eval", *data, "--detector", tmp_path / "bad")
-        assert "half-written checkpoint: model.safetensors is missing" in line
+        assert "incomplete checkpoint: model.safetensors is missing" in line
 
 
 @pytest.fixture(scope="module")
@@ -461,6 +461,9 @@ class TestEvaluation:
         assert "--boxes detector needs either --detector or --boxes_file" in sentence("clip", "--boxes", "detector")
         assert "--detector goes with --boxes detector, not with --boxes none" in sentence("clip", "--detector", "red")
         line = sentence("resnet", "--boxes", "ground_truth")
-        assert "takes no patch mask; evaluate with --boxes none, or train with --model.patch_mask_pooling true" in line
+        assert (
+            "does not support patch masks; evaluate with --boxes none, or train with --model.patch_mask_pooling true"
+            in line
+        )
         line = sentence("clip", "--boxes", "detector", "--boxes_file", tmp_path / "none.jsonl")
         assert "none.jsonl does not exist; write it with python -m retrieval_rice.detector run" in line

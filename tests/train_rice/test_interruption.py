@@ -41,7 +41,7 @@ class TestInterruption:
             expected = disturbed / f"checkpoint-{int(newest.name.removeprefix('checkpoint-')) - save_steps}"
         with caplog.at_level(logging.INFO):
             train_rice.main(command(disturbed, *words))
-        assert f"Going on from {expected}." in caplog.text
+        assert f"Continuing from {expected}." in caplog.text
         assert (f"Passing over {newest}: it is half-written" in caplog.text) == bool(half_written)
         assert_same_weights(disturbed, tmp_path / "whole")
         for name, value in results(tmp_path / "whole").items():
@@ -79,7 +79,7 @@ class TestInterruption:
         before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in copied.rglob("*") if path.is_file()}
         with caplog.at_level(logging.INFO):
             train_rice.main(command(copied))
-        assert f"The run in {copied} is finished, there is nothing to do." in caplog.text
+        assert f"The run in {copied} is finished; there is nothing to do." in caplog.text
         after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in copied.rglob("*") if path.is_file()}
         assert after == before
 
@@ -115,7 +115,7 @@ class TestDamage:
         (warning,) = [text for text in caplog.messages if "Passing over" in text]
         assert warning.startswith(f"Passing over {copied / 'checkpoint-4'}: it is half-written or damaged (")
         assert all(name in warning for name in names)
-        assert f"Going on from {copied / 'checkpoint-2'}." in caplog.messages
+        assert f"Continuing from {copied / 'checkpoint-2'}." in caplog.messages
         assert_same_weights(copied, finished)
 
     def test_best_checkpoint(self, refusal, copied):
@@ -190,7 +190,7 @@ class TestOneRunPerFolder:
         winner = 0 if both[0].returncode == 0 else 1
         assert both[winner].returncode == 0 and "Saved the model" in said[winner], said
         refused = f"in use by another training run (process id {both[winner].pid} on"
-        late = both[1 - winner].returncode == 0 and "is finished, there is nothing to do" in said[1 - winner]
+        late = both[1 - winner].returncode == 0 and "is finished; there is nothing to do" in said[1 - winner]
         assert late or (both[1 - winner].returncode == 2 and refused in said[1 - winner]), said
         assert_same_weights(tmp_path / "run", finished)
 
