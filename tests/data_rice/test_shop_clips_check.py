@@ -265,7 +265,7 @@ def test_whole_numbers_are_ids_with_and_without_a_decimal_point(shop, found, tmp
 def test_a_folder_whose_name_is_no_text_is_refused_by_name(shop, tmp_path):
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xc8\xcb")
     shutil.move(shop.write(), folder)
-    with pytest.raises(ValueError, match=r"data_dir .*/\\xc8\\xcb: the name is no UTF-8, .*; rename the folder"):
+    with pytest.raises(ValueError, match=r"data_dir .*/\\xc8\\xcb: the name is not UTF-8, .*; rename the folder"):
         load_dataset_view(folder, "gallery", "test", cache_dir=tmp_path / "cache")
 
 

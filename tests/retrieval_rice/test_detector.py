@@ -251,7 +251,7 @@ class TestBoxWriting:
         with pytest.raises(ValueError, match="begun with detector='red', not 'blue'; name another file"):
             self.write(shop, cache, tmp_path / "boxes.jsonl", detector_name="blue")
         (tmp_path / "other.jsonl").write_text('{"clip_id": "a"}\n')
-        with pytest.raises(ValueError, match="does not begin as a box file does"):
+        with pytest.raises(ValueError, match="does not begin like a box file"):
             self.write(shop, cache, tmp_path / "other.jsonl")
 
     def test_videos(self, tmp_path):

@@ -108,7 +108,7 @@ class TestOtherData:
         main(run_step(shops[0], cache, detector_dir, output))
         assert "0 clips (4 were there already)" in capsys.readouterr().out
         line = refusal(*run_step(shops[1], cache, detector_dir, output))
-        assert "found in other pictures than those of the clip 'c0' of the test split; name another box file" in line
+        assert "of other pictures than those of the clip 'c0' of the test split; name another box file" in line
         assert output.read_bytes() == before
 
     def test_files_of_former_versions_are_continued(self, shops, cache, detector_dir, tmp_path, capsys):
@@ -134,7 +134,7 @@ class TestOtherData:
 
         eval_rice.main(arguments(shops[0]))
         line = refusal(*arguments(shops[1]), program=eval_rice.main)
-        assert "out/boxes.jsonl has boxes that were found in other pictures than those of the clip 'c0'" in line
+        assert "out/boxes.jsonl has boxes of other pictures than those of the clip 'c0'" in line
 
     def test_another_detector_of_the_same_folder(self, shops, cache, save_detector, tmp_path, refusal):
         folder = save_detector(tmp_path / "detector")

@@ -267,7 +267,7 @@ def test_versions_are_listed_and_restored(shop, checkpoint, tmp_path, capsys):
     "prepare, words",
     [
         (lambda folder: None, "there is no folder"),
-        (lambda folder: folder.mkdir(), "has neither pictures nor the files of a data set"),
+        (lambda folder: folder.mkdir(), "holds neither pictures nor the files of a data set"),
     ],
 )
 def test_mistakes_end_with_one_sentence(checkpoint, tmp_path, capsys, prepare, words):
