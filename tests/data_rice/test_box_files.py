@@ -168,9 +168,7 @@ class TestFingerprint:
 
     def test_other_pictures_under_the_same_names_are_refused(self, file, rows, tmp_path):
         assert rows(tmp_path / "a", boxes_file=file)["boxes"][0] == [BOX, None]
-        words = (
-            "boxes.jsonl has boxes of other pictures than those of the clip 'c0' of the test split; "
-        )
+        words = "boxes.jsonl has boxes of other pictures than those of the clip 'c0' of the test split; "
         with pytest.raises(ValueError, match=words + "name another box file, or remove this one and write it"):
             rows(make_shop(tmp_path / "b", 20), boxes_file=file)
 
