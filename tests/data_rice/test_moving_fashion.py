@@ -449,7 +449,9 @@ class TestExtraction:
         self.extract(folder)
         whole = (folder.root / "videos/a.mp4").read_bytes()
         (folder.root / "videos/a.mp4").write_bytes(whole + b"0")
-        with pytest.raises(ValueError, match="are stale: videos/a.mp4 has .* bytes now and had .* then; run py"):
+        with pytest.raises(
+            ValueError, match="are outdated: videos/a.mp4 has .* bytes and had .* at the time of extraction; run py"
+        ):
             load("pairs")
         (folder.root / "videos/a.mp4").write_bytes(whole)
         (folder.root / "frames/videos/d.mp4/000005.jpg").unlink()

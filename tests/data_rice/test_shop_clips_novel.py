@@ -168,7 +168,7 @@ def test_clips_without_product_and_media_that_are_missing_are_counted(shop, outp
         "products: 8, of which 2 are novel",
         "clips_train.jsonl: 12 clips kept, 4 left out",
         "clips_val.jsonl: 6 clips kept, 2 left out",
-        "clips_test.jsonl: 4 clips kept, 12 left out (1 for naming no product)",
+        "clips_test.jsonl: 4 clips kept, 12 left out (1 of them name no product)",
         "media: 51 linked, 1 missing",
         "missing: frames/train/0-1.png",
     ]
@@ -194,7 +194,7 @@ FIELD = ["--field", "product_fold", "--value"]
         (["--fraction", "nan"], "fraction must lie between 0 and 1, both excluded, not be nan;"),
         (["--fraction", "0.99"], "clips_train.jsonl has no clip of a base product, with 8 of 8 products novel;"),
         (["--field", "product_fold"], "--field and --value belong together;"),
-        ([*FIELD, "novel", "--seed", "1"], "--fraction and --seed draw products, which --field names;"),
+        ([*FIELD, "novel", "--seed", "1"], "--fraction and --seed draw products, but --field selects them;"),
     ],
 )
 def test_bad_options(shop, output, capsys, options, message):
