@@ -349,7 +349,7 @@ class TestAsr:
 
     def test_is_told_on_the_page(self, text_model_dir, said, tmp_path):
         run(text_model_dir, said, tmp_path / "out", "--asr", "wrong", "--report", "--baselines")
-        assert "that of a clip of another product was read" in (tmp_path / "out" / "report.html").read_text()
+        assert "the ASR of a clip of another product" in (tmp_path / "out" / "report.html").read_text()
 
     def test_is_no_matter_for_a_model_without_text(self, model_dir, shop, tmp_path, capsys):
         line = refusal(capsys, model_dir, shop, tmp_path / "out", "--asr", "wrong")
@@ -358,7 +358,7 @@ class TestAsr:
 
     def test_contradictions_are_refused(self, text_model_dir, shop, tmp_path, capsys):
         line = refusal(capsys, text_model_dir, shop, tmp_path / "out", "--asr", "none", "--no-text")
-        assert "--asr none needs a model that reads text, and --no-text says that it shall not" in line
+        assert "--asr none needs a model that reads text, but --no-text turns it off" in line
         assert "--asr" in refusal(capsys, text_model_dir, shop, tmp_path / "out", "--asr", "louder")
 
 
