@@ -261,7 +261,7 @@ class TestFusedText:
         fusion = results["protocol"]["fusion"]
         assert results["fused_text_weight"] is fusion["text_weight"] is None
         assert fusion["rule"] == "z(embedding) + weight * z(matching), per query"
-        assert "none for text, which counts as part of the embedding score" in fusion["source_words"]
+        assert "text has no separate weight, because it is part of the embedding score" in fusion["source_words"]
         assert "text weight in the fused score" not in capsys.readouterr().out
         give_weights(text_model_dir, fused_text_weight=0.0)
         rankings = (tmp_path / "out" / "rankings.jsonl").read_text()
@@ -282,7 +282,7 @@ class TestFusedText:
             fused[name] = {row["query_id"]: row["ranking"] for row in map(json.loads, lines)}
         assert results["fused_text_weight"] is None
         assert results["protocol"]["fusion"]["rule"] == "z(embedding) + weight * z(matching), per query"
-        assert "none for text" not in results["protocol"]["fusion"]["source_words"]
+        assert "text has no separate weight" not in results["protocol"]["fusion"]["source_words"]
         assert fused["none"] == fused["off"] != fused["own"]
         assert all(fused["own"][f"test-{i}"] == fused["off"][f"test-{i}"] for i in (1, 3, 5, 7))
 
