@@ -189,9 +189,9 @@ FIELD = ["--field", "product_fold", "--value"]
     [
         ([*FIELD, "new"], "no clip of {shop} has product_fold 'new'; its values are 'base', 'novel'."),
         (["--field", "fold", "--value", "novel"], "clips_train.jsonl, line 1: the field 'fold' is absent; write it"),
-        (["--fraction", "0"], "fraction must lie between 0 and 1, both excluded, not be 0;"),
-        (["--fraction", "1"], "fraction must lie between 0 and 1, both excluded, not be 1;"),
-        (["--fraction", "nan"], "fraction must lie between 0 and 1, both excluded, not be nan;"),
+        (["--fraction", "0"], "fraction must lie between 0 and 1, both excluded, not 0;"),
+        (["--fraction", "1"], "fraction must lie between 0 and 1, both excluded, not 1;"),
+        (["--fraction", "nan"], "fraction must lie between 0 and 1, both excluded, not nan;"),
         (["--fraction", "0.99"], "clips_train.jsonl has no clip of a base product, with 8 of 8 products novel;"),
         (["--field", "product_fold"], "--field and --value belong together;"),
         ([*FIELD, "novel", "--seed", "1"], "--fraction and --seed draw products, but --field selects them;"),
