@@ -324,7 +324,7 @@ def find_checkpoint(arguments: RiceTrainingArguments) -> str | None:
     `resume_from_checkpoint` false a run starts anew, for which the folder must hold none.
 
     Raises:
-        FileNotFoundError, ValueError: when the one asked for is missing, half-written or damaged, or the folder is not
+        FileNotFoundError, ValueError: when the one asked for is missing, incomplete or damaged, or the folder is not
             free.
     """
     asked, folder = arguments.resume_from_checkpoint, arguments.output_dir
@@ -340,7 +340,7 @@ def find_checkpoint(arguments: RiceTrainingArguments) -> str | None:
             raise FileNotFoundError(f"resume_from_checkpoint: there is no folder {asked}.")
         if reason := why_broken(asked, arguments.world_size):
             raise ValueError(
-                f"resume_from_checkpoint: {asked} is half-written or damaged ({reason}); choose an earlier one."
+                f"resume_from_checkpoint: {asked} is incomplete or damaged ({reason}); choose an earlier one."
             )
         return asked
     return newest_whole(folder, arguments.world_size)

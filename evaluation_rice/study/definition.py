@@ -95,7 +95,7 @@ def _arms(content: Any, path: Path) -> dict[str, Arm]:
     for name, arm in _mapping({"arms": content}, "arms", f"the study {path}").items():
         where, arm = f"arm {name!r} of {path}", arm or {}
         if name in ("", ".", "..", "start") or "/" in name or "\\" in name:
-            raise ValueError(f"{where}: it is the name of a folder beside 'start': choose another, plain name")
+            raise ValueError(f"{where}: the name is used for a folder: choose a plain name other than 'start'")
         _check_keys(arm, _ARM_KEYS, where)
         train, evaluate = _settings(arm, "train", where), _settings(arm, "eval", where)
         model_of = _text(arm, "model_of", where) if "model_of" in arm else None

@@ -455,7 +455,7 @@ class TestExtraction:
             load("pairs")
         (folder.root / "videos/a.mp4").write_bytes(whole)
         (folder.root / "frames/videos/d.mp4/000005.jpg").unlink()
-        with pytest.raises(ValueError, match="are stale: videos/d.mp4 lacks frames"):
+        with pytest.raises(ValueError, match="are outdated: videos/d.mp4 lacks frames"):
             load("pairs")
         assert len(load("query", "test")) == 2
         folder.test["q2"] = {"video_paths": ["videos/g.mp4"], "img_path": "imgs/q0.jpg", "source": 1}

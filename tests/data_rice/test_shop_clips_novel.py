@@ -165,7 +165,7 @@ def test_clips_without_product_and_media_that_are_missing_are_counted(shop, outp
     (root / "frames" / "test" / "0-1.png").unlink()
     assert main(["novel", str(root), str(output), "--field", "product_fold", "--value", "novel"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "products: 8, of which 2 are novel",
+        "products: 8, 2 of them novel",
         "clips_train.jsonl: 12 clips kept, 4 left out",
         "clips_val.jsonl: 6 clips kept, 2 left out",
         "clips_test.jsonl: 4 clips kept, 12 left out (1 of them name no product)",
