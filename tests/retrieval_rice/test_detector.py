@@ -368,7 +368,7 @@ class TestCommands:
         assert json.loads((tmp_path / "figures.json").read_text())["num_frames"] == 6
         assert "6 frames (test), 4 with the product" in capsys.readouterr().out
         main(["run", *data, "--splits", "test", "--output", str(tmp_path / "boxes.jsonl")])
-        assert "3 clips (0 were there already), 6 frames, " in capsys.readouterr().out
+        assert "3 clips (0 existed already), 6 frames, " in capsys.readouterr().out
         header = BoxFile(tmp_path / "boxes.jsonl").header
         assert header["detector"] == detector_dir and len(header["detector_sha256"]) == 64
 
