@@ -141,7 +141,7 @@ def test_unknown_addresses_and_methods_get_a_sentence(make_service):
         (["--max_requests", "0"], "--max_requests must be at least 1"),
         (["--batch_ms", "-1"], "--batch_ms must be from 0"),
         (["--batch_ms", "nan"], "--batch_ms must be from 0"),
-        (["--precision", "int8"], "--precision int8 is that of exported models"),
+        (["--precision", "int8"], "--precision int8 needs an exported model"),
         ([], "there is no checkpoint folder"),
     ],
 )
