@@ -434,7 +434,7 @@ class Snapshot:
         damaged = damaged_rows(rows, self.fields)
         if len(damaged):
             raise ValueError(
-                f"the {self.table} is damaged: {len(damaged)} rows do not match their checksums, "
+                f"the {self.table} is damaged: {len(damaged)} row(s) do not match their checksums, "
                 f"such as {rows['image_id'][int(damaged[0])].as_py()!r}; run the same `rice index` again, which "
                 f"encodes them again."
             )

@@ -271,7 +271,7 @@ def test_no_sound_is_said_once_and_the_picture_goes_on(shop, write_show, tmp_pat
     for source in (write_show("bare.mkv", [GREY] * 5), tmp_path):
         assert rice(shop, source, "--asr", "ear") == 0
         captured = capsys.readouterr()
-        assert captured.err.count("has no sound; it is recognised by its pictures alone") == 1
+        assert captured.err.count("has no sound; only its pictures are used") == 1
         assert len(captured.out.strip().splitlines()) == 2
 
 

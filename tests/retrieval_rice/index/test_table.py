@@ -260,7 +260,7 @@ def test_a_flipped_bit_of_an_encoding_is_noticed(saved, folder, shop, size):
     place = data.index(stored[:16].tobytes())
     data[place] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="is damaged: 1 of the rows .* such as 'p0'; run the same `rice index` again"):
+    with pytest.raises(ValueError, match="is damaged: 1 row.* such as 'p0'; run the same `rice index` again"):
         load(folder, shop, cache_bytes=size).search(shop.clips(0), rerank=None)
     # Only that one is encoded anew.
     encode, count = shop.model.encode_gallery, []
