@@ -251,7 +251,7 @@ def test_the_command_hears(shop, write_show, tones, tmp_path, capsys, monkeypatc
     files = ("--jsonl", tmp_path / "a.jsonl", "--vtt", tmp_path / "a.vtt")
     assert rice(shop, path, "--asr", "ear", "--language", "en", "--asr_after", "1", *files) == 0
     assert loaded == [("ear", "en", "cpu")]
-    assert "1 words heard" in capsys.readouterr().err
+    assert "1 words transcribed" in capsys.readouterr().err
     (line,) = map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())
     assert line["asr"] == "red" and (line["start_s"], line["end_s"]) == (0.0, 8.0)
     cues = (tmp_path / "a.vtt").read_text().split("\n\n")

@@ -88,7 +88,7 @@ def test_clips_get_what_is_said_in_their_part(data, ears, capsys):
     assert (header["model"], header["language"]) == ("ear", "auto")
     assert line == {"split": "validation", "clip_id": "a", "asr": "at2", "language": "en", "before": ""}
     out = capsys.readouterr().out
-    assert "validation: 5 clips; 1 heard, 1 with ASR of their own, 2 without sound" in out
+    assert "validation: 5 clips; 1 transcribed, 1 with their own ASR, 2 without sound" in out
     assert "not read: e (" in out and "gone.mkv" in out
 
 
@@ -144,7 +144,10 @@ def test_another_model_only_in_its_place(data, ears, capsys, monkeypatch):
 
 
 def test_a_side_file_of_another_kind(data, ears, capsys):
-    for content, words in (("{}\n", "is no file of transcripts"), ('{"format": "rice transcripts"}\n{}\n', "line 2")):
+    for content, words in (
+        ("{}\n", "is not a file of transcripts"),
+        ('{"format": "rice transcripts"}\n{}\n', "line 2"),
+    ):
         (data / "transcripts.jsonl").write_text(content)
         with pytest.raises(SystemExit):
             transcribe(data, "--overwrite")
@@ -182,7 +185,7 @@ def test_lpr4m_by_clips_and_by_livestreams(tmp_path, ears, write_show, tones):
     "arguments, words",
     [
         (["--splits", "train"], "has no clips_train.jsonl"),
-        (["--sound", "nowhere"], "--sound nowhere is no folder"),
+        (["--sound", "nowhere"], "--sound nowhere is not a folder"),
         (["--language", "xx"], "does not know"),
     ],
 )
@@ -202,7 +205,7 @@ def test_refusals_of_data(tmp_path, ears, capsys):
     lpr4m(tmp_path)
     for folder, arguments, words in (
         (tmp_path, [], "LPR4M has frames without sound"),
-        (tmp_path, ["--sound", tmp_path, "--splits", "train"], "--splits of LPR4M is test"),
+        (tmp_path, ["--sound", tmp_path, "--splits", "train"], "--splits of LPR4M must be test"),
         (tmp_path / "nowhere", [], "is neither a data set"),
     ):
         with pytest.raises(SystemExit):

@@ -182,7 +182,7 @@ def test_refusals_are_shown_as_one_escaped_sentence(callbacks):
 
     with pytest.raises(gradio.Error) as error:
         _told(callbacks.upload)(["<img>.png"], "x", "none", "")
-    assert error.value.message == "A file was not uploaded here or is gone by now; upload it again."
+    assert error.value.message == "A file was not uploaded here or was deleted meanwhile; upload it again."
 
     def refuse():
         raise ValueError("a <script>\nof two lines")
