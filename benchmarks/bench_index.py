@@ -2,11 +2,11 @@
 
     python benchmarks/bench_index.py [--photographs 300] [--pixels 960] [--threads 2]
 
-One JSON line per side, each measured in a new process, from the files to the finished index or tensor. Loading the
-model and exporting are not timed. All sides get the same JPEG files and (except int8) the same random weights of
-ViT-B/32. `transformers` is `CLIPImageProcessor` and `CLIPVisionModelWithProjection` in batches of pictures opened with
-PIL. Compare CPU time (workers included), which other programs on the machine affect little. `rice index` also checks
-and hashes every file, and writes a table for search.
+One JSON line per side, each measured in a fresh process, from the files to the finished index or tensor; loading the
+model and exporting are not timed. All sides get the same JPEG files and, but for int8, the same random weights of
+ViT-B/32. `transformers` is `CLIPImageProcessor` and `CLIPVisionModelWithProjection` in batches of pictures opened by
+PIL. CPU time, that of the workers included, is what can be compared on a machine that does other things too.
+`rice index` reads, checks and digests every file, and writes a table that is searched afterwards.
 """
 
 import argparse

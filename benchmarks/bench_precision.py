@@ -2,9 +2,9 @@
 
     python benchmarks/bench_precision.py --model M --dataset D [--data_dir DIR] [--split test] [--towers DIR]
 
-One JSON line per precision: recall by the model's own ranking, the share of clips with the same first image as fp32,
-the mean share of fp32's first ten images among the first ten, and seconds. All sides get the same pixels. `--towers`,
-a folder of `rice export --int8`, adds "onnx" (fp32) and "int8".
+One JSON line per precision: recall by the model's own ranking, the share of clips whose first image is that of fp32,
+the mean share of fp32's first ten images among the first ten, and seconds. All sides get the same pixels. With
+`--towers`, what `rice export --int8` wrote, also "onnx" (fp32) and "int8".
 """
 
 import argparse
@@ -33,9 +33,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dataset", required=True, help="mini_lpr4m, shop_clips, or a folder in one of their layouts")
     add("--data_dir", help="folder of the data set's files")
     add("--split", default="test", choices=("validation", "test"))
-    add("--towers", help="folder of `rice export MODEL DIR --int8`")
-    add("--precisions", nargs="+", choices=(*PRECISIONS, "onnx", "int8"), help="default: fp32, the choice of auto, "
-        "and with --towers onnx and int8")  # fmt: skip
+    add("--towers", help="folder that `rice export MODEL DIR --int8` wrote")
+    add("--precisions", nargs="+", choices=(*PRECISIONS, "onnx", "int8"), help="default: fp32, what auto means here, "
+        "and of --towers onnx and int8")  # fmt: skip
     add("--batch_size", type=int, default=16)
     add("--num_workers", type=int, default=0)
     add("--cache_dir", help="folder for the cached tables of the data set")
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     scope = gallery_scope(options.dataset, options.data_dir)
     expected = None
-    # The reference comes first.
+    # What the others are compared with comes first.
     for precision in dict.fromkeys(["fp32", *options.precisions]):
         model, processor = load(options, precision)
         reads_text = getattr(model.config, "text_config", None) is not None

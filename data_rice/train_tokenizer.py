@@ -3,8 +3,8 @@
     python -m data_rice.train_tokenizer --dataset mini_lpr4m --output_dir runs/tokenizer
     python train_rice.py RECIPE --use_text true --tokenizer runs/tokenizer --output_dir runs/text
 
-The tokenizer has a SentencePiece unigram vocabulary for Chinese and English. Unknown characters become bytes. The
-output folder holds tokenizer.json, which `AutoTokenizer.from_pretrained` reads without sentencepiece.
+SentencePiece's unigram vocabulary for Chinese and English alike; what it does not know is spelled in bytes. The output
+folder holds tokenizer.json, which `AutoTokenizer.from_pretrained` reads without sentencepiece.
 """
 
 import argparse

@@ -1,10 +1,11 @@
-"""Write the speech of the clips of a data set into its rows.
+"""Write what is said in the clips of a data set into its rows.
 
-Training and evaluation then use the same kind of text as streams. DATA is a folder of shop_clips, whose clip files get
-`asr`, or of LPR4M, whose test_videoid_asr is written. Sound comes from the clips' videos, or from files in --sound:
-CLIP_ID.mp4 (.wav, ...), or for LPR4M one file per livestream, LIVE_ID.mp4, from which the clip id selects a part. The
-same command resumes an interrupted run. DATA/transcripts.jsonl holds the model, the language and the transcript of
-each clip. Clips with ASR keep it, unless --overwrite is given.
+Training and evaluation then read what a stream hears. DATA is a folder of shop_clips, whose clip files get `asr`, or
+of LPR4M, whose test_videoid_asr is written. Sound comes
+from the clips' videos, or from files in --sound: CLIP_ID.mp4 (.wav, ...), or for LPR4M one file per livestream,
+LIVE_ID.mp4, of which a clip is the part that its id names. The same command goes on where it was interrupted.
+DATA/transcripts.jsonl tells the model, the language, and what was heard in each clip; clips that have ASR already keep
+it, unless --overwrite is given.
 """
 
 import argparse
@@ -28,15 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model of transformers")  # fmt: skip
     add("--language", default="auto", help="language of the speech, such as zh or en; auto detects it in each clip "
         "(default: %(default)s)")  # fmt: skip
-    add("--splits", nargs="+", choices=SPLITS, help="splits of shop_clips (default: all); LPR4M has only test")
-    add("--sound", metavar="DIR", type=Path, help="folder of video or sound files, named after clips or livestreams")
-    add("--overwrite", action="store_true", help="replace existing ASR, and transcripts of another model")
-    add("--device", help="such as cpu or cuda; default: cuda if available")
+    add(
+        "--splits", nargs="+", choices=SPLITS, help="of shop_clips (default: all that are there); LPR4M has test alone"
+    )
+    add("--sound", metavar="DIR", type=Path, help="folder of video or sound files named after clips or livestreams")
+    add("--overwrite", action="store_true", help="replace ASR that is there, and transcripts of another model")
+    add("--device", help="such as cpu or cuda; default: cuda where there is one")
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip of a data set: the place of its sound, in seconds of a file (`None`: no sound), and its current ASR."""
+    """A clip of a data set: where its sound is, in seconds of a file (`None`: nowhere), and its ASR so far."""
 
     clip_id: str
     path: str | None
@@ -93,7 +96,7 @@ class Transcripts:
         if before != header and not overwrite:
             raise ValueError(
                 f"{path} was begun with the model {before.get('model')} and the language {before.get('language')}; "
-                f"give --overwrite to transcribe again with {header['model']} and {header['language']}."
+                f"give --overwrite to transcribe anew with {header['model']} and {header['language']}."
             )
         if before != header:
             # The original ASR of the rows is kept.
@@ -164,7 +167,7 @@ def _hear(clips: list[Clip], split: str, transcripts: Transcripts, transcriber, 
             continue
         counts["heard" if asr else "silent"] += 1
         transcripts.add(split, clip, asr, getattr(transcriber, "language", None))
-    words = {"heard": "transcribed", "earlier": "transcribed earlier", "kept": "with their own ASR"}
+    words = {"earlier": "heard earlier", "kept": "with ASR of their own"}
     told = [f"{count} {words.get(name, name)}" for name, count in counts.items() if count]
     print(f"{split}: {len(clips)} clips; {', '.join(told) or 'none transcribed'}")
     for failure in failures[:_LISTED]:

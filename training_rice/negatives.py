@@ -87,7 +87,7 @@ class NegativesTrainer(Trainer):
         sizes = ", ".join(f"{size / _MB:.1f} MB for {name}" for name, size in kept.items())
         lines = [f"{-(-batch // chunk)} chunks of {chunk} pairs; memory beyond that of a chunk: at most {sizes}"]
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-            lines.append(f"warning: the encoder's batch norms use chunks of {chunk}, not the batch")
+            lines.append(f"warning: the encoder's batch norms see chunks of {chunk}, not the batch")
         if self.args.torch_compile:
             lines.append("warning: torch_compile has no effect on steps in chunks")
         return lines

@@ -60,7 +60,7 @@ class Runner:
 
     def run(self, arms: list[str] | None = None) -> None:
         """
-        Runs the named arms (by default all) for all seeds; if a cell fails, it is reported and the others still run.
+        Runs the named arms, by default all, for all seeds; a cell that fails is reported and the others go on.
 
         Raises:
             ValueError: a cell.json is damaged; then nothing is started.
@@ -71,7 +71,7 @@ class Runner:
         names = ["start"] if self.study.start else []
         names += [name for name in self.study.arms if name in wanted]
         cells = [self.cells[name, seed] for name in names for seed in self.study.seeds]
-        # Damaged records are found before hours of work, not when the tables are made.
+        # A damaged record is told before hours of work, and not when their tables are made.
         for cell in self.cells.values():
             cell.record()
         for folder, settings in self.study.render.items() if self.minutes > 0 else ():

@@ -16,7 +16,7 @@ _ARM_KEYS = {"train", "eval", "model_of", "note"}
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm: its changes of training and evaluation, or the arm whose model it evaluates again."""
+    """One row of the study: what it changes in training and evaluation, or the arm whose model it evaluates anew."""
 
     name: str
     train: dict[str, Any] = field(default_factory=dict)

@@ -225,7 +225,7 @@ def markdown(entries: Sequence[Entry], list_missing: bool = True) -> str:
     check_alike(entries)
     first = next((results for entry in entries for results in entry.results), None)
     if first is None:
-        raise ValueError("none of the methods has a result yet: run eval_rice.py first.")
+        raise ValueError("there is no result yet: run eval_rice.py first.")
     columns = _columns(entries)
     header = ["method", "score", columns[0], f"95 % of {columns[0]}", *columns[1:]]
     header += ["boxes", "frames", "parameters", "ms per clip", "ms per image", "seeds"]

@@ -91,13 +91,13 @@ class Demo:
     """
     Args:
         model, processor: From `load_model`.
-        index: Index of the shop.
-        gallery: The rows from which the index was built, for pictures without a path in the index.
-        queries: Query rows for the examples.
-        folder: Folder of uploads; nothing outside it is read or deleted for a visitor.
-        limits: Limits of uploads.
-        detector: Object with `detect(frames)`, as for a `Recogniser`, or `None`.
-        transcriber: Transcribes uploads, see `load_transcriber`, or `None`.
+        index: Of the shop to search.
+        gallery: The rows that the index was built from, for pictures that it holds no path of.
+        queries: Query rows to choose examples from.
+        folder: Where uploads arrive; nothing else is ever read or deleted for a visitor.
+        limits: Of uploads.
+        detector: With `detect(frames)`, as a `Recogniser` takes it, or `None`.
+        transcriber: Hears uploads, see `load_transcriber`, or `None`.
 
     Attributes:
         boxes: Possible sources of boxes: "none"; "true" if the queries have boxes; "detector" if there is a detector.
@@ -173,7 +173,7 @@ class Demo:
         return Clip(self.queries[numbers[place]])
 
     def upload(self, paths: Sequence[str]) -> Clip:
-        """A clip of uploaded files, which are deleted afterwards; raises `UploadError`."""
+        """A clip of uploaded files, which are gone afterwards; raises `UploadError`."""
         upload: Upload = read_upload(paths, self.folder, self.limits, with_sound=self.transcriber is not None)
         frames = [{"path": None, "bytes": data} for data in upload.frames]
         words, note = [], upload.note

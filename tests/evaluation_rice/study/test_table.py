@@ -176,7 +176,7 @@ def test_the_command_writes_the_table_and_tells_mistakes(write, tmp_path, capsys
     for arguments, words in (
         ([str(tmp_path / "gone")], "has no results.json"),
         ([str(tmp_path / "cut")], "no whole results file"),
-        ([f"Later={tmp_path / 'gone'}"], "none of the methods has a result yet"),
+        ([f"Later={tmp_path / 'gone'}"], "there is no result yet"),
         ([folder, "--output", str(tmp_path)], f"--output {tmp_path} is a folder: name a file in it."),
         ([folder, "--output", f"{folder}/results.json/a/b.md"], f"as {folder}/results.json is a file: name another"),
     ):
