@@ -184,6 +184,8 @@ def run(trainer: RiceTrainer, checkpoint: str | None) -> dict[str, float]:
         metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
     if trainer.eval_views is not None:
         metrics |= trainer.evaluate()
+    else:
+        trainer.fit_alignment()
     return metrics
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/bench_feature_cache.py
     python benchmarks/bench_feature_cache.py --architecture tf_efficientnet_lite2 --losses icl icl_pmd_pfr
+    python benchmarks/bench_feature_cache.py --unfreeze_last_stage --batch_size 48 --cached_steps 4
 
 One JSON line per training mode, and one for the pass that fills the cache, on `--clips` clips of random JPEG pictures.
 A step includes reading, decoding, encoder, losses, backward pass and optimiser. Weights are random, which does not
@@ -48,6 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--side", type=int, default=224, help="side of the pictures in pixels")
     add("--plain_steps", type=int, default=2, help="measured steps from pictures, after one warm-up step")
     add("--cached_steps", type=int, default=100)
+    add("--unfreeze_last_stage", action="store_true", help="both train the encoder's last stage, too")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     if options.clips < options.batch_size:
@@ -108,6 +110,7 @@ def train(options: argparse.Namespace, pairs: Dataset, losses: str, folder: str,
         logging_steps=1,
         save_strategy="no",
         freeze_vision=True,
+        unfreeze_last_stage=options.unfreeze_last_stage,
         **arguments,
     )
     collators = build_collators(data, processor, f"{folder}/failures.jsonl")
@@ -133,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("training_rice").setLevel(logging.ERROR)
     pairs = make_pairs(options)
     about = {"batch_size": options.batch_size, "frames": options.frames, **measure.machine(options.device)}
-    about |= {"architecture": options.architecture}
+    about |= {"architecture": options.architecture, "last_stage_trained": options.unfreeze_last_stage}
     for losses in options.losses:
         with tempfile.TemporaryDirectory() as folder:
             plain, plain_losses = train(options, pairs, losses, folder, cached=False)

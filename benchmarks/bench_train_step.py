@@ -106,7 +106,7 @@ def measure_side(options: argparse.Namespace) -> dict[str, object]:
     operations = count_operations(model.config, batch["frame_mask"], options.negatives)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     if options.compile:
-        model.vision_model.compile(dynamic=False)
+        model.compile_encoder()
     autocast = torch.autocast(device.split(":")[0], torch.bfloat16) if precision == "bf16" else nullcontext()
     loss = torch.zeros(())
 

@@ -135,7 +135,7 @@ class Loading:
 
 
 @contextmanager
-def _evaluating(model):
+def evaluating(model):
     """The model in eval mode without gradients, its former mode restored afterwards, so that training can go on."""
     training = getattr(model, "training", False)
     if training:
@@ -281,7 +281,7 @@ def retrieve(
     """
     rankings: dict[str, Rankings] = {}
     failures: list[dict] = []
-    with _evaluating(getattr(retriever, "model", None)):
+    with evaluating(getattr(retriever, "model", None)):
         for query, scores in iter_scores(retriever, task, queries, gallery, loading, failures):
             for kind, values in with_fused(scores, weights).items():
                 if kind not in PARTS:
@@ -463,7 +463,7 @@ def all_scores(
 ) -> dict[int, dict[str, torch.Tensor]]:
     """Query number -> score name -> tensor over the query's gallery; see `iter_scores`."""
     failures = [] if failures is None else failures
-    with _evaluating(getattr(retriever, "model", None)):
+    with evaluating(getattr(retriever, "model", None)):
         return dict(iter_scores(retriever, task, queries, gallery, loading, failures))
 
 

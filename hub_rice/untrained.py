@@ -157,7 +157,8 @@ def _on_checkpoint(model, processor, keep_decoder: bool, settings: dict) -> tupl
     if keep_decoder and model.decoder is None:
         raise ValueError("--keep_decoder: the checkpoint has no matching decoder; leave it out.")
     former = {name: value for name, value in model.config.to_dict().items() if name not in ("auto_map", "ranking")}
-    chosen = {"ranking": "fused", "alignment_weight": 1.0, **settings}
+    # Features less their mean have lengths that say nothing.
+    chosen = {"ranking": "fused", "alignment_weight": 1.0, "normalize_frames": True, **settings}
     if not keep_decoder:
         # Patches are chosen for the alignment alone.
         chosen = {"use_decoder": False, "vision_feature_layer": _fine_layer(model.config.layout), **chosen}

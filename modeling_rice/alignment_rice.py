@@ -42,7 +42,14 @@ class RiceAlignment(nn.Module):
         buffers = {name: torch.zeros(buffer.shape) for name, buffer in self.named_buffers()}
         return buffers | {"patch_projection": torch.eye(*self.patch_projection.shape)}
 
-    def fit(self, images: "ViewStatistics", frames: "ViewStatistics", strength: float, shrinkage: float) -> str | None:
+    def fit(
+        self,
+        images: "ViewStatistics",
+        frames: "ViewStatistics",
+        strength: float,
+        shrinkage: float,
+        center: bool = True,
+    ) -> str | None:
         """
         Fills the buffers from unlabelled pictures and frames.
 
@@ -53,6 +60,7 @@ class RiceAlignment(nn.Module):
         Args:
             images, frames: Of the two views; a view of fewer than two pictures has no statistics.
             strength, shrinkage: As in [`whitening`].
+            center: `False` leaves the means of embeddings as they are.
 
         Returns:
             One sentence that says what is done without, or `None`.
@@ -67,8 +75,6 @@ class RiceAlignment(nn.Module):
                 raise ValueError(
                     "The encoder gives numbers that are not finite; its weights are damaged, save it anew."
                 )
-        self.image_mean.zero_()
-        self.video_mean.zero_()
         view, prior = (frames, 0) if frames.count > 1 or not images.count else (images, _SHOP_PRIOR)
         # One picture has no statistics, but axes still have to be chosen where the rank is lower than the width.
         trust = view.count / (view.count + prior) if view.count > 1 else 0.0
@@ -76,6 +82,10 @@ class RiceAlignment(nn.Module):
         self.patch_mean.copy_(trust * mean)
         moment = view.patches.covariance() + (1 - trust) ** 2 * mean[:, None] * mean
         self.patch_projection.copy_(whitening(moment, self.patch_projection.shape[1], trust * strength, shrinkage))
+        if not center:
+            return None
+        self.image_mean.zero_()
+        self.video_mean.zero_()
         if view.count < 2:
             return "One picture has no statistics: embeddings are not centred, and patches are not whitened."
         if images.count < 2 or frames.count < 2:
@@ -92,9 +102,9 @@ class RiceAlignment(nn.Module):
         return nn.functional.normalize((patches - mean) @ projection, dim=-1)
 
     def center(self, features: Tensor, is_clip: bool) -> Tensor:
-        """Global features `(..., D)` of one view -> the same less their view's mean, L2-normalised."""
+        """Global features `(..., D)` of one view -> the same less their view's mean."""
         mean = self.video_mean if is_clip else self.image_mean
-        return nn.functional.normalize(features - mean.to(features.dtype), dim=-1)
+        return features - mean.to(features.dtype)
 
 
 class RiceAlignmentSide:
@@ -109,7 +119,9 @@ class RiceAlignmentSide:
     _from_states: Any
 
     @torch.no_grad()
-    def fit_alignment(self, images: Iterable[Tensor], frames: Iterable[Tensor] = ()) -> str | None:
+    def fit_alignment(
+        self, images: Iterable[Tensor], frames: Iterable[Tensor] = (), center: bool = True
+    ) -> str | None:
         """
         Takes centring and whitening from unlabelled pictures, as `config.alignment_strength` and
         `config.alignment_shrinkage` say. Encodings from before are another model's afterwards. Call in eval mode.
@@ -117,6 +129,7 @@ class RiceAlignmentSide:
         Args:
             images: Batches `(n, 3, H, W)` of the shop's pictures, preprocessed.
             frames: Batches `(n, 3, H, W)` of frames of clips.
+            center: `False` whitens patches only: training has found embeddings that need no centring.
 
         Returns:
             As [`RiceAlignment.fit`].
@@ -134,10 +147,10 @@ class RiceAlignmentSide:
             for pixel_values in batches:
                 states = self._encoder_output(pixel_values.to(self.device))
                 views[-1].update(states.patches, self._from_states(states, is_clip=is_clip)[1])
-        return self.alignment.fit(*views, self.config.alignment_strength, self.config.alignment_shrinkage)
+        return self.alignment.fit(*views, self.config.alignment_strength, self.config.alignment_shrinkage, center)
 
     def _centred(self, features: Tensor, is_clip: bool) -> Tensor:
-        """Global features `(..., D)` of one view, less their view's mean and L2-normalised in a model that does so."""
+        """Global features `(..., D)` of one view, less their view's mean in a model that centres them."""
         return features if self.alignment is None else self.alignment.center(features, is_clip)
 
     def _aligned(self, patches: Tensor) -> Tensor | None:

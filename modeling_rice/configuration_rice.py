@@ -159,9 +159,10 @@ class RiceConfig(PreTrainedConfig):
             model without score-level text; in a checkpoint that has it and was saved before this field was, the
             embedding z-score goes on to include the text, as `fusion_weight` was fitted.
         alignment_weight (`float`, *optional*):
-            Weight of the alignment z-score in the fused score, >= 0. With one the model has an alignment of patches
-            and centres its embeddings per view, by statistics that are buffers of the checkpoint
-            ([`RiceModel.fit_alignment`]); `None` for a model without.
+            Weight of the alignment z-score in the fused score, >= 0; fitted on a validation split in training. With
+            one the model has an alignment of patches, by statistics that are buffers of the checkpoint
+            ([`RiceModel.fit_alignment`]); without training these centre its embeddings per view, too. `None` for a
+            model without.
         alignment_rank (`int`, defaults to 64): Numbers of a patch that are compared, at most the patch's width.
         alignment_strength (`float`, defaults to 1.0): Of the patches' whitening, 0 (none) to 1.
         alignment_shrinkage (`float`, defaults to 0.1):

@@ -55,6 +55,27 @@ class PatchLayout:
             return states
         return states.flatten(2).transpose(1, 2) if self.order == "channels_first" else states.flatten(1, 2)
 
+    def grid_of(self, num_tokens: int) -> tuple[int, int]:
+        """
+        Rows and columns of so many tokens, of a picture of any size with the native shape.
+
+        Raises:
+            ValueError: when they are no such grid.
+        """
+        count = num_tokens - self.num_prefix_tokens
+        rows = round(math.sqrt(max(count, 0) * self.grid[0] / self.grid[1]))
+        columns = round(rows * self.grid[1] / self.grid[0])
+        if rows < 1 or rows * columns != count:
+            raise ValueError(f"{num_tokens} tokens are no grid of patches of the shape {self.grid}.")
+        return rows, columns
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """`(n, prefix + P, W)` -> the same in the encoder's order; convolutions get the layout they are fastest in."""
+        if self.order == "tokens":
+            return tokens
+        states = tokens.unflatten(1, self.grid_of(tokens.shape[1]))
+        return states.permute(0, 3, 1, 2) if self.order == "channels_first" else states
+
 
 @dataclass(frozen=True)
 class EncoderLayout:
@@ -186,6 +207,23 @@ def encoder_inputs(pixel_values: Tensor, side: int | None) -> dict[str, Tensor |
 
 def _cut_to(encoder: nn.Module) -> int | None:
     return encoder.config.patch_size if "spatial_shapes" in inspect.signature(encoder.forward).parameters else None
+
+
+def parts_to_compile(encoder: nn.Module) -> list[nn.Module]:
+    """
+    Its blocks, where they are alike: one graph serves them all, and is compiled in the time of one. Else the encoder
+    as a whole, since each stage would need graphs of its own.
+    """
+    for blocks in encoder.modules():
+        is_trunk = isinstance(blocks, (nn.ModuleList, nn.Sequential)) and 2 * _count(blocks) > _count(encoder)
+        if is_trunk and len(blocks) > 1:
+            kinds = {(type(block), tuple(p.shape for p in block.parameters())) for block in blocks}
+            return list(blocks) if len(kinds) == 1 else [encoder]
+    return [encoder]
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def last_states(output: ModelOutput) -> Tensor:

@@ -121,7 +121,7 @@ class RiceModel(
         super().__init__(config)
         # Kept, since a config finds them out by its dictionary, which a graph cannot hold.
         self.layout, self.feature_pooling = config.layout, config.feature_pooling
-        self.vision_model = build_encoder(config.vision_config)
+        self.vision_model, self.last_stage = build_encoder(config.vision_config), None
         self.supports_gradient_checkpointing = self.vision_model.supports_gradient_checkpointing
         self.projection_dropout = nn.Dropout(config.projection_dropout)
         self.visual_projection = nn.Linear(config.vision_hidden_size, config.projection_dim, bias=False)

@@ -9,8 +9,9 @@ from transformers.utils import ModelOutput
 
 from .configuration_rice import PATCH_MASK_ENCODERS, RiceConfig
 from .decoder_rice import additive_mask
-from .encoders_rice import EncoderLayout, encoder_inputs, last_states
+from .encoders_rice import EncoderLayout, encoder_inputs, last_states, parts_to_compile
 from .features_rice import require_tensor
+from .last_stage_rice import LastStage, find_last_stage
 from .patches_rice import pool_patches, resize_patch_mask
 
 
@@ -50,6 +51,7 @@ class RiceVisionSide:
     # Of the model.
     config: Any
     layout: EncoderLayout
+    last_stage: LastStage | None
     feature_pooling: str
     vision_model: Any
     visual_projection: Any
@@ -59,22 +61,52 @@ class RiceVisionSide:
     decoder: Any
     alignment: Any
 
+    def split_last_stage(self) -> LastStage:
+        """
+        From now on `encode_pictures` gives what enters the encoder's last stage, for a run that trains this stage and
+        none before it. Pictures are encoded as before.
+
+        Raises:
+            ValueError: for an encoder whose last stage cannot run by itself.
+        """
+        if self.last_stage is None:
+            self.last_stage = find_last_stage(self.vision_model, self.layout)
+        return self.last_stage
+
     @property
     def kept_states(self) -> dict[str, tuple[int, ...]]:
-        """Which of the encoder's states this model makes use of, and their shapes for a picture of the native size."""
+        """
+        Which of the encoder's states this model makes use of, and their shapes for a picture of the native size; after
+        `split_last_stage` those of its frozen stages.
+        """
         config, chosen, last = self.config, self.config.patch_layout, self.layout.patches
-        shapes: dict[str, tuple[int, ...]] = {"features": (config.vision_hidden_size,)}
-        if self.decoder is not None or self.alignment is not None:
+        uses_patches = self.decoder is not None or self.alignment is not None
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.last_stage is not None:
+            entering = self.last_stage.entering
+            shapes["entering"] = (entering.num_prefix_tokens + entering.num_patches, entering.width)
+            if uses_patches and self._patch_layer < self.last_stage.layer:
+                shapes["patches"] = (chosen.num_patches, chosen.width)
+            return shapes
+        shapes["features"] = (config.vision_hidden_size,)
+        if uses_patches:
             shapes["patches"] = (chosen.num_patches, chosen.width)
         if self.patch_saliency is not None and ("patches" not in shapes or config.vision_feature_layer is not None):
             shapes["last_patches"] = (last.num_patches, last.width)
         return shapes
 
+    @property
+    def _patch_layer(self) -> int:
+        """Number of the hidden state that patches are taken from, that after the last one for the output."""
+        layer, count = self.config.vision_feature_layer, len(self.layout.hidden)
+        return count if layer is None else layer % count
+
     def encode_pictures(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> Tensor:
         """
         All that this model takes from its encoder, packed into one row per picture. Wherever `pixel_values` `(n, 3, H,
         W)` or `pixel_values_videos` `(B, T, 3, H, W)` are taken, such rows may stand instead, `(n, F)` or `(B, T, F)`,
-        so that pictures go through a frozen encoder once. The encoder is to be in eval mode.
+        so that pictures go through a frozen encoder once. The encoder is to be in eval mode. After `split_last_stage`
+        rows are what enters the last stage, which runs whenever they are used.
 
         Args:
             pixel_values (`(n, 3, H, W)`): Preprocessed images or frames.
@@ -87,36 +119,49 @@ class RiceVisionSide:
         Raises:
             ValueError: for pictures or a mask that the encoder does not take.
         """
-        states = self._encoder_output(pixel_values, patch_mask)
-        return torch.cat([getattr(states, name).flatten(1) for name in self.kept_states], dim=1)
+        if self.last_stage is None:
+            kept = self._encoder_output(pixel_values, patch_mask)._asdict()
+        else:
+            with self.last_stage.recorded(self.vision_model) as entered:
+                kept = self._encoder_output(pixel_values, patch_mask)._asdict()
+            kept["entering"] = entered[0]
+        return torch.cat([kept[name].flatten(1) for name in self.kept_states], dim=1)
 
-    def _unpack(self, rows: Tensor) -> EncoderStates:
-        """Rows `(n, F)` of `encode_pictures` -> the states that they were packed from; others are empty."""
+    def _unpack(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows `(n, F)` of `encode_pictures` -> the states that they were packed from."""
         shapes = self.kept_states
-        (width,), *grids = shapes.values()
         # Pictures of another size than the native one have more patches, or fewer, of all layers alike.
-        scale = (rows.shape[1] - width) / max(sum(map(math.prod, grids)), 1)
-        sizes = [width, *(round(count * scale) * channels for count, channels in grids)]
-        if sum(sizes) != rows.shape[1] or (grids and scale <= 0):
+        fixed = sum(math.prod(shape) for shape in shapes.values() if len(shape) == 1)
+        scale = (rows.shape[1] - fixed) / max(sum(map(math.prod, shapes.values())) - fixed, 1)
+        sizes = [shape[0] if len(shape) == 1 else round(shape[0] * scale) * shape[1] for shape in shapes.values()]
+        if sum(sizes) != rows.shape[1] or (fixed < sum(sizes) and scale <= 0):
             raise ValueError(
                 f"The encoded pictures have {rows.shape[1]} numbers each, which are not those that this model keeps "
                 f"({', '.join(shapes)}); encode them with its own `encode_pictures`."
             )
         parts = rows.to(self.visual_projection.weight.dtype).split(sizes, dim=1)
-        kept = dict(zip(shapes, parts, strict=True))
-        kept |= {name: kept[name].unflatten(1, (-1, shapes[name][1])) for name in shapes if name != "features"}
-        patches = kept.get("patches", rows.new_zeros(len(rows), 0, 0))
-        last = patches if self.config.vision_feature_layer is None and "patches" in kept else None
-        return EncoderStates(kept["features"], patches, kept.get("last_patches", last))
+        kept = zip(shapes.items(), parts, strict=True)
+        return {name: part if len(shape) == 1 else part.unflatten(1, (-1, shape[1])) for (name, shape), part in kept}
 
     def _encoder_output(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> EncoderStates:
         """
         Pictures `(n, 3, H, W)`, mask `(n, P)` bool -> what the encoder makes of them, in the weights' precision; or
         what it has made of them, `(n, F)`.
         """
+        layer = self.config.vision_feature_layer
         if require_tensor("pixel_values", pixel_values).dim() == 2:
-            return self._unpack(pixel_values)
-        layout, layer = self.layout, self.config.vision_feature_layer
+            return self._encoded_before(self._unpack(pixel_values), patch_mask)
+        self._check_pictures(pixel_values)
+        kwargs = {} if layer is None else {"output_hidden_states": True}
+        if patch_mask is not None and not self.config.patch_mask_pooling:
+            kwargs["attention_mask"] = self._encoder_mask(patch_mask, pixel_values)
+        # Inputs follow the weights, so that a model in half precision takes what the processor gives.
+        pixel_values = pixel_values.to(self.visual_projection.weight.dtype)
+        output = self.vision_model(**encoder_inputs(pixel_values, self.layout.cut_to), **kwargs)
+        return self._states(output, patch_mask)
+
+    def _check_pictures(self, pixel_values: Tensor) -> None:
+        layout = self.layout
         if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"`pixel_values` must be (n, 3, H, W), got shape {tuple(pixel_values.shape)}.")
         # Not by `len`, which would fix the number of pictures in an exported graph.
@@ -128,17 +173,37 @@ class RiceVisionSide:
                 f"The pictures are {tuple(pixel_values.shape[-2:])} pixels, but the encoder takes "
                 f"{layout.image_size}; let the processor's size follow the model."
             )
-        kwargs = {} if layer is None else {"output_hidden_states": True}
+
+    def _encoded_before(self, kept: dict[str, Tensor], patch_mask: Tensor | None) -> EncoderStates:
+        """Of pictures that went through the encoder, or its frozen stages, before."""
+        stage, patches = self.last_stage, kept.get("patches")
+        if stage is None:
+            features = kept["features"]
+            last = patches if self.config.vision_feature_layer is None else None
+            empty = features.new_zeros(len(features), 0, 0)
+            return EncoderStates(features, empty if patches is None else patches, kept.get("last_patches", last))
         if patch_mask is not None and not self.config.patch_mask_pooling:
-            kwargs["attention_mask"] = self._encoder_mask(patch_mask, pixel_values)
-        # Inputs follow the weights, so that a model in half precision takes what the processor gives.
-        pixel_values = pixel_values.to(self.visual_projection.weight.dtype)
-        output = self.vision_model(**encoder_inputs(pixel_values, layout.cut_to), **kwargs)
+            raise ValueError(
+                "`patch_mask` cannot reach an encoder whose last stage runs by itself; set `patch_mask_pooling=True`, "
+                "or leave the boxes out."
+            )
+        entering = kept["entering"]
+        if patches is None and self._patch_layer == stage.layer:
+            patches = entering[:, stage.entering.num_prefix_tokens :]
+        needs_more = stage.layer < self._patch_layer < len(self.layout.hidden)
+        options = {"output_hidden_states": True} if needs_more else {}
+        return self._states(stage.run(self.vision_model, entering, self.layout, **options), patch_mask, patches)
+
+    def _states(self, output: ModelOutput, patch_mask: Tensor | None, chosen: Tensor | None = None) -> EncoderStates:
+        """What is taken from the encoder's output; patches of the chosen layer where they are not in it."""
+        layout, layer = self.layout, self.config.vision_feature_layer
         states = layout.patches.tokens(last_states(output))
         last = patches = states[:, layout.patches.num_prefix_tokens :]
-        if layer is not None:
-            chosen = layout.at(layer)
-            patches = chosen.tokens(output.hidden_states[layer])[:, chosen.num_prefix_tokens :]
+        if chosen is not None:
+            patches = chosen
+        elif layer is not None and output.get("hidden_states") is not None:
+            at_layer = layout.at(layer)
+            patches = at_layer.tokens(output.hidden_states[layer])[:, at_layer.num_prefix_tokens :]
         return EncoderStates(self._global_feature(states, last, output, patch_mask), patches, last)
 
     def _global_feature(
@@ -207,3 +272,21 @@ class RiceVisionSide:
         if self.layout.skips_final_norm and self.feature_pooling != "pooler":
             states = self.vision_model.post_layernorm(states)
         return self.visual_projection(self.projection_dropout(states))
+
+    def compile_encoder(self, **kwargs) -> None:
+        """
+        Compiles the vision encoder in place, for training and inference: its blocks by one graph for any number of
+        pictures, or the whole of an encoder whose blocks differ from each other. Weights and their names stay as they
+        are. Compiling happens at the first use, and again without gradients, with a patch mask and for a single
+        picture. The rest of a step stays as it is: which frames are real and which pairs are scored depends on the
+        data.
+
+        Args:
+            kwargs: Of `torch.compile`, such as `backend`, `mode`, `dynamic` and `fullgraph`.
+        """
+        parts = parts_to_compile(self.vision_model)
+        if len(parts) > 1:
+            # Or each mode would have a graph for the first number of pictures, and another for all others.
+            kwargs = {"dynamic": True, **kwargs}
+        for part in parts:
+            part.compile(**kwargs)

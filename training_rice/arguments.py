@@ -15,6 +15,7 @@ from transformers.integrations import is_tensorboard_available, is_wandb_availab
 
 from data_rice.commands import mistakes_end
 
+from .compilation import compile_settings
 from .recipe import check_model_fields, read_recipe, suggest, take_model_overrides, to_argv
 
 _DATA_COUNTS = ("num_frames", "train_num_frames", "image_size", "text_length", "vocab_size", "tokenizer_texts")
@@ -222,6 +223,13 @@ class RiceTrainingArguments(TrainingArguments):
         metadata={"help": "Each encoder layer learns at this factor of the rate of the one above it, e.g. 0.75."},
     )
     freeze_vision: bool = field(default=False, metadata={"help": "Train everything but the vision encoder."})
+    unfreeze_last_stage: bool = field(
+        default=False,
+        metadata={
+            "help": "With freeze_vision: train the encoder's last stage all the same (the last block of a vision "
+            "transformer). With cache_vision_features the cache holds what enters it."
+        },
+    )
     cache_vision_features: bool = field(
         default=False,
         metadata={
@@ -310,6 +318,8 @@ class RiceTrainingArguments(TrainingArguments):
         _check_counts(self, ("cached_views", "cached_frames"))
         if self.cache_vision_features and not self.freeze_vision:
             raise ValueError("cache_vision_features needs an encoder that stays as it is; set freeze_vision too.")
+        if self.unfreeze_last_stage and not self.freeze_vision:
+            raise ValueError("unfreeze_last_stage goes with freeze_vision; set both, or leave it out.")
         for name in ("cached_views", "cached_frames", "cached_precision"):
             if not self.cache_vision_features and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(f"{name} goes with cache_vision_features; set both, or leave it out.")
@@ -346,6 +356,11 @@ class RiceTrainingArguments(TrainingArguments):
             # What stands for the trainer's choice; TrainingArguments would name a loss that validation does not have.
             self.metric_for_best_model, self.greater_is_better = chosen
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
+        if compile_settings(self) is not None and self.cache_vision_features:
+            raise ValueError(
+                "torch_compile compiles the vision encoder, which cache_vision_features leaves out of the steps; "
+                "leave one of them out."
+            )
 
 
 def _check_counts(arguments: DataArguments | RiceTrainingArguments, names: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from .feature_cache import CachedRow, FeatureCache
 from .feature_cache_batches import CachedCollator, with_numbers
 from .feature_cache_rows import CachedPart, ViewChanges, distinct_images
 from .processes import failing_together
-from .setup import Validation
+from .setup import Validation, recomputes
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,16 @@ def check_caching(data: DataArguments, training: RiceTrainingArguments, model: R
         (
             data.use_boxes and not model.config.mask_padded_frames,
             "mask_padded_frames false encodes padded frames, which the cache does not have",
+        ),
+        (
+            data.use_boxes and training.unfreeze_last_stage and not model.config.patch_mask_pooling,
+            "use_boxes masks patches inside the encoder, of which unfreeze_last_stage runs the last stage alone; both "
+            "need model.patch_mask_pooling true",
+        ),
+        (
+            training.unfreeze_last_stage and recomputes(training),
+            "activation_checkpointing recomputes a stage from what the stage before it gives, which does not run with "
+            "unfreeze_last_stage",
         ),
     )
     for wrong, reason in refusals:
@@ -93,6 +103,8 @@ def cache_features(
         OSError: when the cache cannot be written.
     """
     check_caching(data, training, model)
+    if training.unfreeze_last_stage:
+        model.split_last_stage()
     encoder = _Encoder(model, training)
     pairs_collator, eval_collator = collators
     views, changes, augmentation = training.cached_views, None, None
@@ -124,7 +136,7 @@ def cache_features(
 
 class _Encoder:
     """
-    The frozen encoder of a model.
+    The frozen encoder of a model, or its frozen stages.
 
     Args:
         model: Moved to the run's device.
@@ -136,9 +148,15 @@ class _Encoder:
         config = model.config
         self.precision = training.cached_precision
         vision = {name: value for name, value in config.vision_config.to_dict().items() if name not in ORIGIN_FIELDS}
-        settings = [vision, config.feature_pooling, config.vision_feature_layer, config.patch_mask_pooling]
+        settings, frozen = [vision], model.vision_model.state_dict()
+        if model.last_stage is None:
+            settings += [config.feature_pooling, config.vision_feature_layer, config.patch_mask_pooling]
+        else:
+            # Whatever is made of it, what enters the last stage is the same.
+            settings += [config.vision_feature_layer] if "patches" in model.kept_states else []
+            frozen = {name: tensor for name, tensor in frozen.items() if not model.last_stage.owns(name)}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-        for name, tensor in model.vision_model.state_dict().items():
+        for name, tensor in frozen.items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         self.about = {

@@ -29,6 +29,8 @@ class NegativesTrainer(Trainer):
     """
 
     _frozen: list[nn.Module] = []
+    # Modules within these that train all the same.
+    _unfrozen: list[nn.Module] = []
 
     def __init__(self, model: RiceModel, args: RiceTrainingArguments, **kwargs):
         super().__init__(model, args, **kwargs)
@@ -88,8 +90,6 @@ class NegativesTrainer(Trainer):
         lines = [f"{-(-batch // chunk)} chunks of {chunk} pairs; memory beyond that of a chunk: at most {sizes}"]
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
             lines.append(f"warning: the encoder's batch norms see chunks of {chunk}, not the batch")
-        if self.args.torch_compile:
-            lines.append("warning: torch_compile has no effect on steps in chunks")
         return lines
 
     def get_train_dataloader(self) -> DataLoader:
@@ -107,8 +107,7 @@ class NegativesTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        for module in self._frozen:
-            module.eval()
+        self._keep_frozen()
         unwrapped, steps = self.accelerator.unwrap_model(model), self.current_gradient_accumulation_steps
         output = self._grad_cache(unwrapped, inputs, lambda loss: self.accelerator.backward(loss / steps))
         if self.args.world_size > 1 and self.accelerator.sync_gradients:
@@ -118,6 +117,13 @@ class NegativesTrainer(Trainer):
         products = inputs.get("product_ids")
         self._record(output, None if products is None else products.to(output.video_embeds.device))
         return output.loss.detach() / steps
+
+    def _keep_frozen(self) -> None:
+        """Trainer puts the whole model in training mode, where batch norms go on moving and dropout goes on."""
+        for module in self._frozen:
+            module.eval()
+        for module in self._unfrozen:
+            module.training = True
 
     def _record(self, output: RiceOutput, product_ids: Tensor | None) -> None:
         """Hook that receives the losses and logits of each batch."""

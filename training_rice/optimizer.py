@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from modeling_rice import RiceModel
+
 _ENCODER = "vision_model."
 
 
@@ -217,3 +219,24 @@ def freeze(model: nn.Module, prefixes: Iterable[str]) -> list[nn.Module]:
                 f"freeze: the model has no {prefix!r}" + (f"; did you mean {close[0]!r}?" if close else ".")
             )
     return frozen
+
+
+def unfreeze_last_stage(model: RiceModel) -> list[nn.Module]:
+    """
+    Trains the last stage of an encoder that is frozen. Its batch norms go on with the statistics that they have:
+    images and clips pass through it one after the other, and statistics of both in turn would fit neither.
+
+    Returns:
+        The modules that belong into training mode, those within others too.
+
+    Raises:
+        ValueError: for an encoder whose last stage cannot run by itself.
+    """
+    stage, encoder = model.split_last_stage(), model.vision_model
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or stage.owns(name))
+    return [
+        module
+        for name, module in encoder.named_modules()
+        if stage.owns(name) and not isinstance(module, nn.modules.batchnorm._NormBase)
+    ]

@@ -216,11 +216,15 @@ def choose_attention(model: RiceModel, arguments: ModelArguments, training: Rice
         raise ValueError(f"attn_implementation {name!r} cannot be used: {' '.join(str(error).split())}") from error
 
 
+def recomputes(training: RiceTrainingArguments) -> bool:
+    """Whether activations are to be recomputed."""
+    # transformers has two names for it, of which older versions know the second.
+    return bool(getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing)
+
+
 def check_recomputation(model: RiceModel, training: RiceTrainingArguments) -> None:
     """Raises `ValueError` when activations are to be recomputed and the encoder, where they are, cannot do it."""
-    # transformers has two names for it, of which older versions know the second.
-    asked = getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing
-    if asked and not model.supports_gradient_checkpointing:
+    if recomputes(training) and not model.supports_gradient_checkpointing:
         raise ValueError(
             f"activation_checkpointing: the encoder {model.config.vision_config.model_type!r} cannot recompute its "
             f"activations; leave it out, or set grad_cache_chunk."

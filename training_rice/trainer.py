@@ -21,7 +21,9 @@ from hub_rice.publishing import PublishingTrainer
 from modeling_rice import RiceModel
 from modeling_rice.modeling_rice import RiceOutput
 
+from .alignment import fit_alignment
 from .arguments import RiceTrainingArguments
+from .compilation import compile_encoder, describe_compilation
 from .monitor import StepClock, in_batch_accuracy, peak_memory_gb
 from .negatives import NegativesTrainer
 from .optimizer import (
@@ -30,6 +32,7 @@ from .optimizer import (
     layer_factors,
     parameter_groups,
     published_parameter_groups,
+    unfreeze_last_stage,
     warmup_cosine,
 )
 from .resumable import ResumableTrainer
@@ -73,6 +76,9 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
             args.greater_is_better = True
         if eval_dataset is not None:
             _check_metric(args.metric_for_best_model, metric_names(model))
+        if args.unfreeze_last_stage:
+            # Before anything else is done to the encoder.
+            model.split_last_stage()
         self.eval_views = eval_dataset
         self.eval_collator = eval_collator or data_collator
         self._sums: dict[str, torch.Tensor] = {}
@@ -87,7 +93,14 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
             **kwargs,
         )
         self.add_callback(self.clock)
-        self._frozen = freeze(model, ["vision_model"] * args.freeze_vision + args.freeze)
+        compile_encoder(model, args, self.accelerator)
+        self._frozen = freeze(model, ["vision_model"] * args.freeze_vision)
+        trained = unfreeze_last_stage(model) if args.unfreeze_last_stage else []
+        kept = freeze(model, args.freeze)
+        self._frozen += kept
+        self._unfrozen = [module for module in trained if not any(module in whole.modules() for whole in kept)]
+        if trained and not any(weight.requires_grad for weight in model.vision_model.parameters()):
+            raise ValueError("freeze names all that unfreeze_last_stage trains; leave one of them out.")
         if self.memory_queue is not None:
             self.stateful["memory_queue"] = self.memory_queue
 
@@ -99,7 +112,11 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
             f"{' + '.join(terms)}, {sum(p.numel() for p in model.parameters()):,} parameters, on "
             f"{len(self.train_dataset):,} pairs",
             *self.describe_negatives(),
+            *describe_compilation(model, self.args),
         ]
+        if self.args.unfreeze_last_stage:
+            count = sum(weight.numel() for weight in model.vision_model.parameters() if weight.requires_grad)
+            lines.append(f"of the encoder {count:,} parameters train, from {model.last_stage.entry} on")
         if self._has_own_sampler:
             lines.append(self._global_batch_sampler.describe())
         return "\n".join(lines)
@@ -163,9 +180,7 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         return normalize_pixels(super()._prepare_inputs(inputs), self.processing_class)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        for module in self._frozen:
-            # Trainer puts the whole model in training mode, where batch norms go on moving and dropout goes on.
-            module.eval()
+        self._keep_frozen()
         output = model(**inputs, return_loss=True)
         self._record(output, inputs.get("product_ids"))
         return (output.loss, output) if return_outputs else output.loss
@@ -226,6 +241,17 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def fit_alignment(self) -> None:
+        """Takes the alignment's statistics anew, of a model that has one; its validation does it too."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if model.alignment is not None:
+            fit_alignment(model, self.train_dataset, self.data_collator, self._loading())
+
+    def _loading(self) -> Loading:
+        """How rows are read outside of training steps."""
+        loading = Loading(self.args.per_device_eval_batch_size, self.args.dataloader_num_workers, quiet=True)
+        return replace(loading, worker_init=partial(outlive_signals, None)) if self.args.save_on_signal else loading
+
     def _validate(self, prefix: str) -> dict[str, float]:
         model: Any = self.accelerator.unwrap_model(self.model)
         queries, gallery, scope = self.eval_views
@@ -233,9 +259,8 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         if limit is not None and limit < len(queries):
             queries = queries.select([i * len(queries) // limit for i in range(limit)])
         task = RetrievalTask.from_datasets(queries, gallery, scope)
-        loading = Loading(self.args.per_device_eval_batch_size, self.args.dataloader_num_workers, quiet=True)
-        if self.args.save_on_signal:
-            loading = replace(loading, worker_init=partial(outlive_signals, None))
+        self.fit_alignment()
+        loading = self._loading()
         scores, weight, failures = validate_together(model, self.eval_collator, task, queries, gallery, loading)
         metrics = {}
         if failures:

@@ -60,7 +60,7 @@ class Runner:
 
     def run(self, arms: list[str] | None = None) -> None:
         """
-        Runs the named arms, by default all, for all seeds; a cell that fails is reported and the others go on.
+        Runs the named arms, by default all, for all their seeds; a cell that fails is reported and the others go on.
 
         Raises:
             ValueError: a cell.json is damaged; then nothing is started.
@@ -68,9 +68,8 @@ class Runner:
         """
         chosen = [arm for arm in self.study.arms.values() if not arms or arm.name in arms]
         wanted = {arm.model_of for arm in chosen if arm.model_of} | {arm.name for arm in chosen}
-        names = ["start"] if self.study.start else []
-        names += [name for name in self.study.arms if name in wanted]
-        cells = [self.cells[name, seed] for name in names for seed in self.study.seeds]
+        wanted.add("start")
+        cells = [cell for (name, _), cell in self.cells.items() if name in wanted]
         # A damaged record is told before hours of work, and not when their tables are made.
         for cell in self.cells.values():
             cell.record()

@@ -118,5 +118,6 @@ class Cell:
 
 def cells_of(study: Study, output_dir: str | Path) -> dict[tuple[str, int], Cell]:
     """`(arm, seed)` -> cell, of the starts and then of all arms in the order of the file."""
-    names = [*(["start"] if study.start else []), *study.arms]
-    return {(name, seed): Cell(study, Path(output_dir), name, seed) for name in names for seed in study.seeds}
+    seeds = {"start": study.seeds} if study.start else {}
+    seeds |= {name: arm.seeds for name, arm in study.arms.items()}
+    return {(name, seed): Cell(study, Path(output_dir), name, seed) for name in seeds for seed in seeds[name]}

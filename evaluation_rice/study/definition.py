@@ -11,18 +11,22 @@ import yaml
 from modeling_rice.scoring_rice import KINDS
 
 _KEYS = {"recipe", "render", "seeds", "max_minutes", "start", "train", "eval", "arms", "comparisons"}
-_ARM_KEYS = {"train", "eval", "model_of", "note"}
+_ARM_KEYS = {"train", "eval", "model_of", "note", "seeds"}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of the study: what it changes in training and evaluation, or the arm whose model it evaluates anew."""
+    """
+    One row of the study: what it changes in training and evaluation, or the arm whose model it evaluates anew; and
+    which of the study's seeds it has.
+    """
 
     name: str
     train: dict[str, Any] = field(default_factory=dict)
     eval: dict[str, Any] = field(default_factory=dict)
     model_of: str | None = None
     note: str = ""
+    seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,14 +76,15 @@ def read_study(path: str | Path) -> Study:
         if not content.get(key):
             raise ValueError(f"the study {path} lacks {key!r}")
     where = f"the study {path}"
-    arms = _arms(content["arms"], path)
+    seeds = _seeds(content.get("seeds", ["0", "1", "2"]), where)
+    arms = _arms(content["arms"], path, seeds)
     comparisons = content.get("comparisons") or []
     if not isinstance(comparisons, list):
         raise ValueError(f"{where}: comparisons must be a list of [ARM/SCORE, ARM/SCORE]")
     render = {key: _settings(content["render"], key, f"{where}: render") for key in _mapping(content, "render", where)}
     return Study(
         recipe=_text(content, "recipe", where),
-        seeds=_seeds(content.get("seeds", ["0", "1", "2"]), where),
+        seeds=seeds,
         max_minutes=read_minutes(content.get("max_minutes", "75"), f"{where}: max_minutes"),
         start=_settings(content, "start", where),
         train=_settings(content, "train", where),
@@ -90,7 +95,7 @@ def read_study(path: str | Path) -> Study:
     )
 
 
-def _arms(content: Any, path: Path) -> dict[str, Arm]:
+def _arms(content: Any, path: Path, study_seeds: list[int]) -> dict[str, Arm]:
     arms: dict[str, Arm] = {}
     for name, arm in _mapping({"arms": content}, "arms", f"the study {path}").items():
         where, arm = f"arm {name!r} of {path}", arm or {}
@@ -101,7 +106,12 @@ def _arms(content: Any, path: Path) -> dict[str, Arm]:
         model_of = _text(arm, "model_of", where) if "model_of" in arm else None
         if model_of is not None and (train or model_of not in arms or arms[model_of].model_of):
             raise ValueError(f"{where}: model_of must name an earlier arm that trains, without train")
-        arms[name] = Arm(name, train, evaluate, model_of, _text(arm, "note", where))
+        known = study_seeds if model_of is None else list(arms[model_of].seeds)
+        seeds = _seeds(arm["seeds"], where) if "seeds" in arm else known
+        if unknown := [seed for seed in seeds if seed not in known]:
+            whose = "the study" if model_of is None else f"arm {model_of!r}"
+            raise ValueError(f"{where}: {whose} has no seed {unknown[0]}, but {', '.join(map(str, known))}")
+        arms[name] = Arm(name, train, evaluate, model_of, _text(arm, "note", where), tuple(seeds))
     return arms
 
 

@@ -311,9 +311,25 @@ def test_chosen_arms_bring_the_model_they_need(project):
     assert {cell["arm"] for cell in summary["not_run"]} == {"good"}
 
 
+def test_an_arm_may_have_some_of_the_seeds(project):
+    arms = STUDY["arms"] | {"good": {**STUDY["arms"]["good"], "seeds": [4]}}
+    arms |= {"better": {"model_of": "good", "eval": {"bonus": 1}}}
+    summary = project({**STUDY, "arms": arms})
+    assert list(summary["arms"]["plain"]["embedding"]["by_seed"]) == ["3", "4"]
+    assert list(summary["arms"]["good"]["embedding"]["by_seed"]) == ["4"]
+    # It has those of its model.
+    assert list(summary["arms"]["better"]["embedding"]["by_seed"]) == ["4"]
+    assert summary["comparisons"][0]["seeds"] == [4] and not summary["not_run"]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"arms": {"a": {"seeds": [5]}}}, "arm 'a' of study.yaml: the study has no seed 5, but 3, 4"),
+        (
+            {"arms": {"a": {"seeds": [3]}, "b": {"model_of": "a", "seeds": [4]}}},
+            "arm 'b' of study.yaml: arm 'a' has no seed 4, but 3",
+        ),
         ({"arm": {}}, "unknown key 'arm'"),
         ({"arms": {"a": {"trian": {}}}}, "arm 'a' of .* unknown key 'trian'"),
         ({"arms": {}}, "lacks 'arms'"),
