@@ -280,7 +280,7 @@ def test_no_sound_is_said_once_and_the_picture_goes_on(shop, write_show, tmp_pat
     [
         (["--asr", "nowhere/at/all"], "There is no folder nowhere/at/all with a speech model"),
         (["--subtitles", "nowhere.srt"], "There is no subtitle file nowhere.srt"),
-        (["--subtitles", "track"], "holds no subtitles in text"),
+        (["--subtitles", "track"], "holds no text subtitles"),
         (["--language", "en"], "--language belongs to --asr"),
         (["--asr_before", "3"], "--asr_before belongs to --asr or --subtitles"),
         (["--subtitles", "track", "--asr_after", "-1"], "--asr_after must be a number of seconds"),
