@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     from .stream.speech_models import load_transcriber
 
     if options.sound is not None and not options.sound.is_dir():
-        raise FileNotFoundError(f"--sound {options.sound} is not a folder; name a folder of sound files.")
+        raise FileNotFoundError(f"--sound {options.sound} is no folder.")
     kind, root, _ = resolve(options.data, None)
     if kind not in (Lpr4m, ShopClips):
         raise ValueError(f"{options.data} has no rows with ASR; give a folder of shop_clips or LPR4M.")

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 # A language detected with lower probability is detected again in the next chunk.
 _SURE_OF_LANGUAGE = 0.7
-# Full scale is 1; a speaker is about a hundred times as loud.
+# Full scale is 1; a speaker is some hundred times as loud.
 _SILENCE = 1e-3
 _INSTALL = "install it: pip install faster-whisper."
 
@@ -124,7 +124,7 @@ def _unknown_language(name: str, language: str, known: Iterable[str]) -> ValueEr
     if not known:
         return ValueError(f"The speech model {name} has no language setting; leave it out, or use auto.")
     return ValueError(
-        f"The speech model {name} does not support the language {language!r} (it supports: {', '.join(known)})."
+        f"The speech model {name} does not know the language {language!r} (it knows: {', '.join(known)})."
     )
 
 

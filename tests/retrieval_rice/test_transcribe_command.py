@@ -185,13 +185,13 @@ def test_lpr4m_by_clips_and_by_livestreams(tmp_path, ears, write_show, tones):
     "arguments, words",
     [
         (["--splits", "train"], "has no clips_train.jsonl"),
-        (["--sound", "nowhere"], "--sound nowhere is not a folder"),
-        (["--language", "xx"], "does not support"),
+        (["--sound", "nowhere"], "--sound nowhere is no folder"),
+        (["--language", "xx"], "does not know"),
     ],
 )
 def test_refusals(data, capsys, monkeypatch, arguments, words):
     def refuse(name, language, device):
-        raise ValueError(f"The speech model {name} does not support the language {language!r}.")
+        raise ValueError(f"The speech model {name} does not know the language {language!r}.")
 
     monkeypatch.setattr("retrieval_rice.stream.speech_models.load_transcriber", refuse)
     with pytest.raises(SystemExit) as end:

@@ -163,5 +163,5 @@ def test_whisper_hears_nothing_where_nothing_is_said(whisper_base, tones):
 
 @pytest.mark.slow
 def test_a_language_that_whisper_does_not_know(whisper_base):
-    with pytest.raises(ValueError, match="does not support the language 'klingon' .it supports: af, "):
+    with pytest.raises(ValueError, match="does not know the language 'klingon' .it knows: af, "):
         load_transcriber(whisper_base, "klingon", device="cpu")
