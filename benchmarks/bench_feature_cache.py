@@ -49,7 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--side", type=int, default=224, help="side of the pictures in pixels")
     add("--plain_steps", type=int, default=2, help="measured steps from pictures, after one warm-up step")
     add("--cached_steps", type=int, default=100)
-    add("--unfreeze_last_stage", action="store_true", help="both train the encoder's last stage, too")
+    add("--unfreeze_last_stage", action="store_true", help="train the encoder's last stage in both modes")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     if options.clips < options.batch_size:

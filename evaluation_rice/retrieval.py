@@ -136,7 +136,7 @@ class Loading:
 
 @contextmanager
 def evaluating(model):
-    """The model in eval mode without gradients, its former mode restored afterwards, so that training can go on."""
+    """The model in eval mode without gradients; its former mode is restored afterwards, so training can continue."""
     training = getattr(model, "training", False)
     if training:
         model.eval()

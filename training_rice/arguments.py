@@ -226,8 +226,8 @@ class RiceTrainingArguments(TrainingArguments):
     unfreeze_last_stage: bool = field(
         default=False,
         metadata={
-            "help": "With freeze_vision: train the encoder's last stage all the same (the last block of a vision "
-            "transformer). With cache_vision_features the cache holds what enters it."
+            "help": "With freeze_vision: still train the encoder's last stage (the last block of a vision "
+            "transformer). With cache_vision_features the cache holds the inputs of that stage."
         },
     )
     cache_vision_features: bool = field(

@@ -151,7 +151,7 @@ class _Encoder:
         if model.last_stage is None:
             settings += [config.feature_pooling, config.vision_feature_layer, config.patch_mask_pooling]
         else:
-            # Whatever is made of it, what enters the last stage is the same.
+            # The inputs of the last stage do not depend on the later use of its outputs.
             settings += [config.vision_feature_layer] if "patches" in model.kept_states else []
             frozen = {name: tensor for name, tensor in frozen.items() if not model.last_stage.owns(name)}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())

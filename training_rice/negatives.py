@@ -29,7 +29,7 @@ class NegativesTrainer(Trainer):
     """
 
     _frozen: list[nn.Module] = []
-    # Modules within these that train all the same.
+    # Modules inside these that are still trained.
     _unfrozen: list[nn.Module] = []
 
     def __init__(self, model: RiceModel, args: RiceTrainingArguments, **kwargs):
@@ -89,7 +89,7 @@ class NegativesTrainer(Trainer):
         sizes = ", ".join(f"{size / _MB:.1f} MB for {name}" for name, size in kept.items())
         lines = [f"{-(-batch // chunk)} chunks of {chunk} pairs; memory beyond that of a chunk: at most {sizes}"]
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-            lines.append(f"warning: the encoder's batch norms see chunks of {chunk}, not the batch")
+            lines.append(f"warning: the encoder's batch norms use chunks of {chunk}, not the batch")
         return lines
 
     def get_train_dataloader(self) -> DataLoader:
@@ -119,7 +119,7 @@ class NegativesTrainer(Trainer):
         return output.loss.detach() / steps
 
     def _keep_frozen(self) -> None:
-        """Trainer puts the whole model in training mode, where batch norms go on moving and dropout goes on."""
+        """Restores eval mode of frozen modules, because Trainer puts the whole model in training mode."""
         for module in self._frozen:
             module.eval()
         for module in self._unfrozen:

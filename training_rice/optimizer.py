@@ -223,14 +223,14 @@ def freeze(model: nn.Module, prefixes: Iterable[str]) -> list[nn.Module]:
 
 def unfreeze_last_stage(model: RiceModel) -> list[nn.Module]:
     """
-    Trains the last stage of an encoder that is frozen. Its batch norms go on with the statistics that they have:
-    images and clips pass through it one after the other, and statistics of both in turn would fit neither.
+    Makes the last stage of a frozen encoder trainable. Its batch norms keep their statistics, because images and clips
+    pass through it one after the other, and alternating statistics would fit neither.
 
     Returns:
-        The modules that belong into training mode, those within others too.
+        The modules to set to training mode, including nested ones.
 
     Raises:
-        ValueError: for an encoder whose last stage cannot run by itself.
+        ValueError: the last stage of the encoder cannot run separately.
     """
     stage, encoder = model.split_last_stage(), model.vision_model
     for name, parameter in encoder.named_parameters():

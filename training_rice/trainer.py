@@ -77,7 +77,7 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         if eval_dataset is not None:
             _check_metric(args.metric_for_best_model, metric_names(model))
         if args.unfreeze_last_stage:
-            # Before anything else is done to the encoder.
+            # Before any other change of the encoder.
             model.split_last_stage()
         self.eval_views = eval_dataset
         self.eval_collator = eval_collator or data_collator
@@ -242,13 +242,13 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         return metrics
 
     def fit_alignment(self) -> None:
-        """Takes the alignment's statistics anew, of a model that has one; its validation does it too."""
+        """Fits the statistics of a model's alignment again, if it has one; validation does this too."""
         model: Any = self.accelerator.unwrap_model(self.model)
         if model.alignment is not None:
             fit_alignment(model, self.train_dataset, self.data_collator, self._loading())
 
     def _loading(self) -> Loading:
-        """How rows are read outside of training steps."""
+        """Settings for reading rows outside of training steps."""
         loading = Loading(self.args.per_device_eval_batch_size, self.args.dataloader_num_workers, quiet=True)
         return replace(loading, worker_init=partial(outlive_signals, None)) if self.args.save_on_signal else loading
 

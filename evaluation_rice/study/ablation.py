@@ -60,7 +60,7 @@ class Runner:
 
     def run(self, arms: list[str] | None = None) -> None:
         """
-        Runs the named arms, by default all, for all their seeds; a cell that fails is reported and the others go on.
+        Runs the named arms (by default all) for all their seeds; if a cell fails, it is reported and the others run.
 
         Raises:
             ValueError: a cell.json is damaged; then nothing is started.
@@ -70,7 +70,7 @@ class Runner:
         wanted = {arm.model_of for arm in chosen if arm.model_of} | {arm.name for arm in chosen}
         wanted.add("start")
         cells = [cell for (name, _), cell in self.cells.items() if name in wanted]
-        # A damaged record is told before hours of work, and not when their tables are made.
+        # Damaged records are found before hours of work, not when the tables are made.
         for cell in self.cells.values():
             cell.record()
         for folder, settings in self.study.render.items() if self.minutes > 0 else ():

@@ -117,7 +117,7 @@ class Cell:
 
 
 def cells_of(study: Study, output_dir: str | Path) -> dict[tuple[str, int], Cell]:
-    """`(arm, seed)` -> cell, of the starts and then of all arms in the order of the file."""
+    """`(arm, seed)` -> cell: first the shared starts, then all arms in the order of the file."""
     seeds = {"start": study.seeds} if study.start else {}
     seeds |= {name: arm.seeds for name, arm in study.arms.items()}
     return {(name, seed): Cell(study, Path(output_dir), name, seed) for name in seeds for seed in seeds[name]}

@@ -17,8 +17,8 @@ _ARM_KEYS = {"train", "eval", "model_of", "note", "seeds"}
 @dataclass(frozen=True)
 class Arm:
     """
-    One row of the study: what it changes in training and evaluation, or the arm whose model it evaluates anew; and
-    which of the study's seeds it has.
+    One arm: its changes of training and evaluation, or the arm whose model it evaluates again; and its seeds, a subset
+    of the study's.
     """
 
     name: str
