@@ -169,7 +169,7 @@ def _hear(clips: list[Clip], split: str, transcripts: Transcripts, transcriber, 
         transcripts.add(split, clip, asr, getattr(transcriber, "language", None))
     words = {"earlier": "heard earlier", "kept": "with ASR of their own"}
     told = [f"{count} {words.get(name, name)}" for name, count in counts.items() if count]
-    print(f"{split}: {len(clips)} clips; {', '.join(told) or 'none transcribed'}")
+    print(f"{split}: {len(clips)} clips; {', '.join(told) or 'none heard'}")
     for failure in failures[:_LISTED]:
         print(f"not read: {failure}")
     if len(failures) > _LISTED:

@@ -90,7 +90,7 @@ class _Decoder:
         self._next_s = start_s + frame.samples / (frame.sample_rate or RATE)
         kind = (frame.format.name, frame.layout.name, frame.sample_rate)
         if kind != self._format:
-            # For floats FFmpeg sums channels beyond full scale; for integers it averages them.
+            # FFmpeg sums float channels, which may exceed full scale; for integers it applies weights.
             self._resampler = self.av.AudioResampler(format="s16", layout="mono", rate=RATE)
             self._format = kind
         frame.pts = None
