@@ -93,7 +93,7 @@ def answer_of(
     calibration: Calibration | None,
     timings: dict[str, float],
 ) -> Answer:
-    """The answer from one clip's candidates and their scores; `None` for both if there are no candidates."""
+    """The answer from one clip's candidates and their scores; `scores` is `None` without candidates."""
     # As in evaluation, an image without a score cannot be found.
     order = [] if scores is None else best_first(torch.from_numpy(scores.ranked_by))
     if not order:
