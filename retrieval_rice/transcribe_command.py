@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("data", metavar="DATA", help="folder of shop_clips or LPR4M")
     add("--asr", required=True, metavar="MODEL", help="folder, id or size of a faster-whisper model, or a speech "
         "model of transformers")  # fmt: skip
-    add("--language", default="auto", help="that is spoken, such as zh or en; auto detects it in each clip "
+    add("--language", default="auto", help="language of the speech, such as zh or en; auto detects it in each clip "
         "(default: %(default)s)")  # fmt: skip
     add_hints(parser)
     add(
@@ -59,8 +59,8 @@ class Clip:
 def run(options: argparse.Namespace) -> None:
     """
     Raises:
-        FileNotFoundError: no such data, model or folder.
-        ValueError: what is wrong with one of them, or transcripts of another model are there.
+        FileNotFoundError: the data, the model or a folder does not exist.
+        ValueError: one of them cannot be used, or there are transcripts of another model.
         OSError: a file cannot be written.
     """
     from data_rice.lpr4m.lpr4m import Lpr4m
@@ -85,16 +85,16 @@ def run(options: argparse.Namespace) -> None:
         clips = part.clips()
         _hear(clips, part.split, transcripts, transcriber, options, titles)
         part.write({clip.clip_id: text for clip in clips if (text := transcripts.text(part.split, clip)) is not None})
-    print(f"{transcripts.path} tells the model, the language and what was heard")
+    print(f"{transcripts.path} holds the model, the language and the transcripts")
 
 
 class Transcripts:
     """
-    The side file: a header with model and language, and a line per clip that was heard, of which the last one counts.
-    `before` of a line is the ASR that it replaced.
+    The file of transcripts: a header with model and language, and one line per transcribed clip; the last line of a
+    clip counts. `before` of a line is the replaced ASR.
 
     Raises:
-        ValueError: it is of another model or language, and `overwrite` is not given, or it is no such file.
+        ValueError: the file is of another model or language without `overwrite`, or is not a file of transcripts.
     """
 
     def __init__(self, path: Path, header: dict, overwrite: bool):
@@ -112,7 +112,7 @@ class Transcripts:
                 f"{_settings(header)}."
             )
         if before != header:
-            # What stood in the rows before anything was heard stays known.
+            # The original ASR of the rows is kept.
             lines = [{**line, "asr": None} for line in lines]
         if before != header or not path.is_file() or not path.stat().st_size:
             write_atomically(path, "".join(map(_json_line, [header, *lines])))
@@ -123,19 +123,19 @@ class Transcripts:
 
         (_, header), *rows = read_json_lines(self.path)
         if header.get("format") != _FORMAT["format"]:
-            raise ValueError(f"{self.path} is no file of transcripts; move it away.")
+            raise ValueError(f"{self.path} is not a file of transcripts; move it away.")
         for number, line in rows:
             if not {"split", "clip_id", "asr", "before"} <= line.keys():
-                raise row_error(self.path, number, "this is no transcript; remove the line.")
+                raise row_error(self.path, number, "this is not a transcript; remove the line.")
         return header, [line for _, line in rows]
 
     def text(self, split: str, clip: Clip) -> str | None:
-        """What was heard in a clip, `None` where it was not listened to or has other ASR by now."""
+        """The transcript of a clip; `None` if it has none, or if its ASR has changed since."""
         entry = self.known.get((split, clip.clip_id), {})
         return entry.get("asr") if clip.asr in (entry.get("asr"), entry.get("before")) else None
 
     def add(self, split: str, clip: Clip, asr: str, language: str | None) -> None:
-        """Writes down what was heard in a clip, at once."""
+        """Writes the transcript of a clip at once."""
         line = {"split": split, "clip_id": clip.clip_id, "asr": asr, "language": language, "before": clip.asr}
         self.known[split, clip.clip_id] = line
         with open(self.path, "a", encoding="utf-8") as file:
@@ -202,11 +202,11 @@ def _hear(
     for failure in failures[:_LISTED]:
         print(f"not read: {failure}")
     if len(failures) > _LISTED:
-        print(f"... {len(failures)} in all could not be read; the same command tries them again")
+        print(f"... {len(failures)} in total could not be read; the same command tries them again")
 
 
 def _sound_files(folder: Path | None) -> dict[str, str]:
-    """The files of a folder by their names without an ending."""
+    """The files of a folder by their names without suffix."""
     if folder is None:
         return {}
     return {path.stem: str(path) for path in sorted(folder.iterdir(), reverse=True) if path.is_file()}
@@ -250,7 +250,7 @@ class _ShopPart:
         return titles
 
     def write(self, texts: dict[str, str]) -> None:
-        """Puts what was heard into the rows; everything else stays as it is."""
+        """Writes the transcripts into the rows; everything else stays the same."""
         from data_rice.files import write_atomically
 
         if texts:
@@ -318,7 +318,7 @@ class _Lpr4mPart:
         return {live_id: [titles.get(image_id, [""])[0] for image_id in ids] for live_id, ids in lives.items()}
 
     def write(self, texts: dict[str, str]) -> None:
-        """Puts what was heard into the table of the test clips' ASR; other rows stay as they are."""
+        """Writes the transcripts into the ASR table of the test clips; other rows stay the same."""
         from data_rice.files import write_atomically
         from data_rice.lpr4m import layout
 
@@ -334,5 +334,5 @@ def _lpr4m_parts(root: str, options: argparse.Namespace) -> list[_Lpr4mPart]:
             "LPR4M has frames without sound; --sound names a folder with a video or sound file per clip or livestream."
         )
     if options.splits not in (None, ["test"]):
-        raise ValueError("--splits of LPR4M is test: its training list holds the ASR of its clips itself.")
+        raise ValueError("--splits of LPR4M must be test, because its training list already holds ASR.")
     return [_Lpr4mPart(root, _sound_files(options.sound))]

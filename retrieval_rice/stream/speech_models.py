@@ -1,4 +1,4 @@
-"""Speech models: sound to words with their times, by faster-whisper or by a speech pipeline of transformers."""
+"""Speech models: from sound to words with times, with faster-whisper or a speech pipeline of transformers."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ from .speech_sound import FILE_CHUNK_S, LIVE_CHUNK_S, RATE, Block, FileSound, Li
 
 logger = logging.getLogger(__name__)
 
-# A language that is detected with less certainty is detected anew in the next chunk.
+# A language detected with lower probability is detected again in the next chunk.
 _SURE_OF_LANGUAGE = 0.7
 # Mean probability of the hints in a segment. In speech that it does not understand a model repeats hints of which it
 # thinks nothing without them, 0.00 to 0.01; where they were said it was 0.3 and more, though 0.01 for some of them.
@@ -28,7 +28,7 @@ _SILENCE = 1e-3
 _INSTALL = "install it: pip install faster-whisper."
 
 Transcriber = Callable[[np.ndarray], list[Word]]
-"""Sound `(n,)` float32 at 16 kHz to its words, with times from its start."""
+"""Function from sound `(n,)` float32 at 16 kHz to its words, with times from its start."""
 
 
 class WhisperTranscriber:
@@ -37,11 +37,11 @@ class WhisperTranscriber:
 
     Args:
         name: A folder, a Hub id, or a size such as "base".
-        language: A code such as "zh" or "en"; "auto" detects it once it is sure, and keeps it.
-        device: As torch names it; by default a GPU where CTranslate2 finds one.
+        language: A code such as "zh" or "en"; "auto" detects it, and keeps it once the detection is certain.
+        device: As in torch; by default a GPU if CTranslate2 finds one.
 
     Raises:
-        ValueError: faster-whisper is not installed, the model cannot be loaded, or it does not know the language.
+        ValueError: faster-whisper is not installed, the model cannot be loaded, or does not support the language.
     """
 
     def __init__(self, name: str, language: str = "auto", device: str | None = None):
@@ -51,7 +51,7 @@ class WhisperTranscriber:
         except ImportError:
             raise ValueError(f"The speech model {name} needs faster-whisper; {_INSTALL}") from None
         kind, _, number = (device or ("cuda" if get_cuda_device_count() else "cpu")).partition(":")
-        # Of torch's devices CTranslate2 knows these two.
+        # CTranslate2 supports only these two of torch's devices.
         kind = "cuda" if kind == "cuda" else "cpu"
         try:
             self.model = WhisperModel(name, kind, int(number or 0), "int8" if kind == "cpu" else "auto")
@@ -110,7 +110,7 @@ class WhisperTranscriber:
             # Where nobody speaks nothing is heard, and hints are not either.
             vad_filter=True,
             word_timestamps=True,
-            # A mistake would be carried on from chunk to chunk.
+            # Otherwise an error would affect the following chunks.
             condition_on_previous_text=False,
             hotwords=self.hints(language) or None if language else None,
         )
@@ -118,15 +118,15 @@ class WhisperTranscriber:
 
 class PipelineTranscriber:
     """
-    A speech model of transformers that gives times of words: Whisper and its like, or a CTC model.
+    A speech model of transformers with word times: a Whisper model, or a CTC model.
 
     Args:
         name: A folder or a Hub id.
-        language: As [`WhisperTranscriber`], for Whisper; a CTC model knows one language and is told none.
-        device: Of torch; by default a GPU where there is one.
+        language: As [`WhisperTranscriber`], for Whisper. A CTC model has one fixed language and takes no setting.
+        device: Device of torch; by default a GPU if available.
 
     Raises:
-        ValueError: the model cannot be loaded, or takes no language or not this one.
+        ValueError: the model cannot be loaded, or does not support this language or any language setting.
     """
 
     def __init__(self, name: str, language: str = "auto", device: str | None = None):
@@ -154,7 +154,7 @@ class PipelineTranscriber:
         for part in heard.get("chunks") or ():
             start_s, end_s = part["timestamp"]
             start_s = 0.0 if start_s is None else float(start_s)
-            # Whisper leaves the end of the last word open.
+            # Whisper gives no end for the last word.
             words.append(Word(start_s, len(samples) / RATE if end_s is None else float(end_s), part["text"]))
         if getattr(self.pipeline, "type", None) != "seq2seq_whisper":
             return words
@@ -169,7 +169,7 @@ def _not_loaded(name: str, error: Exception) -> ValueError:
 def _unknown_language(name: str, language: str, known: Iterable[str]) -> ValueError:
     known = list(known)
     if not known:
-        return ValueError(f"The speech model {name} takes no language; leave it out, or say auto.")
+        return ValueError(f"The speech model {name} has no language setting; leave it out, or use auto.")
     return ValueError(
         f"The speech model {name} does not know the language {language!r} (it knows: {', '.join(known)})."
     )
@@ -180,16 +180,16 @@ def load_transcriber(name: str, language: str = "auto", device: str | None = Non
     A speech model by its folder, Hub id or size.
 
     Args:
-        name: Of a faster-whisper (CTranslate2) model, or of a speech model of transformers; its config tells which.
+        name: A faster-whisper (CTranslate2) model, or a speech model of transformers; its config decides which.
         language: A code such as "zh" or "en", or "auto".
-        device: Of torch.
+        device: Device of torch.
 
     Returns:
-        A `Transcriber` with `name` and `language`, the one that was detected where none was given.
+        A `Transcriber` with `name` and `language` (given or detected).
 
     Raises:
-        FileNotFoundError: no such folder.
-        ValueError: no such model, or what it needs is not installed.
+        FileNotFoundError: the folder does not exist.
+        ValueError: the model does not exist, or a required package is not installed.
     """
     if os.path.isdir(name):
         config = Path(name) / "config.json"
@@ -198,7 +198,7 @@ def load_transcriber(name: str, language: str = "auto", device: str | None = Non
         try:
             values = json.loads(config.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{config} is no JSON ({error}); fetch the model anew.") from None
+            raise ValueError(f"{config} is not valid JSON ({error}); fetch the model again.") from None
     elif os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"There is no folder {name} with a speech model.")
     else:
@@ -208,7 +208,7 @@ def load_transcriber(name: str, language: str = "auto", device: str | None = Non
 
 
 def _hub_config(name: str) -> dict:
-    """The config of a model of the Hub; faster-whisper's sizes have none of their own."""
+    """The config of a model on the Hub; the sizes of faster-whisper have none."""
     if "/" not in name:
         return {}
     from huggingface_hub import hf_hub_download
@@ -222,15 +222,15 @@ def _hub_config(name: str) -> dict:
 
 class Listener:
     """
-    Words of sound as it comes; a source of words for [`Hearing`].
+    Transcribes sound as it arrives; a source of words for [`Hearing`].
 
     Args:
-        blocks: From a `FileSound` or a `LiveSound`.
-        transcriber: Hears them, see [`load_transcriber`].
-        chunk_s: Seconds that are heard together at most.
+        blocks: A `FileSound` or a `LiveSound`.
+        transcriber: Transcribes them, see [`load_transcriber`].
+        chunk_s: Maximum seconds per transcription.
 
     Attributes:
-        heard_s: The second before which all words are known.
+        heard_s: Time in seconds before which all words are known.
     """
 
     def __init__(self, blocks: Any, transcriber: Transcriber, chunk_s: float):
@@ -239,11 +239,11 @@ class Listener:
 
     @property
     def counts(self) -> SoundCounts:
-        """What became of the sound."""
+        """Counts of the sound."""
         return self.blocks.counts
 
     def stop(self) -> None:
-        """No more is to be heard."""
+        """Stops the transcription."""
         self.blocks.stop()
 
     def __iter__(self) -> Iterator[Word]:
@@ -295,12 +295,12 @@ def words_of(chunk: Block, transcriber: Transcriber) -> list[Word]:
 
 def listen(stream: Any, transcriber: Transcriber, notify: Callable[[str], None] = logger.warning) -> Listener | None:
     """
-    What is said in a stream that was opened, before its frames are taken; `None` where it has no sound.
+    The transcription of an open stream, to be created before its frames are read; `None` if it has no sound.
 
     Args:
         stream: From `open_stream`.
         transcriber: See [`load_transcriber`].
-        notify: Is told in one sentence when sound of a live source is skipped.
+        notify: Called with one sentence if sound of a live source is skipped.
     """
     if not getattr(stream, "has_sound", False):
         return None

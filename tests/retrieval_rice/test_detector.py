@@ -251,7 +251,7 @@ class TestBoxWriting:
         with pytest.raises(ValueError, match="begun with detector='red', not 'blue'; name another file"):
             self.write(shop, cache, tmp_path / "boxes.jsonl", detector_name="blue")
         (tmp_path / "other.jsonl").write_text('{"clip_id": "a"}\n')
-        with pytest.raises(ValueError, match="does not begin as a box file does"):
+        with pytest.raises(ValueError, match="does not begin like a box file"):
             self.write(shop, cache, tmp_path / "other.jsonl")
 
     def test_videos(self, tmp_path):
@@ -368,7 +368,7 @@ class TestCommands:
         assert json.loads((tmp_path / "figures.json").read_text())["num_frames"] == 6
         assert "6 frames (test), 4 with the product" in capsys.readouterr().out
         main(["run", *data, "--splits", "test", "--output", str(tmp_path / "boxes.jsonl")])
-        assert "3 clips (0 were there already), 6 frames, " in capsys.readouterr().out
+        assert "3 clips (0 existed already), 6 frames, " in capsys.readouterr().out
         header = BoxFile(tmp_path / "boxes.jsonl").header
         assert header["detector"] == detector_dir and len(header["detector_sha256"]) == 64
 

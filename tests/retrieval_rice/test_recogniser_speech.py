@@ -251,7 +251,7 @@ def test_the_command_hears(shop, write_show, tones, tmp_path, capsys, monkeypatc
     files = ("--jsonl", tmp_path / "a.jsonl", "--vtt", tmp_path / "a.vtt")
     assert rice(shop, path, "--asr", "ear", "--language", "en", "--asr_after", "1", *files) == 0
     assert loaded == [("ear", "en", "cpu")]
-    assert "1 words heard" in capsys.readouterr().err
+    assert "1 words transcribed" in capsys.readouterr().err
     (line,) = map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())
     assert line["asr"] == "red" and (line["start_s"], line["end_s"]) == (0.0, 8.0)
     cues = (tmp_path / "a.vtt").read_text().split("\n\n")
@@ -306,7 +306,7 @@ def test_no_sound_is_said_once_and_the_picture_goes_on(shop, write_show, tmp_pat
     for source in (write_show("bare.mkv", [GREY] * 5), tmp_path):
         assert rice(shop, source, "--asr", "ear") == 0
         captured = capsys.readouterr()
-        assert captured.err.count("has no sound; it is recognised by its pictures alone") == 1
+        assert captured.err.count("has no sound; only its pictures are used") == 1
         assert len(captured.out.strip().splitlines()) == 2
 
 
@@ -315,7 +315,7 @@ def test_no_sound_is_said_once_and_the_picture_goes_on(shop, write_show, tmp_pat
     [
         (["--asr", "nowhere/at/all"], "There is no folder nowhere/at/all with a speech model"),
         (["--subtitles", "nowhere.srt"], "There is no subtitle file nowhere.srt"),
-        (["--subtitles", "track"], "holds no subtitles in text"),
+        (["--subtitles", "track"], "holds no text subtitles"),
         (["--language", "en"], "--language belongs to --asr"),
         (["--asr_hints", "none"], "--asr_hints belongs to --asr"),
         (["--asr_hints", "prices"], "invalid choice: 'prices'"),

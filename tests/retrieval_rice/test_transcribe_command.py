@@ -193,7 +193,10 @@ def test_another_model_only_in_its_place(data, ears, capsys, monkeypatch):
 
 
 def test_a_side_file_of_another_kind(data, ears, capsys):
-    for content, words in (("{}\n", "is no file of transcripts"), ('{"format": "rice transcripts"}\n{}\n', "line 2")):
+    for content, words in (
+        ("{}\n", "is not a file of transcripts"),
+        ('{"format": "rice transcripts"}\n{}\n', "line 2"),
+    ):
         (data / "transcripts.jsonl").write_text(content)
         with pytest.raises(SystemExit):
             transcribe(data, "--overwrite")
@@ -264,7 +267,7 @@ def test_refusals_of_data(tmp_path, ears, capsys):
     lpr4m(tmp_path)
     for folder, arguments, words in (
         (tmp_path, [], "LPR4M has frames without sound"),
-        (tmp_path, ["--sound", tmp_path, "--splits", "train"], "--splits of LPR4M is test"),
+        (tmp_path, ["--sound", tmp_path, "--splits", "train"], "--splits of LPR4M must be test"),
         (tmp_path / "nowhere", [], "is neither a data set"),
     ):
         with pytest.raises(SystemExit):

@@ -42,7 +42,7 @@ class TestInterruption:
         with caplog.at_level(logging.INFO):
             train_rice.main(command(disturbed, *words))
         assert f"Continuing from {expected}." in caplog.text
-        assert (f"Passing over {newest}: it is half-written" in caplog.text) == bool(half_written)
+        assert (f"Skipping {newest}: it is incomplete" in caplog.text) == bool(half_written)
         assert_same_weights(disturbed, tmp_path / "whole")
         for name, value in results(tmp_path / "whole").items():
             if "R@" in name or name == "eval_fusion_weight":
@@ -93,7 +93,7 @@ class TestInterruption:
         (copied / "checkpoint-4" / "optimizer.pt").unlink()
         asked = str(copied / "checkpoint-4")
         message = refusal("--resume_from_checkpoint", asked, output_dir=copied)
-        assert f"resume_from_checkpoint: {asked} is half-written or damaged (optimizer.pt is missing)" in message
+        assert f"resume_from_checkpoint: {asked} is incomplete or damaged (optimizer.pt is missing)" in message
 
 
 class TestDamage:
@@ -112,8 +112,8 @@ class TestDamage:
             (copied / "checkpoint-4" / name).write_bytes(content)
         with caplog.at_level(logging.INFO):
             train_rice.main(command(copied))
-        (warning,) = [text for text in caplog.messages if "Passing over" in text]
-        assert warning.startswith(f"Passing over {copied / 'checkpoint-4'}: it is half-written or damaged (")
+        (warning,) = [text for text in caplog.messages if "Skipping" in text]
+        assert warning.startswith(f"Skipping {copied / 'checkpoint-4'}: it is incomplete or damaged (")
         assert all(name in warning for name in names)
         assert f"Continuing from {copied / 'checkpoint-2'}." in caplog.messages
         assert_same_weights(copied, finished)
@@ -129,7 +129,7 @@ class TestDamage:
         weights = best / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1])
         message = refusal(output_dir=copied)
-        assert f"its best checkpoint {best}, which is half-written or damaged (model.safetensors is cut" in message
+        assert f"its best checkpoint {best}, but it is incomplete or damaged (model.safetensors is cut" in message
 
 
 HOLD = """

@@ -199,5 +199,5 @@ class TestChunks:
 
     def test_the_score_level_term_is_refused(self, make_model, processor, text_pairs, tmp_path):
         batch = RiceCollator(processor, use_text=True)([text_pairs[i] for i in range(6)])
-        with pytest.raises(ValueError, match="grad_cache_chunk does not work with the score-level text term"):
+        with pytest.raises(ValueError, match="grad_cache_chunk does not support the score-level text term"):
             GradCache(2)(text_model(make_model), batch)

@@ -95,7 +95,7 @@ def test_silence_pictures_and_a_failing_ear_leave_the_picture_as_it_is(hearing_d
 
     hearing_demo.transcriber = failing
     clip = hearing_demo.upload(upload((0.5, 6)))
-    assert clip.row["asr"] == "" and "The sound could not be heard (out of memory)." in clip.note
+    assert clip.row["asr"] == "" and "The sound could not be transcribed (out of memory)." in clip.note
 
 
 def test_the_sound_that_is_read_is_bounded(upload, tmp_path):
@@ -108,7 +108,7 @@ def test_the_sound_that_is_read_is_bounded(upload, tmp_path):
 
 def test_captions_tell_the_rank_without_words(hearing_demo, upload):
     hits = hearing_demo.recognise(hearing_demo.upload(upload((0.5, 6))), "").answer.hits
-    assert caption(hits[0], 1, [], "4").endswith(" (without words: 4)")
+    assert caption(hits[0], 1, [], "4").endswith(" (without speech: 4)")
     assert "without" not in caption(hits[0], 1, [], "1") and "without" not in caption(hits[0], 1, [])
 
 
@@ -117,7 +117,7 @@ def test_the_page_shows_words_and_times(hearing_demo, upload):
     from retrieval_rice.demo.app import Callbacks
 
     _, answer, _, _, _, said, *_ = Callbacks(hearing_demo).upload(upload((0, 2), (0.5, 1), (0, 3)), "", "none", "")
-    assert said[0] == ("2 s ", "time") and "without the words" in answer
+    assert said[0] == ("2 s ", "time") and "without speech" in answer
 
 
 @pytest.mark.parametrize(

@@ -282,7 +282,7 @@ def test_calibrating_reads_rows(shop, build):
     report = index.calibrate(queries, progress=False, rerank=5, false_accept_rate=0.5)
     assert report["num_present"] == 24 and [failure["id"] for failure in report["unreadable"]] == ["broken"]
     assert (index.calibration.rerank, index.calibration.ranking) == (5, "matching")
-    with pytest.raises(ValueError, match="ranked by matching scores, and these are ranked by embedding scores; cal"):
+    with pytest.raises(ValueError, match="ranked by matching scores, but these are ranked by embedding scores; cal"):
         index.search(shop.clips(1), rerank=0)
     index.model.config.ranking = "embedding"
     with pytest.raises(ValueError, match="calibrate it again, or rank by matching scores"):

