@@ -97,7 +97,7 @@ class TestSetup:
         with pytest.raises(ValueError, match="use_text needs a text encoder: set model.text_config"):
             check_text(DataArguments(use_text=True), make_model().config, processor.tokenizer)
         small = make_model(text_config=TEXT | {"vocab_size": 9}).config
-        with pytest.raises(ValueError, match=r"the tokenizer has \d+ entries, but the text encoder 9"):
+        with pytest.raises(ValueError, match=r"the tokenizer has \d+ entries, but the text encoder has 9"):
             check_text(DataArguments(use_text=True), small, processor.tokenizer)
         both = ModelArguments(model=model_settings | {"text_config": TEXT}, init_text_from=str(tmp_path))
         with pytest.raises(ValueError, match="init_text_from and model.text_config both name"):
