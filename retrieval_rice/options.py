@@ -31,7 +31,7 @@ def add_precision_and_towers(parser: argparse.ArgumentParser) -> None:
 def add_hints(parser: argparse.ArgumentParser) -> None:
     """Adds `--asr_hints` to a command with `--asr`."""
     help_text = (
-        "what the speech model is told to expect: titles of the shop, or none (default: titles, if it can be told)"
+        "hints for the speech model: titles of the shop, or none (default: titles, if the model supports hints)"
     )
     parser.add_argument("--asr_hints", choices=HINTS, help=help_text)
 

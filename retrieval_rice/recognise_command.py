@@ -42,11 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model, or a speech model of transformers")  # fmt: skip
     words.add_argument("--subtitles", metavar="FILE", help="read the speech from: SRT or WebVTT, a video file with a "
         "subtitle track, track for that of SOURCE, or JSON lines on a named pipe or standard input (-)")  # fmt: skip
-    add("--language", help="that is spoken, such as zh or en; auto, the default, detects it")
+    add("--language", help="language of the speech, such as zh or en; auto, the default, detects it")
     add_hints(parser)
-    add("--asr_before", type=float, help="a window is given the words from so many seconds before it (default: 6)")
-    add("--asr_after", type=float, help="to so many after it (default: 2)")
-    add("--detector", help="folder or id of a product detector, whose boxes tell where to look; default: no boxes")
+    add("--asr_before", type=float, help="a window gets the words from this many seconds before it (default: 6)")
+    add("--asr_after", type=float, help="to this many seconds after it (default: 2)")
+    add("--detector", help="folder or id of a product detector, whose boxes the model uses; default: no boxes")
     add_precision_and_towers(parser)
     add("--device", help="such as cpu or cuda; default: cuda if available")
 
@@ -122,7 +122,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def check_words(options: argparse.Namespace, recogniser) -> None:
-    """Raises `ValueError` for arguments of what is said that would change nothing, or are out of range."""
+    """Raises `ValueError` for speech arguments that would have no effect, or are out of range."""
     for name in ("language", "asr_hints"):
         if options.asr is None and getattr(options, name) is not None:
             raise ValueError(f"--{name} belongs to --asr; give both, or leave it out.")
@@ -164,7 +164,7 @@ def load_words(options: argparse.Namespace, index, say):
     titles = index.titles(options.live_id) if options.asr_hints != "none" else ()
     transcriber, count = expect_titles(transcriber, titles, options.asr_hints)
     if count:
-        say(f"the speech model expects words of the shop's titles, of which {count} have any")
+        say(f"the speech model gets the words of {count} titles of the shop as hints")
 
     def hear(stream):
         heard = listen(stream, transcriber, say)

@@ -1,11 +1,10 @@
-"""Write what is said in the clips of a data set into its rows.
+"""Write the speech of the clips of a data set into its rows.
 
-Training and evaluation then read what a stream hears. DATA is a folder of shop_clips, whose clip files get `asr`, or
-of LPR4M, whose test_videoid_asr is written. Sound comes from the clips' videos, or from files in --sound: CLIP_ID.mp4
-(.wav, ...), or for LPR4M one file per livestream, LIVE_ID.mp4, of which a clip is the part that its id names. The same
-command goes on where it was interrupted.
-DATA/transcripts.jsonl tells the model, the language, the hints, and what was heard in each clip; clips that have ASR
-already keep it, unless --overwrite is given.
+Training and evaluation then use the same kind of text as streams. DATA is a folder of shop_clips, whose clip files get
+`asr`, or of LPR4M, whose test_videoid_asr is written. Sound comes from the clips' videos, or from files in --sound:
+CLIP_ID.mp4 (.wav, ...), or for LPR4M one file per livestream, LIVE_ID.mp4, from which the clip id selects a part. The
+same command resumes an interrupted run. DATA/transcripts.jsonl holds the model, the language, the hints and the
+transcript of each clip. Clips with ASR keep it, unless --overwrite is given.
 """
 
 import argparse
@@ -33,18 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--language", default="auto", help="language of the speech, such as zh or en; auto detects it in each clip "
         "(default: %(default)s)")  # fmt: skip
     add_hints(parser)
-    add(
-        "--splits", nargs="+", choices=SPLITS, help="of shop_clips (default: all that are there); LPR4M has test alone"
-    )
-    add("--sound", metavar="DIR", type=Path, help="folder of video or sound files named after clips or livestreams")
-    add("--overwrite", action="store_true", help="replace ASR that is there, and transcripts of another model")
-    add("--device", help="such as cpu or cuda; default: cuda where there is one")
+    add("--splits", nargs="+", choices=SPLITS, help="splits of shop_clips (default: all); LPR4M has only test")
+    add("--sound", metavar="DIR", type=Path, help="folder of video or sound files, named after clips or livestreams")
+    add("--overwrite", action="store_true", help="replace existing ASR, and transcripts of another model")
+    add("--device", help="such as cpu or cuda; default: cuda if available")
 
 
 @dataclass(frozen=True)
 class Clip:
     """
-    A clip of a data set: where its sound is, in seconds of a file (`None`: nowhere), its ASR so far, and its
+    A clip of a data set: the place of its sound, in seconds of a file (`None`: no sound), its current ASR, and its
     livestream, "" for none.
     """
 
@@ -71,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
     from .stream.speech_models import load_transcriber
 
     if options.sound is not None and not options.sound.is_dir():
-        raise FileNotFoundError(f"--sound {options.sound} is no folder.")
+        raise FileNotFoundError(f"--sound {options.sound} is not a folder; name a folder of sound files.")
     kind, root, _ = resolve(options.data, None)
     if kind not in (Lpr4m, ShopClips):
         raise ValueError(f"{options.data} has no rows with ASR; give a folder of shop_clips or LPR4M.")
@@ -85,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
         clips = part.clips()
         _hear(clips, part.split, transcripts, transcriber, options, titles)
         part.write({clip.clip_id: text for clip in clips if (text := transcripts.text(part.split, clip)) is not None})
-    print(f"{transcripts.path} holds the model, the language and the transcripts")
+    print(f"{transcripts.path} holds the model, the language, the hints and the transcripts")
 
 
 class Transcripts:
@@ -104,11 +101,11 @@ class Transcripts:
         if path.is_file():
             cut_torn_line(path)
         before, lines = self._read() if path.is_file() and path.stat().st_size else (header, [])
-        # Files of before there were hints do not name them.
+        # Files of earlier versions have no hints.
         before = {"hints": HINTS[1], **before}
         if before != header and not overwrite:
             raise ValueError(
-                f"{path} was begun with {_settings(before)}; give --overwrite to transcribe anew with "
+                f"{path} was begun with {_settings(before)}; give --overwrite to transcribe again with "
                 f"{_settings(header)}."
             )
         if before != header:
@@ -196,9 +193,9 @@ def _hear(
             continue
         counts["heard" if asr else "silent"] += 1
         transcripts.add(split, clip, asr, getattr(ear, "language", None))
-    words = {"earlier": "heard earlier", "kept": "with ASR of their own"}
+    words = {"heard": "transcribed", "earlier": "transcribed earlier", "kept": "with their own ASR"}
     told = [f"{count} {words.get(name, name)}" for name, count in counts.items() if count]
-    print(f"{split}: {len(clips)} clips; {', '.join(told) or 'none heard'}")
+    print(f"{split}: {len(clips)} clips; {', '.join(told) or 'none transcribed'}")
     for failure in failures[:_LISTED]:
         print(f"not read: {failure}")
     if len(failures) > _LISTED:
@@ -241,7 +238,7 @@ class _ShopPart:
             yield row, Clip(clip_id, path, max(start_s, 0.0), end_s if end_s > 0 else math.inf, asr, live_id)
 
     def titles(self) -> dict[str, list[str]]:
-        """Of each livestream's images; of "" where the gallery is one shop."""
+        """Livestream -> titles of its images; the key is "" if the gallery is one shop."""
         from data_rice.shop_clips.shop_clips import read_gallery
 
         titles: dict[str, list[str]] = {}
@@ -307,7 +304,7 @@ class _Lpr4mPart:
         return Clip(clip_id, self.sound.get(live_id), int(start) / 1000, int(end) / 1000, asr, live_id)
 
     def titles(self) -> dict[str, list[str]]:
-        """Of each livestream's images, where the files of both are there."""
+        """Livestream -> titles of its images, if both files exist."""
         from data_rice.lpr4m import layout
 
         files = [layout.annotation_files(self.root, layout.TEST_FILES[kind]) for kind in ("title", "gallery")]

@@ -59,7 +59,7 @@ class Callbacks:
         return self.show(self.demo.recognise(self.demo.example(live_id, place), live_id, boxes=boxes))
 
     def upload(self, files: list[str] | str | None, live_id: str, boxes: str, asr: str) -> tuple:
-        """As `show`, for uploaded files, which are gone afterwards."""
+        """As `show`, for uploaded files, which are deleted afterwards."""
         clip: Clip = self.demo.upload([files] if isinstance(files, str) else files or [], live_id)
         return self.show(self.demo.recognise(clip, live_id, asr or "", boxes))
 

@@ -26,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "takes boxes (default: none)")  # fmt: skip
     add("--asr", metavar="MODEL", help="transcribe uploads: folder, id or size of a faster-whisper model, or a speech "
         "model of transformers (default: none)")  # fmt: skip
-    add("--language", help="that is spoken, such as zh or en; auto, the default, detects it")
+    add("--language", help="language of the speech, such as zh or en; auto, the default, detects it")
     add_hints(parser)
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
-    add("--port", type=port, help="default: the first free one from 7860")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 allows other machines")
+    add("--port", type=port, help="default: the first free port from 7860")
     add_precision_and_towers(parser)
     add("--device", help="such as cpu or cuda; default: cuda if available")
     add("--batch_size", type=int, default=64, help="pictures per batch for encoding the shop")
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
         if options.asr is None and getattr(options, name) is not None:
             raise ValueError(f"--{name} belongs to --asr; give both, or leave it out.")
     if options.space is not None and options.asr is not None:
-        raise ValueError("--asr is for a server, and a Space has none for its uploads; leave it out.")
+        raise ValueError("--asr works with a server only, not with --space; leave it out.")
     if options.space is not None:
         from .space import write_space
 

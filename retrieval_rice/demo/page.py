@@ -92,14 +92,14 @@ class Demo:
     """
     Args:
         model, processor: From `load_model`.
-        index: Of the shop to search.
-        gallery: The rows that the index was built from, for pictures that it holds no path of.
-        queries: Query rows to choose examples from.
-        folder: Where uploads arrive; nothing else is ever read or deleted for a visitor.
-        limits: Of uploads.
-        detector: With `detect(frames)`, as a `Recogniser` takes it, or `None`.
-        transcriber: Hears uploads, see `load_transcriber`, or `None`.
-        expects_titles: Whether it is told to expect the words of the shop's titles.
+        index: Index of the shop.
+        gallery: The rows from which the index was built, for pictures without a path in the index.
+        queries: Query rows for the examples.
+        folder: Folder of uploads; nothing outside it is read or deleted for a visitor.
+        limits: Limits of uploads.
+        detector: Object with `detect(frames)`, as for a `Recogniser`, or `None`.
+        transcriber: Transcribes uploads, see `load_transcriber`, or `None`.
+        expects_titles: Whether the words of the shop's titles are hints for it.
 
     Attributes:
         boxes: Possible sources of boxes: "none"; "true" if the queries have boxes; "detector" if there is a detector.
@@ -177,11 +177,11 @@ class Demo:
 
     def upload(self, paths: Sequence[str], live_id: str = "") -> Clip:
         """
-        A clip of uploaded files, which are gone afterwards.
+        A clip of uploaded files, which are deleted afterwards.
 
         Args:
-            paths: Where the server put the files.
-            live_id: Shop whose titles the speech model is told to expect, "" for the whole index.
+            paths: Paths of the uploaded files on the server.
+            live_id: Shop whose titles are hints for the speech model, "" for the whole index.
 
         Raises:
             UploadError: see `read_upload`.

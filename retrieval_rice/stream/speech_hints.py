@@ -1,4 +1,4 @@
-"""Titles that a speech model is told to expect: those of the shop whose words tell its products apart."""
+"""Hints for a speech model: titles of the shop whose words distinguish its products."""
 
 import heapq
 import re
@@ -9,32 +9,32 @@ from typing import Any
 
 from .speech import UNSPACED
 
-# Languages that are written without spaces between words, by their codes in Whisper.
+# Languages without spaces between words, by their codes in Whisper.
 _UNSPACED_LANGUAGES = ("zh", "yue", "ja", "th", "lo", "my", "km")
-# A letter or digit first, then what may stand within a word or a number: t-shirt, kid's, 5g.
+# A letter or digit, then characters that may occur inside a word or number: t-shirt, kid's, 5g.
 _WORD = re.compile(r"[^\W_](?:[\w'’.-]*[^\W_])?")
-# Of longer titles the beginning, which names the product.
+# Only the beginning of longer titles, which names the product.
 _MOST_WORDS = 16
 
 
 def hint_titles(titles: Iterable[str], language: str) -> list[str]:
     """
-    The words of each title, first the titles that bring most of what tells products apart: a word that stands in half
-    of the titles tells more than one that stands in a single one, or in nearly all, and no word counts twice. A model
-    hears words better in the order in which they are said than by themselves.
+    The words of each title, ordered by how well they distinguish products. A word in half of the titles distinguishes
+    more than a word in a single title or in nearly all of them, and no word counts twice. Whole titles are used,
+    because a model recognises words better in their spoken order than as single words.
 
     Args:
-        titles: Of a shop's images.
+        titles: Titles of a shop's images.
         language: A code such as "en".
 
     Returns:
-        Different titles in lower case, without words in a script that has no spaces, such as Chinese; none for a
-        language that is written so.
+        Distinct titles in lower case, without words in scripts without spaces, such as Chinese; empty for a language
+        with such a script.
     """
     return [] if language in _UNSPACED_LANGUAGES else list(_in_order(tuple(titles)))
 
 
-# The shops of a demo are asked for again and again.
+# A demo uses the same shops again and again.
 @lru_cache(maxsize=16)
 def _in_order(titles: tuple[str, ...]) -> tuple[str, ...]:
     worded = list(dict.fromkeys(words for title in titles if (words := _words(title))))
@@ -50,7 +50,7 @@ def _in_order(titles: tuple[str, ...]) -> tuple[str, ...]:
     heap = sorted(map(cost, range(len(worded))))
     while heap:
         place = heapq.heappop(heap)[1]
-        # What a title brings only falls, so that the best by what was known before may still be the best.
+        # The gain of a title can only decrease, so the previous best title may still be the best.
         if heap and cost(place) > heap[0]:
             heapq.heappush(heap, cost(place))
         else:
@@ -65,7 +65,7 @@ def _words(title: str) -> tuple[str, ...]:
 
 
 def within(titles: Iterable[str], most: int, size: Callable[[str], int]) -> str:
-    """The first of the titles, with commas between them, that have a size of `most` together."""
+    """The first titles, joined with commas, up to a total size of `most`."""
     chosen: list[str] = []
     for title in titles:
         if size(", ".join([*chosen, title])) > most:
@@ -76,18 +76,18 @@ def within(titles: Iterable[str], most: int, size: Callable[[str], int]) -> str:
 
 def expect_titles(transcriber: Any, titles: Iterable[str], asked: str | None = None) -> tuple[Any, int]:
     """
-    A speech model that expects the words of a shop's titles, where it can be told.
+    A speech model with the words of a shop's titles as hints, if it supports hints.
 
     Args:
-        transcriber: See `load_transcriber`. One with `expecting` can be told.
-        titles: Of the shop that is on show.
-        asked: "titles", "none", or `None` for titles where they are of use.
+        transcriber: See `load_transcriber`. A transcriber with `expecting` supports hints.
+        titles: Titles of the shop.
+        asked: "titles", "none", or `None` for titles if they are useful.
 
     Returns:
-        The speech model to hear with, and how many different titles there are to choose from.
+        The speech model to use, and the number of distinct titles.
 
     Raises:
-        ValueError: titles were asked for and would change nothing.
+        ValueError: titles are requested, but would have no effect.
     """
     takes_hints, titles = hasattr(transcriber, "expecting"), [] if asked == "none" else list(titles)
     if asked == "titles" and not takes_hints:

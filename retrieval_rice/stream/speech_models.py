@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 
 # A language detected with lower probability is detected again in the next chunk.
 _SURE_OF_LANGUAGE = 0.7
-# Mean probability of the hints in a segment. In speech that it does not understand a model repeats hints of which it
-# thinks nothing without them, 0.00 to 0.01; where they were said it was 0.3 and more, though 0.01 for some of them.
+# Minimum mean probability of the hints in a segment. In unclear speech a model repeats hints whose probability without
+# hints is 0.00 to 0.01. For spoken hints the mean was at least 0.3, although 0.01 for some of the words.
 _LEAST_OF_HINTS = 0.05
 _AROUND_A_WORD = " \t\n.,!?;:\"'()"
-# Full scale is 1; a speaker is some hundred times as loud.
+# Full scale is 1; a speaker is about a hundred times as loud.
 _SILENCE = 1e-3
 _INSTALL = "install it: pip install faster-whisper."
 
@@ -67,19 +67,19 @@ class WhisperTranscriber:
 
     def expecting(self, titles: Iterable[str]) -> "WhisperTranscriber":
         """
-        One with the same model that expects words of these titles, and no others.
+        A transcriber with the same model and the words of these titles as its only hints.
 
         Args:
-            titles: Of the shop that is on show.
+            titles: Titles of the shop.
         """
         other = copy.copy(self)
         other._titles, other._hints = list(titles), {}
         return other
 
     def hints(self, language: str) -> str:
-        """What is expected in a language: titles with commas between them, as many as Whisper takes."""
+        """The hints for a language: titles joined with commas, as many as fit into Whisper's prompt."""
         if language not in self._hints:
-            # faster-whisper would cut what is longer, within a word.
+            # faster-whisper would cut a longer text inside a word.
             most = self.model.max_length // 2 - 1
             self._hints[language] = within(hint_titles(self._titles, language), most, self._num_tokens)
         return self._hints[language]
@@ -91,7 +91,7 @@ class WhisperTranscriber:
         language = self.language
         segments, info = self._transcribe(samples, language)
         if language is None and info.language_probability >= _SURE_OF_LANGUAGE and self.hints(info.language):
-            # Segments are not made before they are asked for, so that this costs little.
+            # Segments are computed on demand, so this costs little.
             language = info.language
             segments, _ = self._transcribe(samples, language)
         hints = set(self.hints(language).replace(",", " ").split()) if language else set()
@@ -107,7 +107,7 @@ class WhisperTranscriber:
         return self.model.transcribe(
             samples,
             language=language,
-            # Where nobody speaks nothing is heard, and hints are not either.
+            # Without speech there is no transcript, so hints cannot be repeated.
             vad_filter=True,
             word_timestamps=True,
             # Otherwise an error would affect the following chunks.
@@ -255,8 +255,8 @@ class Listener:
 
 def whole_words(parts: Iterable[tuple[Word, float]]) -> list[tuple[Word, float]]:
     """
-    Whisper's parts of words joined, each with its probability: a word begins with a space, and "t-shirt" comes as " t"
-    and "-shirt". A word has the least probability of its parts. In a script without spaces each part stays by itself.
+    Joins Whisper's parts of words with their probabilities: a word begins with a space, and "t-shirt" comes as " t"
+    and "-shirt". A word gets the minimum probability of its parts. In scripts without spaces the parts are not joined.
     """
     words: list[tuple[Word, float]] = []
     for word, probability in parts:
@@ -271,11 +271,11 @@ def whole_words(parts: Iterable[tuple[Word, float]]) -> list[tuple[Word, float]]
 
 def without_echo(words: list[tuple[Word, float]], hints: set[str]) -> list[Word]:
     """
-    The words of a segment without those that a model only repeats from its hints.
+    The words of a segment without those that the model only repeats from its hints.
 
     Args:
-        words: With the probability of each, which is that of the sound alone, without hints.
-        hints: In lower case.
+        words: Words with their probabilities from the sound alone, without hints.
+        hints: Words of the hints in lower case.
     """
     expected = [word.text.lower().strip(_AROUND_A_WORD) in hints for word, _ in words]
     likely = [probability for (_, probability), is_hint in zip(words, expected) if is_hint]

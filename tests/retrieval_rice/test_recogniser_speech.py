@@ -281,7 +281,7 @@ def test_the_speech_model_expects_titles(shop, write_show, tones, tmp_path, caps
     path = write_show("show.mkv", [GREY] * 4, tones((0.5, 4)))
     assert rice(shop, path, "--asr", "ear", "--jsonl", tmp_path / "a.jsonl", *arguments) == 0
     assert json.loads((tmp_path / "a.jsonl").read_text())["asr"] == heard
-    told = "the speech model expects words of the shop's titles, of which 2 have any"
+    told = "the speech model gets the words of 2 titles of the shop as hints"
     assert (told in capsys.readouterr().err) == (heard != "nothing")
 
 

@@ -88,7 +88,7 @@ def test_clips_get_what_is_said_in_their_part(data, ears, capsys):
     assert (header["model"], header["language"]) == ("ear", "auto")
     assert line == {"split": "validation", "clip_id": "a", "asr": "at2", "language": "en", "before": ""}
     out = capsys.readouterr().out
-    assert "validation: 5 clips; 1 heard, 1 with ASR of their own, 2 without sound" in out
+    assert "validation: 5 clips; 1 transcribed, 1 with their own ASR, 2 without sound" in out
     assert "not read: e (" in out and "gone.mkv" in out
 
 
@@ -246,7 +246,7 @@ def test_lpr4m_expects_the_titles_of_a_livestream(tmp_path, monkeypatch, write_s
     "arguments, words",
     [
         (["--splits", "train"], "has no clips_train.jsonl"),
-        (["--sound", "nowhere"], "--sound nowhere is no folder"),
+        (["--sound", "nowhere"], "--sound nowhere is not a folder"),
         (["--language", "xx"], "does not know"),
         (["--asr_hints", "all"], "invalid choice: 'all'"),
     ],

@@ -125,7 +125,7 @@ def test_the_page_shows_words_and_times(hearing_demo, upload):
     [
         (["--language", "en"], "--language belongs to --asr"),
         (["--asr_hints", "titles"], "--asr_hints belongs to --asr"),
-        (["--asr", "base", "--space", "x"], "--asr is for a server"),
+        (["--asr", "base", "--space", "x"], "--asr works with a server"),
     ],
 )
 def test_arguments_that_would_do_nothing_are_refused(capsys, arguments, words):
