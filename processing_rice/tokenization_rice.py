@@ -24,7 +24,7 @@ PRINTABLE_ASCII = "".join(chr(code) for code in range(0x21, 0x7F))
 NUM_FIXED_PIECES = len(SPECIAL_TOKENS) + 256 + len(PRINTABLE_ASCII) + 1
 MIN_VOCAB_SIZE = 400
 QUIET_UP_TO = 20_000
-# Of sentences, not of numbers, times and names such as 1.5, 10:30 and node.js.
+# Punctuation of sentences, not that of numbers, times and names such as 1.5, 10:30 and node.js.
 _PUNCTUATION = r"[.,!?;:]+(?![0-9a-z])|[\u3001\u3002]+"
 
 
