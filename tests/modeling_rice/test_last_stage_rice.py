@@ -10,7 +10,7 @@ from modeling_rice.last_stage_rice import find_last_stage
 from tests.modeling_rice.test_encoders_rice import FAST, SLOW
 
 # Hidden states that are none of its own, or windows that are no pictures.
-REFUSED = {"maskformer-swin": "gives no hidden states", "lw_detr_vit": "cannot run by itself"}
+REFUSED = {"maskformer-swin": "is no grid of patches", "lw_detr_vit": "cannot run by itself"}
 
 
 def build(name: str, settings: dict):
