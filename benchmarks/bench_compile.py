@@ -1,13 +1,13 @@
-"""What compiling costs and brings: a training step and inference, plain, with a compiled encoder, and compiled whole.
+"""Cost and gain of compilation: a training step and inference, plain, with a compiled encoder, and fully compiled.
 
     python benchmarks/bench_compile.py
     python benchmarks/bench_compile.py --size lite0 --precisions bf16 --sides plain encoder
 
-One JSON line per precision and side: "encoder" is `model.compile_encoder()`, which `torch_compile` of the training
-arguments stands for; "model" is `torch.compile(model)`. Seconds are CPU time, of the compiler too, with an empty
-cache. "compile" is what the first steps, on batches of two sizes with unequal numbers of real frames, and the first
-inference take beyond later ones; "step" and "inference" (of one batch's images) are the fastest of some. Graphs and
-breaks are counted over all of it.
+One JSON line per precision and side: "encoder" is `model.compile_encoder()`, as with `torch_compile` in the training
+arguments; "model" is `torch.compile(model)`. Seconds are CPU time, including the compiler, with an empty cache.
+"compile" is the extra time of the first inference and of the first steps, on batches of two sizes with different
+numbers of real frames. "step" and "inference" (images of one batch) are the fastest of several runs. Graphs and breaks
+are counted over the whole measurement.
 """
 
 import argparse
@@ -35,8 +35,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--size", choices=measure.SIZES, default="vit_b_32")
     add("--batch_size", type=int, default=4, help="pairs, at least 4")
     add("--frames", type=int, default=4, help="frames per clip")
-    add("--backend", default="inductor", help="of torch.compile")
-    add("--repeats", type=int, default=3, help="timed runs, of which the fastest counts")
+    add("--backend", default="inductor", help="back end of torch.compile")
+    add("--repeats", type=int, default=3, help="timed runs; the fastest one counts")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, help="CPU threads; default: as torch chooses")
     options = parser.parse_args(arguments)
@@ -46,7 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def cpu_seconds(run: Callable[[], object], device: str) -> float:
-    """CPU time of a run, with that of the compilers it has started."""
+    """CPU time of a run, including the compilers that it started."""
     before = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     run()
     measure.synchronize(device)
@@ -88,7 +88,7 @@ def measure_side(options: argparse.Namespace, side: str, precision: str) -> dict
             model(pixel_values=batches[0]["pixel_values"])
 
     def compare(run: Callable[[], object]) -> tuple[float, float]:
-        """Seconds beyond the fastest of the first run, and of the fastest."""
+        """Extra seconds of the first run, and seconds of the fastest run."""
         first = cpu_seconds(run, device)
         fastest = min(cpu_seconds(run, device) for _ in range(options.repeats))
         return first - fastest, fastest
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    # One process, whose compilers' time is counted.
+    # One process, so that the compilers' time is counted.
     torch._inductor.config.compile_threads = 1
     settings = {name: getattr(options, name) for name in ("size", "batch_size", "frames", "backend")}
     for precision in options.precisions:

@@ -1,9 +1,9 @@
 """
-An encoder's last stage apart from the stages before it, so that it can be trained on what these have made of pictures.
+Runs an encoder's last stage on stored outputs of the stages before it, so that the last stage can be trained alone.
 
-Encoders of a hundred families run as one function of pictures. Here the same function runs, its frozen stages on
-torch's meta device, which computes shapes and no values; where the last stage begins, the states that were kept take
-the place of those without values. Whether that gives what the whole encoder gives is tried before it is relied on.
+Most encoders run only as a whole. Here the whole encoder runs, but its frozen stages on torch's meta device, which
+computes shapes and no values. At the start of the last stage the stored states replace those without values. A trial
+run first checks that the result equals that of the whole encoder.
 """
 
 from collections.abc import Iterator
@@ -24,14 +24,14 @@ from .encoders_rice import EncoderLayout, PatchLayout, encoder_inputs, last_stat
 @dataclass(frozen=True)
 class LastStage:
     """
-    Where an encoder's last stage begins, and what belongs to it.
+    The start of an encoder's last stage, and the modules that belong to it.
 
     Attributes:
-        layer: Number of the hidden state that enters it.
-        entry: Name of the module that it begins with.
-        modules: Names of all that runs from there on; what lies within them is not named again.
-        entering: Of the states that enter.
-        constants: What else the entry takes, the same for all pictures, such as rotary positions.
+        layer: Index of the hidden state that is its input.
+        entry: Name of its first module.
+        modules: Names of its modules, without their submodules.
+        entering: Layout of its input states.
+        constants: Other inputs of its first module that are the same for all images, such as rotary positions.
     """
 
     layer: int
@@ -41,31 +41,31 @@ class LastStage:
     constants: tuple[Tensor, ...] = ()
 
     def owns(self, name: str) -> bool:
-        """Whether a module, parameter or buffer of the encoder belongs to it."""
+        """Whether a module, parameter or buffer of the encoder belongs to the last stage."""
         return any(name == module or name.startswith(f"{module}.") for module in self.modules)
 
     @contextmanager
     def recorded(self, encoder: nn.Module) -> Iterator[list[Tensor]]:
-        """What enters while the encoder runs inside, `(n, tokens, C)`, one entry for each run."""
+        """A list that receives the input states `(n, tokens, C)` of each run of the encoder in the block."""
         with _entries(encoder, self.entry) as entries:
             states: list[Tensor] = []
             yield states
             states += [self.entering.tokens(tensors[0]) for tensors in entries]
 
-    # A graph has no use for it: most of what runs has no values.
+    # Not compiled, since most of the run has no values.
     @torch.compiler.disable
     def run(self, encoder: nn.Module, tokens: Tensor, layout: EncoderLayout, **options: Any) -> ModelOutput:
         """
-        The encoder's output from the states that enter its last stage; hidden states up to `layer` have no values.
+        The encoder's output for input states of its last stage. Hidden states up to `layer` have no values.
 
         Args:
-            encoder: Whose last stage this is.
-            tokens (`(n, tokens, C)`): As `recorded` gives them.
-            layout: The encoder's.
+            encoder: The encoder that this stage belongs to.
+            tokens (`(n, tokens, C)`): Input states from `recorded`.
+            layout: Layout of the encoder.
             options: Further arguments of the encoder.
 
         Raises:
-            ValueError: for states of pictures that the encoder cannot have been given.
+            ValueError: for states of a shape that the last stage does not take.
         """
         states = self.entering.states(tokens)
         size = _picture_size(layout, self.entering, tokens.shape[1])
@@ -78,8 +78,8 @@ class LastStage:
             values = [states, *constants]
             if [leaves[place].shape for place in places] != [value.shape for value in values]:
                 raise ValueError(
-                    f"The encoded pictures have {tokens.shape[1]} tokens of {tokens.shape[2]} numbers, which are none "
-                    f"that the encoder's last stage takes; encode them with the model's own `encode_pictures`."
+                    f"The encoded images have {tokens.shape[1]} tokens of {tokens.shape[2]} numbers, which the "
+                    f"encoder's last stage does not take; encode them with `encode_pictures` of this model."
                 )
             for place, value in zip(places, values, strict=True):
                 leaves[place] = value
@@ -94,7 +94,7 @@ class LastStage:
             hook.remove()
 
     def _without_values(self, encoder: nn.Module) -> dict[str, Tensor]:
-        """The frozen stages' parameters and buffers on the meta device."""
+        """Parameters and buffers of the frozen stages, on the meta device."""
         tensors = dict(encoder.named_parameters()) | dict(encoder.named_buffers())
         return {
             name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items() if not self.owns(name)
@@ -103,15 +103,16 @@ class LastStage:
 
 def find_last_stage(encoder: nn.Module, layout: EncoderLayout) -> LastStage:
     """
-    The last stage of an encoder: of a convolutional or shifted-window one what follows its last hidden state but one,
-    of a vision transformer the last block, and in both cases norm and pooler. The encoder runs on noise to find out.
+    Finds the last stage of an encoder by running it on noise. For a vision transformer it is the last block; for a
+    convolutional or shifted-window encoder, everything after the second-to-last hidden state. It always includes the
+    final norm and the pooler.
 
     Args:
-        encoder: Of any family.
-        layout: Its own.
+        encoder: An encoder of any family.
+        layout: Layout of the encoder.
 
     Raises:
-        ValueError: when it has no last stage that can run by itself.
+        ValueError: if no last stage can run on its own.
     """
     was_training = encoder.training
     encoder.eval()
@@ -121,8 +122,8 @@ def find_last_stage(encoder: nn.Module, layout: EncoderLayout) -> LastStage:
     except Exception as error:
         reason = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
         raise ValueError(
-            f"The last stage of the vision model {encoder.config.model_type!r} cannot run by itself ({reason}); train "
-            f"the whole encoder, or none of it."
+            f"The last stage of the vision model {encoder.config.model_type!r} cannot run on its own ({reason}); "
+            f"train the whole encoder, or none of it."
         ) from error
     finally:
         encoder.train(was_training)
@@ -130,7 +131,7 @@ def find_last_stage(encoder: nn.Module, layout: EncoderLayout) -> LastStage:
 
 @dataclass
 class _Call:
-    """A module's run: its name, the run it is part of, and which states that may enter the last stage it was given."""
+    """A call of a module: its name, the index of the call around it, and its input if it may be the last stage's."""
 
     name: str
     parent: int | None
@@ -139,19 +140,19 @@ class _Call:
 
 def _find(encoder: nn.Module, layout: EncoderLayout) -> LastStage:
     weights = dict(encoder.named_parameters())
-    # Some encoders list their output before the final norm, too, which is no stage.
+    # Some encoders also list their output before the final norm, which starts no stage.
     for number in (len(layout.hidden) - 2, len(layout.hidden) - 3):
         if number < 0 or layout.hidden[number] is None:
-            raise ValueError("the hidden state before its last stage is no grid of patches, or it gives none")
+            raise ValueError("the hidden state before its last stage is missing or no grid of patches")
         stage = _stage_after(encoder, layout, number)
         if any(stage.owns(name) and weight.ndim > 1 for name, weight in weights.items()):
             _try(encoder, layout, stage)
             return stage
-    raise ValueError("it has no weights but those of norms")
+    raise ValueError("it has no weights except those of norms")
 
 
 def _stage_after(encoder: nn.Module, layout: EncoderLayout, number: int) -> LastStage:
-    """What follows a hidden state."""
+    """The stage that starts with a hidden state."""
     wanted = layout.hidden[number]
     calls: list[_Call] = []
     with _calls(encoder, wanted, calls):
@@ -163,10 +164,10 @@ def _stage_after(encoder: nn.Module, layout: EncoderLayout, number: int) -> Last
     modules = dict(encoder.named_modules())
     shared = [name for name in sorted(before & after) if modules[name].state_dict()]
     if shared:
-        raise ValueError(f"{shared[0]} runs both before and in it")
+        raise ValueError(f"{shared[0]} runs both before it and in it")
     own = after - before
     outermost = [name for name in own if not any(name.startswith(f"{other}.") for other in own)]
-    # Of another picture than those that it is tried with, for what follows from pictures is not constant.
+    # With another image than in the trial run, because inputs that depend on the image are not constant.
     with _entries(encoder, calls[entry].name) as entries:
         encoder(**_noise(encoder, layout, count=1, scale=0.5))
     return LastStage(number, calls[entry].name, tuple(sorted(outermost)), entering, tuple(entries[0][1:]))
@@ -174,7 +175,7 @@ def _stage_after(encoder: nn.Module, layout: EncoderLayout, number: int) -> Last
 
 @contextmanager
 def _calls(encoder: nn.Module, wanted: PatchLayout, calls: list[_Call]) -> Iterator[None]:
-    """Lists the runs of an encoder's modules in the order in which they begin."""
+    """Records the calls of an encoder's modules in the order in which they start."""
     running: list[int] = []
     hooks = []
 
@@ -198,7 +199,7 @@ def _calls(encoder: nn.Module, wanted: PatchLayout, calls: list[_Call]) -> Itera
 
 
 def _entry(calls: list[_Call], wanted: PatchLayout, patches: Tensor) -> tuple[int, PatchLayout]:
-    """The run that the last stage begins with: the last one that takes the hidden state, and not as a part of one."""
+    """The first call of the last stage: the last outermost call whose input is the hidden state."""
     found: dict[int, PatchLayout] = {}
     inside: set[int] = set()
     for number, call in enumerate(calls):
@@ -216,7 +217,7 @@ def _entry(calls: list[_Call], wanted: PatchLayout, patches: Tensor) -> tuple[in
 
 
 def _as_patches(states: Tensor, wanted: PatchLayout) -> PatchLayout | None:
-    """How a tensor holds as many patches of the same width, if it does."""
+    """The layout in which a tensor holds the wanted patches; `None` if it does not."""
     width, grid, shape = wanted.width, wanted.grid, tuple(states.shape[1:])
     if shape == (width, *grid):
         return PatchLayout(width, grid, 0, "channels_first")
@@ -232,18 +233,18 @@ def _patches(states: Tensor, layout: PatchLayout) -> Tensor:
 
 
 def _noise(encoder: nn.Module, layout: EncoderLayout, count: int = 2, scale: float = 1.0) -> dict[str, Tensor | None]:
-    """Pictures to look at what an encoder does."""
+    """Inputs of an encoder with random pixels."""
     pixels = torch.randn(count, 3, *layout.image_size, generator=torch.Generator().manual_seed(0))
     return encoder_inputs((scale * pixels).to(encoder.device, encoder.dtype), layout.cut_to)
 
 
 @contextmanager
 def _entries(encoder: nn.Module, name: str) -> Iterator[list[list[Tensor]]]:
-    """The tensors that a module is given, for each of its runs."""
+    """The input tensors of a module, for each of its calls."""
     entries: list[list[Tensor]] = []
 
     def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        # A copy, since a module may work in place.
+        # A copy, since a module may change its input in place.
         entries.append([leaf.clone() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
 
     hook = encoder.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True)
@@ -254,14 +255,14 @@ def _entries(encoder: nn.Module, name: str) -> Iterator[list[list[Tensor]]]:
 
 
 def _picture_size(layout: EncoderLayout, entering: PatchLayout, num_tokens: int) -> tuple[int, int]:
-    """Height and width of the pictures that so many tokens come from."""
+    """Height and width of images that have `num_tokens` tokens."""
     rows, columns = entering.grid_of(num_tokens)
     height, width = layout.image_size
     return height * rows // entering.grid[0], width * columns // entering.grid[1]
 
 
 def _try(encoder: nn.Module, layout: EncoderLayout, stage: LastStage) -> None:
-    """Raises `ValueError` where the last stage by itself gives something else than the whole encoder."""
+    """Raises `ValueError` if the last stage on its own gives other outputs than the whole encoder."""
     for options in ({}, {"output_hidden_states": True}):
         with stage.recorded(encoder) as entered:
             whole = encoder(**_noise(encoder, layout), **options)
@@ -275,4 +276,4 @@ def _try(encoder: nn.Module, layout: EncoderLayout, stage: LastStage) -> None:
             if found.is_meta or not torch.allclose(
                 expected, found, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
             ):
-                raise ValueError("what it gives depends on more than the states that enter it")
+                raise ValueError("its output depends on more than its input states")

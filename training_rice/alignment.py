@@ -1,4 +1,4 @@
-"""Statistics of a training set's frames for a model that aligns patches (see `modeling_rice.alignment_rice`)."""
+"""Alignment statistics from the frames of a training set (see `modeling_rice.alignment_rice`)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,17 +14,17 @@ from modeling_rice import RiceModel
 
 def fit_alignment(model: RiceModel, pairs: Sequence[Any], collator: RiceCollator, loading: Loading) -> None:
     """
-    Whitens patches by the frames of training clips, at most `MOST_PICTURES` of clips that are evenly spread; every
-    process comes to the same numbers. Embeddings are not centred, since training has learnt what they are.
+    Fits the whitening of patches on at most `MOST_PICTURES` frames of evenly spaced training clips; all processes get
+    the same numbers. Embeddings are not centred, because training has learnt them.
 
     Args:
-        model: With an alignment.
-        pairs: Rows to train on.
-        collator: Reads them, here as evaluation reads clips: as many frames, evenly spread, unchanged.
-        loading: How they are read.
+        model: A model with alignment.
+        pairs: Training rows.
+        collator: Reads them as in evaluation: evenly spaced frames without augmentation.
+        loading: Settings for reading.
 
     Raises:
-        ValueError: not one frame can be read.
+        ValueError: no frame can be read.
     """
     plain = {"sampling": "eval", "num_frames": None, "augmentation": None, "decode": "exact", "pixels": "float"}
     collator = replace(collator, **plain, use_text=False, asr_noise=0.0, failure_log=None)

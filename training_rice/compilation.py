@@ -14,12 +14,12 @@ from modeling_rice.encoders_rice import parts_to_compile
 
 def compile_settings(args: TrainingArguments) -> dict[str, Any] | None:
     """
-    Arguments for `torch.compile`, `None` where nothing is to be compiled: those of `torch_compile`,
-    `torch_compile_backend` and `torch_compile_mode`, else those of `accelerate launch --dynamo_backend`.
+    Arguments for `torch.compile`, `None` without compilation. They come from `torch_compile`, `torch_compile_backend`
+    and `torch_compile_mode`, else from `accelerate launch --dynamo_backend`.
 
     Raises:
-        ValueError: for a back end or a mode that torch does not have, a mode of another back end, and for inductor
-            without a C++ compiler.
+        ValueError: torch does not have the back end or mode, the mode belongs to another back end, or inductor finds
+            no C++ compiler.
     """
     backend, mode = args.torch_compile_backend, args.torch_compile_mode
     if backend is not None:
@@ -55,22 +55,22 @@ def _find_compiler() -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise ValueError(
-            "torch_compile needs a C++ compiler on a CPU, and none was found: install g++, name another in the "
+            "torch_compile needs a C++ compiler on a CPU, but none was found: install g++, name another in the "
             "environment variable CXX, or leave torch_compile out."
         ) from error
 
 
 def compile_encoder(model: RiceModel, args: TrainingArguments, accelerator: Accelerator) -> None:
-    """Does what [`compile_settings`] says, in place of what the accelerator would do; before it prepares the model."""
+    """Compiles the encoder by [`compile_settings`], instead of the accelerator; call it before `prepare`."""
     settings = compile_settings(args)
     if settings is not None:
         model.compile_encoder(**settings)
-        # It would wrap the whole model, which breaks into dozens of graphs.
+        # The accelerator would compile the whole model, which breaks into dozens of graphs.
         accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
 
 
 def describe_compilation(model: RiceModel, args: TrainingArguments) -> list[str]:
-    """A line on what is compiled, if anything."""
+    """A line on the compiled parts, if there are any."""
     settings = compile_settings(args)
     if settings is None:
         return []

@@ -189,7 +189,7 @@ def test_a_fit_may_leave_embeddings_as_they_are():
 def test_without_frames_patches_are_whitened_by_the_shop_and_nothing_is_centred():
     images = pictures(5, shift=10.0)
     alignment, said = fitted(images, [])
-    assert said == "Embeddings are not centred, which takes two pictures and two frames of clips."
+    assert said == "Embeddings are not centred, since this needs at least two pictures and two frames of clips."
     # Five pictures count for 5 of 5 + 8.
     patches_ = torch.cat([p for p, _ in images])
     mean = patches_.mean(dim=0) * 5 / 13

@@ -10,7 +10,7 @@ from modeling_rice.last_stage_rice import find_last_stage
 from tests.modeling_rice.test_encoders_rice import FAST, SLOW
 
 # Hidden states that are none of its own, or windows that are no pictures.
-REFUSED = {"maskformer-swin": "is no grid of patches", "lw_detr_vit": "cannot run by itself"}
+REFUSED = {"maskformer-swin": "is missing or no grid of patches", "lw_detr_vit": "cannot run on its own"}
 
 
 def build(name: str, settings: dict):
@@ -89,7 +89,7 @@ def test_what_depends_on_more_than_the_states_is_refused():
             return self.block(states, *args, **kwargs) + self.brightness
 
     encoder.layers[1] = Told(encoder.layers[1], encoder)
-    with pytest.raises(ValueError, match="'vit' cannot run by itself"):
+    with pytest.raises(ValueError, match="'vit' cannot run on its own"):
         find_last_stage(encoder, layout)
 
 

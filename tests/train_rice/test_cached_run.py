@@ -57,7 +57,7 @@ def test_the_last_stage_of_an_encoder_is_trained_and_the_rest_left(command, word
 
 
 def test_a_frozen_encoder_must_be_a_trained_one(refusal):
-    assert "name a pretrained one by --init_vision_from, which `rice encoder" in refusal(*CACHED)
+    assert "name a pretrained one with --init_vision_from, as `rice encoder" in refusal(*CACHED)
 
 
 def test_an_encoder_that_is_trained_is_refused(refusal, encoder):

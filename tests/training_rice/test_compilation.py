@@ -59,7 +59,15 @@ def test_one_set_of_arguments_for_two_trainers(make_trainer, make_model):
     assert all(any(map(is_compiled, trainer.model.modules())) for trainer in (first, second))
 
 
-@pytest.mark.parametrize("arguments", [{"grad_cache_chunk": 2}, {"activation_checkpointing": True}, {"bf16": True}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"grad_cache_chunk": 2},
+        {"activation_checkpointing": True},
+        {"bf16": True},
+        {"freeze_vision": True, "unfreeze_last_stage": True},
+    ],
+)
 def test_with_other_arguments(make_trainer, arguments):
     plain = losses(make_trainer(**arguments))
     assert losses(make_trainer(torch_compile_backend="eager", **arguments)) == pytest.approx(plain, rel=1e-5)
@@ -98,7 +106,7 @@ def test_as_the_launcher_of_accelerate_asks(make_trainer, monkeypatch):
         ),
         (
             "--torch_compile true --freeze_vision true --cache_vision_features true",
-            "torch_compile compiles the vision encoder, which cache_vision_features leaves out",
+            "torch_compile compiles the vision encoder as a whole, which steps with cache_vision_features do not run",
         ),
     ],
 )

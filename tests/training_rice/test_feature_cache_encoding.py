@@ -112,7 +112,7 @@ class TestPass:
         # 20 frames and 12 images to train on, 12 and 6 to validate on, and one to learn the size.
         assert sum(encoded) == 51
         # 16 patches and the global feature, of 32 numbers each.
-        assert f"Up to 50 pictures go through the encoder once; what it makes of them, {50 * 17 * 32 * 4:,} bytes" in (
+        assert f"Up to 50 pictures go through the encoder once; their encodings, {50 * 17 * 32 * 4:,} bytes" in (
             caplog.text
         )
         encoded.clear()
@@ -134,7 +134,7 @@ class TestPass:
         with caplog.at_level(logging.INFO):
             make_trainer(cached=True, model=model)
         assert sum(encoded) == 51
-        assert "was made with another encoder: the pictures of this run's clips are encoded anew" in caplog.text
+        assert "was made with another encoder: the pictures of this run's clips are encoded again" in caplog.text
 
     def test_goes_on_after_an_interruption(self, make_trainer, encoded, monkeypatch, tmp_path):
         monkeypatch.setattr("training_rice.feature_cache.ROWS_PER_BLOCK", 8)
@@ -217,11 +217,11 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "data, overrides, message",
         [
-            ({"streaming": True}, {}, "cache_vision_features: streaming reads rows when they are needed"),
-            ({"frame_sampling": "visible"}, {}, "frame_sampling visible asks for boxes"),
-            ({"use_boxes": True, "frames_without_box": "drop"}, {}, "frames_without_box drop looks at"),
+            ({"streaming": True}, {}, "cache_vision_features: streaming reads rows on demand"),
+            ({"frame_sampling": "visible"}, {}, "frame_sampling visible needs boxes"),
+            ({"use_boxes": True, "frames_without_box": "drop"}, {}, "frames_without_box drop depends on"),
             ({"augment_jitter": 0.2}, {}, "need several views of each: set cached_views"),
-            ({}, {"cached_views": 4}, "cached_views 4 asks for views that all look the same"),
+            ({}, {"cached_views": 4}, "cached_views 4 would give equal views"),
         ],
     )
     def test_name_what_does_not_go_together(self, make_trainer, data, overrides, message):
