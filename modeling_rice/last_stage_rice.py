@@ -139,12 +139,11 @@ class _Call:
 
 
 def _find(encoder: nn.Module, layout: EncoderLayout) -> LastStage:
-    numbers = [number for number, patches in enumerate(layout.hidden[:-1]) if patches is not None]
-    if not numbers:
-        raise ValueError("it returns no hidden states that are grids of patches")
     weights = dict(encoder.named_parameters())
     # Some encoders also list their output before the final norm, which starts no stage.
-    for number in reversed(numbers[-2:]):
+    for number in (len(layout.hidden) - 2, len(layout.hidden) - 3):
+        if number < 0 or layout.hidden[number] is None:
+            raise ValueError("the hidden state before its last stage is missing or no grid of patches")
         stage = _stage_after(encoder, layout, number)
         if any(stage.owns(name) and weight.ndim > 1 for name, weight in weights.items()):
             _try(encoder, layout, stage)

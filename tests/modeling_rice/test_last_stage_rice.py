@@ -10,7 +10,7 @@ from modeling_rice.last_stage_rice import find_last_stage
 from tests.modeling_rice.test_encoders_rice import FAST, SLOW
 
 # Hidden states that are none of its own, or windows that are no pictures.
-REFUSED = {"maskformer-swin": "returns no hidden states", "lw_detr_vit": "cannot run on its own"}
+REFUSED = {"maskformer-swin": "is missing or no grid of patches", "lw_detr_vit": "cannot run on its own"}
 
 
 def build(name: str, settings: dict):
