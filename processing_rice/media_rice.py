@@ -151,7 +151,8 @@ def open_image(
     A picture as an upright RGB picture of 8 bits. The format of a file is told by its content.
 
     Orientation (EXIF, XMP) is applied; what is transparent is laid over white; 16 bits are divided by 65,535 and
-    floats taken as 0..1; every other colour mode is converted as PIL does it.
+    floats taken as 0..1; every other colour mode is converted as PIL does it. A PIL picture that is all this already
+    is returned itself.
 
     Args:
         source: Path, a member of a tar file (see [`tar_member_path`]), encoded bytes, a PIL picture, or `{"path",
@@ -167,11 +168,11 @@ def open_image(
     """
     if isinstance(source, Image.Image):
         with _named(name or getattr(source, "filename", "") or "<picture>"):
-            return _upright_rgb(source, in_place=False)
+            return _upright_rgb(source)
     with _opened(source, name) as image:
         if target is not None and image.format in ("JPEG", "MPO"):
             _reduce_scale(image, target)
-        return _upright_rgb(image, in_place=True)
+        return _upright_rgb(image)
 
 
 class ImageHeader(NamedTuple):
@@ -251,14 +252,12 @@ def _reduce_scale(image: Image.Image, target: tuple[float, float]) -> None:
     image.draft(None, (width, height))
 
 
-def _upright_rgb(image: Image.Image, in_place: bool) -> Image.Image:
+def _upright_rgb(image: Image.Image) -> Image.Image:
     check_pixels(*image.size)
     image.load()
-    if in_place:
-        ImageOps.exif_transpose(image, in_place=True)
-    else:
-        image = ImageOps.exif_transpose(image)
-    return _to_rgb(image)
+    # What is upright would be copied all the same.
+    is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return _to_rgb(ImageOps.exif_transpose(image) if is_turned else image)
 
 
 def check_pixels(width: int, height: int, max_pixels: int | None = None) -> None:

@@ -185,6 +185,9 @@ class RiceProcessor(ProcessorMixin):
         return self._process_pictures(pictures, settings)
 
     def _process_pictures(self, pictures: list, settings: dict[str, Any]) -> BatchFeature:
+        if getattr(self.image_processor, "backend", None) == "torchvision":
+            # They are RGB by now, and converting would copy them.
+            settings = {**settings, "do_convert_rgb": False}
         is_float = [not isinstance(picture, Image.Image) and picture.is_floating_point() for picture in pictures]
         if not any(is_float):
             return on_device(self.image_processor(pictures, **settings), settings.get("device"))
