@@ -4,8 +4,8 @@
 
 One JSON line per side, each measured in a fresh process, from the files to the finished index or tensor; imports,
 loading the model and exporting are not timed. All sides get the same JPEG files and, but for int8, the same random
-weights of ViT-B/32. `transformers` is `CLIPImageProcessor` and `CLIPVisionModelWithProjection` in batches of pictures opened by
-PIL. CPU time, that of the workers included, is what can be compared on a machine that does other things too.
+weights of ViT-B/32. `transformers` is `CLIPImageProcessor` and `CLIPVisionModelWithProjection` in batches of pictures
+opened by PIL. CPU time, that of the workers included, is what can be compared on a machine that does other things too.
 `rice index` reads, checks and digests every file, and writes a table that is searched afterwards.
 """
 

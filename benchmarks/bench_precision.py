@@ -37,7 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--towers", help="folder that `rice export MODEL DIR --int8` wrote")
     add("--precisions", nargs="+", choices=(*PRECISIONS, "onnx", "int8"), help="default: fp32, what auto means here, "
         "and of --towers onnx and int8")  # fmt: skip
-    add("--decode", choices=("exact", "fast"), default="exact", help="of all but the first side (default: %(default)s)")
+    add("--decode", choices=("exact", "fast"), default="exact", help="of all sides but the first")
     add("--batch_size", type=int, default=16)
     add("--num_workers", type=int, default=0)
     add("--cache_dir", help="where the data set's tables are cached")

@@ -146,13 +146,13 @@ def open_image(
     source: str | os.PathLike | bytes | Image.Image | Mapping[str, Any],
     name: str | None = None,
     target: tuple[float, float] | None = None,
+    copy: bool = True,
 ) -> Image.Image:
     """
     A picture as an upright RGB picture of 8 bits. The format of a file is told by its content.
 
     Orientation (EXIF, XMP) is applied; what is transparent is laid over white; 16 bits are divided by 65,535 and
-    floats taken as 0..1; every other colour mode is converted as PIL does it. A PIL picture that is all this already
-    is returned itself.
+    floats taken as 0..1; every other colour mode is converted as PIL does it.
 
     Args:
         source: Path, a member of a tar file (see [`tar_member_path`]), encoded bytes, a PIL picture, or `{"path",
@@ -161,6 +161,7 @@ def open_image(
         target: Height and width in pixels that the picture is to be reduced to. A JPEG is then decoded at 1/2, 1/4
             or 1/8 of its size where that leaves `REDUCTION_MARGIN` times as much; a fraction of the work, and not
             quite what decoding it whole gives. By default, and in other formats, the whole picture is decoded.
+        copy: Copy a PIL picture that is upright RGB already; without, it is returned itself, and not to be changed.
 
     Raises:
         MediaError: when it is missing (`MissingMediaError`), empty, no picture, damaged, larger than `MAX_PIXELS`, or
@@ -168,7 +169,8 @@ def open_image(
     """
     if isinstance(source, Image.Image):
         with _named(name or getattr(source, "filename", "") or "<picture>"):
-            return _upright_rgb(source)
+            image = _upright_rgb(source)
+            return image.copy() if copy and image is source else image
     with _opened(source, name) as image:
         if target is not None and image.format in ("JPEG", "MPO"):
             _reduce_scale(image, target)
@@ -326,7 +328,7 @@ def picture_tensor(
         ValueError: numbers of another type, range or shape.
     """
     if is_file_source(picture):
-        return tvF.pil_to_tensor(open_image(picture))
+        return tvF.pil_to_tensor(open_image(picture, copy=False))
     try:
         # Arrays may run backwards or be read only, which tensors cannot.
         values = torch.as_tensor(

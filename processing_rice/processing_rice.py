@@ -275,7 +275,7 @@ def _load_picture(image: Any, index: int, any_range: bool, layout: str | None) -
         return picture_tensor(image, f"Image {index}", any_range, layout)
     if isinstance(image, str) and image.startswith(("http://", "https://", "data:")) and not os.path.exists(image):
         return open_image(_download(image), name=image[:200])
-    return open_image(image)
+    return open_image(image, copy=False)
 
 
 def _download(address: str) -> bytes:
