@@ -1,4 +1,4 @@
-# A Python that starts, 3.11 before any other: a version manager's shim may be on the path and yet not run.
+# A Python that starts, preferably 3.11. A version manager's shim may be on the path but not run.
 PYTHON ?= $(shell for python in python3.11 python3; do $$python -c "" 2>/dev/null && echo $$python && break; done)
 
 PY := .venv/bin/python
@@ -30,7 +30,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PY) -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test,all]'
 	@touch $@
 
-demo: $(DEMO)/results.json ## render the mini LPR4M, train on it, evaluate on unseen shops (once: what is there is reused)
+demo: $(DEMO)/results.json ## render the mini LPR4M, train on it, evaluate on unseen shops (finished steps are reused)
 	$(if $(EVALUATED),,@$(PY) -c '$(PRINT_TABLE)')
 	@echo "Results: $(DEMO)/results.json, $(DEMO)/rankings.jsonl, $(DEMO)/matches.png"
 
@@ -38,27 +38,27 @@ $(DATA)/mini_lpr4m.json: | $(INSTALLED)
 	$(PY) -m data_rice.mini_lpr4m --output_dir $(DATA)
 
 $(DEMO)/model/.trained: $(RECIPE) $(MODEL_CODE) $(TRAINING_CODE) $(DATA)/mini_lpr4m.json | $(INSTALLED)
-	@if [ -f $@ ]; then rm -rf $(DEMO)/model; fi  # trained from something older; an interrupted run goes on instead
+	@if [ -f $@ ]; then rm -rf $(DEMO)/model; fi  # finished with older code or data; an interrupted run resumes instead
 	$(PY) train_rice.py $(RECIPE) --output_dir $(DEMO)/model
 	@touch $@
 
-# The evaluation prints its own table, so `demo` prints one only when there was nothing to evaluate.
+# The evaluation prints its own table, so `demo` prints the table only if no evaluation ran.
 $(DEMO)/results.json: $(DEMO)/model/.trained $(EVALUATION_CODE)
 	$(PY) eval_rice.py --model $(DEMO)/model --dataset mini_lpr4m --split test --output_dir $(DEMO)
 	$(eval EVALUATED := yes)
 
-# Tests of one file share its fixtures, so a file stays on one of the two processes.
+# Tests of one file share its fixtures, so each file runs in one of the two processes.
 test: $(INSTALLED) ## run the tests, offline, on two cores
 	$(PY) -m pytest -n 2 --dist loadfile
 
 test-slow: $(INSTALLED) ## run the long tests
 	$(PY) -m pytest -m "slow and not gpu" --durations=10
 
-attacks: $(INSTALLED) ## kills, damaged files, full disks; the counts are for docs/reliability.md
+attacks: $(INSTALLED) ## tests with kills, damaged files and full disks; counts for docs/reliability.md
 	@mkdir -p runs
 	RICE_ATTACK_COUNTS=runs/attacks.json $(PY) -m pytest -m "slow and not gpu" tests/attacks
 
-test-lowest: ## run the tests of model, processing and Hub with the lowest versions of setup.cfg (temporary, about 6 GB)
+test-lowest: ## test model, processing and Hub code with the lowest versions of setup.cfg (about 6 GB, temporary)
 	PYTHON=$(PYTHON) .ci/test-lowest
 
 style: $(INSTALLED) ## format the code and fix what the linter can
@@ -69,7 +69,7 @@ lint: $(INSTALLED) ## check style and format, change nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-check: lint test ## what continuous integration checks
+check: lint test ## run the checks of continuous integration
 
 bench: $(INSTALLED) ## run every script of benchmarks/ (one JSON line per row)
 	@test -n "$(BENCHMARKS)" || { echo "benchmarks/ holds no script; see CONTRIBUTING.md on speed claims." >&2; exit 1; }

@@ -2,10 +2,10 @@
 
     python eval_rice.py --model runs/demo --dataset mini_lpr4m --data_dir data/mini_lpr4m --output_dir runs/demo/eval
 
-writes results.json, rankings.jsonl, matches.png, breakdown.png and a model card (README.md) into --output_dir, and
-prints the recall beside a colour histogram and chance; with --report also report.html, one page that needs no network.
-With --baseline NAME in the place of --model it measures what needs no training in the same way (docs/baselines.md).
-docs/protocol.md says what is measured and how.
+This writes results.json, rankings.jsonl, matches.png, breakdown.png and a model card (README.md) to --output_dir, and
+prints the recall of the model, of a colour histogram and of chance. --report also writes report.html, one page that
+needs no network. --baseline NAME instead of --model evaluates a baseline without training (docs/baselines.md).
+docs/protocol.md defines what is measured.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from data_rice.commands import mistakes_end
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """The parser, whose `error` ends with one sentence and status 2, and the options."""
+    """The parser, whose `error` exits with one sentence and status 2, and the options."""
     from data_rice.asr_noise import ASR_MODES
     from evaluation_rice.baselines import BASELINE_NAMES, BASELINES
     from evaluation_rice.options import fusion_weight, not_negative, positive
@@ -33,41 +33,42 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Argume
     method = parser.add_mutually_exclusive_group(required=True)
     method.add_argument("--model", help="checkpoint folder, or the id of a published model")
     names = ", ".join([*BASELINES, *FAMILIES])
-    method.add_argument("--baseline", help=f"{names}, or the id or folder of a vision model of transformers, as it is")
-    add("--baseline_model", help="id or folder for a family named by --baseline; default: its published model")
-    add("--trust_remote_code", action="store_true", help="run Python files that come with the model of --baseline")
+    method.add_argument("--baseline", help=f"{names}, or the id or folder of a vision model of transformers")
+    add("--baseline_model", help="id or folder for the family named by --baseline; default: its published model")
+    add("--trust_remote_code", action="store_true", help="run the Python files of the model of --baseline")
     add("--dataset", required=True, help="mini_lpr4m, lpr4m, shop_clips, a folder in one of their layouts, or a "
         "published data set: its folder, or its id on the Hub")  # fmt: skip
     add("--data_dir", help="folder of the data set's files")
-    add("--split", default="test", choices=("validation", "test"))
+    add("--split", default="test", choices=("validation", "test"), help="split to measure (default: %(default)s)")
     add("--output_dir", required=True, help="folder for results.json, rankings.jsonl, matches.png and README.md")
-    add("--rank_by", choices=KINDS, help="score of rankings.jsonl; default: as the checkpoint's config.ranking says")
-    add("--batch_size", type=positive, default=32, help="clips or images per batch")
+    add("--rank_by", choices=KINDS, help="score of rankings.jsonl; default: config.ranking of the checkpoint")
+    add("--batch_size", type=positive, default=32, help="clips or images per batch (default: %(default)s)")
     add("--num_workers", type=not_negative, default=min(2, os.cpu_count() or 1), help="processes that decode images")
-    add("--device", help="such as cpu or cuda; default: cuda where there is one")
+    add("--device", help="such as cpu or cuda; default: cuda if there is one")
     add_precision(parser, default="fp32")
     add("--boxes", default="none", choices=("none", "ground_truth", "detector"), help="boxes of the intended product "
-        "at test time; detector goes with --detector or --boxes_file")  # fmt: skip
-    add("--detector", help="product detector (folder or id) to make the boxes with, into --output_dir")
-    add("--text", default=True, action=argparse.BooleanOptionalAction, help="give titles and ASR to a model that has "
-        "a text encoder (default), or evaluate it without them")  # fmt: skip
-    add("--asr", default="own", choices=ASR_MODES, help="what the model reads as a clip's ASR: its own (default), "
-        "none, its own words in disorder, or another clip's")  # fmt: skip
-    add("--boxes_file", help="boxes that a product detector made: python -m retrieval_rice.detector run")
-    add("--num_frames", type=positive, help="frames per clip; default: as the checkpoint's processor says")
-    add("--fusion_weight", type=fusion_weight, default="auto", help="of matching in the fused score: number above 0; "
-        "auto (default): the checkpoint's own weight, else fitted on the validation split, else 1; or fit: fitted on "
-        "the validation split whatever the checkpoint has. Where it is fitted, the text's weight is too")  # fmt: skip
+        "at test time; detector needs --detector or --boxes_file (default: %(default)s)")  # fmt: skip
+    add("--detector", help="product detector (folder or id) that makes the boxes; they are written to --output_dir")
+    add("--text", default=True, action=argparse.BooleanOptionalAction, help="give titles and ASR to a model with a "
+        "text encoder (default)")  # fmt: skip
+    add("--asr", default="own", choices=ASR_MODES, help="ASR that the model reads: the clip's own (default), none, "
+        "the clip's own words shuffled, or the ASR of a wrong clip")  # fmt: skip
+    add("--boxes_file", help="box file of a product detector, written by python -m retrieval_rice.detector run")
+    add("--num_frames", type=positive, help="frames per clip; default: that of the checkpoint's processor")
+    add("--fusion_weight", type=fusion_weight, default="auto", help="weight of matching in the fused score: a number "
+        "above 0; auto (default): the checkpoint's weight, else fitted on the validation split, else 1; fit: always "
+        "fitted on the validation split. Fitting it also fits the weight of the text")  # fmt: skip
     add("--fit_data_dir", help="with --fusion_weight fit: folder with the validation split, if not --data_dir")
-    add("--baselines", nargs="*", default=["color_histogram", "chance"], choices=BASELINE_NAMES)
+    add("--baselines", nargs="*", default=["color_histogram", "chance"], choices=BASELINE_NAMES, help="baselines that "
+        "are also measured (default: color_histogram chance)")  # fmt: skip
     add("--gallery_images", choices=("main", "all"), help="LPR4M: one image per product (default), or every image")
-    add("--cache_dir", help="where the data set's tables are cached")
+    add("--cache_dir", help="cache folder for the data set's tables")
     add("--report", action="store_true", help="also write report.html: plots, best and worst clips, heat maps, speed")
     return parser, parser.parse_args(arguments)
 
 
 def build_retriever(options: argparse.Namespace):
-    """The model or baseline as a `Retriever`, and the baseline's entry in results.json (`None` for a model)."""
+    """Loads the model or baseline as a `Retriever`; also returns the baseline's entry in results.json, or `None`."""
     from data_rice.collator import RiceCollator
     from evaluation_rice.options import check_asr
     from evaluation_rice.pretrained_baselines import load_baseline
@@ -91,8 +92,8 @@ def build_retriever(options: argparse.Namespace):
         processor.video_processor.num_frames = options.num_frames
     if use_boxes and not getattr(model.config, "accepts_patch_mask", True):
         raise ValueError(
-            f"--boxes {options.boxes}: the encoder of {options.model} takes no patch mask; evaluate with --boxes "
-            f"none, or train with --model.patch_mask_pooling true."
+            f"--boxes {options.boxes}: the encoder of {options.model} does not support patch masks; evaluate with "
+            f"--boxes none, or train with --model.patch_mask_pooling true."
         )
     use_text = options.text and getattr(model.config, "text_config", None) is not None
     check_asr(options, use_text)
@@ -100,7 +101,7 @@ def build_retriever(options: argparse.Namespace):
 
 
 def load_views(options: argparse.Namespace, split: str, data_dir: str | None):
-    """Queries and gallery of a split, with the boxes of a file where they are a detector's."""
+    """Loads queries and gallery of a split, with `--boxes detector` also the boxes of the box file."""
     from data_rice import load_dataset_view
 
     settings = {"data_dir": data_dir, "cache_dir": options.cache_dir, "gallery_images": options.gallery_images}
@@ -112,7 +113,7 @@ def load_views(options: argparse.Namespace, split: str, data_dir: str | None):
 
 
 def detect_boxes(options: argparse.Namespace, split: str, data_dir: str | None) -> None:
-    """Writes --detector's boxes of a split into the box file; what is there already is not made again."""
+    """Writes the boxes of --detector for a split to the box file. Existing boxes are kept."""
     from retrieval_rice.detector.box_writing import write_boxes
     from retrieval_rice.detector.product_detector import ProductDetector
 
@@ -130,7 +131,7 @@ def detect_boxes(options: argparse.Namespace, split: str, data_dir: str | None) 
 
 
 def evaluate(options: argparse.Namespace, command: str) -> dict:
-    """Loads, runs and reports; returns the results. Bad input raises `ValueError` or `OSError` with one sentence."""
+    """Evaluates and writes all outputs; returns the results. User errors are `ValueError` or `OSError`."""
     from evaluation_rice.options import check_options
     from evaluation_rice.report.output import print_report, write_files
     from evaluation_rice.run import measure
@@ -149,6 +150,7 @@ def evaluate(options: argparse.Namespace, command: str) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Evaluates by command line arguments. A user error exits with status 2 and one sentence."""
     parser, options = parse_arguments(arguments)
     from data_rice.commands import print_anywhere
 

@@ -1,7 +1,7 @@
 """The `rice` command, e.g. `rice convert CHECKPOINT OUTPUT_DIR`.
 
-Each verb is a module with a docstring, `add_arguments(parser)` and `run(options)`. `rice train` and `rice eval` are
-train_rice.py and eval_rice.py with all their arguments.
+Each verb is a module with a docstring, `add_arguments(parser)` and `run(options)`. `rice train` and `rice eval` run
+train_rice.py and eval_rice.py with the same arguments.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from retrieval_rice.demo import command as demo_command
 from retrieval_rice.detector import commands as detector
 from retrieval_rice.service import command as serve_command
 
-# Verb modules import what is slow to load inside `run`, so that `rice --help` answers at once.
+# Verb modules do slow imports inside `run`, so that `rice --help` is fast.
 VERBS = {
     "encoder": encoders,
     "init": untrained,
@@ -31,19 +31,19 @@ VERBS = {
     "detector": detector,
 }
 
-# Verb -> script, and what `rice --help` says of it.
+# Verb -> script and its line in `rice --help`.
 SCRIPTS = {
-    "train": ("train_rice", "train a model from a recipe: train_rice.py, with its arguments"),
-    "eval": ("eval_rice", "measure R@k of a checkpoint under one protocol: eval_rice.py, with its arguments"),
+    "train": ("train_rice", "train a model from a recipe (runs train_rice.py)"),
+    "eval": ("eval_rice", "measure R@k of a checkpoint under one protocol (runs eval_rice.py)"),
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs; a verb's help is its module's docstring."""
+    """The parser of all verbs. The help of a verb is the docstring of its module."""
     parser = argparse.ArgumentParser(prog="rice", description="Livestreaming product recognition with RICE.")
     verbs = parser.add_subparsers(title="verbs", dest="verb", required=True, metavar="VERB")
     for name, (_, summary) in SCRIPTS.items():
-        # Listed for --help alone: `main` hands such a verb on before anything is parsed.
+        # Listed for --help only: `main` passes such a verb to its script before parsing.
         verbs.add_parser(name, help=summary, add_help=False)
     for name, module in VERBS.items():
         summary, _, details = module.__doc__.partition("\n")
@@ -78,7 +78,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _run_script(verb: str, arguments: list[str]) -> None:
-    """Runs a script's `main` under the name `rice VERB`, which its parser's messages begin with."""
+    """Runs a script's `main` under the name `rice VERB`, which its error messages then show."""
     import importlib
 
     called, sys.argv[0] = sys.argv[0], f"rice {verb}"
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     Runs one verb.
 
     Returns:
-        0. A mistake of the user ends the program with status 2 and one sentence.
+        0. A user error ends the program with status 2 and one sentence.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments and arguments[0] in SCRIPTS:
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     parser = build_parser()
     options = parser.parse_args(arguments)
-    # After --help, which this would keep waiting.
+    # Imported after parsing, so that --help is fast.
     from data_rice.commands import mistakes_end, print_anywhere
 
     print_anywhere()

@@ -3,9 +3,9 @@
     python train_rice.py configs/mini_lpr4m.yaml --output_dir runs/mini
     accelerate launch train_rice.py configs/lpr4m_750k.yaml --data_dir PATH --output_dir runs/lpr4m
 
-A recipe is a flat YAML mapping of the arguments in training_rice/arguments.py plus a `model:` section with fields of
-RiceConfig; `--name value` and `--model.name value` override it. Run the same command again to go on from the last
-whole checkpoint. The output folder ends up with the model, its processor and the arguments.
+A recipe is a flat YAML mapping of the arguments in training_rice/arguments.py, plus a `model:` section with fields of
+RiceConfig. `--name value` and `--model.name value` override it. To continue from the last complete checkpoint, run the
+same command again. The output folder receives the model, its processor and the arguments.
 """
 
 import logging
@@ -14,8 +14,8 @@ import sys
 from contextlib import ExitStack
 from functools import partial
 
-# Threads that spin while they wait slow each other down many times over as soon as loader workers share the cores
-# (measured in docs/LOG.md); the OpenMP runtime reads this when torch is first imported.
+# Threads that spin while waiting slow each other down severely if loader workers share the cores (measured in
+# docs/LOG.md). The OpenMP runtime reads this variable when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import transformers
@@ -59,10 +59,13 @@ logger = logging.getLogger("train_rice")
 
 def main(argv: list[str] | None = None) -> None:
     """
-    Trains as the arguments say, `sys.argv`'s by default.
+    Trains a model.
+
+    Args:
+        argv: Command line arguments; `sys.argv[1:]` by default.
 
     Raises:
-        SystemExit: with status 2 and one sentence for a mistake of the user, 130 after Ctrl-C, 143 after SIGTERM.
+        SystemExit: with status 2 and one sentence for a user error, 130 after Ctrl-C, 143 after SIGTERM.
     """
     print_anywhere()
     training_arguments = None
@@ -86,11 +89,11 @@ def _tell_stopped(stopped: Stopped, arguments: RiceTrainingArguments | None) -> 
     if arguments is None or arguments.process_index > 0:
         return
     checkpoint = newest_whole(arguments.output_dir, arguments.world_size)
-    # Of a process that the signal has ended too, before this one could write a checkpoint.
+    # The signal ended another process too, before this one could write a checkpoint.
     lost = "" if stopped.__cause__ is None else f" without another checkpoint ({_sentence(stopped.__cause__)})"
     print(
         f"{program_name()}: stopped by {stopped.name}{lost}; run the same command again to "
-        + ("start anew." if checkpoint is None else f"go on from {checkpoint}."),
+        + ("start again." if checkpoint is None else f"continue from {checkpoint}."),
         file=sys.stderr,
     )
 
@@ -98,7 +101,7 @@ def _tell_stopped(stopped: Stopped, arguments: RiceTrainingArguments | None) -> 
 def _sentence(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     if "Original Traceback (most recent call last):" in lines:
-        # From a loader's worker, with its message last.
+        # An error of a loader worker ends with the original message.
         return lines[-1].partition(": ")[2]
     return " ".join(lines)
 
@@ -106,7 +109,7 @@ def _sentence(error: Exception) -> str:
 def train(
     model_arguments: ModelArguments, data_arguments: DataArguments, training_arguments: RiceTrainingArguments
 ) -> None:
-    """Trains, goes on with a run, or finds that there is nothing to do; raises what the user has to hear."""
+    """Starts or continues a run, or reports that it is finished. Raises user errors."""
     check_processes(training_arguments)
     check_frozen(model_arguments, training_arguments)
     arguments = model_arguments, data_arguments, training_arguments
@@ -119,18 +122,18 @@ def train(
         with failing_together(), writing("the arguments", training_arguments.output_dir):
             record()
         if finished:
-            logger.info("The run in %s is finished, there is nothing to do.", training_arguments.output_dir)
+            logger.info("The run in %s is finished; there is nothing to do.", training_arguments.output_dir)
             return
         trainer = build_trainer(*arguments)
-        # Again, with what the trainer has chosen.
+        # Recorded again, with the values that the trainer has chosen.
         with failing_together(), writing("the arguments", training_arguments.output_dir):
             record()
         report(trainer, run(trainer, checkpoint))
 
 
 def _claim(arguments: RiceTrainingArguments, while_running: ExitStack) -> tuple[str | None, bool]:
-    """Keeps other runs out of the output folder; the checkpoint to go on from, and whether the run is finished."""
-    # A finished run is left as it is, to the byte.
+    """Locks the output folder; returns the checkpoint to continue from, and whether the run is finished."""
+    # A finished run is not changed, so it needs no lock.
     if not is_finished(arguments):
         while_running.enter_context(run_lock(arguments.output_dir))
     if is_finished(arguments):
@@ -141,7 +144,7 @@ def _claim(arguments: RiceTrainingArguments, while_running: ExitStack) -> tuple[
 def build_trainer(
     model_arguments: ModelArguments, data_arguments: DataArguments, training_arguments: RiceTrainingArguments
 ) -> RiceTrainer:
-    """Data, model, processor and trainer, ready to train."""
+    """Builds data, model and processor, and returns the trainer."""
     transformers.set_seed(training_arguments.seed)
     with training_arguments.main_process_first(desc="building the data tables"):
         pairs, validation = load_views(data_arguments, training_arguments)
@@ -174,32 +177,34 @@ def _failure_log(arguments: RiceTrainingArguments) -> str:
 
 
 def run(trainer: RiceTrainer, checkpoint: str | None) -> dict[str, float]:
-    """Trains from the start or a checkpoint to the end, and measures; returns what was measured."""
+    """Trains to the end, from the start or from a checkpoint, and evaluates. Returns the metrics."""
     if checkpoint is not None:
-        logger.info("Going on from %s.", checkpoint)
+        logger.info("Continuing from %s.", checkpoint)
     if checkpoint is not None and is_trained(checkpoint):
-        # Trainer would make a step beyond the last one.
+        # Trainer would take one more step after the last.
         metrics = trainer.load_trained(checkpoint)
     else:
         metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
     if trainer.eval_views is not None:
         metrics |= trainer.evaluate()
+    else:
+        trainer.fit_alignment()
     return metrics
 
 
 def report(trainer: RiceTrainer, metrics: dict[str, float]) -> None:
-    """Leaves the model and the figures of its training in the output folder, and publishes them if asked to."""
+    """Saves the model and its training metrics to the output folder, and publishes them if `push_to_hub` is set."""
     folder, failure_log = trainer.args.output_dir, _failure_log(trainer.args)
     unreadable = count_failures(read_failure_log(failure_log))
     if unreadable["unreadable_media"]:
         logger.warning(
-            "%d unreadable files were left out of training (%d frames were replaced by others, %d pairs skipped); "
-            "%s lists them.",
+            "%d unreadable files were left out of training (%d frames replaced by others, %d pairs skipped); %s lists "
+            "them.",
             *(unreadable[name] for name in ("unreadable_media", "replaced_frames", "skipped_pairs")),
             failure_log,
         )
     metrics |= run_figures(trainer.state.log_history) | unreadable
-    # Published below, when the record of its training is there too.
+    # Published below, after the training record is written.
     trainer.save_final()
     with writing("the results", folder):
         trainer.save_metrics("train", metrics)
@@ -209,14 +214,14 @@ def report(trainer: RiceTrainer, metrics: dict[str, float]) -> None:
 
 
 def publish(trainer: RiceTrainer) -> None:
-    """Publishes a finished run; a failure says how to do it again without training again."""
+    """Publishes a finished run. The error message says how to publish it later without training again."""
     folder, repository = trainer.args.output_dir, trainer.hub_model_id
     try:
         commit = trainer.push_to_hub(revision=trainer.args.hub_revision)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"the finished run in {folder} could not be published: {error} Then: rice publish {folder} {repository} "
-            f"--without_results."
+            f"the finished run in {folder} could not be published: {error} Afterwards run: rice publish {folder} "
+            f"{repository} --without_results."
         ) from error
     if commit is not None:
         logger.info("Published %s.", commit.commit_url)

@@ -2,8 +2,8 @@
 
     python benchmarks/bench_alignment.py [--images 600] [--frames 4 10] [--threads 1] [--device cuda]
 
-One JSON line per number of frames and precision of the cosines. Patches of the shop are kept in float16, as in an
-index. The plain side holds all cosines of an image and a clip, and of the whole shop on a GPU, in float32.
+One JSON line per number of frames and precision of the cosines. Patches of the shop are in float16, as in an index.
+The plain side computes all cosines of an image and a clip (on a GPU, of the whole shop) at once, in float32.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--frames", type=int, nargs="+", default=[4, 10], help="frames of the clip")
     add("--patches", type=int, default=196, help="patches of a picture or frame")
     add("--rank", type=int, default=64, help="width of a patch")
-    add("--repeats", type=int, default=10, help="timed runs, of which the fastest counts")
+    add("--repeats", type=int, default=10, help="timed runs; the fastest one counts")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, help="CPU threads; default: as torch chooses")
     return parser.parse_args(arguments)

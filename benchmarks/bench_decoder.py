@@ -2,10 +2,10 @@
 
     python benchmarks/bench_decoder.py [--images 64 1000 10000] [--device cuda]
 
-One JSON line per shop size. Both sides start from encoded pictures and give the same scores. The plain side takes the
-pairs of two images at a time, recomputes the clip's keys and values for each pair and runs all 50 query rows; it is
-measured on `--plain_pairs` pairs, since its cost per pair does not depend on how many there are. Larger shops repeat
-the encoded images, which changes no cost.
+One JSON line per shop size. Both sides start from encoded pictures and give the same scores. The plain side processes
+the pairs of two images at a time, recomputes the clip's keys and values for each pair and runs all 50 query rows. It
+is measured on `--plain_pairs` pairs, because its cost per pair does not depend on their number. Larger shops repeat
+the encoded images, which does not change the cost.
 """
 
 import argparse
@@ -21,9 +21,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--images", type=int, nargs="+", default=[64, 1000, 10_000], help="shop sizes")
-    add("--plain_pairs", type=int, default=64, help="pairs the plain side is measured on, and distinct images")
+    add("--plain_pairs", type=int, default=64, help="pairs for the plain side, and distinct images")
     add("--frames", type=int, default=10, help="frames of the clip")
-    add("--repeats", type=int, default=5, help="timed runs, of which the fastest counts")
+    add("--repeats", type=int, default=5, help="timed runs; the fastest one counts")
     add("--max_memory_mb", type=int, default=512, help="memory setting of `match`")
     add("--size", choices=measure.SIZES, default="vit_b_32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = options.device
-    # TensorFloat-32 would round one side's matrix products differently from the other's.
+    # TensorFloat-32 would round the matrix products of the two sides differently.
     torch.set_float32_matmul_precision("highest")
     model = measure.build_model(options.size).to(device).eval()
     side = model.config.vision_config.image_size

@@ -1,12 +1,13 @@
-"""Steps per second of training on a frozen encoder: from pictures against from cached features, in one run.
+"""Steps per second of training on a frozen encoder: from pictures and from cached features, in one run.
 
     python benchmarks/bench_feature_cache.py
     python benchmarks/bench_feature_cache.py --architecture tf_efficientnet_lite2 --losses icl icl_pmd_pfr
+    python benchmarks/bench_feature_cache.py --unfreeze_last_stage --batch_size 48 --cached_steps 4
 
-One JSON line per way to train, and one for the pass that fills the cache, on `--clips` clips of random pictures that
-are encoded as JPEG. A step is all of it: reading, decoding, the encoder, the losses, backward and optimiser. Weights
-are random, which changes no time. `loss_difference` is the largest between the two ways' losses at the same step, the
-cache being in fp32 there. CPU time is what can be compared on a machine that does other things too.
+One JSON line per training mode, and one for the pass that fills the cache, on `--clips` clips of random JPEG pictures.
+A step includes reading, decoding, encoder, losses, backward pass and optimiser. Weights are random, which does not
+change the times. `loss_difference` is the largest difference of the losses at the same step, with the cache in fp32.
+Compare CPU time, which other programs on the machine affect little.
 """
 
 import argparse
@@ -45,9 +46,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--clips", type=int, default=192, help="pairs of a clip and an image")
     add("--batch_size", type=int, default=96)
     add("--frames", type=int, default=3, help="frames of a clip")
-    add("--side", type=int, default=224, help="of the pictures, in pixels")
-    add("--plain_steps", type=int, default=2, help="steps from pictures that are measured, after one that is not")
+    add("--side", type=int, default=224, help="side of the pictures in pixels")
+    add("--plain_steps", type=int, default=2, help="measured steps from pictures, after one warm-up step")
     add("--cached_steps", type=int, default=100)
+    add("--unfreeze_last_stage", action="store_true", help="train the encoder's last stage in both modes")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     if options.clips < options.batch_size:
@@ -56,7 +58,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_pairs(options: argparse.Namespace) -> Dataset:
-    """Clips of noise, each with an image of its own."""
+    """Clips of noise, each with its own image."""
     generator = torch.Generator().manual_seed(0)
 
     def picture() -> dict:
@@ -86,7 +88,7 @@ class StepTimes(TrainerCallback):
 
 
 def train(options: argparse.Namespace, pairs: Dataset, losses: str, folder: str, cached: bool) -> tuple[dict, list]:
-    """Figures of one way to train, and the loss of each step."""
+    """Figures of one training mode, and the loss of each step."""
     torch.manual_seed(0)
     vision = {"model_type": "timm_wrapper", "architecture": options.architecture, "num_classes": 0}
     settings = {"vision_config": vision, "projection_dim": 256, "logit_scale_init_value": 15.0, **LOSSES[losses]}
@@ -108,6 +110,7 @@ def train(options: argparse.Namespace, pairs: Dataset, losses: str, folder: str,
         logging_steps=1,
         save_strategy="no",
         freeze_vision=True,
+        unfreeze_last_stage=options.unfreeze_last_stage,
         **arguments,
     )
     collators = build_collators(data, processor, f"{folder}/failures.jsonl")
@@ -133,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("training_rice").setLevel(logging.ERROR)
     pairs = make_pairs(options)
     about = {"batch_size": options.batch_size, "frames": options.frames, **measure.machine(options.device)}
-    about |= {"architecture": options.architecture}
+    about |= {"architecture": options.architecture, "last_stage_trained": options.unfreeze_last_stage}
     for losses in options.losses:
         with tempfile.TemporaryDirectory() as folder:
             plain, plain_losses = train(options, pairs, losses, folder, cached=False)

@@ -1,13 +1,13 @@
-"""Peak memory of a training step: the plain step at growing batches against GradCache at a batch beyond them.
+"""Peak memory of a training step: the plain step at growing batches, and GradCache at a larger batch.
 
     python benchmarks/bench_grad_cache.py
     python benchmarks/bench_grad_cache.py --device cuda --size vit_b_32 --precision bf16 --plain 64 128 256
 
-One JSON line per step, each in a process of its own, so that peak memory is its own. Memory counts from a model with
-gradients and the batch in place; on a GPU the batch of GradCache waits in main memory and comes over in chunks, and
-the plain one's is on the device beforehand. `bound_mb` is what GradCache promises: the plain step's peak on a batch of
-one chunk, measured here too, plus `kept_mb`, computed from sizes (training_rice/grad_cache.py). `loss_difference` is
-to the plain step on the same batch.
+One JSON line per step, each in its own process, so that the peak memory is separate. Memory counts from a state with
+model, gradients and batch. On a GPU the batch of GradCache is in main memory and is moved in chunks; the batch of the
+plain step is on the device. `bound_mb` is the expected maximum of GradCache: the measured peak of the plain step on a
+batch of one chunk, plus `kept_mb`, computed from sizes (training_rice/grad_cache.py). `loss_difference` is relative to
+the plain step on the same batch.
 """
 
 import argparse
@@ -35,14 +35,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--batch_size", type=int, default=4096, help="pairs of GradCache's large step")
-    add("--plain", type=int, nargs="+", default=[64, 256, 1024], help="pairs of plain steps, done by GradCache too")
+    add("--plain", type=int, nargs="+", default=[64, 256, 1024], help="pairs of plain steps, also run with GradCache")
     add("--chunk", type=int, default=64, help="pairs per chunk, at least 4")
     add("--frames", type=int, default=2, help="frames per clip")
     add("--losses", nargs="+", choices=LOSSES, default=["icl", "icl_pmd_pfr"])
     add("--size", choices=measure.SIZES, default="tiny")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--pair_memory", type=int, default=32, help="MB for the decoder's pairs")
+    add("--pair_memory", type=int, default=32, help="MB for intermediate results of the decoder's pairs")
     add("--threads", type=int, help="CPU threads; default: as torch chooses")
     add("--measure", choices=("plain", "grad_cache"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -52,7 +52,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_batch(size: int, frames: int, side: int) -> dict[str, torch.Tensor]:
-    """Random pictures in half precision, to leave room; the model casts them."""
+    """Random pictures in half precision, to save memory; the model casts them."""
     generator = torch.Generator().manual_seed(1)
     return {
         "pixel_values": torch.randn(size, 3, side, side, generator=generator).half(),
@@ -90,7 +90,7 @@ def measure_step(options: argparse.Namespace) -> dict[str, object]:
         return loss.detach()
 
     image_size = model.config.vision_config.image_size
-    # Kernels are chosen in the first step.
+    # The first step selects kernels.
     step(to_device(make_batch(4, options.frames, image_size)))
     batch = make_batch(batch_size, options.frames, image_size)
     if side == "plain":
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
             command = [sys.executable, __file__, *arguments, "--losses", losses, "--batch_size", str(size)]
             result = subprocess.run([*command, "--measure", side], capture_output=True, text=True)
             if result.returncode:
-                # What does not fit is a result, too.
+                # A step that does not fit into memory is a result, too.
                 error = result.stderr.strip().splitlines()[-1:] or ["killed"]
                 row = {"side": side, "losses": losses, "batch_size": size, "error": error[0][:200]}
             else:

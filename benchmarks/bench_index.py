@@ -1,4 +1,4 @@
-"""Photographs of a shop to encodings: `rice index` in fp32, bf16, int8 beside transformers' CLIP as a user writes it.
+"""From photographs of a shop to encodings: `rice index` in fp32, bf16 and int8, and a user's code with CLIP.
 
     python benchmarks/bench_index.py [--photographs 300] [--pixels 960] [--threads 2]
 
@@ -25,11 +25,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--photographs", type=int, default=300)
-    add("--pixels", type=int, default=960, help="of the longer side of a photograph")
+    add("--pixels", type=int, default=960, help="longer side of a photograph in pixels")
     add("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     add("--size", choices=("vit_b_32", "tiny"), default="vit_b_32")
     add("--batch_size", type=int, default=64)
-    add("--num_workers", type=int, default=min(2, os.cpu_count() or 1), help="processes of `rice index` that decode")
+    add("--num_workers", type=int, default=min(2, os.cpu_count() or 1), help="decoding processes of `rice index`")
     add("--threads", type=int, help="CPU threads; default: as torch chooses")
     add("--side", choices=SIDES, help=argparse.SUPPRESS)
     add("--folder", type=Path, help=argparse.SUPPRESS)
@@ -37,7 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def draw_photographs(folder: Path, count: int, pixels: int) -> None:
-    """JPEG files with structure at all scales, so that they take about as long to decode as photographs."""
+    """JPEG files with structure at all scales, which take about as long to decode as photographs."""
     import numpy as np
     from PIL import Image
 
@@ -70,7 +70,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
 
 
 def clock() -> tuple[float, float]:
-    """Seconds, and of CPU time of this process and of those that it started and that have ended."""
+    """Wall-clock seconds, and CPU seconds of this process and its finished children."""
     return time.perf_counter(), sum(os.times()[:4])
 
 
@@ -79,7 +79,7 @@ def since(start: tuple[float, float]) -> list[float]:
 
 
 def run_transformers(options: argparse.Namespace, files: list[Path], side: str) -> list[float]:
-    """Seconds, and of CPU time, of what a user writes."""
+    """Wall-clock and CPU seconds of a user's code."""
     import torch
     from PIL import Image
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
@@ -102,7 +102,7 @@ def run_transformers(options: argparse.Namespace, files: list[Path], side: str) 
 
 
 def run_rice(options: argparse.Namespace, files: list[Path], side: str) -> list[float]:
-    """Seconds, and of CPU time, of `rice index`."""
+    """Wall-clock and CPU seconds of `rice index`."""
     from retrieval_rice.index import GalleryIndex
     from retrieval_rice.index.table import lancedb
     from retrieval_rice.options import load_encoder

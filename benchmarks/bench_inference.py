@@ -3,11 +3,11 @@
     python benchmarks/bench_inference.py [--size lite0] [--device cuda]
 
 One JSON line per variant: milliseconds per shop image, per clip and per pair of a clip and an image, the largest
-differences to torch in fp32, and the size of the weights. All variants get the same pixels, on frames that are packed
-already. The ONNX files hold the encoder twice, once for images and once for clips; they run on the CPU only. Compiling
-and exporting are not timed. Of an encoder with batch norms (`--size lite0`) "folded" are those with these folded and
-channels last, as the commands use it. Random weights: what int8 costs in recall is told by
-`rice export --int8 --evaluate`, and what each precision does by bench_precision.py.
+differences to torch in fp32, and the size of the weights. All variants get the same pixels, as frames without padding.
+The ONNX files hold the encoder twice, for images and for clips; they run on the CPU only. Compiling and exporting are
+not timed. For an encoder with batch norms (`--size lite0`), "folded" means folded batch norms and channels-last
+layout, as in the commands. Weights are random; `rice export --int8 --evaluate` measures the recall of int8, and
+bench_precision.py the effect of each precision.
 """
 
 import argparse
@@ -35,12 +35,12 @@ Run = Callable[..., list[Tensor]]
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--variants", nargs="+", choices=VARIANTS + FOLDED, help="default: all that the device has")
-    add("--batch_size", type=int, default=16, help="images encoded at a time")
-    add("--clips", type=int, default=2, help="clips encoded at a time")
+    add("--variants", nargs="+", choices=VARIANTS + FOLDED, help="default: all that the device supports")
+    add("--batch_size", type=int, default=16, help="images per batch")
+    add("--clips", type=int, default=2, help="clips per batch")
     add("--frames", type=int, default=10, help="frames per clip")
     add("--pairs", type=int, default=1000, help="images that one clip is scored against")
-    add("--repeats", type=int, default=5, help="timed runs, of which the fastest counts")
+    add("--repeats", type=int, default=5, help="timed runs; the fastest one counts")
     add("--size", choices=measure.SIZES, default="vit_b_32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, help="CPU threads; default: as torch chooses")
@@ -73,7 +73,7 @@ def make_inputs(options: argparse.Namespace, model) -> dict[str, tuple[Tensor, .
 
 
 def variants(options: argparse.Namespace, model, folder: Path) -> Iterator[tuple[str, dict[str, Run], float]]:
-    """Name, what runs each part, and megabytes."""
+    """Name, function of each part, and megabytes."""
     megabytes = sum(p.nbytes for p in model.parameters()) / 1e6
     if any(name.startswith("onnx") for name in options.variants):
         side, patch = model.layout.image_size[0], getattr(model.config.vision_config, "patch_size", 32)
@@ -101,12 +101,12 @@ def variants(options: argparse.Namespace, model, folder: Path) -> Iterator[tuple
 
 
 def parts_of(model) -> dict[str, Run]:
-    """The parts that are measured: the encoder is within the others."""
+    """The measured parts, which include the encoder."""
     return {name: tower for name, tower in towers(model).items() if name != "encoder"}
 
 
 def in_half(tower) -> Run:
-    """Features are taken in half precision; pixels are cast by the model itself."""
+    """Runs with features in half precision; the model casts pixels itself."""
 
     def run(*inputs: Tensor) -> list[Tensor]:
         if len(inputs) == 4:
@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    # TensorFloat-32 would round what the others are compared with.
+    # TensorFloat-32 would round the reference of the comparison.
     torch.set_float32_matmul_precision("highest")
     model = measure.build_model(options.size).eval()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():

@@ -1,17 +1,17 @@
-"""From JPEG to tensor: the collator's fast and exact ways against the plain way, in one run.
+"""From JPEG to tensor: the collator's fast and exact modes and plain code, in one run.
 
     python benchmarks/bench_loader.py [--frames_dir FOLDER]
 
-One JSON line per content and side. The plain side opens each frame with PIL, decodes it whole, resizes it by bicubic,
-and normalises it in float32, one frame at a time. The other sides are `RiceCollator.collate_queries`: `exact`; `fast`,
-which decodes at reduced scale and gives uint8, as loader workers do in training; and `fast_with_normalize`, which adds
-what the device does with them, on the CPU. Rates are per second of CPU time of one core, since loader workers share
-nothing but the disk; encoded frames are read from memory.
+One JSON line per content and side. The plain side opens each frame with PIL, decodes the whole picture, resizes it
+bicubically, and normalises it in float32, one frame at a time. The other sides are `RiceCollator.collate_queries`:
+`exact`; `fast`, which decodes at reduced scale to uint8, as loader workers do in training; and `fast_with_normalize`,
+which adds the normalisation of the device, on the CPU. Rates are per second of CPU time of one core, because loader
+workers share only the disk. Encoded frames are read from memory.
 
-Contents: `photo` is photographs, when `--frames_dir` names a folder of them (cut to the size and encoded anew);
-`leaves` is the dead leaves model of natural pictures (opaque shaded discs whose radii follow a power law, with sensor
-noise); `noise` is independent pixels, the worst case for the fast way. `mean_difference` and `max_difference` compare
-the uint8 pictures with PIL's bicubic of the whole picture, in grey levels of 255.
+Contents: `photo` are photographs from `--frames_dir` (cut to the size and encoded again); `leaves` is the dead leaves
+model of natural pictures (opaque shaded discs whose radii follow a power law, with sensor noise); `noise` is
+independent pixels, the worst case for the fast mode. `mean_difference` and `max_difference` compare the uint8 pictures
+with PIL's bicubic resizing of the whole picture, in grey levels of 255.
 """
 
 import argparse
@@ -36,13 +36,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--frames_dir", type=Path, help="folder of photographs, for the content `photo`")
-    add("--width", type=int, default=540, help="of a frame")
-    add("--height", type=int, default=960, help="of a frame")
-    add("--image_size", type=int, default=224, help="side that frames are resized to")
+    add("--width", type=int, default=540, help="width of a frame")
+    add("--height", type=int, default=960, help="height of a frame")
+    add("--image_size", type=int, default=224, help="side of the resized frames")
     add("--frames", type=int, default=10, help="frames of a clip")
     add("--clips", type=int, default=4, help="different clips; each timed run takes all of them")
-    add("--quality", type=int, default=75, help="of the JPEGs; PIL's own is 75")
-    add("--repeats", type=int, default=5, help="timed runs, of which the fastest counts")
+    add("--quality", type=int, default=75, help="JPEG quality; PIL's default is 75")
+    add("--repeats", type=int, default=5, help="timed runs; the fastest one counts")
     return parser.parse_args(arguments)
 
 
@@ -67,7 +67,7 @@ def draw_leaves(rng: np.random.Generator, width: int, height: int) -> Image.Imag
 
 
 def make_frames(content: str, options: argparse.Namespace) -> list[bytes]:
-    """As many JPEGs as distinct clips need; few pictures are drawn, each of them shifted and mirrored."""
+    """JPEGs for all distinct clips; few pictures are drawn, then shifted and mirrored."""
     rng = np.random.default_rng(0)
     size = (options.width, options.height)
     if content == "photo":
@@ -167,7 +167,7 @@ def compare(content: str, options: argparse.Namespace) -> list[dict]:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    # A loader's worker has one thread.
+    # A loader worker has one thread.
     torch.set_num_threads(1)
     for content in (["photo"] if options.frames_dir else []) + ["leaves", "noise"]:
         for row in compare(content, options):

@@ -1,4 +1,4 @@
-"""What a precision costs: R@k and agreement of rankings of fp32, bf16, fp16 and exported encoders, on one split.
+"""Cost of a precision: R@k and agreement of rankings for fp32, bf16, fp16 and exported encoders, on one split.
 
     python benchmarks/bench_precision.py --model M --dataset D [--data_dir DIR] [--split test] [--towers DIR]
 
@@ -40,7 +40,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--decode", choices=("exact", "fast"), default="exact", help="of all sides but the first")
     add("--batch_size", type=int, default=16)
     add("--num_workers", type=int, default=0)
-    add("--cache_dir", help="where the data set's tables are cached")
+    add("--cache_dir", help="folder for the cached tables of the data set")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     auto = choose_precision("auto", torch.device(options.device))

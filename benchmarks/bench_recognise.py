@@ -1,10 +1,10 @@
-"""`rice recognise` on a video: times real time, by encoder and precision.
+"""`rice recognise` on a video: speed relative to real time, by encoder and precision.
 
     python benchmarks/bench_recognise.py [--sizes lite0 vit_b_32] [--precisions fp32 bf16] [--threads 2]
 
-One JSON line per encoder and precision: seconds of video per second of work, from the file to the last segment, frames
-decoded by `--fps`, windows of 4 s every second, searched in a shop of `--shop` images; random weights and pictures.
-Loading the model is not timed. A live stream is kept up with above 1.
+One JSON line per encoder and precision: seconds of video per second of work, from the file to the last segment, with
+`--fps` frames per second and windows of 4 s every second, searched in a shop of `--shop` images. Weights and pictures
+are random. Loading the model is not timed. Above 1, recognition is fast enough for a live stream.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--sizes", nargs="+", choices=measure.SIZES, default=["lite0", "vit_b_32"])
     add("--precisions", nargs="+", choices=PRECISIONS, default=["fp32", "bf16"])
     add("--seconds", type=int, default=60, help="length of the video")
-    add("--fps", type=float, default=2.5, help="frames per second that are looked at")
+    add("--fps", type=float, default=2.5, help="frames per second")
     add("--shop", type=int, default=100, help="images of the shop")
     add("--pixels", type=int, nargs=2, default=(540, 960), help="width and height of the video")
     add("--threads", type=int, default=os.cpu_count(), help="CPU threads")

@@ -1,20 +1,20 @@
-"""Searching a shop in its table: exact, one livestream, HNSW and IVF-PQ, beside tensors in memory, in one run.
+"""Search of a shop in its table: exact, one livestream, HNSW and IVF-PQ, and tensors in memory, in one run.
 
     python benchmarks/bench_retrieval.py [--rows 66358 1000000] [--steps torch exact room hnsw ivfpq ...]
 
-One JSON line per step and size, each measured in a fresh process, so that `peak_rss_mb` is that step's own:
+One JSON line per step and size, each measured in a new process, so that `peak_rss_mb` is for that step only:
 
-* `torch`: the other side: `model.similarity` and `topk` on tensors in memory, without table, records or ties;
-* `exact`: `GalleryIndex` over all images, kept in memory; `streamed`: the same without memory, read for each search;
-* `room`: one livestream of `--shop` images: `cold_ms` from the files for the first time, `ms` once it is in memory;
-* `hnsw`, `ivfpq`: approximate search; `recall@10` is against exact search, `index_mb` what it adds to the folder;
+* `torch`: the reference: `model.similarity` and `topk` on tensors in memory, without table, records or ties;
+* `exact`: `GalleryIndex` over all images in memory; `streamed`: the same without memory, read for each search;
+* `room`: one livestream of `--shop` images: `cold_ms` for the first read from files, `ms` from memory;
+* `hnsw`, `ivfpq`: approximate search; `recall@10` is relative to exact search, `index_mb` is the added disk space;
 * `match_top`, `match_shop`: search and matching over the nearest 100, and over all images of a livestream;
-* `end_to_end`: decoded frames to answer (processor, encoder, search, matching over 100) at batch 1 and 32;
-* `write`: `write_seconds` for all rows, then one image more (`put_ms`), and until a second reader finds it;
-* `load`: `--clients` threads that search for `--seconds`: searches per second, median and 99th percentile.
+* `end_to_end`: from decoded frames to the answer (processor, encoder, search, matching over 100) at batch 1 and 32;
+* `write`: `write_seconds` for all rows, then the time for one more image (`put_ms`), and until a second reader sees
+it; * `load`: `--clients` threads that search for `--seconds`: searches per second, median and 99th percentile.
 
-Embeddings are drawn around centres (`--centres` rows each), queries near rows of the shop, which is harder for
-approximate search than the even spread of random vectors.
+Embeddings are drawn around centres (`--centres` rows each), and queries near rows of the shop. This is harder for
+approximate search than uniform random vectors.
 """
 
 import argparse
@@ -38,15 +38,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--rows", type=int, nargs="+", default=[66_358, 1_000_000], help="images of the shop")
     add("--steps", nargs="+", choices=STEPS, default=list(STEPS))
-    add("--size", choices=("vit_b_32", "tiny"), default="vit_b_32", help="model, which sets the embeddings' width")
+    add("--size", choices=("vit_b_32", "tiny"), default="vit_b_32", help="model, which sets the embedding width")
     add("--queries", type=int, default=64, help="clips searched at once, and for recall")
     add("--shop", type=int, default=603, help="images of one livestream")
     add("--centres", type=int, default=50, help="images per cluster")
     add("--frames", type=int, default=10, help="frames per clip")
-    add("--dtype", choices=("float16", "float32"), default="float16", help="of the stored encodings")
-    add("--repeats", type=int, default=5, help="timed runs, of which the fastest counts")
+    add("--dtype", choices=("float16", "float32"), default="float16", help="type of the stored encodings")
+    add("--repeats", type=int, default=5, help="timed runs; the fastest one counts")
     add("--settings", type=json.loads, default={}, help="of approximate search, such as '{\"ef_search\": 64}'")
-    add("--folder", help="where the tables are written; default: a temporary folder")
+    add("--folder", help="folder for the tables; default: a temporary folder")
     add("--clients", type=int, default=4, help="threads of the load test")
     add("--seconds", type=float, default=10, help="length of the load test")
     add("--device", default="cpu")
@@ -56,7 +56,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def memory_mb(field: str) -> float:
-    """A field of the process's status, such as the peak of resident memory, in MB; 0 where the system has none."""
+    """A field of the process's status, such as peak resident memory, in MB; 0 if the system has none."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -65,7 +65,7 @@ def memory_mb(field: str) -> float:
 
 
 def make_shop(model, rows: int, options, folder: str):
-    """An index of `rows` clustered encodings, livestreams of `--shop` images each, clips near some, and seconds."""
+    """An index of `rows` clustered encodings in livestreams of `--shop` images, clips near some, and seconds."""
     import torch
 
     from modeling_rice import RiceClips, RiceGallery
@@ -83,7 +83,7 @@ def make_shop(model, rows: int, options, folder: str):
     picked, seconds = [], 0.0
     for start in range(0, rows, 65_536):
         count = min(65_536, rows - start)
-        # Two thirds of an image's length are its cluster's, so that neighbours are many and near.
+        # The cluster contributes two thirds of an image's vector, so that there are many near neighbours.
         noise = 0.7 * torch.randn(count, width, generator=generator)
         embeds = centres[torch.randint(len(centres), (count,), generator=generator)] + noise
         embeds = torch.nn.functional.normalize(embeds, dim=1)
@@ -132,9 +132,9 @@ def recall(found: list, expected: list) -> float:
 
 
 def measure_search(index, clips, options, folder: str) -> dict:
-    """`exact`, `streamed`, `hnsw` or `ivfpq`: the search and the reading of ten images, without matching."""
+    """`exact`, `streamed`, `hnsw` or `ivfpq`: search and reading of ten images, without matching."""
     row: dict[str, object] = {}
-    # Exact answers of the same run are what recall is against.
+    # Recall is relative to the exact answers of the same run.
     expected = index.search(clips, rerank=10)
     if options.step in ("hnsw", "ivfpq"):
         before, start, cpu = folder_mb(folder), time.perf_counter(), time.process_time()
@@ -158,7 +158,7 @@ def measure_search(index, clips, options, folder: str) -> dict:
 
 
 def measure_torch(index, clips, options) -> dict:
-    """What a user writes without an index: the similarity to all images in memory, and the ten best."""
+    """A user's code without an index: the similarity to all images in memory, and the ten best."""
     snapshot = index._newest.rooms().snapshot
     gallery = snapshot.features(snapshot.read(["embeds"]), type_of_gallery(), ["embeds"]).to(options.device)
 
@@ -178,7 +178,7 @@ def type_of_gallery() -> type:
 
 
 def measure_room(index, clips, options, folder: str) -> dict:
-    """One livestream: from the files, and once it is in memory; rooms of other livestreams are no help."""
+    """One livestream, from the files and from memory; other livestreams in memory do not help."""
     from retrieval_rice.index import GalleryIndex
 
     lives = [f"live-{number}" for number in range(min(20, options.rows[0] // options.shop))]
@@ -193,7 +193,7 @@ def measure_room(index, clips, options, folder: str) -> dict:
 
 
 def measure_write(index, clips, options, folder: str, seconds: float) -> dict:
-    """One image more, and until another reader finds it, that looks for a new version with each search."""
+    """One more image, and the time until another reader, which checks for new versions in each search, finds it."""
     from retrieval_rice.index import GalleryIndex
 
     reader = GalleryIndex.load(folder, index.model, refresh_s=0)
@@ -245,14 +245,14 @@ def measure_end_to_end(index, options) -> dict:
             inputs = processor(videos=[frames] * batch).to(options.device)
             return index.search(index.model.encode_clips(**inputs), "live-0")
 
-        # The frames of 32 clips are a minute's work for two cores.
+        # The frames of 32 clips take two cores about a minute.
         ms, cpu_ms = timed(answer, options, options.repeats if batch == 1 else 1)
         row |= {f"ms_batch_{batch}": ms, f"cpu_ms_batch_{batch}": cpu_ms, f"ms_per_clip_batch_{batch}": ms / batch}
     return row
 
 
 def load_test(index, clips, options) -> dict:
-    """Searches per second of several clients that each wait for their answer."""
+    """Searches per second of several clients, each waiting for its answer."""
     import numpy as np
 
     times: list[float] = []
@@ -323,7 +323,7 @@ def main(arguments: list[str] | None = None) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     for rows in options.rows:
         for step in options.steps:
-            # The last mention of an option counts.
+            # The last occurrence of an option counts.
             print(f"{step} of {rows:,} images", file=sys.stderr)
             command = [sys.executable, __file__, *given, "--steps", step, "--rows", str(rows), "--step", step]
             result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)

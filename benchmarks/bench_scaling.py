@@ -3,12 +3,12 @@
     python benchmarks/bench_scaling.py [--processes 1 2] [--size vit_b_32 --batch_size 32 --frames 10]
     python benchmarks/bench_scaling.py --simulate --compute_seconds 0.31 --nodes 1 2 4 8 16
 
-One JSON line per number of processes: each runs `RiceTrainer` on clips of JPEG frames held in memory, which loader
-workers decode. The first half of the steps is warm-up. Processes take one GPU each where there are enough; on CPU they
-share the cores, so that two are no faster than one unless cores are left over.
+One JSON line per number of processes: each runs `RiceTrainer` on clips of JPEG frames in memory, which loader workers
+decode. The first half of the steps is warm-up. Each process takes one GPU if there are enough. On CPU they share the
+cores, so two processes are not faster than one unless there are spare cores.
 
-`--simulate` runs nothing. It prints the step time that follows from a measured one (`--compute_seconds`, one process,
-same batch) and stated speeds, by the formulas of docs/scale.md.
+`--simulate` runs nothing. It prints the step time predicted from a measured one (`--compute_seconds`, one process,
+same batch) and given speeds, with the formulas of docs/scale.md.
 """
 
 import argparse
@@ -34,21 +34,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=int, default=8, help="pairs per process, at least 4")
     add("--frames", type=int, default=10, help="frames per clip")
     add("--side", type=int, default=540, help="longer side of the JPEG frames, in pixels")
-    add("--steps", type=int, default=10, help="measured steps, after as many that are not")
+    add("--steps", type=int, default=10, help="measured steps, after as many warm-up steps")
     add("--workers", type=int, default=2, help="loader workers per process")
     add("--size", choices=measure.SIZES, default="vit_b_32")
     add("--bf16", action="store_true", help="compute in bfloat16")
-    add("--cpu", action="store_true", help="leave GPUs alone")
+    add("--cpu", action="store_true", help="do not use GPUs")
     add("--measure", action="store_true", help=argparse.SUPPRESS)
     add("--simulate", action="store_true", help="print predicted step times and stop")
     add("--compute_seconds", type=float, help="measured step of one process with this batch")
     add("--nodes", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     add("--gpus_per_node", type=int, default=8)
-    add("--network_gbits", type=float, default=100.0, help="of one node's network card, per direction")
-    add("--local_gbytes", type=float, default=300.0, help="between the GPUs of a node, per direction and GPU")
-    add("--latency_us", type=float, default=20.0, help="of one hop of a ring")
+    add("--network_gbits", type=float, default=100.0, help="speed of one node's network card, per direction")
+    add("--local_gbytes", type=float, default=300.0, help="speed between the GPUs of a node, per direction and GPU")
+    add("--latency_us", type=float, default=20.0, help="latency of one hop of a ring")
     add("--overlap", type=float, default=0.5, help="share of the gradient exchange hidden behind the backward pass")
-    add("--teraflops", type=float, default=100.0, help="reached by one GPU on the decoder's pairs")
+    add("--teraflops", type=float, default=100.0, help="speed of one GPU on the decoder's pairs")
     options = parser.parse_args(arguments)
     if options.batch_size < 4:
         parser.error("--batch_size must be at least 4, for three hard negatives")
@@ -60,7 +60,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_rows(options: argparse.Namespace, count: int):
-    """Pairs of noise: as many bytes to decode as photographs of that size have at most."""
+    """Pairs of noise, with at least as many bytes to decode as photographs of that size."""
     import numpy as np
     from datasets import Dataset
     from PIL import Image
@@ -88,7 +88,7 @@ def make_rows(options: argparse.Namespace, count: int):
 
 
 def train(options: argparse.Namespace, folder: str) -> dict[str, object]:
-    """One process of a run; all return the figures of the whole."""
+    """One process of a run; all processes return the figures of the whole run."""
     import torch.distributed as dist
 
     from data_rice.collator import RiceCollator
@@ -174,16 +174,16 @@ def simulate(
         batch_size: Pairs per process.
         compute_seconds: Measured step of one process with that batch.
         nodes, gpus_per_node: Processes, one per GPU.
-        frames: Per clip.
-        network_gbits: Of one node, in 10^9 bits per second and direction.
-        local_gbytes: Of one GPU to the next in a node, in 10^9 bytes per second.
-        latency_us: Of one hop.
-        overlap: Share of the gradient exchange behind the backward pass, as far as half of the step covers it.
-        teraflops: Of one GPU on the decoder's pairs, whose number grows with the processes.
-        parameters: Trained numbers, 4 bytes each.
+        frames: Frames per clip.
+        network_gbits: Speed of one node's network, in 10^9 bits per second and direction.
+        local_gbytes: Speed from one GPU to the next in a node, in 10^9 bytes per second.
+        latency_us: Latency of one hop.
+        overlap: Share of the gradient exchange hidden behind the backward pass, limited to half of the step.
+        teraflops: Speed of one GPU on the decoder's pairs, whose number grows with the processes.
+        parameters: Number of trained parameters, 4 bytes each.
 
     Returns:
-        `seconds` and its parts, `clips_per_second`, and `efficiency` against as many processes without a network.
+        `seconds` and its parts, `clips_per_second`, and `efficiency` relative to as many processes without a network.
     """
     world = nodes * gpus_per_node
     speed = network_gbits / 8 * 1e9 if nodes > 1 else local_gbytes * 1e9

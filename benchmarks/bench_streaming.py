@@ -1,21 +1,21 @@
-"""Training lists of any size: opened and read by index, against the Arrow table and against reading the file whole.
+"""Training lists of any size: opened and read by index, as an Arrow table, and as a whole file.
 
     python benchmarks/bench_streaming.py [--rows 4000000] [--plain_rows 400000] [--folder DIR]
 
 Writes a list of `--rows` rows in LPR4M's format, without media, to a temporary folder, and removes it at the end. One
-JSON line per step, each measured in a fresh process:
+JSON line per step, each measured in a new process:
 
-* `index`: open the list for the first time, which finds where its usable rows begin;
-* `reopen`: open it again, to the first row;
+* `index`: open the list for the first time, which indexes its usable rows;
+* `reopen`: open it again and read the first row;
 * `stream`: one shuffled epoch of `StreamingView`, every row parsed;
-* `seek`: go on in the middle of an epoch, to the first row;
+* `seek`: resume in the middle of an epoch and read the first row;
 * `order_same_live`: the order of an epoch in batches of one livestream;
 * `table`, `table_read`: build the Arrow table of `--plain_rows` rows, and read it in random order;
-* `pandas`: read a list of `--plain_rows` rows whole, without parsing its columns.
+* `pandas`: read a whole list of `--plain_rows` rows, without parsing its columns.
 
-`peak_rss_mb` is the most memory that the process had resident, libraries (`import_rss_mb`) and mapped files included.
-CPU time is what can be compared on a machine that does other things too. Rows without boxes need no look at a frame's
-size; with boxes, one JPEG header is read per row, streamed or not.
+`peak_rss_mb` is the peak resident memory of the process, including libraries (`import_rss_mb`) and mapped files.
+Compare CPU time, which other programs on the machine affect little. Rows without boxes do not need the frame size;
+with boxes, one JPEG header is read per row, streamed or not.
 """
 
 import argparse
@@ -36,9 +36,9 @@ STEPS = ("index", "reopen", "stream", "seek", "order_same_live", "table", "table
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--rows", type=int, default=4_000_000, help="rows of the list that is streamed")
-    add("--plain_rows", type=int, default=400_000, help="rows of the list that the table and pandas read")
-    add("--folder", type=Path, help="where the lists go while the benchmark runs; the system's temporary folder")
+    add("--rows", type=int, default=4_000_000, help="rows of the list for streaming")
+    add("--plain_rows", type=int, default=400_000, help="rows of the list for the table and pandas")
+    add("--folder", type=Path, help="folder for the lists; default: the system's temporary folder")
     add("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="what to measure")
     add("--step", choices=STEPS, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -70,7 +70,7 @@ def write_list(root: Path, num_rows: int) -> Path:
 
 
 def memory_mb(field: str) -> float:
-    """A field of the process's status, such as the peak of resident memory, in MB; 0 where the system has none."""
+    """A field of the process's status, such as peak resident memory, in MB; 0 if the system has none."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

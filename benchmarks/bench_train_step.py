@@ -1,17 +1,17 @@
-"""A training step, forward and backward: `RiceModel.forward` against the published procedure, in one run.
+"""A training step, forward and backward: `RiceModel.forward` and the published procedure, in one run.
 
     python benchmarks/bench_train_step.py
     python benchmarks/bench_train_step.py --device cuda --batch_size 128 --compile --peak_tflops 989
 
-One JSON line per side and precision. Each is measured in a process of its own, so that peak memory is its own. The
-plain side encodes padded frames, decodes two images at a time and recomputes keys and values for every pair; the
-encoder module is the same. Both sides see the same weights and the same clips, of which every second one is cut short,
-so that `--padding` of all frames are padding (the published random frame drop leaves about 22 %). The optimiser's
-update, the same work on both sides, is not part of the step.
+One JSON line per side and precision, each measured in its own process, so that the peak memory is separate. The plain
+side encodes padded frames, decodes two images at a time and recomputes keys and values for every pair; the encoder
+module is the same. Both sides use the same weights and the same clips. Every second clip is shorter, so that the share
+`--padding` of all frames is padding (about 22 % with the published random frame drop). The optimiser's update, which
+is equal on both sides, is not part of the step.
 
-Attention is what is fastest, on both sides: torch's scaled dot product attention, whose backward pass in bf16 on a CPU
-takes five times as long as plain matrix products do, so that there it is transformers' "eager" one. Users choose it by
-`attn_implementation` in `from_pretrained`, or by `model.set_attn_implementation("eager")`.
+Both sides use the fastest attention: torch's scaled dot product attention, except for bf16 on a CPU, where its
+backward pass takes five times as long as plain matrix products; there it is transformers' "eager" attention. Users
+choose it with `attn_implementation` in `from_pretrained`, or with `model.set_attn_implementation("eager")`.
 """
 
 import argparse
@@ -36,13 +36,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--padding", type=float, default=0.22, help="share of frames that are padding, below 0.5")
     add("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="bf16 is autocast")
     add("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    add("--negatives", choices=("hardest", "all"), default="hardest", help="pairs our side scores in training")
-    add("--repeats", type=int, default=3, help="timed steps, of which the fastest counts")
+    add("--negatives", choices=("hardest", "all"), default="hardest", help="pairs that RiceModel scores in training")
+    add("--repeats", type=int, default=3, help="timed steps; the fastest one counts")
     add("--size", choices=measure.SIZES, default="vit_b_32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--attention", choices=("sdpa", "eager"), help="default: the faster one, eager for bf16 on a CPU")
     add("--compile", action="store_true", help="compile the encoder, on both sides")
-    add("--peak_tflops", type=float, help="of the device at the precision measured, for the share of it reached")
+    add("--peak_tflops", type=float, help="peak speed of the device at the measured precision, for the achieved share")
     add("--threads", type=int, help="CPU threads; default: as torch chooses")
     add("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -52,7 +52,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_batch(options: argparse.Namespace, side: int) -> dict[str, Tensor]:
-    """Random pictures; zeros where frames are padded."""
+    """Random pictures, with zeros in padded frames."""
     batch, frames = options.batch_size, options.frames
     lengths = [frames] * batch
     for drop in range(round(options.padding * batch * frames)):
@@ -106,7 +106,7 @@ def measure_side(options: argparse.Namespace) -> dict[str, object]:
     operations = count_operations(model.config, batch["frame_mask"], options.negatives)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     if options.compile:
-        model.vision_model.compile(dynamic=False)
+        model.compile_encoder()
     autocast = torch.autocast(device.split(":")[0], torch.bfloat16) if precision == "bf16" else nullcontext()
     loss = torch.zeros(())
 
@@ -117,7 +117,7 @@ def measure_side(options: argparse.Namespace) -> dict[str, object]:
             loss = procedure.training_loss(model, **batch) if side == "plain" else model(**batch).loss
         loss.backward()
 
-    # Kernels are chosen and compiled in the first step.
+    # The first step selects and compiles kernels.
     step()
     model.zero_grad(set_to_none=True)
     with measure.PeakMemory(device) as peak:

@@ -1,4 +1,4 @@
-"""Data sets of clips and shop images, all of which become the one row described in docs/data.md."""
+"""Data sets of clips and shop images. Every builder yields the rows described in docs/data.md."""
 
 from .lazy_rows import LazyRows
 from .lpr4m import Lpr4m

@@ -1,4 +1,4 @@
-"""ASR that is missing, in disorder or another clip's: what an evaluation or a training with noisy ASR reads."""
+"""Noisy ASR for training and evaluation: missing, with shuffled words, or taken from another clip."""
 
 import random
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ ASR_MODES = ("own", "none", "shuffled", "wrong")
 
 
 def with_asr(queries: Dataset, mode: str) -> Dataset:
-    """Query rows whose ASR is replaced, the same in every run.
+    """Return query rows with replaced ASR. Every run gives the same result.
 
     Args:
         queries: rows with `clip_id`, `live_id`, `product_id`, `relevant` and `asr`.
@@ -31,12 +31,12 @@ def with_asr(queries: Dataset, mode: str) -> Dataset:
 
 
 def with_noisy_asr(queries: Dataset, rate: float) -> Dataset:
-    """Query rows of which a share has noisy ASR, as `RiceCollator` makes it of training pairs with `asr_noise`.
+    """Return query rows, a share of them with noisy ASR as `RiceCollator` makes it with `asr_noise`.
 
     Args:
         queries: as `with_asr`.
-        rate: probability, 0..1, that a row's ASR is replaced, half of the time by nothing and half of the time by that
-            of `wrong_asr`. A row's own `clip_id` decides.
+        rate: probability, 0..1, that a row's ASR is replaced: half of the time by "", half of the time by `wrong_asr`.
+            The choice depends on `clip_id` only.
     """
 
     def choose(clip_id: str, own: str, other: str) -> str:
@@ -49,19 +49,19 @@ def with_noisy_asr(queries: Dataset, rate: float) -> Dataset:
 
 
 def shuffled_asr(clip_id: str, asr: str) -> str:
-    """The words of the ASR, or its characters where it has no spaces, in an order that `clip_id` decides."""
+    """Shuffle the words of the ASR (its characters where it has no spaces), with `clip_id` as the seed."""
     words, separator = asr.split(), " "
     if len(words) < 2:
         words, separator = list(asr.strip()), ""
-    # A seed that is text goes through SHA-512, so the order is the same in every process.
+    # Python hashes a text seed with SHA-512, so the order is the same in every process.
     random.Random(f"shuffled {clip_id}").shuffle(words)
     return separator.join(words)
 
 
 def wrong_asr(queries: Dataset) -> list[str]:
-    """Per row the ASR of another clip, of another product and, where there is one, of the same livestream.
+    """Return, for each row, the ASR of a clip of another product, from the same livestream where possible.
 
-    Which of them `clip_id` decides. Clips without ASR are not chosen; a row for which there is no other clip gets "".
+    The choice depends on `clip_id`. Clips without ASR are not chosen. A row without such a clip gets "".
     """
     columns = {name: list(queries[name]) for name in ("clip_id", "live_id", "asr", "relevant")}
     products = [product or clip for product, clip in zip(queries["product_id"], columns["clip_id"], strict=True)]
@@ -85,7 +85,7 @@ def wrong_asr(queries: Dataset) -> list[str]:
 
 
 def _replace_asr(rows: Dataset, asr: list[str]) -> Dataset:
-    # Side by side, since all other columns would otherwise be written to the cache once more.
+    # Joining the column avoids writing all other columns to the cache again.
     column = Dataset.from_dict({"asr": asr}, features=Features({"asr": Value("string")}))
     replaced = concatenate_datasets([rows.remove_columns("asr"), column], axis=1)
     return replaced.select_columns(rows.column_names)

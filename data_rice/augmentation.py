@@ -1,4 +1,4 @@
-"""Augmentation with the clip in mind: what is drawn is drawn once per clip, and boxes move along with the picture."""
+"""Augmentation of clips: one random draw per clip, applied to all its frames and their boxes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ def _uniform(low: float, high: float) -> float:
 @dataclass(frozen=True)
 class ClipChange:
     """
-    What was drawn for one clip, or for one shop image.
+    The random change of one clip, or of one shop image.
 
     Args:
-        crop: Left, top, right, bottom of the part that is kept, in 0..1.
-        mirrored: Left and right change places.
-        factors: Of brightness, contrast and saturation.
-        background: Colour, 0..255, of everything outside a frame's box; `None` leaves it as it is.
+        crop: Part that is kept: left, top, right, bottom in 0..1.
+        mirrored: Whether left and right are exchanged.
+        factors: Factors of brightness, contrast and saturation.
+        background: Colour, 0..255, for everything outside a frame's box; `None` changes nothing.
     """
 
     crop: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
@@ -38,13 +38,13 @@ class ClipChange:
     ) -> tuple[list[torch.Tensor], list[Box] | None]:
         """
         Args:
-            frames: `(3, H, W)` uint8 each, sizes may differ.
-            boxes: Left, top, right, bottom in 0..1 or `None`, per frame.
-            resize: Applied to each frame after cropping; smaller frames make what comes after it cheaper.
+            frames: `(3, H, W)` uint8 each; sizes may differ.
+            boxes: Per frame, left, top, right, bottom in 0..1, or `None`.
+            resize: Applied to each frame after cropping. Smaller frames make the later steps cheaper.
 
         Returns:
-            The frames, cropped to whole pixels, and boxes in 0..1 of what is left of them; a box that the crop leaves
-            nothing of becomes `None`.
+            The frames, cropped to whole pixels, and the boxes as fractions (0..1) of the cropped frames. A box that
+            lies outside the crop becomes `None`.
         """
         changed, moved = [], []
         for frame, box in zip(frames, boxes or [None] * len(frames), strict=True):
@@ -69,20 +69,20 @@ class ClipChange:
 @dataclass
 class ClipAugmentation:
     """
-    One crop, one mirroring and one change of light for all frames of a clip, or for a shop image; and some frames of a
-    clip left out.
+    Draws one crop, one mirroring and one colour change for all frames of a clip, or for a shop image. It can also
+    drop some frames of a clip.
 
-    Randomness comes from torch's generator, and how much is drawn does not depend on the pictures.
+    Randomness comes from torch's generator. The number of draws does not depend on the pictures.
 
     Args:
-        crop_scale: Area of the crop, as shares of the picture.
-        crop_ratio: Width over height of the crop relative to the picture's. With both at (1, 1) nothing is cropped; a
-            ratio r crops the whole picture to the share r or 1/r of one side.
+        crop_scale: Range of the crop's area, as shares of the picture.
+        crop_ratio: Range of the crop's aspect ratio (width over height) relative to the picture's. With both ranges at
+            (1, 1) nothing is cropped. With the whole area, a ratio r keeps the share r or 1/r of one side.
         flip: Probability of mirroring.
-        jitter: Brightness, contrast and saturation are each multiplied by up to 1 +- this.
+        jitter: Brightness, contrast and saturation are each multiplied by a factor in 1 +- this.
         background: Probability that everything outside the boxes becomes one random colour, in the frames of a clip
-            that have one. The model then learns early what a product looks like; it needs training boxes only.
-        frame_drop: Probability of each sampled frame to be left out, before it is decoded; one is always kept.
+            that have a box. The model then learns early what a product looks like. Only training needs boxes for it.
+        frame_drop: Probability that a sampled frame is dropped before it is decoded. One frame is always kept.
     """
 
     crop_scale: tuple[float, float] = (0.6, 1.0)
@@ -93,7 +93,7 @@ class ClipAugmentation:
     frame_drop: float = 0.0
 
     def draw(self) -> ClipChange:
-        """Draws what happens to the next clip or image."""
+        """Draws the change of the next clip or image."""
         colour = tuple(torch.randint(256, (3,)).tolist())
         background = colour if torch.rand(()).item() < self.background else None
         crop = self._draw_crop()
@@ -102,12 +102,12 @@ class ClipAugmentation:
         return ClipChange(crop, mirrored, factors, background)
 
     def drop_frames(self, frames: Sequence[int]) -> list[int]:
-        """Leaves out each of the frames' numbers with probability `frame_drop`; when all would go, one stays."""
+        """Drops each frame number with probability `frame_drop`, but keeps at least one."""
         if not self.frame_drop:
             return list(frames)
         draws = torch.rand(len(frames))
         kept = [frame for frame, draw in zip(frames, draws.tolist(), strict=True) if draw >= self.frame_drop]
-        # The largest draw is as likely to be one frame's as another's.
+        # Every frame has the same chance of the largest draw.
         return kept or [frames[int(draws.argmax())]]
 
     def _draw_crop(self) -> tuple[float, float, float, float]:

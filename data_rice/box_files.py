@@ -1,18 +1,18 @@
-"""Files of boxes that somebody else made, such as a product detector, and rows that take their boxes from one.
+"""Box files: boxes from a product detector or another source, and rows that take their boxes from such a file.
 
 A box file is JSON lines. The first line says where the boxes come from:
 
     {"format": "rice-boxes", "version": 1, "dataset": "mini_lpr4m", "detector": "runs/detector", ...}
 
-Each further line is one clip, with the numbers of the frames that were looked at, and for each of them a box (left,
-top, right, bottom as fractions of the frame) with its score, or null where there is none:
+Each further line is one clip. It gives the numbers of the frames that the detector read and, for each of them, a box
+(left, top, right, bottom as fractions of the frame) with its score, or null where there is no box:
 
     {"split": "test", "clip_id": "c1", "num_frames": 5, "frames": [0, 1], "boxes": [[0.1, 0.2, 0.5, 1], null],
      "scores": [0.9, null], "fingerprint": "53ed2e0e8f2c4b4f"}
 
-`num_frames` is the number of the clip's frames, null for a clip of a video file, whose frames are counted from 0 at
-the start of its time range. `fingerprint` tells clips of one name in two data sets apart, see `clip_fingerprint`; it
-may be left out.
+`num_frames` is the number of the clip's frames. It is null for a clip of a video file, whose frames are counted from 0
+at the start of its time range. `fingerprint` distinguishes clips that have the same id in two data sets, see
+`clip_fingerprint`. It is optional.
 """
 
 import hashlib
@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 
 FORMAT = {"format": "rice-boxes", "version": 1}
 _NAMED_CLIPS = 10
-# Other data differ in most clips; reading the pictures of all would take as long as a good part of an epoch.
+# Other data differ in most clips, so a sample is enough. Reading all pictures would take a large part of an epoch.
 _COMPARED_CLIPS = 100
 _VIDEO_ENDS = 64 * 1024
-# As far as `processing_rice` lets a box reach out of its frame: detectors do, by a little.
+# `processing_rice` has the same tolerance: boxes of detectors may exceed the frame by a little.
 _TOLERANCE = 0.05
 
 
@@ -48,7 +48,7 @@ def box_line(
     scores: Sequence[float | None],
     fingerprint: str | None = None,
 ) -> str:
-    """Return one clip's line of a box file; see the module for what the arguments mean."""
+    """Return one clip's line of a box file; the module's docstring explains the arguments."""
     entry = {"split": split, "clip_id": clip_id, "num_frames": num_frames, "frames": list(frames)}
     entry["boxes"] = [None if box is None else [round(value, 5) for value in box] for box in boxes]
     entry["scores"] = [None if score is None else round(score, 5) for score in scores]
@@ -58,12 +58,12 @@ def box_line(
 
 
 def clip_fingerprint(row: Mapping, numbers: Sequence[int]) -> str | None:
-    """Hash what a clip's boxes were found in, whatever its files are called and wherever they lie.
+    """Hash the pictures of a clip, independent of the names and places of its files.
 
     Args:
         row: a ``pairs`` or ``query`` row.
-        numbers: the frames that were looked at, whose encoded pictures count. Of a clip of a video file the time
-            range counts, and the size, the beginning and the end of the file, whatever the numbers.
+        numbers: the frames whose encoded pictures are hashed. For a clip of a video file the numbers are ignored; the
+            time range and the size, the beginning and the end of the file are hashed.
 
     Returns:
         16 hexadecimal digits, or None when there is nothing to hash or a file cannot be read.
@@ -85,7 +85,7 @@ def clip_fingerprint(row: Mapping, numbers: Sequence[int]) -> str | None:
 
 
 class _Clip(NamedTuple):
-    """A clip's line: its boxes by frame, and the frames looked at, which are kept where there is a fingerprint."""
+    """A clip's line: its boxes by frame, and the frames that were read (kept only with a fingerprint)."""
 
     num_frames: int | None
     boxes: dict[int, list[float]]
@@ -104,7 +104,7 @@ class BoxFile:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it is no box file, or a line of it is malformed; the message names the line.
+        ValueError: the file is not a box file, or a line is malformed; the message names the line.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -118,7 +118,7 @@ class BoxFile:
         _, self.header = next(lines, (0, {}))
         if {name: self.header.get(name) for name in FORMAT} != FORMAT:
             raise ValueError(
-                f"{self.path} does not begin as a box file does ({json.dumps(FORMAT)}); write it with "
+                f"{self.path} does not begin like a box file ({json.dumps(FORMAT)}); write it with "
                 "python -m retrieval_rice.detector run."
             )
         for number, entry in lines:
@@ -160,17 +160,18 @@ class BoxFile:
         return [boxes.get(number) for number in range(num_frames)], []
 
     def check_pictures(self, rows: datasets.Dataset, split: str) -> None:
-        """Refuse rows with other pictures than those that the boxes of the same clips were found in.
+        """Refuse rows whose pictures differ from those in which the boxes were found.
 
-        Pictures of 100 clips are read at most, evenly spread over the rows. Clips without a fingerprint, and those of
-        which a picture cannot be read now, are not compared.
+        At most 100 clips, evenly spread over the rows, are read. Clips without a fingerprint and clips with an
+        unreadable picture are not compared.
 
         Args:
             rows: ``pairs`` or ``query`` rows of the split.
-            split: as the file names it.
+            split: the split's name in the file.
 
         Raises:
-            ValueError: naming the first such clip; or a clip has another number of frames.
+            ValueError: the pictures of a clip differ (the message names the first such clip), or a clip has another
+                number of frames.
         """
         places: dict[str, int] = {}
         for place, clip_id in enumerate(rows["clip_id"]):
@@ -185,7 +186,7 @@ class BoxFile:
             self.columns(split, clip_id, None if row["video"] else len(row["frames"]))
             if clip_fingerprint(row, clip.frames) not in (clip.fingerprint, None):
                 raise ValueError(
-                    f"{self.path} has boxes that were found in other pictures than those of the clip {clip_id!r} of "
+                    f"{self.path} has boxes of other pictures than those of the clip {clip_id!r} of "
                     f"the {split} split; name another box file, or remove this one and write it from these data."
                 )
 
@@ -197,21 +198,21 @@ def _frames(number: int | None) -> str:
 def _parse_clip(entry: dict) -> tuple[tuple[str, str], _Clip]:
     for name in ("split", "clip_id"):
         if not isinstance(entry.get(name), str):
-            raise ValueError(f"{name!r} is missing or no text")
+            raise ValueError(f"{name!r} is missing or is not text")
     total, frames, boxes, scores = (entry.get(name) for name in ("num_frames", "frames", "boxes", "scores"))
     if total is not None and type(total) is not int:
         raise ValueError("'num_frames' is neither a whole number nor null")
     if not all(isinstance(value, list) for value in (frames, boxes, scores)) or not (
         len(frames) == len(boxes) == len(scores)
     ):
-        raise ValueError("'frames', 'boxes' and 'scores' are not three lists of one length")
+        raise ValueError("'frames', 'boxes' and 'scores' are not three lists of equal length")
     mark = entry.get("fingerprint")
     if mark is not None and not isinstance(mark, str):
-        raise ValueError("'fingerprint' is neither a text nor null")
+        raise ValueError("'fingerprint' is neither text nor null")
     found = {}
     for frame, box, score in zip(frames, boxes, scores):
         if type(frame) is not int or frame < 0 or (total is not None and frame >= total):
-            raise ValueError(f"{frame!r} in 'frames' is no number of one of the clip's frames")
+            raise ValueError(f"{frame!r} in 'frames' is not the number of a frame of the clip")
         if score is not None and not is_number(score):
             raise ValueError(f"the score {score!r} is not a number")
         if box is None:
@@ -231,7 +232,7 @@ def _parse_clip(entry: dict) -> tuple[tuple[str, str], _Clip]:
 
 
 class _ReplaceBoxes:
-    """For `datasets.Dataset.map`: pickled, and so hashed for its cache, as path and state of the file."""
+    """For `datasets.Dataset.map`. It is pickled as path and state of the file, which its cache hashes."""
 
     def __init__(self, path: str, split: str):
         self.path = os.path.abspath(path)
@@ -259,17 +260,17 @@ class _ReplaceBoxes:
 def with_boxes_of(rows: datasets.Dataset, path: str | os.PathLike, split: str) -> datasets.Dataset:
     """Return ``pairs`` or ``query`` rows with the boxes of a box file in place of their own.
 
-    Frames for which the file has no box have none, whatever the rows said of them; how many those are is logged.
+    A frame without a box in the file has no box, even if the rows had one. The number of boxes is logged.
 
     Args:
         rows: rows of one split.
         path: the box file.
-        split: "train", "validation" or "test", as the file names it.
+        split: the split's name in the file: "train", "validation" or "test".
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is malformed, lacks clips of the rows (which are listed), or is of other data (see
-            `BoxFile.check_pictures`).
+        ValueError: the file is malformed, lacks clips of the rows (the message lists them), or belongs to other data
+            (see `BoxFile.check_pictures`).
     """
     replace = _ReplaceBoxes(os.fspath(path), split)
     missing = [clip_id for clip_id in dict.fromkeys(rows["clip_id"]) if (split, clip_id) not in replace.file]
@@ -289,7 +290,7 @@ def with_boxes_of(rows: datasets.Dataset, path: str | os.PathLike, split: str) -
         features=datasets.Features(new),
         desc=f"Boxes of the {split} split",
     )
-    # Side by side, since pictures within the rows would otherwise be written to the cache once more.
+    # Joining columns avoids writing the pictures inside the rows to the cache again.
     replaced = datasets.concatenate_datasets([rows.remove_columns(list(new)), columns], axis=1)
     replaced = replaced.select_columns(rows.column_names)
     counts = count_boxes(replaced)
@@ -298,7 +299,7 @@ def with_boxes_of(rows: datasets.Dataset, path: str | os.PathLike, split: str) -
 
 
 def count_boxes(rows: datasets.Dataset) -> dict[str, int]:
-    """Count, over ``pairs`` or ``query`` rows, the ``boxes`` and the ``frames`` (0 for clips of video files)."""
+    """Count the ``boxes`` and the ``frames`` of ``pairs`` or ``query`` rows; clips of video files count 0 frames."""
     columns = rows.select_columns(["boxes", "frames"]).with_format("arrow")
     boxes = frames = 0
     for batch in columns.iter(batch_size=10_000):

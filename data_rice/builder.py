@@ -1,4 +1,4 @@
-"""What the dataset builders share: configs, a cache that follows its source, plain errors, a problem list."""
+"""Shared parts of the dataset builders: configs, a cache that follows its source, and a list of problems."""
 
 import json
 import logging
@@ -39,8 +39,8 @@ _CODE_FILES = (
 class ViewConfig(datasets.BuilderConfig):
     """One view (``pairs``, ``query``, ``gallery``, ...) of the data below ``data_dir``.
 
-    The id of a config, and with it the folder of its cache, changes with the annotation files' names, sizes and
-    modification times and with the builders' own code, so that a cache never outlives its source.
+    The id of a config names its cache folder. It changes with the names, sizes and modification times of the
+    annotation files and with the builders' code, so an outdated cache is never used.
     """
 
     version: datasets.Version | str | None = datasets.Version("1.0.0")
@@ -50,15 +50,15 @@ class ViewConfig(datasets.BuilderConfig):
         raise NotImplementedError
 
     def validate(self) -> None:
-        """Check the options; ValueError or FileNotFoundError says what is wrong."""
+        """Check the options; raises ValueError or FileNotFoundError."""
         if not self.data_dir:
             raise ValueError("data_dir is missing; pass the folder that holds the data.")
         if not os.path.isdir(self.data_dir):
             raise FileNotFoundError(f"data_dir {self.data_dir} is not a folder; pass the folder that holds the data.")
         if parsing.SURROGATE.search(os.path.abspath(self.data_dir)):
             raise ValueError(
-                f"data_dir {path_to_text(os.path.abspath(self.data_dir))}: the name is no UTF-8, which tables of rows "
-                "cannot hold; rename the folder."
+                f"data_dir {path_to_text(os.path.abspath(self.data_dir))}: the name is not UTF-8, which tables "
+                "cannot store; rename the folder."
             )
 
     def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
@@ -71,10 +71,10 @@ class ViewConfig(datasets.BuilderConfig):
 
 
 class ProblemLog:
-    """Rows that were left out, or kept although something about them is wrong: counted, and listed in a file.
+    """Counts and lists the rows that were left out, or kept despite a problem.
 
     Args:
-        path: JSON-lines file that receives one object per problem, or None to count only.
+        path: JSON-lines file for one object per problem, or None to count only.
     """
 
     def __init__(self, path: str | None):
@@ -84,7 +84,7 @@ class ProblemLog:
         self._file = None
 
     def add(self, row_id: str, file: str | os.PathLike, line: int | None, reason: str) -> None:
-        """Note that the row ``row_id`` of ``file`` has the problem ``reason``."""
+        """Record the problem ``reason`` of the row ``row_id`` of ``file``."""
         self.counts[reason] += 1
         examples = self.examples.setdefault(reason, [])
         if len(examples) < 5:
@@ -102,7 +102,7 @@ class ProblemLog:
 
     @classmethod
     def read(cls, path: str) -> "ProblemLog":
-        """Read back what an earlier run wrote to ``path``."""
+        """Read the problems that an earlier run wrote to ``path``."""
         log = cls(None)
         for _, entry in parsing.read_json_lines(path):
             log.add(entry["id"], entry["file"], entry["line"], entry["reason"])
@@ -110,7 +110,7 @@ class ProblemLog:
         return log
 
     def warn(self, name: str) -> None:
-        """Log one warning per kind of problem, on the first process only."""
+        """Log one warning per kind of problem, in the first process only."""
         if os.environ.get("RANK", "0") != "0":
             return
         for reason, count in self.counts.items():
@@ -119,16 +119,17 @@ class ProblemLog:
 
 
 class ViewBuilder(datasets.GeneratorBasedBuilder):
-    """Base of the builders; ``Builder("pairs", data_dir=..., cache_dir=...)``, then the usual two calls of `datasets`.
+    """Base of the builders.
 
-    After `download_and_prepare`, ``problems`` holds, per split, a `ProblemLog`: rows left out of training (no frames,
-    no image) and queries kept that cannot be answered. Both are also logged as warnings.
+    Create one with ``Builder("pairs", data_dir=..., cache_dir=...)``, then call `download_and_prepare` and
+    `as_dataset`. After `download_and_prepare`, ``problems`` holds one `ProblemLog` per split: rows left out of
+    training (no frames, no image) and queries that were kept but cannot be answered. Both are also logged as warnings.
 
     Args:
         config_name: one of the builder's views, such as ``pairs``, ``query``, ``gallery``.
-        cache_dir: where the Arrow files go; the default of `datasets` when None.
+        cache_dir: folder of the Arrow files; the default of `datasets` when None.
         data_dir: the folder that holds the data.
-        options: the fields of the builder's config.
+        options: fields of the builder's config.
     """
 
     BUILDER_CONFIG_CLASS = ViewConfig
@@ -198,9 +199,9 @@ class ViewBuilder(datasets.GeneratorBasedBuilder):
             log.warn(f"{self.dataset_name} {self.view} {split} of {self.config.data_dir}")
 
     def generate_rows(self, split: str, problems: ProblemLog, **source):
-        """Yield the rows of ``split`` as plain dicts; ``source`` is what the split generator handed on."""
+        """Yield the rows of ``split`` as plain dicts; ``source`` holds the split generator's arguments."""
         raise NotImplementedError
 
     def missing_split_reason(self, split: str) -> str:
-        """Say in one sentence why this folder has no ``split`` and what to do."""
+        """Return one sentence on why this folder has no ``split`` and what to do."""
         raise NotImplementedError

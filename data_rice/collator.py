@@ -1,4 +1,4 @@
-"""From rows to model inputs, in the DataLoader's workers: choose frames, decode, process; count what is unreadable."""
+"""From rows to model inputs, in the DataLoader's workers: choose frames, decode, process, count unreadable media."""
 
 import hashlib
 import json
@@ -29,12 +29,12 @@ Picture = Image.Image | torch.Tensor
 
 
 def product_id_hash(product_id: str) -> int:
-    """A product's string id as a 63-bit number, the same in every process and run."""
+    """A product's string id as a 63-bit number that is the same in every process and run."""
     return int.from_bytes(hashlib.blake2b(product_id.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _open(entry: Any, target: tuple[float, float] | None = None) -> Image.Image:
-    """A picture of a row in any form the processor takes, `MediaError` where it cannot be read."""
+    """A picture of a row, in any form that the processor takes; raises `MediaError` if it cannot be read."""
     if is_file_source(entry):
         return open_image(entry, target=target)
     try:
@@ -49,30 +49,30 @@ class RiceCollator:
     """
     Turns rows of any builder into model inputs.
 
-    Called with pair rows it gives a training batch. A frame that cannot be read is replaced by the nearest other frame
-    of its clip, or left out where there is none. A pair of which no frame or not the image can be read is replaced by
-    a repeat of another of its batch, so that every process keeps its batch size (`product_ids` keep the repeat from
-    being a negative). All of it is logged, and listed in `failure_log`. What is random comes from torch's generator.
+    A call with pair rows returns a training batch. An unreadable frame is replaced by the nearest other frame of its
+    clip, or left out if there is none. A pair without a readable frame or image is replaced by a copy of another pair
+    of the batch, so every process keeps its batch size (equal `product_ids` keep the copy from being a negative). All
+    failures are logged and listed in `failure_log`. Randomness comes from torch's generator.
 
     Args:
         processor: A `RiceProcessor`.
-        use_boxes: Hand the rows' boxes to the processor (intended product detection).
-        num_frames: Frames per clip at most; the processor's own number by default.
-        sampling: A mode of `sample_frame_indices`, such as `"train"` and `"eval"`; or `"random"`, which draws frames
-            anew each time; or `"visible"`, likewise but frames with a box before others.
+        use_boxes: Pass the rows' boxes to the processor (intended product detection).
+        num_frames: Maximum number of frames per clip; the processor's own number by default.
+        sampling: A mode of `sample_frame_indices`, such as `"train"` or `"eval"`; `"random"`, which draws new frames
+            each time; or `"visible"`, which does the same but prefers frames with a box.
         augmentation: Applied to the frames and the image of training pairs.
         use_text: Tokenise titles and ASR.
-        asr_noise: With `use_text`, probability that a training pair's ASR is replaced, half of the time by nothing,
-            half of the time by that of another row of the batch with another product. `asr_is_noise` `(B,)` bool is
-            then one more key of a training batch: whose ASR is another's.
-        failure_log: File to append one JSON line per unreadable file to.
-        decode: `"exact"` decodes whole pictures and leaves resizing to the processor; `"fast"` decodes large JPEGs at
+        asr_noise: With `use_text`, probability that a training pair's ASR is replaced: half of the time by "", half of
+            the time by the ASR of a row of the batch with another product. A training batch then has one more key,
+            `asr_is_noise` `(B,)` bool, which is True for rows with the ASR of another row.
+        failure_log: File to which one JSON line per unreadable file is appended.
+        decode: `"exact"` decodes whole pictures, and the processor resizes them. `"fast"` decodes large JPEGs at
             reduced scale and resizes in 8 bits, see `processing_rice.open_image`.
-        pixels: `"float"` gives what the model takes; `"uint8"` a quarter of the bytes, for
+        pixels: `"float"` gives the model's input. `"uint8"` takes a quarter of the bytes and needs
             `data_rice.decoding.normalize_pixels` on the device.
 
     Raises:
-        ValueError: for an unknown `decode` or `pixels`, or an `asr_noise` that is no probability.
+        ValueError: `decode` or `pixels` is unknown, or `asr_noise` is not a probability.
     """
 
     processor: Any
@@ -100,7 +100,7 @@ class RiceCollator:
             The processor's keys for images, clips and text, and `product_ids` `(B,)` int64.
 
         Raises:
-            MediaError: when no pair of the batch can be read.
+            MediaError: no pair of the batch can be read.
         """
         loaded = [self._load_pair(row) for row in rows]
         good = [pair for pair in loaded if pair is not None]
@@ -123,13 +123,12 @@ class RiceCollator:
         self, rows: list[dict[str, Any]], changes: Sequence[ClipChange] | None = None
     ) -> tuple[dict[str, torch.Tensor], list[int], list[Failure]]:
         """
-        Query rows for evaluation, as they are, or with one change per clip.
+        Query rows for evaluation, unchanged or with one change per clip.
 
         Returns:
-            The processor's keys for the readable clips (empty when there is none), their positions in `rows`, and the
-            failures as `{"id", "file", "reason", "outcome"}`, where the outcome is `"replaced"` (another frame took
-            the place), `"left out"` (there was none, the clip has fewer frames) or `"skipped"` (a clip of which
-            nothing can be read).
+            The processor's keys for the readable clips (empty if there is none), their positions in `rows`, and the
+            failures as `{"id", "file", "reason", "outcome"}`. The outcome is `"replaced"` (by another frame), `"left
+            out"` (no other frame, so the clip has fewer frames) or `"skipped"` (no frame of the clip can be read).
         """
         failures: list[Failure] = []
         changes = changes or [None] * len(rows)
@@ -143,7 +142,7 @@ class RiceCollator:
     def collate_gallery(
         self, rows: list[dict[str, Any]], changes: Sequence[ClipChange] | None = None
     ) -> tuple[dict[str, torch.Tensor], list[int], list[Failure]]:
-        """Gallery rows likewise; returns as `collate_queries`, an unreadable image is `"skipped"`."""
+        """Gallery rows for evaluation; returns as `collate_queries`. An unreadable image is `"skipped"`."""
         failures: list[Failure] = []
         changes = changes or [None] * len(rows)
         images = [
@@ -157,7 +156,7 @@ class RiceCollator:
         return inputs, readable, failures
 
     def _with_noisy_asr(self, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], torch.Tensor]:
-        # As many numbers whatever comes of them: what is drawn for one row must not change it for others.
+        # The number of draws is fixed, so that the draw of one row does not change those of other rows.
         noisy, missing, place = torch.rand(3, len(rows)).tolist()
         result, is_wrong = list(rows), torch.zeros(len(rows), dtype=torch.bool)
         for i, row in enumerate(rows):
@@ -174,7 +173,7 @@ class RiceCollator:
 
     def _load_pair(self, row: dict[str, Any]) -> tuple[dict, tuple, Picture] | None:
         failures: list[Failure] = []
-        # Drawn first, and as many whatever can be read: an unreadable pair must not change what is drawn for others.
+        # The draws come first and their number is fixed, so that an unreadable pair does not change those of others.
         changes = (None, None) if self.augmentation is None else (self.augmentation.draw(), self.augmentation.draw())
         clip = self._load_clip(row, failures, changes[0])
         image = self._load_image(row["clip_id"], row["image"], failures, changes[1])
@@ -194,12 +193,12 @@ class RiceCollator:
     def _load_clip(
         self, row: dict[str, Any], failures: list[Failure], change: ClipChange | None = None
     ) -> tuple[list[Picture], list[Box] | None] | None:
-        """Frames and their boxes, or `None` when nothing of the clip can be read."""
+        """Frames and their boxes, or `None` if no frame of the clip can be read."""
         frames, boxes = (self._read_video if row.get("video") else self._read_frames)(row, failures, change)
         return self._finish(frames, boxes, self.processor.video_processor, change) if frames else None
 
     def _read_video(self, row: dict[str, Any], failures: list[Failure], change: ClipChange | None) -> tuple:
-        """`boxes` belong to the frames of the clip's time range that `box_frames` numbers; others have none."""
+        """`boxes` belong to the frames in `box_frames`, counted within the clip's time range; others have no box."""
         boxes = dict(zip(row.get("box_frames") or [], row.get("boxes") or [], strict=False))
         chosen: list[int] = []
 
@@ -229,15 +228,15 @@ class RiceCollator:
             entries, chosen, lambda entry: self._decode(entry, self.processor.video_processor, change)
         )
         if not read:
-            # The frames that were tried in their place would only lengthen the list.
+            # Unreadable substitutes are not listed, because they would only lengthen the list.
             unreadable = [(i, error, "skipped") for i, error, _ in unreadable if i in chosen]
         for i, error, outcome in unreadable:
             failures.append(_failure(row["clip_id"], path_of(entries[i]), error, outcome))
         return list(read.values()), [boxes[i] for i in read]
 
     def _decode(self, entry: Any, part: Any, change: ClipChange | None) -> Picture:
-        """Decodes for the image or video processor `part`, which resizes what the change's crop leaves."""
-        # A picture that is not square becomes larger on one side, and the reduction leaves at least this.
+        """Decodes for the image or video processor `part`, which resizes the picture after the crop."""
+        # A picture that is not square stays larger on one side; the reduced scale keeps at least this size.
         size = target_size(part, (1, 1)) if self.decode == "fast" else None
         if size is None:
             return _open(entry)
@@ -248,8 +247,8 @@ class RiceCollator:
         self, pictures: Sequence[Any], boxes: list[Box] | None, part: Any, change: ClipChange | None
     ) -> tuple[list[Picture], list[Box] | None]:
         """
-        Applies the change, and resizes on the fast way and before colours change, which costs less on small pictures.
-        On the exact way pictures without a change stay as they were read.
+        Applies the change. With `decode="fast"` it also resizes, before the colours change, because that costs less on
+        small pictures. With `decode="exact"` a picture without a change stays as it was read.
         """
         if self.decode == "exact" and change is None:
             return list(pictures), boxes
@@ -292,11 +291,11 @@ class RiceCollator:
 
     @property
     def _settings(self) -> dict[str, bool]:
-        """What the processor leaves to `normalize_pixels`."""
+        """The steps that the processor leaves to `normalize_pixels`."""
         return {"do_rescale": False, "do_normalize": False} if self.pixels == "uint8" else {}
 
     def _as_asked(self, pixels: torch.Tensor) -> torch.Tensor:
-        # Without rescaling the processor gives the whole numbers that its resizing gave.
+        # Without rescaling, the processor returns the whole numbers of its resizing.
         return pixels.to(torch.uint8) if self.pixels == "uint8" else pixels
 
     def _report(self, failures: list[Failure]) -> None:
@@ -305,7 +304,7 @@ class RiceCollator:
                 "Unreadable media in %s (%s): %s", failure["id"], failure["outcome"], failure_words(failure)
             )
         if failures and self.failure_log is not None:
-            # One write per line: appends of this size do not interleave between workers and processes.
+            # One write per line: appends of this size do not mix between workers and processes.
             with open(self.failure_log, "a", encoding="utf-8") as file:
                 for failure in failures:
                     file.write(json.dumps(failure, ensure_ascii=False) + "\n")
@@ -313,7 +312,7 @@ class RiceCollator:
 
 
 def read_failure_log(path: str | Path) -> list[Failure]:
-    """The distinct failures of a log written by [`RiceCollator`]."""
+    """The distinct failures in a log of [`RiceCollator`]."""
     if not os.path.isfile(path):
         return []
     return list({tuple(failure.items()): failure for _, failure in read_json_lines(path)}.values())
@@ -321,8 +320,8 @@ def read_failure_log(path: str | Path) -> list[Failure]:
 
 def count_failures(failures: Iterable[Failure]) -> dict[str, int]:
     """
-    Counts what `read_failure_log` gives: `unreadable_media` different files, `replaced_frames` and `left_out_frames`
-    of clips that were used all the same, and `skipped_pairs` that were not.
+    Counts the failures of `read_failure_log`: `unreadable_media` (different files), `replaced_frames` and
+    `left_out_frames` (of clips that were used), and `skipped_pairs` (not used).
     """
     failures = list(failures)
     outcomes = {
@@ -330,7 +329,7 @@ def count_failures(failures: Iterable[Failure]) -> dict[str, int]:
         for outcome in ("replaced", "left out", "skipped")
     }
     return {
-        # An image of several clips is listed with each of them.
+        # An image that several clips share is listed once per clip.
         "unreadable_media": len({failure["file"] or failure["id"] for failure in failures}),
         "replaced_frames": len(outcomes["replaced"]),
         "left_out_frames": len(outcomes["left out"]),
@@ -343,14 +342,14 @@ def _product(row: dict[str, Any]) -> str:
 
 
 def _failure(row_id: str, file: str | None, reason: object, outcome: str = "skipped") -> Failure:
-    # The file has a place of its own. Logs are UTF-8, and a file may have any bytes for its name.
+    # The file has its own key. Logs are UTF-8, but a file name may hold any bytes.
     words = getattr(reason, "reason", "") or str(reason)
     words = words.encode("utf-8", "backslashreplace").decode()
     return {"id": row_id, "file": path_to_text(file or ""), "reason": words, "outcome": outcome}
 
 
 def failure_words(failure: Failure) -> str:
-    """A failure's file, where it is known, and the reason."""
+    """The file of a failure, if it is known, and the reason."""
     return ": ".join(filter(None, (failure.get("file"), failure["reason"])))
 
 

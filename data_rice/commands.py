@@ -1,4 +1,4 @@
-"""What the commands of all packages share."""
+"""Shared helpers of the commands of all packages."""
 
 import argparse
 import codecs
@@ -22,12 +22,12 @@ def mistakes_end(
     parser: argparse.ArgumentParser, kinds: tuple[type[Exception], ...] = (ValueError, OSError), verb: str = ""
 ) -> Iterator[None]:
     """
-    Ends the program with one sentence and status 2 where what is run within raises an error of the user's.
+    A context that turns a user's error into one sentence and exit status 2.
 
     Args:
-        parser: Of the program.
-        kinds: Such errors.
-        verb: The subcommand that is run, if any.
+        parser: The program's parser.
+        kinds: Error classes that are a user's mistake.
+        verb: The subcommand, if any.
     """
     try:
         yield
@@ -37,16 +37,16 @@ def mistakes_end(
 
 
 def log_plainly(level: int = logging.INFO) -> None:
-    """Show log messages as they are, but not each request that the Hub's client makes."""
+    """Show log messages without a prefix, and hide the requests of the Hub's client."""
     logging.basicConfig(format="%(message)s", level=level)
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def print_anywhere() -> None:
-    """Let this process print any text: what a terminal's encoding lacks is escaped as JSON does, and stays JSON.
+    """Let this process print any text: characters outside the terminal's encoding are escaped as in JSON.
 
-    For the start of a command. Titles may be in any script, names of files may be no text at all, and terminals that
-    know ASCII alone are common on servers.
+    Commands call it at their start. Titles may be in any script, file names may not be text, and terminals of servers
+    often support ASCII only. Printed JSON stays valid.
     """
     codecs.register_error(_ERRORS, _escape)
     for stream in (sys.stdout, sys.stderr):

@@ -1,4 +1,4 @@
-"""The frames of a clip that can be read, and pixels of 8 bits per channel up to the device."""
+"""Decoding of a clip's readable frames, and 8-bit pixels that are normalised on the device."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,17 +18,17 @@ def read_frames(
     decode: Callable[[Mapping[str, Any]], Any] = open_image,
 ) -> tuple[dict[int, Any], list[tuple[int, MediaError, str]]]:
     """
-    Decodes some frames of a clip. One that cannot be read is replaced by the nearest frame, the earlier of two, that
-    was not chosen and can be read.
+    Decodes some frames of a clip. An unreadable frame is replaced by the nearest readable frame that was not chosen;
+    of two equally near ones, by the earlier.
 
     Args:
         entries: All frames of the clip.
-        chosen: Numbers of the frames that are wanted.
+        chosen: Numbers of the frames to decode.
         decode: Raises `MediaError` for an unreadable entry.
 
     Returns:
-        What `decode` gave, by the frame's number in ascending order; and the unreadable frames, each with its number,
-        the error, and `"replaced"` or, when no other frame was left, `"left out"`.
+        The results of `decode` by frame number, in ascending order; and the unreadable frames, each with its number,
+        the error, and `"replaced"` or (if no other frame was left) `"left out"`.
     """
     spare = sorted(set(range(len(entries))) - set(chosen))
     read: dict[int, Any] = {}
@@ -50,7 +50,7 @@ def read_frames(
 
 
 def to_pixels(picture: Image.Image | np.ndarray) -> torch.Tensor:
-    """A PIL image or `(H, W, 3)` uint8 array as a `(3, H, W)` uint8 tensor whose channels lie together in memory."""
+    """A PIL image or `(H, W, 3)` uint8 array as a `(3, H, W)` uint8 tensor in channels-last memory layout."""
     return torch.from_numpy(np.array(picture)).movedim(-1, 0)
 
 
@@ -61,9 +61,9 @@ def resize_pixels(
     Resizes pictures in 8 bits with antialiasing, within one grey level of PIL.
 
     Args:
-        pixels (`(..., 3, H, W)` uint8): As `to_pixels` gives them; this layout is what makes it fast.
+        pixels (`(..., 3, H, W)` uint8): Pictures as `to_pixels` returns them; their memory layout makes this fast.
         size: Height and width.
-        resample: PIL's number of the filter.
+        resample: Filter, as PIL's number.
     """
     interpolation = tvF.InterpolationMode(PILImageResampling(resample).name.lower())
     return tvF.resize(pixels, list(size), interpolation=interpolation, antialias=True)
@@ -71,15 +71,15 @@ def resize_pixels(
 
 def normalize_pixels(inputs: Mapping[str, Any], processor: Any) -> dict[str, Any]:
     """
-    Does on a batch's device what the processor left undone in 8 bits: rescaling, normalisation, zeros where padded.
+    Finishes 8-bit pictures on their device: rescaling, normalisation, zeros in padded frames.
 
     Args:
-        inputs: A batch. `pixel_values` and `pixel_values_videos` are changed where they are uint8; everything else is
-            handed through.
-        processor: The `RiceProcessor` whose rescaling, mean and standard deviation to use.
+        inputs: A batch. `pixel_values` and `pixel_values_videos` change if they are uint8. Everything else stays the
+            same.
+        processor: The `RiceProcessor` that gives rescaling, mean and standard deviation.
 
     Returns:
-        The batch with float32 pictures, equal to those of the processor itself to float32 rounding.
+        The batch with float32 pictures, equal to the processor's own up to float32 rounding.
     """
     result = dict(inputs)
     for name, part in (
@@ -106,8 +106,8 @@ def _floats(values: Sequence[float]) -> list[float]:
 
 def target_size(part: Any, shape: Sequence[int]) -> tuple[int, int] | None:
     """
-    Height and width to which an image or video processor resizes a picture of the height and width `shape`; `None`
-    when it does not resize it, or by a rule of its own.
+    Height and width to which an image or video processor resizes a picture of height and width `shape`; `None` if it
+    does not resize, or resizes by another rule.
     """
     if not part.do_resize:
         return None
@@ -117,6 +117,6 @@ def target_size(part: Any, shape: Sequence[int]) -> tuple[int, int] | None:
     short = size.get("shortest_edge")
     if not short or size.get("longest_edge"):
         return None
-    # Rounded down, as transformers does it.
+    # Rounded down, as in transformers.
     height, width = (int(short * side / min(shape)) for side in shape)
     return height, width

@@ -26,12 +26,12 @@ def frames_with_boxes(clips: datasets.Dataset, split: str) -> datasets.Dataset:
     """Turn pair or query rows into ``detection`` rows.
 
     Args:
-        clips: rows of the ``pairs`` or ``query`` view. Clips of video files give no row, because their frames exist
-            only once they have been extracted.
+        clips: rows of the ``pairs`` or ``query`` view. Clips of video files give no rows, because their frames are not
+            extracted.
         split: the value of the column ``split``.
 
     Returns:
-        One row per frame with a box; ``frame_id`` is the clip's id and the frame's number within the clip.
+        One row per frame with a box; ``frame_id`` is the clip's id and the frame's number in the clip.
     """
 
     def explode(batch: Mapping[str, list]) -> dict[str, list]:

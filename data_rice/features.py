@@ -1,9 +1,8 @@
-"""The one row that every dataset builder of the project yields, in its views.
+"""Columns of the rows that every dataset builder yields, per view.
 
-``pairs`` rows join a clip with one shop image and are what training reads; ``query`` rows are clips with the list of
-images that answer them; ``gallery`` rows are the shop's images; ``detection`` rows are single frames with their boxes.
-Images stay encoded (``{"path": ..., "bytes": ...}``, see `processing_rice.media_rice.read_media`); whoever reads the
-row decodes them.
+``pairs`` rows, for training, hold a clip and one shop image. ``query`` rows hold a clip and its relevant images.
+``gallery`` rows are the shop's images. ``detection`` rows are single frames with their boxes. Images stay encoded
+(``{"path": ..., "bytes": ...}``, see `processing_rice.media_rice.read_media`); the reader of a row decodes them.
 """
 
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ VIEWS = ("pairs", "query", "gallery", "detection")
 
 
 def view_name(view: str) -> str:
-    """The name of a view, which is also that of the part of a published data set: "queries" is understood too."""
+    """Return the name of a view, which is also a part's name in a published data set; accepts "queries" too."""
     return "query" if view == "queries" else view
 
 
@@ -49,7 +48,7 @@ def pair_features() -> Features:
 
 
 def query_features() -> Features:
-    """Columns of a ``query`` row: a clip and the ids of the gallery images that answer it."""
+    """Columns of a ``query`` row: a clip and the ids of its relevant gallery images."""
     return Features({**_clip_features(), "relevant": List(Value("string"))})
 
 
@@ -66,7 +65,7 @@ def gallery_features() -> Features:
 
 
 def detection_features() -> Features:
-    """Columns of a ``detection`` row: one frame and all its product boxes, as fractions of the frame, in order."""
+    """Columns of a ``detection`` row: one frame and all its product boxes, as fractions of the frame."""
     return Features(
         {
             "frame_id": Value("string"),
@@ -107,13 +106,13 @@ def clip_row(
 
     Args:
         frames: absolute paths of the frames, in time order; empty for a clip of a video file.
-        boxes: one entry per frame, ``[left, top, right, bottom]`` as fractions of the frame (0 to 1) or None; for a
-            clip of a video file one entry per number in ``box_frames``.
-        box_frames: numbers of the video's frames to which ``boxes`` belong, counted from 0 at the start of the clip's
-            time range; frames that are not named have no box. Empty for a clip of frames.
+        boxes: one entry per frame: ``[left, top, right, bottom]`` as fractions of the frame (0 to 1), or None. For a
+            clip of a video file, one entry per number in ``box_frames``.
+        box_frames: numbers of the video frames to which ``boxes`` belong, counted from 0 at the start of the clip's
+            time range. Other frames have no box. Empty for a clip of frames.
         video: absolute path of the video file, or "" for a clip of frames.
         start, end: the clip's time range in seconds within ``video``, -1 when absent.
-        text: any of ``asr, category, product_scale, visible_duration, product_number, source``; the others become "".
+        text: any of ``asr, category, product_scale, visible_duration, product_number, source``; "" by default.
     """
     return {
         "clip_id": clip_id,

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, on the floor on which everybody can use them."""
+"""Atomic writing of files."""
 
 import os
 import threading
@@ -7,14 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 WRITING = ".writing-"
-"""How the names of unfinished files begin; one that is left was being written by a process that was killed."""
+"""Prefix of the names of unfinished files. A remaining one belonged to a process that was killed."""
 
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """
-    A temporary path beside ``path``, with its suffix, which takes its place when the block ends well: a reader sees
-    the old file or the whole new one, also after a crash. After a failure, such as a full disk, it is gone.
+    Yields a temporary path beside ``path``, with the same suffix. It replaces ``path`` when the block succeeds, so a
+    reader sees the old file or the whole new one, even after a crash. After an error, such as a full disk, it is
+    deleted.
 
     Raises:
         OSError: the file cannot be written; ``filename`` is ``path``.
@@ -23,7 +24,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.with_name(f"{WRITING}{os.getpid()}-{threading.get_native_id()}-{path.name}")
     try:
         temporary.touch()
-        # Some writers make files that only their owner can read.
+        # Some writers create files that only their owner can read.
         mode = temporary.stat().st_mode
         yield temporary
         with open(temporary, "rb") as file:
@@ -38,13 +39,13 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Writes a text file, in UTF-8, in the manner and with the errors of `replacing`."""
+    """Writes a UTF-8 text file through `replacing`; raises the same errors."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def cut_torn_line(path: str | os.PathLike) -> None:
-    """Cuts off the line without an end that an interrupted process leaves in a file that it was adding lines to."""
+    """Removes an unfinished last line, which an interrupted process leaves in a file of appended lines."""
     data = Path(path).read_bytes()
     whole = data.rfind(b"\n") + 1
     if whole < len(data):

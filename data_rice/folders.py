@@ -1,7 +1,7 @@
-"""What lies in a folder: its pictures in natural order, and by name what was left out.
+"""Lists the pictures of a folder in natural order, and names the entries that are left out.
 
-One rule for all folders: hidden entries and those that operating systems, network drives and editors make are left
-out; a picture is what has the suffix of a format that is read; and a link to a file or a folder may not lead out.
+All folders follow one rule. Hidden entries and those of operating systems, network drives and editors are left out. A
+picture is a file with the suffix of a supported format. A link may not lead out of the folder.
 """
 
 import os
@@ -40,24 +40,24 @@ _NAMED = 3
 
 
 def is_system_entry(name: str) -> bool:
-    """Return whether a file or folder is hidden, or was made by an operating system, a network drive or an editor."""
+    """Return whether an entry is hidden, or was made by an operating system, a network drive or an editor."""
     if name.startswith((".", "~$")) or name.endswith("~") or (name.startswith("#") and name.endswith("#")):
         return True
     return name.lower() in _SYSTEM_NAMES
 
 
 def is_picture_name(name: str) -> bool:
-    """Return whether a file's name has the suffix of a picture that is read, in capitals or not."""
+    """Return whether a file's name has the suffix of a supported picture format, in any case."""
     return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
 
 
 def is_video_name(name: str) -> bool:
-    """Return whether a file's name has the suffix of a video, in capitals or not."""
+    """Return whether a file's name has the suffix of a video, in any case."""
     return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
 
 
 def natural_key(name: str) -> tuple:
-    """Sort key of a name by which 2 comes before 10, in the digits of any script; numbers may have any length."""
+    """Sort key that puts 2 before 10, with digits of any script and numbers of any length."""
     plain = name if name.isascii() else "".join(map(_plain_digits, name))
     parts: list = re.split(r"([0-9]+)", plain)
     for i in range(1, len(parts), 2):
@@ -70,7 +70,7 @@ def _plain_digits(character: str) -> str:
     if character.isdecimal():
         return str(unicodedata.decimal(character))
     if unicodedata.category(character) == "No" and float(value := unicodedata.numeric(character)).is_integer():
-        # A circled or raised digit is a number by itself, whatever stands beside it.
+        # A circled or superscript digit is a number by itself, separate from its neighbours.
         return f"\0{int(value)}\0"
     return character
 
@@ -79,9 +79,9 @@ def _plain_digits(character: str) -> str:
 class Listing:
     """
     Attributes:
-        folder: what was looked through.
-        pictures: paths in natural order; they may hold bytes that are no UTF-8, as `os.fsdecode` gives them.
-        left_out: per reason the entries that were left out, relative to the folder.
+        folder: the folder that was listed.
+        pictures: paths in natural order; they may hold bytes that are not UTF-8, as `os.fsdecode` returns them.
+        left_out: reason -> the entries that were left out, relative to the folder.
     """
 
     folder: str
@@ -89,7 +89,7 @@ class Listing:
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
     def note(self) -> str:
-        """Return a sentence that counts and names what was left out, "" where that is nothing."""
+        """Return a sentence that counts and names the entries left out, "" if there are none."""
         if not self.left_out:
             return ""
         total = sum(map(len, self.left_out.values()))
@@ -106,17 +106,17 @@ def list_pictures(folder: str | os.PathLike, below: bool = False) -> Listing:
     """Find the pictures of a folder.
 
     Args:
-        folder: where to look.
-        below: also look into the folders below. A folder is read once, whatever links lead to it.
+        folder: the folder to list.
+        below: also list its subfolders. A folder is read once, even if several links lead to it.
 
     Raises:
         FileNotFoundError, OSError: the folder is missing or cannot be opened.
-        ValueError: a picture or folder is a link that leads out of ``folder``; the message names it.
+        ValueError: a picture or subfolder is a link that leads out of ``folder``; the message names it.
     """
     root = os.fspath(folder)
     listing = Listing(root)
     real_folders: set[str] = set()
-    # Links to folders come last, so that pictures are listed under the name of their own folder where that is below.
+    # Links to folders come last, so that a picture is listed under its real folder where that is listed too.
     places, links = [root], []
     while places or links:
         place = places.pop() if places else links.pop(0)
@@ -150,23 +150,23 @@ def list_pictures(folder: str | os.PathLike, below: bool = False) -> Listing:
 
 def picture_rows(folder: str | os.PathLike) -> tuple[list[dict], str]:
     """
-    The pictures below a folder as gallery rows, named after their place in it, and a note on what was left out.
+    Return the pictures below a folder as gallery rows, named after their relative paths, and `Listing.note`.
 
     Raises:
-        FileNotFoundError: there are none.
+        FileNotFoundError: the folder holds no picture.
         ValueError: a link leads out of the folder.
     """
     listing, rows = list_pictures(folder, below=True), []
     for path in map(Path, listing.pictures):
-        # No table holds bytes that are no UTF-8, and a title is for people.
+        # Tables cannot store bytes that are not UTF-8, and people read titles.
         title = os.fsencode(path.stem).decode("utf-8", "replace").replace("_", " ")
         image_id = path_to_text(path.relative_to(folder).as_posix())
         rows.append({"image_id": image_id, "title": title, "image": str(path)})
     if not rows:
         left_out = f" ({listing.note()})" if listing.left_out else ""
         raise FileNotFoundError(
-            f"{folder} has neither pictures nor the files of a data set{left_out}; docs/data.md shows what a shop "
-            "looks like."
+            f"{folder} holds neither pictures nor the files of a data set{left_out}; docs/data.md shows the layout "
+            "of a shop."
         )
     return rows, listing.note()
 
@@ -186,7 +186,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _take_file(listing: Listing, entry: os.DirEntry) -> None:
-    # A pipe or a device would be waited for; a link to nothing is a picture that is missing, which its reader tells.
+    # Reading a pipe or a device would block. A broken link is kept: its reader reports the missing picture.
     is_link = entry.is_symlink()
     special = not (os.path.isfile(entry.path) or not os.path.exists(entry.path)) if is_link else not entry.is_file()
     if special or not is_picture_name(entry.name):
@@ -200,11 +200,11 @@ def _take_file(listing: Listing, entry: os.DirEntry) -> None:
 def list_names(
     folder: str | os.PathLike, *, folders: bool = False, root: str | os.PathLike | None = None
 ) -> list[str]:
-    """Return the sorted names of the pictures (or of the folders) right inside ``folder``, [] if it is missing.
+    """Return the sorted names of the pictures (or of the folders) directly in ``folder``, [] if it is missing.
 
     Raises:
-        ValueError: one of them is a link that leads out of ``folder``, and out of ``root`` where that is given, or has
-            a name that is no UTF-8.
+        ValueError: an entry is a link that leads out of ``folder`` (and out of ``root`` if given), or its name is not
+            UTF-8.
     """
     names = []
     for entry in _own_entries(folder):
@@ -212,16 +212,16 @@ def list_names(
             if entry.is_symlink():
                 check_link(entry.path, folder, root or folder)
             if parsing.SURROGATE.search(entry.name):
-                raise ValueError(f"{path_to_text(entry.path)}: the name is no UTF-8; rename the file or folder.")
+                raise ValueError(f"{path_to_text(entry.path)}: the name is not UTF-8; rename the file or folder.")
             names.append(entry.name)
     return names
 
 
 def list_paths(folder: str | os.PathLike) -> list[str]:
-    """Return the sorted paths of everything right inside ``folder``, [] if it is missing.
+    """Return the sorted paths of all entries directly in ``folder``, [] if it is missing.
 
     Raises:
-        ValueError: one of them is a link that leads out of ``folder``.
+        ValueError: an entry is a link that leads out of ``folder``.
     """
     paths = []
     for entry in _own_entries(folder):
@@ -240,10 +240,10 @@ def _own_entries(folder: str | os.PathLike) -> Iterator[os.DirEntry]:
 
 
 def check_link(path: str | os.PathLike, *roots: str | os.PathLike) -> None:
-    """Refuse a path whose real place lies in none of ``roots``.
+    """Refuse a path that resolves to a place outside all ``roots``.
 
     Raises:
-        ValueError: it leads elsewhere; the message names it.
+        ValueError: the path leads elsewhere; the message names it.
     """
     real = os.path.realpath(path)
     for root in roots:

@@ -4,9 +4,9 @@
     python -m data_rice.grocerystore CLONE_DIR OUT_DIR [--short_side 160]
 
 Source: M. Klasson, C. Zhang, H. Kjellstrom, "A Hierarchical Grocery Store Image Dataset with Visual and Semantic
-Labels", WACV 2019. It holds single photographs, so a "clip" is a pseudo-clip: 3 to 10 photographs of one product,
-neighbours in the file numbering. The cut depends on nothing but the lists of the clone, so the same clone always gives
-the same clips; folders that others built from the same source need not have them.
+Labels", WACV 2019. It holds single photographs, so a "clip" is a pseudo-clip: 3 to 10 photographs of one product that
+are neighbours in the file numbering. The split into clips depends only on the lists of the clone, so the same clone
+always gives the same clips. Other folders built from the same source may have other clips.
 """
 
 import argparse
@@ -108,8 +108,8 @@ def read_products(dataset_dir: Path) -> dict[int, Product]:
 def read_photographs(dataset_dir: Path, split: str, products: dict[int, Product]) -> dict[int, list[str]]:
     """Read a list of photographs as class id -> paths in the order of the source's numbering.
 
-    A line is ``path, class id, coarse class id``; early commits of the source wrote the path alone, whose last folder
-    is the class.
+    A line is ``path, class id, coarse class id``. Early commits of the source wrote only the path; its last folder is
+    the class.
 
     Raises:
         FileNotFoundError: the list is missing.
@@ -152,18 +152,18 @@ def _number(path: str) -> int:
 
 
 def cut_into_clips(paths: list[str], key: str) -> list[list[str]]:
-    """Cut one product's photographs into runs of 3 to 10 neighbours, all of them used.
+    """Cut one product's photographs into runs of 3 to 10 neighbours that use all photographs.
 
     Args:
         paths: photographs in order; fewer than three give no clip.
-        key: seeds the choice of the lengths.
+        key: seed for the lengths.
     """
     generator = random.Random(hashlib.sha256(key.encode()).digest())
     clips: list[list[str]] = []
     start = 0
     while len(paths) - start >= MIN_CLIP:
         remaining = len(paths) - start
-        # A length may not strand one or two photographs at the end.
+        # The rest must not be one or two photographs.
         lengths = [length for length in _CLIP_LENGTHS if remaining - length == 0 or remaining - length >= MIN_CLIP]
         if remaining <= MAX_CLIP and remaining not in lengths:
             lengths.append(remaining)
@@ -174,7 +174,7 @@ def cut_into_clips(paths: list[str], key: str) -> list[list[str]]:
 
 
 def _read_text(path: Path) -> str:
-    """Read a short text of the source, "" if there is none; some are not UTF-8."""
+    """Read a short text of the source, "" if there is none; some files are not UTF-8."""
     if not path.is_file():
         return ""
     data = path.read_bytes()
@@ -192,7 +192,7 @@ def _description(dataset_dir: Path, product: Product) -> str:
 
 
 def _title(dataset_dir: Path, product: Product) -> str:
-    """Return the shop's title of the product, else its class name."""
+    """Return the shop's title of the product, or its class name."""
     stem = re.sub(r"_[^_/]*$", "", product.image)
     found = re.search(r"^\s*Title:[ \t]*(.*\S)", _read_text(dataset_dir / f"{stem}_Information.txt"), re.MULTILINE)
     return found[1] if found else product.name.replace("-", " ")
@@ -254,7 +254,7 @@ def _clip_rows(split: str, photographs: dict[int, list[str]], products: dict[int
         for label, paths in sorted(photographs.items())
         for clip in cut_into_clips(paths, f"{split}/{products[label].name}")
     ]
-    # In the order of the classes, a clip's place in the file would tell its product.
+    # In the order of the classes, a clip's position in the file would reveal its product.
     clips.sort(key=lambda item: hashlib.sha256(item[1][0].encode()).digest())
     short = CLIP_FILES[split].removeprefix("clips_").removesuffix(".jsonl")
     rows = [
@@ -274,12 +274,12 @@ def _clip_rows(split: str, photographs: dict[int, list[str]], products: dict[int
 
 
 def build_grocerystore(clone_dir: str | Path, output_dir: str | Path, short_side: int = 160) -> dict[str, int]:
-    """Build a shop_clips folder; a half-built folder never appears under ``output_dir``.
+    """Build a shop_clips folder; ``output_dir`` appears only when it is complete.
 
     Args:
         clone_dir: a clone of GroceryStoreDataset (the folder that holds ``dataset/``).
-        output_dir: must not exist, or be empty.
-        short_side: pictures are reduced to this many pixels on the short side, never enlarged.
+        output_dir: folder to write; it must not exist or must be empty.
+        short_side: maximum short side in pixels; larger pictures are reduced.
 
     Returns:
         The number of clips per split.

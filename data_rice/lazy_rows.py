@@ -1,7 +1,7 @@
-"""Rows that are read when they are asked for, from annotation files, Arrow tables or Parquet files.
+"""Rows that are read on demand, from annotation files, Arrow tables or Parquet files.
 
-All three are data sets of `torch.utils.data` with random access, and say where their *shards* begin: runs of rows that
-lie together and are best read together.
+All three classes are `torch.utils.data` data sets with random access. They also give the start of each *shard*, a run
+of rows that are stored together and best read together.
 """
 
 import os
@@ -17,20 +17,20 @@ import torch
 from .commands import one_line
 from .line_index import LineIndex
 
-# Rows of a shard where any row can be read alone: enough for one read-ahead of a disk, few enough to mix well.
+# Rows per shard if rows can be read singly: enough for one disk read-ahead, few enough to mix well.
 _SHARD_ROWS = 64
 
 
 class LazyRows(torch.utils.data.Dataset):
-    """Base of the three.
+    """Base of the classes.
 
     Attributes:
         shard_starts: first row of each shard, and the number of rows, int64 ``(num_shards + 1,)``.
-        shards_per_block: how many shards can be read in turns without reading any of them twice.
+        shards_per_block: number of shards that can be mixed without reading any of them twice.
     """
 
     shard_starts: np.ndarray
-    # A pool of 16,384 rows where a shard has 64.
+    # With 64 rows per shard this mixes 16,384 rows.
     shards_per_block: int = 256
 
     def __len__(self) -> int:
@@ -47,7 +47,7 @@ class LazyRows(torch.utils.data.Dataset):
         """Number the distinct values of a text column.
 
         Returns:
-            The number of each row's value, int64 ``(num_rows,)``, and whether any row has one that is not "".
+            The number of each row's value, int64 ``(num_rows,)``, and whether any value is not "".
 
         Raises:
             ValueError: the rows cannot be grouped by this column.
@@ -60,12 +60,12 @@ def _even_shards(num_rows: int) -> np.ndarray:
 
 
 class LineRows(LazyRows):
-    """Rows of annotation files, each parsed when it is asked for.
+    """Rows of annotation files, each parsed on demand.
 
     Args:
         index: where the rows begin.
-        parse: called as ``parse(file, line number, text)``; returns the row as the builder makes it.
-        group_columns: names of the columns that the index groups rows by.
+        parse: called as ``parse(file, line number, text)``; returns the builder's row.
+        group_columns: columns by which the index groups rows.
         features: columns of the rows, see `data_rice.features`.
     """
 
@@ -83,7 +83,7 @@ class LineRows(LazyRows):
         self.shard_starts = _even_shards(len(index))
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict]:
-        """See `LazyRows`; ValueError names file and line of a malformed row."""
+        """See `LazyRows`; raises ValueError with the file and line of a malformed row."""
         return [as_stored(self.parse(*self.index.read(row)), self.features) for row in rows]
 
     def column_codes(self, column: str) -> tuple[np.ndarray, bool]:
@@ -95,7 +95,7 @@ class LineRows(LazyRows):
 
 
 class ArrowRows(LazyRows):
-    """Rows of a memory-mapped `datasets.Dataset`: any view that `load_dataset_view` or `load_from_disk` gives."""
+    """Rows of a memory-mapped `datasets.Dataset`, such as `load_dataset_view` or `load_from_disk` return."""
 
     def __init__(self, dataset: datasets.Dataset):
         self.dataset = dataset
@@ -116,18 +116,18 @@ def _codes(values: pyarrow.ChunkedArray) -> tuple[np.ndarray, bool]:
 
 
 class ParquetRows(LazyRows):
-    """Rows of Parquet files with the pictures inside, whose shards are the files' row groups.
+    """Rows of Parquet files with the pictures inside. The shards are the files' row groups.
 
-    A group is read whole, and kept until as many others have been read as rows are mixed of. So an epoch is to be read
-    in blocks, as `data_rice.samplers.BlockOrder` does, and small groups mix better than large ones.
+    A group is read whole and kept until ``shards_per_block`` other groups have been read. Read an epoch in blocks, as
+    `data_rice.samplers.BlockOrder` does. Small groups mix better than large ones.
 
     Args:
         files: Parquet files with the columns of a view.
-        memory: bytes of row groups held by each process that reads; at least one group is.
+        memory: maximum bytes of row groups that each reading process holds; it always holds at least one group.
 
     Raises:
         FileNotFoundError: a file does not exist.
-        ValueError: a file is not Parquet, or there is no row.
+        ValueError: a file is not Parquet, or there are no rows.
     """
 
     def __init__(self, files: Sequence[str | os.PathLike], memory: int = 256 * 1024 * 1024):
@@ -140,7 +140,7 @@ class ParquetRows(LazyRows):
             except FileNotFoundError:
                 raise FileNotFoundError(f"{path} does not exist; put the Parquet file there.") from None
             except (OSError, pyarrow.ArrowException) as error:
-                raise ValueError(f"{path} is not a Parquet file ({one_line(error)}); make it again.") from None
+                raise ValueError(f"{path} is not a Parquet file ({one_line(error)}); write it again.") from None
             for group in range(metadata.num_row_groups):
                 self.groups.append((number, group))
                 sizes.append(metadata.row_group(group).num_rows)
@@ -155,7 +155,7 @@ class ParquetRows(LazyRows):
         return self.__dict__ | {"_tables": OrderedDict()}
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict]:
-        """See `LazyRows`; ValueError names the file of a row group that cannot be read."""
+        """See `LazyRows`; raises ValueError with the file of a row group that cannot be read."""
         shards = (np.searchsorted(self.shard_starts, rows, side="right") - 1).tolist()
         places = (np.asarray(rows) - self.shard_starts[shards]).tolist()
         return [self._group(shard).slice(place, 1).to_pylist()[0] for shard, place in zip(shards, places)]
@@ -163,7 +163,7 @@ class ParquetRows(LazyRows):
     def _group(self, shard: int) -> pyarrow.Table:
         if shard not in self._tables:
             number, group = self.groups[shard]
-            # Before the next one is read, or there would be one more in memory than there may be.
+            # Before the next read, so that memory never holds one group too many.
             while len(self._tables) >= self.shards_per_block:
                 self._tables.popitem(last=False)
             try:
@@ -171,21 +171,21 @@ class ParquetRows(LazyRows):
                     self._tables[shard] = file.read_row_group(group)
             except (OSError, pyarrow.ArrowException) as error:
                 raise ValueError(
-                    f"{self.files[number]}, row group {group}: {one_line(error)}; make the file again."
+                    f"{self.files[number]}, row group {group}: {one_line(error)}; write the file again."
                 ) from None
         self._tables.move_to_end(shard)
         return self._tables[shard]
 
     def column_codes(self, column: str) -> tuple[np.ndarray, bool]:
-        """See `LazyRows.column_codes`; always refused."""
+        """Always raises ValueError, see `LazyRows.column_codes`."""
         raise ValueError(
-            "Batches of chosen rows cannot be read from Parquet files, where a row comes with its whole group; "
+            "Parquet files do not support batches of chosen rows, because every read loads a whole row group; "
             "prepare tar shards (--file_format tar), or leave streaming off."
         )
 
 
 def as_stored(row: dict, features: datasets.Features) -> dict:
-    """Return a builder's row as it comes out of its Arrow table: media as entries, numbers in single precision."""
+    """Convert a builder's row to the form of its Arrow table: media as entries, numbers in single precision."""
     return {name: _stored(row.get(name), feature) for name, feature in features.items()}
 
 

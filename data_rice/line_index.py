@@ -1,7 +1,7 @@
-"""Where the usable rows of annotation files begin, so that any of them can be read without reading the others.
+"""Index of the usable rows of annotation files, so that any row can be read without reading the others.
 
-The index of a data set is one file with a record per usable row, memory-mapped, next to a small JSON file with what it
-was made of and a list of the rows that were left out. They lie in the cache folder, under a name that changes with the
+The index of a data set is a memory-mapped file with one record per usable row. Beside it lie a small JSON file with
+its sources and a list of the rows that were left out. They are in the cache folder, under a name that changes with the
 annotation files and the options.
 """
 
@@ -28,7 +28,7 @@ Select = Callable[[str, int, bytes, ProblemLog], tuple[bytes, Sequence[bytes]] |
 
 
 class LineIndex:
-    """An index as `build_line_index` makes it; pickled as its path, so that loader workers open it anew.
+    """An index of `build_line_index`. It is pickled as its path, so loader workers open it again.
 
     Args:
         path: the file of records.
@@ -38,7 +38,7 @@ class LineIndex:
         self.path = path
         about = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
         self.files: list[str] = about["files"]
-        # Per kind of group whether any row has one that is not "".
+        # Per kind of group, whether any value is not "".
         self.grouped: list[bool] = about["grouped"]
         self._left_out: dict[str, dict] = about["left_out"]
         self.records = np.memmap(path, dtype=_RECORD, mode="r")
@@ -56,7 +56,7 @@ class LineIndex:
 
     @property
     def problems(self) -> ProblemLog:
-        """The rows that were left out: their numbers, some of their ids, and the path of the list of all."""
+        """The rows that were left out: counts, some ids, and the path of the full list."""
         log = ProblemLog(None)
         log.counts.update(self._left_out["counts"])
         log.examples.update(self._left_out["examples"])
@@ -70,7 +70,7 @@ class LineIndex:
             ValueError: the line is not UTF-8, or holds a NUL character.
         """
         if self._process != os.getpid():
-            # A forked process shares the position in the files that its parent has open.
+            # A forked process shares the file positions of its parent, so it opens the files again.
             self._open_files, self._process = {}, os.getpid()
         record = self.records[row]
         number, line = int(record["file"]), int(record["line"])
@@ -85,20 +85,20 @@ class LineIndex:
 def build_line_index(
     files: Sequence[str], make_select: Callable[[], Select], cache_dir: str | os.PathLike | None = None, key: str = ""
 ) -> LineIndex:
-    """Open the index of ``files``, building it where the cache has none for their present state.
+    """Open the index of ``files``; build it if the cache has none for their current state.
 
     Args:
         files: annotation files with one row per line.
-        make_select: called where an index has to be built, for a function that is called once per row as
-            ``select(file, line number, bytes, problems)``. That returns ``(row id, groups)`` with up to three values
-            by which rows are grouped, such as the livestream; or None for a row that does not belong to the view,
-            having added it to ``problems`` if somebody should know.
-        cache_dir: where indices are kept, in a folder of their own; the cache of `datasets` when None.
-        key: whatever else the selection depends on.
+        make_select: returns the function ``select(file, line number, bytes, problems)``, which is called once per row
+            when an index is built. ``select`` returns ``(row id, groups)``, with up to three values by which rows are
+            grouped, such as the livestream. For a row outside the view it returns None, after adding the row to
+            ``problems`` if users should know.
+        cache_dir: parent folder of the indices; the cache of `datasets` when None.
+        key: any other values on which the selection depends.
 
     Raises:
         FileNotFoundError: a file does not exist.
-        ValueError: two rows have one id, no row is left, or what the selection raises.
+        ValueError: two rows have the same id, no row is left, or the selection raises it.
     """
     folder = Path(cache_dir if cache_dir is not None else datasets.config.HF_DATASETS_CACHE) / "line_index"
     state = f"{parsing.fingerprint([*files, __file__])}\0{key}"

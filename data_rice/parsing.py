@@ -1,7 +1,7 @@
 """Strict readers for annotation files: every value is checked, and every error names the file and the line.
 
-Nothing here evaluates text as code. Lists that were written as Python literals are translated to JSON where that is
-unambiguous, and refused otherwise.
+Text is never evaluated as code. Lists in Python notation are translated to JSON if that is unambiguous, and refused
+otherwise.
 """
 
 import codecs
@@ -20,9 +20,9 @@ from typing import BinaryIO
 import numpy as np
 from tqdm.auto import tqdm
 
-# Below this size a file is read in less than a few seconds, and a progress bar would only be noise.
+# A smaller file is read within a few seconds and needs no progress bar.
 _PROGRESS_BYTES = 64 * 1024 * 1024
-# Rows keep boxes in single precision, where two numbers near 1 that are closer than this may become one.
+# Rows store boxes in single precision, where two numbers near 1 that are closer than this may become equal.
 _SMALLEST_SIDE = 1e-6
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -37,17 +37,17 @@ def row_error(path: str | os.PathLike, line: int, message: str) -> ValueError:
 def scan_lines(path: str | os.PathLike, by_offset: bool = False) -> Iterator[tuple[int, int, bytes]]:
     """Open a file of lines and return ``(line number, offset in bytes, line)`` of those that are not blank.
 
-    Lines are UTF-8, without their end and without a byte order mark. A file in UTF-16 or UTF-32, or one whose lines
-    end with carriage returns alone, is turned into that in memory. Otherwise lines end at a line feed only, because
-    titles and speech may hold other separators of Unicode.
+    Lines are UTF-8, without line end and byte order mark. A file in UTF-16 or UTF-32, or with carriage returns as line
+    ends, is converted in memory. In other files only a line feed ends a line, because titles and speech may hold other
+    Unicode separators.
 
     Args:
         path: the file.
-        by_offset: the lines will be looked up in the file by their offsets, so refuse what would have to be turned.
+        by_offset: the caller will read lines by their offsets in the file, so refuse files that need conversion.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is damaged UTF-16 or UTF-32, or is refused (see above).
+        ValueError: the file is damaged UTF-16 or UTF-32, or needs conversion despite ``by_offset``.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} does not exist; put the annotation file there.")
@@ -66,9 +66,7 @@ def scan_lines(path: str | os.PathLike, by_offset: bool = False) -> Iterator[tup
             file.close()
             file = io.BytesIO(turned)
         if turned is not None and by_offset:
-            raise row_error(
-                path, 1, "lists that are streamed must be UTF-8 with line feeds, and this one is not; save it so."
-            )
+            raise row_error(path, 1, "a list for streaming must be UTF-8 with line feeds; save the file in that form.")
         file.seek(0)
     except BaseException:
         file.close()
@@ -89,7 +87,7 @@ def _scan(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
 
 
 def read_lines(path: str | os.PathLike, description: str | None = None) -> Iterator[tuple[int, str]]:
-    """Yield ``(line number, text)`` of the lines of a file that are not blank, see `scan_lines`.
+    """Yield ``(line number, text)`` of a file's lines that are not blank, see `scan_lines`.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -111,12 +109,12 @@ def read_lines(path: str | os.PathLike, description: str | None = None) -> Itera
 
 
 def _encoding_of(start: bytes) -> str:
-    """Tell UTF-16 and UTF-32 by their byte order marks, or by the zero bytes of a first ASCII character."""
+    """Detect UTF-16 and UTF-32 by their byte order marks, or by the zero bytes of a first ASCII character."""
     return json.detect_encoding(start).replace("utf-8-sig", "utf-8")
 
 
 def decode_text(data: bytes, path: str | os.PathLike) -> str:
-    """Return the text of a file in UTF-8, UTF-16 or UTF-32, without a byte order mark; ``path`` is for the message.
+    """Return the text of a UTF-8, UTF-16 or UTF-32 file without byte order mark; ``path`` is for the message.
 
     Raises:
         ValueError: it is none of these.
@@ -196,7 +194,7 @@ def _loads(text: str) -> object:
     except RecursionError:
         raise ValueError("the value is nested too deeply") from None
     if "\\ud" in text.lower():
-        # An escaped half of a surrogate pair is valid JSON.
+        # JSON allows an escaped half of a surrogate pair.
         if SURROGATE.search(json.dumps(value, ensure_ascii=False)):
             raise ValueError("a text holds half of a surrogate pair; write the whole character")
     return value
@@ -278,8 +276,8 @@ def parse_string_list(text: str) -> list[str]:
 
 
 def is_number(value: object) -> bool:
-    """Return whether ``value`` is a finite int or float (a bool is not a number here)."""
-    # Integers of any length come out of JSON; those beyond a float's range are not finite as a float.
+    """Return whether ``value`` is a finite int or float; a bool does not count as a number."""
+    # JSON integers have any length; those beyond a float's range count as not finite.
     if type(value) is int:
         return abs(value) <= sys.float_info.max
     return type(value) is float and math.isfinite(value)
@@ -316,7 +314,7 @@ def check_box(value: object) -> list[float]:
 
 
 def parse_box_list(text: str) -> list[list[float]]:
-    """Parse ``[[l, t, r, b], ...]`` as floats, in the unit in which it was written.
+    """Parse ``[[l, t, r, b], ...]`` as floats, in the unit of the text.
 
     Raises:
         ValueError: the text is anything else (without file and line, which the caller adds).
@@ -334,7 +332,7 @@ def clip_box(box: list[float], width: float = 1.0, height: float = 1.0) -> list[
     """Scale a box by the frame size and cut it at the frame's border.
 
     Returns:
-        ``[left, top, right, bottom]`` in 0 to 1, or None when no area is left, which is what "no box" is.
+        ``[left, top, right, bottom]`` in 0 to 1, or None ("no box") if no area is left.
     """
     left, top, right, bottom = (
         min(max(value / size, 0.0), 1.0) for value, size in zip(box, (width, height, width, height))
@@ -360,7 +358,7 @@ def check_name(value: object, what: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"the {what} is empty")
     if value in (".", "..") or any(character in value for character in "/\\\0"):
-        raise ValueError(f"the {what} {value!r} is not a plain name, and would lead out of the data folder")
+        raise ValueError(f"the {what} {value!r} is not a plain name and would lead out of the data folder")
     return value
 
 
@@ -379,7 +377,7 @@ def check_relative_path(value: object, what: str) -> str:
 
 
 def fingerprint(paths: Iterable[str | os.PathLike]) -> str:
-    """Hash the real names, sizes and modification times of files and folders; a missing one counts as missing."""
+    """Hash the real names, sizes and modification times of files and folders; missing ones are allowed."""
     digest = hashlib.sha256()
     for path in paths:
         try:

@@ -1,4 +1,4 @@
-"""Paths that annotations name, which must stay below their data folder, and paths as text."""
+"""Paths from annotations, which must stay below their data folder, and conversion of paths to text."""
 
 import os
 import re
@@ -10,11 +10,11 @@ from . import parsing
 
 
 def path_to_text(path: str | os.PathLike) -> str:
-    r"""Return a path as text that can be printed and stored, although a file may have any bytes for its name.
+    r"""Return a path as text that can be printed and stored; file names may hold any bytes.
 
-    In a name that is no UTF-8 each byte beyond ASCII becomes ``\xc8``. A backslash that would read as one of these
-    becomes ``\x5c``, so that `text_to_path` gives the path back and no two files have one text. Other paths stay as
-    they are.
+    In a name that is not UTF-8, each byte beyond ASCII becomes an escape such as ``\xc8``. A backslash that would read
+    as such an escape becomes ``\x5c``. So `text_to_path` restores the path, and different files have different texts.
+    Other paths do not change.
     """
     text = re.sub(r"\\(?=x[0-9a-f]{2})", r"\\x5c", os.fspath(path))
     return "/".join(_escape(name) if parsing.SURROGATE.search(name) else name for name in text.split("/"))
@@ -24,17 +24,17 @@ def _escape(name: str) -> str:
     try:
         data = os.fsencode(name)
     except UnicodeEncodeError:
-        # Halves of surrogate pairs that stand for no byte; no file has such a name.
+        # Other halves of surrogate pairs represent no byte, so no file has such a name.
         data = name.encode("utf-8", "surrogatepass")
     try:
-        # What is text after all, where the locale knows ASCII alone.
+        # The name is valid text if the locale supports ASCII only.
         return data.decode("utf-8")
     except UnicodeDecodeError:
         return "".join(chr(byte) if byte < 0x80 else f"\\x{byte:02x}" for byte in data)
 
 
 def text_to_path(text: str) -> str:
-    """Return the path of which `path_to_text` made ``text``, as `open` takes it."""
+    """Return the path, for `open`, that `path_to_text` converted to ``text``."""
     pattern = rb"\\x([89a-f][0-9a-f]|5c)"
     return os.fsdecode(re.sub(pattern, lambda match: bytes.fromhex(match[1].decode()), text.encode()))
 
@@ -48,10 +48,10 @@ def _uncased(name: str) -> str:
 
 
 class MediaRoot:
-    """Turns paths that annotations name into absolute ones; refuses those that lead out of the folder.
+    """Converts paths from annotations to absolute paths, and refuses those that lead out of the folder.
 
-    A path that is not there as it is written may have been written elsewhere: with the backslashes of Windows, or with
-    accents as one character where the disk has two (the Unicode forms NFC and NFD). Then that file is meant.
+    If a path does not exist as written, the file with the same name in another notation is used: with Windows
+    backslashes, or with accents in the other Unicode form (NFC or NFD).
 
     Args:
         root: the data folder; it may itself be a link.
@@ -68,21 +68,21 @@ class MediaRoot:
         return real == self._real_root or real.startswith(self._real_root.rstrip("/\\") + osp.sep)
 
     def path(self, value: object, what: str) -> str:
-        """Return the absolute path of ``value``, whether or not anything lies there.
+        """Return the absolute path of ``value``, even if it does not exist.
 
         Args:
-            value: what the annotation names.
-            what: a name for it, such as "image path", for the message.
+            value: the path in the annotation.
+            what: its description for the message, such as "image path".
 
         Raises:
-            ValueError: it is no relative path, or it leads out of the folder, if only through a link (without file and
-                line, which the caller adds).
+            ValueError: it is not a relative path, or it leads out of the folder, also through a link (without file
+                and line, which the caller adds).
         """
         path = osp.join(self.root, parsing.check_relative_path(value, what))
         if not osp.lexists(path):
             path = self._respell(value)
         folder = osp.dirname(path)
-        # Resolving every path of a large folder takes minutes; its folders are few.
+        # Resolving every path of a large folder takes minutes, so only its few folders are resolved.
         if folder not in self._folders:
             self._folders[folder] = self._inside(folder)
         if not self._folders[folder] or (osp.islink(path) and not self._inside(path)):
@@ -90,7 +90,7 @@ class MediaRoot:
         return path
 
     def near(self, path: str) -> str | None:
-        """Return what is in the folder where ``path`` is not, relative to the root and but for capitals the same."""
+        """Return an existing path, relative to the root, that differs from ``path`` only in case, or None."""
         found = self._find(osp.relpath(path, self.root), _uncased)
         return None if found is None else osp.relpath(found, self.root)
 
@@ -103,7 +103,7 @@ class MediaRoot:
         return osp.join(self.root, forward)
 
     def _find(self, value: str, form: Callable[[str], str]) -> str | None:
-        """Go down a path part by part, by the names as they are and else by what has the same ``form``."""
+        """Follow a path part by part: by the exact name, else by an entry with the same ``form``."""
         place = self.root
         for part in value.split("/"):
             if part in ("", "."):
@@ -116,7 +116,7 @@ class MediaRoot:
         return place
 
     def _names_in(self, folder: str, form: Callable[[str], str]) -> dict[str, str]:
-        """Form -> name of a folder's entries, listed once: a folder may hold hundreds of thousands."""
+        """Form -> name of a folder's entries; cached, because a folder may hold hundreds of thousands."""
         if (form, folder) not in self._names:
             try:
                 names = sorted(os.listdir(folder), reverse=True)

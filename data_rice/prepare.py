@@ -1,8 +1,8 @@
-"""Views of a data set as self-contained shards for fast training: few frames per clip, small, still encoded.
+"""Views of a data set as self-contained shards for fast training: few, small, encoded frames per clip.
 
-`prepare_views` writes Parquet or tar (webdataset) shards, and `load_prepared` reads them again as the same rows, with
-the pictures inside. A shard is written under a temporary name and renamed when it is whole, and its content depends on
-nothing but the rows and the settings: a run that was interrupted and started again leaves the same bytes as one run.
+`prepare_views` writes Parquet or tar (webdataset) shards. `load_prepared` reads them as the same rows, with the
+pictures inside. A shard is written under a temporary name and renamed when it is complete. Its content depends only on
+the rows and the settings, so an interrupted and resumed run writes the same bytes as one run.
 """
 
 import json
@@ -35,12 +35,12 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """How the shards are made.
+    """Settings of the shards.
 
     Attributes:
         num_frames: frames per clip, at even intervals as in evaluation; 0 keeps all.
-        short_side: pictures with a longer short side are reduced to it, in pixels; 0 keeps all sizes. The others are
-            copied as they are, byte for byte.
+        short_side: maximum short side in pixels; 0 keeps all sizes. Larger pictures are reduced, others are copied
+            byte for byte.
         quality: JPEG quality of the reduced pictures, 1 to 100.
         rows_per_shard: rows of the source per shard.
         file_format: "parquet", or "tar" for the layout of webdataset.
@@ -84,7 +84,7 @@ def _start_worker(views, settings: PrepareSettings) -> None:
 
 
 def _run_job(job: _Job) -> None:
-    """Write one shard, and before it the list of what its rows lost."""
+    """Write one shard, and before it the list of its unreadable media."""
     views, settings = _worker
     source = views[job.view, job.split]
     sampling = Sampling(settings.num_frames, settings.short_side, settings.quality)
@@ -138,22 +138,22 @@ def prepare_views(
     settings: PrepareSettings = PrepareSettings(),
     num_workers: int = 1,
 ) -> dict:
-    """Write the shards of all views, or those that an interrupted run left to do.
+    """Write the shards of all views, or the missing ones after an interruption.
 
     Args:
-        views: ``(view, split) -> rows`` as `data_rice.load_dataset_view` gives them.
-        output_dir: the folder to write: ``VIEW/SPLIT-00000-of-00010.parquet``, ``reports/`` with the media that could
-            not be read, ``dropped.jsonl`` with all of them, ``prepared.json`` and a data set card.
+        views: ``(view, split) -> rows`` as `data_rice.load_dataset_view` returns them.
+        output_dir: the folder to write: ``VIEW/SPLIT-00000-of-00010.parquet``, ``reports/`` with the unreadable media
+            per shard, ``dropped.jsonl`` with all of them, ``prepared.json`` and a data set card.
         dataset: the name of the source, for the card.
         gallery_scope: "live" or "all", see `data_rice.gallery_scope`.
-        source: anything that tells sources apart, so that a run is not continued from other data.
-        options: the builder's options that shaped the rows, such as ``validation_fraction``; kept in the manifest.
-        settings: how the shards are made.
-        num_workers: processes.
+        source: identifies the source, so that a run is not continued with other data.
+        options: the builder's options for the rows, such as ``validation_fraction``; stored in the manifest.
+        settings: settings of the shards.
+        num_workers: number of processes.
 
     Returns:
-        The content of ``prepared.json``: per view and split the ``rows`` of the source, the ``kept`` ones, and what
-        was lost, counted by kind.
+        The content of ``prepared.json``: per view and split the ``rows`` of the source, the ``kept`` ones, and the
+        number of losses by kind.
 
     Raises:
         ValueError: the folder holds something else, or was begun with other data or settings.
@@ -176,7 +176,7 @@ def prepare_views(
             stale.unlink()
     todo = [job for job in jobs if not os.path.isfile(job.shard)]
     if len(todo) < len(jobs):
-        logger.warning("%s: %d of %d shards are there already", output_dir, len(jobs) - len(todo), len(jobs))
+        logger.warning("%s: %d of %d shards exist already", output_dir, len(jobs) - len(todo), len(jobs))
     progress = tqdm(total=len(todo), desc=f"Shards of {output_dir}", unit="shard")
     if num_workers <= 1:
         _start_worker(views, settings)
@@ -184,7 +184,7 @@ def prepare_views(
             _run_job(job)
             progress.update()
     else:
-        # Forking a process that holds Arrow's and torch's threads can hang.
+        # Forking a process with threads of Arrow and torch can hang.
         context = get_context("spawn")
         with ProcessPoolExecutor(num_workers, context, _start_worker, (dict(views), settings)) as pool:
             try:
@@ -192,7 +192,7 @@ def prepare_views(
                     progress.update()
             except BrokenProcessPool:
                 raise ChildProcessError(
-                    "A worker was killed, perhaps for want of memory; run the same command again with fewer workers."
+                    "A worker was killed, perhaps by lack of memory; run the same command again with fewer workers."
                 ) from None
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -202,7 +202,7 @@ def prepare_views(
 
 
 def _claim(output_dir: Path, state: dict) -> None:
-    """Take a new or empty folder, or one that an equal run began."""
+    """Claim a new or empty folder, or one that an equal run began."""
     path = output_dir / _STATE
     if path.is_file():
         begun = parsing.read_json_object(path)
@@ -219,7 +219,7 @@ def _claim(output_dir: Path, state: dict) -> None:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a killed run was about to write first."""
+    """Whether a folder is empty except for the unfinished first file of a killed run."""
     return all(path.name.startswith(WRITING) for path in folder.iterdir())
 
 
@@ -306,12 +306,12 @@ def shard_files(folder: str | os.PathLike, view: str, split: str) -> list[str]:
 
 
 def check_options(folder: str | os.PathLike, options: Mapping[str, object]) -> None:
-    """Raise ValueError when a prepared folder was made with other builder's options than these."""
+    """Raise ValueError if a prepared folder was made with other builder options."""
     made_with = read_manifest(folder).get("options", {})
     for name, value in options.items():
         if made_with.get(name) != value:
             made = f"{name}={made_with[name]!r}" if name in made_with else f"no {name}"
-            raise ValueError(f"{folder} was prepared with {made}, not {value!r}; prepare it anew or drop the option.")
+            raise ValueError(f"{folder} was prepared with {made}, not {value!r}; prepare it again or drop the option.")
 
 
 def load_prepared(
@@ -324,10 +324,10 @@ def load_prepared(
     """Read one view of a folder that `prepare_views` wrote.
 
     Args:
-        options: builder's options that the caller expects the rows to be made with.
+        options: builder options with which the rows must have been made.
 
     Raises:
-        FileNotFoundError, ValueError: as `shard_files`, or a shard is damaged, or was made with other ``options``.
+        FileNotFoundError, ValueError: as `shard_files`; ValueError also if a shard is damaged or ``options`` differ.
     """
     check_options(folder, options or {})
     files = [os.path.abspath(path) for path in shard_files(folder, view, split)]

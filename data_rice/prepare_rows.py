@@ -1,4 +1,4 @@
-"""One row made self-contained: frames chosen, pictures read, reduced where they are large, and kept encoded."""
+"""Makes a row self-contained: chooses frames, reads pictures, reduces large ones and keeps them encoded."""
 
 import io
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ _SUFFIX_OF_FORMAT = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 
 
 class Sampling(NamedTuple):
-    """Frames per clip, pixels of the short side (0: as they are, in both cases) and JPEG quality."""
+    """Frames per clip, short side in pixels (0 keeps all frames or sizes) and JPEG quality."""
 
     num_frames: int
     short_side: int
@@ -25,14 +25,14 @@ def reduce_picture(data: bytes, short_side: int, quality: int) -> tuple[bytes, s
 
     Args:
         data: the encoded picture.
-        short_side: in pixels; a picture that is not larger comes back byte for byte, 0 means any size.
+        short_side: in pixels; a picture that is not larger is returned byte for byte. 0 keeps every size.
         quality: JPEG quality of a reduced picture, 1 to 100.
 
     Returns:
         The encoded picture and its file suffix.
 
     Raises:
-        ValueError: the picture cannot be decoded to its end.
+        ValueError: the picture cannot be decoded completely.
     """
     try:
         header = image_header(data)
@@ -68,16 +68,16 @@ def _lost(lost: list[dict], row_id: str, entry: Mapping | None, reason: object, 
 
 
 def prepare_row(row: dict, view: str, sampling: Sampling, lost: list[dict]) -> dict | None:
-    """Return the row with its pictures inside, or None when training can do nothing with it.
+    """Return the row with its pictures inside, or None if it is useless for training.
 
-    A frame that cannot be read is replaced by the nearest one of the clip that can. A training row without a readable
-    frame or image is dropped; a query without frames and a gallery image without a picture stay, as misses.
+    An unreadable frame is replaced by the nearest readable one of its clip. A training row without a readable frame or
+    image is dropped. A query without frames and a gallery image without a picture stay and count as misses.
 
     Args:
         row: a row of the view, not changed.
-        view: ``pairs``, ``query``, ``gallery`` or ``detection``.
+        view: "pairs", "query", "gallery" or "detection".
         sampling: frames and sizes.
-        lost: receives one entry per picture that could not be read, ``{"id", "file", "reason", "what", "row"}``.
+        lost: receives one entry per unreadable picture, ``{"id", "file", "reason", "what", "row"}``.
 
     Raises:
         ValueError: the clip is part of a video file.

@@ -15,12 +15,12 @@ from processing_rice.media_rice import tar_member_path
 from . import parsing
 from .commands import one_line
 
-# Rows hold up to a megabyte of pictures; readers load whole row groups, and mix the rows of as many as memory holds.
+# A row may hold a megabyte of pictures. Readers load whole row groups, and mix as many as fit into memory.
 _ROW_GROUP = 16
 
 
 def write_shard(path: str, rows: Sequence[tuple[int, dict]], features: datasets.Features) -> None:
-    """Write ``(row number, row)`` with pictures as bytes; ``.parquet`` or ``.tar`` by the name."""
+    """Write ``(row number, row)`` with pictures as bytes; the suffix ``.parquet`` or ``.tar`` decides the format."""
     if path.endswith(".tar"):
         _write_tar(path, rows, features)
         return
@@ -89,7 +89,7 @@ def read_shard_rows(files: Sequence[str], state: object = None) -> Iterator[dict
 
 
 def check_parquet(path: str) -> None:
-    """Check that a Parquet file ends as it should.
+    """Check that a Parquet file is complete.
 
     Raises:
         ValueError: it is damaged; the message names it.
@@ -115,12 +115,12 @@ def tar_members(path: str) -> Iterator[tuple[str, int, int]]:
             for member in archive:
                 if not member.isfile() or "/" in member.name or "\\" in member.name:
                     raise UnsafeTar(
-                        f"{path}: the member {member.name!r} is a link, a folder or a path, which has no place in a "
+                        f"{path}: the member {member.name!r} is a link, a folder or a path, which is not allowed in a "
                         "shard; fetch or prepare the shard again."
                     )
                 # Without this, tarfile keeps every header of the archive in memory.
                 archive.members = []
-                # A negative size would send the reader backwards, for ever.
+                # A negative size would send the reader backwards in an endless loop.
                 if member.size < 0 or member.offset_data + member.size > os.path.getsize(path):
                     raise tarfile.ReadError("unexpected end of data")
                 yield member.name, member.offset_data, member.size

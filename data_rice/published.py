@@ -1,8 +1,7 @@
-"""Data sets as the Hub holds them: Parquet files with the pictures inside, ``PART/SPLIT-00000-of-00001.parquet``.
+"""Published data sets on the Hub: Parquet files with the pictures inside, ``PART/SPLIT-00000-of-00001.parquet``.
 
-The parts are the views of the project, ``pairs``, ``query`` and ``gallery``. A data set is named by its id on the Hub
-or by the folder it was downloaded to; of one on the Hub only the files of the part and split are fetched, into the
-Hub's cache.
+The parts are the project's views ``pairs``, ``query`` and ``gallery``. A data set is named by its id on the Hub or by
+its local folder. From the Hub, only the files of the requested part and split are fetched, into the Hub's cache.
 """
 
 import os
@@ -22,7 +21,7 @@ _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
 def is_published(dataset: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> bool:
-    """Return whether this is an id on the Hub, or a folder with the Parquet files of a published gallery."""
+    """Return whether ``dataset`` is an id on the Hub, or a folder with the Parquet files of a published gallery."""
     folder = os.fspath(dataset if data_dir is None else data_dir)
     if os.path.isdir(folder):
         return any(Path(folder, "gallery").glob("*-of-*.parquet"))
@@ -32,10 +31,10 @@ def is_published(dataset: str | os.PathLike, data_dir: str | os.PathLike | None 
 def published_files(
     dataset: str | os.PathLike, data_dir: str | os.PathLike | None, view: str, split: str
 ) -> list[str]:
-    """Return the Parquet files of one view and split, fetched from the Hub where they are not here.
+    """Return the Parquet files of one view and split; fetch them from the Hub if they are not local.
 
     Raises:
-        FileNotFoundError: there is no such data set, or it cannot be fetched.
+        FileNotFoundError: the data set does not exist, or cannot be fetched.
         ValueError: it has no such part or split.
     """
     folder = os.fspath(dataset if data_dir is None else data_dir)
@@ -52,7 +51,7 @@ def _fetch(repo_id: str, pattern: str) -> str:
         return snapshot_download(repo_id, repo_type="dataset", allow_patterns=pattern)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise FileNotFoundError(
-            f"{repo_id!r} is no folder here, and as a data set of the Hub it cannot be fetched "
+            f"{repo_id!r} is not a local folder, and as a data set of the Hub it cannot be fetched "
             f"({type(error).__name__}); check the name, the connection and the token."
         ) from error
 
@@ -65,14 +64,14 @@ def load_published(
     cache_dir: str | os.PathLike | None = None,
     options: Mapping[str, object] | None = None,
 ) -> datasets.Dataset:
-    """Read one view of a published data set as the rows that builders yield.
+    """Read one view of a published data set as the rows of a builder.
 
     Args:
-        options: builder's options, which rows that are made already do not take.
+        options: builder options, which are refused because the rows are fixed.
 
     Raises:
-        FileNotFoundError, ValueError: as `published_files`; ValueError also for a file that is damaged or lacks a
-            column, and for ``options``.
+        FileNotFoundError, ValueError: as `published_files`; ValueError also if a file is damaged or lacks a column, or
+            if there are ``options``.
     """
     refuse_options(dataset if data_dir is None else data_dir, options or {})
     files = published_files(dataset, data_dir, view, split)
@@ -83,18 +82,18 @@ def load_published(
     features = view_features(view)
     missing = [name for name in features if name not in rows.column_names]
     if missing:
-        raise ValueError(f"{files[0]}: the column {missing[0]!r} is missing; publish the data set anew.")
+        raise ValueError(f"{files[0]}: the column {missing[0]!r} is missing; publish the data set again.")
     return rows.select_columns(list(features)).cast(features)
 
 
 def refuse_options(dataset: str | os.PathLike, options: Mapping[str, object]) -> None:
-    """Raise ValueError where the rows of a published data set are asked for with builder's ``options``."""
+    """Raise ValueError if builder ``options`` are given for a published data set."""
     if options:
-        raise ValueError(f"{os.fspath(dataset)} was published with its rows made; leave out {', '.join(options)}.")
+        raise ValueError(f"{os.fspath(dataset)} was published with fixed rows; leave out {', '.join(options)}.")
 
 
 def published_scope(dataset: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> str:
-    """Return "live" where the rows of the gallery name livestreams, else "all"."""
+    """Return "live" if the gallery rows name livestreams, else "all"."""
     for split in ("test", "validation", "train"):
         try:
             files = published_files(dataset, data_dir, "gallery", split)
@@ -102,4 +101,4 @@ def published_scope(dataset: str | os.PathLike, data_dir: str | os.PathLike | No
             continue
         columns = (pyarrow.parquet.read_table(path, columns=["live_id"]) for path in files)
         return "live" if any(any(column["live_id"].to_pylist()) for column in columns) else "all"
-    raise ValueError(f"{os.fspath(dataset if data_dir is None else data_dir)} has no gallery; publish it anew.")
+    raise ValueError(f"{os.fspath(dataset if data_dir is None else data_dir)} has no gallery; publish it again.")

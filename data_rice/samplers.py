@@ -1,10 +1,9 @@
-"""Orders of an epoch: blocks of shards, batches of one livestream, and categories in balance.
+"""Orders of an epoch: blocks of shards, batches from one livestream, and balanced categories.
 
-A sampler here is a list of row numbers in which every ``batch_size`` consecutive rows are one *global* batch, the rows
-that all processes together see in one step. Cut into the batches of the processes, in order, it needs nothing else to
-be right on several of them: that is what `torch.utils.data.BatchSampler` and accelerate's ``BatchSamplerShard`` do.
-The order is a pure function of (seed, epoch), so that all processes agree on it and a resumed run finds its place by
-counting.
+A sampler is a list of row numbers. Every ``batch_size`` consecutive rows are one *global* batch: the rows that all
+processes together use in one step. `torch.utils.data.BatchSampler` and accelerate's ``BatchSamplerShard`` split it
+into the batches of the processes, in order. The order is a pure function of (seed, epoch), so all processes agree on
+it and a resumed run finds its position by counting.
 """
 
 from collections import deque
@@ -17,22 +16,22 @@ from tqdm.auto import tqdm
 
 from .lazy_rows import ArrowRows, LazyRows
 
-# How many groups are passed over in search of a product that a batch does not have yet.
+# Maximum number of groups to skip when searching a product that the batch does not have yet.
 _LOOK_AHEAD = 1024
-# Below this number of rows an order is found in less than a few seconds.
+# Below this number of rows an order takes at most a few seconds.
 _PROGRESS_ROWS = 1_000_000
 
 
 class GlobalBatchSampler(Sampler[int]):
-    """Base of the samplers: row numbers, as many as whole global batches can be made of.
+    """Base of the samplers; yields row numbers for whole global batches.
 
     Args:
         num_rows: rows of the data set.
         batch_size: rows of a global batch: per process, times processes.
-        seed: with the epoch, decides everything that is random.
+        seed: decides the order, together with the epoch.
 
     Raises:
-        ValueError: there are fewer rows than one batch.
+        ValueError: there are fewer rows than one global batch.
     """
 
     def __init__(self, num_rows: int, batch_size: int, seed: int):
@@ -69,22 +68,22 @@ class GlobalBatchSampler(Sampler[int]):
         raise NotImplementedError
 
     def describe(self) -> str:
-        """Say in one line what an epoch is made of, with the figures of the first one."""
+        """Return one line on the content of an epoch, with the figures of the first one."""
         raise NotImplementedError
 
 
 class SameLiveSampler(GlobalBatchSampler):
-    """Batches of few livestreams, so that the negatives are the ones that evaluation asks about: of the same shop.
+    """Batches of few livestreams, so that negatives come from the same shop as in evaluation.
 
-    A livestream with at least ``batch_size`` products fills whole batches by itself. What is left, and the smaller
-    livestreams, go in groups that show each product once, as large as possible, and are joined to batches; a group
-    is split where a batch is full. A product comes twice in a batch only where none of the next groups has a row to
-    put there instead. Every row comes once per epoch, except for the ``num_rows % batch_size`` that make no whole
-    batch, which are other rows in each epoch.
+    A livestream with at least ``batch_size`` products fills whole batches by itself. Its remaining rows and the
+    smaller livestreams form groups that show each product once and are as large as possible. Groups are joined to
+    batches; a group is split where a batch is full. A batch repeats a product only if none of the next groups has
+    another row for it. Every row occurs once per epoch, except the ``num_rows % batch_size`` rows that fill no whole
+    batch; these differ in each epoch.
 
     Args:
-        live_ids: each row's livestream as a number, ``(num_rows,)``.
-        product_ids: each row's product as a number, ``(num_rows,)``.
+        live_ids: number of each row's livestream, ``(num_rows,)``.
+        product_ids: number of each row's product, ``(num_rows,)``.
         batch_size: rows of a global batch.
         seed: see `GlobalBatchSampler`.
     """
@@ -121,7 +120,7 @@ class SameLiveSampler(GlobalBatchSampler):
             disable=self.num_rows < _PROGRESS_ROWS,
         )
         batches = np.array([*whole, *joined], dtype=np.int64)
-        # Each process takes a slice of a batch, which should not be one livestream's for the sake of batch norms.
+        # Each process takes a slice of the batch. For batch norm, a slice should not hold one livestream only.
         return rng.permuted(rng.permutation(batches), axis=1)
 
     def describe(self) -> str:
@@ -137,7 +136,7 @@ class SameLiveSampler(GlobalBatchSampler):
             f"same_live: {len(batches):,} global batches of {self.batch_size} an epoch, from "
             f"{lives / len(batches):.1f} livestreams each; {negatives / batches.size:.1f} other rows of its own "
             f"livestream beside each row, {repeats:,} repeated products; {self.num_rows - batches.size:,} of "
-            f"{self.num_rows:,} rows left out, other ones in each epoch"
+            f"{self.num_rows:,} rows left out, different ones in each epoch"
         )
 
 
@@ -146,7 +145,7 @@ def _distinct_groups(
 ) -> Iterator[np.ndarray]:
     """Yield one livestream's rows in groups of at most ``size`` different products, large groups first.
 
-    The products with most rows left are taken first, or they would be left over alone.
+    Products with the most remaining rows come first, so that they do not remain alone at the end.
     """
     rows = rng.permutation(rows)
     rows = rows[np.argsort(product_ids[rows], kind="stable")]
@@ -163,7 +162,7 @@ def _distinct_groups(
 
 
 def _join(groups: Iterable[np.ndarray], product_ids: np.ndarray, size: int) -> Iterator[list[int]]:
-    """Join groups of different products to batches of ``size`` rows; the last rows that fill no batch are left out."""
+    """Join groups of different products to batches of ``size`` rows; the last incomplete batch is left out."""
     queue = deque(group.tolist() for group in groups)
     num_left = sum(map(len, queue))
     while num_left >= size:
@@ -191,16 +190,16 @@ def _join(groups: Iterable[np.ndarray], product_ids: np.ndarray, size: int) -> I
 
 
 class ClassBalancedSampler(GlobalBatchSampler):
-    """Rare categories more often than they occur, frequent ones less often, for the long tail.
+    """Oversamples rare categories and undersamples frequent ones, for long-tailed data.
 
-    A row of a category with n rows weighs n ** -alpha: alpha 0 changes nothing, 0.5 is the usual square root, with 1
-    all categories are seen equally often. An epoch is as long as the data set (in whole batches) and holds each row as
-    often as its weight says, rounded up or down at random: a row of a frequent category at most once, one of a rare
-    category several times, spread evenly over the epoch. So this is sampling with replacement, but without the
-    chance by which independent draws would repeat some rows and miss others.
+    A row of a category with n rows has the weight n ** -alpha. Alpha 0 changes nothing, 0.5 is the usual square root,
+    and 1 shows all categories equally often. An epoch is as long as the data set (in whole batches). It holds each row
+    in proportion to its weight, rounded up or down at random: a row of a frequent category at most once, a row of a
+    rare category several times, spread evenly over the epoch. Unlike independent draws with replacement, this does not
+    repeat some rows and miss others by chance.
 
     Args:
-        categories: each row's category as a number, ``(num_rows,)``.
+        categories: number of each row's category, ``(num_rows,)``.
         batch_size: rows of a global batch.
         seed: see `GlobalBatchSampler`.
         alpha: 0 to 1.
@@ -215,21 +214,21 @@ class ClassBalancedSampler(GlobalBatchSampler):
         self.alpha = alpha
         self.categories = category
         self.counts = counts
-        # How often each row is expected in an epoch.
+        # Expected number of occurrences of each row in an epoch.
         self.expected = weights * (len(self) / weights.sum())
 
     def _batches(self, rng: np.random.Generator) -> np.ndarray:
         rows = rng.permutation(self.num_rows)
-        # Category by category, so that each gets its share to within one row.
+        # Category by category, so that the share of each is exact to one row.
         rows = rows[np.argsort(self.categories[rows], kind="stable")]
         borders = np.cumsum(self.expected[rows])
-        # Systematic sampling: one random offset for all, so that the copies add up to the length of the epoch.
+        # Systematic sampling: one random offset for all rows, so the copies add up to the length of the epoch.
         borders[-1] = len(self)
         copies = np.diff(np.floor(borders + rng.random()), prepend=0).astype(np.int64)
         drawn = np.repeat(rows, copies)
         of_row = np.repeat(copies, copies)
         number = np.arange(len(drawn)) - np.repeat(np.cumsum(copies) - copies, copies)
-        # A row that comes c times comes once in each c-th of the epoch, at a place of its own within it.
+        # A row with c copies occurs once in each c-th part of the epoch, at a random position.
         place = (number + np.repeat(rng.random(len(rows)), copies)) / of_row
         return drawn[np.argsort(place)].reshape(-1, self.batch_size)
 
@@ -240,16 +239,16 @@ class ClassBalancedSampler(GlobalBatchSampler):
             f"class_balanced: {len(self) // self.batch_size:,} global batches of {self.batch_size} an epoch, rows of "
             f"the rarest category {self.expected.max():.2f} times, of the most frequent one {self.expected.min():.2f} "
             f"times (alpha {self.alpha:g}, {len(self.counts)} categories); {self.num_rows - drawn:,} of "
-            f"{self.num_rows:,} rows do not come up in the first epoch"
+            f"{self.num_rows:,} rows do not occur in the first epoch"
         )
 
 
 class BlockOrder:
-    """The order of one epoch.
+    """The order of one epoch by blocks of shards.
 
     Args:
         shard_starts: first row of each shard, and the number of rows, ``(num_shards + 1,)``.
-        shards_per_block: shards whose rows are mixed.
+        shards_per_block: number of shards whose rows are mixed.
         seed, epoch: decide the permutations.
         shuffle: False for the order of the rows themselves.
     """
@@ -269,7 +268,7 @@ class BlockOrder:
         num_shards = len(shard_starts) - 1
         self.shards = np.random.default_rng(self.seed).permutation(num_shards) if shuffle else np.arange(num_shards)
         ends = np.cumsum(np.diff(shard_starts)[self.shards])
-        # Positions at which the blocks begin, and the number of rows.
+        # Start positions of the blocks, and the number of rows.
         self.block_starts = np.concatenate([[0], ends[shards_per_block - 1 : -1 : shards_per_block], ends[-1:]])
         self._block: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
@@ -298,15 +297,15 @@ class BlockOrder:
 
 
 class BlockSampler(GlobalBatchSampler):
-    """The order of a `StreamingView` for a loader over the rows themselves, such as the trainer's.
+    """The order of a `StreamingView`, for a loader over the rows themselves such as the trainer's.
 
-    Every row comes once per epoch, except for the ``num_rows % batch_size`` at the end of the order, which are other
-    rows in each epoch.
+    Every row occurs once per epoch, except the ``num_rows % batch_size`` rows at the end of the order; these differ in
+    each epoch.
 
     Args:
-        rows: the rows, for their shards.
+        rows: the rows, which give the shards.
         batch_size: rows of a global batch: per process, times processes.
-        seed: with the epoch, decides the order.
+        seed: decides the order, together with the epoch.
     """
 
     def __init__(self, rows: LazyRows, batch_size: int, seed: int = 0):
@@ -329,7 +328,7 @@ class BlockSampler(GlobalBatchSampler):
         """See `GlobalBatchSampler.describe`."""
         return (
             f"streaming: {len(self) // self.batch_size:,} global batches of {self.batch_size} an epoch; "
-            f"{self.num_rows - len(self):,} of {self.num_rows:,} rows left out, other ones in each epoch"
+            f"{self.num_rows - len(self):,} of {self.num_rows:,} rows left out, different ones in each epoch"
         )
 
 
@@ -346,7 +345,7 @@ def build_sampler(
         alpha: see `ClassBalancedSampler`; for "class_balanced" only.
 
     Raises:
-        ValueError: the kind is unknown, or the rows carry no livestream or category.
+        ValueError: the kind is unknown, or the rows have no livestream or category.
     """
     rows = rows if isinstance(rows, LazyRows) else ArrowRows(rows)
     if kind == "random":
@@ -356,9 +355,9 @@ def build_sampler(
     column = "live_id" if kind == "same_live" else "category"
     codes, carried = rows.column_codes(column)
     if not carried:
-        raise ValueError(f"The rows carry no {column}, which the {kind} sampler needs; use the random one.")
+        raise ValueError(f"The rows have no {column}, which the {kind} sampler needs; use the random sampler.")
     if kind == "class_balanced":
         return ClassBalancedSampler(codes, batch_size, seed, alpha)
     products, named = rows.column_codes("product_id")
-    # Rows without products are products of their own, as they are to the losses.
+    # A row without a product counts as its own product, as in the losses.
     return SameLiveSampler(codes, products if named else np.arange(len(products)), batch_size, seed)

@@ -1,9 +1,9 @@
-"""Data sets of any size in constant memory, as an iterable over shards whose order can be entered anywhere.
+"""Data sets of any size in constant memory, as an iterable over shards that can start at any position.
 
-The order of an epoch is a pure function of (seed, epoch): the shards are permuted, and the rows within each block of
-shards that come to lie together. The row at any position is found without going through the rows before it, so
-resuming is seeking. `StreamingView` deals this one order out to processes and loader workers batch by batch; in the
-trainer, `BlockSampler` is the same order over the same rows.
+The order of an epoch is a pure function of (seed, epoch). The shards are permuted, then the rows within each block of
+consecutive shards. The row at any position is found without reading the rows before it, so a run resumes at once.
+`StreamingView` distributes this order to processes and loader workers, batch by batch. In the trainer, `BlockSampler`
+gives the same order over the same rows.
 """
 
 import os
@@ -26,17 +26,17 @@ class StreamingView(IterableDataset):
     """One process's share of a view, batch by batch, from any position on.
 
     The order of the epoch is cut into global batches of ``batch_size * num_processes`` rows. Process p takes the p-th
-    part of each, and of its parts worker w of W takes every W-th, so that a `DataLoader` with this ``batch_size`` and
-    any number of workers gives the same batches in the same order. No row is dealt out twice and none is lost, except
-    for the remainder: with ``drop_last`` the rows at the end that make no whole global batch are left out, other ones
-    in each epoch, so that all processes take equally many steps (see `describe`); without it they are dealt out too,
-    and some processes get fewer rows. Nothing is padded.
+    part of each global batch. Worker w of W takes every W-th of these parts. So a `DataLoader` with this
+    ``batch_size`` and any number of workers gives the same batches in the same order. No row is repeated. With
+    ``drop_last`` the last rows that fill no global batch are left out (different ones in each epoch), so all processes
+    take equally many steps, see `describe`. Without it they are distributed too, and some processes get fewer rows.
+    Nothing is padded.
 
     Args:
-        rows: where the rows come from.
+        rows: source of the rows.
         batch_size: rows per process and step; the ``batch_size`` of the loader.
-        seed: with the epoch, decides the order.
-        num_processes, process_index: which share this is.
+        seed: decides the order, together with the epoch.
+        num_processes, process_index: identify this process's share.
         shuffle: False for the rows' own order.
         drop_last: see above.
 
@@ -79,8 +79,8 @@ class StreamingView(IterableDataset):
             raise ValueError(
                 f"{len(rows)} rows are fewer than one global batch of {self.global_batch_size}; lower the batch size."
             )
-        # Epoch, batches to pass over, rows to pass over within the next one; in shared memory, since loader workers
-        # that outlive an epoch hold a copy of this object.
+        # Epoch, batches to skip, rows to skip in the next batch. In shared memory, because persistent loader workers
+        # hold a copy of this object.
         self._place = torch.zeros(3, dtype=torch.int64).share_memory_()
         self._yielded = 0
 
@@ -109,7 +109,7 @@ class StreamingView(IterableDataset):
         return whole + min(max(rest, 0), self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration; another one than before begins at its beginning."""
+        """Choose the epoch of the next iteration; a new epoch starts at its first row."""
         if epoch != self.epoch:
             self._place[:] = torch.tensor([epoch, 0, 0])
             self._yielded = 0
@@ -120,7 +120,7 @@ class StreamingView(IterableDataset):
         epoch, first, passed = self._place.tolist()
         if passed and num_workers > 1:
             raise ValueError(
-                "The saved position lies within a batch, which several loader workers cannot share; go on without "
+                "The saved position lies within a batch, which several loader workers cannot share; continue without "
                 "workers, or save positions between batches."
             )
         order = BlockOrder(self.rows.shard_starts, self.rows.shards_per_block, self.seed, epoch, self.shuffle)
@@ -134,20 +134,20 @@ class StreamingView(IterableDataset):
                 yield row
 
     def describe(self) -> str:
-        """Say in one line how an epoch is divided."""
+        """Return one line on how an epoch is divided."""
         left_out = len(self.rows) % self.global_batch_size if self.drop_last else 0
         return (
             f"{len(self.rows):,} rows, {self.num_batches:,} steps of {self.num_processes} process(es) x "
-            f"{self.batch_size} rows; {left_out} rows left out, other ones in each epoch"
+            f"{self.batch_size} rows; {left_out} rows left out, different ones in each epoch"
         )
 
     def state_dict(self, batches: int | None = None) -> dict[str, int]:
         """Return the position in the epoch.
 
         Args:
-            batches: how many batches were taken from a `DataLoader` over this view since the epoch's beginning or
-                the loaded position; when None, the rows that this object itself has yielded count, which is right
-                without loader workers only (a loader that reads ahead has asked for more than it has given out).
+            batches: number of batches that a `DataLoader` over this view returned since the start of the epoch or the
+                loaded position. None counts the rows that this object has yielded, which is correct only without
+                loader workers (a loader with workers reads ahead).
         """
         epoch, first, passed = self._place.tolist()
         if batches is None:
@@ -164,10 +164,9 @@ class StreamingView(IterableDataset):
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a position; the next iteration begins there, until `set_epoch` names another epoch.
+        """Continue at a saved position: the next iteration starts there, unless `set_epoch` chooses another epoch.
 
-        The number of loader workers may differ from what it was, and so may the number of processes as long as the
-        global batch is the same.
+        The number of loader workers may differ. The number of processes may differ if the global batch is the same.
 
         Raises:
             ValueError: the state belongs to other rows, another seed or another global batch.
@@ -176,8 +175,8 @@ class StreamingView(IterableDataset):
         for name in ("seed", "num_rows", "global_batch_size"):
             if state.get(name) != current[name]:
                 raise ValueError(
-                    f"The saved position has {name}={state.get(name)}, not {current[name]}; go on with the same data "
-                    "and settings, or start the epoch anew."
+                    f"The saved position has {name}={state.get(name)}, not {current[name]}; continue with the same "
+                    "data and settings, or start the epoch again."
                 )
         self._place[:] = torch.tensor([state["epoch"], state["batches"], state["rows_into_batch"]])
         self._yielded = state["batches"] * self.batch_size + state["rows_into_batch"]
@@ -194,16 +193,16 @@ def open_dataset_view(
 ) -> LazyRows:
     """Open the rows of one view for reading one by one, in constant memory.
 
-    The pairs of LPR4M's training lists are parsed when they are asked for, after an index of the lists has been built
-    or found in the cache. Prepared and published Parquet files are read by row groups. All other views are read from
-    the Arrow table that `load_dataset_view` builds, which is mapped into memory, not loaded.
+    The pairs of LPR4M's training lists are parsed on demand, through an index of the lists that is built once and
+    cached. Prepared and published Parquet files are read by row groups. All other views are read from the
+    memory-mapped Arrow table of `load_dataset_view`.
 
     Args:
         dataset, view, split, data_dir, cache_dir, builder_options: as `load_dataset_view`.
-        boxes_file: likewise, for rows that are read from a table.
+        boxes_file: as `load_dataset_view`, only for rows from an Arrow table.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_dataset_view`; ValueError also for a ``boxes_file`` of other rows.
+        FileNotFoundError, ValueError: as `load_dataset_view`; ValueError also for a ``boxes_file`` with other rows.
     """
     given, view = {name: value for name, value in builder_options.items() if value is not None}, view_name(view)
     prepared = prepared_folder(dataset, data_dir)
@@ -228,7 +227,7 @@ def open_dataset_view(
 def _refuse_boxes_file(boxes_file: str | os.PathLike | None) -> None:
     if boxes_file is not None:
         raise ValueError(
-            "Rows that are streamed take no boxes_file, because it replaces a column of a table; leave it out, or use "
+            "Streamed rows do not support boxes_file, because it replaces a column of a table; leave it out, or use "
             "load_dataset_view."
         )
 
@@ -248,10 +247,10 @@ def stream_dataset_view(
     drop_last: bool = True,
     **builder_options,
 ) -> StreamingView:
-    """Open one view as an iterable data set; see `open_dataset_view` for the rows and `StreamingView` for the rest.
+    """Open one view as an iterable data set; see `open_dataset_view` and `StreamingView`.
 
     Raises:
-        FileNotFoundError, ValueError: as both.
+        FileNotFoundError, ValueError: as `open_dataset_view` and `StreamingView`.
     """
     rows = open_dataset_view(dataset, view, split, data_dir, cache_dir, **builder_options)
     return StreamingView(rows, batch_size, seed, num_processes, process_index, shuffle, drop_last)

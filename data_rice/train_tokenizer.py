@@ -3,8 +3,9 @@
     python -m data_rice.train_tokenizer --dataset mini_lpr4m --output_dir runs/tokenizer
     python train_rice.py RECIPE --use_text true --tokenizer runs/tokenizer --output_dir runs/text
 
-SentencePiece's unigram vocabulary for Chinese and English alike; what it does not know is spelled in bytes. The output
-folder holds tokenizer.json, which `AutoTokenizer.from_pretrained` reads without sentencepiece.
+The tokenizer has a SentencePiece unigram vocabulary for Chinese and English. Unknown characters become bytes. It
+ignores case, character width and sentence punctuation, because speech models write them, but many transcripts do not.
+The output folder holds tokenizer.json, which `AutoTokenizer.from_pretrained` reads without sentencepiece.
 """
 
 import argparse
@@ -28,13 +29,13 @@ def read_texts(
 
     Args:
         dataset, data_dir, cache_dir, split: As `load_dataset_view`.
-        max_rows: Evenly spread rows to read at most; 0 reads all.
+        max_rows: Maximum number of rows to read, evenly spread; 0 reads all.
 
     Returns:
-        The texts, how many rows were read, and how many there are.
+        The texts, the number of rows read, and the number of all rows.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_dataset_view`, and when no row has a text.
+        FileNotFoundError, ValueError: as `load_dataset_view`; ValueError also if no row has a text.
     """
     pairs = load_dataset_view(dataset, "pairs", split, data_dir=data_dir, cache_dir=cache_dir)
     total = len(pairs)
@@ -44,7 +45,7 @@ def read_texts(
     texts = dict.fromkeys(text for text in _texts(pairs) if text and text.strip())
     if not texts:
         raise ValueError(
-            f"not one of the {len(pairs)} rows of {dataset} has a title or ASR: there is nothing to learn."
+            f"not one of the {len(pairs)} rows of {dataset} has a title or ASR; choose a data set with texts."
         )
     return list(texts), len(pairs), total
 
@@ -60,8 +61,8 @@ def _texts(pairs) -> Iterator[str]:
 
 def coverage(tokenizer, texts: list[str]) -> dict[str, float]:
     """
-    How a tokenizer spells texts: `tokens_per_text`, `cut` (share of texts longer than it keeps) and `bytes` (share of
-    tokens that are single bytes of characters it does not know), without the marks around a text.
+    Figures of a tokenizer on texts: `tokens_per_text`, `cut` (share of texts longer than its maximum length) and
+    `bytes` (share of tokens that are single bytes of unknown characters). Special tokens are not counted.
     """
     ids = tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
     pieces = [tokenizer.convert_ids_to_tokens(row) for row in ids]
@@ -83,11 +84,11 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Argume
     add("--dataset", required=True, help="mini_lpr4m, lpr4m, shop_clips, or a folder in one of their layouts")
     add("--data_dir", help="folder of the data set's files")
     add("--cache_dir", help="where the data set's tables are cached")
-    add("--split", default="train", choices=("train", "validation"), help="whose texts (default train)")
+    add("--split", default="train", choices=("train", "validation"), help="split of the texts (default train)")
     add("--output_dir", required=True, help="folder for tokenizer.json and its settings")
-    add("--vocab_size", type=int, default=2000, help="entries at most, at least 400 (default 2000)")
-    add("--max_length", type=int, default=64, help="tokens of a text that are kept (default 64)")
-    add("--max_rows", type=int, default=200_000, help="evenly spread rows to learn from, 0: all (default 200000)")
+    add("--vocab_size", type=int, default=2000, help="maximum number of entries, at least 400 (default 2000)")
+    add("--max_length", type=int, default=64, help="maximum tokens per text (default 64)")
+    add("--max_rows", type=int, default=200_000, help="maximum rows to read, evenly spread; 0: all (default 200000)")
     return parser, parser.parse_args(arguments)
 
 
@@ -98,16 +99,17 @@ def main(arguments: list[str] | None = None) -> None:
 
     with mistakes_end(parser, (ValueError, OSError, ImportError)):
         if options.max_rows < 0:
-            raise ValueError(f"--max_rows {options.max_rows} must be 0 or more.")
+            raise ValueError(f"--max_rows must be at least 0, not {options.max_rows}.")
         texts, read, total = read_texts(
             options.dataset, options.data_dir, options.cache_dir, options.split, options.max_rows
         )
-        tokenizer = train_tokenizer(texts, vocab_size=options.vocab_size, model_max_length=options.max_length)
+        limits = {"vocab_size": options.vocab_size, "model_max_length": options.max_length}
+        tokenizer = train_tokenizer(texts, **limits, fold=True)
         Path(options.output_dir).mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(options.output_dir)
     figures = coverage(tokenizer, texts)
     print(
-        f"{len(texts)} different texts of {read} of {total} rows -> {len(tokenizer)} entries in {options.output_dir}; "
+        f"{len(texts)} different texts from {read} of {total} rows; {len(tokenizer)} entries in {options.output_dir}; "
         f"{figures['tokens_per_text']:.1f} tokens per text, {figures['bytes']:.1%} of them bytes, "
         f"{figures['cut']:.1%} of the texts longer than {tokenizer.model_max_length} tokens"
     )

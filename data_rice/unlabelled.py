@@ -1,4 +1,4 @@
-"""Pictures of a shop, and frames of clips without their labels: what statistics are taken from."""
+"""Pictures of a shop and frames of clips without labels, for statistics."""
 
 import os
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from .shop_clips.shop_clips import CLIP_FILES, GALLERY_FILE, frames_and_boxes, r
 from .views import builder_of, load_dataset_view
 
 FRAMES_OF_VIDEO = 32
-"""Frames that are taken of a video at most, evenly spread."""
+"""Maximum number of frames from one video, evenly spread."""
 
 _MEDIA_KEYS = ("frames", "video", "start", "end")
-# Pictures that are read as one clip, since frames by themselves are what is wanted.
+# Number of pictures that are read as one clip, because single frames are enough.
 _FRAMES_AT_ONCE = 16
 
 
@@ -24,8 +24,8 @@ class Unlabelled:
     """
     Attributes:
         rows: for `RiceCollator.collate_gallery`, or for `collate_queries` with `FRAMES_OF_VIDEO` frames per clip.
-        words: how many pictures these are, such as "81 pictures".
-        note: a sentence that names what was left out, "" where that is nothing.
+        words: the number of pictures as text, such as "81 pictures".
+        note: a sentence that names the entries left out, "" if there are none.
     """
 
     rows: Sequence[dict]
@@ -37,12 +37,12 @@ def shop_pictures(folder: str | os.PathLike, limit: int) -> Unlabelled:
     """The pictures of a shop.
 
     Args:
-        folder: with gallery.jsonl, of which only that is read; in the layout of another data set; or of pictures,
-            those in folders below included.
-        limit: pictures at most, evenly spread.
+        folder: a folder with gallery.jsonl, of which nothing else is read; a folder in the layout of another data set;
+            or a folder of pictures, including its subfolders.
+        limit: maximum number of pictures, evenly spread.
 
     Raises:
-        FileNotFoundError: there is no such folder, or nothing in it.
+        FileNotFoundError: the folder does not exist, or holds no pictures.
         ValueError: gallery.jsonl is malformed, or a link leads out of the folder.
     """
     folder = _existing(folder, "shop")
@@ -63,14 +63,15 @@ def clip_frames(
     """The frames of clips, whatever the clips show.
 
     Args:
-        folder: with a clip file such as clips_train.jsonl, of which frames, video, start and end are read and nothing
-            else; in the layout of another data set; or of pictures and videos, those in folders below included.
-        split: "train", "validation" or "test", where the folder has splits.
-        limit: frames at most, evenly spread.
-        shop: folder whose pictures, lying in a folder of pictures and videos, are no frames.
+        folder: a folder with a clip file such as clips_train.jsonl, of which only frames, video, start and end are
+            read; a folder in the layout of another data set; or a folder of pictures and videos, including its
+            subfolders.
+        split: "train", "validation" or "test", if the folder has splits.
+        limit: maximum number of frames, evenly spread.
+        shop: folder of the shop; its pictures do not count as frames if they are inside ``folder``.
 
     Raises:
-        FileNotFoundError: there is no such folder, no clip file of the split, or no frame.
+        FileNotFoundError: the folder, the clip file of the split, or every frame is missing.
         ValueError: a row is malformed, or a link leads out of the folder.
     """
     folder, note = _existing(folder, "clips"), ""
@@ -107,7 +108,7 @@ def _is_data_set(folder: str) -> bool:
 
 
 def _listed(folder: str, name: str) -> tuple[list[dict], list[dict]]:
-    """Frames, and clips that are videos, of a clip file."""
+    """The frames and the video clips of a clip file."""
     file, media = osp.join(folder, name), MediaRoot(folder)
     frames: list[str] = []
     videos: list[tuple] = []
@@ -119,7 +120,7 @@ def _listed(folder: str, name: str) -> tuple[list[dict], list[dict]]:
                 videos.append(video_range(media, shown))
         except ValueError as error:
             raise row_error(file, line, f"{error}; repair the row.") from None
-    # Clips may share frames, which count once.
+    # A frame that several clips share counts once.
     return (
         [{"path": path} for path in dict.fromkeys(frames)],
         [{"video": path, "start": start, "end": end} for path, start, end in dict.fromkeys(videos)],
@@ -127,7 +128,7 @@ def _listed(folder: str, name: str) -> tuple[list[dict], list[dict]]:
 
 
 def _found(folder: str, shop: str | os.PathLike | None) -> tuple[list[dict], list[dict], str]:
-    """Pictures and videos that lie in a folder, the shop's pictures left out where the shop lies there too."""
+    """Pictures and videos in a folder, without the pictures of a shop inside it."""
     listing = list_pictures(folder, below=True)
     others = listing.left_out.pop(NOT_A_PICTURE, [])
     videos = [name for name in others if is_video_name(name) and osp.isfile(osp.join(folder, name))]
@@ -157,7 +158,7 @@ def _contains(folder: str | os.PathLike, path: str | os.PathLike) -> bool:
 
 
 def _thinned(frames: list[dict], videos: list[dict], folder: str, limit: int, note: str) -> Unlabelled:
-    """As many frames as are wanted, of pictures and videos alike."""
+    """Choose about ``limit`` frames, from pictures and videos in proportion."""
     total = len(frames) + FRAMES_OF_VIDEO * len(videos)
     if not total:
         raise FileNotFoundError(f"{folder} holds no frame of a clip{f' ({note})' if note else ''}; add some.")

@@ -1,4 +1,4 @@
-"""One call from a data set's name, or its folder, to one view of it."""
+"""Loads one view of a data set by its name or folder."""
 
 import os
 
@@ -19,12 +19,12 @@ _BUILDERS = {"lpr4m": Lpr4m, "moving_fashion": MovingFashion, "shop_clips": Shop
 MINI_LPR4M_DIR = os.path.join("data", "mini_lpr4m")
 MINI_LPR4M_MANIFEST = "mini_lpr4m.json"
 
-# Three of the 27 rooms that the renderer's default settings put into the training list.
+# Three of the 27 training rooms of the renderer's default settings.
 _MINI_VALIDATION_FRACTION = 1 / 9
 
 
 def resolve(dataset: str, data_dir: str | os.PathLike | None) -> tuple[type[ViewBuilder], str, dict]:
-    """Return the builder class, the data folder and the options that ``dataset`` implies."""
+    """Return the builder class, the data folder and the default options for ``dataset``."""
     dataset = os.fspath(dataset)
     if dataset == "mini_lpr4m":
         folder = os.fspath(data_dir or MINI_LPR4M_DIR)
@@ -43,7 +43,7 @@ def resolve(dataset: str, data_dir: str | os.PathLike | None) -> tuple[type[View
             "someone/mini-lpr4m; check the spelling."
         )
     if data_dir is not None and os.path.realpath(data_dir) != os.path.realpath(dataset):
-        raise ValueError(f"The data set {dataset!r} is a folder and data_dir names {data_dir!r}; pass one of them.")
+        raise ValueError(f"The data set {dataset!r} is a folder, but data_dir names {data_dir!r}; pass one of them.")
     if os.path.isfile(os.path.join(dataset, "gallery.jsonl")):
         return ShopClips, dataset, {}
     if os.path.isfile(os.path.join(dataset, MINI_LPR4M_MANIFEST)):
@@ -59,13 +59,13 @@ def resolve(dataset: str, data_dir: str | os.PathLike | None) -> tuple[type[View
 
 
 def prepared_folder(dataset: str | os.PathLike, data_dir: str | os.PathLike | None) -> str | None:
-    """Return the folder if it is one that `prepare_views` wrote, whatever data set it was made of."""
+    """Return the folder if `prepare_views` wrote it, else None."""
     folder = os.fspath(dataset if data_dir is None else data_dir)
     return folder if is_prepared(folder) else None
 
 
 def builder_of(dataset: str | os.PathLike, data_dir: str | os.PathLike | None) -> type[ViewBuilder] | None:
-    """Return the class that makes the rows of a data set, None for one whose rows are made: prepared, or published.
+    """Return the builder class of a data set; None for prepared and published data sets, whose rows are stored.
 
     Raises:
         FileNotFoundError, ValueError: as `resolve`.
@@ -87,21 +87,20 @@ def load_dataset_view(
     """Build, or reuse from the cache, one view of a data set.
 
     Args:
-        dataset: "mini_lpr4m", "lpr4m", "moving_fashion", "shop_clips", or a folder in one of their layouts,
-            or one that `prepare_views` wrote; or a published data set, by its id on the Hub or its folder.
+        dataset: "mini_lpr4m", "lpr4m", "moving_fashion" or "shop_clips"; a folder in one of their layouts; a folder
+            that `prepare_views` wrote; or a published data set, by its id on the Hub or its folder.
         view: "pairs" (training), "query", "gallery", or "detection" (single frames with their boxes).
         split: "train", "validation" or "test".
         data_dir: the folder that holds the data; "data/mini_lpr4m" when None and ``dataset`` is "mini_lpr4m".
-        cache_dir: where the Arrow files go; the default of `datasets` when None.
-        boxes_file: a box file, such as ``python -m retrieval_rice.detector run`` writes, whose boxes take the place of
-            the rows' own; see `data_rice.box_files`. Gallery rows have no boxes and stay as they are.
-        builder_options: see `Lpr4mConfig` and `MovingFashionConfig`, such as ``validation_fraction``; None means the
-            default.
+        cache_dir: folder of the Arrow files; the default of `datasets` when None.
+        boxes_file: a box file, such as ``python -m retrieval_rice.detector run`` writes. Its boxes replace those of
+            the rows; see `data_rice.box_files`. Gallery rows have no boxes and do not change.
+        builder_options: options such as ``validation_fraction``, see `Lpr4mConfig` and `MovingFashionConfig`; None
+            means the default.
 
     Raises:
         FileNotFoundError: the folder or an annotation file is missing.
-        ValueError: an argument is unknown, the data set has no such split or no usable row in it, or a row
-            is malformed.
+        ValueError: an argument is unknown, the split is missing or has no usable row, or a row is malformed.
     """
     view = view_name(view)
     if view not in VIEWS:
@@ -118,7 +117,7 @@ def load_dataset_view(
     published = is_published(dataset, data_dir)
     builder_class, folder, options = (None, "", {}) if published else resolve(dataset, data_dir)
     options.update(given)
-    # Only LPR4M has detection rows of its own; elsewhere they are the boxes of the pairs' frames.
+    # Only LPR4M has its own detection rows; for other data sets they come from the frames of the pairs.
     from_pairs = view == "detection" and (published or view not in [c.name for c in builder_class.BUILDER_CONFIGS])
     source_view = "pairs" if from_pairs else view
     if published:
@@ -149,15 +148,15 @@ def _replace_boxes(rows: datasets.Dataset, view: str, split: str, boxes_file) ->
     if boxes_file is None or view == "gallery":
         return rows
     if view == "detection":
-        raise ValueError("The detection rows of this data set have boxes of their own; leave boxes_file out.")
+        raise ValueError("The detection rows of this data set have their own boxes; leave boxes_file out.")
     return with_boxes_of(rows, boxes_file, split)
 
 
 def gallery_scope(dataset: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> str:
-    """Return where a query is searched: "live" (its livestream's images) or "all" (the whole gallery).
+    """Return the gallery of a query: "live" (the images of its livestream) or "all" (the whole gallery).
 
-    LPR4M is searched by livestream, MovingFashion in the whole gallery; shop_clips in the whole gallery unless its
-    gallery rows carry a ``live_id``, which is only seen when the folder is given.
+    It is "live" for LPR4M and "all" for MovingFashion. For shop_clips it is "all", unless the gallery rows have a
+    ``live_id``; this needs the folder.
 
     Raises:
         FileNotFoundError, ValueError: as `load_dataset_view`.

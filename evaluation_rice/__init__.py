@@ -1,4 +1,4 @@
-"""Evaluation under one protocol: recall, baselines, reports. Knows no model class; see docs/protocol.md."""
+"""Evaluation under one protocol (docs/protocol.md): recall, baselines, reports. Independent of model classes."""
 
 from .recall import recall_at_k
 

@@ -2,8 +2,8 @@
 
     python -m evaluation_rice.baselines --dataset mini_lpr4m --data_dir data/mini_lpr4m
 
-prints R@k of each. `color_histogram` stands beside every result; `pixels_8x8` and `color_histogram_in_box` (which
-looks into the ground-truth boxes) tell how hard a data set is.
+prints R@k of each. `color_histogram` is part of every result. `pixels_8x8` and `color_histogram_in_box` (which uses
+the ground-truth boxes) show how hard a data set is.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from .retrieval import Loading, retrieve
 HISTOGRAM_BINS = (16, 4, 4)
 """Bins of hue, saturation and value."""
 MAX_SIDE = 256
-"""Longer sides are reduced to this many pixels first; a histogram does not need more."""
+"""Maximum longer side in pixels; larger pictures are reduced first, because a histogram does not need more."""
 
 
 def crop_to_box(image: Image.Image, box: list[float]) -> Image.Image:
@@ -40,9 +40,9 @@ class Baseline:
     """A descriptor of one image, averaged over the frames of a clip, compared by `similarity`.
 
     Args:
-        num_frames: frames of a clip that are read at most, evenly spaced.
-        use_boxes: describe only the boxed part of each frame; frames without a box are then left out of the mean,
-            unless the clip has no box at all.
+        num_frames: maximum number of frames per clip, evenly spaced.
+        use_boxes: describe only the part of each frame inside its box. Frames without a box are left out of the mean,
+            unless no frame of the clip has a box.
     """
 
     name = ""
@@ -51,18 +51,18 @@ class Baseline:
         self.num_frames = num_frames
         self.use_boxes = use_boxes
         self.seconds = 0.0
-        """Time spent on descriptors so far, without reading and decoding."""
+        """Seconds spent on descriptors so far, without reading and decoding."""
 
     def describe(self, image: Image.Image) -> np.ndarray:
         """Float32 descriptor `(D,)` of an RGB image."""
-        raise TypeError(f"{type(self).__name__} describes no image: use a subclass.")
+        raise TypeError(f"{type(self).__name__} does not describe images: use a subclass.")
 
     def similarity(self, clips: np.ndarray, gallery: np.ndarray) -> np.ndarray:
         """Scores `(num_clips, num_images)`, higher is better, from descriptors `(num_clips, D)`, `(num_images, D)`."""
         return clips @ gallery.T
 
     def describe_clip(self, row: dict, failures: list[dict] | None = None) -> np.ndarray:
-        """Mean descriptor `(D,)` over the frames of a query row; raises `ValueError` for a clip without frames."""
+        """Mean descriptor `(D,)` over the frames of a query row; raises `ValueError` if it has no frames."""
         frames = clip_frames(row, self.num_frames, failures)
         boxed = [crop_to_box(image, box) for image, box in frames if box is not None] if self.use_boxes else []
         return np.mean([self._timed(image) for image in boxed or [image for image, _ in frames]], axis=0)
@@ -74,7 +74,7 @@ class Baseline:
         return features
 
     def encode_gallery(self, rows: list[dict]) -> tuple[np.ndarray, list[int], list[dict]]:
-        """Descriptors of gallery rows, positions of the rows that could be read, and a failure for each other row."""
+        """Descriptors of gallery rows, positions of the readable rows, and a failure for each unreadable row."""
         features, loaded, failures = encode_rows(
             rows, "image_id", lambda row, _: self._timed(open_image(row["image"]))
         )
@@ -92,7 +92,7 @@ def _stack(features: list[np.ndarray]) -> np.ndarray:
 
 def encode_rows(rows: list[dict], key: str, encode) -> tuple[list, list[int], list[dict]]:
     """
-    What `encode(row, failures)` gives for each row that can be read, the positions of those rows, and the failures.
+    Results of `encode(row, failures)` for the readable rows, the positions of these rows, and the failures.
 
     Args:
         rows: query or gallery rows.
@@ -110,7 +110,7 @@ def encode_rows(rows: list[dict], key: str, encode) -> tuple[list, list[int], li
 
 
 def _file_of(row: dict) -> str:
-    """The first file of a row that cannot be opened, "" when they all can."""
+    """The first file of a row that cannot be opened, "" if all can."""
     if row.get("video"):
         return row["video"]
     for entry in row["frames"] if "frames" in row else [row["image"]]:
@@ -142,7 +142,7 @@ class ColorHistogram(Baseline):
 
 
 class ColorHistogramInBox(ColorHistogram):
-    """The colour histogram inside the ground-truth boxes of the frames: what the box alone is worth."""
+    """The colour histogram inside the ground-truth boxes of the frames, which shows the value of the box alone."""
 
     name = "color_histogram_in_box"
 
@@ -151,7 +151,7 @@ class ColorHistogramInBox(ColorHistogram):
 
 
 class Pixels8x8(Baseline):
-    """Image shrunk to 8 x 8 RGB, mean removed, length 1; compared by dot product."""
+    """Image reduced to 8 x 8 RGB, mean subtracted, normalised to length 1; compared by dot product."""
 
     name = "pixels_8x8"
 
@@ -166,7 +166,7 @@ class BaselineRetriever:
     A baseline as a `Retriever`: descriptors are computed in the loader's workers.
 
     Attributes:
-        loader_seconds: time that descriptors of images and clips took there, of the batches asked for so far.
+        loader_seconds: seconds that the workers spent on descriptors of images and clips, for the batches so far.
     """
 
     def __init__(self, baseline: Baseline):
@@ -216,11 +216,11 @@ def run_baselines(
     """R@k of each named baseline under the protocol of `task`.
 
     Returns:
-        `{name: {"R@1": ..., "R@1_ci95": [low, high]}}` (chance is an exact expectation and has no interval), and the
+        `{name: {"R@1": ..., "R@1_ci95": [low, high]}}` (chance is an exact expectation without an interval), and the
         failures, each with the name of its baseline under `method`.
 
     Raises:
-        ValueError: an unknown name, or not one gallery image could be read.
+        ValueError: a name is unknown, or no gallery image could be read.
     """
     scores, failures = {}, []
     for name in names:

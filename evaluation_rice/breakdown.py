@@ -1,4 +1,4 @@
-"""The breakdown of a result by attribute: how often each category was trained on, and the picture of it all."""
+"""The breakdown of a result by attribute: training rows per category, and a plot."""
 
 import os
 from collections import Counter
@@ -18,19 +18,19 @@ from hub_rice.training_record import trained_on
 from .protocol import HEAD_TAIL_RULE, head_categories
 
 MAX_DRAWN = 40
-"""Groups of one attribute that the picture shows; of more, the largest."""
+"""Maximum number of groups per attribute in the plot; it shows the largest ones."""
 
 
 def train_rows_by_category(dataset: str, data_dir: str | None = None, cache_dir: str | None = None) -> dict[str, int]:
     """
-    Category -> training rows of a data set, without opening a picture; rows without a category are left out.
+    Category -> number of training rows of a data set. No picture is opened; rows without a category are left out.
 
     Raises:
         FileNotFoundError, ValueError: the data set has no training split, or its rows cannot be read.
     """
     rows = open_dataset_view(dataset, "pairs", "train", data_dir, cache_dir)
     if isinstance(rows, ParquetRows):
-        # Their rows come only with all the pictures of a row group.
+        # Reading their rows would load all pictures of a row group.
         names = pyarrow.parquet.read_table(rows.files, columns=["category"])["category"].to_pylist()
         return dict(Counter(name for name in names if name))
     codes, known = rows.column_codes("category")
@@ -45,16 +45,16 @@ def count_training_rows(
     queries, model: str | None, dataset: str, data_dir: str | None = None, cache_dir: str | None = None
 ) -> tuple[dict[str, int] | None, dict[str, Any]]:
     """
-    Category -> training rows for the breakdown by head and tail (`None` where they cannot be told, which is printed
-    where it is news); and the rule, or what is missing.
+    Category -> number of training rows for the breakdown by head and tail (`None` if they are unknown; a read error is
+    printed); and the rule, or what is missing.
 
     Args:
-        queries: the query view that is broken down.
-        model: whose training rows count; those of the data set that is evaluated where it does not say.
-        dataset, data_dir, cache_dir: the data set that is evaluated.
+        queries: the query view of the breakdown.
+        model: the model whose training rows count; without that record, those of the evaluated data set count.
+        dataset, data_dir, cache_dir: the evaluated data set.
     """
     if "category" not in queries.column_names or not any(queries["category"]):
-        return None, {"missing": "the clips know no category"}
+        return None, {"missing": "the clips have no category"}
     dataset, data_dir = trained_on(model) or (dataset, data_dir)
     source = {"dataset": dataset, "data_dir": data_dir}
     try:
@@ -63,7 +63,7 @@ def count_training_rows(
         print(f"the training rows of {data_dir or dataset} cannot be counted: {one_line(error)}")
         return None, {"missing": "the training rows cannot be counted", **source}
     if not rows:
-        return None, {"missing": "the training rows know no category", **source}
+        return None, {"missing": "the training rows have no category", **source}
     record = {"head": sorted(head_categories(rows)), "num_categories": len(rows), "train_rows": sum(rows.values())}
     return rows, {"rule": HEAD_TAIL_RULE, **source, **record}
 
@@ -75,11 +75,11 @@ def can_draw() -> bool:
 
 def draw_breakdown(path: str | os.PathLike, by: Mapping[str, Mapping[str, Mapping]], title: str) -> None:
     """
-    Draws R@1 of every group with its interval, one panel per attribute, into a picture.
+    Draws R@1 of every group with its interval into a picture, one panel per attribute.
 
     Args:
         path: file to write, such as breakdown.png.
-        by: what `evaluation_rice.protocol.breakdown` returns.
+        by: result of `evaluation_rice.protocol.breakdown`.
         title: heading.
 
     Raises:
@@ -90,7 +90,7 @@ def draw_breakdown(path: str | os.PathLike, by: Mapping[str, Mapping[str, Mappin
     from matplotlib.figure import Figure
 
     if not by:
-        raise ValueError("the breakdown is empty: the data set's rows know no attribute, so there is nothing to draw.")
+        raise ValueError("the breakdown is empty: the rows of the data set have no attribute such as category.")
     shown = {column: _largest(groups) for column, groups in by.items()}
     heights = [0.9 + 0.26 * len(groups) for groups in shown.values()]
     figure = Figure(figsize=(7.5, 0.6 + sum(heights)), layout="constrained")
@@ -107,7 +107,7 @@ def draw_breakdown(path: str | os.PathLike, by: Mapping[str, Mapping[str, Mappin
 
 
 def _largest(groups: Mapping[str, Mapping]) -> dict[str, Mapping]:
-    """The groups to draw, by name, or from the largest to the smallest where they are many."""
+    """The groups to draw, by name, or the largest ones by size if there are too many."""
     if len(groups) <= 8:
         return dict(groups)
     return dict(sorted(groups.items(), key=lambda item: (-item[1]["num_queries"], item[0]))[:MAX_DRAWN])

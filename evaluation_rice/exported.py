@@ -1,4 +1,4 @@
-"""What an export to ONNX and its quantisation cost in recall."""
+"""Loss of recall by export to ONNX and by quantisation."""
 
 import json
 from pathlib import Path
@@ -27,14 +27,14 @@ def compare_export(
     R@k of a model in torch and of its exported files on one split; prints a table and writes `recall.json`.
 
     Args:
-        model, processor: What was exported.
-        folder: Where `rice export` wrote its files.
-        dataset, split, data_dir: As of `data_rice.load_dataset_view`.
+        model, processor: The exported model and processor.
+        folder: Folder with the files of `rice export`.
+        dataset, split, data_dir: As for `data_rice.load_dataset_view`.
         int8: Also measure the quantised files.
-        num_workers: Processes that decode pictures.
+        num_workers: Number of processes that decode pictures.
 
     Returns:
-        `{"dataset", "split", "num_queries", "scores"}`, what `recall.json` holds.
+        `{"dataset", "split", "num_queries", "scores"}`, the content of `recall.json`.
 
     Raises:
         ValueError, FileNotFoundError: as `load_dataset_view`.
@@ -58,7 +58,7 @@ def compare_export(
         )
         rows |= {f"{name}, {kind}": values for kind, values in scores.items()}
     print(f"\n{len(queries)} clips of {dataset} ({split}), recall in percent\n\n{format_table(rows)}\n")
-    # By its name, since the file may be published with the others.
+    # The name without its folder, because the file may be published.
     measured = {"dataset": Path(dataset).name, "split": split, "num_queries": len(queries), "scores": rows}
     path = folder / "recall.json"
     write_atomically(path, json.dumps(measured, indent=2, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""Frames of a query row as pictures, for methods that need no processor and for the picture of matches."""
+"""Frames of a query row as pictures, for methods without a processor and for the picture of matches."""
 
 from PIL import Image
 
@@ -12,11 +12,11 @@ def clip_frames(
 ) -> list[tuple[Image.Image, list[float] | None]]:
     """At most `num_frames` frames of a query row, chosen as at test time, each with its box (ltrb, 0 to 1) or None.
 
-    A frame that cannot be read is replaced or left out as the collator does, and appended to `failures`.
+    An unreadable frame is replaced or left out as in the collator, and appended to `failures`.
 
     Raises:
-        ValueError: the clip has no frames, or none that can be read.
-        FileNotFoundError: its video file is not there.
+        ValueError: the clip has no readable frame.
+        FileNotFoundError: its video file does not exist.
     """
     if row.get("video"):
         video = {"path": row["video"], "start": row.get("start"), "end": row.get("end")}

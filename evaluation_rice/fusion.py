@@ -1,4 +1,4 @@
-"""Weights of the scores that are added up, fitted on a validation split."""
+"""Fitting the weights of the fused score on a validation split."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,18 +8,18 @@ from modeling_rice.scoring_rice import FusionWeights, z_scores
 
 TEXT_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
 FUSED_TEXT_WEIGHTS = (0.0, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20.0, 30.0, 50.0)
-"""Of raw cosines beside z-scores: their spread over a gallery is a small part of 1."""
+"""For raw cosines beside z-scores: the spread of cosines over a gallery is much smaller than 1."""
 DEFAULT_WEIGHTS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
 DEFAULT_WEIGHTS += (7.0, 10.0, 15.0, 20.0, 30.0, 50.0)
-"""At both ends one score decides almost alone: at 50 the embedding only orders images that match equally well."""
+"""At both ends one score decides almost alone: at 50 the embedding only orders images with equal matching."""
 ALIGNMENT_WEIGHTS = (0.0, *DEFAULT_WEIGHTS)
 """0 leaves the alignment out of the fused score."""
 
 
 def edge_words(name: str, weight: float, weights: Sequence[float]) -> str | None:
-    """What to tell of a weight at an end of its grid, where the best one may lie beyond; `None` for one inside.
+    """A warning for a weight at an end of its grid, because a better one may lie beyond; `None` for other weights.
 
-    A weight of 0 is no such end: it leaves a score out.
+    A weight of 0 gives no warning: it leaves a score out.
     """
     low, high = min(weights), max(weights)
     if low < weight < high or weight == 0:
@@ -31,7 +31,7 @@ def edge_words(name: str, weight: float, weights: Sequence[float]) -> str | None
 
 
 def first_relevant_rank(scores: np.ndarray, relevant: Sequence[int]) -> np.ndarray:
-    """Rank (from 1) of the best relevant image; ties keep the gallery order; 0 where none can be retrieved.
+    """Rank (from 1) of the best relevant image; ties keep the gallery order; 0 if none can be retrieved.
 
     Args:
         scores: float array `(..., num_images)`; an image with a score that is not finite cannot be retrieved.
@@ -56,23 +56,23 @@ def fit_fusion_weight(
     weights: Sequence[float] = DEFAULT_WEIGHTS,
     name: str = "fusion_weight",
 ) -> tuple[float, list[dict[str, float]]]:
-    """The weight of matching, or of an alignment, with the best R@1 on a validation split; ties: best mean reciprocal
-    rank, then the smallest weight.
+    """The weight of matching (or alignment) with the best R@1 on a validation split. Ties are broken by the best mean
+    reciprocal rank, then by the smallest weight.
 
     Args:
-        others: per query what the weighted z-score of matching is added to, the z-scores of the embedding score or
-            more (`modeling_rice.scoring_rice.fuse`), a float array `(num_images,)` over its own gallery; galleries may
-            differ in size.
-        matching_scores: the same of the matching scores, as the model gives them.
-        relevant: per query the gallery positions of its relevant images; a query without any counts as a miss.
-        weights: the candidates, each above 0, or 0 or more for an alignment.
-        name: of the weight in `FusionWeights`, "fusion_weight" or "alignment_weight".
+        others: per query, the score to which the weighted z-score of matching is added: the z-score of the embedding,
+            possibly plus other terms (`modeling_rice.scoring_rice.fuse`). A float array `(num_images,)` over the
+            query's gallery; galleries may differ in size.
+        matching_scores: per query, the model's matching scores in the same form.
+        relevant: per query, the gallery positions of its relevant images; a query without any counts as a miss.
+        weights: the candidates, above 0 for matching, 0 or more for alignment.
+        name: name of the weight in `FusionWeights`, "fusion_weight" or "alignment_weight".
 
     Returns:
         the weight, and the validation curve `[{"weight": w, "R@1": ..., "MRR": ...}, ...]` in ascending weight.
 
     Raises:
-        ValueError: no queries, sequences of different lengths, or a weight out of its range.
+        ValueError: there are no queries, the sequences differ in length, or a weight is out of range.
     """
     weights = np.array(sorted({getattr(FusionWeights(**{name: float(weight)}), name) for weight in weights}))
     if weights.size == 0:
@@ -97,18 +97,18 @@ def fit_text_weight(
     relevant: Sequence[Sequence[int]],
     weights: Sequence[float] = TEXT_WEIGHTS,
 ) -> tuple[float, list[dict[str, float]]]:
-    """The smallest weight w of `visual + w * text` whose R@1 is within a standard error of the best one's.
+    """The smallest weight w of `visual + w * text` whose R@1 is within one standard error of the best.
 
-    So the text gets no more trust than validation shows it to deserve, and misleads less where the ASR is worse than
-    there. (The one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984. The error is that
-    of the best weight's R@1 as a share of `len(relevant)` queries.)
+    A small weight limits the harm on data whose ASR is worse than that of validation. This is the one-standard-error
+    rule of Breiman et al., Classification and Regression Trees, 1984. The standard error is that of the best weight's
+    R@1 as a share of `len(relevant)` queries.
 
-    Nothing is normalised per query: a query without words keeps its visual ranking, and an image without a title its
-    visual score. Visual scores are cosines like those of the text, or with `FUSED_TEXT_WEIGHTS` fused scores, whose
-    own weights stay as they are.
+    Scores are not normalised per query: a query without words keeps its visual ranking, and an image without a title
+    keeps its visual score. Visual scores are cosines, as those of the text, or fused scores with
+    `FUSED_TEXT_WEIGHTS`; the other weights of fused scores do not change.
 
     Args:
-        visual_scores, text_scores: per query a float array `(num_images,)` over its own gallery.
+        visual_scores, text_scores: per query, a float array `(num_images,)` over its gallery.
         relevant: as `fit_fusion_weight`.
         weights: the candidates, 0 or more.
 
@@ -116,7 +116,7 @@ def fit_text_weight(
         as `fit_fusion_weight`.
 
     Raises:
-        ValueError: no queries.
+        ValueError: there are no queries.
     """
     weights = np.array(sorted(set(weights)))
     if not len(relevant):
@@ -134,13 +134,13 @@ def fit_text_weight(
 def _best_weight(
     weights: np.ndarray, scores: Iterable[np.ndarray], relevant: Sequence[Sequence[int]]
 ) -> tuple[float, list[dict[str, float]]]:
-    """From per query the scores under each ascending weight, `(num_weights, num_images)`."""
+    """The best weight and the curve; `scores` per query are `(num_weights, num_images)`, weights ascending."""
     hits, reciprocal = np.zeros(weights.size), np.zeros(weights.size)
     for rows, wanted in zip(scores, relevant):
         rank = first_relevant_rank(rows, wanted)
         hits += rank == 1
         reciprocal += np.where(rank > 0, 1 / np.maximum(rank, 1), 0.0)
-    # Sums of reciprocals in another order differ in the last digits, which must not choose the weight.
+    # The sum of reciprocals depends on their order in the last digits, which must not decide the weight.
     best = min(range(weights.size), key=lambda i: (-hits[i], -round(reciprocal[i], 9), weights[i]))
     curve = [
         {"weight": float(w), "R@1": float(h / len(relevant)), "MRR": float(r / len(relevant))}

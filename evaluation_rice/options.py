@@ -1,4 +1,4 @@
-"""Options of eval_rice.py: what a value may be, and which go together."""
+"""Options of eval_rice.py: valid values and combinations."""
 
 import argparse
 
@@ -6,12 +6,12 @@ from modeling_rice.scoring_rice import FusionWeights
 
 
 def positive(text: str) -> int:
-    """A whole number from 1."""
+    """A whole number of at least 1."""
     return _at_least(1, text)
 
 
 def not_negative(text: str) -> int:
-    """A whole number from 0."""
+    """A whole number of at least 0."""
     return _at_least(0, text)
 
 
@@ -34,15 +34,15 @@ def fusion_weight(text: str) -> float | str:
 
 def check_options(options: argparse.Namespace) -> None:
     """
-    Refuses options that do not go together, before anything is loaded.
+    Refuses incompatible options, before anything is loaded.
 
     Raises:
-        ValueError: naming them.
+        ValueError: options are incompatible; the message names them.
     """
     if options.model is not None and options.baseline_model is not None:
         raise ValueError("--baseline_model goes with --baseline, not with --model: give one of them.")
     if options.baseline is not None and options.fusion_weight != "auto":
-        raise ValueError(f"--fusion_weight goes with --model: {options.baseline} has one score alone.")
+        raise ValueError(f"--fusion_weight goes with --model, but {options.baseline} has only one score.")
     if options.fit_data_dir is not None and options.fusion_weight != "fit":
         raise ValueError("--fit_data_dir goes with --fusion_weight fit: give both, or neither.")
     given = [name for name in ("detector", "boxes_file") if getattr(options, name) is not None]
@@ -53,8 +53,8 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def check_asr(options: argparse.Namespace, reads_text: bool) -> None:
-    """Refuses to change ASR that nobody reads."""
+    """Refuses to change the ASR if the model does not read it."""
     if options.asr != "own" and not reads_text:
         name = options.model or options.baseline
-        why = f"which {name} does not" if options.text else "and --no-text says that it shall not"
+        why = f"which {name} does not" if options.text else "but --no-text turns it off"
         raise ValueError(f"--asr {options.asr} needs a model that reads text, {why}: leave it out.")

@@ -1,8 +1,8 @@
 """
-Any vision model of transformers as a baseline, as it is: no training, clips and images compared by cosine.
+Any vision model of transformers as a baseline without training; clips and images are compared by cosine.
 
-An image model encodes each frame alone; a clip is the mean of its frames' features, each of length 1. A clip encoder
-(TimeSformer, VideoMAE) takes its own number of frames at once; a shop image goes in as a clip that stands still.
+An image model encodes each frame separately; a clip is the mean of its frames' normalised features. A clip encoder
+(TimeSformer, VideoMAE) takes its own number of frames at once; a shop image becomes a clip of equal frames.
 """
 
 import os
@@ -25,7 +25,7 @@ from .frames import clip_frames
 
 @dataclass(frozen=True)
 class Family:
-    """Model types that belong together, and the published checkpoint that stands for them."""
+    """Related model types and their default checkpoint."""
 
     model_types: tuple[str, ...]
     default: str
@@ -33,7 +33,7 @@ class Family:
 
 FAMILIES = {
     "clip": Family(("clip", "clip_vision_model"), "openai/clip-vit-base-patch32"),
-    # The fixed-size SigLIP 2 checkpoints carry the model type of SigLIP.
+    # The SigLIP 2 checkpoints with fixed size have the model type of SigLIP.
     "siglip2": Family(
         ("siglip2", "siglip2_vision_model", "siglip", "siglip_vision_model"), "google/siglip2-base-patch16-224"
     ),
@@ -42,7 +42,7 @@ FAMILIES = {
     "timesformer": Family(("timesformer",), "facebook/timesformer-base-finetuned-k400"),
     "videomae": Family(("videomae",), "MCG-NJU/videomae-base"),
 }
-"""Names of `--baseline`; each stands for its published checkpoint unless `--baseline_model` names another one."""
+"""Names of `--baseline`; each means its default checkpoint, unless `--baseline_model` names another."""
 
 # VideoMAE has no class token.
 _CLIP_POOLING = {"timesformer": "cls", "videomae": "mean"}
@@ -52,10 +52,10 @@ _TEXT_PARTS = ("text_model.", "text_projection.", "logit_scale", "logit_bias")
 
 def choose_model(baseline: str, baseline_model: str | None) -> tuple[str | None, str]:
     """
-    Family (`None` where an id or folder was given in its place) and checkpoint of `--baseline` and `--baseline_model`.
+    Family (`None` for an id or folder) and checkpoint of `--baseline` and `--baseline_model`.
 
     Raises:
-        ValueError: the name is no family, and neither an id (`owner/name`) nor a folder.
+        ValueError: the name is neither a family, an id (`owner/name`) nor a folder.
     """
     if baseline in FAMILIES:
         return baseline, baseline_model or FAMILIES[baseline].default
@@ -75,7 +75,7 @@ def load_encoder(
     path: str, family: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, BaseImageProcessor, bool]:
     """
-    Model in eval mode and single precision, its image processor, and whether its pooler was never trained.
+    Model in eval mode and single precision, its image processor, and whether its pooler is untrained.
 
     Args:
         path: folder or Hub id of any model that `AutoModel` knows.
@@ -83,8 +83,8 @@ def load_encoder(
         trust_remote_code: run Python files that come with the model.
 
     Raises:
-        OSError: no such model, or it cannot be reached.
-        ValueError: it is not whole, of another family or kind, or has no image processor.
+        OSError: the model does not exist or cannot be reached.
+        ValueError: the model lacks weights, is of another family or kind, or has no image processor.
     """
     check_checkpoint(path)
     with hub_errors(path):
@@ -109,7 +109,7 @@ def load_encoder(
 
 
 def _is_pooler(name: str) -> bool:
-    """Weights that many published encoders come without, since classifiers are trained without them."""
+    """Whether these are pooler weights, which many published encoders lack because classifiers do not use them."""
     return name.startswith("pooler.")
 
 
@@ -122,7 +122,7 @@ def _check_kind(path: str, config, family: str | None) -> None:
             f"its model type {kind!r} does not belong to --baseline {family}; give it as --baseline itself."
         )
     if kind not in _CLIP_POOLING and any(hasattr(config, name) for name in _CLIP_SIGNS):
-        raise ValueError(f"{kind!r} takes clips, and only {' and '.join(_CLIP_POOLING)} are known among such models.")
+        raise ValueError(f"{kind!r} is a clip encoder, but of these only {' and '.join(_CLIP_POOLING)} are supported.")
 
 
 def load_baseline(
@@ -136,39 +136,39 @@ def load_baseline(
     trust_remote_code: bool = False,
 ):
     """
-    What `--baseline` names, as a `Retriever`, and its entry in results.json: `name`, and `model` where it has one.
+    The method of `--baseline` as a `Retriever`, and its entry in results.json: `name`, and `model` if it has one.
 
     Args:
         baseline: a descriptor of `baselines.BASELINES`, a name in `FAMILIES`, or an id or folder.
         baseline_model: the family's model, by default its published one.
-        num_frames: frames of a clip at most; by default 10, or as many as a clip encoder takes.
-        use_boxes: look only at the boxed part of each frame.
-        batch_size: pictures encoded at once.
-        to_device: puts a model where it is to run.
+        num_frames: maximum number of frames per clip; by default 10, or the number of a clip encoder.
+        use_boxes: use only the part of each frame inside its box.
+        batch_size: number of pictures encoded at once.
+        to_device: moves a model to its device.
         trust_remote_code: as `load_encoder`.
 
     Raises:
         OSError, ValueError: as `choose_model` and `load_encoder`.
     """
     if baseline == "chance":
-        raise ValueError("chance is computed, not run: it stands beside every result.")
+        raise ValueError("chance is computed and part of every result: name another baseline.")
     if baseline in BASELINES and baseline_model is None:
         descriptor = BASELINES[baseline]
         if descriptor().use_boxes and not use_boxes:
             raise ValueError(
-                f"--baseline {baseline} looks into the boxes of clips: add --boxes ground_truth or --boxes detector."
+                f"--baseline {baseline} uses the boxes of clips: add --boxes ground_truth or --boxes detector."
             )
         return BaselineRetriever(descriptor(num_frames or 10, use_boxes)), {"name": baseline, "model": None}
     family, path = choose_model(baseline, baseline_model)
     model, processor, untrained_pooler = load_encoder(path, family, trust_remote_code)
     retriever = FrozenEncoder(to_device(model), processor, num_frames, use_boxes, batch_size, untrained_pooler)
-    # Of timm's networks the model type is that of the wrapper.
+    # For timm networks this is the model type of the wrapper.
     kind = getattr(model.config, "architecture", model.config.model_type)
     return retriever, {"name": family or kind, "model": path}
 
 
 def spread(num_frames: int, wanted: int) -> list[int]:
-    """`wanted` positions in a clip of `num_frames` frames, in time order, evenly; frames repeat when it has fewer."""
+    """`wanted` evenly spaced positions in a clip of `num_frames` frames; frames repeat if the clip has fewer."""
     return [i * num_frames // wanted for i in range(wanted)]
 
 
@@ -179,12 +179,11 @@ class FrozenEncoder:
     Args:
         model: image model or clip encoder of transformers.
         processor: its image processor.
-        num_frames: frames of a clip that are read at most, evenly spaced; by default as many as a clip encoder takes,
-            else 10.
-        use_boxes: encode only the boxed part of each frame; frames without a box are then left out, unless the clip
-            has no box at all.
-        batch_size: pictures (or clips, for a clip encoder) encoded at once.
-        untrained_pooler: take the class token and not the model's pooler, whose weights nobody trained.
+        num_frames: maximum number of frames per clip, evenly spaced; by default 10, or the number of a clip encoder.
+        use_boxes: encode only the part of each frame inside its box. Frames without a box are left out, unless no
+            frame of the clip has a box.
+        batch_size: number of pictures (or clips, for a clip encoder) encoded at once.
+        untrained_pooler: use the class token instead of the model's pooler, whose weights are untrained.
     """
 
     def __init__(
@@ -207,12 +206,12 @@ class FrozenEncoder:
         self.has_text = hasattr(model, "get_image_features")
 
     def num_parameters(self) -> int:
-        """Parameters that take part; the text tower of a model with two does not."""
+        """Number of parameters in use; a text tower is not counted."""
         parameters = self.model.named_parameters()
         return sum(p.numel() for name, p in parameters if not (self.has_text and name.startswith(_TEXT_PARTS)))
 
     def __getstate__(self):
-        # The loader's workers read pictures and need no weights.
+        # The loader's workers only read pictures and need no weights.
         return {**self.__dict__, "model": None}
 
     @property
@@ -233,7 +232,7 @@ class FrozenEncoder:
         return [image.convert("RGB") for image in boxed or [image for image, _ in frames]]
 
     def _prepare(self, clips: Sequence[list[Image.Image]]) -> dict:
-        """What the model takes, `(pictures, ...)` or `(clips, frames, ...)`, and the frames of each clip."""
+        """The model's inputs, `(pictures, ...)` or `(clips, frames, ...)`, and the number of frames of each clip."""
         if not clips:
             return {"inputs": {}, "lengths": []}
         if self.clip_length is None:
@@ -241,7 +240,7 @@ class FrozenEncoder:
             inputs = _tensors(self.processor(pictures, return_tensors="pt"))
             return {"inputs": inputs, "lengths": [len(clip) for clip in clips]}
         filled = [[clip[i] for i in spread(len(clip), self.clip_length)] for clip in clips]
-        # Clip by clip: the processors stack what they are given, and frames of two clips may differ in size.
+        # Clip by clip, because processors stack their inputs, and frames of two clips may differ in size.
         parts = [_tensors(self.processor([clip], return_tensors="pt")) for clip in filled]
         inputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return {"inputs": inputs, "lengths": [1] * len(clips)}

@@ -1,7 +1,7 @@
-"""Who searches what, and how a ranking is scored: one protocol for the model and every baseline.
+"""The queries, their galleries and the scoring of rankings: one protocol for the model and all baselines.
 
-Gallery scope per query is its livestream's shop or the whole gallery; a query hits when any relevant image is among
-the first k; ties keep the gallery order and are counted; every query stays in the denominator. See docs/protocol.md.
+A query searches its livestream's shop or the whole gallery. It is a hit if any relevant image is among the first k.
+Ties keep the gallery order and are counted. Every query stays in the denominator. See docs/protocol.md.
 """
 
 import hashlib
@@ -28,12 +28,12 @@ class RetrievalTask:
     Attributes:
         query_ids: clip ids in file order.
         relevant: query id -> image ids that count as a hit.
-        query_scopes: per query the name of its gallery (its livestream, or "" for the whole gallery).
+        query_scopes: per query, the name of its gallery (its livestream, or "" for the whole gallery).
         image_ids: unique image ids in file order.
-        image_rows: per unique image the gallery rows that hold it, in file order.
-        scopes: gallery name -> positions in `image_ids`, in gallery order (the order that breaks ties).
-        shops: per query its livestream's id whatever its gallery, "" where it has none; intervals resample by it.
-        num_duplicate_rows: gallery rows that repeat an image within one gallery, and are counted once.
+        image_rows: per unique image, the gallery rows that hold it, in file order.
+        scopes: gallery name -> positions in `image_ids`, in gallery order (which breaks ties).
+        shops: per query, its livestream's id or "", independent of its gallery; intervals resample these shops.
+        num_duplicate_rows: number of gallery rows that repeat an image within one gallery; duplicates are ignored.
     """
 
     query_ids: list[str]
@@ -47,7 +47,7 @@ class RetrievalTask:
 
     @classmethod
     def from_datasets(cls, queries, gallery, scope: str) -> "RetrievalTask":
-        """Reads the id columns of a query view and a gallery view; no image is opened.
+        """Reads the id columns of a query view and a gallery view, without opening images.
 
         Args:
             queries: dataset with `clip_id`, `live_id` and `relevant`.
@@ -55,12 +55,12 @@ class RetrievalTask:
             scope: "live" (a query searches its livestream's images) or "all" (it searches every image).
 
         Raises:
-            ValueError: no queries, an empty gallery, a clip id that occurs twice, or an unknown scope.
+            ValueError: there are no queries, a gallery is empty, a clip id occurs twice, or the scope is unknown.
         """
         if scope not in SCOPES:
             raise ValueError(f"scope is {scope!r}: choose one of {', '.join(SCOPES)}.")
         if len(queries) == 0:
-            raise ValueError("the query view has no rows: there is nothing to evaluate.")
+            raise ValueError("the query view has no rows: evaluation needs at least one query.")
         if len(gallery) == 0:
             raise ValueError("the gallery is empty: it needs at least one image to retrieve.")
         query_ids, by_live = list(queries["clip_id"]), scope == "live"
@@ -92,25 +92,25 @@ class RetrievalTask:
         return {name: {self.image_ids[i]: place for place, i in enumerate(m)} for name, m in self.scopes.items()}
 
     def gallery_of(self, query: int) -> list[int]:
-        """Positions in `image_ids` of the images that query number `query` searches; empty when it has no gallery."""
+        """Positions in `image_ids` of the gallery of query number `query`; empty if it has no gallery."""
         return self.scopes.get(self.query_scopes[query], [])
 
     def relevant_positions(self, query: int) -> list[int]:
-        """Positions, within the query's own gallery, of its relevant images."""
+        """Positions of the query's relevant images within its gallery."""
         places = self._places.get(self.query_scopes[query], {})
         return sorted({places[image] for image in self.relevant[self.query_ids[query]] if image in places})
 
     def gallery_size(self) -> dict[str, float]:
-        """Smallest, median and largest gallery among those that at least one query searches."""
+        """Minimum, median and maximum size of the galleries that at least one query searches."""
         sizes = [len(self.scopes.get(name, [])) for name in dict.fromkeys(self.query_scopes)]
         return {"min": int(min(sizes)), "median": float(np.median(sizes)), "max": int(max(sizes))}
 
     def num_unreachable(self) -> int:
-        """Queries none of whose relevant images is in their gallery: misses for any method."""
+        """Number of queries without a relevant image in their gallery; they are misses for any method."""
         return sum(not self.relevant_positions(i) for i in range(len(self.query_ids)))
 
     def fingerprint(self) -> str:
-        """SHA-256 of who searches what; equal for results over the same queries in the same galleries."""
+        """SHA-256 of queries and galleries; equal for results over the same queries in the same galleries."""
         galleries = {name: [self.image_ids[i] for i in self.scopes.get(name, [])] for name in set(self.query_scopes)}
         rows = sorted(zip(self.query_ids, self.query_scopes, map(sorted, self.relevant.values())))
         return hashlib.sha256(json.dumps([rows, galleries], sort_keys=True).encode()).hexdigest()
@@ -130,7 +130,7 @@ def _live_ids(rows) -> list[str]:
 
 @dataclass
 class Rankings:
-    """The rankings of one kind of score, filled query by query; scores are dropped as soon as they are ranked.
+    """The rankings of one kind of score, filled query by query; scores are dropped after ranking.
 
     Args:
         task: the queries and their galleries.
@@ -155,8 +155,8 @@ class Rankings:
 
         Args:
             query: position of the query in the task.
-            scores: float array `(gallery size,)`, higher is better. An image with a score that is not finite is left
-                out of the ranking: it can be neither a hit nor in the way of one.
+            scores: float array `(gallery size,)`, higher is better. An image whose score is not finite is left out of
+                the ranking. It cannot be a hit, and it takes no rank from other images.
         """
         gallery, query_id = self.task.gallery_of(query), self.task.query_ids[query]
         scores = np.asarray(scores)
@@ -181,7 +181,7 @@ class Rankings:
         self.tie_hits[query_id] = expected_hit(equal, int((scores[relevant] == best).sum()), 1 - above)
 
     def complete(self) -> "Rankings":
-        """Gives every query that was never added an empty ranking, and puts them all in file order."""
+        """Gives every missing query an empty ranking, and puts all queries in file order."""
         self.rankings = {query: self.rankings.get(query, []) for query in self.task.query_ids}
         return self
 
@@ -191,7 +191,7 @@ class Rankings:
         return np.array([float(first_rank(top, wanted) == 1) for top, wanted in tops])
 
     def first_relevant_ranks(self) -> dict[str, int | None]:
-        """Query id -> rank (from 1) of its first relevant image, `None` where that is not among those kept."""
+        """Query id -> rank (from 1) of its first relevant image, `None` if the kept part of the ranking has none."""
         relevant = self.task.relevant
         return {query: first_rank(self.rankings.get(query, []), relevant[query]) for query in self.task.query_ids}
 
@@ -221,9 +221,9 @@ class Rankings:
         return compute_recall(rankings, [self.task.relevant[query] for query in self.task.query_ids], self.ks, groups)
 
     def tie_summary(self) -> dict[str, float]:
-        """Share of tied queries, and the R@1 to expect if ties were broken at random and not by gallery order.
+        """Share of tied queries, and the expected R@1 if ties were broken at random instead of by gallery order.
 
-        A query is tied when its best relevant image shares its score with another image.
+        A query is tied if its best relevant image has the same score as another image.
         """
         total = len(self.task.query_ids)
         return {"share": len(self.tied) / total, "R@1_ties_at_random": sum(self.tie_hits.values()) / total}
@@ -237,7 +237,7 @@ def chance_recall(task: RetrievalTask, ks: Iterable[int] = DEFAULT_KS) -> dict[s
 
 
 def group_values(values: Sequence[str]) -> list[str]:
-    """Group name of each row: its value, "unknown" for an empty one, a quartile where many numbers occur."""
+    """Group name of each row: its value, "unknown" if empty, or a quartile if the column has many numbers."""
     known = [value for value in values if value not in (None, "")]
     if len(set(known)) > MAX_GROUPS:
         try:
@@ -261,10 +261,10 @@ HEAD_TAIL_RULE = (
 
 
 def head_categories(train_rows: Mapping[str, int]) -> set[str]:
-    """The most frequent categories that together hold at least half of the training rows, and no more than needed.
+    """The smallest set of most frequent categories that together hold at least half of the training rows.
 
     Args:
-        train_rows: category -> its training rows; among equally frequent ones the first name goes first.
+        train_rows: category -> number of its training rows; equally frequent categories are ordered by name.
     """
     head, held = set(), 0
     for category, count in sorted(train_rows.items(), key=lambda item: (-item[1], item[0])):
@@ -302,12 +302,12 @@ def query_groups(queries, train_rows: Mapping[str, int] | None = None) -> dict[s
 def breakdown(
     queries, rankings: dict[str, Rankings], train_rows: Mapping[str, int] | None = None
 ) -> dict[str, dict[str, dict]]:
-    """Recall by category, product scale, visible duration, product number and source, where the rows know them.
+    """Recall by category, product scale, visible duration, product number and source, if the rows have them.
 
     Args:
         queries: the query view.
         rankings: score name -> its rankings.
-        train_rows: category -> its training rows, for the further column `head_tail` by `HEAD_TAIL_RULE`.
+        train_rows: category -> number of its training rows, for the column `head_tail` by `HEAD_TAIL_RULE`.
 
     Returns:
         `{column: {group: {"num_queries": n, score name: {"R@1": ..., "R@1_ci95": [low, high]}}}}`; a column without

@@ -1,7 +1,7 @@
 """Runs a model or a baseline over queries and galleries: decode in workers, encode once, score each query's gallery.
 
-The gallery is encoded once per unique image and kept; clips are encoded in batches, scored and dropped, so memory
-grows with the gallery and not with the number of clips.
+The gallery is encoded once per unique image and kept. Clips are encoded in batches, scored and dropped, so memory
+grows with the gallery but not with the number of clips.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,18 +29,18 @@ from .protocol import Rankings, RetrievalTask
 from .recall import DEFAULT_KS
 
 GALLERY_CHUNK = 2048
-"""Gallery images scored against one batch of clips at a time, which bounds the memory of matching."""
+"""Number of gallery images scored at once against a batch of clips; limits the memory of matching."""
 _NOTHING = torch.zeros(0)
 
 
 class Retriever(Protocol):
-    """What `retrieve` needs of a method. `load_*` run in the loader's workers and must be picklable.
+    """Interface of a method for `retrieve`. `load_*` run in the loader's workers and must be picklable.
 
-    `load_*` take a list of dataset rows and return `(inputs, positions of the rows that loaded, failures)`, each
-    failure a dict with `id`, `file`, `reason`, and `outcome` where the row loaded all the same, with other frames
-    ("replaced") or fewer ("left out"). `encode_*` turn inputs into an object with `len` and slices, `cat`
-    joins such objects, and `scores` gives one `(num_clips, num_images)` tensor on the CPU per kind of score:
-    "embedding", and what else `modeling_rice.scoring_rice.model_scores` names and the method has.
+    `load_*` take a list of dataset rows and return `(inputs, positions of the readable rows, failures)`. A failure is
+    a dict with `id`, `file` and `reason`. It has `outcome` if the row was loaded with other frames ("replaced") or
+    fewer frames ("left out"). `encode_*` turn inputs into an object with `len` and slices. `cat` joins such objects.
+    `scores` returns one CPU tensor `(num_clips, num_images)` per kind of score: "embedding", and the others in
+    `modeling_rice.scoring_rice.model_scores` that the method has.
     """
 
     def load_gallery(self, rows: list[dict]) -> tuple[Any, list[int], list[dict]]: ...
@@ -57,12 +57,12 @@ class Retriever(Protocol):
 
 
 class ModelRetriever:
-    """Any model with `encode_gallery`, `encode_clips`, `similarity`, and `match` and `align` where it has such scores.
+    """Any model with `encode_gallery`, `encode_clips` and `similarity`, and optionally `match` and `align`.
 
     Args:
-        model: the model; see `modeling_rice.scoring_rice.pair_kinds` for the scores that its config says it has.
+        model: the model; `modeling_rice.scoring_rice.pair_kinds` reads its scores from its config.
         collator: object whose `collate_gallery(rows)` and `collate_queries(rows)` decode rows into model inputs.
-        matching: False leaves the decoder out.
+        matching: False does not use the decoder.
     """
 
     def __init__(self, model, collator, matching: bool = True):
@@ -73,12 +73,12 @@ class ModelRetriever:
 
     @property
     def num_frames(self) -> int | None:
-        """Frames of a clip at most, as the processor says; `None` where it says nothing."""
+        """Maximum number of frames per clip, from the processor; `None` if it has no such setting."""
         processor = getattr(self.collator, "processor", None)
         return getattr(getattr(processor, "video_processor", None), "num_frames", None)
 
     def num_parameters(self) -> int:
-        """Parameters of the whole model."""
+        """Number of parameters of the whole model."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def load_gallery(self, rows):
@@ -106,7 +106,7 @@ class ModelRetriever:
 @dataclass(frozen=True)
 class Loading:
     """
-    How rows are read: `batch_size` rows at a time, in `num_workers` processes that begin with `worker_init`, with or
+    Settings of reading: `batch_size` rows at a time, in `num_workers` processes that start with `worker_init`, with or
     without progress bars.
     """
 
@@ -116,7 +116,7 @@ class Loading:
     worker_init: Callable[[int], None] | None = None
 
     def batches(self, dataset, rows: list[int], load, title: str) -> Iterator[tuple[list[int], Any, list[dict]]]:
-        """Yields `(row numbers that loaded, inputs, failures)` for each batch of `rows`, in order."""
+        """Yields `(numbers of readable rows, inputs, failures)` for each batch of `rows`, in order."""
         loader = DataLoader(
             Subset(dataset, rows),
             self.batch_size,
@@ -135,8 +135,8 @@ class Loading:
 
 
 @contextmanager
-def _evaluating(model):
-    """The model in eval mode without gradients, its former mode restored afterwards, so that training can go on."""
+def evaluating(model):
+    """The model in eval mode without gradients; its former mode is restored afterwards, so training can continue."""
     training = getattr(model, "training", False)
     if training:
         model.eval()
@@ -151,7 +151,7 @@ def _evaluating(model):
 def _encode_gallery(retriever, task: RetrievalTask, gallery, loading: Loading):
     """Encodes every unique image once; returns encodings, image position -> encoding position, and failures.
 
-    An image that several livestreams show is read from the first row that can be read.
+    An image of several livestreams is read from the first readable row.
     """
     parts, places, failures = [], {}, []
     attempt = 0
@@ -171,7 +171,7 @@ def _encode_gallery(retriever, task: RetrievalTask, gallery, loading: Loading):
 
 
 def _take(retriever, encodings, positions: list[int]):
-    """The encodings at `positions`: joined slices, since encodings promise slices and not index lists."""
+    """The encodings at `positions`, joined from slices, because encodings need not support lists of indices."""
     runs: list[list[int]] = []
     for position in positions:
         if runs and position == runs[-1][1]:
@@ -187,9 +187,8 @@ def iter_scores(
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """Yields `(query number, {score name: tensor over the query's gallery})`, livestream by livestream.
 
-    An image that could not be read has NaN for a score, a query of which nothing could be read is not yielded, and
-    both are appended to `failures`, as are single frames that could not be read. Raises `ValueError` when not one
-    gallery image could be read.
+    An unreadable image has the score NaN. A query without a readable frame is not yielded. Both are appended to
+    `failures`, and so are single unreadable frames. Raises `ValueError` if no gallery image could be read.
     """
     encodings, places, failed = _encode_gallery(retriever, task, gallery, loading)
     failures += failed
@@ -206,7 +205,7 @@ def iter_scores(
         if not loaded:
             continue
         clips, start = retriever.encode_clips(inputs), 0
-        # A frame that was replaced by another of its clip, or left out, is listed and makes no miss.
+        # A frame that was replaced or left out is listed, but its query is not a miss.
         damaged = {failure["id"] for failure in failed if failure.get("outcome", "skipped") == "skipped"}
         for name, group in groupby(loaded, key=lambda i: task.query_scopes[i]):
             group = list(group)
@@ -225,7 +224,7 @@ def iter_scores(
 
 
 def _score(retriever, clips, shop, kept: list[int], size: int) -> dict[str, torch.Tensor]:
-    """Scores over the whole gallery of a scope, `(num_clips, size)`, NaN where an image could not be read."""
+    """Scores over the whole gallery of a scope, `(num_clips, size)`, NaN for unreadable images."""
     if shop is None:
         return {"embedding": torch.full((len(clips), size), torch.nan)}
     parts = [retriever.scores(clips, shop[i : i + GALLERY_CHUNK]) for i in range(0, len(kept), GALLERY_CHUNK)]
@@ -265,11 +264,11 @@ def retrieve(
 
     Args:
         retriever: a model or a baseline.
-        task: who searches what, from `RetrievalTask.from_datasets(queries, gallery, scope)`.
+        task: queries and galleries, from `RetrievalTask.from_datasets(queries, gallery, scope)`.
         queries: the query view.
         gallery: the gallery view.
         loading: batch size, workers and progress.
-        weights: also rank by the fused score with these, where there are scores that have one.
+        weights: weights of the fused score, which is added if the method has the scores for it.
         ks: cut-offs of the recall.
         depth: entries kept per ranking.
 
@@ -278,11 +277,11 @@ def retrieve(
         `kind` ("query" or "gallery"), `id`, `file` and `reason`.
 
     Raises:
-        ValueError: not one gallery image could be read.
+        ValueError: no gallery image could be read.
     """
     rankings: dict[str, Rankings] = {}
     failures: list[dict] = []
-    with _evaluating(getattr(retriever, "model", None)):
+    with evaluating(getattr(retriever, "model", None)):
         for query, scores in iter_scores(retriever, task, queries, gallery, loading, failures):
             for kind, values in with_fused(scores, weights).items():
                 if kind not in PARTS:
@@ -317,17 +316,17 @@ def evaluate_retrieval(
     """R@k of a model, for instance on a validation split during training; the model's mode is restored afterwards.
 
     Args:
-        model: as of `ModelRetriever`.
+        model: as for `ModelRetriever`.
         processor: turns images and clips into model inputs.
         queries: query view of a dataset.
         gallery: gallery view of the same dataset.
         scope: "live" (each query searches its livestream's images) or "all".
-        weights: of the fused score; by default those of the model's config.
-        use_boxes: hand the clips' boxes to the processor (intended product detection at test time).
+        weights: weights of the fused score; by default those of the model's config.
+        use_boxes: pass the clips' boxes to the processor (intended product detection at test time).
         collator: decodes rows; by default `data_rice.collator.RiceCollator`.
         batch_size: rows per batch.
         num_workers: loader processes that decode.
-        matching: False leaves the decoder out.
+        matching: False does not use the decoder.
         ks: cut-offs of the recall.
         quiet: no progress bars.
 
@@ -336,7 +335,7 @@ def evaluate_retrieval(
         scores that the model has.
 
     Raises:
-        ValueError: no queries, an empty gallery, or an argument out of range.
+        ValueError: there are no queries, a gallery is empty, or an argument is out of range.
     """
     task = RetrievalTask.from_datasets(queries, gallery, scope)
     retriever = ModelRetriever(model, collator or _default_collator(processor, use_boxes), matching)
@@ -348,9 +347,9 @@ def evaluate_retrieval(
 
 
 class FittedFusion(NamedTuple):
-    """Weights of the fused score with their validation curves (`fit_fusion_weight`), `None` for scores there are not.
+    """Weights of the fused score with their validation curves (`fit_fusion_weight`), `None` for missing scores.
 
-    `curve` is that of matching.
+    `curve` is the curve of matching.
     """
 
     weights: FusionWeights
@@ -359,7 +358,7 @@ class FittedFusion(NamedTuple):
     alignment_curve: list[dict[str, float]] | None = None
 
     def edges(self) -> list[str]:
-        """What to tell of weights at an end of their grid (`evaluation_rice.fusion.edge_words`)."""
+        """Warnings for weights at an end of their grid (`evaluation_rice.fusion.edge_words`)."""
         fitted = (
             ("fusion weight", self.weights.fusion_weight, self.curve),
             ("alignment weight", self.weights.alignment_weight, self.alignment_curve),
@@ -373,7 +372,7 @@ class FittedFusion(NamedTuple):
         return [sentence for sentence in words if sentence]
 
     def curves(self) -> dict[str, list[dict[str, float]]]:
-        """The curves that there are, under their names in results.json."""
+        """The existing curves, under their names in results.json."""
         named = {"curve": self.curve, "alignment_curve": self.alignment_curve, "text_curve": self.text_curve}
         return {name: curve for name, curve in named.items() if curve is not None}
 
@@ -383,11 +382,11 @@ def fit_fusion(
 ) -> FittedFusion:
     """Scores a validation split and fits the weights of the fused score on it.
 
-    That of an alignment is fitted beside the visual score, and may be 0; that of matching given the first, both as
-    `fit_fusion_weight` says and as if there were no text; then that of the text, given these, as `fit_text_weight`
-    says. So a clip without ASR gets what is best without text, whatever text is worth to the others.
+    The weights are fitted one after another: first alignment beside the visual score (may be 0), then matching, both
+    with `fit_fusion_weight` and without text; then text with `fit_text_weight`. So the visual weights are also the
+    best ones for clips without ASR.
 
-    A query that could not be read or has no gallery counts as a miss at every weight. Raises `ValueError` when the
+    A query that could not be read or has no gallery counts as a miss at every weight. Raises `ValueError` if the
     method has neither matching nor alignment scores.
     """
     return _fit(task, all_scores(retriever, task, queries, gallery, loading), **options)
@@ -405,11 +404,11 @@ def validate(
 ) -> tuple[dict[str, Rankings], FittedFusion | None]:
     """Scores a validation split once, fits the fused score on it (`fit_fusion`), and ranks by every score.
 
-    What could not be read is appended to `failures`, as `retrieve` returns it.
+    Unreadable media are appended to `failures`, in the form of `retrieve`.
 
     Returns:
-        score name -> rankings of every query, and the weights (`None` where the method has nothing to fuse). The
-        fused figure is an optimistic one, since the weights were chosen on the same queries.
+        score name -> rankings of every query, and the weights (`None` if the method has only one score). The fused
+        figure is optimistic, because the weights were chosen on the same queries.
     """
     scores = all_scores(retriever, task, queries, gallery, loading, failures)
     return rank_scores(task, scores, ks)
@@ -421,7 +420,7 @@ def rank_scores(
     ks=DEFAULT_KS,
     own: FusionWeights = FusionWeights(),
 ) -> tuple[dict[str, Rankings], FittedFusion | None]:
-    """What `validate` makes of the scores of all queries (`all_scores`), wherever they were computed.
+    """The result of `validate` from the scores of all queries (`all_scores`).
 
     An `alignment_weight` of `own` is kept and not fitted.
     """
@@ -438,15 +437,15 @@ def rank_scores(
 def add_text_scores(
     task: RetrievalTask, scores: dict[int, dict[str, torch.Tensor]]
 ) -> tuple[dict[int, dict[str, torch.Tensor]], float | None]:
-    """Fits the weight of the text in the embedding scores, and makes these anew with it.
+    """Fits the weight of the text in the embedding scores, and computes these again with it.
 
     Args:
-        task: whose queries were scored.
-        scores: what `all_scores` returns.
+        task: the scored queries with their galleries.
+        scores: result of `all_scores`.
 
     Returns:
-        the scores, of which "embedding" is "visual" plus weight times "text" where there is text; and the weight,
-        which is `None` where no query has any.
+        the scores, in which "embedding" is "visual" plus weight times "text" for queries with text; and the weight,
+        `None` if no query has text.
     """
     texts = {query: values["text"] for query, values in scores.items() if "text" in values}
     if not texts:
@@ -464,11 +463,11 @@ def all_scores(
 ) -> dict[int, dict[str, torch.Tensor]]:
     """Query number -> score name -> tensor over the query's gallery; see `iter_scores`."""
     failures = [] if failures is None else failures
-    with _evaluating(getattr(retriever, "model", None)):
+    with evaluating(getattr(retriever, "model", None)):
         return dict(iter_scores(retriever, task, queries, gallery, loading, failures))
 
 
-# Scores of pairs with a weight in the fused score, in the order in which they are fitted, and its grid.
+# Pair scores with a weight in the fused score, in the order of fitting, with the grid of the weight.
 _FITTED = {"alignment": ("alignment_weight", ALIGNMENT_WEIGHTS), "matching": ("fusion_weight", DEFAULT_WEIGHTS)}
 
 
@@ -482,12 +481,12 @@ def _fit(
 ) -> FittedFusion:
     kinds = _to_fit(scores, own)
     if not kinds:
-        raise ValueError("the model gives no matching scores, and no alignment, so there is no fusion weight to fit.")
+        raise ValueError("the model has neither matching nor alignment scores, so there is no fusion weight to fit.")
     rows = [scores.get(i, {}) for i in range(len(task.query_ids))]
     nothing = dict.fromkeys(("embedding", *kinds), _NOTHING)
     rows = [values if set(kinds) <= values.keys() else nothing for values in rows]
     relevant = [task.relevant_positions(i) if len(values[kinds[0]]) else [] for i, values in enumerate(rows)]
-    # As if there were no text, see `fit_fusion`.
+    # Without text, see `fit_fusion`.
     silent = [{**values, "embedding": values.get("visual", values["embedding"])} for values in rows]
     weights, curves = FusionWeights(alignment_weight=own.alignment_weight), {}
     for kind in kinds:

@@ -1,4 +1,4 @@
-"""One evaluation, from a method and a data set to the content of results.json."""
+"""Runs one evaluation: from a method and a data set to the content of results.json."""
 
 import argparse
 import time
@@ -28,20 +28,20 @@ def measure(
     options: argparse.Namespace, retriever: Retriever, baseline: dict | None, load_views: LoadViews, started: float
 ) -> Evaluation:
     """
-    Ranks, counts and describes.
+    Ranks the queries and collects the results.
 
     Args:
-        options: of eval_rice.py.
+        options: options of eval_rice.py.
         retriever: the method.
-        baseline: its entry in results.json, `None` for a model.
-        load_views: gives the views of a split.
+        baseline: the entry of a baseline in results.json, `None` for a model.
+        load_views: returns the views of a split.
         started: `time.perf_counter()` at the beginning of the evaluation.
 
     Raises:
         ValueError, OSError: bad input, in one sentence.
     """
     queries, gallery = load_views(options.split, options.data_dir)
-    # Weights are fitted on validation clips with their own ASR: nobody knows what it will be like.
+    # Weights are fitted on validation clips with their own ASR, because the noise of the test is unknown.
     queries = with_asr(queries, options.asr)
     scope = gallery_scope(options.dataset, options.data_dir)
     task = RetrievalTask.from_datasets(queries, gallery, scope)
@@ -69,12 +69,12 @@ def measure(
         "ties": {kind: ranked.tie_summary() for kind, ranked in rankings.items()},
     }
     heat = partial(heat_pictures, model, retriever.collator) if has_maps(model) else None
-    heat_words = "finds its like" if aligns(model) else "was reconstructed from"
+    heat_words = "has similar patches" if aligns(model) else "was reconstructed from"
     return Evaluation(results, task, rankings, queries, gallery, heat, heat_words)
 
 
 def describe_protocol(options: argparse.Namespace, task: RetrievalTask, scope: str) -> dict[str, Any]:
-    """Of the `protocol` entry of results.json what does not depend on the method."""
+    """The part of `protocol` in results.json that does not depend on the method."""
     names = set(task.query_scopes)
     return {
         "split": options.split,
@@ -95,14 +95,14 @@ def describe_protocol(options: argparse.Namespace, task: RetrievalTask, scope: s
 
 
 def describe_boxes(path: str, queries) -> dict[str, Any]:
-    """Where boxes come from and how many frames have one, for results.json."""
+    """The source of the boxes and the number of frames with a box, for results.json."""
     header = BoxFile(path).header
     names = ("detector", "detector_sha256", "threshold", "labels", "frames_per_clip")
     return {"file": path, **{name: header.get(name) for name in names}, **count_boxes(queries)}
 
 
 def _origin(options: argparse.Namespace, baseline: dict | None, retriever: TimedRetriever) -> dict[str, Any]:
-    """What was measured, on what, at which cost, with which libraries."""
+    """Method, data set, cost and library versions."""
     return {
         "model": options.model or baseline["model"] or baseline["name"],
         "model_sha256": weights_fingerprint(options.model or baseline["model"] or ""),
@@ -126,7 +126,7 @@ def _rank_by(options: argparse.Namespace, model) -> str:
 
 
 def _describe_method(options: argparse.Namespace, model, fusion: dict | None, queries) -> dict[str, Any]:
-    """Of the `protocol` entry what some methods have: text, a detector's boxes, a fused score."""
+    """The part of `protocol` that depends on the method: text, a detector's boxes, a fused score."""
     entries: dict[str, Any] = {}
     if getattr(getattr(model, "config", None), "text_config", None) is not None:
         entries["text"] = {"used": options.text, "score_weight": model.config.text_score_weight}
@@ -139,7 +139,7 @@ def _describe_method(options: argparse.Namespace, model, fusion: dict | None, qu
 def _beside(
     options, baseline: dict | None, task: RetrievalTask, queries, gallery, loading: Loading, num_frames, failures
 ) -> dict[str, Any]:
-    """The other baselines, and all failures, those that the method had first and each file once."""
+    """The other baselines, and all failures: those of the method first, each file once."""
     names = [name for name in options.baselines if baseline is None or name != baseline["name"]]
     scores, failed = run_baselines(names, task, queries, gallery, loading=loading, num_frames=num_frames or 10)
     known = {(failure["kind"], failure["id"]) for failure in failures}
@@ -149,7 +149,7 @@ def _beside(
 
 
 def _groups(options: argparse.Namespace, queries, rankings: dict[str, Rankings]) -> dict[str, Any]:
-    """The breakdown by attribute, and by which rule categories are head or tail."""
+    """The breakdown by attribute, and the rule for head and tail categories."""
     settings = (options.dataset, options.data_dir, options.cache_dir)
     train_rows, head_tail = count_training_rows(queries, options.model, *settings)
     return {"by": breakdown(queries, rankings, train_rows), "head_tail": head_tail}

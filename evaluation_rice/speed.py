@@ -1,4 +1,4 @@
-"""How long a model's own work takes while it is evaluated."""
+"""Timing of a model during evaluation."""
 
 import time
 from dataclasses import dataclass, field
@@ -12,10 +12,10 @@ STEPS = {"image": "encode one image", "clip": "encode one clip", "search": "scor
 @dataclass
 class TimedRetriever:
     """
-    Hands everything on to a retriever, and notes how long encoding and scoring take.
+    Wraps a retriever and measures the time of encoding and scoring.
 
     Args:
-        retriever: As `evaluation_rice.retrieval.retrieve` takes it.
+        retriever: A retriever for `evaluation_rice.retrieval.retrieve`.
     """
 
     retriever: Any
@@ -23,7 +23,7 @@ class TimedRetriever:
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STEPS, 0))
 
     def __getattr__(self, name: str) -> Any:
-        # Copies that a loader sends to its workers ask before there is anything to ask.
+        # Unpickling in a loader's worker reads attributes before `retriever` is set.
         if name.startswith("__") or name == "retriever":
             raise AttributeError(name)
         return getattr(self.retriever, name)
@@ -50,13 +50,13 @@ class TimedRetriever:
     def _now(self) -> float:
         if getattr(getattr(self.retriever, "device", None), "type", "cpu") == "cuda":
             torch.cuda.synchronize(self.retriever.device)
-        # Descriptors are computed in the loader's workers, which say how long they took.
+        # The loader's workers compute descriptors and report their time.
         return time.perf_counter() + sum(getattr(self.retriever, "loader_seconds", {}).values())
 
     def summary(self) -> dict[str, Any]:
         """
-        Milliseconds of each step that was taken, `{"image_ms", "clip_ms", "search_ms"}`, without decoding, with
-        `device` and `threads`. A gallery that is scored in several chunks counts a clip once per chunk.
+        Milliseconds per step, `{"image_ms", "clip_ms", "search_ms"}`, without decoding, with `device` and `threads`. A
+        gallery that is scored in several chunks counts a clip once per chunk.
         """
         milliseconds = {
             f"{step}_ms": 1000 * self.seconds[step] / count for step, count in self.counts.items() if count

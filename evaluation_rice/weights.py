@@ -1,4 +1,4 @@
-"""The weights of the fused score in an evaluation: the checkpoint's own, fitted on validation, or given by hand."""
+"""The weights of the fused score in an evaluation: from the checkpoint, fitted on validation, or from an argument."""
 
 import argparse
 import os
@@ -24,14 +24,14 @@ def choose_fusion(
     The weights of the fused score, and the entry `protocol.fusion` of results.json.
 
     Args:
-        options: of eval_rice.py.
-        retriever: a model with more scores than that of its embeddings.
-        scope: of the galleries.
-        loading: how the validation split is read, where a weight is fitted.
-        load_views: gives that split.
+        options: options of eval_rice.py.
+        retriever: a model with more scores than the embedding score.
+        scope: scope of the galleries.
+        loading: settings for reading the validation split if a weight is fitted.
+        load_views: returns that split.
 
     Raises:
-        ValueError: a fit was asked for, and there is no validation split to fit on.
+        ValueError: a fit is requested, but there is no validation split.
     """
     config = retriever.model.config
     weights = FusionWeights.of(config)
@@ -39,8 +39,8 @@ def choose_fusion(
     is_fitted = weights.fusion_weight is not None or not has_matching
     if not has_matching and isinstance(options.fusion_weight, float):
         raise ValueError(
-            f"--fusion_weight {options.fusion_weight:g} is that of matching, and {options.model} has no matching "
-            f"decoder; leave it out, or say fit for the weight of the alignment."
+            f"--fusion_weight {options.fusion_weight:g} is the weight of matching, but {options.model} has no "
+            f"matching decoder; leave it out, or use fit to fit the weight of the alignment."
         )
     edges: list[str | None] = []
     if options.fusion_weight == "fit" or (options.fusion_weight == "auto" and not is_fitted):
@@ -60,14 +60,14 @@ def choose_fusion(
     if not _reads_text_score(options, config):
         weights = replace(weights, fused_text_weight=None)
     elif weights.fused_text_weight is None:
-        record["source_words"] += "; there is none for text, which counts as part of the embedding score"
+        record["source_words"] += "; text has no separate weight, because it is part of the embedding score"
     edges = [words for words in edges if words]
     record |= {"at_edge": bool(edges), "edge_words": edges}
     return weights, {"rule": weights.rule(), "text_weight": weights.fused_text_weight, **record}
 
 
 def _reads_text_score(options: argparse.Namespace, config) -> bool:
-    """Whether the cosine of ASR and title is part of the scores."""
+    """Whether the cosine of ASR and title is one of the scores."""
     has_text = getattr(config, "text_config", None) is not None
     return options.text and has_text and config.text_score_weight is not None
 
@@ -75,7 +75,7 @@ def _reads_text_score(options: argparse.Namespace, config) -> bool:
 def _fit(
     options: argparse.Namespace, retriever: Retriever, scope: str, loading: Loading, load_views: LoadViews
 ) -> tuple[FittedFusion | None, dict[str, Any]]:
-    """The weights from the validation split, `None` where it cannot be had, and where they come from."""
+    """The weights from the validation split, `None` if it is not available, and their source."""
     folder = options.fit_data_dir or options.data_dir
     try:
         same = options.fit_data_dir is None or _same_folder(options.fit_data_dir, options.data_dir)

@@ -1,14 +1,14 @@
 """
-Everything between a folder and the Hub.
+Reading checkpoints, writing cards, publishing on the Hub, and export.
 
-Reading: `loading` (a checkpoint, or the id of a published model, as model and processor), `checkpoint` (is it whole,
-which weights are its own), `settings` (JSON that a stranger wrote), `training_record` and `results` (what a run and
-an evaluation left behind).
+Reading: `loading` (model and processor from a folder or the id of a published model), `checkpoint` (whether a folder
+is a complete checkpoint, and its weight files), `settings` (checks of untrusted JSON), `training_record` and `results`
+(the records of a training run and of an evaluation).
 
-Writing: `model_card`, `dataset_card` and `tables` (pages that nobody types), `privacy` (texts without paths of this
-machine), `repository` (what of a folder is published, and the Hub's answers in one sentence), `publishing` (a Trainer
-that publishes that and nothing else), `files` (the file of --output).
+Writing: `model_card`, `dataset_card` and `tables` (generated pages), `privacy` (removes local paths from texts),
+`repository` (which files of a folder are published, and errors of the Hub in one sentence), `publishing` (a Trainer
+that publishes only these files), `files` (the file of --output).
 
-Commands: `convert`, `publish`, `publish_dataset`, `mteb_wrapper`, and `export` (ONNX graphs, and the model that runs
-them). Each has `add_arguments` and `run`, and imports what is slow to load inside them.
+Commands: `encoders`, `untrained`, `convert`, `publish`, `publish_dataset`, `mteb_wrapper`, and `export` (ONNX graphs,
+and the model that runs them). Each has `add_arguments` and `run`; slow imports are inside these functions.
 """

@@ -1,4 +1,4 @@
-"""Whether a checkpoint folder is whole and of a known version, told before anything tries to load it."""
+"""Checks that a checkpoint folder is complete and undamaged, before anything loads it."""
 
 import hashlib
 import json
@@ -15,20 +15,20 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def may_be_hub_id(path: str) -> bool:
-    """Whether a name has the form of a Hub id, such as "someone/rice", and not of a path."""
+    """Whether a name has the form of a Hub id, such as "someone/rice", and not that of a path."""
     return path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
 
 def check_checkpoint(path: str | os.PathLike, made_by: str = "train_rice.py") -> None:
-    """Refuses a folder that is no whole checkpoint; a name that is no folder is left to the Hub.
+    """Refuses a folder that is no complete checkpoint. A Hub id that is no local folder passes.
 
     Args:
         path: Folder, or id of a published model.
         made_by: The program that trains such models, for the message.
 
     Raises:
-        FileNotFoundError: config.json or the weights are not there.
-        ValueError: a file is damaged or cut short.
+        FileNotFoundError: if the folder, config.json or the weights are missing.
+        ValueError: if a file is damaged or truncated, or `path` is a file.
     """
     path = os.fspath(path)
     folder = Path(path)
@@ -39,15 +39,17 @@ def check_checkpoint(path: str | os.PathLike, made_by: str = "train_rice.py") ->
             raise FileNotFoundError(f"there is no checkpoint folder {path}: train one with {made_by}.")
         return
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{path} is no checkpoint: it has no config.json.")
+        raise FileNotFoundError(f"{path} is no checkpoint, since it has no config.json: name another folder.")
     try:
         read_json_object(folder / "config.json")
         files = weight_files(folder)
     except ValueError as error:
-        raise ValueError(f"{path} is a half-written checkpoint: its JSON cannot be read ({error}).") from error
+        raise ValueError(
+            f"{path} is an incomplete checkpoint: its JSON cannot be read ({error}), so save it again."
+        ) from error
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{path} is a half-written checkpoint: {file.name} is missing, so save it again.")
+            raise FileNotFoundError(f"{path} is an incomplete checkpoint: {file.name} is missing, so save it again.")
         try:
             with safe_open(str(file), framework="pt"):
                 pass
@@ -57,11 +59,11 @@ def check_checkpoint(path: str | os.PathLike, made_by: str = "train_rice.py") ->
 
 def weight_files(folder: str | os.PathLike) -> list[Path]:
     """
-    The files from which transformers reads a model's weights, in order of their names: model.safetensors, else the
-    shards that its index lists. Other `*.safetensors` of the folder, such as an encoded gallery, are none of them.
+    The files from which transformers reads a model's weights, sorted by name: model.safetensors, else the shards in
+    its index. Other `*.safetensors` files of the folder, such as an encoded gallery, are not included.
 
     Raises:
-        ValueError: the index is damaged.
+        ValueError: if the index is damaged.
     """
     folder = Path(folder)
     index = folder / _INDEX
@@ -77,10 +79,10 @@ def weight_files(folder: str | os.PathLike) -> list[Path]:
 def check_hashes(folder: str | os.PathLike) -> None:
     """
     Compares weights with the hashes that were saved beside them, as `sha256sum --check` does. A folder without
-    hashes, or with weights that they do not list, passes.
+    hashes passes, and so do weight files that are not listed.
 
     Raises:
-        ValueError: a file is not what was saved.
+        ValueError: if a file differs from its saved hash.
     """
     from modeling_rice.layout_rice import HASHES
 
@@ -92,13 +94,13 @@ def check_hashes(folder: str | os.PathLike) -> None:
     for path in weight_files(folder):
         if path.name in saved and file_sha256(path) != saved[path.name]:
             raise ValueError(
-                f"{path} is not what was saved ({HASHES} tells its hash): copy or download it again, or remove "
-                f"{HASHES} if you changed the weights yourself."
+                f"{path} is not what was saved, since its hash differs from the one in {HASHES}: copy or download it "
+                f"again, or remove {HASHES} if you changed the weights yourself."
             )
 
 
 def saved_by_newer(path: str | os.PathLike) -> str | None:
-    """The version of transformers that saved a checkpoint (folder or cached id), when it is newer than ours."""
+    """The transformers version that saved a checkpoint (folder or cached id), if newer than the installed one."""
     from transformers import __version__
 
     path = os.fspath(path)
@@ -115,7 +117,7 @@ def saved_by_newer(path: str | os.PathLike) -> str | None:
 
 
 def weights_fingerprint(path: str | os.PathLike) -> str | None:
-    """SHA-256 over the hashes of a folder's `weight_files`; `None` where `path` is no folder or has none."""
+    """SHA-256 over the hashes of a folder's `weight_files`; `None` if `path` is no folder or has no weights."""
     files = weight_files(path) if os.path.isdir(path) else []
     if not files or not all(file.is_file() for file in files):
         return None

@@ -1,8 +1,8 @@
 """Convert a checkpoint of the official RICE code into a folder that AutoModel and AutoProcessor load.
 
 Both official layouts are recognised. The model keeps the behaviour of its code base. The official code has no
-tokenizer (its texts came as vectors, if at all), so the one written is trained on a few generic phrases and spells
-everything else in bytes.
+tokenizer, since it read precomputed text vectors or no text. The tokenizer written here is trained on a few generic
+phrases and encodes everything else as bytes.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from pathlib import Path
 
 NUM_FRAMES = 10
 
-# Enough for a vocabulary of characters and common words; what is not in it is spelled in bytes.
+# Enough for a vocabulary of characters and common words; the rest is encoded as bytes.
 GENERIC_TEXTS = (
     "product title brand new size colour red blue black white",
     "dress shirt shoes bag cup bottle cream phone watch toy 100ml 2 pieces",
@@ -20,16 +20,18 @@ GENERIC_TEXTS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="file of an official code base: .pth, .bin, .pt or .safetensors")
+    parser.add_argument(
+        "checkpoint", type=Path, help="checkpoint of an official code base (.pth, .bin, .pt or .safetensors)"
+    )
     parser.add_argument("output_dir", type=Path, help="new or empty folder for the model and its processor")
 
 
 def run(options: argparse.Namespace) -> None:
     """
     Raises:
-        FileNotFoundError: when there is no checkpoint.
-        FileExistsError: when the output folder is in use.
-        ValueError: when the checkpoint is not of an official layout, naming the keys.
+        FileNotFoundError: if there is no checkpoint.
+        FileExistsError: if the output folder is in use.
+        ValueError: if the checkpoint has no official layout; the message lists the keys.
     """
     from modeling_rice.convert_rice_original_to_hf import convert_original_checkpoint, load_original_state_dict
 
@@ -49,18 +51,18 @@ def run(options: argparse.Namespace) -> None:
 
 
 def has_newer_layout(state_dict: dict) -> bool:
-    """Whether a state dict is of the mmf-based code."""
+    """Whether a state dict comes from the newer, mmf-based code."""
     return any(key.removeprefix("module.").startswith("image_encoder.") for key in state_dict)
 
 
 def build_original_processor(config, is_newer: bool):
     """
-    The processor that fits a converted model.
+    The processor for a converted model.
 
     Args:
-        config (`RiceConfig`): Of the converted model, for picture and patch size.
-        is_newer: The older code stretches a picture to the encoder's square by bicubic interpolation; the newer one to
-            a square larger by 8/7, by bilinear interpolation, of which it takes the centre.
+        config (`RiceConfig`): Config of the converted model, for image and patch size.
+        is_newer: Whether to process images as the newer code: bilinear resize to a square larger by 8/7, then a
+            center crop. The older code resizes to the encoder's square with bicubic interpolation.
 
     Returns:
         `RiceProcessor` for ten frames per clip.

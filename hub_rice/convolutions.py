@@ -1,4 +1,4 @@
-"""Convolutional encoders in the form in which they run fastest: batch norms folded, channels last in memory."""
+"""Speeds up convolutional encoders for inference: folds batch norms and uses the channels-last memory format."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ _TOLERANCE = 1e-3
 @torch.no_grad()
 def speed_up(model: Any) -> int:
     """
-    Brings the encoder of a [`RiceModel`] into its fastest form, in place; one without batch norms stays as it is. What
-    it computes stays the same up to rounding, which is tried out on a random picture, and its fingerprint is kept.
+    Speeds up the encoder of a [`RiceModel`] in place; an encoder without batch norms is left unchanged. Outputs are
+    the same up to rounding, which is checked on a random image. The model keeps its fingerprint.
 
     Args:
-        model: In eval mode, float32; only for use from now on.
+        model: In eval mode, float32; to be used for inference only afterwards.
 
     Returns:
-        Batch norms that were folded into the convolution before them.
+        Number of batch norms that were folded into the convolution before them.
     """
     encoder = model.vision_model
     if not any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules()):
@@ -32,7 +32,7 @@ def speed_up(model: Any) -> int:
     originals = _fold(encoder)
     after = model._encoder_output(picture).features
     if (after - before).abs().max() > _TOLERANCE * before.abs().max().clamp(min=1.0):
-        # The norm did not follow the convolution that it is registered behind.
+        # In this network a norm does not directly follow the convolution that is registered before it.
         for parent, name, module in originals:
             setattr(parent, name, module)
         originals = []
@@ -41,7 +41,7 @@ def speed_up(model: Any) -> int:
 
 
 def _fold(encoder: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Folds each norm that is registered right behind a convolution of its width; returns what was replaced."""
+    """Folds each norm that is registered right after a convolution of its width; returns the replaced modules."""
     originals = []
     for parent in list(encoder.modules()):
         children = list(parent.named_children())
@@ -52,7 +52,7 @@ def _fold(encoder: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
                 continue
             originals += [(parent, first, conv), (parent, second, norm)]
             setattr(parent, first, fuse_conv_bn_eval(conv, norm))
-            # timm's norms bring their activation along.
+            # timm's norms include their activation.
             rest = [getattr(norm, name) for name in ("drop", "act") if hasattr(norm, name)]
             setattr(parent, second, nn.Sequential(*rest))
     return originals

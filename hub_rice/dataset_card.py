@@ -1,4 +1,4 @@
-"""A rendered mini LPR4M as a data set of the Hub: Parquet with the pictures in it, and a card that is not typed."""
+"""A rendered mini LPR4M as a data set on the Hub: Parquet files that include the images, and a generated card."""
 
 import json
 import os
@@ -16,23 +16,23 @@ CONFIGS = {
     "query": ("validation", "test"),
     "gallery": ("train", "validation", "test"),
 }
-"""Configuration on the Hub, named as the view of the project, and its splits."""
+"""Configurations on the Hub, named like the project's views, and their splits."""
 
 
 def load_configs(
     data_dir: str | os.PathLike, cache_dir: str | os.PathLike | None = None
 ) -> dict[str, datasets.DatasetDict]:
     """
-    All views of a rendered mini LPR4M by the name of their configuration, with pictures that decode.
+    All views of a rendered mini LPR4M by the name of their configuration, with decodable images.
 
     Raises:
-        FileNotFoundError: the folder was not written by `python -m data_rice.mini_lpr4m`.
-        ValueError: the rendering has no such split; it was made too small.
+        FileNotFoundError: if the folder was not written by `python -m data_rice.mini_lpr4m`.
+        ValueError: if a split is missing because the rendering is too small.
     """
     if not (Path(data_dir) / MINI_LPR4M_MANIFEST).is_file():
         raise FileNotFoundError(
-            f"{data_dir} has no {MINI_LPR4M_MANIFEST}: render it by `python -m data_rice.mini_lpr4m --output_dir "
-            f"{data_dir}`; data that was not rendered is not published by this command."
+            f"{data_dir} has no {MINI_LPR4M_MANIFEST}, and this command publishes rendered data only: render it by "
+            f"`python -m data_rice.mini_lpr4m --output_dir {data_dir}`."
         )
     loaded = {}
     for config, splits in CONFIGS.items():
@@ -57,18 +57,18 @@ def dataset_card(
     template: str | os.PathLike = TEMPLATE,
 ) -> str:
     """
-    The card's Markdown.
+    The data set card in Markdown.
 
     Args:
-        manifest: What the renderer wrote beside the data.
-        configs: See `load_configs`; the card counts their rows.
-        repo_id: `owner/name`, which the examples load.
-        metadata: What `datasets` wrote into the card's metadata (features, files), to be kept.
+        manifest: The manifest that the renderer wrote beside the data.
+        configs: From `load_configs`; the card gives their numbers of rows.
+        repo_id: `owner/name`, used in the examples.
+        metadata: The metadata that `datasets` wrote into the card (features, files); it is kept.
         template: A Jinja file.
 
     Raises:
-        FileNotFoundError: there is no template.
-        ValueError: the manifest lacks an entry that the card shows.
+        FileNotFoundError: if there is no template.
+        ValueError: if the manifest lacks an entry that the card shows.
     """
     if not Path(template).is_file():
         raise FileNotFoundError(f"there is no card template {template}: restore it or name another one.")
@@ -112,18 +112,18 @@ def publish_mini_lpr4m(
     cache_dir: str | os.PathLike | None = None,
 ) -> str:
     """
-    Pushes the configurations `pairs`, `query` and `gallery` with their pictures, and the card. Pictures keep their
-    file's bytes and name; no path of this machine goes along.
+    Publishes the configurations `pairs`, `query` and `gallery` with their images, and the card. Images keep the bytes
+    and the name of their file; local paths are not published.
 
     Args:
         data_dir: Folder of a rendered mini LPR4M.
-        repo_id: `owner/name` of the data set; created where it is missing.
-        private: Whether a new repository is private; one that exists stays as it is.
+        repo_id: `owner/name` of the data set; created if it does not exist.
+        private: Whether a new repository is private; an existing one keeps its visibility.
         token: Access token; by default that of `hf auth login` or `HF_TOKEN`.
-        cache_dir: Where the data set's tables are cached.
+        cache_dir: Cache folder for the data set's tables.
 
     Returns:
-        The commit's address.
+        The URL of the commit.
 
     Raises:
         FileNotFoundError, ValueError: as `load_configs` and `dataset_card`.
@@ -135,10 +135,10 @@ def publish_mini_lpr4m(
         tables.push_to_hub(repo_id, config_name=name, private=private, token=token)
     written = DatasetCard.load(repo_id, token=token).data.to_dict()
     for config in written["configs"]:
-        # By push_to_hub's own `set_default` a second push loses the mark again.
+        # With push_to_hub's own `set_default`, a second push would lose the default again.
         config.update({"default": True} if config["config_name"] == "query" else {})
     card = dataset_card(manifest, configs, repo_id, written).encode()
-    # Not DatasetCard.push_to_hub, which asks huggingface.co to check the metadata whatever HF_ENDPOINT says.
+    # DatasetCard.push_to_hub would validate the metadata at huggingface.co even if HF_ENDPOINT is set.
     commit = upload_file(
         path_or_fileobj=card,
         path_in_repo="README.md",

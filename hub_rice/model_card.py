@@ -1,5 +1,5 @@
 """
-The model card: model_cards/template.md filled from results.json and the run's own records, no figure by hand.
+The model card: model_cards/template.md filled from results.json and the records of the run. No figure is typed.
 
     python -m hub_rice.model_card runs/demo/results.json --model_id someone/rice --run_dir runs/demo/model
 """
@@ -27,7 +27,7 @@ PUBLISHED = (
     ("LPR4M, 750K training rows, newer code", {"ICL": 31.50, "ICL + PMD": 33.07, "ICL + PMD + PFR": 33.77}),
     ("MovingFashion", {"ICL": 74.76, "ICL + PMD": 76.87, "ICL + PMD + PFR": 77.92}),
 )
-"""R@1 in percent by embedding, as published with the official code of RICE; not measured by this project."""
+"""R@1 in percent by embedding, as published with the official code of RICE. Not measured by this project."""
 
 SCOPE_WORDS = {
     "live": "each clip is searched among the product images of its own livestream",
@@ -36,7 +36,7 @@ SCOPE_WORDS = {
 
 
 def gallery_words(results: Mapping) -> str:
-    """Gallery and scope in one plain sentence."""
+    """Gallery and scope in one sentence."""
     size, protocol = results["gallery_size"], results["protocol"]
     sizes = f"{size['min']} to {size['max']} images, median {size['median']:g}"
     if size["min"] == size["max"]:
@@ -57,7 +57,7 @@ def published_table() -> str:
 
 
 def breakdown_table(groups: Mapping[str, Mapping]) -> str:
-    """Markdown table of one attribute of `by`: queries and R@1 of each score, in percent."""
+    """Markdown table of one attribute of `by`: number of clips and R@1 of each score, in percent."""
     kinds = [name for name in next(iter(groups.values())) if name != "num_queries"]
     lines = [
         "| group | clips | " + " | ".join(f"R@1 {kind}" for kind in kinds) + " |",
@@ -70,9 +70,9 @@ def breakdown_table(groups: Mapping[str, Mapping]) -> str:
 
 
 def scope_words(results: Mapping) -> str:
-    """What a clip was searched among, for a reader who knows nothing of the protocol."""
+    """The gallery of a clip, for a reader who does not know the protocol."""
     if results["protocol"]["gallery_scope"] == "live":
-        return "Each clip was compared only with the products that its own livestream sells, not with other shops'."
+        return "Each clip was compared only with the products of its own livestream, not with those of other shops."
     return "Each clip was compared with every product image of the data set's gallery."
 
 
@@ -104,7 +104,7 @@ def _evaluations(results: Mapping) -> list[EvalResult]:
 
 
 def breakdown_page(results: Mapping) -> str | None:
-    """R@1 by attribute of the clips as a page of its own, `None` where the clips know no attribute."""
+    """A page with R@1 by attribute of the clips; `None` if the clips have no attributes."""
     groups = complete(results)["by"]
     tables = [f"## By {name.replace('_', ' ')}\n\n{breakdown_table(group)}" for name, group in groups.items()]
     if not tables:
@@ -114,12 +114,12 @@ def breakdown_page(results: Mapping) -> str | None:
 
 
 def best_first(scores: Mapping[str, Mapping]) -> dict[str, Mapping]:
-    """The scores of a model by their R@1, the best one first."""
+    """The scores of a model sorted by R@1, the best first."""
     return dict(sorted(scores.items(), key=lambda item: -item[1]["R@1"]))
 
 
 def project_urls() -> dict[str, str]:
-    """What setup.cfg says of addresses, by its labels; nothing where the project is not installed."""
+    """The project URLs of setup.cfg by label; empty if the project is not installed."""
     try:
         entries = metadata("rice-retrieval").get_all("Project-URL") or []
     except PackageNotFoundError:
@@ -137,21 +137,21 @@ def model_card(
     license: str | None = None,
     picture: bool = False,
 ) -> str:
-    """The card's Markdown, metadata with model-index included.
+    """The model card in Markdown, including metadata with a model-index.
 
     Args:
-        results: what `eval_rice.py` writes to results.json; `None` for a card that claims no figure.
-        template: a Jinja file; see model_cards/README.md for the names that it may use.
-        model_id: name that the examples load; by default that of the results.
-        run_dir: folder of the training run, for recipe, cost and the model's parts.
-        dataset_id: id of the data set on the Hub, for the metadata.
-        license: as the Hub writes it; by default that of the training data where it is known, else none is claimed.
-        picture: whether matches.png lies beside the card, which then shows it.
+        results: Content of the results.json of `eval_rice.py`; `None` for a card without figures.
+        template: A Jinja file; model_cards/README.md lists the names that it may use.
+        model_id: Model id in the examples; by default that of the results.
+        run_dir: Folder of the training run, for recipe, cost and the model's parts.
+        dataset_id: Id of the data set on the Hub, for the metadata.
+        license: Licence identifier of the Hub; by default that of the training data if known, else none is stated.
+        picture: Whether to show matches.png, which must be beside the card.
 
     Raises:
-        FileNotFoundError: there is no template.
-        ValueError: `results` lacks an entry that the card shows, there is neither a result nor a `model_id`, or the
-            licence is no identifier.
+        FileNotFoundError: if there is no template.
+        ValueError: if `results` lacks an entry that the card shows, if both `results` and `model_id` are missing, or
+            if the licence is no identifier.
     """
     if not Path(template).is_file():
         raise FileNotFoundError(f"there is no card template {template}: restore it or name another one.")
@@ -160,12 +160,12 @@ def model_card(
         raise ValueError(f"the results lack {', '.join(missing)}, which the card shows: run eval_rice.py again.")
     model_id = model_id or (results["model"] if results is not None else None)
     if model_id is None:
-        raise ValueError("a card without results needs model_id, the name that its examples load.")
+        raise ValueError("a card without results needs model_id, the model id in its examples: give it.")
     model_name = Path(model_id).resolve().name if os.path.isdir(model_id) else model_id
     record = read_training_record(run_dir)
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
         raise ValueError(
-            f"the license {license!r} is no identifier of the Hub, such as apache-2.0 or cc-by-nc-sa-4.0."
+            f"the license {license!r} is no identifier of the Hub: give one such as apache-2.0 or cc-by-nc-sa-4.0."
         )
     if results is not None:
         results = {**complete(results), "scores": best_first(results["scores"])}
@@ -214,8 +214,8 @@ def write_model_card(
     output_dir: str | os.PathLike, results: Mapping | None, template: str | os.PathLike = TEMPLATE, **options
 ) -> None:
     """
-    Writes `README.md`, the model card, into `output_dir`, and `breakdown.md` where the results have one; options and
-    errors as `model_card`. A matches.png that lies there is shown.
+    Writes the model card `README.md` into `output_dir`, and `breakdown.md` if the results have a breakdown. The card
+    shows the folder's matches.png if there is one. Options and errors as in `model_card`.
     """
     folder = Path(output_dir)
     card = model_card(results, template, picture=(folder / "matches.png").is_file(), **options)
@@ -226,7 +226,7 @@ def write_model_card(
 
 
 def card_from_file(results_file: str | os.PathLike, template: str | os.PathLike = TEMPLATE, **options) -> str:
-    """The card of a results.json on disk; options as `model_card`, errors as there and as `read_results`."""
+    """The card of a results.json on disk; options as in `model_card`, errors as in `model_card` and `read_results`."""
     return model_card(read_results(results_file), template, **options)
 
 
@@ -237,10 +237,10 @@ def main(arguments: list[str] | None = None) -> None:
     print_anywhere()
     parser = argparse.ArgumentParser(prog="python -m hub_rice.model_card", description=main.__doc__)
     parser.add_argument("results", help="results.json of eval_rice.py")
-    parser.add_argument("--model_id", help="name that the card's examples load; default: the model of the results")
+    parser.add_argument("--model_id", help="model id in the card's examples; default: the model of the results")
     parser.add_argument("--run_dir", help="folder of the training run, for recipe and cost")
-    parser.add_argument("--dataset_id", help="the data set's id on the Hub, for the metadata")
-    parser.add_argument("--license", help="licence of the model; default: that of the training data, where known")
+    parser.add_argument("--dataset_id", help="id of the data set on the Hub, for the metadata")
+    parser.add_argument("--license", help="licence of the model; default: that of the training data, if known")
     options = vars(parser.parse_args(arguments))
     with mistakes_end(parser):
         print(card_from_file(options.pop("results"), **options).rstrip())

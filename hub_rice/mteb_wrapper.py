@@ -1,7 +1,7 @@
-"""Run mteb's MovingFashion tasks, video to shop image and back, so that the score compares with anybody's.
+"""Run mteb's MovingFashion tasks, video to shop image and back, for scores that compare with other models of mteb.
 
-The tasks download their data from the Hub. Clips and images are compared by embedding; hit_rate_at_1 is what
-eval_rice.py calls R@1. Frames are sampled as eval_rice.py samples them. Needs mteb, torchcodec and FFmpeg.
+The tasks download their data from the Hub. Clips and images are compared by embedding. mteb's hit_rate_at_1 is the R@1
+of eval_rice.py. Frames are sampled as in eval_rice.py. Needs mteb, torchcodec and FFmpeg.
 """
 
 import argparse
@@ -17,18 +17,18 @@ TASKS = ("MovingFashionV2IRetrieval", "MovingFashionI2VRetrieval")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help="checkpoint folder, or the id of a published model")
-    add("--tasks", nargs="+", default=list(TASKS), help="names of mteb's tasks (default: %(default)s)")
+    add("--tasks", nargs="+", default=list(TASKS), help="names of mteb tasks (default: %(default)s)")
     add("--output_dir", type=Path, required=True, help="folder for mteb.json and the rankings")
-    add("--device", help="such as cpu or cuda; default: cuda where there is one")
-    add("--num_frames", type=int, help="frames per clip; default: as the checkpoint's processor says")
+    add("--device", help="such as cpu or cuda; default: cuda if there is one")
+    add("--num_frames", type=int, help="frames per clip; default: that of the checkpoint's processor")
     add("--batch_size", type=int, default=16, help="clips or images per batch (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> None:
     """
     Raises:
-        ValueError: mteb is not installed, it has no such task, or the checkpoint cannot be loaded.
-        ConnectionError, FileNotFoundError: model or data are not there, see `hub_rice.repository.hub_errors`.
+        ValueError: if mteb is not installed or has no such task, or the checkpoint cannot be loaded.
+        ConnectionError, FileNotFoundError: if model or data are missing, see `hub_rice.repository.hub_errors`.
     """
     try:
         import mteb
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         tasks = mteb.get_tasks(tasks=options.tasks, exclude_beta=False)
     except KeyError as error:
-        raise ValueError(f"mteb has no such task: {error.args[0]}") from error
+        raise ValueError(f"--tasks names a task that mteb does not have ({error.args[0]}): name another.") from error
     encoder = RiceEncoder(options.model, device=options.device, num_frames=options.num_frames)
     check_torchcodec()
     with hub_errors("the tasks' data"):
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def check_torchcodec() -> None:
-    """Raises `ValueError` where torchcodec does not work: mteb decodes a first video of each task when loading it."""
+    """Raises `ValueError` if torchcodec does not work, since mteb decodes a video of each task when loading it."""
     try:
         from torchcodec.decoders import VideoDecoder  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
@@ -63,7 +63,7 @@ def check_torchcodec() -> None:
 
 
 def evaluate(encoder, tasks, output_dir: Path, batch_size: int = 16) -> dict[str, dict[str, float]]:
-    """Scores of mteb tasks by their name, written to `output_dir/mteb.json`; the rankings lie beside it."""
+    """Scores of mteb tasks by task name. Writes them to `output_dir/mteb.json`, and the rankings beside it."""
     import mteb
 
     from data_rice.files import write_atomically
@@ -75,7 +75,7 @@ def evaluate(encoder, tasks, output_dir: Path, batch_size: int = 16) -> dict[str
     scores = {}
     for result in results.task_results:
         numbers = result.scores["test"][0]
-        # Some are not defined for few queries.
+        # Some scores are not defined for few queries.
         scores[result.task_name] = {
             name: value for name, value in numbers.items() if isinstance(value, float) and math.isfinite(value)
         }
@@ -90,9 +90,9 @@ class RiceEncoder:
 
     Args:
         model_name: Checkpoint folder, or the id of a published model.
-        revision: Of the published model.
-        device: By default CUDA where there is one.
-        num_frames: Frames per clip, by default as the checkpoint's processor says.
+        revision: Revision of the published model.
+        device: Such as "cpu" or "cuda"; by default cuda if there is one.
+        num_frames: Frames per clip; by default that of the checkpoint's processor.
     """
 
     def __init__(self, model_name: str, revision: str | None = None, *, device: str | None = None, num_frames=None):
@@ -103,7 +103,7 @@ class RiceEncoder:
         self.num_frames = num_frames or self.processor.video_processor.num_frames
 
     def encode(self, inputs, *, task_metadata, hf_split, hf_subset, prompt_type=None, **kwargs):
-        """A loader of rows with `video` or `image` -> embeddings `(n, D)`."""
+        """Embeddings `(n, D)` of the rows of a loader, which have `video` or `image`."""
         import torch
         from datasets import Video
         from torch.utils.data import DataLoader
@@ -111,7 +111,7 @@ class RiceEncoder:
 
         rows = inputs.dataset
         if "video" in rows.features:
-            # As encoded bytes, of which the processor decodes only the frames it takes.
+            # Kept as encoded bytes, so that the processor decodes only the sampled frames.
             rows = rows.cast_column("video", Video(decode=False))
         loader = DataLoader(rows, inputs.batch_size, collate_fn=inputs.collate_fn, num_workers=inputs.num_workers)
         parts = []
@@ -126,7 +126,7 @@ class RiceEncoder:
         return torch.cat(parts).float().cpu().numpy()
 
     def _process_videos(self, videos: list[dict]):
-        """Encoded videos, `{"path", "bytes"}` -> inputs of the model."""
+        """Model inputs of encoded videos `{"path", "bytes"}`."""
         with tempfile.TemporaryDirectory() as folder:
             paths = []
             for i, video in enumerate(videos):
@@ -137,20 +137,20 @@ class RiceEncoder:
             return self.processor(videos=paths, num_frames=self.num_frames)
 
     def similarity(self, embeddings1, embeddings2):
-        """Cosines `(n, m)`; embeddings are normalised."""
+        """Cosines `(n, m)` of normalised embeddings."""
         import torch
 
         return torch.as_tensor(embeddings1) @ torch.as_tensor(embeddings2).T
 
     def similarity_pairwise(self, embeddings1, embeddings2):
-        """Cosines of rows with rows, `(n,)`."""
+        """Cosines `(n,)` of the rows of two equally long sets of embeddings, row by row."""
         import torch
 
         return (torch.as_tensor(embeddings1) * torch.as_tensor(embeddings2)).sum(dim=-1)
 
     @property
     def mteb_model_meta(self):
-        """Name and modalities, by which mteb chooses what to run and where to write it."""
+        """Name and modalities; mteb uses them to choose what to run and where to write results."""
         from mteb.models import ModelMeta
 
         name = (

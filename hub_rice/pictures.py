@@ -1,4 +1,4 @@
-"""Pictures as an encoder was trained on them: what its image processor does, done by both of RICE's."""
+"""Preprocessing of images and frames as an encoder was trained: copies its image processor to RICE's processors."""
 
 import math
 from pathlib import Path
@@ -8,13 +8,13 @@ if TYPE_CHECKING:
     from modeling_rice import RiceConfig
     from processing_rice import RiceProcessor
 
-# What LeViT's image processor resizes the short side to, beside its `size`.
+# LeViT's image processor resizes the short side to its `size` times this.
 _LEVIT_RATIO = 256 / 224
-# From this side on, ConvNeXT's image processor crops nothing.
+# From this size on, ConvNeXT's image processor does not crop.
 _CONVNEXT_WHOLE = 384
-# Mean difference of normalised pixels between two ways to resize.
+# Largest mean difference of normalised pixels at which two processors count as equal.
 _SAME_PIXELS = 0.05
-# Which of the two holds an image processor.
+# Files that may hold an image processor.
 _FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -22,20 +22,20 @@ def follow_encoder(
     processor: "RiceProcessor", path: str, config: "RiceConfig", image_size: int | None = None
 ) -> str | None:
     """
-    Lets images and frames be resized, cropped and normalised as the image processor of an encoder says, and patch
-    masks with them. An encoder of timm without one says it in its config.
+    Sets a RICE processor to resize, crop and normalise images and frames as an encoder's image processor does, and
+    adapts patch masks. For a timm encoder without image processor the settings come from its config.
 
     Args:
-        processor: To be changed.
+        processor: Changed in place.
         path: Folder or Hub id of the encoder.
-        config: Of the model that the encoder is part of.
-        image_size: Side of the pictures that the model shall see, instead of the encoder's own.
+        config: Config of the model that uses the encoder.
+        image_size: Side in pixels of the model's input, instead of the encoder's own.
 
     Returns:
-        One sentence that says what had to be assumed, or `None`.
+        One sentence about what had to be assumed, or `None`.
 
     Raises:
-        ValueError: the encoder's image processor is damaged.
+        ValueError: if the encoder's image processor is damaged.
     """
     from data_rice.parsing import read_json_object
 
@@ -43,7 +43,7 @@ def follow_encoder(
 
     for file in (Path(path, name) for name in _FILES):
         if file.is_file():
-            # Of a damaged file transformers says the same as of none.
+            # transformers does not distinguish a damaged file from a missing one.
             read_json_object(file)
     with usable(path, " or ".join(_FILES)):
         return _follow(processor, path, config, image_size)
@@ -66,28 +66,28 @@ def _follow(processor: "RiceProcessor", path: str, config: "RiceConfig", image_s
     resize_to(processor, config, side)
     if theirs is None:
         size = processor.image_processor.size
-        normalised = "" if "image_mean" in rule else ", and normalised as CLIP's"
+        normalised = "" if "image_mean" in rule else ", and normalised as for CLIP"
         return (
-            f"{path} has no image processor: pictures are stretched to {size['height']} x {size['width']} "
+            f"{path} has no image processor: images are stretched to {size['height']} x {size['width']} "
             f"pixels{normalised}."
         )
     if image_size is None and not _is_same(theirs, processor.image_processor):
         return (
-            f"{path}: its {type(theirs).__name__} does something to pictures that this one does not; size, mean and "
-            f"deviation are its own."
+            f"{path}: its {type(theirs).__name__} has a step that RICE's processor does not reproduce; size, mean and "
+            f"standard deviation are the same."
         )
     return None
 
 
 def output_side(processor: "RiceProcessor") -> int:
-    """Side in pixels of the pictures that a processor gives."""
+    """Side in pixels of the images that a processor returns."""
     part = processor.image_processor
     size = part.crop_size if part.do_center_crop else part.size
     return size.get("height") or size["shortest_edge"]
 
 
 def resize_to(processor: "RiceProcessor", config: "RiceConfig", side: int | None) -> None:
-    """Lets a processor give squares of another side, resized and cropped in the same proportions."""
+    """Sets a processor to return squares of another side, with the same ratio of resize and crop."""
     from transformers.image_utils import SizeDict
 
     former = output_side(processor)
@@ -102,7 +102,7 @@ def resize_to(processor: "RiceProcessor", config: "RiceConfig", side: int | None
 
 
 def _image_processor(path: str) -> Any:
-    """Of an encoder; the one that lies beside it, before the one that transformers makes for any encoder of timm."""
+    """The image processor saved with an encoder, else the one that transformers makes for a timm encoder."""
     import transformers
     from transformers import AutoImageProcessor
     from transformers.image_processing_base import ImageProcessingMixin
@@ -110,7 +110,7 @@ def _image_processor(path: str) -> Any:
     try:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(path)
     except OSError:
-        # There is no such file.
+        # The encoder has no such file.
         settings = {}
     name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or ""
     kind = getattr(transformers, name.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast"), None)
@@ -123,7 +123,7 @@ def _image_processor(path: str) -> Any:
 
 
 def _rule(theirs: Any) -> dict[str, Any]:
-    """The fields of RICE's two processors that do what an image processor does."""
+    """The settings of RICE's two processors that reproduce an image processor."""
     from transformers.image_utils import SizeDict
 
     if (data := getattr(theirs, "data_config", None)) is not None:
@@ -140,7 +140,7 @@ def _rule(theirs: Any) -> dict[str, Any]:
     elif short and kind.startswith("Levit"):
         short = int(short * _LEVIT_RATIO)
     if short:
-        # Without a crop pictures would keep their shapes, and a batch has one.
+        # Without a crop images would keep their aspect ratio, but the images of a batch need one shape.
         crop, size = crop or {"height": short, "width": short}, {"shortest_edge": short}
     if not getattr(theirs, "do_resize", True) or not (short or {"height", "width"} <= size.keys()):
         return rule
@@ -149,7 +149,7 @@ def _rule(theirs: Any) -> dict[str, Any]:
 
 
 def _rule_of_timm(data: dict[str, Any]) -> dict[str, Any]:
-    """As `timm.data.create_transform` does it for evaluation."""
+    """The same settings as `timm.data.create_transform` for evaluation."""
     from transformers.image_utils import PILImageResampling, SizeDict
 
     height, width = data["input_size"][-2:]
@@ -169,7 +169,7 @@ def _rule_of_timm(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_same(theirs: Any, ours: Any) -> bool:
-    """Whether a picture comes out alike; of encoders that take it cut into patches nothing is said."""
+    """Whether two processors give the same pixels; `False` for encoders whose input is cut into patches."""
     import torch
     from torchvision.transforms.v2.functional import to_pil_image
 

@@ -1,4 +1,4 @@
-"""In which precision a model computes: named, or chosen by what the processor is made for."""
+"""The precision in which a model computes: named by the user, or chosen for the hardware."""
 
 import argparse
 from functools import cache
@@ -7,24 +7,24 @@ from typing import Any
 
 AUTO, INT8 = "auto", "int8"
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""What they are called here, and in torch."""
+"""Names of the precisions here and in torch."""
 
 
 def add_precision(parser: argparse.ArgumentParser, *more: str, default: str = AUTO) -> None:
-    """Adds `--precision` to a command, which knows `more` than these here."""
+    """Adds `--precision` to a command; `more` are further choices besides `PRECISIONS`."""
     parser.add_argument(
         "--precision",
         default=default,
         choices=(AUTO, *PRECISIONS, *more),
-        help="in which the model computes; auto: bf16 where the processor or GPU computes in it, else fp32 (default: "
-        "%(default)s)",
+        help="precision in which the model computes; auto: bf16 if the CPU or GPU has instructions for it, else fp32 "
+        "(default: %(default)s)",
     )
 
 
 @cache
 def computes_bf16(device_type: str) -> bool:
     """
-    Whether a kind of device ("cpu", "cuda") has instructions for products in bfloat16. Where it has none, bfloat16 is
+    Whether a device type ("cpu", "cuda") has instructions for matrix products in bfloat16. Without them bfloat16 is
     slower than single precision.
     """
     import torch
@@ -43,6 +43,8 @@ def computes_bf16(device_type: str) -> bool:
 
 def choose_precision(name: str, device: Any) -> str:
     """
+    Resolves "auto" for a device.
+
     Args:
         name: "auto" or one of `PRECISIONS`.
         device: `torch.device` of the model.
@@ -56,14 +58,14 @@ def choose_precision(name: str, device: Any) -> str:
 
 
 def in_precision(model: Any, name: str) -> Any:
-    """The model, cast to one of `PRECISIONS` in place; for use alone, with the fingerprint that it had before."""
+    """Casts the model to one of `PRECISIONS` in place, for inference only. It keeps its fingerprint."""
     import torch
 
     return model.settle().to(getattr(torch, PRECISIONS[name]))
 
 
 def precision_of(model: Any) -> str:
-    """What a model computes in, one of `PRECISIONS` or `INT8`."""
+    """The precision of a model: one of `PRECISIONS` or `INT8`."""
     own = getattr(model, "precision", None)
     if own is not None:
         return own

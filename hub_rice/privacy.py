@@ -1,11 +1,12 @@
-"""What is a path on this machine, and texts without any."""
+"""Recognises local paths and removes them from texts that are published."""
 
 import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import PureWindowsPath
 
-# A path inside a text: from the root, the home or a drive, or of at least three parts; no address, and no R@1/R@5.
+# A path inside a text: rooted (also at the home folder or a drive), or with at least three parts. URLs and R@1/R@5 are
+# no paths.
 _ROOTED = r"(?:file://)?(?:(?:~[\w-]*|\.{1,2}|[A-Za-z]:)?[/\\])[^\s'\",;()\[\]{}<>|]+"
 _RELATIVE = r"(?:[\w.~-]+[/\\]){2,}[\w.~-]+"
 _PATH = re.compile(rf"(?<![\w:/\\.@-])(?:{_ROOTED}|{_RELATIVE})")
@@ -21,18 +22,18 @@ def _is_rooted(text: str) -> bool:
 
 
 def last_part(path: str) -> str:
-    """The name at a path's end, which is all that others may know of it."""
-    # It knows both kinds of slash.
+    """The last part of a path, the only part that is published."""
+    # PureWindowsPath splits at both kinds of slash.
     return PureWindowsPath(path).name
 
 
 def without_paths(text: str, known: Iterable[str] = ()) -> str:
     """
-    A text in which only the last part is left of every path.
+    A text in which every path is replaced by its last part.
 
     Args:
-        text: A path by itself, which may have blanks in it, or words with paths among them.
-        known: Paths that are known to be some, which may have blanks in them anywhere.
+        text: A single path, which may contain spaces, or words with paths among them.
+        known: Known paths, which may contain spaces.
     """
     if _is_rooted(text) or (os.path.exists(text) and "/" in text):
         return last_part(text)
@@ -40,14 +41,14 @@ def without_paths(text: str, known: Iterable[str] = ()) -> str:
 
 
 def cut(text: str, known: Iterable[str]) -> str:
-    """A text in which of known paths the last part is left."""
+    """A text in which known paths are replaced by their last part."""
     for path in sorted(known, key=len, reverse=True):
         text = text.replace(path, last_part(path))
     return text
 
 
 def paths_in(value) -> set[str]:
-    """The texts of a JSON value that are rooted paths as a whole."""
+    """The strings of a JSON value that are rooted paths."""
     if isinstance(value, Mapping):
         return set().union(*(paths_in(item) for item in value.values()))
     if isinstance(value, list):
@@ -56,7 +57,7 @@ def paths_in(value) -> set[str]:
 
 
 def portable(value, known: Iterable[str] = ()):
-    """A JSON value in which no text holds a path, keys included; see `without_paths`."""
+    """A JSON value without paths in its strings and keys; see `without_paths`."""
     if isinstance(value, Mapping):
         return {without_paths(key, known): portable(item, known) for key, item in value.items()}
     if isinstance(value, list):

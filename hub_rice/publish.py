@@ -1,8 +1,8 @@
 """Publish a run on the Hub: model, processor, their Python files, results and model card, in one commit.
 
-Nothing else of the folder leaves the machine: no optimiser states, pickles, logs or local paths. A new repository is
-private unless --public is given; one that exists keeps its visibility. An interrupted upload goes on where it stopped
-when the same command runs again. RUN_DIR is the folder of train_rice.py, or one that holds it as `model`.
+Nothing else of the folder is uploaded: no optimiser states, pickles, logs or local paths. A new repository is private
+unless --public is given; an existing one keeps its visibility. To continue an interrupted upload, run the same command
+again. RUN_DIR is the output folder of train_rice.py, or a folder that contains it as `model`.
 """
 
 import argparse
@@ -14,25 +14,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run_dir", type=Path, help="folder of a trained model")
     add("repo_id", help="repository on the Hub, such as someone/rice-mugs")
-    add("--public", action="store_true", help="let everybody see a new repository")
-    add("--revision", help="branch to write to, created where it is missing; default: main")
+    add("--public", action="store_true", help="make a new repository public")
+    add("--revision", help="branch to write to, created if it does not exist; default: main")
     add("--results", type=Path, help="results.json of eval_rice.py; default: the one in RUN_DIR or RUN_DIR/eval")
-    add("--without_results", action="store_true", help="publish a model that has not been evaluated, and say so")
-    add(
-        "--license", help="licence of the model, such as apache-2.0; needed where that of the training data is unknown"
-    )
-    add("--without_picture", action="store_true", help="leave matches.png, clips and what was found for them, at home")
-    add("--dataset_id", help="the data set's id on the Hub, for the card's metadata")
-    add("--onnx", action="store_true", help="add ONNX files; without those of `rice export`, they are made first")
+    add("--without_results", action="store_true", help="publish a model without results; its card says so")
+    add("--license", help="licence of the model, such as apache-2.0; needed if that of the training data is unknown")
+    add("--without_picture", action="store_true", help="do not publish matches.png, which shows test clips")
+    add("--dataset_id", help="id of the data set on the Hub, for the card's metadata")
+    add("--onnx", action="store_true", help="add the ONNX files of `rice export`; export first if there are none")
     add("--message", default="Publish RICE", help="commit message (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> None:
     """
     Raises:
-        FileNotFoundError: no checkpoint, no results, no such repository.
-        ValueError: a damaged or foreign checkpoint, results of another one, an access token in a file.
-        PermissionError, ConnectionError: what the Hub answered, see `hub_rice.repository.hub_errors`.
+        FileNotFoundError: if checkpoint, results or repository are missing.
+        ValueError: for a damaged checkpoint or one that is no RICE model, for results of other weights, and for an
+            access token in a file.
+        PermissionError, ConnectionError: for errors of the Hub, see `hub_rice.repository.hub_errors`.
     """
     folder = find_model(options.run_dir)
     results = picture = None
@@ -48,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
     from .loading import load_model
     from .repository import hub_errors, publication, upload
 
-    # Once as whoever downloads it will.
+    # Loaded once, as a user will load it.
     add_onnx(*load_model(folder, "cpu"), folder, wanted=options.onnx)
     about = {"license": options.license, "dataset_id": options.dataset_id, "picture": picture}
     files = publication(folder, options.repo_id, results, **about)
@@ -61,11 +60,11 @@ def run(options: argparse.Namespace) -> None:
         is_private = HfApi().model_info(options.repo_id).private
     print(f"Published {commit.commit_url} ({'private' if is_private else 'public'})")
     if options.public and is_private:
-        print(f"{options.repo_id} existed already and stays private; its settings on the Hub change that.")
+        print(f"{options.repo_id} already existed and stays private; its settings on the Hub can change that.")
 
 
 def find_model(run_dir: Path) -> Path:
-    """The checkpoint folder of a run: the run's own, or its `model`."""
+    """The checkpoint folder of a run: the run's folder itself, or its `model`."""
     from .checkpoint import check_checkpoint
 
     if not run_dir.exists():
@@ -76,7 +75,7 @@ def find_model(run_dir: Path) -> Path:
 
 
 def find_results(run_dir: Path, folder: Path) -> Path:
-    """The results.json of a run, in the places where eval_rice.py is told to put it."""
+    """The results.json of a run, in the run's folder, the model's folder, or the `eval` folder of either."""
     places = [place / "results.json" for place in (folder, folder / "eval", run_dir, run_dir / "eval")]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
@@ -88,22 +87,22 @@ def find_results(run_dir: Path, folder: Path) -> Path:
 
 
 def check_results(results: Mapping, folder: Path) -> None:
-    """Raises `ValueError` when results were measured with other weights than those of the folder."""
+    """Raises `ValueError` if the results were measured with other weights than those of the folder."""
     from .checkpoint import weights_fingerprint
 
     measured = results.get("model_sha256")
     if measured is not None and measured != weights_fingerprint(folder):
         raise ValueError(
-            f"the results are of other weights than those in {folder}: run eval_rice.py again with this checkpoint."
+            f"the results belong to other weights than those in {folder}: run eval_rice.py again with this checkpoint."
         )
 
 
 def add_onnx(model, processor, folder: Path, wanted: bool) -> None:
     """
-    Exports a model to the folder's `onnx`, if that is wanted and has not been done.
+    Exports a model to the folder's `onnx`, if that is wanted and not done yet.
 
     Raises:
-        ValueError: files that are there were exported from other weights, or cannot be made.
+        ValueError: if existing files were exported from other weights, or the export fails.
     """
     from modeling_rice.fingerprint_rice import same_state
 

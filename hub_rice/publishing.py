@@ -1,4 +1,4 @@
-"""transformers' Trainer, made to publish weights, processor, code and card, and nothing else of a run."""
+"""A transformers Trainer that publishes weights, processor, code and card of a run, and nothing else."""
 
 import logging
 from concurrent.futures import Future
@@ -19,20 +19,20 @@ logger = logging.getLogger(__name__)
 
 class PublishingTrainer(Trainer):
     """
-    With `push_to_hub`, publishes at every save (`hub_strategy="every_save"`) or at the end (`"end"`), into a
-    repository that is private unless `hub_private_repo` says otherwise. Trainer itself would upload the whole output
-    folder, with the pickled arguments in it.
+    With `push_to_hub`, publishes at every save (`hub_strategy="every_save"`) or at the end (`"end"`). The repository
+    is private unless `hub_private_repo` is False. transformers' Trainer would upload the whole output folder,
+    including pickled arguments.
     """
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Creates the repository; raises `ValueError` without a licence, and as `hub_rice.repository.hub_errors`."""
+        """Creates the repository. Raises `ValueError` without a licence, and errors of the Hub as `hub_errors`."""
         if not self.is_world_process_zero():
             return
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         private = self.args.hub_private_repo if private is None else private
         if self.args.hub_license is None and license_of(self.args.output_dir) is None:
             raise ValueError(
-                "push_to_hub: the licence of the training data is not known: name the model's by hub_license."
+                "push_to_hub needs a licence, and that of the training data is not known: set hub_license."
             )
         with hub_errors(name):
             self.hub_model_id = create_repo(name, token=token, private=private is not False, exist_ok=True).repo_id
@@ -47,17 +47,17 @@ class PublishingTrainer(Trainer):
         private: bool | None = None,
     ) -> CommitInfo | Future | None:
         """
-        Saves the model and publishes it, with the figures of `output_dir/results.json` if they are of these weights.
+        Saves the model and publishes it, with the results of `output_dir/results.json` if they belong to its weights.
 
         Args:
-            commit_message, revision, token, private: As `Trainer.push_to_hub`.
+            commit_message, revision, token, private: As in `Trainer.push_to_hub`.
             blocking: Whether to wait; otherwise a `Future` of the commit is returned.
 
         Returns:
             The commit; `None` on all processes but the first.
 
         Raises:
-            PermissionError, FileNotFoundError, ConnectionError: the Hub's answer, with what to do.
+            PermissionError, FileNotFoundError, ConnectionError: for errors of the Hub, with what to do.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
@@ -82,7 +82,7 @@ class PublishingTrainer(Trainer):
         return upload(files, self.hub_model_id, private=args.hub_private_repo is not False, message=message, **options)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Publishes a checkpoint's model in the background. A failure is told, and training goes on."""
+        """Publishes a checkpoint's model in the background. A failure is logged, and training continues."""
         args = self.args
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
@@ -92,12 +92,12 @@ class PublishingTrainer(Trainer):
         try:
             future = self._publish(checkpoint_folder, f"Training in progress, step {step}", background=True)
         except (OSError, ValueError) as error:
-            logger.warning("Step %d is not published: %s", step, error)
+            logger.warning("Step %d was not published: %s", step, error)
             return
 
         def tell(job: Future) -> None:
             if not job.cancelled() and job.exception() is not None:
-                logger.warning("Step %d is not published: %s", step, " ".join(str(job.exception()).split()))
+                logger.warning("Step %d was not published: %s", step, " ".join(str(job.exception()).split()))
 
         future.add_done_callback(tell)
         self.push_in_progress = PushInProgress([future])

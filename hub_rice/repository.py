@@ -1,4 +1,4 @@
-"""What of a run belongs on the Hub, how it gets there, and what to do when it does not."""
+"""Which files of a run are published, their upload to the Hub, and errors of the Hub in one sentence."""
 
 import io
 import json
@@ -35,7 +35,7 @@ from .privacy import paths_in
 from .results import portable_results
 from .training_record import license_of
 
-# An allow list: a run's folder also holds optimiser states, pickles and logs, which stay where they are.
+# An allow list: a run's folder also holds optimiser states, pickles and logs, which are not published.
 PUBLISHED = (
     "config.json",
     "model.safetensors",
@@ -61,7 +61,7 @@ PUBLISHED = (
 """Patterns of the files that are published, relative to the run's folder."""
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
-# What the caller of `published_files` makes or chooses.
+# Files that the caller of `published_files` provides.
 _MADE = ("README.md", "results.json", "breakdown.md", "matches.png")
 _TEXT_SUFFIXES = (".json", ".py", ".md")
 
@@ -70,11 +70,11 @@ def published_files(folder: str | os.PathLike) -> dict[str, Path | bytes]:
     """
     The files of a checkpoint folder that may be published, by their path in the repository.
 
-    Settings come as bytes, with local folders taken out of them. Of the weights those are taken that the model is
-    loaded from. Card, results and picture are left to the caller, who knows the repository's name.
+    Settings are returned as bytes, with local folders removed. Of the weight files only those that the model is loaded
+    from are included. Card, results and picture are left to the caller, who knows the name of the repository.
 
     Raises:
-        FileNotFoundError, ValueError: the checkpoint is not whole, or lacks the Python files that it is loaded with.
+        FileNotFoundError, ValueError: if the checkpoint is incomplete, or lacks Python files needed to load it.
     """
     folder = Path(folder)
     check_checkpoint(folder)
@@ -86,7 +86,7 @@ def published_files(folder: str | os.PathLike) -> dict[str, Path | bytes]:
     for path in sorted([*folder.glob("*"), *folder.glob("onnx/*")]):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in _MADE and is_published(name) and name not in stale:
-            # A vocabulary holds no settings, but may hold whatever looks like a path.
+            # A vocabulary holds no settings, but its entries may look like paths.
             files[name] = _without_folders(path) if name.endswith("config.json") else path
     return files
 
@@ -101,25 +101,25 @@ def publication(
     picture: str | os.PathLike | None = None,
 ) -> dict[str, Path | bytes]:
     """
-    All that is published of a checkpoint folder: its files, the model card, the results without local paths, their
-    breakdown, and a picture of what was found.
+    All files that are published of a checkpoint folder: its own files, the model card, the results without local
+    paths, their breakdown, and a picture of matches.
 
     Args:
-        folder: A whole checkpoint with its processor.
-        repo_id: `owner/name`, which the card's examples load.
-        results: What `eval_rice.py` measured, if anything.
-        license: As the Hub writes it; may be left out where the training data's licence is known.
-        dataset_id: The data set's id on the Hub, for the card.
+        folder: A complete checkpoint with its processor.
+        repo_id: `owner/name`, used in the card's examples.
+        results: Results of `eval_rice.py`, if any.
+        license: Licence identifier of the Hub; optional if the licence of the training data is known.
+        dataset_id: Id of the data set on the Hub, for the card.
         picture: The matches.png of the same evaluation.
 
     Raises:
-        FileNotFoundError, ValueError: as `published_files` and `model_card`, or no licence.
+        FileNotFoundError, ValueError: as `published_files` and `model_card`; without a licence.
     """
     files = published_files(folder)
     if license is None and license_of(folder) is None:
         raise ValueError(
-            f"the licence of what {folder} was trained on is not known: name the model's own by --license, such as "
-            f"cc-by-4.0 (in training by --hub_license)."
+            f"the licence of the training data of {folder} is not known: give the model's licence by --license, such "
+            f"as cc-by-4.0 (in training by --hub_license)."
         )
     if results is not None:
         results = portable_results(results, repo_id)
@@ -141,7 +141,7 @@ def publication(
 
 
 def is_published(path: str) -> bool:
-    """Whether a path in a repository is one that publishing writes."""
+    """Whether publishing writes this path of a repository."""
     return any(fnmatch(path, pattern) and path.count("/") == pattern.count("/") for pattern in PUBLISHED)
 
 
@@ -163,13 +163,13 @@ def _check_code(folder: Path) -> None:
             missing.append(Path(error.filename or file).name)
     if missing:
         raise ValueError(
-            f"{folder} lacks {missing[0]}, without which nobody can load it: load it after `import modeling_rice, "
+            f"{folder} lacks {missing[0]}, which is needed to load it: load it after `import modeling_rice, "
             f"processing_rice` and save model and processor again."
         )
 
 
 def _without_folders(path: Path) -> bytes:
-    """A JSON file's content, the local folders that its parts were once loaded from blanked out."""
+    """Content of a JSON file in which local folders are replaced by empty strings."""
     text = path.read_text(encoding="utf-8")
     content = read_json_object(path)
     found = paths_in(content)
@@ -195,21 +195,22 @@ def upload(
     background: bool = False,
 ) -> CommitInfo | Future:
     """
-    Writes files into a model repository in one commit, which is created where it is missing. What an interrupted
-    upload has sent already is not sent again. Files of an earlier publication that are not among these are removed.
+    Uploads files to a model repository in one commit, and creates the repository if it does not exist. After an
+    interruption, files that were already sent are not sent again. Files of an earlier publication that are not in
+    `files` are removed.
 
     Args:
         files: Path in the repository -> file or content.
         repo_id: `owner/name`.
-        private: Whether a new repository is private; one that exists stays as it is.
-        revision: Branch, created where it is missing; `main` by default.
+        private: Whether a new repository is private; an existing one keeps its visibility.
+        revision: Branch, created if it does not exist; `main` by default.
         token: Access token; by default that of `hf auth login` or `HF_TOKEN`.
-        message: Of the commit.
-        background: Return a `Future` of the commit at once; files may be moved or removed meanwhile.
+        message: Commit message.
+        background: Return a `Future` of the commit immediately; files may be moved or removed meanwhile.
 
     Raises:
-        ValueError: a file holds an access token, or `repo_id` is not a possible name.
-        PermissionError, FileNotFoundError, ConnectionError: what `hub_errors` makes of the Hub's answer.
+        ValueError: if a file holds an access token, or `repo_id` is no valid name.
+        PermissionError, FileNotFoundError, ConnectionError: for errors of the Hub, as `hub_errors`.
     """
     _check_secrets(files, token)
     with hub_errors(repo_id):
@@ -219,7 +220,7 @@ def upload(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         there = api.list_repo_files(repo_id, revision=revision)
         if background:
-            # An open file can still be read when its checkpoint has been rotated away.
+            # An open file can still be read after its checkpoint was deleted by rotation.
             files = {path: item if isinstance(item, bytes) else open(item, "rb") for path, item in files.items()}
         operations = [CommitOperationAdd(path, item) for path, item in files.items()]
         operations += [CommitOperationDelete(path) for path in there if is_published(path) and path not in files]
@@ -238,23 +239,23 @@ def _check_secrets(files: Mapping[str, Path | bytes], token: str | None) -> None
             continue
         text = (item if isinstance(item, bytes) else item.read_bytes()).decode("utf-8", errors="replace")
         if _TOKEN.search(text) or any(secret in text for secret in own):
-            raise ValueError(f"{path} holds an access token: remove it (and revoke it where others may have seen it).")
+            raise ValueError(f"{path} holds an access token: remove it (and revoke it if others may have seen it).")
 
 
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
     """
-    Turns what goes wrong with the Hub into one sentence that says what to do. Other errors pass through, except that
-    a checkpoint of a newer version is told as such.
+    Turns errors of the Hub into one sentence that says what to do. Other errors pass through, except for those of a
+    checkpoint of a newer version, which get such a sentence too.
 
     Args:
         name: Repository id or folder that is read or written.
 
     Raises:
-        PermissionError: no token, a refused one, or one without the right that is needed.
-        FileNotFoundError: no such repository or revision.
-        ConnectionError: the Hub cannot be reached or is out of order.
-        ValueError: not a possible name, or a checkpoint of a newer version.
+        PermissionError: for a missing or refused token, or one without the needed permission.
+        FileNotFoundError: if there is no such repository or revision.
+        ConnectionError: if the Hub cannot be reached or reports an error.
+        ValueError: for an invalid name, or a checkpoint of a newer version.
     """
     try:
         yield
@@ -266,7 +267,7 @@ def hub_errors(name: str) -> Iterator[None]:
 
 
 def explain(error: BaseException, name: str) -> OSError | ValueError | None:
-    """The error that `hub_errors` raises in the place of another one, or `None` where it has nothing to add."""
+    """The error that `hub_errors` raises instead of another one; `None` if it has nothing to add."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
@@ -286,19 +287,19 @@ def explain(error: BaseException, name: str) -> OSError | ValueError | None:
         return FileNotFoundError(f"{name} has no such revision on the Hub: check its branches.")
     if first(RepositoryNotFoundError):
         return FileNotFoundError(
-            f"there is no {name} on the Hub that you may see: check the name, or log in with `hf auth login` if it is "
-            f"private."
+            f"there is no {name} on the Hub that you can access: check the name, or log in with `hf auth login` if it "
+            f"is private."
         )
     if first(HFValidationError):
-        return ValueError(f"{name!r} is no possible name of a repository: it must be like owner/name.")
+        return ValueError(f"{name!r} is no valid name of a repository: give one of the form owner/name.")
     if status == 401:
         return PermissionError(f"the Hub refuses the access token (401) for {name}: log in again by `hf auth login`.")
     if status == 403:
         return PermissionError(
-            f"the access token may not do this with {name} (403): use one with the right to write to it."
+            f"the access token has no permission for this on {name} (403): use one with write permission."
         )
     if status is not None and status >= 500:
-        return ConnectionError(f"the Hub is out of order ({status}) for {name}: try again later.")
+        return ConnectionError(f"the Hub has an internal error ({status}) for {name}: try again later.")
     unreachable = (first(HTTPError) and answer is None) or first(LocalEntryNotFoundError, ConnectionError)
     if first(OfflineModeIsEnabled) or (unreachable and HF_HUB_OFFLINE):
         return ConnectionError(f"{name} needs the Hub, but HF_HUB_OFFLINE is set: unset it, or name a local folder.")
@@ -308,11 +309,11 @@ def explain(error: BaseException, name: str) -> OSError | ValueError | None:
         )
     if status is not None and not first(EntryNotFoundError):
         reason = shorten(str(answer), 120)
-        return ConnectionError(f"the Hub did not do what was asked for {name} ({status}): try again ({reason})")
+        return ConnectionError(f"the Hub refused the request for {name} ({status}): try again ({reason})")
     if isinstance(error, ValueError) and "trust_remote_code" in str(error):
         return ValueError(
-            f"{name} needs Python code of its own, which is not run: name a model that transformers or this project "
-            f"knows, or, where the command takes it, add --trust_remote_code."
+            f"{name} needs its own Python code, which is not run: name a model that transformers or this project "
+            f"has, or add --trust_remote_code if the command has it."
         )
     if isinstance(error, (OSError, ValueError, KeyError)) and (version := saved_by_newer(name)):
         reason = shorten(str(error), 120)

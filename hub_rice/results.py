@@ -1,4 +1,4 @@
-"""results.json: what may stand in it, read back with each field looked at, and as others may see it."""
+"""results.json: its fields, reading with a check of each field, and a version without local paths."""
 
 import os
 import shlex
@@ -9,10 +9,10 @@ from data_rice.parsing import is_number, read_json_object
 
 from .privacy import cut, is_local, last_part, paths_in, portable
 
-NUMBER, TEXT, FLAG = "a number", "a text", "true or false"
+NUMBER, TEXT, FLAG = "a number", "a string", "true or false"
 TEXTS = [TEXT]
 EACH = "..."
-"""The key of an object in which every name may stand."""
+"""Key of an object that may have any names."""
 
 _RECALL = {EACH: NUMBER, "R@1_ci95": [NUMBER, NUMBER]}
 FIELDS = {
@@ -70,7 +70,7 @@ FIELDS = {
     "ties": {EACH: {"share": NUMBER, "R@1_ties_at_random": NUMBER}},
     "command": TEXT,
 }
-"""Every field that is published, with what it holds: a kind, some words, an object, or a list of one or two kinds."""
+"""Every published field and its kind: one of the kinds above, a choice of words, an object, or a list of kinds."""
 
 _OR_NULL = {"fusion_weight", "alignment_weight", "fused_text_weight", "baseline", "baseline.model", "model_sha256"}
 _OR_NULL |= {"parameters", "protocol.task_sha256", "protocol.num_frames", "protocol.text.score_weight"}
@@ -79,7 +79,7 @@ _OR_NULL |= {f"protocol.detector.{name}" for name in FIELDS["protocol"]["detecto
 
 NEEDED = ("protocol", "num_queries", "gallery_size", "scores", "baselines", "model", "dataset", "versions")
 NEEDED += ("failures", "ties", "command")
-"""Fields without which there is no card."""
+"""Fields that a card needs."""
 
 _NEEDED_WITHIN = {
     "protocol": ("split", "gallery_scope", "num_galleries", "num_gallery_images", "boxes"),
@@ -89,15 +89,15 @@ _NEEDED_WITHIN = {
 
 def read_results(results_file: str | os.PathLike, needed: Iterable[str] = NEEDED) -> dict:
     """
-    The content of a results.json, of which fields that are unknown here are left out.
+    Reads a results.json. Unknown fields are dropped.
 
     Args:
-        results_file: Where it lies.
+        results_file: Path of the file.
         needed: Fields that it must have; by default those that a card shows.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is cut short, lacks a field, or one holds something else than it should.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is truncated, lacks a field, or a field has the wrong kind.
     """
     path = Path(results_file)
     if not path.is_file():
@@ -105,7 +105,7 @@ def read_results(results_file: str | os.PathLike, needed: Iterable[str] = NEEDED
     try:
         results = read_json_object(path)
     except ValueError as error:
-        raise ValueError(f"{path} is no whole results file ({error}): run eval_rice.py again.") from error
+        raise ValueError(f"{path} is no complete results file ({error}): run eval_rice.py again.") from error
     missing = [name for name in needed if results.get(name) is None]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: run eval_rice.py again.")
@@ -116,7 +116,7 @@ def read_results(results_file: str | os.PathLike, needed: Iterable[str] = NEEDED
 
 
 def _check_shown(results: Mapping, file: str) -> None:
-    """Refuses objects and tables with holes, which no card can show."""
+    """Raises `ValueError` for objects and tables with missing entries, which a card cannot show."""
     for part, names in _NEEDED_WITHIN.items():
         for name in names:
             _check(results[part].get(name) is not None, f"an object with {name}", file, part)
@@ -127,13 +127,13 @@ def _check_shown(results: Mapping, file: str) -> None:
         kinds = list(next(iter(groups.values()), {}))
         for name, group in groups.items():
             same = kinds == list(group) and "num_queries" in kinds
-            _check(same, "like its neighbours", file, f"by.{attribute}.{name}")
+            _check(same, "an object with the fields of the other groups", file, f"by.{attribute}.{name}")
             for kind in kinds:
                 recall = kind == "num_queries" or "R@1" in group[kind]
                 _check(recall, "an object with R@1", file, f"by.{attribute}.{name}.{kind}")
     _check("R@1" in columns, "a table with R@1", file, "scores")
     for where, values in rows.items():
-        _check({name for name in columns if "_" not in name} <= set(values), "a row of the table", file, where)
+        _check({name for name in columns if "_" not in name} <= set(values), "a complete table row", file, where)
     for kind, tie in results["ties"].items():
         _check("share" in tie, "an object with share", file, f"ties.{kind}")
     if any(results.get(name) is not None for name in ("fusion_weight", "alignment_weight")):
@@ -142,13 +142,13 @@ def _check_shown(results: Mapping, file: str) -> None:
 
 
 def complete(results: Mapping) -> dict:
-    """Results with what an evaluation may leave out, and without attributes that group no clips."""
+    """Results with the fields that an evaluation may omit, and without attributes that have no groups."""
     by = {attribute: groups for attribute, groups in (results.get("by") or {}).items() if groups}
     return {"fusion_weight": None, "alignment_weight": None, **results, "by": by}
 
 
 def portable_results(results: Mapping, repo_id: str) -> dict:
-    """Results as anybody may read them: known fields alone, the model by its id, and paths by their last part."""
+    """Results for publication: known fields only, the model named by its id, and paths cut to their last part."""
     local, command = str(results["model"]), str(results.get("command", ""))
     known = paths_in(results) | paths_in(_words(command))
     command = cut(command, known - {local} if local in _words(command) else known)
@@ -158,7 +158,7 @@ def portable_results(results: Mapping, repo_id: str) -> dict:
 
 
 def dataset_name(results: Mapping) -> str:
-    """The data set's name; of a folder only its own name, since the path is nobody's business."""
+    """Name of the data set; for a local folder only its last part, since paths are private."""
     name = str(results["dataset"])
     return last_part(name) if is_local(name) else name
 
@@ -167,7 +167,7 @@ def _words(command: str) -> list[str]:
     try:
         return shlex.split(command)
     except ValueError:
-        # A quotation that does not end.
+        # An unclosed quotation mark.
         return command.split()
 
 
@@ -178,7 +178,7 @@ def _short(word: str) -> str:
 
 
 def _allowed(value, kind, file: str, where: str):
-    """A value without the fields that `kind` does not name; raises `ValueError` for one of another kind."""
+    """A value without the fields that `kind` does not have. Raises `ValueError` for a value of another kind."""
     if value is None and where in _OR_NULL:
         return None
     if isinstance(kind, dict):

@@ -1,4 +1,4 @@
-"""Settings that a stranger wrote: a model folder's JSON, each field looked at before a model is built from it."""
+"""Checks of untrusted settings: the JSON files of a model folder, field by field, before a model is built."""
 
 import dataclasses
 import math
@@ -25,11 +25,11 @@ from processing_rice import RiceProcessor, RiceVideoProcessor
 from .checkpoint import weight_files
 from .repository import explain
 
-# What transformers, its Trainer or a training script adds to any model's config.
+# Fields that transformers, its Trainer or a training script adds to any model's config.
 _GENERIC_SETTINGS = ("auto_map", "custom_pipelines", "quantization_config", "torch_dtype", "tie_word_embeddings")
 _GENERIC_SETTINGS += ("use_cache", "loss_type", "num_labels", "gradient_checkpointing")
 
-# Above any width, vocabulary or length that a model has; a dictionary of so many labels still fits into memory.
+# Above any width, vocabulary or length of a model; a dictionary of as many labels still fits into memory.
 _LARGEST = 10**6
 _LARGEST_SIDE, _MOST_FRAMES = 4096, 1024
 
@@ -37,20 +37,20 @@ _LARGEST_SIDE, _MOST_FRAMES = 4096, 1024
 @contextmanager
 def usable(name: str, file: str) -> Iterator[None]:
     """
-    Turns whatever a library stumbles over in a damaged file into one sentence that names it.
+    Turns any error of a library about a damaged file into one sentence that names the file.
 
     Args:
-        name: What the user called the checkpoint.
+        name: Name of the checkpoint, for the message.
         file: The file or files that the block reads.
 
     Raises:
-        ValueError: the block failed. What `hub_rice.repository.hub_errors` explains passes through.
+        ValueError: if the block fails. Errors that `hub_rice.repository.hub_errors` explains pass through.
     """
     try:
         yield
     except Refusal:
         raise
-    # The tokenizers' library ends with an error of its own kind below none but BaseException.
+    # The errors of the tokenizers library derive directly from BaseException.
     except BaseException as error:
         if isinstance(error, (KeyboardInterrupt, SystemExit)) or explain(error, name) is not None:
             raise
@@ -59,30 +59,30 @@ def usable(name: str, file: str) -> Iterator[None]:
 
 
 class Refusal(ValueError):
-    """A sentence that is ready for the user."""
+    """An error whose message is a sentence for the user."""
 
 
 def read_config(folder: str | os.PathLike, name: str) -> RiceConfig:
     """
-    The configuration of a RICE checkpoint that fits its weights, without building the model.
+    Reads the configuration of a RICE checkpoint and checks that it fits the weights, without building the model.
 
     Args:
-        folder: The checkpoint.
-        name: What the user called it.
+        folder: Folder of the checkpoint.
+        name: Name of the checkpoint, for the message.
 
     Raises:
-        ValueError: naming the field that cannot be used, or the weight that does not fit.
+        ValueError: for a field that cannot be used or a weight of another shape; the message names it.
     """
     path = Path(folder) / "config.json"
     settings = read_json_object(path)
     model_type = settings.get("model_type")
     if model_type != RiceConfig.model_type:
-        raise ValueError(f"{name} holds a {model_type} model, no RICE checkpoint: name one of RICE.")
+        raise ValueError(f"{name} holds a {model_type} model, no RICE checkpoint: name a RICE checkpoint.")
     _check_numbers(settings, path)
     for part, section in settings.items():
-        # transformers would ask on the screen whether to run it.
+        # transformers would prompt the user whether to run it.
         if isinstance(section, Mapping) and "auto_map" in section:
-            raise ValueError(f"{path}: {part}.auto_map names code of its own, which is not run: take it out.")
+            raise ValueError(f"{path}: {part}.auto_map names Python code, which is not run: remove the field.")
     with usable(name, "config.json"):
         check_known(settings, name)
         files = [file for file in weight_files(folder) if file.is_file()]
@@ -92,7 +92,7 @@ def read_config(folder: str | os.PathLike, name: str) -> RiceConfig:
         for key, shape in expected.items():
             if key in shapes and shapes[key] != shape:
                 raise Refusal(
-                    f"{name} lacks weights of its model: {key} is {shapes[key]}, but by config.json it should be "
+                    f"the weights of {name} do not match its config.json: {key} has shape {shapes[key]} instead of "
                     f"{shape}; save it again."
                 )
     return config
@@ -100,14 +100,14 @@ def read_config(folder: str | os.PathLike, name: str) -> RiceConfig:
 
 def check_known(settings: dict, name: str) -> None:
     """
-    Refuses a config with settings that are not known here, which would be dropped without a word.
+    Refuses a config with unknown settings, which would otherwise be dropped silently.
 
     Args:
         settings: The content of config.json.
-        name: What the message calls the checkpoint.
+        name: Name of the checkpoint, for the message.
 
     Raises:
-        ValueError: naming the first such setting.
+        ValueError: for an unknown setting; the message names the first one.
     """
     known = {field.name for field in dataclasses.fields(RiceConfig)}.union(RiceConfig().to_dict(), _GENERIC_SETTINGS)
     unknown = sorted(key for key in settings if key not in known and not key.startswith("_"))
@@ -115,7 +115,7 @@ def check_known(settings: dict, name: str) -> None:
     if unknown:
         raise Refusal(
             f"{name} was saved by a newer version of this project: its config has the setting {unknown[0]!r}, which "
-            f"this one does not know; install the newer version."
+            f"this version does not have; install the newer version."
         )
 
 
@@ -126,7 +126,7 @@ def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _leaves(value, where: str = "") -> Iterator[tuple[str, object]]:
-    """Each plain value with the names that lead to it, joined by dots."""
+    """Each plain value with its path of names, joined by dots."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _leaves(item, f"{where}.{key}" if where else key)
@@ -138,17 +138,17 @@ def _leaves(value, where: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _check_numbers(settings: Mapping, path: Path, prefix: str = "") -> None:
-    """Refuses numbers that are not finite, or so large that building something of that size would never end."""
+    """Raises `ValueError` for numbers that are not finite, or too large to build a model of that size."""
     for where, value in _leaves(settings):
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{path}: {prefix}{where} is {value}, which is no finite number: save it again.")
+            raise ValueError(f"{path}: {prefix}{where} is {value}, which is not finite: save it again.")
         if isinstance(value, int) and abs(value) > _LARGEST:
             shown = shorten(str(value), 30)
-            raise ValueError(f"{path}: {prefix}{where} is {shown}, more than any model has: save it again.")
+            raise ValueError(f"{path}: {prefix}{where} is {shown}, which is too large for a model: save it again.")
 
 
 def _check_depths(settings: Mapping, path: Path, num_weights: int, where: str = "") -> None:
-    """Refuses more layers than there are weights, which would take hours to build."""
+    """Raises `ValueError` for more layers than there are weights, which could take hours to build."""
     for key, value in settings.items():
         if isinstance(value, Mapping):
             _check_depths(value, path, num_weights, f"{where}{key}.")
@@ -179,7 +179,7 @@ def _build(settings: dict, path: Path) -> tuple[RiceConfig, dict[str, tuple[int,
 
 
 def _culprit(settings: dict, build: Callable) -> str | None:
-    """The one field with whose default, or with 1 in the place of its number, a model can be built; with its value."""
+    """The field, with its value, whose default (or 1 instead of its number) makes the model buildable."""
     places = [(None, name) for name, value in settings.items() if not isinstance(value, Mapping)]
     places += [(part, name) for part, value in settings.items() if isinstance(value, Mapping) for name in value]
     for part, name in places:
@@ -189,7 +189,7 @@ def _culprit(settings: dict, build: Callable) -> str | None:
             try:
                 build(trial if part is None else {**settings, part: trial})
             except Exception:
-                # It is not this one's fault, or not alone.
+                # This field is not the cause, or not the only one.
                 continue
             return shorten(f"{part}.{name}={section[name]!r}".removeprefix("None."), 80)
     return None
@@ -197,11 +197,11 @@ def _culprit(settings: dict, build: Callable) -> str | None:
 
 def check_processor_files(folder: str | os.PathLike) -> None:
     """
-    Looks at the settings of a processor before it is built from them.
+    Checks the settings of a processor before it is built from them.
 
     Raises:
-        FileNotFoundError: there are none.
-        ValueError: naming file and field of one that cannot be used.
+        FileNotFoundError: if there are none.
+        ValueError: for a setting that cannot be used; the message names file and field.
     """
     folder = Path(folder)
     path = folder / "processor_config.json"
@@ -221,10 +221,10 @@ def check_processor_files(folder: str | os.PathLike) -> None:
 
 def _check_section(section, schema: type, path: Path, prefix: str = "") -> None:
     if not isinstance(section, Mapping):
-        raise ValueError(f"{path}: {prefix[:-1]} is no object of settings: save the processor again.")
+        raise ValueError(f"{path}: {prefix[:-1]} is not a JSON object: save the processor again.")
     _check_numbers(section, path, prefix)
     settings = {key: value for key, value in section.items() if key in schema.__annotations__ and value is not None}
-    # JSON does not tell 1 from 1.0.
+    # JSON does not distinguish 1 from 1.0.
     floats = ("image_mean", "image_std", "rescale_factor")
     try:
         validate_typed_dict(schema, settings | {key: _as_floats(settings[key]) for key in floats if key in settings})
@@ -237,7 +237,7 @@ def _check_section(section, schema: type, path: Path, prefix: str = "") -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What a strict dataclass found, without the names of its classes."""
+    """The message of a strict dataclass, without class names."""
     return shorten(re.sub(r"^(Validation|Class validation) error for \w+ '\w+':\s*\w+: ", "", str(error)), 200)
 
 
@@ -259,17 +259,17 @@ _RANGES: dict[str, Callable] = {
 
 
 def check_tokenizer(folder: str | os.PathLike, name: str) -> None:
-    """Raises `ValueError` where the vocabulary, tokenizer.json, cannot be read by itself."""
+    """Raises `ValueError` if the vocabulary file tokenizer.json cannot be read."""
     with usable(name, "tokenizer.json"):
         Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
 
 
 def try_out(model: RiceModel, processor: RiceProcessor, name: str) -> None:
     """
-    Encodes one picture and one clip, so that settings which break that are told when a checkpoint is loaded.
+    Encodes one image and one clip, so that unusable settings are found when a checkpoint is loaded.
 
     Raises:
-        ValueError: naming the files that it is about.
+        ValueError: if that fails; the message names the files.
     """
     picture = Image.new("RGB", (48, 64), "grey")
     with usable(name, "processor_config.json, tokenizer.json or tokenizer_config.json"):

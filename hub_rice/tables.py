@@ -1,4 +1,4 @@
-"""Recall as tables, for the screen and for Markdown pages."""
+"""Recall tables, as plain text and as Markdown."""
 
 from collections.abc import Mapping
 
@@ -20,7 +20,7 @@ def percent(value: float) -> str:
 
 
 def shown_scores(results: Mapping) -> dict[str, Mapping]:
-    """The rows of a result's table: its own scores, those of a baseline under the baseline's name, then the others."""
+    """The rows of a results table: the model's scores (or a baseline's, under its name), then the other baselines."""
     baseline = results.get("baseline")
     own = results["scores"] if baseline is None else {baseline["name"]: results["scores"]["embedding"]}
     return {**own, **results["baselines"]}
@@ -30,7 +30,7 @@ def table_cells(scores: Mapping[str, Mapping]) -> tuple[list[str], list[list[str
     """Header and rows of a recall table, in percent.
 
     Args:
-        scores: method name -> `{"R@1": ..., "R@1_ci95": [low, high]}`; the interval may be missing.
+        scores: Method name -> `{"R@1": ..., "R@1_ci95": [low, high]}`; the interval is optional.
     """
     columns = [name for name in next(iter(scores.values()), {}) if name.startswith("R@") and "_" not in name]
     rows = []
@@ -53,7 +53,7 @@ def format_table(scores: Mapping[str, Mapping]) -> str:
 
 
 def markdown_table(scores: Mapping[str, Mapping]) -> str:
-    """The same as a Markdown table."""
+    """Recall in percent as a Markdown table, one method per line."""
     header, rows = table_cells(scores)
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

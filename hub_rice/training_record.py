@@ -1,4 +1,4 @@
-"""What a run's folder says about its training, in the form that a model card shows."""
+"""Reads the training records in a run's folder, for the model card."""
 
 import csv
 import dataclasses
@@ -17,19 +17,19 @@ from .privacy import is_local, last_part, portable, without_paths
 
 ARGUMENTS_FILE, RESULTS_FILE, EMISSIONS_FILE = "train_arguments.json", "train_results.json", "emissions.csv"
 
-# Arguments that say where a run stood on its machine, or what it printed, and not what was trained.
+# Arguments about the machine and the output of a run, not about what was trained.
 _MACHINE = ("dir", "disable_tqdm", "report_to", "run_name", "dataloader_num_workers", "use_cpu", "local_rank")
 _MACHINE_PREFIXES = ("push_to_hub", "hub_", "logging_", "log_", "do_", "resume_", "trackio", "_")
-# Shown in any case, since a reader looks for them.
+# Always shown, even at their default, since readers look for them.
 _SHOWN = ("per_device_train_batch_size", "learning_rate", "seed")
 _MACHINE_NAMES = ("dataset", "model", "num_processes", "ddp_backend", "project")
 
 _DATA_LICENSES = {"mini_lpr4m": "apache-2.0", "moving_fashion": "cc-by-nc-sa-4.0"}
 
-# What is read of the records, and whether it is what was written.
+# The fields that are read, and their kinds.
 _KINDS = {
-    **dict.fromkeys(("dataset", "data_dir", "model_name_or_path", "init_vision_from"), (str, "a text")),
-    "num_processes": (int, "a whole number"),
+    **dict.fromkeys(("dataset", "data_dir", "model_name_or_path", "init_vision_from"), (str, "a string")),
+    "num_processes": (int, "an integer"),
     "model": (dict, "an object"),
     "vision_config": (dict, "an object"),
     "train_runtime": (float, "a number"),
@@ -38,10 +38,10 @@ _KINDS = {
 
 def read_training_record(run_dir: str | os.PathLike | None) -> dict[str, Any]:
     """
-    Recipe, cost and origin of a checkpoint, from the files that training leaves in its folder.
+    Recipe, cost and origin of a checkpoint, from the files that training writes into its folder.
 
     Args:
-        run_dir: Folder of a run, or a `checkpoint-*` within one; what it does not hold is not claimed.
+        run_dir: Folder of a run, or a `checkpoint-*` within it. Missing files leave their entries empty.
 
     Returns:
         `recipe` (YAML or ""), `training_data`, `datasets` (ids of the Hub), `license` (of the data, or `None`),
@@ -49,7 +49,7 @@ def read_training_record(run_dir: str | os.PathLike | None) -> dict[str, Any]:
         `None`), `parts` in words, `has_decoder`, `has_alignment`.
 
     Raises:
-        ValueError: a file is damaged, or a field holds something else than it should.
+        ValueError: if a file is damaged, or a field has the wrong kind.
     """
     folder = Path(run_dir) if run_dir is not None and os.path.isdir(run_dir) else None
     arguments, results, config, emissions = {}, {}, {}, None
@@ -77,13 +77,13 @@ def read_training_record(run_dir: str | os.PathLike | None) -> dict[str, Any]:
 
 
 def license_of(run_dir: str | os.PathLike) -> str | None:
-    """The licence of the data that the run of a checkpoint was trained on, where it is known."""
+    """Licence of the training data of a checkpoint; `None` if unknown."""
     data = trained_on(run_dir)
     return None if data is None else data_license(*data)
 
 
 def data_license(dataset: str | None, data_dir: str | None) -> str | None:
-    """The licence of a data set, as the Hub writes it, where it is known or the README.md of its folder states it."""
+    """Licence identifier of a data set, if it is known or stated in the README.md of its folder; else `None`."""
     if dataset in _DATA_LICENSES:
         return _DATA_LICENSES[dataset]
     for folder in [Path(name) for name in (data_dir, dataset) if name and os.path.isdir(name)]:
@@ -101,8 +101,8 @@ def data_license(dataset: str | None, data_dir: str | None) -> str | None:
 
 def recipe(arguments: dict[str, Any]) -> str:
     """
-    The recipe that repeats a run, as YAML: what train_arguments.json holds and is not transformers' default, without
-    the folders and the settings of its machine. Of other paths the last part is left.
+    The recipe of a run as YAML: the settings of train_arguments.json that differ from transformers' defaults, without
+    local folders and machine settings. Other paths are cut to their last part.
     """
     if not arguments:
         return ""
@@ -113,7 +113,7 @@ def recipe(arguments: dict[str, Any]) -> str:
     for name, value in arguments.items():
         of_machine = name.endswith(_MACHINE) or name.startswith(_MACHINE_PREFIXES) or name in _MACHINE_NAMES
         of_machine = of_machine or (name.endswith(("_path", "_from")) and is_local(str(value)))
-        # transformers keeps settings of its plug-ins in lists and dictionaries, which no recipe names.
+        # Lists and dictionaries hold plug-in settings of transformers, which do not belong in a recipe.
         plain = not isinstance(value, (dict, list)) or (value and isinstance(value, list) and name not in defaults)
         if not of_machine and plain and value is not None and _differs(value, defaults.get(name, dataclasses.MISSING)):
             kept[name] = value
@@ -133,7 +133,7 @@ def _cleaned(section: dict) -> dict:
 
 
 def trained_on(run_dir: str | os.PathLike | None) -> tuple[str, str | None] | None:
-    """Data set and `data_dir` that the run of a checkpoint was given; `None` where its folder does not say."""
+    """`dataset` and `data_dir` of a checkpoint's training run; `None` if its folder has no record."""
     arguments = {} if run_dir is None else _read(_run_folder(Path(run_dir)) / ARGUMENTS_FILE)
     return (arguments["dataset"], arguments.get("data_dir")) if arguments.get("dataset") else None
 
@@ -148,7 +148,7 @@ def _read(path: Path) -> dict:
     try:
         content = read_json_object(path)
     except ValueError as error:
-        raise ValueError(f"{path} is no whole JSON file ({error}): train again, or remove it.") from error
+        raise ValueError(f"{path} is no complete JSON file ({error}): train again, or remove it.") from error
     for name, (kind, words) in _KINDS.items():
         value = content.get(name)
         fits = is_number(value) if kind is float else isinstance(value, kind) and value is not True
@@ -161,7 +161,7 @@ def _parts(config: dict, has_record: bool) -> str:
     if config.get("model_type") != "rice":
         return ""
     aligns, has_decoder = config.get("alignment_weight") is not None, config.get("use_decoder", True)
-    # What `rice init` made of an encoder was not trained, and has no record of it.
+    # A model of `rice init` was not trained and has no training record.
     is_trained = has_record or has_decoder or not aligns
     parts = ["contrastive learning (ICL)"] if is_trained else ["embeddings of a pretrained encoder, centred per view"]
     if has_decoder:
@@ -173,7 +173,7 @@ def _parts(config: dict, has_record: bool) -> str:
 
 
 def _emissions(path: Path) -> dict | None:
-    """The last run of codecarbon's file as the Hub's metadata, which counts grams."""
+    """The last row of codecarbon's file as metadata of the Hub, in grams."""
     if not path.is_file():
         return None
     with open(path, encoding="utf-8", newline="") as file:

@@ -1,11 +1,11 @@
 """Make a RICE checkpoint without training, from a pretrained encoder and unlabelled pictures.
 
-ENCODER is what `rice encoder` wrote, or another vision model of transformers or timm, by folder or id of the Hub; or
-a RICE checkpoint, whose statistics are taken anew. The shop's pictures, and frames of clips where there are any, give
-the mean by which embeddings are centred, per view, and the whitening of the patches by which images and clips are
-aligned. --shop is a folder with gallery.jsonl, of which nothing else is read, or of pictures. --clips is a folder with
-clips_train.jsonl, whose labels are not read, or of pictures and videos; a recording of the livestream will do, and it
-helps more than anything else. The result ranks by embedding and alignment, fused one to one.
+ENCODER is a folder written by `rice encoder`, the folder or Hub id of another vision model of transformers or timm, or
+a RICE checkpoint, whose statistics are then fitted again. The shop's pictures, and frames of clips if given, yield the
+mean of each view, by which embeddings are centred, and the whitening of the patches, by which images and clips are
+aligned. --shop is a folder with gallery.jsonl (no other file is read), or a folder of pictures. --clips is a folder
+with clips_train.jsonl (labels are not read), or a folder of pictures and videos. A recording of the livestream is
+enough for --clips, and helps more than anything else. The result ranks by embedding and alignment, fused one to one.
 """
 
 import argparse
@@ -26,42 +26,41 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_PICTURES = 10_000
-"""Pictures of a shop, and frames, that statistics are taken from by default; more hardly change them."""
+"""Default maximum number of shop pictures, and of frames, for the statistics; more hardly change them."""
 
-# Of the statistics, by their names in the config and in the command.
+# Settings of the statistics, with their names in the config and in the command.
 _SETTINGS = ("alignment_rank", "alignment_strength", "alignment_shrinkage")
 _SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("encoder", metavar="ENCODER", help="folder or id of a vision encoder, or of a RICE checkpoint")
-    add("--shop", required=True, help="folder of the shop's pictures, or with gallery.jsonl")
-    add("--clips", help="folder of frames or videos, or with clips_train.jsonl; labels are not read")
+    add("encoder", metavar="ENCODER", help="folder or Hub id of a vision encoder, or of a RICE checkpoint")
+    add("--shop", required=True, help="folder of the shop's pictures, or folder with gallery.jsonl")
+    add("--clips", help="folder of frames or videos, or folder with clips_train.jsonl; labels are not read")
     add("--clips_split", choices=_SPLITS, help="which clips_*.jsonl of --clips to read (default: train)")
-    add("--output", required=True, type=Path, help="new or empty folder of the checkpoint")
-    add(
-        "--keep_decoder", action="store_true", help="of a RICE checkpoint: keep its matching decoder as one more score"
-    )
-    add("--max_pictures", type=int, default=MOST_PICTURES, help="pictures, and frames, that are read at most "
-        "(default: %(default)s)")  # fmt: skip
+    add("--output", required=True, type=Path, help="new or empty folder for the checkpoint")
+    add("--keep_decoder", action="store_true", help="keep the matching decoder of a RICE checkpoint as one more score")
+    add("--max_pictures", type=int, default=MOST_PICTURES, help="maximum number of shop pictures, and of frames, that "
+        "are read (default: %(default)s)")  # fmt: skip
     add("--vision_feature_layer", type=int, help="hidden state of the encoder whose patches are aligned; default: the "
-        "deepest with a patch per 16 pixels or finer")  # fmt: skip
-    add("--alignment_rank", type=int, help="numbers per patch (default: 64)")
-    add("--alignment_strength", type=float, help="of the whitening, 0 (none) to 1 (default: 1)")
-    add("--alignment_shrinkage", type=float, help="of the whitening's variances towards their mean, 0 to 1 "
+        "deepest with patches of at most 16 pixels")  # fmt: skip
+    add("--alignment_rank", type=int, help="width of the compared patch vectors (default: 64)")
+    add("--alignment_strength", type=float, help="strength of the whitening, 0 (none) to 1 (default: 1)")
+    add("--alignment_shrinkage", type=float, help="shrinkage of the whitening's variances towards their mean, 0 to 1 "
         "(default: 0.1)")  # fmt: skip
-    add("--batch_size", type=int, default=16, help="pictures that are encoded at a time (default: %(default)s)")
-    add("--num_workers", type=int, default=min(2, os.cpu_count() or 1), help="processes that decode pictures")
-    add("--device", help="such as cpu or cuda; default: cuda where there is one")
+    add("--batch_size", type=int, default=16, help="pictures encoded at a time (default: %(default)s)")
+    add("--num_workers", type=int, default=min(2, os.cpu_count() or 1), help="processes that decode pictures "
+        "(default: %(default)s)")  # fmt: skip
+    add("--device", help="such as cpu or cuda; default: cuda if there is one")
 
 
 def run(options: argparse.Namespace) -> None:
     """
     Raises:
-        FileNotFoundError: no such encoder, shop or clips.
-        FileExistsError: the output folder is in use.
-        ValueError: an encoder that cannot be RICE's, malformed or unreadable files, or an argument out of range.
+        FileNotFoundError: if encoder, shop or clips are missing.
+        FileExistsError: if the output folder is in use.
+        ValueError: for an encoder that RICE cannot use, malformed or unreadable files, or an argument out of range.
     """
     from data_rice.unlabelled import clip_frames, shop_pictures
 
@@ -77,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
             )
         model, processor = untrained_model(options.encoder, keep_decoder=options.keep_decoder, **_settings(options))
         frames = f" and {clips.words} of {options.clips}" if clips else ""
-        print(f"Statistics of {shop.words} of {options.shop}{frames}.", flush=True)
+        print(f"Taking statistics from {shop.words} of {options.shop}{frames}.", flush=True)
         to_device(model, options.device)
         notes = fit(model, processor, shop, clips, options.batch_size, options.num_workers)
         model.to("cpu").save_pretrained(folder)
@@ -87,8 +86,8 @@ def run(options: argparse.Namespace) -> None:
         print(note)
     patches, rank = model.config.patch_layout.num_patches, model.alignment.patch_projection.shape[1]
     print(
-        f"Wrote {options.output}: ranks by embedding ({model.config.projection_dim} numbers an image) and by the "
-        f"alignment of {patches} patches ({2 * patches * rank:,} bytes an image).\n"
+        f"Wrote {options.output}: ranks by embedding ({model.config.projection_dim} numbers per image) and by the "
+        f"alignment of {patches} patches ({2 * patches * rank:,} bytes per image).\n"
         f"Next: rice index {options.shop} --model {options.output} --output INDEX"
     )
 
@@ -100,7 +99,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.num_workers < 0:
         raise ValueError(f"--num_workers must be 0 or more, got {options.num_workers}.")
     if options.clips is None and options.clips_split is not None:
-        raise ValueError("--clips_split belongs to --clips, the folder of the clips; give both, or leave it out.")
+        raise ValueError("--clips_split needs --clips, the folder of the clips; give both, or leave it out.")
     if options.alignment_rank is not None and options.alignment_rank < 1:
         raise ValueError(f"--alignment_rank must be at least 1, got {options.alignment_rank}.")
     for name in ("alignment_strength", "alignment_shrinkage"):
@@ -118,17 +117,17 @@ def untrained_model(
     encoder: str, keep_decoder: bool = False, **settings: int | float
 ) -> tuple["RiceModel", "RiceProcessor"]:
     """
-    A RICE model on a pretrained encoder, or on that of a RICE checkpoint with what it was trained to project to, which
-    ranks by embedding and alignment once `RiceModel.fit_alignment` was called; in eval mode; and its processor.
+    A RICE model in eval mode and its processor. The model uses a pretrained encoder, or the encoder and the projection
+    of a RICE checkpoint. It ranks by embedding and alignment after a call of `RiceModel.fit_alignment`.
 
     Args:
-        encoder: Folder or id.
-        keep_decoder: Of a RICE checkpoint, keep the matching decoder.
-        settings: `vision_feature_layer`, and the alignment's fields of `RiceConfig`.
+        encoder: Folder or Hub id.
+        keep_decoder: Keep the matching decoder of a RICE checkpoint.
+        settings: `vision_feature_layer`, and the alignment fields of `RiceConfig`.
 
     Raises:
-        FileNotFoundError: there is no such encoder.
-        ValueError: it cannot be RICE's, or `keep_decoder` for an encoder that has none.
+        FileNotFoundError: if there is no such encoder.
+        ValueError: if RICE cannot use it, or for `keep_decoder` without a matching decoder.
     """
     from huggingface_hub import hf_hub_download
 
@@ -157,17 +156,21 @@ def _on_checkpoint(model, processor, keep_decoder: bool, settings: dict) -> tupl
     if keep_decoder and model.decoder is None:
         raise ValueError("--keep_decoder: the checkpoint has no matching decoder; leave it out.")
     former = {name: value for name, value in model.config.to_dict().items() if name not in ("auto_map", "ranking")}
-    chosen = {"ranking": "fused", "alignment_weight": 1.0, **settings}
+    # After centring, the length of a feature carries no information.
+    chosen = {"ranking": "fused", "alignment_weight": 1.0, "normalize_frames": True, **settings}
     if not keep_decoder:
-        # Patches are chosen for the alignment alone.
+        # Without a decoder, only the alignment uses the patches.
         chosen = {"use_decoder": False, "vision_feature_layer": _fine_layer(model.config.layout), **chosen}
     elif "vision_feature_layer" in settings:
-        raise ValueError("--vision_feature_layer: a decoder that is kept was trained on its own layer; leave it out.")
+        raise ValueError(
+            "--vision_feature_layer cannot be combined with --keep_decoder, since the decoder was trained on its own "
+            "layer; leave one out."
+        )
     result = RiceModel(RiceConfig.from_dict(former | chosen))
-    # The alignment's statistics are taken anew, and in other shapes where settings say so.
+    # The alignment's statistics are fitted again, and may have other shapes.
     own = {name for name in result.state_dict() if not name.startswith("alignment.")}
     result.load_state_dict({name: value for name, value in model.state_dict().items() if name in own}, strict=False)
-    # Masks are on the grid of the patches that are chosen.
+    # Patch masks use the grid of the chosen patches.
     processor.video_processor.patch_size = result.config.mask_patch_size_at(output_side(processor))
     return result.eval(), processor
 
@@ -207,15 +210,15 @@ def _on_encoder(path: str, settings: dict) -> tuple["RiceModel", "RiceProcessor"
 
 
 def _fine_layer(layout) -> int | None:
-    """The hidden state to take patches from; `None`, the output, where none is a grid."""
+    """Index of the hidden state to take patches from; `None` (the output) if no hidden state is a grid."""
     layer = layout.fine_layer
     return layer if layout.hidden and layout.hidden[layer] is not None else None
 
 
 def _pooling(vision, layout) -> str:
     """
-    The class token, else what the encoder pools itself; the mean over patches where that is the same, since boxes can
-    choose the patches of a mean.
+    The class token, else the encoder's own pooler. If the pooler equals the mean over patches, the mean, since boxes
+    can then select its patches.
     """
     import torch
 
@@ -236,7 +239,7 @@ def _pooling(vision, layout) -> str:
 
 
 def _processor(path: str, config) -> "RiceProcessor":
-    """Pictures as the encoder was trained on them; what had to be assumed is logged."""
+    """A processor with the encoder's own preprocessing; assumptions are logged."""
     from processing_rice import build_processor, train_tokenizer
 
     from .convert import GENERIC_TEXTS
@@ -260,21 +263,21 @@ def fit(
     quiet: bool = False,
 ) -> list[str]:
     """
-    Reads pictures in worker processes and takes a model's statistics from them, a batch at a time.
+    Reads pictures in worker processes and fits a model's statistics, batch by batch.
 
     Args:
-        model: With an alignment, in eval mode.
-        processor: Its own.
+        model: A model with an alignment, in eval mode.
+        processor: The processor of the model.
         shop, clips: From `data_rice.unlabelled`.
-        batch_size: Pictures that are encoded at a time.
-        num_workers: Processes that decode.
-        quiet: No progress bars.
+        batch_size: Pictures encoded at a time.
+        num_workers: Processes that decode pictures.
+        quiet: Whether to hide progress bars.
 
     Returns:
-        Sentences to tell: what is done without, what could not be read, and what was left out.
+        Sentences for the user: which statistics are missing, which files could not be read, what was left out.
 
     Raises:
-        ValueError: not one picture of the shop, or not one frame, can be read.
+        ValueError: if no picture of the shop, or no frame, can be read.
     """
     from data_rice.collator import RiceCollator
     from data_rice.unlabelled import FRAMES_OF_VIDEO
@@ -283,10 +286,10 @@ def fit(
     failures: list[list[dict]] = [[], []]
     loading = (num_workers, quiet)
     images = _batches(shop.rows, batch_size, collator.collate_gallery, "pictures", failures[0], *loading)
-    # A row is up to 32 frames.
+    # One row has up to 32 frames.
     rows = None if clips is None else clips.rows
     frames = _batches(rows, 1, collator.collate_queries, "frames", failures[1], *loading)
-    # Closed, so that no bar stands in the line of an error.
+    # Closed, so that an error message does not share a line with a progress bar.
     with closing(images), closing(frames):
         parts = (part for batch in frames for part in batch.split(batch_size))
         notes = [model.fit_alignment(images, parts)]
@@ -305,7 +308,7 @@ def _batches(
     num_workers: int,
     quiet: bool,
 ) -> Generator["Tensor"]:
-    """Pixels `(n, 3, H, W)` of rows, if any are asked for; raises `ValueError` where none of all can be read."""
+    """Pixels `(n, 3, H, W)` of rows, batch by batch. Raises `ValueError` if no row can be read."""
     from torch.utils.data import DataLoader
     from tqdm.auto import tqdm
 
@@ -326,7 +329,7 @@ def _batches(
             yield inputs["pixel_values_videos"][inputs["frame_mask"]]
     if not some:
         raise ValueError(
-            f"none of the {title} can be read, {len(failures)} in all; the first: {failure_words(failures[0])}."
+            f"none of the {len(failures)} {title} can be read; replace them (the first: {failure_words(failures[0])})."
         )
 
 
@@ -335,12 +338,12 @@ def _not_read(failures: list[dict], what: str) -> str:
 
     shown = "; ".join(failure_words(failure) for failure in failures[:3])
     more = f"; and {len(failures) - 3} more" if len(failures) > 3 else ""
-    return f"Left out, since it cannot be read: {len(failures)} of {what} ({shown}{more})." if failures else ""
+    return f"Left out {len(failures)} of {what} that cannot be read ({shown}{more})." if failures else ""
 
 
-_CARD = """, **without training**: the encoder is {encoder} as it was,
-and statistics of {shop}{frames} centre its embeddings and whiten the patches by which images and clips are aligned.
-No label was used.
+_CARD = """, **without training**.
+The encoder is {encoder}, unchanged. Statistics of {shop}{frames} centre its embeddings and whiten the
+patches by which images and clips are aligned. No labels were used.
 
 ```python
 from transformers import AutoModel, AutoProcessor
@@ -351,7 +354,7 @@ clip = ["frame_0.jpg", "frame_1.jpg"]
 print(model.rank(clip, ["red_mug.jpg", "blue_mug.jpg"], processor=processor))
 ```
 
-Not evaluated yet: no figure is claimed. The encoder's licence applies.
+Not evaluated yet, so this card gives no figures. The encoder's licence applies.
 """
 
 

@@ -1,7 +1,7 @@
 """
-Cross-view alignment without training: every patch of an image looks for its like among a clip's, and the other way
-round. This is the late interaction of ColBERT and ColPali, MaxSim, in both directions, on whitened patches of a frozen
-encoder.
+Cross-view alignment without trained parameters: each patch of an image is compared with its most similar patch of the
+clip, and vice versa. This is the late interaction (MaxSim) of ColBERT and ColPali in both directions, on whitened
+patches of an encoder.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,12 +21,12 @@ _SHOP_PRIOR = 8
 
 class RiceAlignment(nn.Module):
     """
-    What the statistics of a shop's pictures, and of clips' frames where there are any, make of an encoder's outputs.
-    Nothing in it is trained; its buffers are filled by `fit`.
+    Centring of embeddings and whitening of patches, by the statistics of a shop's pictures and, if given, of frames of
+    clips. It has no trained parameters; `fit` fills its buffers.
 
     Args:
         patch_width: Width C of the encoder's patches at the chosen stage.
-        rank: Width R of the patches that are compared; C where that is less.
+        rank: Width R of the compared patch vectors, at most C.
         embed_width: Width D of the global feature.
     """
 
@@ -40,69 +40,80 @@ class RiceAlignment(nn.Module):
             getattr(self, name).copy_(value)
 
     def starting_buffers(self) -> dict[str, Tensor]:
-        """Buffers before anything was fitted: patches as they are, and embeddings that are not centred."""
+        """Buffers before fitting: patches are not whitened, and embeddings are not centred."""
         buffers = {name: torch.zeros(buffer.shape) for name, buffer in self.named_buffers()}
         return buffers | {"patch_projection": torch.eye(*self.patch_projection.shape)}
 
-    def fit(self, images: "ViewStatistics", frames: "ViewStatistics", strength: float, shrinkage: float) -> str | None:
+    def fit(
+        self,
+        images: "ViewStatistics",
+        frames: "ViewStatistics",
+        strength: float,
+        shrinkage: float,
+        center: bool = True,
+    ) -> str | None:
         """
         Fills the buffers from unlabelled pictures and frames.
 
-        Patches of both views are whitened by the statistics of frames alone where there are any: in a shop's pictures,
-        which are mostly products cut out before white, the background outweighs the products. A few pictures of a shop
-        alone say little about others, so that mean and strength are theirs in so far as they are many.
+        If there are frames, the patches of both views are whitened by the statistics of frames alone, because in a
+        shop's pictures, mostly products on white, the background outweighs the products. Without frames the statistics
+        of the pictures are used. A few pictures say little about others, so mean and strength are reduced for a small
+        number of pictures.
 
         Args:
-            images, frames: Of the two views; a view of fewer than two pictures has no statistics.
+            images, frames: Statistics of the two views; a view needs at least two pictures.
             strength, shrinkage: As in [`whitening`].
+            center: `False` leaves the means of the embeddings unchanged.
 
         Returns:
-            One sentence that says what is done without, or `None`.
+            One sentence about missing statistics, or `None`.
 
         Raises:
-            ValueError: when there is neither a picture nor a frame, or the encoder gave numbers that are not finite.
+            ValueError: if there is neither a picture nor a frame, or the encoder's outputs are not finite.
         """
         if not images.count and not frames.count:
             raise ValueError("There is no picture to take statistics from; give at least one.")
         for view in (images, frames):
             if not (view.mean().isfinite().all() and view.patches.second_moment().isfinite().all()):
                 raise ValueError(
-                    "The encoder gives numbers that are not finite; its weights are damaged, save it anew."
+                    "The encoder gives numbers that are not finite, so its weights are damaged; save it again."
                 )
-        self.image_mean.zero_()
-        self.video_mean.zero_()
         view, prior = (frames, 0) if frames.count > 1 or not images.count else (images, _SHOP_PRIOR)
-        # One picture has no statistics, but axes still have to be chosen where the rank is lower than the width.
+        # One picture has no statistics, but the axes must still be chosen if the rank is below the width.
         trust = view.count / (view.count + prior) if view.count > 1 else 0.0
         mean = view.patches.mean()
         self.patch_mean.copy_(trust * mean)
         moment = view.patches.covariance() + (1 - trust) ** 2 * mean[:, None] * mean
         self.patch_projection.copy_(whitening(moment, self.patch_projection.shape[1], trust * strength, shrinkage))
+        if not center:
+            return None
+        self.image_mean.zero_()
+        self.video_mean.zero_()
         if view.count < 2:
             return "One picture has no statistics: embeddings are not centred, and patches are not whitened."
         if images.count < 2 or frames.count < 2:
-            # Both views less the mean of one would move apart.
-            return "Embeddings are not centred, which takes two pictures and two frames of clips."
+            # With the mean of one view only, the two views would move apart.
+            return "Embeddings are not centred, since this needs at least two pictures and two frames of clips."
         self.image_mean.copy_(images.mean())
         self.video_mean.copy_(frames.mean())
         return None
 
     def project(self, patches: Tensor) -> Tensor:
         """Patches `(..., C)` of either view -> `(..., R)`, whitened and L2-normalised."""
-        # Scales of unlike axes differ by more than half precision holds.
+        # The scales of the axes differ too much for half precision.
         patches, mean, projection = (t.float() for t in (patches, self.patch_mean, self.patch_projection))
         return nn.functional.normalize((patches - mean) @ projection, dim=-1)
 
     def center(self, features: Tensor, is_clip: bool) -> Tensor:
-        """Global features `(..., D)` of one view -> the same less their view's mean, L2-normalised."""
+        """Global features `(..., D)` of one view minus the mean of the view."""
         mean = self.video_mean if is_clip else self.image_mean
-        return nn.functional.normalize(features - mean.to(features.dtype), dim=-1)
+        return features - mean.to(features.dtype)
 
 
 class RiceAlignmentSide:
-    """The methods of [`RiceModel`] that fill [`RiceAlignment`], and what it makes of pictures."""
+    """The methods of [`RiceModel`] that fit and apply [`RiceAlignment`]."""
 
-    # Of the model.
+    # Attributes of the model.
     alignment: Any
     device: Any
     training: bool
@@ -111,20 +122,23 @@ class RiceAlignmentSide:
     _from_states: Any
 
     @torch.no_grad()
-    def fit_alignment(self, images: Iterable[Tensor], frames: Iterable[Tensor] = ()) -> str | None:
+    def fit_alignment(
+        self, images: Iterable[Tensor], frames: Iterable[Tensor] = (), center: bool = True
+    ) -> str | None:
         """
-        Takes centring and whitening from unlabelled pictures, as `config.alignment_strength` and
-        `config.alignment_shrinkage` say. Encodings from before are another model's afterwards. Call in eval mode.
+        Fits centring and whitening to unlabelled pictures, with `config.alignment_strength` and
+        `config.alignment_shrinkage`. Earlier encodings cannot be compared with later ones. Call in eval mode.
 
         Args:
             images: Batches `(n, 3, H, W)` of the shop's pictures, preprocessed.
-            frames: Batches `(n, 3, H, W)` of frames of clips.
+            frames: Batches `(n, 3, H, W)` of frames of clips, preprocessed.
+            center: `False` whitens patches only, for trained embeddings, which need no centring.
 
         Returns:
             As [`RiceAlignment.fit`].
 
         Raises:
-            ValueError: when the model has no alignment, there is no picture, or in training mode where that changes
+            ValueError: if the model has no alignment, or there is no picture; in training mode if that changes
                 encodings.
         """
         if self.alignment is None:
@@ -136,34 +150,34 @@ class RiceAlignmentSide:
             for pixel_values in batches:
                 states = self._encoder_output(pixel_values.to(self.device))
                 views[-1].update(states.patches, self._from_states(states, is_clip=is_clip)[1])
-        return self.alignment.fit(*views, self.config.alignment_strength, self.config.alignment_shrinkage)
+        return self.alignment.fit(*views, self.config.alignment_strength, self.config.alignment_shrinkage, center)
 
     def _centred(self, features: Tensor, is_clip: bool) -> Tensor:
-        """Global features `(..., D)` of one view, less their view's mean and L2-normalised in a model that does so."""
+        """Global features `(..., D)` of one view; in a model with alignment minus the mean of the view."""
         return features if self.alignment is None else self.alignment.center(features, is_clip)
 
     def _aligned(self, patches: Tensor) -> Tensor | None:
-        """The encoder's patches `(n, P, C)` -> those that are compared `(n, P, R)`, where they will be."""
+        """The encoder's patches `(n, P, C)` -> patches for `align` `(n, P, R)`; `None` in training."""
         return None if self.alignment is None or self.training else self.alignment.project(patches)
 
     @torch.no_grad()
     def alignment_maps(self, pixel_values: Tensor, pixel_values_videos: Tensor, **batch) -> Tensor:
         """
-        Which patches find each other: what `align` takes the maxima of, for pairs of an image and a clip.
+        Cosines of all patch pairs, for image i with clip i; `align` takes the maxima of these.
 
         Args:
-            pixel_values (`(B, 3, H, W)`), pixel_values_videos (`(B, T, 3, H, W)`): As `forward`, and further entries
-                of a batch.
+            pixel_values (`(B, 3, H, W)`), pixel_values_videos (`(B, T, 3, H, W)`): As in `forward`.
+            batch: Other keys of a batch, as in `forward`.
 
         Returns:
             Cosines `(B, P, T, Q)` in -1..1 of each image patch with each patch of the clip; -1 for masked patches and
             padded frames.
 
         Raises:
-            ValueError: when the model has no alignment, or for batches of unequal length.
+            ValueError: if the model has no alignment, or images and clips differ in number.
         """
         if self.alignment is None:
-            raise ValueError("This model has no alignment, so it has no maps of it.")
+            raise ValueError("This model has no alignment, so it has no maps of it; make one with `rice init`.")
         if len(pixel_values) != len(pixel_values_videos):
             raise ValueError(f"There are {len(pixel_values)} images and {len(pixel_values_videos)} clips; give pairs.")
         gallery = self.encode_gallery(pixel_values)
@@ -174,7 +188,7 @@ class RiceAlignmentSide:
 
 class PatchStatistics:
     """
-    Mean and covariance of patches that come batch by batch, summed up in float64.
+    Mean and covariance of patches, accumulated batch by batch in float64.
 
     Args:
         width: Width C of a patch.
@@ -193,30 +207,30 @@ class PatchStatistics:
         self._products += patches.T @ patches
 
     def mean(self) -> Tensor:
-        """`(C,)` float64."""
+        """Mean `(C,)`, float64."""
         return self._sum / max(self.count, 1)
 
     def second_moment(self) -> Tensor:
-        """`(C, C)` float64, about zero."""
+        """Second moment about zero `(C, C)`, float64."""
         return self._products / max(self.count, 1)
 
     def covariance(self) -> Tensor:
-        """`(C, C)` float64, of the population."""
+        """Population covariance `(C, C)`, float64."""
         mean = self.mean()
         return self.second_moment() - mean[:, None] * mean
 
 
 class ViewStatistics:
     """
-    What one view, shop pictures or frames, has been seen to look like.
+    Statistics of one view, that is of shop pictures or of frames.
 
     Args:
         patch_width: Width C of the encoder's patches at the chosen stage.
         embed_width: Width D of the global feature.
 
     Attributes:
-        count: Pictures or frames seen.
-        patches: Statistics of theirs.
+        count: Number of pictures or frames so far.
+        patches: Statistics of their patches.
     """
 
     def __init__(self, patch_width: int, embed_width: int):
@@ -231,29 +245,29 @@ class ViewStatistics:
         self._sum += features.detach().to("cpu", torch.float64).sum(dim=0)
 
     def mean(self) -> Tensor:
-        """Of the global features, `(D,)` float64."""
+        """Mean of the global features `(D,)`, float64."""
         return self._sum / max(self.count, 1)
 
 
 def whitening(covariance: Tensor, rank: int, strength: float, shrinkage: float) -> Tensor:
     """
-    The projection that turns patches onto their principal axes and evens out how much they vary along these.
+    The projection of patches onto their principal axes, with the variances along the axes equalised.
 
     Args:
-        covariance: `(C, C)`, symmetric.
-        rank: R, axes kept, those along which patches vary most.
-        strength: 0 only turns, 1 gives every axis the same variance (ZCA and PCA whitening, up to a rotation); an
-            axis is divided by its standard deviation to this power.
-        shrinkage: Share in 0..1 of the mean variance that every axis is given before, so that axes which the
-            statistics hardly saw are not blown up.
+        covariance (`(C, C)`): Symmetric.
+        rank: Number R of axes kept, those with the largest variance.
+        strength: Each axis is divided by its standard deviation to this power. 0 is a rotation only, 1 gives all axes
+            the same variance (PCA whitening, which is ZCA up to a rotation).
+        shrinkage: How far variances are first moved towards their mean, 0..1, so that axes with little variance are
+            not amplified too much.
 
     Returns:
-        `(C, R)` in the covariance's precision.
+        `(C, R)` in the precision of the covariance.
     """
     variances, axes = torch.linalg.eigh(covariance)
     variances, axes = variances.clamp(min=0).flip(0)[:rank], axes.flip(1)[:, :rank]
     shrunk = (1 - shrinkage) * variances + shrinkage * covariance.diagonal().mean()
-    # No variance at all along an axis, and no shrinkage: nothing to even out.
+    # Axes without any variance are not scaled.
     scale = torch.where(shrunk > 0, shrunk, torch.ones_like(shrunk)) ** (-strength / 2)
     return axes * scale
 
@@ -263,22 +277,23 @@ def align_patches(
     image_patches: Tensor, video_patches: Tensor, video_mask: Tensor | None = None, max_memory: int | None = None
 ) -> Tensor:
     """
-    Late interaction of every clip with every image: the mean over an image's patches of their best cosine with any
-    patch of the clip, plus the maximum over frames of the mean over the frame's patches of their best cosine with any
-    patch of the image. Memory is bounded whatever the sizes, masked patches cost nothing, and no gradient is kept.
+    Late interaction (MaxSim) of every clip with every image. The score is the sum of two terms: the mean over an
+    image's patches of their best cosine with any patch of the clip, and the maximum over frames of the mean over the
+    frame's patches of their best cosine with any patch of the image. Memory is bounded, masked patches cost nothing,
+    and there is no gradient.
 
     Args:
         image_patches (`(n, P, R)`): L2-normalised, of any floating type.
         video_patches (`(c, T, Q, R)`): L2-normalised; cosines are computed in their type, means in float32.
-        video_mask (`(c, T, Q)` bool, *optional*): `True` = real: `frame_mask[..., None]`, a patch mask, or both. A
-            frame without a real patch does not count, and a clip without one scores 0.
-        max_memory: Bytes of the cosines held at a time, at least those of one image; by default what suits the device.
+        video_mask (`(c, T, Q)` bool, *optional*): `True` = real patch: `frame_mask[..., None]`, a patch mask, or both
+            combined. A frame without real patches is ignored, and a clip without any scores 0.
+        max_memory: Bytes of cosines held at a time, at least those of one image; by default what suits the device.
 
     Returns:
         `(c, n)` float32 in -2..2.
 
     Raises:
-        ValueError: when the two widths differ.
+        ValueError: if the two widths differ.
     """
     if image_patches.shape[-1] != video_patches.shape[-1]:
         raise ValueError(
@@ -300,7 +315,7 @@ def _align_clip(image_patches: Tensor, patches: Tensor, mask: Tensor, max_memory
     frames = torch.arange(len(mask), device=mask.device)[lengths > 0]
     if not len(frames) or not len(image_patches):
         return patches.new_zeros(len(image_patches), dtype=torch.float32)
-    # Means over frames of unlike lengths, as one matrix product.
+    # Means over frames with different numbers of patches, as one matrix product.
     frame_of_patch = frames.repeat_interleave(lengths[frames])
     weights = (frame_of_patch[:, None] == frames).float() / lengths[frames]
     patches = patches[mask]

@@ -1,4 +1,4 @@
-"""Encoded clips against encoded images: every score of a model, and a ranking in one call."""
+"""Compares encoded clips with encoded images: every score of a model, and a ranking in one call."""
 
 import os
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ _ENCODE_AT_ONCE = 64
 
 
 class RiceComparison:
-    """What [`RiceModel`] makes of encodings, apart from what makes them."""
+    """The methods of [`RiceModel`] that compare encodings."""
 
-    # Of the model.
+    # Attributes of the model.
     config: Any
     alignment: Any
     decoder: Any
@@ -31,11 +31,12 @@ class RiceComparison:
 
     def similarity(self, clips: RiceClips, gallery: RiceGallery, text_weight: float | None = None) -> Tensor:
         """
-        Cosine of every clip with every image, `(num_clips, num_images)`, in -1..1; plus `text_weight` times
-        `text_similarity` where there is one.
+        Cosine of every clip with every image, `(num_clips, num_images)`, in -1..1. If there is a `text_similarity`,
+        `text_weight` times it is added.
 
         Args:
-            text_weight: `config.text_score_weight` by default.
+            clips, gallery: From `encode_clips` and `encode_gallery` of this model.
+            text_weight: By default `config.text_score_weight`.
 
         Raises:
             ValueError: for features that another model encoded.
@@ -48,8 +49,8 @@ class RiceComparison:
 
     def text_similarity(self, clips: RiceClips, gallery: RiceGallery) -> Tensor | None:
         """
-        Cosine of every clip's ASR with every title, `(num_clips, num_images)`, 0 where either is missing; `None` where
-        the model has no score-level text term, or clips or gallery were encoded without text.
+        Cosine of every clip's ASR with every title, `(num_clips, num_images)`, 0 where either is missing. `None` if
+        the model has no score-level text term, or if clips or gallery were encoded without text.
         """
         if clips.text_embeds is None or gallery.text_embeds is None:
             return None
@@ -58,19 +59,19 @@ class RiceComparison:
     @torch.no_grad()
     def match(self, clips: RiceClips, gallery: RiceGallery, max_memory: int = 512 * 2**20) -> Tensor:
         """
-        Decoder score of every clip with every image, exact: one query row per pair against the clip's cached keys
-        and values. Call in eval mode.
+        Decoder score of every clip with every image. It costs one query row per pair against the clip's cached keys
+        and values, and is exact. Call in eval mode.
 
         Args:
             clips, gallery: From `encode_clips` and `encode_gallery` of this model.
-            max_memory: Bytes the intermediate results may take; larger requests are worked off in chunks.
+            max_memory: Bytes for intermediate results; larger requests are computed in chunks.
 
         Returns:
-            `(num_clips, num_images)` float32, the head's raw output without temperature.
+            `(num_clips, num_images)` float32, the raw output of the head without temperature.
 
         Raises:
-            ValueError: when the model or the one that encoded has no decoder, for features that another model encoded,
-                or in training mode where that changes scores.
+            ValueError: if this model, or the model that encoded the features, has no decoder; for features that
+                another model encoded; in training mode if that changes scores.
         """
         if self.decoder is None:
             raise ValueError("This model has no matching decoder (`use_decoder=False`); rank by `similarity` instead.")
@@ -97,18 +98,18 @@ class RiceComparison:
     @torch.no_grad()
     def align(self, clips: RiceClips, gallery: RiceGallery, max_memory: int | None = None) -> Tensor:
         """
-        Late interaction of every clip with every image, see [`alignment_rice.align_patches`]: how well the patches of
-        the one find their like among the other's, both ways. Padded frames and masked patches count nowhere.
+        Late interaction (MaxSim) of every clip with every image, in both directions; see
+        [`alignment_rice.align_patches`]. Padded frames and masked patches are ignored.
 
         Args:
             clips, gallery: From `encode_clips` and `encode_gallery` of this model.
-            max_memory: Bytes the cosines may take at a time; by default what suits the device.
+            max_memory: Bytes for the cosines held at a time; by default what suits the device.
 
         Returns:
             `(num_clips, num_images)` float32 in -2..2.
 
         Raises:
-            ValueError: when the model has no alignment, or for features without patches or of another model.
+            ValueError: if the model has no alignment; for features without patches or of another model.
         """
         if self.alignment is None:
             raise ValueError(
@@ -117,8 +118,8 @@ class RiceComparison:
             )
         if gallery.patches is None or clips.patches is None:
             raise ValueError(
-                "The features hold no patches to align: they come from a model without alignment or in training mode; "
-                "encode them with this one after `model.eval()`."
+                "The features hold no patches to align, since they come from a model without alignment or in training "
+                "mode; encode them with this model after `model.eval()`."
             )
         self.refuse_foreign(clips=clips, gallery=gallery)
         patches = clips.patches.to(self.device, self.visual_projection.weight.dtype)
@@ -137,22 +138,22 @@ class RiceComparison:
         rank_by: str | None = None,
     ) -> list[dict]:
         """
-        Ranks images for one clip, every pair scored. Call in eval mode.
+        Ranks images for one clip and scores every pair. Call in eval mode.
 
         Args:
             clip: One clip, as `processor` takes it: a list of frames, an array or tensor, the path of a video, a row.
             images: Shop images, an encoded gallery, or the path of a saved one.
-            top_k: Entries to return at most, all by default.
+            top_k: Maximum number of entries to return; all by default.
             processor: The [`RiceProcessor`] that was saved with this model.
             titles, asr: A title per image and the clip's ASR, for models that read them.
-            rank_by: `"embedding"`, `"matching"`, `"alignment"` or `"fused"`, those that the model has; by default
-                `config.ranking`, see there.
+            rank_by: `"embedding"`, `"matching"`, `"alignment"` or `"fused"`, as far as the model has them; by default
+                `config.ranking` (see [`RiceConfig`]).
 
         Returns:
-            From best to worst, `{"corpus_id": index, "score": score}`, as sentence-transformers' `CrossEncoder.rank`.
+            `{"corpus_id": index, "score": score}` from best to worst, as `CrossEncoder.rank` of sentence-transformers.
 
         Raises:
-            ValueError: as `match`, for a score that the model does not have, or for inputs that `processor` refuses.
+            ValueError: as `match`; for a score that the model does not have; for inputs that `processor` refuses.
         """
         gallery = encode_candidates(self, processor, images, titles)
         clips = self.encode_clips(**processor(videos=[clip], asr=None if asr is None else [asr]))
@@ -171,17 +172,17 @@ class RiceComparison:
 
 def encode_candidates(model, processor, candidates, titles: list[str] | None = None) -> RiceGallery:
     """
-    Candidates of a ranking as a gallery.
+    Encodes the candidates of a ranking as a gallery.
 
     Args:
         model, processor: A [`RiceModel`] in eval mode, and the processor that was saved with it.
-        candidates: Shop images (PIL, arrays, tensors, paths), a gallery from `encode_gallery`, or the path of one
-            that was saved (`.safetensors`).
-        titles: One per image, for models that read them; an empty one is a title that is not there.
+        candidates: Shop images (PIL, arrays, tensors, paths), a gallery from `encode_gallery`, or the path of a saved
+            gallery (`.safetensors`).
+        titles: One per image, for models that read them; an empty string means no title.
 
     Raises:
-        ValueError: no candidates, titles that do not fit them, a picture or gallery that cannot be read.
-        FileNotFoundError: a file that is missing.
+        ValueError: no candidates, another number of titles than candidates, an image or gallery that cannot be read.
+        FileNotFoundError: a missing file.
     """
     if hasattr(candidates, "embeds"):
         gallery = candidates
@@ -192,7 +193,7 @@ def encode_candidates(model, processor, candidates, titles: list[str] | None = N
     count = len(candidates if gallery is None else gallery)
     if count == 0:
         raise ValueError("`candidates` is empty; give at least one shop image.")
-    # A column of a table counts and slices by its own rules.
+    # A column of a table has its own length and slicing rules.
     titles = [titles] if isinstance(titles, str) else None if titles is None else list(titles)
     if titles is not None and len(titles) != count:
         raise ValueError(f"`titles` has {len(titles)} entries for {count} candidates; give one per candidate.")
@@ -209,16 +210,16 @@ def encode_candidates(model, processor, candidates, titles: list[str] | None = N
 
 def list_candidates(candidates) -> list:
     """
-    One shop image or several, in whatever they come, as a list.
+    One or several shop images, in any accepted form, as a list.
 
     Raises:
-        ValueError: for what has no order or is the path of a folder.
+        ValueError: for a set, which has no order, and for the path of a folder.
     """
     if isinstance(candidates, (set, frozenset)):
         raise ValueError("`candidates` is a set, which has no order; give a list.")
     if isinstance(candidates, (str, os.PathLike)) and os.path.isdir(candidates):
-        raise ValueError(f"`candidates` is the folder {os.fspath(candidates)}; give a list of its pictures.")
+        raise ValueError(f"`candidates` is the folder {os.fspath(candidates)}; give a list of its images.")
     is_picture = isinstance(candidates, (str, os.PathLike, bytes, bytearray, Mapping))
-    # Arrays of numbers are one picture or, with one axis more, several; others are columns of a table.
+    # An array of numbers is one image, or several if it has one more axis; other arrays are columns of a table.
     is_picture = is_picture or getattr(candidates, "ndim", 1) in (2, 3) or not hasattr(candidates, "__iter__")
     return [candidates] if is_picture else list(candidates)

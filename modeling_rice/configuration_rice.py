@@ -1,4 +1,4 @@
-"""Configuration of RICE: one vision encoder for clips and shop images, a matching decoder, a reconstruction head."""
+"""Configuration of RICE: a vision encoder shared by clips and images, a matching decoder, a reconstruction head."""
 
 from typing import Any, Literal
 
@@ -9,10 +9,10 @@ from transformers.activations import ACT2FN
 
 from .encoders_rice import EncoderLayout, PatchLayout, find_layout
 
-# Encoders whose layers were checked to honour a 4-D `attention_mask` keyword (tests/modeling_rice keeps the check).
+# Encoders whose layers apply a 4-D `attention_mask` keyword; tests/modeling_rice checks each of them.
 PATCH_MASK_ENCODERS = ("clip_vision_model", "siglip_vision_model", "vit", "dinov2", "dinov3_vit")
 if tuple(map(int, transformers_version.split(".")[:2])) < (5, 18):
-    # Its layers dropped the mask without a word until then.
+    # Older versions ignore the mask silently.
     PATCH_MASK_ENCODERS = tuple(name for name in PATCH_MASK_ENCODERS if name != "dinov2")
 
 _VIT_B_32 = {"patch_size": 32, "image_size": 224}
@@ -56,52 +56,53 @@ _PRESETS: dict[str, dict[str, Any]] = {
 @strict
 class RiceConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`RiceModel`] (RICE, ICCV 2023). The defaults are the published model on CLIP ViT-B/32 with the
-    defects of the research code left out; [`RiceConfig.from_preset`] gives the two published variants as they were.
+    Configuration of a [`RiceModel`] (RICE, ICCV 2023). The defaults are the published model on CLIP ViT-B/32 without
+    the defects of the research code. [`RiceConfig.from_preset`] gives the two published variants unchanged.
 
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*, defaults to CLIP ViT-B/32):
-            Any transformers vision model or backbone, timm's included; clips and images share it. What it takes and
-            gives is found out at construction ([`RiceConfig.layout`]).
+            Any transformers vision model or backbone, including timm's. Clips and images share it. A dry run at
+            construction finds its input and output shapes ([`RiceConfig.layout`]).
         vision_pooling (`"cls"`, `"mean"`, `"pooler"`, *optional*):
-            Global feature of an image: the encoder's class token, the mean over its last patches, or what its own
-            pooler makes. By default the first that the encoder has of class token, pooler and mean.
+            Global feature of an image: the encoder's class token, the mean over its last patches, or the output of its
+            own pooler. The default is the first of class token, pooler and mean that the encoder has.
         vision_feature_layer (`int`, *optional*):
-            Hidden state of the encoder whose patches the decoder sees, of which -1 is the last; negative numbers count
-            from the end. `None` takes the encoder's output. A chosen one has a norm and a linear layer of its own to
-            the decoder's width, and the global feature stays the output's.
+            Hidden state of the encoder whose patches the decoder sees; -1 is the last, other negative numbers count
+            from the end. `None` takes the encoder's output. A chosen layer gets its own LayerNorm and linear layer to
+            the decoder's width. The global feature is taken from the encoder's output in any case.
         patch_mask_pooling (`bool`, defaults to `False`):
-            Apply a patch mask to the mean over patches and in the decoder, not in the encoder's attention, whose
-            patches then still carry what their receptive fields saw outside the boxes. Makes patch masks possible for
-            encoders without attention masks (ResNet, Swin); needs `vision_pooling="mean"`.
+            Apply a patch mask to the mean over patches and in the decoder, but not in the encoder's attention. Each
+            patch then still carries what its receptive field covers outside the boxes. This makes patch masks possible
+            for encoders without attention masks (ResNet, Swin). Needs `vision_pooling="mean"`.
         patch_saliency (`"none"`, `"learned"`):
-            `"learned"` weighs the patches of clips' frames, not of images, in the mean over patches by a linear layer
-            that the contrastive loss trains; a stand-in for boxes that needs none, starting as the plain mean. Needs
-            `vision_pooling="mean"`. The decoder chooses among patches by its own attention.
+            `"learned"` weights the patches of clip frames (not of images) in the mean over patches by a linear layer
+            that the contrastive loss trains. It replaces boxes where there are none, and starts as the plain mean.
+            Needs `vision_pooling="mean"`. The decoder is not affected; it weights patches by its own attention.
         projection_dim (`int`, defaults to 512): Width D of the shared embedding.
         projection_dropout (`float`, defaults to 0.0):
-            Dropout, in training, on what the visual projection is applied to, for a projection that is trained on a
+            Dropout on the input of the visual projection during training. Useful when the projection is trained on a
             frozen encoder and few clips.
         normalize_frames (`bool`, defaults to `True`):
             L2-normalise each frame before the mean over frames; `False` averages the raw features.
         temporal_pooling (`"mean"`, `"attention"`, `"lstm"`, `"transformer"`):
-            Frame features to a clip's: their mean as published, weighted by a learnt saliency, read in order by an
-            LSTM, or by a transformer block that knows the time of each. The learnt ones start as the mean.
+            How frame features become the clip's feature: mean (as published), mean weighted by a learnt saliency, an
+            LSTM over the frames in order, or a transformer block with time positions. The learnt ones start as the
+            mean.
         frame_consensus_scale (`float`, defaults to 0.0):
-            Above 0, frames that agree with their clip's mean count for more: the softmax of this many times the cosine
-            weighs them. Needs no training.
+            Above 0, frames that agree with their clip's mean get more weight: the softmax of this factor times the
+            cosine with the mean. Needs no training.
         logit_scale_init_value (`float`, defaults to 100.0): Contrastive temperature as a factor, > 0.
         learn_logit_scale (`bool`, defaults to `False`): Whether that factor is a parameter.
         logit_scale_max (`float`, *optional*, defaults to 100.0):
-            Upper bound of a learnt factor, as in CLIP; `RiceModel.bound_logit_scale` applies it after each optimiser
-            step, so that the gradient at the bound still leads back.
+            Upper bound of a learnt factor, as in CLIP. `RiceModel.bound_logit_scale` applies it after each optimiser
+            step, so that the factor still has a gradient at the bound.
         contrastive_loss (`"infonce"`, `"sigmoid"`):
-            Softmax over the global batch as published, or a binary decision per pair (SigLIP, ICCV 2023), which adds
-            a learnt bias and starts well from `logit_scale_init_value=10` with `learn_logit_scale=True`.
-        logit_bias_init_value (`float`, defaults to -10.0): Start of the sigmoid loss's bias.
+            Softmax over the global batch (as published), or a binary decision per pair (SigLIP, ICCV 2023). The latter
+            adds a learnt bias; good initial settings are `logit_scale_init_value=10` and `learn_logit_scale=True`.
+        logit_bias_init_value (`float`, defaults to -10.0): Initial bias of the sigmoid loss.
         contrastive_targets (`"diagonal"`, `"masked"`, `"multi_positive"`):
-            Other pairs of the same product (by `product_ids`) are negatives as published, are left out, or are
-            positives too, with a uniform target over them (Supervised Contrastive Learning, NeurIPS 2020, eq. 2).
+            Treatment of other pairs of the same product (by `product_ids`): negatives (as published), left out of the
+            loss, or positives with a uniform target (Supervised Contrastive Learning, NeurIPS 2020, eq. 2).
         mask_padded_frames (`bool`, defaults to `True`):
             `False` reproduces the older code under a patch mask: padded frames are encoded and attended to.
         use_decoder (`bool`, defaults to `True`): Build the pairwise matching decoder (PMD).
@@ -110,70 +111,76 @@ class RiceConfig(PreTrainedConfig):
         decoder_num_self_layers (`int`, defaults to 1): Self-attention blocks over image tokens, >= 0.
         decoder_num_heads (`int`, defaults to 8), decoder_intermediate_size (`int`, *optional*, 4 x width),
         decoder_hidden_act (`str`, defaults to `"quick_gelu"`), decoder_layer_norm_eps (`float`, defaults to 1e-5).
-        decoder_self_layer_norm_eps (`float`, *optional*): Of the self-attention blocks, where it differs.
+        decoder_self_layer_norm_eps (`float`, *optional*):
+            LayerNorm eps of the self-attention blocks; by default `decoder_layer_norm_eps`.
         decoder_normalize_key_value (`bool`, defaults to `True`):
-            Apply the cross block's first norm to keys and values too.
+            Apply the first LayerNorm of the cross-attention block to keys and values too.
         decoder_output_projection (`bool`, defaults to `False`): Output projection of the cross-attention.
-        decoder_position_embeddings (`bool`, defaults to `True`): Learned positions on image tokens.
+        decoder_position_embeddings (`bool`, defaults to `True`): Learnt position embeddings on image tokens.
         decoder_max_position_embeddings (`int`, *optional*):
-            How many; by default exactly what the image tokens (and a title token) need.
-        decoder_dropout (`float`, defaults to 0.1): On position-embedded tokens and cross-attention weights.
-        pooler_bias (`bool`), pooler_act (`str`): Linear layer and activation between the CLS row and the score.
+            Number of position embeddings; by default as many as the image tokens (and a title token) need.
+        decoder_dropout (`float`, defaults to 0.1): Dropout on position-embedded tokens and cross-attention weights.
+        pooler_bias (`bool`), pooler_act (`str`):
+            Bias and activation of the linear layer between the CLS row and the score.
         matching_score (`"linear"`, `"cosine"`): Linear head with bias, or cosine with the head's weight.
         matching_scale (`float`, defaults to 100.0): Factor on scores inside the matching loss.
         matching_negatives (`"hardest"`, `"all"`):
             `"hardest"`: per image the `num_hard_negatives` most similar clips (as published). `"all"`: every
             in-batch pair, images against clips and clips against images.
         matching_targets (`"diagonal"`, `"masked"`, `"multi_positive"`):
-            As `contrastive_targets`, for the matching loss; mined negatives know no further positives.
-        num_hard_negatives (`int`, defaults to 3).
+            As `contrastive_targets`, for the matching loss. `"multi_positive"` needs `matching_negatives="all"`.
+        num_hard_negatives (`int`, defaults to 3): Clips mined per image, >= 1.
         detach_matching_features (`bool`, defaults to `False`):
             Train the decoder on features that carry no gradient into the encoder.
         use_reconstruction (`bool`, defaults to `True`): Build the patch feature reconstruction head (PFR).
         reconstruction_mixing (`"conv"`, `"mean"`):
-            How attention heads become one map of reconstruction weights: two learnt 1x1 convolutions as published, or
-            their mean, which has no parameters.
-        reconstruction_include_cls, reconstruction_softmax, reconstruction_scale_attention (`bool`):
-            Reconstruct with CLS rows and columns kept; softmax over keys after head mixing; multiply the attention
-            probabilities by sqrt(head width) before it.
+            How attention heads become one map of reconstruction weights: two learnt 1x1 convolutions (as published),
+            or the mean over heads, which has no parameters.
+        reconstruction_include_cls (`bool`): Keep CLS rows and columns in the reconstruction.
+        reconstruction_softmax (`bool`): Apply a softmax over keys after head mixing.
+        reconstruction_scale_attention (`bool`):
+            Multiply the attention probabilities by sqrt(head width) before head mixing.
         reconstruction_softmax_over_padding (`bool`, defaults to `False`):
-            Let that softmax count the keys of padded frames, as the newer code does.
+            Include the keys of padded frames in that softmax, as the newer code does.
         contrastive_loss_weight, matching_loss_weight (1.0), reconstruction_loss_weight (0.05): Loss factors.
         text_config (`dict` or `PreTrainedConfig`, *optional*):
             Any transformers text encoder (`model_type` defaults to `"bert"`), for titles and ASR alike.
-        text_pooling (`"mean"`, `"cls"`): Its feature of a text: the mean over tokens, or the first token.
+        text_pooling (`"mean"`, `"cls"`): Feature of a text: the mean over its tokens, or its first token.
         text_embed_dim (`int`, *optional*):
             Width of precomputed title and ASR vectors, instead of a text encoder.
         decoder_text_tokens (`bool`, defaults to `True`):
-            With texts, a title token joins the image's and an ASR token the clip's in the decoder.
+            With texts, the decoder gets a title token beside the image tokens and an ASR token beside the clip tokens.
         text_score_weight (`float`, *optional*):
-            Weight of the cosine between ASR and title beside the visual one, in `similarity` and in mining, >= 0;
-            fitted on a validation split in training. `None` leaves the term out.
-        text_logit_scale_init_value (`float`, defaults to 14.3): Start of the learnt temperature of the text loss.
-        text_loss_weight (1.0): Factor of the text loss, which a text encoder with a score-level term has.
+            Weight of the cosine between ASR and title, added to the visual cosine in `similarity` and in mining, >= 0.
+            Training fits it on a validation split. `None` leaves the term out.
+        text_logit_scale_init_value (`float`, defaults to 14.3): Initial value of the text loss's learnt temperature.
+        text_loss_weight (1.0):
+            Factor of the text loss, which applies to a text encoder with a `text_score_weight`.
         fusion_weight (`float`, *optional*):
-            Weight of the matching z-score beside the embedding z-score, fitted on a validation split.
+            Weight of the matching z-score in the fused score, where the embedding z-score has weight 1, > 0. Fitted on
+            a validation split.
         fused_text_weight (`float`, *optional*):
-            Weight of the cosine between ASR and title beside those two in the fused score, whose embedding z-score
-            then is of the visual cosine alone, >= 0; fitted on a validation split, after `fusion_weight`. `None` for a
-            model without score-level text; in a checkpoint that has it and was saved before this field was, the
-            embedding z-score goes on to include the text, as `fusion_weight` was fitted.
+            Weight of the cosine between ASR and title in the fused score, >= 0. With it, the embedding z-score is that
+            of the visual cosine alone. Fitted on a validation split, after `fusion_weight`. `None` for a model without
+            score-level text. A checkpoint with score-level text that was saved before this field existed also has
+            `None`; its embedding z-score includes the text, as when `fusion_weight` was fitted.
         alignment_weight (`float`, *optional*):
-            Weight of the alignment z-score in the fused score, >= 0. With one the model has an alignment of patches
-            and centres its embeddings per view, by statistics that are buffers of the checkpoint
-            ([`RiceModel.fit_alignment`]); `None` for a model without.
-        alignment_rank (`int`, defaults to 64): Numbers of a patch that are compared, at most the patch's width.
-        alignment_strength (`float`, defaults to 1.0): Of the patches' whitening, 0 (none) to 1.
+            Weight of the alignment z-score in the fused score, >= 0. Training fits it on a validation split. A model
+            with a weight aligns patches, with statistics that are buffers of the checkpoint
+            ([`RiceModel.fit_alignment`]). In a model without training these also centre its embeddings per view.
+            `None` for a model without alignment.
+        alignment_rank (`int`, defaults to 64): Width of the compared patch vectors, at most the encoder's patch width.
+        alignment_strength (`float`, defaults to 1.0): Strength of the patch whitening, 0 (none) to 1.
         alignment_shrinkage (`float`, defaults to 0.1):
-            Of the whitening: how far variances are drawn towards their mean, 0 to 1.
+            Shrinkage of the whitening: how far variances are moved towards their mean, 0 to 1.
         ranking (`"embedding"`, `"matching"`, `"alignment"`, `"fused"`, *optional*):
-            The score that images are ranked by wherever none is asked for; training sets it to `"fused"` once it has
-            fitted the weights, unless it was set before. By default the fused score where it has a weight, else
-            matching where there is a decoder, else the embeddings' score.
-        initializer_range (`float`, defaults to 0.02).
+            The default score for ranking images. Training sets it to `"fused"` after fitting the weights, unless it is
+            set already. `None` means the fused score if it has a weight, else matching if there is a decoder, else the
+            embedding score.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
 
     Raises:
-        ValueError: for a combination that cannot work, with the reason.
+        ValueError: for settings that do not work together, with the reason.
     """
 
     model_type = "rice"
@@ -253,7 +260,7 @@ class RiceConfig(PreTrainedConfig):
             settings = dict(self.vision_config)
             model_type = settings.pop("model_type", "clip_vision_model")
             self.vision_config = AutoConfig.for_model(model_type, **settings)
-        # A whole CLIP or SigLIP checkpoint's config holds both towers; RICE uses the visual one.
+        # The config of a full CLIP or SigLIP checkpoint holds both towers; RICE uses the visual one.
         if getattr(self.vision_config, "vision_config", None) is not None:
             self.vision_config = self.vision_config.vision_config
         if isinstance(self.text_config, dict):
@@ -262,7 +269,7 @@ class RiceConfig(PreTrainedConfig):
         if getattr(self.text_config, "text_config", None) is not None:
             self.text_config = self.text_config.text_config
         super().__post_init__(**kwargs)
-        # Run here too, since the strict dataclass wraps what its own call raises in an error that is no ValueError.
+        # Called here too: errors from the strict dataclass's own call are wrapped and are no ValueError.
         self.validate_architecture()
 
     @classmethod
@@ -282,7 +289,7 @@ class RiceConfig(PreTrainedConfig):
         return cls(**{**_PRESETS[name], **overrides})
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers does it, but without a text encoder that is not there: mteb reads one that is named."""
+        """As in transformers, but without `text_config` where it is `None`: mteb would take the key for an encoder."""
         settings = super().to_dict()
         if self.text_config is None:
             settings.pop("text_config", None)
@@ -291,21 +298,21 @@ class RiceConfig(PreTrainedConfig):
     @property
     def layout(self) -> EncoderLayout:
         """
-        What the encoder takes and gives, found out by a dry run the first time and kept for the process.
+        Input and output shapes of the encoder, found by a dry run and cached for the process.
 
         Raises:
-            ValueError: for an encoder that cannot work, with the reason.
+            ValueError: for an encoder that RICE cannot use, with the reason.
         """
         return find_layout(self.vision_config)
 
     @property
     def patch_layout(self) -> PatchLayout:
-        """Patches that the decoder sees, which `vision_feature_layer` chooses."""
+        """The patches that the decoder sees; `vision_feature_layer` chooses them."""
         return self.layout.at(self.vision_feature_layer)
 
     @property
     def feature_pooling(self) -> Literal["cls", "mean", "pooler"]:
-        """`vision_pooling`, or what the encoder has where that is left open."""
+        """`vision_pooling`, or where it is `None` the first of class token, pooler and mean that the encoder has."""
         if self.vision_pooling is not None:
             return self.vision_pooling
         layout = self.layout
@@ -319,13 +326,13 @@ class RiceConfig(PreTrainedConfig):
 
     @property
     def projects_patches(self) -> bool:
-        """Whether patches have a projection of their own, as those of an inner layer or of another width need one."""
+        """Whether patches have their own projection: those of an inner layer or of another width need one."""
         layer, width = self.vision_feature_layer, self.layout.patches.width
         return self.use_decoder and (layer is not None or width != self.vision_hidden_size)
 
     @property
     def text_width(self) -> int | None:
-        """Width of title and ASR features, whoever makes them; `None` for a model without text."""
+        """Width of title and ASR features, precomputed or encoded; `None` for a model without text."""
         return self.text_embed_dim if self.text_config is None else self.text_config.hidden_size
 
     @property
@@ -340,7 +347,7 @@ class RiceConfig(PreTrainedConfig):
 
     @property
     def num_patches(self) -> int:
-        """Patches P of an image that the decoder sees, at the encoder's native size."""
+        """Number P of patches per image that the decoder sees, at the encoder's native image size."""
         return self.patch_layout.num_patches
 
     @property
@@ -350,19 +357,19 @@ class RiceConfig(PreTrainedConfig):
 
     @property
     def mask_patch_size(self) -> int:
-        """Side in pixels of the patches of a patch mask, for pictures of the encoder's native size."""
+        """Side in pixels of the patches of a patch mask, at the encoder's native image size."""
         return self.mask_patch_size_at(self.layout.image_size[0])
 
     def mask_patch_size_at(self, side: int) -> int:
         """
-        Of pictures of `side` pixels: what one patch that the decoder sees stands for, or less where that does not
-        divide the picture.
+        Side in pixels of the patches of a patch mask, for images of `side` x `side` pixels: the size of a patch that
+        the decoder sees, or the next smaller divisor of `side`.
         """
         stands_for = max(self.layout.image_size[0] // self.patch_layout.grid[0], 1)
         return next(size for size in range(min(stands_for, side), 0, -1) if side % size == 0)
 
     def validate_architecture(self):
-        """Refuses combinations that cannot work; runs at construction."""
+        """Raises `ValueError` for settings that do not work together. Runs at construction."""
         self._validate_encoder()
         for name in ("projection_dim", "decoder_num_heads", "num_hard_negatives"):
             if getattr(self, name) < 1:
@@ -375,34 +382,35 @@ class RiceConfig(PreTrainedConfig):
         bound = self.logit_scale_max
         if bound is not None and (bound <= 0 or (self.learn_logit_scale and self.logit_scale_init_value > bound)):
             raise ValueError(
-                f"`logit_scale_max={bound}` must be above 0 and no lower than a learnt scale's "
+                f"`logit_scale_max={bound}` must be above 0 and, for a learnt scale, at least "
                 f"`logit_scale_init_value={self.logit_scale_init_value}`; raise it, or set it to None."
             )
         if self.matching_targets == "multi_positive" and self.matching_negatives == "hardest":
             raise ValueError(
-                '`matching_targets="multi_positive"` needs `matching_negatives="all"`, since among mined negatives '
-                "an image has one positive only."
+                '`matching_targets="multi_positive"` needs `matching_negatives="all"`, since an image has only one '
+                "positive among mined negatives."
             )
         if self.use_decoder and self.decoder_hidden_size % self.decoder_num_heads:
             raise ValueError(
                 f"The decoder's width {self.decoder_hidden_size} "
                 f"(`decoder_token_source={self.decoder_token_source!r}`) "
-                f"is not a multiple of `decoder_num_heads={self.decoder_num_heads}`."
+                f"must be a multiple of `decoder_num_heads={self.decoder_num_heads}`; change one of them."
             )
         if self.reconstruction_softmax_over_padding and not self.reconstruction_softmax:
             raise ValueError(
-                "`reconstruction_softmax_over_padding=True` needs `reconstruction_softmax=True`, since there is no "
-                "softmax to count padded frames in."
+                "`reconstruction_softmax_over_padding=True` needs `reconstruction_softmax=True`; set both, or neither."
             )
         mixes_heads = self.use_reconstruction and self.use_decoder and self.reconstruction_mixing == "conv"
         if mixes_heads and self.decoder_num_heads < 2:
             raise ValueError(
-                "`use_reconstruction=True` mixes attention heads and needs `decoder_num_heads >= 2` or "
+                "`use_reconstruction=True` mixes attention heads, so it needs `decoder_num_heads >= 2` or "
                 '`reconstruction_mixing="mean"`.'
             )
         for name in ("decoder_hidden_act", "pooler_act"):
             if getattr(self, name) not in ACT2FN:
-                raise ValueError(f"`{name}={getattr(self, name)!r}` is no activation that transformers knows.")
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` is no activation of transformers; choose one such as 'gelu'."
+                )
         for name in ("projection_dropout", "decoder_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in 0..1 (1 excluded), got {getattr(self, name)}.")
@@ -422,10 +430,10 @@ class RiceConfig(PreTrainedConfig):
             if has
         )
         if self.vision_pooling == "cls" and not layout.has_class_token:
-            raise ValueError(f"The vision model {name!r} has no class token; declare `vision_pooling={others}`.")
+            raise ValueError(f"The vision model {name!r} has no class token; set `vision_pooling={others}`.")
         if self.vision_pooling == "pooler" and layout.pooler_width is None:
-            raise ValueError(f"The vision model {name!r} has no pooler; declare `vision_pooling={others}`.")
-        # Refuses a layer that is not there.
+            raise ValueError(f"The vision model {name!r} has no pooler; set `vision_pooling={others}`.")
+        # Raises for a layer that does not exist.
         layout.at(self.vision_feature_layer)
         for name, asked in (
             ("patch_mask_pooling", self.patch_mask_pooling),
@@ -433,25 +441,23 @@ class RiceConfig(PreTrainedConfig):
         ):
             if asked and self.feature_pooling != "mean":
                 raise ValueError(
-                    f"`{name}={getattr(self, name)!r}` changes the mean over patches; declare "
+                    f"`{name}={getattr(self, name)!r}` changes the mean over patches; set "
                     f'`vision_pooling="mean"`, not {self.feature_pooling!r}.'
                 )
 
     def _validate_text(self):
         if self.text_config is not None:
             if self.text_embed_dim is not None:
-                raise ValueError(
-                    "`text_config` and `text_embed_dim` both say where text vectors come from; leave one out."
-                )
+                raise ValueError("`text_config` and `text_embed_dim` exclude each other; set one of them.")
             if self.text_config.is_encoder_decoder or not isinstance(
                 getattr(self.text_config, "hidden_size", None), int
             ):
                 raise ValueError(
-                    f"`text_config` is a {self.text_config.model_type!r}, which is no plain text encoder; choose one "
-                    f"such as 'bert', 'roberta' or 'distilbert'."
+                    f"`text_config` is a {self.text_config.model_type!r}, which is not a text encoder that RICE can "
+                    f"use; choose one such as 'bert', 'roberta' or 'distilbert'."
                 )
         if self.text_score_weight is not None and self.text_width is None:
-            raise ValueError("`text_score_weight` needs texts; set `text_config`, or `text_embed_dim`.")
+            raise ValueError("`text_score_weight` needs text features; set `text_config` or `text_embed_dim`.")
         for name in ("text_score_weight", "fused_text_weight", "alignment_weight", "frame_consensus_scale"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")
@@ -472,7 +478,7 @@ class RiceConfig(PreTrainedConfig):
             "alignment": (has_alignment, "an `alignment_weight`"),
             "fused": (
                 has_alignment or (self.use_decoder and self.fusion_weight is not None),
-                "a `fusion_weight` beside `use_decoder=True`, or an `alignment_weight`",
+                "a `fusion_weight` with `use_decoder=True`, or an `alignment_weight`",
             ),
         }
         fits, what = needed.get(self.ranking, (True, ""))

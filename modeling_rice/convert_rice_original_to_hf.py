@@ -2,8 +2,9 @@
 
     python -m modeling_rice.convert_rice_original_to_hf CHECKPOINT OUTPUT_DIR
 
-The layout is recognised from keys, all sizes from shapes. A part that is wholly absent (decoder, reconstruction head,
-text projections) is switched off; a partly present one, or a key nobody asked for, is an error with a list.
+The layout is recognised from the keys, and all sizes from the shapes. A part that is completely absent (decoder,
+reconstruction head, text projections) is switched off. A partly present part, or an unknown key, is an error that
+lists the keys.
 """
 
 import argparse
@@ -34,7 +35,7 @@ _STEM = {
     "ln_post.weight": "vision_model.post_layernorm.weight",
     "ln_post.bias": "vision_model.post_layernorm.bias",
 }
-# Prefixes of each layout: (official, ours). A trailing name (weight, bias) is kept.
+# Prefixes of each layout: official to ours. A trailing name (weight, bias) is kept.
 _CLIP4CLIP_DECODER = {
     "cross.embeddings.position_embeddings": "decoder.position_embedding",
     "cross.pooler.ln_pool": "decoder.head.layer_norm",
@@ -51,7 +52,7 @@ _IGNORED = {
         r"clip\.(positional_embedding|text_projection|logit_scale|token_embedding\..*|ln_final\..*|transformer\..*)",
         r"clip\.(input_resolution|context_length|vocab_size)",
         r"cross\.embeddings\.position_ids",
-        # Initialising from CLIP's text tower leaves more blocks behind than the decoder uses.
+        # The official initialisation from CLIP's text tower creates more blocks than the decoder uses.
         r"cross\.transformer\.resblocks\..*",
     ),
     "mmf": (r"transformer\.transformer\.embeddings\..*",),
@@ -59,7 +60,7 @@ _IGNORED = {
 
 
 class _Source:
-    """An official state dict that remembers which keys were asked for."""
+    """An official state dict that records which keys were read."""
 
     def __init__(self, tensors: dict[str, Tensor], prefix: str):
         self.tensors = tensors
@@ -78,26 +79,28 @@ class _Source:
         return any(key.startswith(prefixes) for key in self.tensors)
 
     def count(self, blocks: str) -> int:
-        """Blocks below a prefix, numbered from 0 on without a gap; what stands behind a gap is surplus."""
+        """Number of blocks below a prefix, counted from 0 up to the first gap; blocks after a gap are leftovers."""
         found = {int(match[1]) for key in self.tensors if (match := re.match(re.escape(blocks) + r"\.(\d+)\.", key))}
         if found and 0 not in found:
-            raise ValueError(f"The checkpoint holds {blocks}.{min(found)}, but no {blocks}.0; it is damaged.")
+            raise ValueError(
+                f"The checkpoint holds {blocks}.{min(found)}, but no {blocks}.0; it is damaged, so save it again."
+            )
         return next(number for number in range(len(found) + 1) if number not in found)
 
 
 def convert_original_checkpoint(state_dict: dict[str, Tensor]) -> RiceModel:
     """
-    Builds the model of an official checkpoint, as it was: the faithful preset of its code base, fp32, eval mode.
+    Builds the model of an official checkpoint with the preset of its code base, in fp32 and eval mode.
 
     Args:
-        state_dict: Of the older (CLIP4Clip-based) or the newer (mmf-based) official code; both layouts are
+        state_dict: State dict of the older (CLIP4Clip-based) or the newer (mmf-based) official code. Both layouts are
             recognised, with or without a leading `module.`.
 
     Returns:
-        A [`RiceModel`]. Encoder heads are width / 64 and decoder heads 8, as in both code bases.
+        A [`RiceModel`]. The encoder has width / 64 heads and the decoder 8, as in both code bases.
 
     Raises:
-        ValueError: for another layout, or with a list of the keys that are missing or left over.
+        ValueError: for another layout; for missing or unknown keys, with a list of them.
     """
     tensors = _named_tensors(state_dict)
     if "clip.visual.conv1.weight" in tensors:
@@ -106,8 +109,8 @@ def convert_original_checkpoint(state_dict: dict[str, Tensor]) -> RiceModel:
         layout, source = "mmf", _Source(tensors, "image_encoder.model.")
     else:
         raise ValueError(
-            "The checkpoint is of neither official layout: it has no `clip.visual.conv1.weight` (older code) and no "
-            "`image_encoder.model.conv1.weight` (newer code)."
+            "The checkpoint has neither official layout: it has no `clip.visual.conv1.weight` (older code) and no "
+            "`image_encoder.model.conv1.weight` (newer code); give a checkpoint of the official code."
         )
     weights, overrides = _convert_encoder(source)
     convert_rest = _convert_clip4clip if layout == "clip4clip" else _convert_mmf
@@ -118,24 +121,24 @@ def convert_original_checkpoint(state_dict: dict[str, Tensor]) -> RiceModel:
     try:
         result = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
-        raise ValueError(f"The checkpoint's shapes contradict each other: {' '.join(str(error).split())}") from error
+        raise ValueError(f"The checkpoint has inconsistent shapes: {' '.join(str(error).split())}") from error
     if result.missing_keys or result.unexpected_keys:
         raise ValueError(
-            f"The checkpoint does not fill the model: missing {result.missing_keys}, "
-            f"left over {result.unexpected_keys}."
+            f"The checkpoint's keys do not match the model: {result.missing_keys} are missing, "
+            f"{result.unexpected_keys} are left over."
         )
     return model.float().eval()
 
 
 def _named_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without the `module.` that data parallel training puts before their names."""
+    """The tensors by their names without the `module.` prefix of data parallel training."""
     tensors: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ValueError(f"The checkpoint must map names to tensors, but {key!r} is a {type(value).__name__}.")
         name = key.removeprefix("module.")
         if name in tensors:
-            raise ValueError(f"The checkpoint holds {name} twice, with and without `module.`.")
+            raise ValueError(f"The checkpoint holds {name} twice, with and without `module.`; remove one of them.")
         tensors[name] = value
     return tensors
 
@@ -162,7 +165,7 @@ def _convert_encoder(source: _Source) -> tuple[dict[str, Tensor | None], dict]:
     if width % 64 or grid * grid != len(positions) - 1:
         raise ValueError(
             f"The checkpoint's encoder has width {width} and {len(positions)} positions; the width must be a multiple "
-            f"of 64, and the positions one more than a square."
+            f"of 64, and the number of positions one more than a square."
         )
     vision_config = CLIPVisionConfig(
         hidden_size=width,
@@ -182,7 +185,7 @@ def _check_rank(name: str, tensor: Tensor, rank: int) -> None:
 
 
 def _convert_block(source: _Source, weights: dict, theirs: str, ours: str, attention: str = "attention") -> None:
-    """A pre-norm block whose attention packs query, key and value in one matrix."""
+    """Converts a pre-norm block whose attention packs query, key and value in one matrix."""
     for kind in ("weight", "bias"):
         packed = source.take(f"{theirs}.attn.in_proj_{kind}")
         if packed is not None:
@@ -253,8 +256,8 @@ def _convert_mmf(source: _Source, weights: dict, overrides: dict) -> None:
     if overrides["use_decoder"]:
         if source.count(prefix) > 2:
             raise ValueError(
-                "The checkpoint's decoder has more than one pair of self- and cross-attention blocks; only one "
-                "cross-attention block, the last, can be scored exactly from cached keys and values."
+                "The checkpoint's decoder has more than one pair of self- and cross-attention blocks; RICE supports "
+                "one pair, since only then can scores be computed exactly from cached keys and values."
             )
         overrides["decoder_num_self_layers"] = 1
         _convert_block(source, weights, f"{prefix}.0", "decoder.self_layers.0")
@@ -288,22 +291,24 @@ def load_original_state_dict(path: str | Path) -> dict[str, Tensor]:
     Reads a `.safetensors` file, or a torch file of plain tensors (optionally under `model` or `state_dict`).
 
     Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: when it cannot be read as one of the two.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is neither.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint file {path}.")
+        raise FileNotFoundError(f"There is no checkpoint file {path}; give the path of one.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    # A file that is no checkpoint can fail inside the unpickler in many ways.
+    # The unpickler can fail in many ways on a file that is no checkpoint.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"The checkpoint {path} cannot be read ({reason}); it must hold plain tensors.") from error
     if not isinstance(state_dict, dict):
-        raise ValueError(f"The checkpoint {path} holds a {type(state_dict).__name__}, not named tensors.")
+        raise ValueError(
+            f"The checkpoint {path} holds a {type(state_dict).__name__}; it must hold a dict of tensors by name."
+        )
     for key in ("model", "state_dict"):
         if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
@@ -312,8 +317,8 @@ def load_original_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="file of an official code base (.pth, .bin, .pt or .safetensors)")
-    parser.add_argument("output_dir", help="folder to write config.json and model.safetensors to")
+    parser.add_argument("checkpoint", help="checkpoint of an official code base (.pth, .bin, .pt or .safetensors)")
+    parser.add_argument("output_dir", help="folder for config.json and model.safetensors")
     options = parser.parse_args(arguments)
     try:
         model = convert_original_checkpoint(load_original_state_dict(options.checkpoint))

@@ -1,10 +1,10 @@
 """The pairwise matching decoder (PMD) and the patch feature reconstruction head (PFR).
 
-A pair's score reads only the class-token row of the last block, the image's states do not depend on the clip, and the
-clip's keys and values do not depend on the image. So the decoder is three functions: `encode_images` once per image,
-`encode_clips` once per clip, and `score_pairs`, one query row per pair against cached keys and values. Images play the
-part of query positions there, so that all pairs of a clip are one attention call. With dropout inactive this equals
-the full computation exactly.
+A pair's score reads only the class-token row of the last block. The image's states do not depend on the clip, and the
+clip's keys and values do not depend on the image. The decoder therefore has three functions: `encode_images` runs once
+per image, `encode_clips` once per clip, and `score_pairs` needs one query row per pair and reads cached keys and
+values. It treats images as query positions, so that all pairs of a clip are one attention call. Without active dropout
+this equals the full computation exactly.
 """
 
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def additive_mask(keep: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class RiceDecoderAttention(nn.Module):
-    """Multi-head attention with its projections apart, so that keys and values can be computed once and kept."""
+    """Multi-head attention with separate projections, so that keys and values can be computed once and cached."""
 
     def __init__(self, config: RiceConfig, output_projection: bool, dropout: float):
         super().__init__()
@@ -88,6 +88,8 @@ class RiceDecoderAttention(nn.Module):
 
 
 class RiceDecoderMLP(nn.Module):
+    """Feed-forward part of a block: `(..., d)` -> `(..., d)`."""
+
     def __init__(self, config: RiceConfig):
         super().__init__()
         width = config.decoder_hidden_size
@@ -100,7 +102,7 @@ class RiceDecoderMLP(nn.Module):
 
 
 class RiceDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm block. The self-attention blocks run it whole; the cross-attention block is given a context."""
+    """Pre-norm block. Self-attention blocks run all of it; the cross-attention block gets a computed context."""
 
     def __init__(self, config: RiceConfig, cross_attention: bool):
         super().__init__()
@@ -121,10 +123,10 @@ class RiceDecoderLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         """
         Args:
-            hidden_states (`(..., d)`): Before the block.
-            attention_mask: Additive, of the self-attention.
-            context (`(..., d)`, *optional*): What the attention gave, if it has run; else the states attend to each
-                other, `(B, L, d)`.
+            hidden_states (`(..., d)`): Input of the block.
+            attention_mask: Additive mask of the self-attention.
+            context (`(..., d)`, *optional*): Output of an attention that has already run. Without it the states
+                `(B, L, d)` attend to each other.
         """
         if context is None:
             normed, attention = self.layer_norm1(hidden_states), self.attention
@@ -197,10 +199,9 @@ class RiceDecoder(nn.Module):
     ) -> Tensor:
         """
         Args:
-            tokens (`(n, 1 + P, d)`): Of images.
+            tokens (`(n, 1 + P, d)`): Image tokens.
             title_features (`(n, text_width)`, *optional*), has_title (`(n,)` bool, *optional*): Features of the
-                titles, and which of them are there (all by default). The token of one that is not is attended to by
-                nothing.
+                titles, and which titles exist (all by default). The token of a missing title is masked.
 
         Returns:
             States `(n, L, d)` before the cross-attention block.
@@ -218,8 +219,8 @@ class RiceDecoder(nn.Module):
                     f"An image has {length} tokens but the decoder {self.position_embedding.num_embeddings} positions"
                     f"; raise `decoder_max_position_embeddings`."
                 )
-            # Dropout follows the embedding, as published; without one there is nothing to drop.
-            # Called rather than indexed, or weights that are offloaded would not be fetched.
+            # As published, dropout belongs to the position embedding; without one there is none.
+            # A call, since indexing the weight would not fetch offloaded weights.
             positions = self.position_embedding(torch.arange(length, device=tokens.device))
             tokens = self.dropout(tokens + positions)
         for layer in self.self_layers:
@@ -231,11 +232,12 @@ class RiceDecoder(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """
         Args:
-            tokens (`(c, S, d)`), mask (`(c, S)` bool): Of clips.
-            asr_features (`(c, text_width)`, *optional*), has_asr (`(c,)` bool, *optional*): As `encode_images`.
+            tokens (`(c, S, d)`), mask (`(c, S)` bool): Clip tokens, and which of them are attended to.
+            asr_features (`(c, text_width)`, *optional*), has_asr (`(c,)` bool, *optional*): As the titles in
+                `encode_images`.
 
         Returns:
-            Keys and values `(c, S', d)` and their mask `(c, S')`.
+            Keys and values `(c, S', d)` and their mask `(c, S')`; S' is S, plus 1 with ASR.
         """
         if asr_features is not None:
             tokens = self._join(tokens, self.asr_projection, asr_features)
@@ -259,14 +261,14 @@ class RiceDecoder(nn.Module):
         Args:
             image_states (`(n, d)`): Class-token row of `encode_images`.
             keys, values (`(c, S, d)`), mask (`(c, S)` bool): From `encode_clips`.
-            columns (`(c, m)` int64, *optional*): Images each clip is compared with; all n by default.
+            columns (`(c, m)` int64, *optional*): Indices of the images each clip is compared with; all n by default.
 
         Returns:
             `(c, n, d)` or `(c, m, d)`.
         """
         attention = self.cross_layer.attention
         query = self._query(image_states)
-        # `len` would fix the number of clips in an exported graph.
+        # `len` would make the number of clips a constant of an exported graph.
         query = query.expand(keys.shape[0], -1, -1) if columns is None else query[columns]
         return attention.attend(
             attention.split_heads(query),
@@ -280,21 +282,21 @@ class RiceDecoder(nn.Module):
         return self.head(self.cross_layer(image_states, None, contexts))
 
     def score_pairs(self, image_states: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """Scores of every pair, `(c, n)`: the head's raw output, no temperature. Arguments as `pair_contexts`."""
+        """Scores `(c, n)` of all pairs: raw output of the head, no temperature. Arguments as in `pair_contexts`."""
         return self.finish_pairs(image_states, self.pair_contexts(image_states, keys, values, mask))
 
     def score_chosen_pairs(
         self, image_states: Tensor, keys: Tensor, values: Tensor, mask: Tensor, chosen: Tensor
     ) -> Tensor:
         """
-        Scores `(c, n)` of the pairs that are `True` in `chosen` `(c, n)`, zero for the others, which cost next to
-        nothing: every clip attends to as many images as the most wanted clip has. Arguments as `pair_contexts`.
+        Scores `(c, n)` of the pairs that are `True` in `chosen` `(c, n)`, zero for the others. Every clip attends to m
+        images, where m is the largest number of chosen images of any clip. Other arguments as in `pair_contexts`.
         """
         counts = chosen.sum(dim=1)
         columns = chosen.int().argsort(dim=1, descending=True, stable=True)[:, : int(counts.max())]
         real = torch.arange(columns.shape[1], device=columns.device) < counts[:, None]
         contexts = self.pair_contexts(image_states, keys, values, mask, columns)
-        # The stable sort lists a clip's images in ascending order, as the boolean index does.
+        # The stable sort keeps a clip's images in ascending order, as the boolean index does.
         finished = self.finish_pairs(image_states[columns[real]], contexts[real])
         scores = finished.new_zeros(chosen.shape)
         scores[chosen] = finished
@@ -309,19 +311,20 @@ class RiceDecoder(nn.Module):
 
 
 class RiceHeadMixing(nn.Conv2d):
-    """A 1x1 convolution over heads; a class of its own because it starts near their mean."""
+    """A 1x1 convolution over heads. It has its own class because its initial weights are close to the mean."""
 
     def starting_weight(self) -> Tensor:
         """
-        The mean over inputs, `1 / in_channels`, and around it values that are evenly spread over the outputs, in an
-        order that is drawn for each input; over the inputs where there is one output.
+        Initial weights: the mean over inputs, `1 / in_channels`, plus offsets that are evenly spaced over the outputs,
+        in a random order per input. With a single output, the offsets are spaced over the inputs.
 
-        Channels that are equal would get equal gradients, and stay equal for ever. All weights are above 0 (of up to
-        57 inputs), and so is what the ReLUs behind are given of attention weights: no channel starts dead.
+        Equal channels would get equal gradients and never differ, hence the offsets. All weights are positive (for up
+        to 57 inputs), and so are the inputs of the ReLUs, since attention weights are not negative: no channel starts
+        dead.
         """
         outputs, inputs = self.weight.shape[:2]
         count = outputs if outputs > 1 else inputs
-        # Half the mean, and at least what makes a standard deviation of 1e-2 of many values.
+        # Half the mean, but at least a spread whose standard deviation is 1e-2 for many values.
         width = max(0.5 / inputs, 0.0175) if count > 1 else 0.0
         orders = torch.rand(inputs if outputs > 1 else 1, count).argsort(dim=1)
         offsets = torch.linspace(-width, width, count)[orders]
@@ -331,7 +334,7 @@ class RiceHeadMixing(nn.Conv2d):
 class RiceReconstructionHead(nn.Module):
     """
     Mixes attention heads into one map of reconstruction weights: by two 1x1 convolutions (paper section 4.3), or by
-    their mean.
+    the mean over heads.
     """
 
     def __init__(self, config: RiceConfig):

@@ -1,6 +1,6 @@
-"""What a vision encoder of any family takes and gives, found out by one dry run instead of kept in lists of names.
+"""Finds the input and output shapes of a vision encoder of any family by one dry run, without lists of model names.
 
-The run is on torch's meta device, which computes shapes and no values, wherever the encoder can do that.
+The dry run uses torch's meta device, which computes shapes but no values, if the encoder supports it.
 """
 
 import functools
@@ -15,28 +15,28 @@ from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, is_timm_available
 
-# The side of a picture in pixels, for encoders whose config and weights do not depend on it.
+# Side of an image in pixels, for encoders whose config and weights do not depend on it.
 _ANY_SIZE = 224
-# A class token and a distillation token; a config says how many registers there are.
+# A class token and a distillation token; the number of register tokens is in the config.
 _MOST_PREFIX_TOKENS = 2
-# Parameters of an encoder that is built with numbers only to be looked at, where the meta device does not do.
+# Maximum number of parameters of an encoder that is built on the CPU for the dry run if the meta device fails.
 _LARGEST_BUILT = 500_000_000
-# Fields of a config that say where its weights come from and how they are kept, and nothing of what it does.
+# Config fields that describe the origin and storage of the weights, not the architecture.
 ORIGIN_FIELDS = ("_name_or_path", "architectures", "dtype", "transformers_version")
-# Pixels that a patch stands for at most, where patches are matched with each other: a 14 x 14 grid of 224 pixels.
+# Maximum side in pixels of patches that are matched with each other: a 14 x 14 grid of an image of 224 pixels.
 _FINE_STRIDE = 16
 
 
 @dataclass(frozen=True)
 class PatchLayout:
     """
-    Patches as an encoder gives them, at one depth.
+    Layout of an encoder's patches at one layer.
 
     Attributes:
-        width: Numbers per patch, W.
+        width: Width W of a patch vector.
         grid: Rows and columns of patches.
         num_prefix_tokens: Tokens before the patches: class token, distillation token, registers.
-        order: Of the dimensions: `"tokens"` `(n, prefix + P, W)`, `"channels_first"` `(n, W, rows, columns)` or
+        order: Order of the dimensions: `"tokens"` `(n, prefix + P, W)`, `"channels_first"` `(n, W, rows, columns)` or
             `"channels_last"` `(n, rows, columns, W)`.
     """
 
@@ -47,29 +47,52 @@ class PatchLayout:
 
     @property
     def num_patches(self) -> int:
+        """Number P of patches."""
         return self.grid[0] * self.grid[1]
 
     def tokens(self, states: Tensor) -> Tensor:
-        """The encoder's output in its order -> `(n, prefix + P, W)`."""
+        """States in the encoder's order of dimensions -> `(n, prefix + P, W)`."""
         if self.order == "tokens":
             return states
         return states.flatten(2).transpose(1, 2) if self.order == "channels_first" else states.flatten(1, 2)
+
+    def grid_of(self, num_tokens: int) -> tuple[int, int]:
+        """
+        Rows and columns of `num_tokens` tokens of an image of any size with the native aspect ratio.
+
+        Raises:
+            ValueError: if the tokens are no such grid.
+        """
+        count = num_tokens - self.num_prefix_tokens
+        rows = round(math.sqrt(max(count, 0) * self.grid[0] / self.grid[1]))
+        columns = round(rows * self.grid[1] / self.grid[0])
+        if rows < 1 or rows * columns != count:
+            raise ValueError(f"{num_tokens} tokens are no grid of patches with the aspect ratio of {self.grid}.")
+        return rows, columns
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """Tokens `(n, prefix + P, W)` -> states in the encoder's order; for convolutions in channels-last memory."""
+        if self.order == "tokens":
+            return tokens
+        states = tokens.unflatten(1, self.grid_of(tokens.shape[1]))
+        return states.permute(0, 3, 1, 2) if self.order == "channels_first" else states
 
 
 @dataclass(frozen=True)
 class EncoderLayout:
     """
-    What an encoder takes and gives.
+    Input and output of an encoder.
 
     Attributes:
-        image_size: Height and width in pixels of the pictures it was made for.
-        patches: Of its output.
-        hidden: Of each of its hidden states, `None` for one that is no grid of patches; empty where it gives none.
-        pooler_width: Of its own global feature, `None` where it has none.
+        image_size: Native height and width of its input images, in pixels.
+        patches: Layout of its output.
+        hidden: Layout of each hidden state, `None` for one that is no grid of patches; empty if the encoder returns no
+            hidden states.
+        pooler_width: Width of its own global feature, `None` if it has none.
         has_class_token: Whether its first token is a global feature.
-        skips_final_norm: Whether its `post_layernorm` is left to whoever takes patches of its output, as CLIP does.
-        cut_to: Side in pixels of the patches it takes pictures as, `None` where it takes them whole.
-        image_mean, image_std: Of the pictures it was trained with, where its config tells.
+        skips_final_norm: Whether its output has not passed its `post_layernorm`, as in CLIP.
+        cut_to: Side in pixels of the patches that its input is cut into, `None` if it takes whole images.
+        image_mean, image_std: Normalisation of its training images, `None` if its config does not have it.
     """
 
     image_size: tuple[int, int]
@@ -85,18 +108,18 @@ class EncoderLayout:
     @property
     def takes_one_size(self) -> bool:
         """
-        Whether pictures must have `image_size`: one grid of tokens has as many positions as fit. Grids that shrink on
-        the way are of convolutions, or of windows that are padded.
+        Whether images must have `image_size`. This holds for encoders with one grid of tokens and fixed positions.
+        Encoders whose grids shrink from layer to layer use convolutions or padded windows, and take any size.
         """
         grids = {patches.grid for patches in self.hidden if patches}
         return self.patches.order == "tokens" and len(grids) <= 1
 
     def at(self, layer: int | None) -> PatchLayout:
         """
-        Patches of a hidden state, or of the output for `None`.
+        Layout of a hidden state, or of the output for `None`.
 
         Raises:
-            ValueError: when there is no such hidden state, or it is no grid of patches.
+            ValueError: if there is no such hidden state, or it is no grid of patches.
         """
         if layer is None:
             return self.patches
@@ -111,7 +134,7 @@ class EncoderLayout:
 
     @property
     def fine_layer(self) -> int:
-        """The deepest hidden state whose patches are fine enough to be matched; -1, the last, where none is."""
+        """Index of the deepest hidden state whose patches are small enough to match; -1 (the last) if none is."""
         rows = self.image_size[0] / _FINE_STRIDE
         fine = [layer for layer, patches in enumerate(self.hidden) if patches and patches.grid[0] >= rows]
         return fine[-1] if fine else -1
@@ -119,11 +142,11 @@ class EncoderLayout:
 
 def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     """
-    A new encoder with random weights: the class that AutoModel or AutoBackbone has for the config, or else the vision
+    A new encoder with random weights. Its class is that of AutoModel or AutoBackbone for the config, else the vision
     part of a model that is registered as a whole only (AltCLIP, BLIP, MetaCLIP 2).
 
     Raises:
-        ValueError: for a config that no vision model belongs to, or whose values do not fit together, and for a model
+        ValueError: for a config without a vision model, for config values that do not work together, and for a model
             whose package is not installed.
     """
     try:
@@ -137,19 +160,19 @@ def _new_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     if config.model_type == "timm_wrapper" and not is_timm_available():
         raise ImportError("it needs the package timm: pip install 'rice-retrieval[encoder]'")
     if kind.main_input_name != "pixel_values":
-        raise ValueError(f"it takes {kind.main_input_name}, not pictures")
+        raise ValueError(f"it takes {kind.main_input_name}, not images")
     use_what_it_has(config, kind)
     return kind._from_config(config)
 
 
 def use_what_it_has(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> None:
-    """Lets an encoder without sdpa attend as it can, where sdpa is asked of the model that it is a part of."""
+    """Sets eager attention for an encoder without sdpa, if the model around it is to use sdpa."""
     if config._attn_implementation == "sdpa" and not model_class._supports_sdpa:
         config._attn_implementation = "eager"
 
 
 def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that [`build_encoder`] builds; `ValueError` where there is none."""
+    """The class that [`build_encoder`] builds. Raises `ValueError` if there is none."""
     for auto in (AutoModel, AutoBackbone):
         if type(config) in auto._model_mapping:
             return auto._model_mapping[type(config)]
@@ -164,22 +187,22 @@ def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         and "forward" in vars(value)
     ]
     if not classes:
-        raise ValueError("it has no vision model of its own")
-    # A part's base class shares its config, and its name is no longer than theirs.
+        raise ValueError("transformers has no vision model for it")
+    # Base classes share the config; the model's name ends with "Model".
     return next((value for value in classes if value.__name__.endswith("Model")), classes[0])
 
 
 def encoder_inputs(pixel_values: Tensor, side: int | None) -> dict[str, Tensor | None]:
-    """Pictures `(n, 3, H, W)` as arguments of an encoder's `forward`, cut into patches where a `side` is given."""
+    """Arguments of an encoder's `forward` for images `(n, 3, H, W)`, which are cut into patches if `side` is given."""
     if side is None:
         return {"pixel_values": pixel_values}
     patches = pixel_values.unfold(2, side, side).unfold(3, side, side)
     count, _, rows, columns = patches.shape[:4]
     return {
         "pixel_values": patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2),
-        # Every patch is real.
+        # No patch is padding.
         "pixel_attention_mask": None,
-        # Read as numbers by the encoder, so that the meta device would not do.
+        # The encoder reads the values, which the meta device does not have.
         "spatial_shapes": torch.tensor([[rows, columns]] * count, device="cpu"),
     }
 
@@ -188,18 +211,35 @@ def _cut_to(encoder: nn.Module) -> int | None:
     return encoder.config.patch_size if "spatial_shapes" in inspect.signature(encoder.forward).parameters else None
 
 
+def parts_to_compile(encoder: nn.Module) -> list[nn.Module]:
+    """
+    The blocks of an encoder if they are alike, so that one graph serves all of them and is compiled once. Otherwise
+    the whole encoder, since each stage would need its own graph.
+    """
+    for blocks in encoder.modules():
+        is_trunk = isinstance(blocks, (nn.ModuleList, nn.Sequential)) and 2 * _count(blocks) > _count(encoder)
+        if is_trunk and len(blocks) > 1:
+            kinds = {(type(block), tuple(p.shape for p in block.parameters())) for block in blocks}
+            return list(blocks) if len(kinds) == 1 else [encoder]
+    return [encoder]
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def last_states(output: ModelOutput) -> Tensor:
-    """The states of the last layer: a model's last hidden state, or a backbone's last feature map."""
+    """States of the last layer: the last hidden state of a model, or the last feature map of a backbone."""
     states = output.get("last_hidden_state")
     return output["feature_maps"][-1] if states is None else states
 
 
 def find_layout(config: PreTrainedConfig) -> EncoderLayout:
     """
-    What the encoder of a config takes and gives. The answer is kept, since a config says all of it.
+    Input and output of the encoder of a config, cached per config.
 
     Raises:
-        ValueError: when the encoder cannot be built, does not take pictures, or gives no grid of patches.
+        ValueError: if the encoder cannot be built, does not take images, or returns no grid of patches.
     """
     settings = {name: value for name, value in config.to_dict().items() if name not in ORIGIN_FIELDS}
     return _find_layout(json.dumps(settings, sort_keys=True, default=str))
@@ -215,10 +255,10 @@ def _find_layout(text: str) -> EncoderLayout:
     try:
         output, skips_final_norm = _dry_run(encoder, size)
     except Exception as error:
-        # Some read numbers out of their tensors, or keep tensors that follow no device.
+        # Some encoders read values of their tensors, or keep tensors that do not move to a device.
         if encoder.num_parameters() > _LARGEST_BUILT:
             raise ValueError(_refusal(config, error)) from error
-        # Not on the meta device that a checkpoint's model is built on either.
+        # Explicitly on the CPU, since a checkpoint's model is built on the meta device.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             encoder = build_encoder(config).eval()
         try:
@@ -226,7 +266,7 @@ def _find_layout(text: str) -> EncoderLayout:
         except Exception as error:
             raise ValueError(_refusal(config, error)) from error
     if output.get("ids_restore") is not None:
-        raise ValueError(_refusal(config, "it leaves patches out at random"))
+        raise ValueError(_refusal(config, "it drops patches at random"))
     try:
         patches = _layout(last_states(output), encoder, size, channels_last=_is_channels_last(encoder))
     except (KeyError, TypeError, ValueError) as error:
@@ -248,23 +288,23 @@ def _find_layout(text: str) -> EncoderLayout:
 
 @torch.no_grad()
 def _dry_run(encoder: nn.Module, size: tuple[int, int]) -> tuple[ModelOutput, bool]:
-    """What it makes of an empty picture, and whether it leaves its final norm out of its last hidden state."""
+    """The output for a blank image, and whether the last hidden state has not passed the final norm."""
     norm, normalised = getattr(encoder, "post_layernorm", None), []
     if norm is not None:
-        # Of a global feature it has two dimensions, of the tokens three.
+        # The norm of a global feature has two dimensions, that of the tokens three.
         norm.register_forward_hook(lambda _, inputs, output: normalised.append(output.dim() == 3))
     with encoder.device:
         inputs = encoder_inputs(torch.zeros(1, 3, *size), _cut_to(encoder))
         try:
             output = encoder(**inputs, output_hidden_states=True)
         except (TypeError, ValueError, NotImplementedError):
-            # Not every encoder gives its hidden states.
+            # Not every encoder returns hidden states.
             output = encoder(**inputs)
     return output, norm is not None and not any(normalised)
 
 
 def _trained_with(encoder: nn.Module) -> dict:
-    """timm's description of the pictures a network was trained with, as its config tells or its architecture does."""
+    """timm's description of a network's training images, from its config, else from its architecture."""
     own = getattr(getattr(encoder, "timm_model", None), "pretrained_cfg", None) or {}
     return {**own, **(getattr(encoder.config, "pretrained_cfg", None) or {})}
 
@@ -279,7 +319,7 @@ def _image_size(config: PreTrainedConfig, trained_with: dict) -> tuple[int, int]
 
 
 def _is_channels_last(encoder: nn.Module) -> bool:
-    """Whether a timm network leaves its output so; its hidden states it gives with the channels first."""
+    """Whether a timm network's output has the channels last; its hidden states have them first in any case."""
     return str(getattr(getattr(encoder, "timm_model", None), "output_fmt", "")).endswith("NHWC")
 
 
@@ -302,7 +342,7 @@ def _layout_or_none(states: object, encoder: nn.Module, size: tuple[int, int]) -
 
 
 def _grid(num_tokens: int, encoder: nn.Module, size: tuple[int, int]) -> tuple[tuple[int, int], int]:
-    """Rows and columns of patches among so many tokens, and how many tokens come before them."""
+    """Rows and columns of patches among `num_tokens` tokens, and the number of tokens before them."""
     config = encoder.config
     side = getattr(config, "patch_size", None)
     known = getattr(getattr(encoder, "timm_model", None), "num_prefix_tokens", None)
@@ -312,13 +352,13 @@ def _grid(num_tokens: int, encoder: nn.Module, size: tuple[int, int]) -> tuple[t
         grid = (size[0] // side, size[1] // side)
         if num_tokens - math.prod(grid) in prefixes:
             return grid, num_tokens - math.prod(grid)
-    # The grid shrinks on the way, or the config does not tell; it has the picture's shape in any case.
+    # The grid shrinks from layer to layer, or the config has no patch size; it has the image's aspect ratio anyway.
     for prefix in prefixes:
         rows = round(math.sqrt((num_tokens - prefix) * size[0] / size[1])) if num_tokens > prefix else 0
         columns = round(rows * size[1] / size[0])
         if rows and rows * columns == num_tokens - prefix:
             return (rows, columns), prefix
-    raise ValueError(f"its {num_tokens} tokens are no grid of patches of a {size[0]} x {size[1]} picture")
+    raise ValueError(f"its {num_tokens} tokens are no grid of patches of a {size[0]} x {size[1]} image")
 
 
 def _refusal(config: PreTrainedConfig, reason: Exception | str) -> str:

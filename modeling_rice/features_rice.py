@@ -1,4 +1,4 @@
-"""What a shop's images and a set of clips leave behind once encoded: enough to be compared and matched for ever."""
+"""Encoded shop images, clips and frames: containers of tensors that can be compared, saved and loaded."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from .fingerprint_rice import same_state
 
-# Keys of a batch of pairs, which may be handed whole to a method that needs a part of it.
+# Keys of a batch of pairs. Methods accept the whole batch and use the part they need.
 _BATCH_KEYS = (
     *("pixel_values", "pixel_values_videos", "frame_mask", "patch_mask", "product_ids", "title_embeds", "asr_embeds"),
     *("title_input_ids", "title_attention_mask", "asr_input_ids", "asr_attention_mask", "asr_is_noise"),
 )
 PLAIN_TEXT_KEYS = ("input_ids", "attention_mask")
-# What generic code passes along unset, such as adapters for text models.
+# Arguments that generic code, such as adapters for text models, passes as `None`.
 _GENERIC_KEYS = (
     *(*PLAIN_TEXT_KEYS, "inputs_embeds", "task_ids", "labels"),
     *("output_attentions", "output_hidden_states"),
@@ -33,11 +33,11 @@ def refuse_unknown(method: str, arguments: dict) -> None:
     """
     Raises:
         TypeError: for an argument of a model's `method` that is no key of a batch.
-        ValueError: where hidden states or attentions are asked for.
+        ValueError: if hidden states or attentions are requested.
     """
     for name in ("output_attentions", "output_hidden_states"):
         if arguments.get(name):
-            raise ValueError(f"`{name}` is not possible for `{method}` of RICE, which returns none; leave it out.")
+            raise ValueError(f"`{name}` is not supported by `{method}` of RICE; leave it out.")
     unset = [name for name in _GENERIC_KEYS if arguments.get(name) is None or arguments[name] is False]
     unknown = [name for name in arguments if name not in (*_BATCH_KEYS, *unset)]
     if unknown:
@@ -49,26 +49,26 @@ def refuse_unknown(method: str, arguments: dict) -> None:
 def require_tensor(name: str, value: object) -> Tensor:
     """
     Raises:
-        ValueError: for what is no tensor, such as pictures that were not processed.
+        ValueError: for a value that is no tensor, such as images that were not processed.
     """
     if not isinstance(value, Tensor):
         kind = type(value).__name__
-        raise ValueError(f"`{name}` must be a tensor, got a {kind}; give what the processor returns, as tensors.")
+        raise ValueError(f"`{name}` must be a tensor, got a {kind}; give what the processor returns.")
     return value
 
 
 @dataclass
 class _RiceFeatures:
     """
-    A few tensors with one row per item; the first field is always there, the others may be `None`.
+    Tensors with one row per item. The first field is always set, the others may be `None`.
 
-    `model_fingerprint` names the model they come from ([`RiceModel.fingerprint`]), `None` where that is not known.
+    `model_fingerprint` identifies the model that encoded them ([`RiceModel.fingerprint`]); `None` if unknown.
     """
 
     fields: ClassVar[tuple[str, ...]] = ()
-    # Those with one entry per token or frame, of which clips have different numbers.
+    # Fields with one entry per token or frame; their length differs between clips.
     token_fields: ClassVar[tuple[str, ...]] = ()
-    # Those that keep their precision, whatever the others are cast to.
+    # Fields that keep their precision when the others are cast.
     fixed_fields: ClassVar[tuple[str, ...]] = ("patches",)
 
     model_fingerprint: str | None = field(default=None, kw_only=True)
@@ -87,11 +87,11 @@ class _RiceFeatures:
         return len(getattr(self, self.fields[0]))
 
     def __getitem__(self, index) -> Self:
-        """Rows by slice, index tensor or list; a single integer keeps the row dimension."""
+        """Rows by slice, index tensor or list. A single integer returns one row and keeps the row dimension."""
         if isinstance(index, Integral):
             index = int(index)
             if not -len(self) <= index < len(self):
-                raise IndexError(f"Row {index} is outside the {len(self)} rows.")
+                raise IndexError(f"Row {index} is outside the {len(self)} rows of this {type(self).__name__}.")
             index = slice(index, index + 1 or None)
         return self._map(lambda tensor: tensor[index])
 
@@ -101,8 +101,8 @@ class _RiceFeatures:
 
     def to(self, *args, **kwargs) -> Self:
         """
-        Moves or casts as `Tensor.to` does (e.g. `.to(torch.float16)` halves the storage); masks stay bool, and patches
-        keep their precision.
+        Moves or casts as `Tensor.to` does; for example, `.to(torch.float16)` halves the storage. Masks stay bool, and
+        patches keep their precision.
         """
         moved = {name: tensor.to(*args, **kwargs) for name, tensor in self._tensors().items()}
         for name, tensor in self._tensors().items():
@@ -113,27 +113,29 @@ class _RiceFeatures:
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:
         """
-        Concatenates along rows; clips of unequal length are padded and masked.
+        Concatenates along rows. Clips of unequal length are padded and masked.
 
         Raises:
-            ValueError: for an empty list, or parts that hold different fields or come from different models.
+            ValueError: for an empty list, for parts with different fields, and for parts from different models.
             RuntimeError: for parts of different width.
         """
         if not parts:
             raise ValueError(f"{cls.__name__}.cat needs at least one part, got an empty list.")
         names = parts[0]._tensors().keys()
         if any(part._tensors().keys() != names for part in parts):
-            raise ValueError(f"The parts given to {cls.__name__}.cat hold different fields; encode them alike.")
+            raise ValueError(
+                f"The parts given to {cls.__name__}.cat hold different fields; encode them with the same settings."
+            )
         models = {part.model_fingerprint for part in parts}
         known = sorted(name for name in models if name is not None)
         if any(not same_state(known[0], other) for other in known[1:]):
             raise ValueError(
                 f"The parts given to {cls.__name__}.cat come from different models ({', '.join(known)}); encode them "
-                f"with one."
+                f"with one model."
             )
         columns = {name: [getattr(part, name) for part in parts] for name in names}
         tensors = {name: torch.cat(_pad(c) if name in cls.token_fields else c) for name, c in columns.items()}
-        # Rows of an unknown origin make the whole unknown.
+        # One part of unknown origin makes the origin of the result unknown.
         return cls(model_fingerprint=None if None in models else known[0], **tensors)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -141,7 +143,7 @@ class _RiceFeatures:
         Writes a safetensors file.
 
         Raises:
-            FileNotFoundError: when its folder does not exist.
+            FileNotFoundError: if its folder does not exist.
         """
         if not Path(path).absolute().parent.is_dir():
             raise FileNotFoundError(
@@ -158,8 +160,8 @@ class _RiceFeatures:
         Reads a file written by `save`.
 
         Raises:
-            FileNotFoundError: when there is no such file.
-            ValueError: when the file holds something else.
+            FileNotFoundError: if the file does not exist.
+            ValueError: if the file cannot be read, is damaged, or holds something else.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no feature file {path}; write one with {cls.__name__}.save.")
@@ -168,24 +170,27 @@ class _RiceFeatures:
                 about = json.loads((file.metadata() or {}).get("rice", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, ValueError) as error:
-            raise ValueError(f"The feature file {path} cannot be read ({error}); write it anew.") from error
+            raise ValueError(f"The feature file {path} cannot be read ({error}); write it again.") from error
         about = about if isinstance(about, dict) else {}
         if about.get("type") != cls.__name__:
-            raise ValueError(f"{path} holds {about.get('type') or 'no RICE features'}, not {cls.__name__}.")
+            raise ValueError(
+                f"The feature file {path} holds {about.get('type') or 'no RICE features'}, not {cls.__name__}; write "
+                f"one with {cls.__name__}.save."
+            )
         if cls.fields[0] not in tensors or not tensors.keys() <= set(cls.fields):
             raise ValueError(
-                f"{path} holds {', '.join(sorted(tensors))}, where a {cls.__name__} has {', '.join(cls.fields)}; "
-                f"write it anew with this version."
+                f"The feature file {path} has the fields {', '.join(sorted(tensors))}, but a {cls.__name__} has "
+                f"{', '.join(cls.fields)}; write it again with this version."
             )
-        # Files from before there were checksums have none.
+        # Files of older versions have no checksum.
         if about.pop("crc32", None) not in (None, _checksum(about, tensors)):
-            raise ValueError(f"The feature file {path} is damaged (its checksum is another); write it anew.")
+            raise ValueError(f"The feature file {path} is damaged (its checksum does not match); write it again.")
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         return cls(model_fingerprint=about.get("model_fingerprint"), **tensors)
 
 
 def _checksum(about: dict, tensors: dict[str, Tensor]) -> int:
-    """Of everything that a file holds."""
+    """Checksum of the metadata and all tensors of a file."""
     kinds = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
     checksum = zlib.crc32(json.dumps([about, kinds], sort_keys=True).encode())
     for name in sorted(tensors):
@@ -207,8 +212,8 @@ class RiceGallery(_RiceFeatures):
     Attributes:
         embeds (`(n, D)`): L2-normalised embeddings.
         states (`(n, d)`, *optional*): Class-token rows before the decoder's cross-attention block.
-        text_embeds (`(n, E)`, *optional*): Of the titles, normalised, zero where there is none.
-        patches (`(n, P, R)` float16, *optional*): For `align`, L2-normalised; 2 P R bytes an image.
+        text_embeds (`(n, E)`, *optional*): L2-normalised title embeddings, zero where there is no title.
+        patches (`(n, P, R)` float16, *optional*): L2-normalised patches for `align`; 2 * P * R bytes per image.
     """
 
     embeds: Tensor
@@ -226,8 +231,8 @@ class RiceClips(_RiceFeatures):
         embeds (`(c, D)`): L2-normalised embeddings.
         keys, values (`(c, S, d)`, *optional*): Projected clip tokens of the cross-attention block.
         mask (`(c, S)` bool, *optional*): `True` = real token.
-        text_embeds (`(c, E)`, *optional*): Of the ASR, normalised, zero where there is none.
-        patches (`(c, T, Q, R)` float16, *optional*): For `align`, L2-normalised, frame by frame.
+        text_embeds (`(c, E)`, *optional*): L2-normalised ASR embeddings, zero where there is no ASR.
+        patches (`(c, T, Q, R)` float16, *optional*): L2-normalised patches for `align`, frame by frame.
         patch_mask (`(c, T, Q)` bool, *optional*): `True` = patch of a real frame that is not masked.
     """
 
@@ -245,14 +250,14 @@ class RiceClips(_RiceFeatures):
 @dataclass(repr=False, eq=False)
 class RiceFrames(_RiceFeatures):
     """
-    Encoded frames, each by itself, of which [`RiceModel.pool_frames`] makes clips.
+    Frames that were encoded one by one; [`RiceModel.pool_frames`] makes clips of them.
 
     Attributes:
-        tokens (`(n, 1 + P, d)`): Those the decoder sees, the frame's global token first.
+        tokens (`(n, 1 + P, d)`): Decoder tokens, the frame's global token first.
         features (`(n, D)`): Projected global features, not normalised, in at least single precision.
-        token_mask (`(n, 1 + P)` bool, *optional*): `True` = token that counts; `None` where no patch was masked.
-        patches (`(n, Q, R)`, *optional*): For `align`, L2-normalised; not in training mode.
-        patch_mask (`(n, Q)` bool, *optional*): As `token_mask`, on the grid of `patches`.
+        token_mask (`(n, 1 + P)` bool, *optional*): `True` = token that is not masked; `None` without a patch mask.
+        patches (`(n, Q, R)`, *optional*): L2-normalised patches for `align`; not in training mode.
+        patch_mask (`(n, Q)` bool, *optional*): The same as `token_mask` on the grid of `patches`.
     """
 
     tokens: Tensor

@@ -1,9 +1,9 @@
-"""The same model in the same state: one rule by which encodings are known to be comparable.
+"""Fingerprints of models: they decide which encodings may be compared.
 
-Two models are the same where these are: the settings that encodings depend on, the weights that take part in them, up
-to a cast to bfloat16 or float16, and which adapters are active. Training or eval mode, device and attention back end
-are no part of it, nor are weights and settings of the losses and of the scores' sum. An adapter that is switched off
-is as good as absent, and one that was merged is weights of its layer.
+Two models have the same fingerprint if three things agree: the settings that encodings depend on, the weights that
+encodings depend on (up to a cast to bfloat16 or float16), and the active adapters. Training or eval mode, device,
+attention back end, and the settings and weights of losses and score fusion do not matter. An adapter that is switched
+off counts as absent. A merged adapter counts as part of its layer's weights.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from .configuration_rice import RiceConfig
 
-# Fields and weights that no encoding depends on, or that are told by themselves.
+# Fields and weights that no encoding depends on, or that `_settings` adds separately.
 _TRAINING_FIELDS = (
     "alignment_weight",
     "contrastive_",
@@ -46,22 +46,22 @@ _TRAINING_FIELDS = (
 _TRAINING_WEIGHTS = ("logit_", "reconstruction_head.", "text_logit_")
 _SAMPLES_PER_WEIGHT = 1024
 
-# What PEFT calls the layer that adapters are attached to.
+# PEFT's names for the layer that adapters are attached to.
 _ORIGINALS = ("base_layer", "original_module")
 
 
 class RiceIdentity(nn.Module):
-    """What [`RiceModel`] knows of its own state."""
+    """The methods of [`RiceModel`] that identify its state and compare encodings with it."""
 
     _fingerprint: tuple[tuple, str | None] | None = None
     _settled: str | None = None
 
     def fingerprint(self) -> str | None:
         """
-        Names what this model's encodings depend on, the settings and the weights, in 32 hexadecimal digits, to be
-        compared by `same_state`. Training changes it, and so does switching an adapter; saving, moving and a copy in
-        half precision do not. `None` while weights are offloaded. What `encode_gallery` and `encode_clips` return
-        carries it as `model_fingerprint`.
+        32 hexadecimal digits that identify the settings and weights this model's encodings depend on; compare two by
+        `same_state`. Training and switching an adapter change the fingerprint. Saving, moving to a device and a cast
+        to half precision do not. `None` while weights are offloaded. The results of `encode_gallery` and
+        `encode_clips` carry it as `model_fingerprint`.
         """
         if self._settled is not None:
             return self._settled
@@ -74,27 +74,28 @@ class RiceIdentity(nn.Module):
 
     def settle(self, ending: str = "") -> Self:
         """
-        Keeps the fingerprint that the model has now, for one that is only used from now on: a cast to another
-        precision, or weights that are brought into a faster form, change nothing that matters to who compares
-        encodings. Weights that are changed for real go unnoticed until `train()` is called.
+        Freezes the current fingerprint, for a model that is used for inference only. Afterwards a cast to another
+        precision, or a conversion of the weights for speed, leaves it unchanged. Real changes of the weights are not
+        detected until `train()` is called.
 
         Args:
-            ending: Of the name, where encodings are not those of the model any more, as of a quantised one.
+            ending: Suffix of the fingerprint, for a model whose encodings differ from the original's, such as a
+                quantised one.
         """
         name = self.fingerprint()
         self._settled = None if name is None else name + ending
         return self
 
     def train(self, mode: bool = True) -> Self:
-        """As of any module."""
+        """As `torch.nn.Module.train`; also discards the stored fingerprint."""
         if mode:
             self._settled = None
-        # A fused optimiser changes weights without a trace on them, so that nothing is kept from before training.
+        # A fused optimiser changes weights without raising their version, so nothing is kept from before training.
         self._fingerprint = None
         return super().train(mode)
 
     def refuse_foreign(self, **encodings: Any) -> None:
-        """Raises `ValueError` for encodings, by their name, that are none or known to be another model's."""
+        """Raises `ValueError` for arguments that are no encodings, or that another model is known to have encoded."""
         own = self.fingerprint()
         for name, features in encodings.items():
             if not hasattr(features, "model_fingerprint"):
@@ -103,12 +104,12 @@ class RiceIdentity(nn.Module):
             if not same_state(own, features.model_fingerprint):
                 raise ValueError(
                     f"`{name}` was encoded by another model, or by this one before its weights changed or its "
-                    f"adapters were switched ({features.model_fingerprint}, this one is {own}); encode it anew with "
-                    f"this model."
+                    f"adapters were switched (fingerprint {features.model_fingerprint}, this model has {own}); encode "
+                    f"it again with this model."
                 )
 
     def require_eval_mode(self, method: str) -> None:
-        """Raises `ValueError` where training mode would change what `method` returns, or the model while it runs."""
+        """Raises `ValueError` if training mode would change the results of `method`, or the model while it runs."""
         if any(changes_in_training(module) for module in self.modules()):
             raise ValueError(
                 f"`{method}` needs the model in eval mode, since dropout or batch normalisation is active in training "
@@ -117,22 +118,22 @@ class RiceIdentity(nn.Module):
 
 
 def changes_in_training(module: nn.Module) -> bool:
-    """Whether a module is in training mode and then does something else: batch normalisation, dropout in any form."""
+    """Whether a module is in training mode and acts differently there: batch normalisation, or any dropout."""
     if not module.training:
         return False
     if isinstance(module, nn.modules.batchnorm._NormBase):
         return module.track_running_stats
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
-    # Attention and stochastic depth keep their rates as plain numbers: `dropout`, `attention_dropout`, `drop_prob`.
+    # Attention and stochastic depth store their rates as plain floats: `dropout`, `attention_dropout`, `drop_prob`.
     rates = (value for name, value in vars(module).items() if "drop" in name)
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def same_state(one: str | None, other: str | None) -> bool:
     """
-    Whether two fingerprints may be of one model in one state. A model and its copy in half precision share a half of
-    their names; a name that is not known is taken to fit.
+    Whether two fingerprints may belong to one model in one state. A model and its copy in half precision share half
+    of their digits. `None`, an unknown fingerprint, matches any other.
     """
     if one is None or other is None or one == other:
         return True
@@ -140,17 +141,17 @@ def same_state(one: str | None, other: str | None) -> bool:
 
 
 def _halves(name: str) -> tuple[str, ...]:
-    # Names with an ending, such as those of quantised copies, are whole or not the same.
+    # Fingerprints with an ending, such as those of quantised copies, have no halves and must be equal.
     return (name[:16], name[16:]) if len(name) == 32 else ()
 
 
 def weights_state(model: nn.Module) -> tuple:
     """
-    Changes when the weights or the adapters in use do, at next to no cost: where weights lie, and how often they were
-    written to. What fused optimisers do, or writing through `.data`, is not counted.
+    A value that changes with the weights or the active adapters, and is cheap to compute: the addresses of the
+    weights and their version counters. Changes by fused optimisers or through `.data` are not detected.
     """
-    # A search asks several times. `modules()` and `parameters()` build names and pass through a generator per level,
-    # and asking a module for what it lacks composes an error: five times as long as this walk.
+    # Every search calls this several times. `modules()` and `parameters()` take five times as long: they build names,
+    # use a generator per level, and looking up a missing attribute of a module composes an error message.
     weights, adapters = [], []
     waiting, seen = [model], set()
     while waiting:
@@ -165,7 +166,7 @@ def weights_state(model: nn.Module) -> tuple:
         children = module._modules
         if children:
             waiting += [child for child in children.values() if child is not None]
-            # Adapters are beside the layer that they are attached to, which is a module within theirs.
+            # PEFT's module holds the adapters and, as a child, the layer that they are attached to.
             if not children.keys().isdisjoint(_ORIGINALS) and _is_adapted(module):
                 adapters.append(_adapters_in_use(module))
     return tuple(weights), tuple(adapters)
@@ -173,11 +174,13 @@ def weights_state(model: nn.Module) -> tuple:
 
 def fingerprint(model: Any) -> str | None:
     """
-    32 hexadecimal digits for what the encodings of a [`RiceModel`] depend on, `None` while its weights are offloaded.
+    32 hexadecimal digits that identify everything the encodings of a [`RiceModel`] depend on; `None` while its weights
+    are offloaded.
 
-    They stand for the settings and, for speed, up to 2,048 evenly spaced numbers of each weight, some of which any
-    training step moves: the first 16 with the numbers rounded to bfloat16, the last 16 to float16. A copy in either
-    precision so keeps one half; no rounding would give all three one name.
+    They are hashes of the settings and, for speed, of up to 2,048 evenly spaced values of each weight; a training step
+    changes some of these. The first 16 digits hash the values rounded to bfloat16, the last 16 those rounded to
+    float16. A copy in either precision therefore keeps one half. No single rounding would give all three copies the
+    same hash.
     """
     weights = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if b.is_floating_point()}
     if any(tensor.is_meta for tensor in weights.values()):
@@ -195,7 +198,7 @@ def fingerprint(model: Any) -> str | None:
         if name.startswith(_TRAINING_WEIGHTS):
             continue
         numbers = tensor.detach().flatten()
-        # By way of single precision, as a copy of a double model in half precision may have come about.
+        # Through single precision, as when a double-precision model was cast to half precision via float32.
         numbers = numbers[:: max(1, len(numbers) // _SAMPLES_PER_WEIGHT)].to("cpu", torch.float32)
         for dtype, digest in digests.items():
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -209,10 +212,10 @@ def _is_adapted(module: nn.Module) -> bool:
 
 
 def _adapters_in_use(module: Any) -> list:
-    """The adapters that change what a layer returns, with their scale, in order; none while they are switched off."""
+    """The adapters that change a layer's output, with their scale, in order; none while they are switched off."""
     merged = list(getattr(module, "merged_adapters", []))
     if module.disable_adapters:
-        # PEFT takes merged weights apart again at the next forward pass: a state that is about to change.
+        # PEFT unmerges the weights at the next forward pass, so this state is temporary.
         return [["merged and switched off", *merged]] if merged else []
     scales = getattr(module, "scaling", {})
     return [[name, scales.get(name)] for name in module.active_adapters if name not in merged]
@@ -220,7 +223,7 @@ def _adapters_in_use(module: Any) -> list:
 
 def _plain_name(name: str, in_use: dict[str, list]) -> str | None:
     """
-    What a weight is called without adapters, its own name for an adapter's; `None` for weights that take no part.
+    Name of a weight in the model without adapters. An adapter's weight keeps its name; one not in use gets `None`.
     """
     for prefix, adapters in in_use.items():
         rest = name.removeprefix(f"{prefix}.")
@@ -244,10 +247,10 @@ def _settings(config: RiceConfig) -> dict[str, str]:
 
 
 def _changed_fields(config: PreTrainedConfig) -> dict[str, str]:
-    """A config's own fields that are not at their default: fields that a later version adds change no fingerprint."""
+    """A config's own fields that differ from their default; so new fields of later versions change no fingerprint."""
     common = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     fields = [field for field in dataclasses.fields(config) if field.name not in common]
-    # A saved config's tuples come back as lists.
+    # Tuples of a saved config are loaded as lists.
     values = {f.name: _as_list(getattr(config, f.name)) for f in fields}
     return {f.name: repr(values[f.name]) for f in fields if values[f.name] != _as_list(f.default)}
 

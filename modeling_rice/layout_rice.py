@@ -1,4 +1,4 @@
-"""What a saved model has besides weights and config: the sentence-transformers layout, a card, the weights' hashes."""
+"""Files of a saved model besides weights and config: sentence-transformers' layout, a model card, SHA-256 sums."""
 
 import hashlib
 import json
@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 
 HASHES = "model.sha256"
-"""Hashes of the weight files, in the format of `sha256sum`, which checks them by `sha256sum --check model.sha256`."""
+"""Hashes of the weight files in the format of `sha256sum`; check them by `sha256sum --check model.sha256`."""
 
 PIPELINE_TAG = "image-feature-extraction"
 TAGS = ("rice", "livestreaming-product-recognition", "video-to-shop", "image-retrieval", "video")
 TAGS += ("sentence-transformers", "custom_code")
-"""What the Hub lists a model under."""
+"""Tags of a model on the Hub."""
 
-# Of the card that transformers puts where there is none.
+# Part of the card that transformers writes if there is none.
 _AUTOMATIC = "This model card has been automatically generated"
 
 _HEAD = """---
@@ -25,8 +25,8 @@ tags:
 
 # {name}
 
-Recognises which product a livestream clip is presenting: the clip is the query, the product images of a shop are the
-gallery. The model is RICE ([Cross-view Semantic Alignment for Livestreaming Product
+This model recognises which product a livestream clip presents. The clip is the query; the product images of a shop are
+the gallery. The model is RICE ([Cross-view Semantic Alignment for Livestreaming Product
 Recognition](https://arxiv.org/abs/2308.04912), ICCV 2023)"""
 
 _CARD = """.
@@ -41,14 +41,14 @@ clip = model.get_video_features(**processor(videos=[["frame_0.jpg", "frame_1.jpg
 print(clip @ shop.T)
 ```
 
-Not evaluated yet: no figure is claimed. No licence is stated; ask whoever published the model.
+Not evaluated yet, so this card gives no figures. No licence is stated; ask the publisher of the model.
 """
 
 _FEATURES = {
     kind: {"method": f"get_{kind}_features", "method_output_name": "pooler_output"} for kind in ("image", "video")
 }
 
-# Embeddings are normalised by the model, so there is one module.
+# One module is enough, since the model normalises its embeddings itself.
 _FILES = {
     "modules.json": [
         {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
@@ -64,8 +64,8 @@ _FILES = {
 
 def write_layout(folder: str | os.PathLike) -> None:
     """
-    Writes the files by which `SentenceTransformer(folder)` and mteb know that images and clips can be encoded, and
-    the hashes of the weights.
+    Writes the files that let `SentenceTransformer(folder)` and mteb encode images and clips, and the hashes of the
+    weights.
     """
     folder = Path(folder)
     for name, content in _FILES.items():
@@ -78,7 +78,7 @@ def write_layout(folder: str | os.PathLike) -> None:
 
 
 def write_card(folder: str | os.PathLike, repo_id: str) -> None:
-    """Writes README.md where there is none, or none but the one that transformers puts there."""
+    """Writes README.md if there is none, or only the one that transformers generates."""
     path = Path(folder) / "README.md"
     if path.is_file() and _AUTOMATIC not in path.read_text(encoding="utf-8"):
         return
@@ -86,5 +86,5 @@ def write_card(folder: str | os.PathLike, repo_id: str) -> None:
 
 
 def card_head(name: str) -> str:
-    """How a model's card begins: its metadata, and what the model is, a sentence without its full stop."""
+    """Start of a model card: the metadata, and a description whose last sentence has no full stop yet."""
     return _HEAD.format(pipeline_tag=PIPELINE_TAG, tags="\n".join(f"- {tag}" for tag in TAGS), name=name)

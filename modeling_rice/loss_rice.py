@@ -1,8 +1,8 @@
 """RICE's three losses as pure functions of tensors (RICE, ICCV 2023, section 4).
 
-Under data parallelism every process works on its own rows of the global batch and averages them; the mean of these
-losses (and of their gradients) over processes of equal batch is that of one process. So may any caller that works off
-the rows of a batch in blocks.
+Under data parallelism every process computes the mean over its own rows of the global batch. With equal batch sizes,
+the mean of these losses (and of their gradients) over processes equals the loss of one process on the global batch.
+The same holds for a caller that computes the rows of a batch in blocks of equal size.
 """
 
 from typing import Literal, Protocol
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 Targets = Literal["diagonal", "masked", "multi_positive"]
 ContrastiveKind = Literal["infonce", "sigmoid"]
 
-# Product id of a memory's entry that holds nothing yet; ids of products are 0 or more.
+# Product id of an empty entry of a memory; ids of products are 0 or more.
 EMPTY = -1
 
 
 class Memory(Protocol):
-    """Embeddings of past batches that serve as further negatives; see `training_rice.memory_queue`."""
+    """Embeddings of past batches, used as additional negatives; see `training_rice.memory_queue`."""
 
     image_embeds: Tensor
     video_embeds: Tensor
@@ -28,21 +28,21 @@ class Memory(Protocol):
 
 
 def cosines(rows: Tensor, columns: Tensor) -> Tensor:
-    """Products of normalised rows, kept in single precision: under a temperature of 100 half precision makes ties."""
+    """Cosines of normalised rows, never autocast: at a scale of 100, half precision would create ties."""
     with torch.autocast(rows.device.type, enabled=False):
         return rows @ columns.T
 
 
 def false_negative_mask(row_product_ids: Tensor, column_product_ids: Tensor, row_offset: int = 0) -> Tensor:
     """
-    Pairs that show the same product although they are not the pair itself.
+    Mask of pairs, other than the positive pairs, whose image and clip show the same product.
 
     Args:
         row_product_ids (`(rows,)` int64), column_product_ids (`(columns,)` int64): Product of each row and column.
-        row_offset: Column that holds the positive of row 0; row i's positive is column `row_offset + i`.
+        row_offset: Column of row 0's positive; the positive of row i is column `row_offset + i`.
 
     Returns:
-        `(rows, columns)` bool, `True` = must not serve as a negative.
+        `(rows, columns)` bool, `True` = must not be used as a negative.
     """
     same = row_product_ids[:, None] == column_product_ids[None, :]
     rows = torch.arange(len(row_product_ids), device=same.device)
@@ -58,17 +58,22 @@ def pair_masks(
     memory_product_ids: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """
-    What each row is drawn to besides its own column, and what it is not compared with.
+    Masks of each row's positives besides its own column, and of the columns it is not compared with.
 
     Args:
-        targets: `"diagonal"`: every other pair is a negative, as published. `"masked"`: pairs of one product are not
-            compared. `"multi_positive"`: pairs of one product are positives of each other.
-        product_ids (`(rows,)` int64), all_product_ids (`(B,)` int64): Without them all targets are `"diagonal"`.
+        targets: `"diagonal"`: every other pair is a negative, as published. `"masked"`: other pairs of the same
+            product are ignored. `"multi_positive"`: other pairs of the same product are positives.
+        product_ids (`(rows,)` int64), all_product_ids (`(B,)` int64): Without them every `targets` acts as
+            `"diagonal"`.
         row_offset: See [`false_negative_mask`].
-        memory_product_ids (`(Q,)` int64, *optional*): Further columns, never positives, `EMPTY` where there is none.
+        memory_product_ids (`(Q,)` int64, *optional*): Products of additional columns, which are never positives;
+            `EMPTY` for empty entries.
 
     Returns:
-        `positives` and `ignore`, `(rows, B + Q)` bool or `None` where no entry would be `True`.
+        `positives` and `ignore`, each `(rows, B + Q)` bool, or `None` if no entry would be `True`.
+
+    Raises:
+        ValueError: for a memory without `product_ids`.
     """
     positives = ignore = None
     if product_ids is not None and targets != "diagonal":
@@ -77,7 +82,7 @@ def pair_masks(
     if memory_product_ids is None:
         return positives, ignore
     if product_ids is None:
-        raise ValueError("A memory of past batches needs `product_ids`, which tell its entries apart.")
+        raise ValueError("A memory of past batches needs `product_ids` to mask entries of one product; give them.")
     unfit = (memory_product_ids == EMPTY)[None]
     if targets != "diagonal":
         unfit = unfit | (product_ids[:, None] == memory_product_ids[None])
@@ -93,14 +98,14 @@ def diagonal_cross_entropy(
     logits: Tensor, row_offset: int = 0, ignore: Tensor | None = None, positives: Tensor | None = None
 ) -> Tensor:
     """
-    Cross-entropy of each row against its own column, or against the uniform distribution over its own column and
-    further positives: the mean of their log-probabilities (Supervised Contrastive Learning, NeurIPS 2020, eq. 2).
+    Cross-entropy of each row with its own column as target. With `positives` the target is the uniform distribution
+    over its own column and them (Supervised Contrastive Learning, NeurIPS 2020, eq. 2).
 
     Args:
         logits (`(rows, columns)`): Scores.
         row_offset: See [`false_negative_mask`].
-        ignore, positives (`(rows, columns)` bool, *optional*): Pairs left out of the softmax, and positives besides
-            the own column.
+        ignore, positives (`(rows, columns)` bool, *optional*): Pairs left out of the softmax, and additional
+            positives besides the row's own column.
 
     Returns:
         Scalar, mean over rows.
@@ -119,8 +124,8 @@ def pairwise_sigmoid_loss(
     logits: Tensor, row_offset: int = 0, ignore: Tensor | None = None, positives: Tensor | None = None
 ) -> Tensor:
     """
-    Sigmoid loss: every pair is a binary decision of its own, with labels +1 and -1 (Sigmoid Loss for Language Image
-    Pre-Training, ICCV 2023, section 3.2). Arguments as [`diagonal_cross_entropy`]; `logits` carry scale and bias.
+    Sigmoid loss: every pair is an independent binary decision with label +1 or -1 (Sigmoid Loss for Language Image
+    Pre-Training, ICCV 2023, section 3.2). Arguments as in [`diagonal_cross_entropy`]; `logits` include scale and bias.
 
     Returns:
         Scalar, summed over columns, mean over rows.
@@ -146,12 +151,13 @@ def symmetric_loss(
     memory_product_ids: Tensor | None = None,
 ) -> Tensor:
     """
-    Images against all clips and clips against all images, averaged; with cross-entropy it is symmetric InfoNCE (paper
-    eq. 1). The contrastive loss feeds it scaled cosines; the matching loss over all in-batch pairs decoder scores.
+    Mean of two losses: images against all clips, and clips against all images. With cross-entropy it is symmetric
+    InfoNCE (paper eq. 1). The contrastive loss calls it with scaled cosines, the matching loss over all in-batch pairs
+    with decoder scores.
 
     Args:
-        rows (`(b, B + Q)`): Images of these rows against all B clips and the memory's Q.
-        columns (`(b, B + Q)`): Clips of these rows against all B images and the memory's Q.
+        rows (`(b, B + Q)`): Scores of these rows' images with all B clips and the memory's Q clips.
+        columns (`(b, B + Q)`): Scores of these rows' clips with all B images and the memory's Q images.
         product_ids (`(b,)`), all_product_ids (`(B,)`), memory_product_ids (`(Q,)`): int64, see [`pair_masks`].
         row_offset: Position of the first row in the global batch.
         targets: See [`pair_masks`].
@@ -177,12 +183,12 @@ def contrastive_loss(
     Instance contrastive loss (ICL, paper section 4.1) of some rows of the global batch.
 
     Args:
-        image_embeds, video_embeds (`(B, D)`): Normalised embeddings of the global batch, pair by pair.
+        image_embeds, video_embeds (`(B, D)`): Normalised embeddings of the global batch; row i of each is pair i.
         scale, bias: Logits are `scale * cosine + bias`.
         product_ids (`(B,)` int64, *optional*), targets, kind: See [`symmetric_loss`].
         rows: Which rows to average over; all of them by default.
-        memory: Past embeddings, further negatives without a gradient (Cross-Batch Memory for Embedding Learning,
-            CVPR 2020). Needs `product_ids`.
+        memory: Past embeddings, used as additional negatives without a gradient (Cross-Batch Memory for Embedding
+            Learning, CVPR 2020). Needs `product_ids`.
     """
     rows = rows or slice(0, len(image_embeds))
     images, clips, memory_product_ids = image_embeds, video_embeds, None
@@ -206,20 +212,20 @@ def mine_hard_negatives(
     similarity: Tensor, num_negatives: int, ignore: Tensor | None = None, row_offset: int = 0
 ) -> tuple[Tensor, Tensor]:
     """
-    Per image its own clip and the most similar other clips (paper section 4.2; no gradient through the choice).
+    For each image, its own clip and the most similar other clips (paper section 4.2). The choice has no gradient.
 
     Args:
-        similarity (`(rows, B)`): Images x clips.
-        num_negatives: Clips to pick per image.
-        ignore (`(rows, B)` bool, *optional*): Pairs that show one product.
-        row_offset: Row i's own clip is column `row_offset + i`.
+        similarity (`(rows, B)`): Similarity of images (rows) and clips (columns).
+        num_negatives: Clips to mine per image.
+        ignore (`(rows, B)` bool, *optional*): Pairs of the same product, which are not mined.
+        row_offset: The own clip of row i is column `row_offset + i`.
 
     Returns:
-        `(rows, 1 + num_negatives)` int64 clip index, the positive first, and a bool tensor of that shape: `False`
-        where fewer negatives exist than asked for.
+        `(rows, 1 + num_negatives)` int64 clip indices, the positive first, and a bool tensor of the same shape,
+        `False` where fewer than `num_negatives` clips may be mined.
 
     Raises:
-        ValueError: when the batch is not larger than `num_negatives`.
+        ValueError: if the batch is not larger than `num_negatives`.
     """
     size = similarity.shape[1]
     if size <= num_negatives:
@@ -239,19 +245,19 @@ def mine_hard_negatives(
 
 
 def mined_logits(logits: Tensor, index: Tensor, valid: Tensor) -> Tensor:
-    """Scores of images against all clips `(rows, B)` -> those of the mined clips `(rows, 1 + k)`, positive first."""
+    """Scores of images with all clips `(rows, B)` -> scores with the mined clips `(rows, 1 + k)`, positive first."""
     return logits.gather(1, index).masked_fill(~valid, torch.finfo(logits.dtype).min)
 
 
 def mined_loss(logits: Tensor) -> Tensor:
-    """Cross-entropy of each image's own clip, the first column, against the mined ones; mean over rows."""
+    """Cross-entropy with the first column, each image's own clip, as target; mean over rows."""
     return nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
 
 def reconstruction_loss(weights: Tensor, clip_tokens: Tensor, image_tokens: Tensor) -> Tensor:
     """
     Patch feature reconstruction (paper section 4.3): mean squared error between image patches and their
-    reconstruction from the clip's patches. Neither side of the comparison carries a gradient; the weights do.
+    reconstruction from the clip's patches. Only the weights carry a gradient; the patches of both sides do not.
 
     Args:
         weights (`(B, P, S)`): Reconstruction weights.

@@ -1,4 +1,4 @@
-"""RICE: recognises which product a livestream clip presents, by retrieval against the shop's images (ICCV 2023)."""
+"""RICE (ICCV 2023): recognises which product a livestream clip presents, by retrieval from the shop's images."""
 
 import math
 import os
@@ -37,13 +37,15 @@ class RiceOutput(ModelOutput):
         loss (scalar): Weighted sum of the terms below, with `return_loss=True`.
         contrastive_loss, matching_loss, reconstruction_loss, text_loss (scalar):
             The terms (ICL, PMD, PFR, and ASR against titles), unweighted.
-        logits_per_video, logits_per_image (`(B, B)`): Cosines times `logit_scale`, plus a `logit_bias`.
-        matching_logits: Decoder scores times `matching_scale`, of every clip (rows) with every image, `(B, B)`, as
-            `match` and `logits_per_video` have them. Of a loss on mined negatives `(B, 1 + num_hard_negatives)`: a
-            row per pair, its image with its own clip first, then with the clips that were mined for it.
-        matching_indices (`(B, 1 + num_hard_negatives)`): Which clips those are.
-        image_embeds, video_embeds (`(B, D)`), text_embeds (`(B, E)`): L2-normalised; texts only where they come alone.
-        pooler_output: Of images, clips or texts alone their embeddings once more, where generic code looks for them.
+        logits_per_video, logits_per_image (`(B, B)`): Cosines times `logit_scale`, plus `logit_bias` if there is one.
+        matching_logits: Decoder scores times `matching_scale`, `(B, B)`, clips in rows and images in columns, as in
+            `match` and `logits_per_video`. For a loss on mined negatives `(B, 1 + num_hard_negatives)`: row i holds
+            image i with its own clip first, then with the clips that were mined for it.
+        matching_indices (`(B, 1 + num_hard_negatives)`): Indices of those clips.
+        image_embeds, video_embeds (`(B, D)`), text_embeds (`(B, E)`): L2-normalised. `text_embeds` only for a call
+            with texts alone.
+        pooler_output: For a call with images, clips or texts alone: the same embeddings, under the name that generic
+            code reads.
     """
 
     loss: Tensor | None = None
@@ -62,11 +64,13 @@ class RiceOutput(ModelOutput):
 
 
 class RicePreTrainedModel(PreTrainedModel):
+    """Initialises the weights of RICE and declares what its models support in transformers."""
+
     config_class = RiceConfig
     base_model_prefix = "rice"
     main_input_name = "pixel_values"
     input_modalities = ("image", "video")
-    # Of a model it follows the encoder.
+    # `RiceModel` takes this from its encoder.
     supports_gradient_checkpointing = True
     gradient_checkpointing = False
     _supports_sdpa = True
@@ -75,7 +79,7 @@ class RicePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         if isinstance(module, RiceHeadMixing):
-            # Random signs under two ReLUs can leave the head at zero for ever, so it starts near the mean over heads.
+            # With random signs the two ReLUs can keep the output at zero permanently, so weights start near the mean.
             init.copy_(module.weight, module.starting_weight())
             init.zeros_(module.bias)
         elif isinstance(module, RiceSaliencyScore):
@@ -103,10 +107,10 @@ class RiceModel(
     Cross-view semantic alignment: one vision encoder for clips and images (ICL), a pairwise matching decoder (PMD) and
     patch feature reconstruction (PFR).
 
-    Attention is chosen as for any model of transformers, by `attn_implementation` (`"sdpa"`, the default, or
-    `"eager"`) in `from_pretrained` or `set_attn_implementation`, with equal results; an encoder without sdpa goes on
-    without it. `{"vision_config": "flash_attention_2"}` asks for flash attention in an encoder that has it. Training
-    in bfloat16 on a CPU is faster with `"eager"`, since sdpa's backward pass is slow there.
+    Attention is chosen as in transformers, by `attn_implementation` (`"sdpa"`, the default, or `"eager"`) in
+    `from_pretrained` or by `set_attn_implementation`. Both give equal results. An encoder without sdpa uses eager
+    attention. `{"vision_config": "flash_attention_2"}` selects flash attention for an encoder that supports it.
+    Training in bfloat16 on a CPU is faster with `"eager"`, since the backward pass of sdpa is slow there.
 
     Examples:
 
@@ -119,9 +123,9 @@ class RiceModel(
 
     def __init__(self, config: RiceConfig):
         super().__init__(config)
-        # Kept, since a config finds them out by its dictionary, which a graph cannot hold.
+        # Stored here, because the config computes them from its dictionary, which a compiled graph cannot do.
         self.layout, self.feature_pooling = config.layout, config.feature_pooling
-        self.vision_model = build_encoder(config.vision_config)
+        self.vision_model, self.last_stage = build_encoder(config.vision_config), None
         self.supports_gradient_checkpointing = self.vision_model.supports_gradient_checkpointing
         self.projection_dropout = nn.Dropout(config.projection_dropout)
         self.visual_projection = nn.Linear(config.vision_hidden_size, config.projection_dim, bias=False)
@@ -137,7 +141,7 @@ class RiceModel(
         if config.learn_logit_scale:
             self.logit_scale = nn.Parameter(scale)
         else:
-            # No parameter without a gradient: loading a checkpoint would turn its gradient on.
+            # A buffer rather than a frozen parameter: loading a checkpoint would turn the gradient on.
             self.register_buffer("logit_scale", scale)
         self.logit_bias = None
         if config.contrastive_loss == "sigmoid":
@@ -151,12 +155,12 @@ class RiceModel(
             self.alignment = RiceAlignment(config.patch_layout.width, config.alignment_rank, config.projection_dim)
         self.post_init()
 
-    # Trainer would otherwise rescale the loss, since `forward` takes keyword arguments it does not name.
+    # Otherwise Trainer would rescale the loss, because `forward` takes `**kwargs`.
     accepts_loss_kwargs = False
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
-        """As transformers does it, with what `pipeline("product-retrieval")` and `SentenceTransformer` look for."""
-        # Named here, or the pipeline's file would not be copied with this one; needed only here, and slow to load.
+        """As in transformers, with the files that `pipeline("product-retrieval")` and `SentenceTransformer` read."""
+        # Imported in this file so that the pipeline's file is copied with it; imported late because it loads slowly.
         from .pipeline_rice import CUSTOM_PIPELINES
 
         self.config.custom_pipelines = CUSTOM_PIPELINES
@@ -165,13 +169,13 @@ class RiceModel(
             write_layout(save_directory)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
-        # The last step of `push_to_hub` and `save_pretrained(push_to_hub=True)`, which would leave these out.
+        # The last step of `push_to_hub` and `save_pretrained(push_to_hub=True)`, which would omit these files.
         write_layout(working_dir)
         write_card(working_dir, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs) -> None:
-        """As transformers does it, but `"sdpa"` leaves encoders that have none as they are."""
+        """As in transformers, but with `"sdpa"` an encoder that does not support it uses `"eager"`."""
         if attn_implementation == "sdpa":
             text = None if self.text_model is None else self.text_model.model
             parts = {"vision_config": self.vision_model, "text_config": text}
@@ -182,12 +186,12 @@ class RiceModel(
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
         super()._set_gradient_checkpointing(enable, *args, **kwargs)
-        # timm's networks have a switch of their own.
+        # timm's networks have their own switch.
         if type(self.vision_model)._set_gradient_checkpointing is not PreTrainedModel._set_gradient_checkpointing:
             self.vision_model._set_gradient_checkpointing(enable, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The vision encoder's, as adapters ask for them."""
+        """The input embeddings of the vision encoder, which adapter libraries ask for."""
         return self.vision_model.get_input_embeddings()
 
     def _embed_images(self, pixel_values: Tensor) -> ImageTokens:
@@ -198,15 +202,15 @@ class RiceModel(
 
     def encode_frames(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> RiceFrames:
         """
-        Encodes frames of clips, each by itself, so that clips may share them: with `pool_frames` it is what
-        `encode_clips` does, gradients included.
+        Encodes frames one by one, so that several clips can share a frame. `encode_frames` followed by `pool_frames`
+        equals `encode_clips`, but keeps gradients.
 
         Args:
             pixel_values (`(n, 3, H, W)`): Preprocessed frames.
             patch_mask (`(n, P)` bool, *optional*): `True` = patch of the intended product.
 
         Raises:
-            ValueError: for shapes that do not fit, or a mask that the encoder does not take.
+            ValueError: for wrong shapes, or a mask that the encoder does not support.
         """
         if patch_mask is not None:
             patch_mask = patch_mask.bool()
@@ -218,7 +222,7 @@ class RiceModel(
             token_mask = nn.functional.pad(kept, (1, 0), value=True)
         if patch_mask is not None and aligned is not None:
             patch_mask = resize_patch_mask(patch_mask, aligned.shape[1]) > 0
-        # While weights change nobody compares by name, and a graph that is being made has no weights to read.
+        # Training does not compare fingerprints, and a graph that is being compiled has no weights to read.
         name = None if self.training or torch.compiler.is_compiling() else self.fingerprint()
         shown = None if aligned is None else patch_mask
         return RiceFrames(tokens, _at_least_single(features), token_mask, aligned, shown, model_fingerprint=name)
@@ -232,16 +236,16 @@ class RiceModel(
         asr_attention_mask: Tensor | None = None,
     ) -> RiceClips:
         """
-        Makes clips of encoded frames. A frame may be part of several clips: `frames[[0, 1, 1, 2]]` with a mask of
-        shape (2, 2) are two clips that share one.
+        Pools encoded frames into clips. A frame may be part of several clips: `frames[[0, 1, 1, 2]]` with a mask of
+        shape (2, 2) are two clips that share one frame.
 
         Args:
-            frames: Of all clips, one after the other: the real ones alone, or with padded ones in their places.
-            frame_mask (`(c, T)` bool, *optional*): `True` = real frame; by default all frames are one clip's.
-            asr_embeds, asr_input_ids, asr_attention_mask: The clips' ASR, as `encode_clips`.
+            frames: Frames of all clips, clip by clip: either the real frames only, or all `c * T` with padding.
+            frame_mask (`(c, T)` bool, *optional*): `True` = real frame; by default all frames belong to one clip.
+            asr_embeds, asr_input_ids, asr_attention_mask: ASR of the clips, as in `encode_clips`.
 
         Raises:
-            ValueError: for a mask that does not fit, a clip without a real frame, or frames of another model.
+            ValueError: for a mask of the wrong size, a clip without a real frame, or frames of another model.
         """
         if not isinstance(frames, RiceFrames):
             raise ValueError(f"`frames` is a {type(frames).__name__}; give what `encode_frames` returns.")
@@ -252,7 +256,7 @@ class RiceModel(
         if len(frames) not in (frame_mask.numel(), int(frame_mask.sum())):
             raise ValueError(
                 f"`frame_mask` has {int(frame_mask.sum())} real frames of {frame_mask.numel()}, but there are "
-                f"{len(frames)} frames; give the real ones, or all."
+                f"{len(frames)} frames; give the real frames, or all of them."
             )
         if not self.training:
             self.refuse_foreign(frames=frames)
@@ -261,16 +265,16 @@ class RiceModel(
         return clips.kept(frames.model_fingerprint)
 
     def pool_features(self, features: Tensor, frame_mask: Tensor) -> Tensor:
-        """Frames' features `(c, T, D)`, mask `(c, T)`, as of `pool_frames` -> L2-normalised embeddings `(c, D)`."""
+        """Frame features `(c, T, D)` and mask `(c, T)`, as in `pool_frames` -> L2-normalised embeddings `(c, D)`."""
         features = self._centred(features, is_clip=True)
         if self.config.normalize_frames:
             features = nn.functional.normalize(features, dim=-1)
         return nn.functional.normalize(self.temporal_pooling(features, frame_mask), dim=-1)
 
     def _lay_out(self, frames: RiceFrames, frame_mask: Tensor) -> ClipTokens:
-        """Frames in their places `(c, T)`; see `pool_frames`."""
+        """Arranges frames as `(c, T)`; see `pool_frames`."""
         is_whole = len(frames) == frame_mask.numel()
-        # Where padded frames are masked, they also are not there to be attended to.
+        # Masked padded frames are not attended to either.
         counts_padding = is_whole and frames.token_mask is not None and not self.config.mask_padded_frames
 
         def place(rows: Tensor) -> Tensor:
@@ -295,7 +299,7 @@ class RiceModel(
 
     def _embed_videos(self, videos: Tensor, frame_mask: Tensor | None, patch_mask: Tensor | None) -> ClipTokens:
         frame_mask = self._check_clips(videos, frame_mask, patch_mask)
-        # Padded frames are encoded only where they are to be attended to.
+        # Padded frames are encoded only if they are attended to.
         counts_padding = patch_mask is not None and not self.config.mask_padded_frames
         encoded = torch.ones_like(frame_mask) if counts_padding else frame_mask
         frames = self.encode_frames(videos[encoded], None if patch_mask is None else patch_mask[encoded])
@@ -305,7 +309,7 @@ class RiceModel(
     def _check_clips(videos: Tensor, frame_mask: Tensor | None, patch_mask: Tensor | None) -> Tensor:
         if require_tensor("pixel_values_videos", videos).dim() not in (3, 5) or videos.shape[0] == 0:
             raise ValueError(
-                f"`pixel_values_videos` must be (B, T, 3, H, W), or (B, T, F) of `encode_pictures`, got shape "
+                f"`pixel_values_videos` must be (B, T, 3, H, W), or (B, T, F) from `encode_pictures`, got shape "
                 f"{tuple(videos.shape)}."
             )
         if frame_mask is None:
@@ -346,7 +350,7 @@ class RiceModel(
         """
         Args:
             pixel_values_videos (`(B, T, 3, H, W)`): Preprocessed frames.
-            frame_mask (`(B, T)` bool, *optional*): `True` = real frame. Others are neither encoded nor counted.
+            frame_mask (`(B, T)` bool, *optional*): `True` = real frame. Other frames are not encoded and not pooled.
             patch_mask (`(B, T, P)` bool, *optional*): `True` = patch of the intended product.
 
         Returns:
@@ -354,7 +358,7 @@ class RiceModel(
 
         Raises:
             TypeError: for an argument that is no key of a batch.
-            ValueError: for shapes that do not fit.
+            ValueError: for wrong shapes.
         """
         refuse_unknown("get_video_features", kwargs)
         encoded = self._embed_videos(pixel_values_videos, frame_mask, patch_mask)
@@ -378,12 +382,12 @@ class RiceModel(
             title_embeds (`(n, text_embed_dim)`, *optional*): Precomputed title vectors, zero where there is no title.
             batch_size: Images encoded at a time.
             title_input_ids, title_attention_mask (`(n, L)`, *optional*): Titles for the text encoder; a model without
-                one ignores them.
-            kwargs: Other entries of a batch, which are not needed here (clips).
+                text encoder ignores them.
+            kwargs: Other entries of a batch (of clips), which are ignored.
 
         Raises:
             TypeError: for an argument that is no key of a batch.
-            ValueError: for an empty batch, or in training mode where that changes encodings.
+            ValueError: for an empty batch, or in training mode if that changes encodings.
         """
         refuse_unknown("encode_gallery", kwargs)
         self.require_eval_mode("encode_gallery")
@@ -410,8 +414,9 @@ class RiceModel(
         **kwargs,
     ) -> RiceClips:
         """
-        Encodes clips once, for any number of comparisons. Call in eval mode. Arguments as `get_video_features`, the
-        ASR's as the title's of `encode_gallery`; `batch_size` counts clips. Raises as `encode_gallery`.
+        Encodes clips once, for any number of comparisons. Call in eval mode. Arguments are those of
+        `get_video_features`; ASR is given as titles are in `encode_gallery`; `batch_size` counts clips. Raises the
+        errors of `encode_gallery`.
         """
         refuse_unknown("encode_clips", kwargs)
         self.require_eval_mode("encode_clips")
@@ -428,21 +433,23 @@ class RiceModel(
         return RiceClips.cat(parts)
 
     def _batches(self, batch_size: int, inputs: dict[str, Tensor | None]):
-        """Some rows at a time of inputs that belong together, the pixels first, on the model's device."""
+        """Batches of inputs that belong together, the pixels first, on the model's device."""
         pixels, *others = inputs
         count = len(require_tensor(pixels, inputs[pixels]))
         if count == 0:
             raise ValueError("There is nothing to encode: the batch is empty.")
         for name in others:
             if inputs[name] is not None and len(require_tensor(name, inputs[name])) != count:
-                raise ValueError(f"`{name}` has {len(inputs[name])} rows, but `{pixels}` {count}; give one for each.")
+                raise ValueError(
+                    f"`{name}` has {len(inputs[name])} rows, but `{pixels}` has {count}; give one row for each."
+                )
         check_count("batch_size", batch_size)
         for start in range(0, count, batch_size):
             rows = slice(start, start + batch_size)
             yield {name: None if tensor is None else tensor[rows].to(self.device) for name, tensor in inputs.items()}
 
     def _text_token(self, text: EncodedText | None) -> tuple[Tensor | None, Tensor | None]:
-        """What the decoder is told of a text."""
+        """The text features for the decoder's token, and which texts exist."""
         if text is None or not self.config.has_text_tokens:
             return None, None
         return text.features, text.present
@@ -462,28 +469,30 @@ class RiceModel(
         **kwargs,
     ) -> RiceOutput:
         """
-        Losses and scores of pairs. Images, clips or texts alone give their embeddings.
+        Losses and scores of pairs. For images, clips or texts alone it returns their embeddings.
 
         Args:
             pixel_values (`(B, 3, H, W)`): Shop image of each pair.
             pixel_values_videos (`(B, T, 3, H, W)`), frame_mask (`(B, T)`), patch_mask (`(B, T, P)`):
-                Clip of each pair, as `get_video_features`. Both may be encoded already, by `encode_pictures`.
-            product_ids (`(B,)` int64, *optional*): Pairs of one product are not each other's negatives.
+                Clip of each pair, as in `get_video_features`. Images and clips may also be the output of
+                `encode_pictures`.
+            product_ids (`(B,)` int64, *optional*): Pairs of the same product are not negatives of each other.
             title_embeds, asr_embeds (`(B, text_embed_dim)`, *optional*): Precomputed text vectors, zero where there is
                 no text.
             return_loss: `False` skips the losses and scores all pairs of the batch.
-            asr_is_noise (`(B,)` bool, *optional*): Pairs whose ASR is another product's, on purpose: the text loss
-                takes it as missing, everything else as it is.
-            kwargs: `title_input_ids`, `asr_input_ids` and their `_attention_mask`, `(B, L)`, as the processor gives
-                them; a model without text encoder ignores them beside pictures. `return_dict=False` gives a tuple.
+            asr_is_noise (`(B,)` bool, *optional*): Pairs whose ASR was replaced by another product's. The text loss
+                treats it as missing; the rest of the model uses it.
+            kwargs: `title_input_ids`, `asr_input_ids` and their `_attention_mask`, `(B, L)`, as the processor returns
+                them; a model without text encoder ignores them if there are images or clips. `return_dict=False`
+                returns a tuple.
 
         Raises:
             TypeError: for an argument that is no key of a batch.
-            ValueError: for shapes that do not fit, a batch too small to mine negatives from, hidden states or
-                attentions, which are not returned, or when there is nothing to encode.
+            ValueError: for wrong shapes, a batch too small to mine negatives from, a request for hidden states or
+                attentions (which are not returned), or if there is nothing to encode.
         """
         if pixel_values is None or pixel_values_videos is None:
-            # Texts alone may also come as what other models call them.
+            # Texts alone may also have the argument names of other models.
             refuse_unknown("forward", {name: kwargs[name] for name in kwargs if name not in PLAIN_TEXT_KEYS})
             text = {"title_embeds": title_embeds, "asr_embeds": asr_embeds, **kwargs}
             return self._forward_alone(pixel_values, pixel_values_videos, frame_mask, patch_mask, text)
@@ -526,7 +535,7 @@ class RiceModel(
         title_attention_mask: Tensor | None = None,
         **kwargs,
     ) -> ImageTokens:
-        """What the losses need of images, with gradient; arguments as `encode_gallery`."""
+        """Encodes images for the losses, with gradient; arguments as in `encode_gallery`."""
         images = self._embed_images(pixel_values)
         images.text = self.encode_text("title", title_embeds, title_input_ids, title_attention_mask)
         _refuse_other_count("title", images)
@@ -545,13 +554,13 @@ class RiceModel(
         asr_attention_mask: Tensor | None = None,
         **kwargs,
     ) -> ClipTokens:
-        """What the losses need of clips, with gradient; arguments as `encode_clips`."""
+        """Encodes clips for the losses, with gradient; arguments as in `encode_clips`."""
         clips = self._embed_videos(pixel_values_videos, frame_mask, patch_mask)
         self._add_asr(clips, asr_embeds, asr_input_ids, asr_attention_mask)
         return clips
 
     def _add_asr(self, clips: ClipTokens, vectors: Tensor | None, ids: Tensor | None, mask: Tensor | None) -> None:
-        """Gives clips their ASR, and with it the decoder's keys and values."""
+        """Adds the ASR to clips, then the decoder's keys and values, which depend on it."""
         clips.text = self.encode_text("asr", vectors, ids, mask)
         _refuse_other_count("asr", clips)
         if self.decoder is not None:
@@ -571,7 +580,7 @@ def _refuse_other_count(kind: str, pictures: ImageTokens | ClipTokens) -> None:
     if pictures.text is not None and len(pictures.text.features) != len(pictures.embeds):
         raise ValueError(
             f"There are {len(pictures.text.features)} texts (`{kind}_embeds` or `{kind}_input_ids`) for "
-            f"{len(pictures.embeds)} images or clips; give one for each."
+            f"{len(pictures.embeds)} images or clips; give one text for each."
         )
 
 

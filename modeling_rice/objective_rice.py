@@ -1,4 +1,4 @@
-"""What RICE is trained on: the losses of encoded pairs, whoever encodes them and however many processes there are."""
+"""The training objective of RICE: the losses of encoded pairs, on one process or many."""
 
 import math
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from .text_rice import EncodedText
 
 
 class OneProcess:
-    """The gather of a single process: everything is here already. [`RiceModel.set_gather`] says what others do."""
+    """The gather of a single process: it returns its input. See [`RiceModel.set_gather`] for several processes."""
 
     rank = 0
 
@@ -35,14 +35,14 @@ class OneProcess:
 @dataclass
 class ImageTokens:
     """
-    Images with all that the losses need of them.
+    Encoded images, as the losses need them.
 
     Attributes:
-        tokens (`(n, 1 + P, d)`): Global token first.
+        tokens (`(n, 1 + P, d)`): Decoder tokens, global token first.
         embeds (`(n, D)`): L2-normalised embeddings.
-        text: Of the titles.
+        text: Encoded titles.
         states (`(n, L, d)`, *optional*): From the decoder's `encode_images`.
-        patches (`(n, P, R)`, *optional*): For `align`; not in training mode.
+        patches (`(n, P, R)`, *optional*): Patches for `align`; not in training mode.
     """
 
     tokens: Tensor
@@ -52,7 +52,7 @@ class ImageTokens:
     patches: Tensor | None = None
 
     def kept(self, model_fingerprint: str | None) -> RiceGallery:
-        """What comparisons need."""
+        """The part that comparisons need."""
         states = None if self.states is None else self.states[:, 0]
         texts = None if self.text is None else self.text.embeds
         patches = None if self.patches is None else self.patches.half()
@@ -62,15 +62,15 @@ class ImageTokens:
 @dataclass
 class ClipTokens:
     """
-    Clips with all that the losses need of them.
+    Encoded clips, as the losses need them.
 
     Attributes:
-        tokens (`(c, T, 1 + P, d)`): Frame by frame, each frame's global token first.
+        tokens (`(c, T, 1 + P, d)`): Decoder tokens frame by frame, each frame's global token first.
         token_mask (`(c, T, 1 + P)` bool): `True` = token of a real frame that is not masked.
         embeds (`(c, D)`): L2-normalised embeddings.
-        text: Of the ASR.
-        keys, values (`(c, S, d)`), mask (`(c, S)` bool): From the decoder's `encode_clips`, an ASR token last.
-        patches (`(c, T, Q, R)`, *optional*), patch_mask (`(c, T, Q)` bool): For `align`; not in training mode.
+        text: Encoded ASR.
+        keys, values (`(c, S, d)`), mask (`(c, S)` bool): From the decoder's `encode_clips`; an ASR token is the last.
+        patches (`(c, T, Q, R)`, *optional*), patch_mask (`(c, T, Q)` bool): Patches for `align`; not in training mode.
     """
 
     tokens: Tensor
@@ -84,7 +84,7 @@ class ClipTokens:
     patch_mask: Tensor | None = None
 
     def kept(self, model_fingerprint: str | None) -> RiceClips:
-        """What comparisons need."""
+        """The part that comparisons need."""
         texts = None if self.text is None else self.text.embeds
         patches = None if self.patches is None else self.patches.half()
         return RiceClips(
@@ -95,12 +95,12 @@ class ClipTokens:
 
 class RiceObjective:
     """
-    The losses of [`RiceModel`], apart from `forward` so that a batch can also be worked off in pieces: ICL and PMD
-    take embeddings and scores of the global batch and a range of its rows, PFR takes pairs. Blocks of rows average to
-    the whole.
+    The losses of [`RiceModel`], separate from `forward` so that a batch can also be computed in pieces. ICL and PMD
+    take embeddings and scores of the global batch and a range of its rows; PFR takes pairs. The mean over equal blocks
+    of rows is the loss of the batch.
     """
 
-    # Of the model.
+    # Attributes of the model.
     config: Any
     decoder: Any
     reconstruction_head: Any
@@ -119,8 +119,11 @@ class RiceObjective:
 
     def set_gather(self, gather: Callable[[Tensor], Tensor]) -> None:
         """
-        Sets how rows of other processes are fetched in the loss: a callable that concatenates the tensors of all
-        processes along the first dimension, with a gradient that sums over processes, and has the attribute `rank`.
+        Sets how the losses collect rows of all processes.
+
+        Args:
+            gather: Concatenates the tensors of all processes along the first dimension; its gradient sums over
+                processes. It has the attribute `rank`, the index of this process.
         """
         self._gather = gather
 
@@ -132,7 +135,13 @@ class RiceObjective:
         product_ids: Tensor | None = None,
         asr_is_noise: Tensor | None = None,
     ) -> None:
-        """Puts the losses of this process's pairs, as part of the global batch, into a `RiceOutput`."""
+        """
+        Adds the losses of this process's pairs, as part of the global batch, to a `RiceOutput`.
+
+        Raises:
+            ValueError: for unequal numbers of images and clips, for ids of the wrong shape, or for a batch too small
+                to mine negatives from.
+        """
         if len(images.embeds) != len(clips.embeds):
             raise ValueError(f"The losses need pairs, got {len(images.embeds)} images and {len(clips.embeds)} clips.")
         for name, given in (("product_ids", product_ids), ("asr_is_noise", asr_is_noise)):
@@ -170,12 +179,12 @@ class RiceObjective:
         return self._gather
 
     def set_memory(self, memory: Memory | None) -> None:
-        """Sets a store of past embeddings that are further negatives of the contrastive loss in training mode."""
+        """Sets a store of past embeddings, used as additional negatives of the contrastive loss in training mode."""
         self.memory = memory
 
     @torch.no_grad()
     def bound_logit_scale(self) -> None:
-        """Brings a learnt temperature back to at most `logit_scale_max`; to be called after each optimiser step."""
+        """Clamps a learnt temperature to at most `logit_scale_max`. Call it after each optimiser step."""
         bound = self.config.logit_scale_max
         if self.config.learn_logit_scale and bound is not None:
             self.logit_scale.clamp_(max=math.log(bound))
@@ -185,7 +194,7 @@ class RiceObjective:
     def contrastive_loss(
         self, image_embeds: Tensor, video_embeds: Tensor, product_ids: Tensor | None, rows: slice
     ) -> Tensor:
-        """ICL of some rows of the global batch, unweighted; arguments as `loss_rice.contrastive_loss`."""
+        """ICL of some rows of the global batch, unweighted; arguments as in `loss_rice.contrastive_loss`."""
         return contrastive_loss(
             image_embeds,
             video_embeds,
@@ -207,9 +216,9 @@ class RiceObjective:
         texts: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """
-        Clips that images of the given rows (all by default) are matched with, and which of them exist; see
-        `loss_rice.mine_hard_negatives`. `None` where every pair of the batch is. With `texts`, the title and ASR
-        embeddings of the batch, those are the most similar that are so by what is seen and said.
+        The clips that the images of the given rows (all by default) are matched with, and which of them exist; see
+        `loss_rice.mine_hard_negatives`. `None` if every pair of the batch is matched. With `texts`, the title and ASR
+        embeddings of the batch, the similarity is the visual cosine plus `text_score_weight` times the text cosine.
         """
         if self.config.matching_negatives == "all":
             return None
@@ -227,8 +236,8 @@ class RiceObjective:
         self, class_states: Tensor, clips: ClipTokens, rows: slice, mined: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         """
-        Scores `(b, B)` of this process's clips with the images of all: an image costs one row of width d to exchange,
-        a clip hundreds. Pairs that no image has mined stay zero.
+        Scores `(b, B)` of this process's clips with the images of all processes. Images are exchanged rather than
+        clips, since an image is one row of width d and a clip hundreds. Pairs that no image has mined stay zero.
         """
         keys_values = clips.keys, clips.values, clips.mask
         if mined is None:
@@ -251,12 +260,12 @@ class RiceObjective:
         Args:
             by_image, by_clip (`(r, B)`): Decoder scores of these rows' images with all clips, and of these rows' clips
                 with all images.
-            product_ids (`(B,)` int64, *optional*), rows: As `contrastive_loss`.
-            mined: What `mine_negatives` says of these rows.
+            product_ids (`(B,)` int64, *optional*), rows: As in `contrastive_loss`.
+            mined: The result of `mine_negatives` for these rows.
 
         Returns:
-            The loss, unweighted, and its logits as [`RiceOutput`] has them: those of these rows' clips with their
-            images, `(r, r)`, or with mined negatives `(r, 1 + num_hard_negatives)`.
+            The loss, unweighted, and its logits as in [`RiceOutput`]: those of these rows' clips with their images,
+            `(r, r)`, or with mined negatives `(r, 1 + num_hard_negatives)`.
         """
         by_image, by_clip = self.config.matching_scale * by_image, self.config.matching_scale * by_clip
         if mined is not None:
@@ -274,7 +283,7 @@ class RiceObjective:
 
     def reconstruction_weights(self, states: Tensor, keys: Tensor, mask: Tensor, tokens_per_frame: int) -> Tensor:
         """
-        How much of each clip token goes into each image token's reconstruction, for image i with clip i.
+        Weight of each clip token in the reconstruction of each image token, for image i with clip i.
 
         Args:
             states (`(B, L, d)`): From the decoder's `encode_images`.
@@ -285,7 +294,7 @@ class RiceObjective:
             `(B, P, T * P)`, or `(B, 1 + P, T * (1 + P))` with `reconstruction_include_cls`.
         """
         attention = self.decoder.positive_attention(states, keys, mask)
-        # Text tokens stand last and have no patch to reconstruct or to be reconstructed from.
+        # Text tokens are last; they are not reconstructed and not reconstructed from.
         num_keys = keys.shape[1] // tokens_per_frame * tokens_per_frame
         attention, mask = attention[:, :, :tokens_per_frame, :num_keys], mask[:, :num_keys]
         if not self.config.reconstruction_include_cls:
@@ -296,72 +305,78 @@ class RiceObjective:
     @torch.no_grad()
     def reconstruction_maps(self, pixel_values: Tensor, pixel_values_videos: Tensor, **batch) -> Tensor:
         """
-        Which patches of its clip each image patch is reconstructed from, for image i with clip i (PFR; RICE (ICCV
-        2023), section 4.3). Call in eval mode.
+        Weights with which each image patch is reconstructed from the clip's patches, for image i with clip i (PFR;
+        RICE (ICCV 2023), section 4.3). Call in eval mode.
 
         Args:
             pixel_values (`(B, 3, H, W)`), pixel_values_videos (`(B, T, 3, H, W)`): Preprocessed pairs.
-            batch: Other keys of a batch, as `forward`.
+            batch: Other keys of a batch, as in `forward`.
 
         Returns:
-            `(B, P, T, P)`, at least 0, and 0 in padded frames and masked patches. Each image patch's weights sum to 1
-            only with `reconstruction_softmax`.
+            `(B, P, T, P)`, at least 0, and 0 in padded frames and masked patches. The weights of an image patch sum to
+            1 only with `reconstruction_softmax`.
 
         Raises:
-            ValueError: when the model has no reconstruction head, or images and clips differ in number.
+            ValueError: if the model has no reconstruction head, or images and clips differ in number.
         """
         if self.reconstruction_head is None:
-            raise ValueError("This model has no reconstruction head, so it has no reconstruction maps.")
+            raise ValueError(
+                "This model has no reconstruction head, so it has no reconstruction maps; train one with "
+                "`use_reconstruction=True`."
+            )
         images, clips = self._pair_tokens(pixel_values, pixel_values_videos, batch)
         tokens_per_frame, frames = images.tokens.shape[1], clips.tokens.shape[1]
         weights = self.reconstruction_weights(images.states, clips.keys, clips.mask, tokens_per_frame)
         if self.config.reconstruction_include_cls:
             weights = _drop_class_keys(weights[:, 1:], tokens_per_frame)
-        # The mixing of heads has a bias, which would light up what was never attended to.
+        # The bias of the head mixing gives weight even to tokens that were not attended to.
         weights = weights.unflatten(-1, (frames, -1)) * clips.token_mask[:, None, :, 1:]
         return weights.clamp(min=0)
 
     @torch.no_grad()
     def attention_maps(self, pixel_values: Tensor, pixel_values_videos: Tensor, **batch) -> Tensor:
         """
-        Which patches of its clip each image token attends to in the matching decoder's cross-attention, mean over
-        heads, for image i with clip i (PMD; RICE (ICCV 2023), section 4.2). Call in eval mode.
+        Attention of each image token to the clip's patches in the matching decoder's cross-attention, mean over heads,
+        for image i with clip i (PMD; RICE (ICCV 2023), section 4.2). Call in eval mode.
 
         Args:
             pixel_values (`(B, 3, H, W)`), pixel_values_videos (`(B, T, 3, H, W)`): Preprocessed pairs.
-            batch: Other keys of a batch, as `forward`.
+            batch: Other keys of a batch, as in `forward`.
 
         Returns:
-            `(B, 1 + P, T, P)`: first the class token, whose attention alone the matching score is made of, then the
-            image's patches, which reconstruction uses. Probabilities, 0 in padded frames and masked patches; what a
-            token's lack to 1 is its attention to the class tokens of frames and to an ASR token.
+            `(B, 1 + P, T, P)`. The first row is the class token, which alone makes the matching score; the others are
+            the image's patches, which reconstruction uses. Values are probabilities, 0 in padded frames and masked
+            patches. The rest up to a sum of 1 is attention to the class tokens of frames and to an ASR token.
 
         Raises:
-            ValueError: when the model has no decoder, or images and clips differ in number.
+            ValueError: if the model has no decoder, or images and clips differ in number.
         """
         if self.decoder is None:
-            raise ValueError("This model has no matching decoder, so it has no attention maps.")
+            raise ValueError(
+                "This model has no matching decoder, so it has no attention maps; train one with `use_decoder=True`."
+            )
         images, clips = self._pair_tokens(pixel_values, pixel_values_videos, batch)
         tokens_per_frame, frames = images.tokens.shape[1], clips.tokens.shape[1]
         attention = self.decoder.positive_attention(images.states, clips.keys, clips.mask).mean(dim=1)
-        # Title and ASR stand last on their sides.
+        # The title token is the last of the image, the ASR token the last of the clip.
         attention = attention[:, :tokens_per_frame, : frames * tokens_per_frame]
         return _drop_class_keys(attention, tokens_per_frame).unflatten(-1, (frames, -1))
 
     def _pair_tokens(
         self, pixel_values: Tensor, pixel_values_videos: Tensor, batch: dict
     ) -> tuple[ImageTokens, ClipTokens]:
-        """Images and as many clips, on the model's device."""
+        """Encodes pairs of images and clips on the model's device."""
         if len(pixel_values) != len(pixel_values_videos):
             raise ValueError(
-                f"The maps need pairs, got {len(pixel_values)} images and {len(pixel_values_videos)} clips."
+                f"The maps need pairs, got {len(pixel_values)} images and {len(pixel_values_videos)} clips; give one "
+                f"clip per image."
             )
         batch = {"pixel_values": pixel_values, "pixel_values_videos": pixel_values_videos, **batch}
         batch = {name: value.to(self.device) if hasattr(value, "to") else value for name, value in batch.items()}
         return self.image_tokens(**batch), self.clip_tokens(**batch)
 
     def reconstruction_loss(self, images: ImageTokens, clips: ClipTokens) -> Tensor:
-        """PFR of pairs, unweighted; the mean over pairs, which need not be a whole batch."""
+        """PFR loss, unweighted: the mean over the given pairs, which may be a part of a batch."""
         weights = self.reconstruction_weights(images.states, clips.keys, clips.mask, images.tokens.shape[1])
         first = 0 if self.config.reconstruction_include_cls else 1
         clip_tokens = (clips.tokens * clips.token_mask[..., None])[:, :, first:].flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Which patches of a frame make its feature: those in a box, or those that a learnt saliency prefers."""
+"""Pools the patches of a frame into its feature, weighted by a box mask or by a learnt saliency."""
 
 import math
 
@@ -9,14 +9,14 @@ from .configuration_rice import RiceConfig
 
 
 class RiceSaliencyScore(nn.Linear):
-    """A linear layer of its own class, by which `RiceModel._init_weights` knows that it starts at zero."""
+    """A linear layer. It has its own class so that `RiceModel._init_weights` can set it to zero."""
 
 
 class RicePatchSaliency(nn.Module):
     """
-    How much each patch of a frame shows the intended product, learnt from the contrastive loss alone: one norm, one
-    linear layer and a sigmoid on the encoder's last hidden states. It starts with equal weights, so that a model
-    trained with the mean over patches can be continued with it.
+    Saliency of each patch of a frame, that is how much it shows the intended product, learnt from the contrastive loss
+    alone: a LayerNorm, a linear layer and a sigmoid on the encoder's last hidden states. Initial weights are equal, so
+    that training can continue from a model with the mean over patches.
     """
 
     def __init__(self, config: RiceConfig):
@@ -31,14 +31,14 @@ class RicePatchSaliency(nn.Module):
 
 def resize_patch_mask(patch_mask: Tensor, num_patches: int) -> Tensor:
     """
-    A patch mask on the grid of the encoder's output.
+    Resizes a patch mask to the grid of the encoder's output.
 
     Args:
-        patch_mask (`(..., P')`): Bool or 0..1, of a square grid.
-        num_patches: P, patches of the encoder's output, also a square grid.
+        patch_mask (`(..., P')`): Bool or 0..1, on a square grid.
+        num_patches: Number P of patches of the encoder's output, also a square grid.
 
     Returns:
-        `(..., P)` float: how much of each patch's area the mask keeps, 0..1.
+        `(..., P)` float: the fraction of each patch's area that the mask keeps, 0..1.
 
     Raises:
         ValueError: for grids that are not square.
@@ -50,14 +50,14 @@ def resize_patch_mask(patch_mask: Tensor, num_patches: int) -> Tensor:
     if given**2 != mask.shape[-1] or wanted**2 != num_patches:
         raise ValueError(
             f"`patch_mask` has {mask.shape[-1]} patches per frame and the encoder {num_patches}, which are not both "
-            f"square grids; give square pictures and masks."
+            f"square grids; give square images and masks."
         )
     grid = nn.functional.interpolate(mask.reshape(-1, 1, given, given), size=(wanted, wanted), mode="area")
     return grid.reshape(*mask.shape[:-1], num_patches)
 
 
 def pool_patches(patches: Tensor, weights: Tensor | None) -> Tensor:
-    """Mean `(n, W)` over patches `(n, P, W)`, by weights `(n, P)` of at least 0; zero where all of them are 0."""
+    """Mean `(n, W)` of patches `(n, P, W)`, weighted by `(n, P)` of at least 0; zero if all weights are 0."""
     if weights is None:
         return patches.mean(dim=1)
     weights = weights[..., None].to(patches.dtype)

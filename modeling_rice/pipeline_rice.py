@@ -1,4 +1,4 @@
-"""`pipeline("product-retrieval", model=..., trust_remote_code=True)`: a clip and a shop in, a ranking out."""
+"""`pipeline("product-retrieval", model=..., trust_remote_code=True)`: ranks a shop's images for a clip."""
 
 import os
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from .scoring_rice import best_first, check_count, ranked_scores
 
 TASK = "product-retrieval"
 
-# What a saved model's config says, so that `pipeline` finds the class below.
+# Entry of a saved model's config by which `pipeline` finds the class below.
 CUSTOM_PIPELINES = {
     TASK: {"impl": "pipeline_rice.ProductRetrievalPipeline", "pt": ["AutoModel"], "type": "multimodal"}
 }
@@ -19,8 +19,8 @@ CUSTOM_PIPELINES = {
 
 class ProductRetrievalPipeline(Pipeline):
     """
-    Ranks a shop's images for livestream clips. Images are found by embedding, and the best of them are ranked by the
-    model's own choice of score, `config.ranking`.
+    Ranks a shop's images for livestream clips. The embeddings select the most similar images; these are then ranked by
+    the model's default score, `config.ranking`.
 
     Examples:
 
@@ -46,42 +46,44 @@ class ProductRetrievalPipeline(Pipeline):
         Args:
             inputs: A clip, or a list of clips. A clip is a list of frames (PIL images or arrays), a `(T, H, W, 3)` or
                 `(T, 3, H, W)` array or tensor, the path of a video, or a row of a data set with `frames` or `video`
-                and perhaps `asr`; so a list of paths is a list of videos, and a clip of frames by path is a list
-                within the list.
+                and optionally `asr`. A list of paths is a list of videos; for a clip whose frames are paths, give a
+                list that contains the list of paths.
             candidates: The shop: images (PIL, arrays, tensors, paths), an encoded `RiceGallery`, or the path of a
-                saved one. Encoded once per call; given to `pipeline(...)`, once for all calls.
-            titles (`list[str]`, *optional*): The candidates' titles.
-            asr (`str`, *optional*): What is said in the clip, for models that read it.
-            labels (`list`, *optional*): What the answers call the candidates; by default the title, else the path,
+                saved gallery. Images are encoded once per call, or once for all calls if given to `pipeline(...)`.
+            titles (`list[str]`, *optional*): Titles of the candidates.
+            asr (`str`, *optional*): ASR of the clip, for models that read it.
+            labels (`list`, *optional*): Labels of the candidates in the answers; by default the title, else the path,
                 else the index.
-            top_k (`int`, *optional*, defaults to 5): Answers per clip at most.
-            rank_by (`str`, *optional*): `"embedding"`, `"matching"`, `"alignment"` or `"fused"`, those that the model
-                has; by default `config.ranking`, see there.
-            rerank (`int`, *optional*, defaults to 100): By other scores than the embedding's, how many images are
-                scored, the most similar ones; at least `top_k`. Fused scores are relative to these. `None`: all.
-            batch_size (`int`, *optional*, defaults to 1): Clips at a time.
+            top_k (`int`, *optional*, defaults to 5): Maximum number of answers per clip.
+            rank_by (`str`, *optional*): `"embedding"`, `"matching"`, `"alignment"` or `"fused"`, as far as the model
+                has them; by default `config.ranking` (see [`RiceConfig`]).
+            rerank (`int`, *optional*, defaults to 100): Number of images, the most similar by embedding, that get
+                another score than the embedding's; at least `top_k`. Fused scores are relative to these images. `None`
+                scores all images.
+            batch_size (`int`, *optional*, defaults to 1): Clips encoded at a time.
 
         Returns:
-            For a clip, its answers from best to worst, each a dict of `score` (by which they are ranked; fused and
-            matching scores are not bounded), `similarity` (of the embeddings), `index` and `label`. For a list of
-            clips, a list of such lists.
+            For a clip, its answers from best to worst, each a dict of `score` (used for ranking; fused and matching
+            scores are not bounded), `similarity` (cosine of the embeddings), `index` and `label`. For a list of clips,
+            a list of such lists.
 
         Raises:
-            ValueError: no candidates, an empty clip, counts that do not fit, an unreadable picture or video, a
-                gallery of another model.
-            FileNotFoundError: a file that is missing.
+            TypeError: for an unknown argument.
+            ValueError: no candidates, an empty clip, numbers of titles or labels that differ from the number of
+                candidates, an unreadable image or video, a gallery of another model.
+            FileNotFoundError: a missing file.
         """
         if not isinstance(inputs, (list, tuple)):
             return super().__call__(inputs, **kwargs)
         if len(inputs) == 0:
             raise ValueError("There is no clip; give the path of a video, or a list of frames.")
         if _is_frame(inputs[0]):
-            # A tuple is one input, where a list is many.
+            # Pipelines take a tuple as one input and a list as many.
             return super().__call__(tuple(inputs), **kwargs)
         return super().__call__(list(inputs), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
-        """The model and the processor, which pipelines of transformers leave out."""
+        """Saves the model and also the processor, which the pipelines of transformers omit."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
 
@@ -97,19 +99,19 @@ class ProductRetrievalPipeline(Pipeline):
     ) -> tuple[dict, dict, dict]:
         rerank = {"rerank": kwargs.pop("rerank")} if "rerank" in kwargs else {}
         if kwargs:
-            raise TypeError(f"The {TASK} pipeline takes no argument {next(iter(kwargs))!r}.")
+            raise TypeError(f"The {TASK} pipeline takes no argument {next(iter(kwargs))!r}; leave it out.")
         for name, value in (("top_k", top_k), *rerank.items()):
             check_count(name, value)
         forward, postprocess = dict(rerank), {}
         if candidates is not None:
             self.model.eval()
-            # Needed twice, for the encodings and for the labels.
+            # An iterator is needed twice: for the encodings and for the labels.
             candidates = list(candidates) if hasattr(candidates, "__next__") else candidates
             titles = None if titles is None else self.processor.read_texts(titles)
             forward["gallery"] = encode_candidates(self.model, self.processor, candidates, titles)
             postprocess["labels"] = _labels(candidates, titles, labels, len(forward["gallery"]))
         elif titles is not None or labels is not None:
-            raise ValueError("`titles` and `labels` belong to `candidates`, which were not given.")
+            raise ValueError("`titles` and `labels` belong to `candidates`, which were not given; give them too.")
         if top_k is not None:
             forward["top_k"] = postprocess["top_k"] = top_k
         if rank_by is not None:
@@ -120,7 +122,7 @@ class ProductRetrievalPipeline(Pipeline):
         clip = list(inputs) if isinstance(inputs, tuple) else inputs
         if asr is None and isinstance(clip, Mapping):
             asr = clip.get("asr")
-        # Clips of one length are what a batch can be made of; padded frames are not encoded.
+        # Batches need clips of equal length; padded frames are not encoded.
         return dict(
             self.processor(videos=[clip], asr=None if asr is None else [asr], videos_kwargs={"padding": "max_length"})
         )
@@ -129,7 +131,7 @@ class ProductRetrievalPipeline(Pipeline):
         self, model_inputs, gallery=None, rank_by: str | None = None, rerank: int | None = 100, top_k: int = 5
     ) -> dict:
         if gallery is None:
-            raise ValueError("`candidates` are missing: give the shop's images, or a saved gallery.")
+            raise ValueError("`candidates` are missing; give the shop's images, or a saved gallery.")
         if rerank is not None:
             rerank = max(rerank, top_k)
         clips = self.model.encode_clips(**model_inputs)

@@ -1,7 +1,7 @@
-"""Frames of a clip to one vector: frame features `(B, T, D)` and frame mask `(B, T)`, `True` = real, to `(B, D)`.
+"""Temporal pooling: frame features `(B, T, D)` and frame mask `(B, T)`, `True` = real, to clip features `(B, D)`.
 
-Whatever stands at padded frames has no influence. Every learnt pooling starts as the published mean, so that a model
-trained with the mean can be continued with another one.
+Values at padded frames have no influence. Every learnt pooling starts as the published mean, so that training can
+continue from a model with the mean.
 """
 
 import torch
@@ -24,7 +24,7 @@ def consensus(features: Tensor, mask: Tensor) -> Tensor:
 
 
 class RiceZeroLinear(nn.Linear):
-    """A linear layer without bias; a class of its own because it starts at zero."""
+    """A linear layer without bias. It has its own class because its initial weights are zero."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
@@ -32,8 +32,8 @@ class RiceZeroLinear(nn.Linear):
 
 class RiceTemporalPooling(nn.Module):
     """
-    Weighted mean over real frames. Subclasses change what is averaged (`contextualise`) or the weights' logits
-    (`score`); `frame_consensus_scale` adds to the latter and needs no parameters.
+    Weighted mean over real frames. Subclasses change what is averaged (`contextualise`) or the logits of the weights
+    (`score`). `frame_consensus_scale` adds to these logits and needs no parameters.
     """
 
     def __init__(self, config: RiceConfig):
@@ -43,7 +43,7 @@ class RiceTemporalPooling(nn.Module):
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
         """Features `(B, T, D)`, mask `(B, T)` bool with a real frame in each row -> `(B, D)`."""
         precision = next(self.parameters(), features).dtype
-        # Filled rather than multiplied, since padding may hold anything.
+        # Filled rather than multiplied by zero, since padding may hold NaN.
         return self._pool(features.masked_fill(~mask[..., None], 0.0).to(precision), mask).to(features.dtype)
 
     def _pool(self, features: Tensor, mask: Tensor) -> Tensor:
@@ -58,16 +58,16 @@ class RiceTemporalPooling(nn.Module):
         return (weights[..., None] * states).sum(dim=1)
 
     def score(self, features: Tensor) -> Tensor | None:
-        """Logits `(B, T)` of the weights, `None` where frames count alike."""
+        """Logits `(B, T)` of the weights; `None` for equal weights."""
         return None
 
     def contextualise(self, features: Tensor, mask: Tensor) -> Tensor:
-        """What is averaged, `(B, T, D)`; anything at padded frames."""
+        """The features `(B, T, D)` that are averaged; values at padded frames are ignored."""
         return features
 
 
 class RiceAttentionPooling(RiceTemporalPooling):
-    """A learnt saliency per frame, as attention makes one descriptor of many in SEAM Match-RCNN (WACV 2022)."""
+    """Mean weighted by a learnt saliency per frame, similar to the attention of SEAM Match-RCNN (WACV 2022)."""
 
     def __init__(self, config: RiceConfig):
         super().__init__(config)
@@ -79,7 +79,7 @@ class RiceAttentionPooling(RiceTemporalPooling):
 
 
 class RiceLSTMPooling(RiceTemporalPooling):
-    """Frames read in order by an LSTM, as in AsymNet (CVPR 2017), whose states are added to them."""
+    """Adds the states of an LSTM over the frames in order to the frame features, as in AsymNet (CVPR 2017)."""
 
     def __init__(self, config: RiceConfig):
         super().__init__(config)
@@ -87,14 +87,14 @@ class RiceLSTMPooling(RiceTemporalPooling):
         self.lstm_output = RiceZeroLinear(config.projection_dim, config.projection_dim)
 
     def contextualise(self, features: Tensor, mask: Tensor) -> Tensor:
-        # Real frames come first, so that no state has read a padded one.
+        # Real frames are moved to the front, so that no state depends on a padded frame.
         order = (~mask).int().argsort(dim=1, stable=True)[..., None].expand_as(features)
         states = self.lstm(features.gather(1, order))[0]
         return features + torch.zeros_like(states).scatter(1, order, self.lstm_output(states))
 
 
 class RiceTransformerPooling(RiceTemporalPooling):
-    """One transformer block over frames with the time they stand at; what it finds is added to them."""
+    """Adds the output of one transformer block over frames with time positions to the frame features."""
 
     def __init__(self, config: RiceConfig):
         super().__init__(config)
@@ -112,7 +112,7 @@ class RiceTransformerPooling(RiceTemporalPooling):
 
 
 def time_positions(times: Tensor, width: int) -> Tensor:
-    """Sines and cosines `(..., width)` of times `(...)` (Attention Is All You Need, 2017, section 3.5), any number."""
+    """Sines and cosines `(..., width)` of any times `(...)` (Attention Is All You Need, 2017, section 3.5)."""
     rates = 10_000.0 ** (-torch.arange(0, width, 2, device=times.device) / width)
     angles = times[..., None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=-1)[..., :width]

@@ -1,7 +1,7 @@
-"""From encodings to scores, and from scores to a ranking: each score of a model, their fusion, and the default.
+"""From encodings to scores, and from scores to a ranking: each score of a model, their fusion, and the default score.
 
-Scores are a dict from kind to `(num_clips, num_images)`. Nothing here knows a class of RICE: a model is any object
-with `similarity`, and `match`, `align` and `text_similarity` where it has such scores.
+Scores are a dict from kind to `(num_clips, num_images)`. This module uses no class of RICE: a model is any object with
+`similarity` and, if it has these scores, `match`, `align` and `text_similarity`.
 """
 
 import math
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 KINDS = ("embedding", "matching", "alignment", "fused")
-"""What images may be ranked by, in the order of tables."""
+"""Scores that images can be ranked by, in the order of tables."""
 PARTS = ("visual", "text")
-"""What the embedding score is made of where it holds text; nothing is ranked by these alone."""
+"""Parts of an embedding score with text; images are not ranked by these alone."""
 
-# Scores of pairs besides the embedding's: the model's method, and the weight in the fused score.
+# Scores besides the embedding's: the method of the model, and the weight in the fused score.
 _METHODS = {"matching": "match", "alignment": "align"}
 _WEIGHTS = {"matching": "fusion_weight", "alignment": "alignment_weight"}
 
@@ -26,13 +26,13 @@ _WEIGHTS = {"matching": "fusion_weight", "alignment": "alignment_weight"}
 @dataclass(frozen=True)
 class FusionWeights:
     """
-    What the scores of a model count for in the fused score, named as in its config; `None` leaves a score out.
+    Weights of a model's scores in the fused score, named as in its config. `None` leaves a score out.
 
     Attributes:
-        fusion_weight: Of the matching z-score, above 0.
-        alignment_weight: Of the alignment z-score, 0 or more.
-        fused_text_weight: Of the cosine between ASR and title, 0 or more, beside the z-score of the visual cosine
-            alone. With `None` that z-score is of the embedding score, which may hold text.
+        fusion_weight: Weight of the matching z-score, above 0.
+        alignment_weight: Weight of the alignment z-score, 0 or more.
+        fused_text_weight: Weight of the cosine between ASR and title, 0 or more. With it, the first term is the
+            z-score of the visual cosine alone; with `None` it is that of the embedding score, which may include text.
 
     Raises:
         ValueError: for a weight out of its range.
@@ -52,12 +52,12 @@ class FusionWeights:
 
     @classmethod
     def of(cls, config: Any) -> "FusionWeights":
-        """Those of a model's config, of the scores that it has."""
+        """The weights in a model's config, for the scores that the model has."""
         matching = getattr(config, "fusion_weight", None) if getattr(config, "use_decoder", True) else None
         return cls(matching, getattr(config, "alignment_weight", None), getattr(config, "fused_text_weight", None))
 
     def rule(self) -> str:
-        """The fused score in words."""
+        """The formula of the fused score, for people to read."""
         reads_text = self.fused_text_weight is not None
         terms = ["z(visual)" if reads_text else "z(embedding)"]
         terms += ["weight * z(matching)"] * (self.fusion_weight is not None)
@@ -69,7 +69,7 @@ class FusionWeights:
         return f"{' + '.join(terms)}, per query" + words * reads_text
 
     def fused_kinds(self, kinds: Iterable[str]) -> list[str]:
-        """Those of `kinds` that have a weight beside the embedding's; where there are none, nothing is fused."""
+        """The `kinds` besides the embedding that have a weight; without any there is no fused score."""
         return [kind for kind in kinds if kind in _WEIGHTS and getattr(self, _WEIGHTS[kind]) is not None]
 
 
@@ -78,11 +78,11 @@ def z_scores(scores: Tensor) -> Tensor:
     Scores shifted to mean 0 and scaled to standard deviation 1 over the last dimension, the gallery of a clip.
 
     Args:
-        scores (`(..., num_images)`): Of any dtype. Those that are not finite take no part and become NaN.
+        scores (`(..., num_images)`): Any dtype. Scores that are not finite are ignored and become NaN.
 
     Returns:
-        `(..., num_images)` float64. A row without spread becomes zeros, so that it leaves a fused ranking to the other
-        scores.
+        `(..., num_images)` float64. A row without spread becomes zeros, so that the other scores decide a fused
+        ranking.
     """
     scores = torch.as_tensor(scores).double()
     if scores.shape[-1] == 0:
@@ -92,7 +92,7 @@ def z_scores(scores: Tensor) -> Tensor:
     count = finite.sum(dim=-1, keepdim=True).clamp(min=1)
     centred = (known - known.sum(dim=-1, keepdim=True) / count).masked_fill(~finite, 0.0)
     spread = (centred.square().sum(dim=-1, keepdim=True) / count).sqrt()
-    # Equal float32 scores can differ by rounding after the mean is taken away; such a spread carries no order.
+    # Equal float32 scores can differ by rounding after the mean is subtracted; such a spread is no order.
     level = known.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     standard = torch.where(spread > 1e-9 * level, centred / spread, 0.0)
     return standard.masked_fill(~finite, math.nan)
@@ -100,19 +100,20 @@ def z_scores(scores: Tensor) -> Tensor:
 
 def fuse(scores: Mapping[str, Tensor], weights: FusionWeights) -> Tensor:
     """
-    `z(embedding) + fusion_weight * z(matching) + alignment_weight * z(alignment)`, of the scores that are there and
-    have a weight. Where `fused_text_weight` is given and there is text, the first is `z(visual)`, and that weight
-    times the text is added as it is: its zeros stand for a missing ASR or title and must add nothing.
+    `z(embedding) + fusion_weight * z(matching) + alignment_weight * z(alignment)`, with the terms that have a score
+    and a weight. If `fused_text_weight` is given and there is a text score, the first term is `z(visual)`, and
+    `fused_text_weight * text` is added. The text is not turned into z-scores, because its zeros mean a missing ASR or
+    title and must add nothing.
 
     Args:
-        scores: By kind, each `(..., num_images)` over a whole gallery.
-        weights: Of the fused score.
+        scores: Scores by kind, each `(..., num_images)` over a whole gallery.
+        weights: Weights of the fused score.
 
     Returns:
         `(..., num_images)` float64, NaN where a score is not finite.
     """
     reads_text = weights.fused_text_weight is not None and "text" in scores
-    # Of two images every z-score is 1 or -1: where scores cancel, the embedding decides and not the rounding.
+    # With two images every z-score is 1 or -1; if the terms cancel, the embedding decides and not the rounding.
     fused = (1 + 1e-9) * z_scores(scores["visual" if reads_text else "embedding"])
     for kind in weights.fused_kinds(scores):
         fused = fused + getattr(weights, _WEIGHTS[kind]) * z_scores(scores[kind])
@@ -120,12 +121,12 @@ def fuse(scores: Mapping[str, Tensor], weights: FusionWeights) -> Tensor:
 
 
 def with_fused(scores: Mapping[str, Tensor], weights: FusionWeights) -> dict[str, Tensor]:
-    """The scores, and where there is something to fuse with the embedding also "fused"."""
+    """The scores, and "fused" if there is a score to fuse with the embedding's."""
     return {**scores, "fused": fuse(scores, weights)} if weights.fused_kinds(scores) else dict(scores)
 
 
 def pair_kinds(model: Any) -> list[str]:
-    """The scores that a model has besides that of its embeddings and the fused one, in the order of `KINDS`."""
+    """The scores that a model has besides the embedding and the fused score, in the order of `KINDS`."""
     config = getattr(model, "config", None)
     has = {
         "matching": getattr(config, "use_decoder", True),
@@ -136,16 +137,16 @@ def pair_kinds(model: Any) -> list[str]:
 
 def model_scores(model: Any, clips: Any, gallery: Any, kinds: Iterable[str] | None = None) -> dict[str, Tensor]:
     """
-    What a model knows of every clip and image, each float32 `(num_clips, num_images)`.
+    Scores of every clip with every image, by kind, each float32 `(num_clips, num_images)`.
 
     Args:
-        model: In eval mode.
-        clips, gallery: As the model encoded them.
-        kinds: Of `pair_kinds(model)`, those to score by besides the embeddings; all by default.
+        model: A model in eval mode.
+        clips, gallery: Encoded by this model.
+        kinds: Scores to compute besides the embedding's, from `pair_kinds(model)`; all by default.
 
     Returns:
-        "embedding"; with a score-level text term and texts on both sides also its `PARTS`, "visual" and "text"
-        (without weight, 0 where a text is missing); and the kinds asked for.
+        "embedding" and the requested kinds. With a score-level text term and texts on both sides also its `PARTS`:
+        "visual" and "text" (unweighted, 0 where a text is missing).
     """
     scores = {"embedding": model.similarity(clips, gallery)}
     texts = model.text_similarity(clips, gallery) if hasattr(model, "text_similarity") else None
@@ -158,8 +159,8 @@ def model_scores(model: Any, clips: Any, gallery: Any, kinds: Iterable[str] | No
 
 def default_ranking(config: Any) -> str:
     """
-    The kind of score that images are ranked by unless told otherwise: `config.ranking`, else the fused score where it
-    has a weight, else matching where there is a decoder, else the embeddings' score.
+    The score that images are ranked by if no other is requested: `config.ranking`, else the fused score if it has a
+    weight, else matching if there is a decoder, else the embedding score.
     """
     ranking = getattr(config, "ranking", None)
     if ranking is not None:
@@ -173,20 +174,21 @@ def ranked_scores(
     model: Any, clips: Any, gallery: Any, rank_by: str | None = None, candidates: int | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """
-    Scores by which images are ranked for each clip, and all that were made on the way.
+    Scores by which images are ranked for each clip, and all scores that were computed for them.
 
     Args:
-        model: In eval mode.
-        clips, gallery: As the model encoded them.
-        rank_by: One of `KINDS`; by default as `default_ranking(model.config)` says.
-        candidates: Score only this many images per clip by more than their embeddings, the most similar ones; the
-            others get minus infinity. A fused score is relative to these. `None` scores every pair.
+        model: A model in eval mode.
+        clips, gallery: Encoded by this model.
+        rank_by: One of `KINDS`; by default `default_ranking(model.config)`.
+        candidates: Number of images per clip, the most similar by embedding, that get other scores than the
+            embedding's; the others get minus infinity. Fused scores are relative to these images. `None` scores every
+            pair.
 
     Returns:
-        `(num_clips, num_images)`, and the scores by kind, of which "embedding" is always there.
+        `(num_clips, num_images)`, and the scores by kind, always with "embedding".
 
     Raises:
-        ValueError: for another `rank_by`, or one that the model does not have.
+        ValueError: for an unknown `rank_by`, or one that the model does not have.
     """
     kind = default_ranking(model.config) if rank_by is None else rank_by
     weights = FusionWeights.of(model.config)
@@ -204,10 +206,10 @@ def ranked_scores(
 
 def check_ranking(model: Any, rank_by: str, weights: FusionWeights) -> list[str]:
     """
-    The kinds of `pair_kinds` that a ranking needs.
+    The kinds of `pair_kinds` that a ranking by `rank_by` needs.
 
     Raises:
-        ValueError: for a kind that there is not, or that the model does not have.
+        ValueError: for an unknown kind, or one that the model does not have.
     """
     if rank_by not in KINDS:
         raise ValueError(f"`rank_by` must be one of {', '.join(map(repr, KINDS))}, got {rank_by!r}.")
@@ -216,9 +218,9 @@ def check_ranking(model: Any, rank_by: str, weights: FusionWeights) -> list[str]
         needed = weights.fused_kinds(known)
         if not needed:
             raise ValueError(
-                "`rank_by='fused'` needs a score besides the embeddings' and its weight (`config.fusion_weight` of a "
-                "matching decoder, `config.alignment_weight`), and this model has none; fit one on a validation "
-                f"split, or rank by {' or '.join(map(repr, ['embedding', *known]))}."
+                "`rank_by='fused'` needs the weight of a second score (`config.fusion_weight` of a matching decoder, "
+                "or `config.alignment_weight`), and this model has none; fit one on a validation split, or rank by "
+                f"{' or '.join(map(repr, ['embedding', *known]))}."
             )
         return needed
     if rank_by != "embedding" and rank_by not in known:
@@ -228,20 +230,20 @@ def check_ranking(model: Any, rank_by: str, weights: FusionWeights) -> list[str]
 
 
 def check_count(name: str, value: int | None) -> None:
-    """ValueError for a number of things that is no whole number of at least 1; `None` is no limit."""
+    """Raises `ValueError` unless `value` is an integer of at least 1, or `None` (no limit)."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
-        raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
+        raise ValueError(f"`{name}` must be an integer, got {value!r}.")
     if value is not None and value < 1:
         raise ValueError(f"`{name}` must be at least 1, got {value}.")
 
 
 def best_first(scores: Tensor, top_k: int | None = None) -> list[int]:
     """
-    Positions in `scores` `(n,)` from best to worst; equal scores keep their order, and what is not finite was not
-    scored and is left out.
+    Indices of `scores` `(n,)` from best to worst. Equal scores keep their order. Scores that are not finite mark
+    images that were not scored; they are left out.
 
     Raises:
-        ValueError: for a `top_k` that is no whole number of at least 1.
+        ValueError: for a `top_k` that is no integer of at least 1.
     """
     check_count("top_k", top_k)
     order = scores.argsort(descending=True, stable=True)

@@ -1,7 +1,7 @@
-"""Titles and ASR: the encoder of both, and the contrastive loss that makes their cosine mean something.
+"""Titles and ASR: the text encoder for both, and the contrastive loss that trains their cosine.
 
-A text that is not there is a row whose attention mask is all zero, or a precomputed vector that is all zero. It leaves
-no token in the decoder, and its embedding is the zero vector, so that its cosine with anything is 0.
+A missing text is a row whose attention mask is all zero, or a precomputed vector that is all zero. It adds no token to
+the decoder. Its embedding is the zero vector, so its cosine with any text is 0.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,13 @@ from .loss_rice import Targets, cosines, pair_masks
 @dataclass
 class EncodedText:
     """
-    Features `(n, W)` for the decoder's token, `present` `(n,)` bool, and normalised embeddings `(n, E)` for the
-    score-level term, zero where there is no text (`None` where the model has no such term).
+    Encoded titles or ASR.
+
+    Attributes:
+        features (`(n, W)`): For the decoder's token.
+        present (`(n,)` bool): `False` for missing texts.
+        embeds (`(n, E)`, *optional*): L2-normalised embeddings for the score-level term, zero for missing texts;
+            `None` if the model has no such term.
     """
 
     features: Tensor
@@ -32,7 +37,7 @@ class EncodedText:
 
 
 class RiceTextEncoder(nn.Module):
-    """Any text encoder of transformers, pooled: ids `(n, L)` -> features `(n, W)`."""
+    """Any text encoder of transformers with pooling: ids `(n, L)` -> features `(n, W)`."""
 
     def __init__(self, config: RiceConfig):
         super().__init__()
@@ -40,24 +45,24 @@ class RiceTextEncoder(nn.Module):
         use_what_it_has(config.text_config, encoder_class(config.text_config))
         self.model = AutoModel.from_config(config.text_config)
         if getattr(self.model, "pooler", None) is not None:
-            # Would stay without a gradient: the last hidden states are pooled here.
+            # It would get no gradient, since the last hidden states are pooled here.
             self.model.pooler = None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """
         Args:
-            input_ids (`(n, L)` int64): Of the tokenizer that the encoder was trained with.
-            attention_mask (`(n, L)`, *optional*): 1 = token; a row of zeros is a text that is not there.
+            input_ids (`(n, L)` int64): From the tokenizer that the encoder was trained with.
+            attention_mask (`(n, L)`, *optional*): 1 = token; a row of zeros is a missing text.
 
         Returns:
-            Features `(n, W)`, and `(n,)` bool, which of the texts are there.
+            Features `(n, W)`, and `(n,)` bool, `False` for missing texts.
 
         Raises:
-            ValueError: for what are no ids, a mask of another shape, or texts longer than the encoder's positions.
+            ValueError: for values that are no ids, a mask of another shape, or texts longer than the encoder supports.
         """
         ids = require_tensor("input_ids", input_ids)
         if ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
-            raise ValueError(f"`input_ids` must be (n, L) whole numbers, got shape {tuple(ids.shape)} of {ids.dtype}.")
+            raise ValueError(f"`input_ids` must be (n, L) integers, got shape {tuple(ids.shape)} of {ids.dtype}.")
         if attention_mask is not None and require_tensor("attention_mask", attention_mask).shape != ids.shape:
             raise ValueError(
                 f"`attention_mask` must have the shape of the ids, {tuple(ids.shape)}, got shape "
@@ -67,12 +72,12 @@ class RiceTextEncoder(nn.Module):
         if longest is not None and input_ids.shape[1] > longest:
             raise ValueError(
                 f"The texts have {input_ids.shape[1]} tokens, but the text encoder {longest} positions; set the "
-                f"tokenizer's `model_max_length` to what the encoder takes."
+                f"tokenizer's `model_max_length` to at most {longest}."
             )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         present = attention_mask.any(dim=1)
-        # A row that attends to nothing has no softmax; what comes of it is not used.
+        # Softmax is not defined for a row without tokens; its output is not used.
         keep = attention_mask.bool() | ~present[:, None]
         states = self.model(input_ids=input_ids, attention_mask=keep.to(input_ids.dtype)).last_hidden_state
         if self.config.text_pooling == "cls":
@@ -84,9 +89,9 @@ class RiceTextEncoder(nn.Module):
 
 
 class RiceTextSide:
-    """What [`RiceModel`] knows of texts: `text_model` and `text_projection` are `None` where it has no such part."""
+    """The methods of [`RiceModel`] for texts; `text_model` and `text_projection` are `None` if the model has none."""
 
-    # Of the model.
+    # Attributes of the model.
     config: Any
     gather: Any
     text_model: Any
@@ -99,14 +104,15 @@ class RiceTextSide:
         """
         Args:
             kind: `"title"` or `"asr"`, for messages.
-            vectors (`(n, text_width)`, *optional*): Precomputed features; they go before ids.
-            input_ids, attention_mask (`(n, L)`, *optional*): As [`RiceTextEncoder`]; a model without one ignores them.
+            vectors (`(n, text_width)`, *optional*): Precomputed features; they take precedence over ids.
+            input_ids, attention_mask (`(n, L)`, *optional*): As in [`RiceTextEncoder`]; a model without text encoder
+                ignores them.
 
         Returns:
-            `None` where there is nothing to encode or to encode it with.
+            The encoded texts, or `None` if there are no texts or no text encoder.
 
         Raises:
-            ValueError: for vectors given to a model without text, or of another width.
+            ValueError: for vectors given to a model without text, or vectors of another width.
         """
         width = self.config.text_width
         if vectors is not None:
@@ -115,7 +121,10 @@ class RiceTextSide:
                     f"`{kind}_embeds` was given, but the model has no `text_embed_dim`; set it in the config."
                 )
             if vectors.shape[-1] != width:
-                raise ValueError(f"`{kind}_embeds` has width {vectors.shape[-1]}, but the model takes {width}.")
+                raise ValueError(
+                    f"`{kind}_embeds` has width {vectors.shape[-1]}, but the model takes {width}; give vectors of "
+                    f"width {width}."
+                )
             features, present = vectors, present_texts(vectors)
         elif input_ids is not None and self.text_model is not None:
             features, present = self.text_model(input_ids, attention_mask)
@@ -142,20 +151,20 @@ class RiceTextSide:
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
-        Embeddings of texts: of titles, of ASR, or of either as `input_ids`; one of the three at a time.
+        Embeddings of texts. Give one kind per call: titles, ASR, or either under the name `input_ids`.
 
         Args:
             input_ids, title_input_ids, asr_input_ids (`(n, L)` int64), and their `_attention_mask`: As the processor
-                gives them.
-            title_embeds, asr_embeds (`(n, text_width)`): Precomputed features, in place of ids.
+                returns them.
+            title_embeds, asr_embeds (`(n, text_width)`): Precomputed features instead of ids.
 
         Returns:
-            `pooler_output` `(n, E)`, L2-normalised; zero where there is no text. With a score-level text term it is
-            what that compares, otherwise the encoder's pooled states.
+            `pooler_output` `(n, E)`, L2-normalised, zero for missing texts. These are the embeddings of the
+            score-level text term if the model has one, otherwise the encoder's pooled states.
 
         Raises:
             TypeError: for an argument that is no key of a batch.
-            ValueError: when nothing is given, or more than one of the three, or the model has no text encoder.
+            ValueError: if nothing is given, or more than one kind, or if the model has no text encoder.
         """
         refuse_unknown("get_text_features", kwargs)
         texts = {
@@ -165,19 +174,21 @@ class RiceTextSide:
         }
         given = {kind: text for kind, text in texts.items() if text[0] is not None or text[1] is not None}
         if not given:
-            raise ValueError("There is nothing to encode: give pictures, clips, or the ids of texts.")
+            raise ValueError("There is nothing to encode; give images, clips, or the ids of texts.")
         if len(given) > 1:
             raise ValueError(f"Texts are encoded one kind at a time, got {' and '.join(given)}; give one of them.")
         ((kind, text),) = given.items()
         encoded = self.encode_text(kind, *text)
         if encoded is None:
-            raise ValueError("The model has no text encoder (`text_config` is None), so it encodes no texts.")
+            raise ValueError(
+                "The model has no text encoder (`text_config` is None), so it encodes no texts; leave them out."
+            )
         embeds = nn.functional.normalize(encoded.features, dim=-1) if encoded.embeds is None else encoded.embeds
         return BaseModelOutputWithPooling(pooler_output=embeds)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
         """
-        The text encoder's, as transformers does it, for a tokenizer with more tokens.
+        Resizes the token embeddings of the text encoder, as in transformers, for a tokenizer with more tokens.
 
         Raises:
             ValueError: for a model without a text encoder.
@@ -189,7 +200,7 @@ class RiceTextSide:
         return embeddings
 
     def gather_texts(self, images, clips) -> tuple[Tensor, Tensor] | None:
-        """Title and ASR embeddings `(B, E)` of all processes' pairs, `None` where there is no score-level term."""
+        """Title and ASR embeddings `(B, E)` of the pairs of all processes; `None` without a score-level text term."""
         texts = (images.text, clips.text)
         if any(text is None or text.embeds is None for text in texts):
             return None
@@ -203,8 +214,8 @@ class RiceTextSide:
         asr_is_noise: Tensor | None = None,
     ) -> Tensor | None:
         """
-        Text loss of some rows of the global batch, unweighted; `None` where there is nothing to train by it. ASR of
-        the pairs in `asr_is_noise` `(B,)` bool is another product's, and counts as missing.
+        Text loss of some rows of the global batch, unweighted; `None` if the model has no trainable text term. ASR of
+        pairs that are `True` in `asr_is_noise` `(B,)` belongs to another product and counts as missing.
         """
         if self.text_logit_scale is None:
             return None
@@ -216,7 +227,7 @@ class RiceTextSide:
 
 
 def present_texts(vectors: Tensor) -> Tensor:
-    """Vectors `(n, E)` -> `(n,)` bool, `False` for those of texts that are not there."""
+    """Vectors `(n, E)` -> `(n,)` bool, `False` for missing texts, whose vectors are zero."""
     return (vectors != 0).any(dim=-1)
 
 
@@ -229,14 +240,14 @@ def text_contrastive_loss(
     targets: Targets = "masked",
 ) -> Tensor:
     """
-    Symmetric InfoNCE between the titles and the ASR of some rows of the global batch. Pairs that lack either text are
-    no rows of it, and a text that is missing is no column.
+    Symmetric InfoNCE between the titles and the ASR of some rows of the global batch. Pairs with a missing text are
+    left out of the rows, and missing texts are left out of the columns.
 
     Args:
         title_embeds, asr_embeds (`(B, E)`): Normalised, zero where there is no text.
         scale: Logits are `scale * cosine`.
         product_ids (`(B,)` int64, *optional*), targets: See `loss_rice.pair_masks`.
-        rows: Which rows to work off; all by default. The mean over equal blocks of rows is that of the whole.
+        rows: Rows to average over; all by default. The mean over equal blocks of rows is the loss of the batch.
 
     Returns:
         Scalar, the mean over pairs that have both texts; 0, with a gradient of 0, when none has.
@@ -258,6 +269,6 @@ def text_contrastive_loss(
         return losses.masked_fill(~usable[rows], 0.0).sum()
 
     total = one_way(title_embeds, asr_embeds, has_asr) + one_way(asr_embeds, title_embeds, has_title)
-    # Blocks may hold unequal numbers of usable pairs, and are to average to the mean over all of them.
+    # Scaled so that the mean over blocks is the mean over all usable pairs, even if blocks have unequal numbers.
     blocks = len(title_embeds) / len(title_embeds[rows])
     return total / 2 * blocks / usable.sum().clamp(min=1)

@@ -12,7 +12,7 @@ from .video_processing_rice import RiceVideoProcessor, boxes_to_patch_mask, samp
 
 
 class _RegistryKey(PreTrainedConfig):
-    """The Auto classes keep processors under a config class but find them by name; the model's is out of reach."""
+    """Key under which the Auto classes register the processors. They are found by name, so any config class works."""
 
     model_type = "rice_processor"
 
@@ -28,6 +28,7 @@ __all__ = [
     "RiceVideoProcessor",
     "boxes_to_patch_mask",
     "build_processor",
+    "fold_texts",
     "is_missing",
     "open_image",
     "read_text",

@@ -1,4 +1,4 @@
-"""What settings pictures may have, and their resizing as the official code does it."""
+"""Checks of image settings, and an image processor that resizes as the official code does."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ _WRONG_TYPE = re.compile(
 
 
 def type_sentence(error: Exception) -> str:
-    """What transformers says of a setting of a wrong type, without its account of every type that was tried."""
+    """The message of transformers about a setting of a wrong type, without its list of attempts per type."""
     match = _WRONG_TYPE.search(" ".join(str(error).split()))
     if match is None:
         return " ".join(str(error).split())
@@ -29,32 +29,35 @@ def type_sentence(error: Exception) -> str:
 
 def check_picture_settings(settings: Mapping[str, Any], backend: str) -> None:
     """
-    ValueError for settings of transformers that would be ignored, fail without being named, or give what no model of
-    RICE takes.
+    Refuses settings of transformers that would be ignored, would fail without being named, or would give inputs that
+    RICE models do not take.
 
     Args:
-        settings: For images or for frames.
-        backend: `"torchvision"`, or `"pil"` for pictures that are resized by Pillow.
+        settings: Settings for images or for frames.
+        backend: `"torchvision"`, or `"pil"` for images that Pillow resizes.
+
+    Raises:
+        ValueError: for such a setting; the message names it.
     """
     if settings.get("data_format") not in (None, "channels_first"):
         raise ValueError(
-            f'`data_format` must be "channels_first", as models take pictures, got {settings["data_format"]!r}.'
+            f'`data_format` must be "channels_first", the format of the models, got {settings["data_format"]!r}.'
         )
     if settings.get("input_data_format") not in (None, "channels_first", "channels_last"):
         raise ValueError(
             f'`input_data_format` must be "channels_first" or "channels_last", got {settings["input_data_format"]!r}.'
         )
     if settings.get("do_convert_rgb") is False:
-        raise ValueError("`do_convert_rgb=False` is not possible: every picture is read as RGB; leave it out.")
+        raise ValueError("`do_convert_rgb=False` is not supported, since all images are read as RGB; leave it out.")
     if settings.get("image_seq_length") is not None:
-        raise ValueError("`image_seq_length` has no meaning here: no text holds pictures; leave it out.")
+        raise ValueError("`image_seq_length` has no effect, since texts hold no images; leave it out.")
     resample = settings.get("resample")
     if resample is not None and (isinstance(resample, float) or resample not in _RESAMPLE[backend]):
         known = ", ".join(f"{filter.value} ({filter.name.lower()})" for filter in _RESAMPLE[backend])
         raise ValueError(f"`resample` must be one of {known}, got {resample!r}.")
     for name in ("image_mean", "image_std"):
         if isinstance(settings.get(name), (list, tuple)) and len(settings[name]) != 3:
-            raise ValueError(f"`{name}` must be a number, or one for each of three colours, got {settings[name]!r}.")
+            raise ValueError(f"`{name}` must be one number, or one per colour channel, got {settings[name]!r}.")
     for name, lowest in (("image_mean", -np.inf), ("image_std", 0), ("rescale_factor", 0)):
         numbers = np.asarray(1.0 if settings.get(name) is None else settings[name])
         if np.issubdtype(numbers.dtype, np.number) and not ((numbers > lowest) & (numbers < np.inf)).all():
@@ -82,10 +85,10 @@ def check_picture_settings(settings: Mapping[str, Any], backend: str) -> None:
 
 def resize_with_pillow(picture: Image.Image, size: Sequence[int], resample: PILImageResampling) -> Image.Image:
     """
-    Stretches a picture to `(height, width)`, the same whichever version of Pillow is installed.
+    Stretches an image to `(height, width)`, with the same result for all versions of Pillow.
 
-    Pillow resizes one axis after the other and rounds to 8 bits in between. Up to version 12 the width goes first;
-    version 13, by which the official preprocessing was recorded, starts with the height where that shrinks much more.
+    Pillow resizes one axis after the other and rounds to 8 bits in between. Up to version 12 it starts with the width.
+    Version 13, with which the official preprocessing was recorded, starts with the height if that shrinks much more.
     """
     height, width = size
     vertical_first = picture.height > height and picture.height - height > 2 * (picture.width - width)
@@ -94,20 +97,20 @@ def resize_with_pillow(picture: Image.Image, size: Sequence[int], resample: PILI
 
 
 def on_device(inputs: BatchFeature, device: str | torch.device | None) -> BatchFeature:
-    """What Pillow made, which knows no device, where `device` asks for it; arrays stay as they are."""
+    """Moves outputs of Pillow, which ignores devices, to `device`; arrays are returned unchanged."""
     return inputs if device is None or not isinstance(inputs["pixel_values"], torch.Tensor) else inputs.to(device)
 
 
 class RicePillowImageProcessor(CLIPImageProcessorPil):
-    """CLIP's image processor with [`resize_with_pillow`], for the grey levels of the official code."""
+    """CLIP's image processor with [`resize_with_pillow`], for the exact grey levels of the official code."""
 
     def preprocess(self, images, **kwargs) -> BatchFeature:
-        """As CLIP's; ValueError for settings that would be ignored, see [`check_picture_settings`]."""
+        """As CLIP's image processor. Raises `ValueError` as [`check_picture_settings`]."""
         check_picture_settings(kwargs, self.backend)
         return on_device(super().preprocess(images, **kwargs), kwargs.get("device"))
 
     def resize(self, image: np.ndarray, size, resample=None, **kwargs) -> np.ndarray:
-        """Picture `(3, H, W)` -> `(3, height, width)`; other than uint8 and named sides as transformers does it."""
+        """Image `(3, H, W)` -> `(3, height, width)`; types other than uint8 and other sizes as in transformers."""
         if image.dtype != np.uint8 or image.shape[0] != 3 or not (size.height and size.width):
             return super().resize(image, size, resample=resample, **kwargs)
         picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))

@@ -1,7 +1,7 @@
-"""The one reader of pictures: files, bytes, opened PIL pictures, arrays and tensors, all by the same rules.
+"""The one reader of images: files, bytes, opened PIL images, arrays and tensors, all with the same rules.
 
-Two inputs that look the same to a person give the same pixels. Video is read by `video_media_rice`, whose frames
-follow these rules too; docs/data.md has them in words.
+Two inputs that look the same to a person give the same pixels. `video_media_rice` reads video; its frames follow the
+same rules. docs/data.md describes the rules.
 """
 
 import io
@@ -18,60 +18,60 @@ import torch
 import torchvision.transforms.v2.functional as tvF
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-# What shops and livestreams publish. Others that PIL knows run foreign programs or read further files.
+# The formats of shops and livestreams. Some other formats of PIL run external programs or read other files.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")
 
 MAX_PIXELS = 100_000_000
-"""Pictures and frames are refused that have more pixels than this after reduction; they would take gigabytes."""
+"""Images and frames with more pixels than this after reduction are refused; they would need gigabytes."""
 
 REDUCTION_MARGIN = 1.2
-"""A reduced picture keeps this many times the target's sides: with less than that, the difference to the exact way can
-pass 2 of 255 grey levels on average (docs/LOG.md has the measurements)."""
+"""A reduced image keeps this many times the target's sides. With less, the mean difference to full decoding can exceed
+2 of 255 grey levels (docs/LOG.md has the measurements)."""
 
-# Floats that were computed to lie in 0..1 miss it by rounding.
+# Tolerance for floats that leave 0..1 by rounding.
 _FLOAT_SLACK = 1e-3
 _TAR_MEMBER = re.compile(r"(?P<file>.+\.tar)#(?P<offset>[0-9]{1,15}),(?P<size>[0-9]{1,12})", re.DOTALL)
 
 
 class MediaError(ValueError):
     """
-    A picture or video that cannot be read; the message names it and what to do.
+    An image or video that cannot be read. The message names it and says what to do.
 
     Attributes:
-        reason: What is wrong, without the name, such as "cannot be decoded (...)".
+        reason: The problem without the name of the file, such as "cannot be decoded (...)".
     """
 
     reason = ""
 
     @classmethod
     def of(cls, message: str, reason: str) -> "MediaError":
-        """An error with a reason; no second argument of the class, which a file error would take for its own."""
+        """An error with a reason. It is no second argument of the class, since an OSError would interpret it."""
         error = cls(message)
         error.reason = reason
         return error
 
 
 class MissingMediaError(MediaError, FileNotFoundError):
-    """There is no such file."""
+    """The error for a missing image or video file."""
 
 
 def printable(name: object) -> str:
-    """A path as text that can be printed, whatever bytes the system allows in it."""
+    """A path as printable text, also if its bytes are no valid text."""
     return str(name).encode(errors="replace").decode()
 
 
 def media_error(kind: str, name: object, reason: str) -> MediaError:
-    """The sentence for a file, `kind` being "image" or "video", that is there and cannot be read for a `reason`."""
+    """The error for an existing file that cannot be read for a `reason`; `kind` is "image" or "video"."""
     return MediaError.of(f"The {kind} file {printable(name)} {reason}; replace it or leave it out.", reason)
 
 
 def missing_media_error(kind: str, name: object) -> MediaError:
-    """The sentence, and the `MissingMediaError`, for a file that is not there."""
+    """The `MissingMediaError` for a file that does not exist; `kind` is "image" or "video"."""
     return MissingMediaError.of(f"There is no {kind} file {printable(name)}.", "there is no such file")
 
 
 def tar_member_path(tar_file: str, offset: int, size: int) -> str:
-    """The path of the `size` bytes at `offset` of an uncompressed tar file: `FILE.tar#OFFSET,SIZE`, one read."""
+    """The path `FILE.tar#OFFSET,SIZE` of a member of an uncompressed tar file, by its offset and size in bytes."""
     return f"{tar_file}#{offset},{size}"
 
 
@@ -84,7 +84,7 @@ def split_tar_member(path: str) -> tuple[str, int, int] | None:
 def check_is_file(path: str | os.PathLike) -> None:
     """
     Raises:
-        OSError: the path is a pipe or a device, which might never end.
+        OSError: for a pipe or a device, which might never end.
     """
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise OSError("it is no file")
@@ -92,16 +92,15 @@ def check_is_file(path: str | os.PathLike) -> None:
 
 def read_media(entry: Mapping[str, Any]) -> bytes:
     """
-    The encoded bytes of an image entry of `datasets`, wherever they lie.
+    The encoded bytes of an image entry of `datasets`.
 
     Args:
-        entry: `bytes` when the row carries them; else `path`, a file or a member of a tar file, see
-            [`tar_member_path`].
+        entry: With `bytes`, or with `path`: a file or a member of a tar file, see [`tar_member_path`].
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        OSError: it cannot be read, or the tar file ends before the member does.
-        ValueError: the entry has neither bytes nor a path.
+        FileNotFoundError: if the file does not exist.
+        OSError: if it cannot be read, or the tar file ends before the member does.
+        ValueError: if the entry has neither bytes nor a path.
     """
     if entry.get("bytes") is not None:
         return entry["bytes"]
@@ -115,7 +114,7 @@ def read_media(entry: Mapping[str, Any]) -> bytes:
             return file.read()
     tar_file, offset, size = member
     check_is_file(tar_file)
-    # The size of the file first: a damaged path must not make `read` allocate what is not there.
+    # The file size is checked first, so that a damaged path cannot make `read` allocate too much memory.
     with open(tar_file, "rb") as file:
         if offset + size > os.fstat(file.fileno()).st_size:
             raise OSError(f"{path}: the tar file ends before this member does; fetch the shard again")
@@ -124,12 +123,12 @@ def read_media(entry: Mapping[str, Any]) -> bytes:
 
 
 def is_file_source(source: object) -> bool:
-    """Whether a picture is given as a path, as bytes, as PIL picture or as `{"path", "bytes"}`: not as numbers."""
+    """Whether an image is given as path, bytes, PIL image or `{"path", "bytes"}`, and not as numbers."""
     return isinstance(source, (str, os.PathLike, bytes, bytearray, Mapping, Image.Image))
 
 
 def is_picture_entry(source: object) -> bool:
-    """Whether this is `{"path", "bytes"}` of `datasets` with a picture, by its path where there is one."""
+    """Whether this is a `{"path", "bytes"}` entry of `datasets` with an image, judged by its path if it has one."""
     if not isinstance(source, Mapping) or "bytes" not in source:
         return False
     suffix = os.path.splitext(path_of(source))[1].lower()
@@ -137,7 +136,7 @@ def is_picture_entry(source: object) -> bool:
 
 
 def path_of(source: object) -> str:
-    """The path of a picture that is given by one, as such or in an entry of `datasets`; "" for any other."""
+    """The path of an image given by a path or by an entry of `datasets`; "" for any other image."""
     path = source.get("path") if isinstance(source, Mapping) else source
     return os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
 
@@ -178,7 +177,7 @@ def open_image(
 
 
 class ImageHeader(NamedTuple):
-    """What a picture file says before its pixels: PIL's name of the format, and width and height when upright."""
+    """Header of an image file: PIL's name of the format, and width and height in pixels of the upright image."""
 
     format: str
     width: int
@@ -187,10 +186,10 @@ class ImageHeader(NamedTuple):
 
 def image_header(source: str | os.PathLike | bytes | Mapping[str, Any]) -> ImageHeader:
     """
-    Reads no further than the header.
+    Reads the header of an image file, without its pixels.
 
     Raises:
-        MediaError: as [`open_image`], but for what only the pixels show.
+        MediaError: as [`open_image`], except for errors in the pixels.
     """
     with _opened(source) as image:
         width, height = image.size
@@ -199,10 +198,10 @@ def image_header(source: str | os.PathLike | bytes | Mapping[str, Any]) -> Image
 
 @contextmanager
 def _opened(source: str | os.PathLike | bytes | Mapping[str, Any], name: str | None = None):
-    """A picture file with its header read; what goes wrong here or within becomes a `MediaError`."""
+    """Opens an image file and reads its header. Errors here and in the block become a `MediaError`."""
     if not is_file_source(source):
         kind = type(source).__name__
-        raise MediaError(f'A picture is a path, bytes, a PIL picture or {{"path", "bytes"}}, got a {kind}.')
+        raise MediaError(f'An image must be a path, bytes, a PIL image or {{"path", "bytes"}}, got a {kind}.')
     if not isinstance(source, Mapping):
         source = {"bytes" if isinstance(source, (bytes, bytearray)) else "path": source}
     if source.get("bytes") is None and not path_of(source):
@@ -222,13 +221,13 @@ def _opened(source: str | os.PathLike | bytes | Mapping[str, Any], name: str | N
 
 @contextmanager
 def _named(name: str):
-    """Turns what goes wrong within into a `MediaError`."""
+    """Turns errors of the block into a `MediaError`."""
     try:
         yield
     except UnidentifiedImageError as error:
         kinds = ", ".join(readable_formats())
         raise media_error("image", name, f"cannot be decoded (it is none of {kinds}, or damaged)") from error
-    # PIL's readers raise whatever their parsing of damaged bytes runs into.
+    # PIL's readers raise many kinds of errors for damaged bytes.
     except Exception as error:
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         raise media_error("image", name, f"cannot be decoded ({kind}{error})") from error
@@ -236,18 +235,18 @@ def _named(name: str):
 
 @cache
 def readable_formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that the installed PIL was built with."""
+    """The `FORMATS` that the installed PIL supports."""
     Image.init()
     return tuple(format for format in FORMATS if format in Image.OPEN)
 
 
 def _lies_on_its_side(image: Image.Image) -> bool:
-    # Of TIFFs PIL tells the size when upright.
+    # For TIFF, PIL already returns the upright size.
     return image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
 
 
 def _reduce_scale(image: Image.Image, target: tuple[float, float]) -> None:
-    """Chooses libjpeg's scale, which must happen before the pixels are read."""
+    """Chooses libjpeg's decoding scale; it must be set before the pixels are read."""
     height, width = (math.ceil(side * REDUCTION_MARGIN) for side in target)
     if _lies_on_its_side(image):
         height, width = width, height
@@ -263,7 +262,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def check_pixels(width: int, height: int, max_pixels: int | None = None) -> None:
-    """ValueError when a picture has more pixels than `max_pixels`, by default `MAX_PIXELS`."""
+    """Raises `ValueError` for more pixels than `max_pixels`, by default `MAX_PIXELS`."""
     limit = MAX_PIXELS if max_pixels is None else max_pixels
     if width * height > limit:
         raise ValueError(f"{width} x {height} pixels, more than the {limit:,} that are read")
@@ -275,7 +274,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         values = np.asarray(image)
         if not in_unit_range(torch.from_numpy(values.copy())):
-            raise ValueError("its floats are not all in 0..1, so that white and black are not known")
+            raise ValueError("its floats are not all in 0..1, so black and white are unknown")
         return Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8)).convert("RGB")
     if image.mode == "La":
         image = image.convert("LA")
@@ -285,8 +284,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _from_16_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise ValueError("its whole numbers are not all in 0..65,535, so that white and black are not known")
-    # To the nearest of 255 levels.
+        raise ValueError("its integers are not all in 0..65,535, so black and white are unknown")
+    # Rounded to the nearest of 256 levels.
     levels = ((values * 255 + 32767) // 65535).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
@@ -295,10 +294,10 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """A picture with transparency as RGB over white; the colour of what is transparent does not show."""
+    """An image with transparency as RGB over white; the colour of transparent pixels is ignored."""
     transparent = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:
-        # Of 16 bits PIL keeps the upper eight of the pixels, but all of the colour that stands for transparent.
+        # PIL reduces 16-bit pixels to their upper eight bits, but not the colour that marks transparent pixels.
         image = image.copy()
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
     image = image.convert("RGBA")
@@ -306,7 +305,7 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def in_unit_range(values: torch.Tensor) -> bool:
-    """Whether all numbers lie in 0..1, up to rounding; missing numbers do not."""
+    """Whether all numbers are in 0..1, up to rounding; NaN is not."""
     return bool(((values >= -_FLOAT_SLACK) & (values <= 1 + _FLOAT_SLACK)).all())
 
 
@@ -314,29 +313,30 @@ def picture_tensor(
     picture: Any, name: str = "A picture", any_range: bool = False, layout: str | None = None
 ) -> torch.Tensor:
     """
-    One picture of any kind as a `(3, H, W)` tensor: uint8, or float32 in 0..1 where floats were given.
+    One image of any kind as a `(3, H, W)` tensor: uint8, or float32 in 0..1 for floats.
 
     Args:
-        picture: What [`open_image`] takes, or `(H, W)`, `(H, W, 3)` or `(3, H, W)` numbers: uint8, or floats in 0..1.
-        name: What an error calls numbers that are no picture; files are named by their path.
-        any_range: Take floats as they are, for a caller that does not rescale.
-        layout: `"channels_first"` or `"channels_last"`, for numbers whose shape does not tell; by default that axis
-            holds the channels that has three entries, the first where both have.
+        picture: As [`open_image`] takes it, or an array or tensor `(H, W)`, `(H, W, 3)` or `(3, H, W)` of uint8 or of
+            floats in 0..1.
+        name: Name of an array or tensor in error messages; files are named by their path.
+        any_range: Accept floats in any range, for a caller that does not rescale.
+        layout: `"channels_first"` or `"channels_last"`, for ambiguous shapes. By default the channel axis is the one
+            with three entries; if both have three, the first.
 
     Raises:
-        MediaError: a file that cannot be read, see [`open_image`].
-        ValueError: numbers of another type, range or shape.
+        MediaError: for a file that cannot be read, see [`open_image`].
+        ValueError: for numbers of another type, range or shape.
     """
     if is_file_source(picture):
         return tvF.pil_to_tensor(open_image(picture, copy=False))
     try:
-        # Arrays may run backwards or be read only, which tensors cannot.
+        # Arrays may have negative strides or be read-only; tensors cannot.
         values = torch.as_tensor(
             np.require(picture, requirements="CW") if isinstance(picture, np.ndarray) else picture
         )
     except (TypeError, ValueError, RuntimeError):
         kind = getattr(picture, "dtype", type(picture).__name__)
-        raise ValueError(f"{name} must be a picture, a path, or hold uint8 or floats in 0..1, got {kind}.") from None
+        raise ValueError(f"{name} must be an image, a path, or hold uint8 or floats in 0..1, got {kind}.") from None
     if values.dtype != torch.uint8 and not values.is_floating_point():
         raise ValueError(f"{name} must hold uint8 or floats in 0..1, got {values.dtype}; convert it to uint8.")
     if values.dim() == 2:
@@ -346,7 +346,7 @@ def picture_tensor(
     channels = -1 if layout == "channels_last" or (layout is None and values.shape[0] != 3) else 0
     if values.shape[channels] != 3:
         raise ValueError(
-            f"{name} has shape {tuple(values.shape)}, which `input_data_format` {str(layout)!r} does not fit."
+            f"{name} has shape {tuple(values.shape)}, which does not fit `input_data_format` {str(layout)!r}."
         )
     if values.is_floating_point() and not any_range and not in_unit_range(values):
         low, high = values.min().item(), values.max().item()
@@ -355,7 +355,7 @@ def picture_tensor(
             f"set `do_rescale=False`."
         )
     if values.is_floating_point() and any_range and not values.isfinite().all():
-        raise ValueError(f"{name} must hold finite numbers, got some that are NaN or infinite; replace them.")
+        raise ValueError(f"{name} must hold finite numbers, but some are NaN or infinite; replace them.")
     values = values.float() if values.is_floating_point() else values
     return values.movedim(channels, 0)
 

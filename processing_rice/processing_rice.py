@@ -1,4 +1,4 @@
-"""One processor for everything RICE reads: shop images, clips with boxes, titles and ASR text."""
+"""The processor for all inputs of RICE: shop images, clips with boxes, titles and ASR."""
 
 import os
 import urllib.request
@@ -18,7 +18,7 @@ from .media_rice import is_file_source, media_error, open_image, picture_tensor
 from .text_entries_rice import read_texts
 from .video_processing_rice import RiceVideoProcessor, RiceVideosKwargs
 
-# What generic code passes along whatever it processes.
+# Settings that generic code passes for any kind of input.
 _GENERIC_SETTINGS = ("padding", "truncation", "max_length", "return_tensors")
 # Settings of tokenizers that have no meaning for one text per image or clip.
 _REFUSED_TEXT_SETTINGS = (
@@ -29,7 +29,7 @@ _DOWNLOAD_S = 30
 
 
 class RiceProcessorKwargs(ProcessingKwargs, total=False):
-    """Settings for one call, by what they belong to."""
+    """Settings for one call, grouped by input: images, videos, texts."""
 
     images_kwargs: ImagesKwargs
     videos_kwargs: RiceVideosKwargs
@@ -42,6 +42,8 @@ class RiceProcessorKwargs(ProcessingKwargs, total=False):
 
 class RiceProcessor(ProcessorMixin):
     """
+    Turns images, clips and texts into the tensors that [`RiceModel`] takes.
+
     Args:
         image_processor: For shop images, e.g. `CLIPImageProcessor` (see [`build_processor`]).
         video_processor: A [`RiceVideoProcessor`].
@@ -63,35 +65,36 @@ class RiceProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """
         Args:
-            images: One or several shop images: PIL pictures, paths, web addresses, encoded bytes, `{"path", "bytes"}`
-                of `datasets`, or arrays and tensors, `(H, W, 3)` or `(3, H, W)`, each uint8 or floats in 0..1.
+            images: One or several shop images: PIL images, paths, URLs, encoded bytes, `{"path", "bytes"}` of
+                `datasets`, or arrays and tensors `(H, W, 3)` or `(3, H, W)` of uint8 or of floats in 0..1.
             text: Plain text, tokenised to `input_ids`.
             videos: One or several clips, see [`RiceVideoProcessor`].
-            titles, asr: One string per image or clip, in a list, an array or a column of a table. One that is empty or
-                missing (`None`, NaN) is a text that is not there, and its attention mask is zero. A title that is too
-                long loses its end, ASR what is far from its middle, since what is said at either end of a clip often
-                belongs to the product before or after.
+            titles, asr: One string per image or clip, in a list, an array or a column of a table. An empty or missing
+                (`None`, NaN) entry means no text; its attention mask is zero. A title that is too long is cut at its
+                end. ASR that is too long keeps its middle, since speech at the start and end of a clip often belongs
+                to the previous or next product.
             boxes: Boxes of the intended product, see [`RiceVideosKwargs`].
-            kwargs: Settings for this call. One that stands by itself (`size`, `do_normalize`, `device`, `padding`,
-                `return_tensors`, ...) acts on all of images, videos and texts that know it; `images_kwargs`,
-                `videos_kwargs` and `text_kwargs` are dictionaries for one of them, `common_kwargs` for all.
-                `return_tensors` is `"pt"` by default, `"np"` or `None`.
+            kwargs: Settings for this call. A plain setting (`size`, `do_normalize`, `device`, `padding`,
+                `return_tensors`, ...) applies to all inputs that have it. `images_kwargs`, `videos_kwargs` and
+                `text_kwargs` are dictionaries of settings for one kind of input, `common_kwargs` for all.
+                `return_tensors` is `"pt"` (the default), `"np"` or `None`.
 
         Returns:
-            `pixel_values` `(n, 3, H, W)`; `pixel_values_videos`, `frame_mask`, `patch_mask`; `title_input_ids`,
-            `asr_input_ids` and their `_attention_mask` `(n, L)`; whichever was asked for.
+            `pixel_values` `(n, 3, H, W)` for images; `pixel_values_videos`, `frame_mask` and, with boxes, `patch_mask`
+            for clips (see [`RiceVideoProcessor.preprocess`]); `title_input_ids`, `asr_input_ids`, `input_ids` and
+            their `_attention_mask`, `(n, L)`, for texts.
 
         Raises:
-            ValueError: when nothing was given, when counts do not fit, for a text that is a number or bytes, for a
-                setting that is unknown, belongs to nothing that was given, or cannot be followed, numbers that are no
-                picture, or (`MediaError`, also `FileNotFoundError`) a file that is missing or cannot be decoded.
+            ValueError: if nothing was given; if numbers of entries differ; for a text that is a number or bytes; for a
+                setting that is unknown, unsupported, or applies to none of the inputs; for numbers that are no image;
+                for a missing or unreadable file (`MediaError`, if missing also a `FileNotFoundError`).
         """
         if all(value is None for value in (images, text, videos, titles, asr)):
-            raise ValueError("Nothing to process: give `images`, `videos`, `titles`, `asr` or `text`.")
+            raise ValueError("There is nothing to process; give `images`, `videos`, `titles`, `asr` or `text`.")
         if boxes is not None and videos is None:
-            raise ValueError("`boxes` belong to the frames of `videos`, which were not given.")
+            raise ValueError("`boxes` belong to the frames of `videos`, which were not given; give both.")
         if boxes is not None and "boxes" in (kwargs.get("videos_kwargs") or {}):
-            raise ValueError("`boxes` was given twice, by itself and in `videos_kwargs`; give it once.")
+            raise ValueError("`boxes` was given twice, as an argument and in `videos_kwargs`; give it once.")
         has_text = any(value is not None for value in (text, titles, asr))
         settings = self._call_settings(kwargs, images is not None, videos is not None, has_text)
         text, titles, asr = (
@@ -121,7 +124,7 @@ class RiceProcessor(ProcessorMixin):
         return BatchFeature(data)
 
     def _call_settings(self, kwargs: dict, has_images: bool, has_videos: bool, has_text: bool) -> dict[str, dict]:
-        """Merges as transformers does, which would ignore names that it does not know and settings without effect."""
+        """Merges settings as transformers does, but refuses unknown names and settings that would have no effect."""
         given = {"images_kwargs": has_images, "videos_kwargs": has_videos, "text_kwargs": has_text}
         parts = dict(zip(given, (self.image_processor, self.video_processor, None), strict=True))
         known = {
@@ -134,12 +137,12 @@ class RiceProcessor(ProcessorMixin):
                 raise ValueError(f"`{kind}` must be a dictionary of settings, got {kwargs[kind]!r}.")
             for name in kwargs.get(kind) or ():
                 if not any(name in names for part, names in known.items() if kind in (part, "common_kwargs")):
-                    raise ValueError(f"Unknown argument {name!r} in `{kind}` of {type(self).__name__}.")
+                    raise ValueError(f"Unknown argument {name!r} in `{kind}` of {type(self).__name__}; leave it out.")
         nested = (*given, "common_kwargs", "audio_kwargs")
         for name in [name for name in kwargs if name not in nested]:
             kinds = [kind for kind in given if name in known[kind]]
             if not kinds:
-                raise ValueError(f"Unknown argument {name!r} for {type(self).__name__}.")
+                raise ValueError(f"Unknown argument {name!r} for {type(self).__name__}; leave it out.")
             if name not in _GENERIC_SETTINGS and not any(given[kind] for kind in kinds):
                 wanted = " or ".join(kind.removesuffix("_kwargs") for kind in kinds)
                 raise ValueError(f"`{name}` is a setting for {wanted}, and there is none in this call; leave it out.")
@@ -147,37 +150,37 @@ class RiceProcessor(ProcessorMixin):
         for name, value in kwargs.pop("common_kwargs", {}).items():
             for kind in (kind for kind in given if name in known[kind]):
                 kwargs[kind] = {name: value} | kwargs.get(kind, {})
-        # What `from_pretrained` was told of texts; what it was told of pictures is in their processors.
+        # Text settings given to `from_pretrained`; settings for images and videos are stored in their processors.
         loaded = {name: value for name, value in self.tokenizer.init_kwargs.items() if name in known["text_kwargs"]}
         try:
             merged = self._merge_kwargs(RiceProcessorKwargs, tokenizer_init_kwargs=loaded, **kwargs)
-            # Those of texts are not looked at there.
+            # `_merge_kwargs` does not validate the settings of texts.
             validate_typed_dict(TextKwargs, {name: value for name, value in merged["text_kwargs"].items() if value})
         except StrictDataclassError as error:
             raise ValueError(type_sentence(error)) from None
         self._check_text_settings(merged["text_kwargs"])
-        # A number as `size` means for clips what it means for images.
+        # A number as `size` has the same meaning for clips as for images.
         merged["videos_kwargs"].setdefault(
             "default_to_square", getattr(self.image_processor, "default_to_square", True)
         )
         return merged
 
     def _check_text_settings(self, settings: dict[str, Any]) -> None:
-        """ValueError for what tokenizers would ignore, or stumble over without naming it."""
+        """Raises `ValueError` for settings that tokenizers would ignore, or would fail on without naming them."""
         for name in _REFUSED_TEXT_SETTINGS:
             if settings.get(name):
                 raise ValueError(f"`{name}` has no meaning for one text per image or clip; leave it out.")
         if settings.get("truncation") == "only_second":
-            raise ValueError('`truncation="only_second"` cuts nothing where there is one text; give True.')
+            raise ValueError('`truncation="only_second"` has no effect on single texts; give True.')
         adds = settings.get("max_length") is not None and settings.get("add_special_tokens", True)
         added = self.tokenizer.num_special_tokens_to_add() if adds else 0
         for name, lowest in (("max_length", added + 1), ("pad_to_multiple_of", 1)):
             if settings.get(name) is not None and settings[name] < lowest:
-                why = f", since the tokenizer adds {added} to each text" if lowest > 1 else ""
+                why = f", since the tokenizer adds {added} tokens to each text" if lowest > 1 else ""
                 raise ValueError(f"`{name}` must be at least {lowest} tokens{why}, got {settings[name]}.")
 
     def _process_images(self, images: Any, settings: dict[str, Any]) -> BatchFeature:
-        """Floats are in 0..1 already, so that they and the others of a list go apart through the image processor."""
+        """Processes float images, which are in 0..1 already, separately from the other images of a list."""
         check_picture_settings(settings, getattr(self.image_processor, "backend", "torchvision"))
         layout = settings.pop("input_data_format", None)
         any_range = not settings.get("do_rescale", self.image_processor.do_rescale)
@@ -205,7 +208,7 @@ class RiceProcessor(ProcessorMixin):
         return BatchFeature({"pixel_values": stack(rows)})
 
     def _rescaling_of_floats(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """White is 1 instead of 255."""
+        """Rescaling settings for floats, where white is 1 instead of 255."""
         if not settings.get("do_rescale", self.image_processor.do_rescale):
             return {}
         factor = 255 * (settings.get("rescale_factor") or self.image_processor.rescale_factor)
@@ -213,7 +216,7 @@ class RiceProcessor(ProcessorMixin):
 
     @staticmethod
     def read_texts(values, name: str = "titles") -> list[str]:
-        """Texts as the processor takes them, as a list of `str`; see `text_entries_rice.read_texts`."""
+        """Texts in any form that the processor takes, as a list of `str`; see `text_entries_rice.read_texts`."""
         return read_texts(values, name)
 
     def _tokenize(self, strings: list[str], settings: dict, keep_middle: bool = False) -> dict[str, Any]:
@@ -222,13 +225,13 @@ class RiceProcessor(ProcessorMixin):
             strings = [self._middle(string, longest) for string in strings]
         encoded = dict(self.tokenizer(strings, **settings))
         if not settings.get("return_token_type_ids"):
-            # Some tokenizers give them unasked; there is one text only.
+            # Some tokenizers always return them; with single texts they carry no information.
             encoded.pop("token_type_ids", None)
         return encoded
 
     def _middle(self, string: str, max_tokens: int) -> str:
-        """About as much around the middle of a text as gives so many tokens."""
-        # No token stands for less than a byte, so that short texts need no second look.
+        """The middle part of a text, of about `max_tokens` tokens."""
+        # A token is at least one byte, so short texts need not be tokenised.
         if len(string.encode()) < max_tokens:
             return string
         num_tokens = len(self.tokenizer(string, truncation=False, verbose=False)["input_ids"])
@@ -240,13 +243,13 @@ class RiceProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """Every key this processor can give."""
+        """All keys that this processor can return."""
         text = [f"{kind}_{name}" for kind in ("title", "asr") for name in ("input_ids", "attention_mask")]
         return ["pixel_values", *self.video_processor.model_input_names, *text]
 
 
 def _mask_missing(attention_mask, strings: list[str]) -> None:
-    """Sets the rows of blank strings to zero, in place."""
+    """Sets the attention mask of blank strings to zero, in place."""
     for row, string in enumerate(strings):
         if not string.strip():
             attention_mask[row] = [0] * len(attention_mask[row]) if isinstance(attention_mask, list) else 0
@@ -254,14 +257,15 @@ def _mask_missing(attention_mask, strings: list[str]) -> None:
 
 def flatten_images(images: Any) -> list:
     """
-    One image, a batch of them in one array, or lists of either, as a list of images. A column of a table is a list.
+    One image, a batch of images in one array, or nested lists of these, as a flat list of images. A column of a table
+    counts as a list.
 
     Raises:
-        ValueError: there is none, or they have no order.
+        ValueError: if there is no image, or for a set, which has no order.
     """
     if isinstance(images, (set, frozenset)):
         raise ValueError("`images` is a set, which has no order; give a list.")
-    # Arrays of numbers are one picture or, with four axes, several; those with one axis are columns.
+    # An array of numbers is one image or, with four axes, several; an array with one axis is a column.
     if not is_file_source(images) and hasattr(images, "__iter__") and getattr(images, "ndim", 1) in (1, 4):
         flat = [image for entry in images for image in flatten_images(entry)]
         if not flat:
@@ -294,14 +298,14 @@ def build_processor(
     resize_backend: str = "torchvision",
 ) -> RiceProcessor:
     """
-    A processor that fits an encoder: images and frames are stretched to a square, as published.
+    Builds a processor for an encoder. Images and frames are stretched to a square, as published.
 
     Args:
         tokenizer: For titles and ASR.
         image_size: Side of the square in pixels.
         patch_size: Side of the encoder's patches in pixels.
-        num_frames: Frames sampled per clip at most.
-        resize_backend: `"torchvision"`, or `"pillow"` for the grey levels of the official code.
+        num_frames: Maximum number of frames sampled per clip.
+        resize_backend: `"torchvision"`, or `"pillow"` for the exact grey levels of the official code.
     """
     size = {"height": image_size, "width": image_size}
     image_processor_class = RicePillowImageProcessor if resize_backend == "pillow" else CLIPImageProcessor

@@ -1,4 +1,4 @@
-"""Which frames of a clip are used."""
+"""Frame sampling: which frames of a clip are used."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-# How frames are spread over the clip, and which clips may then lose their end at random.
+# Mode -> how frames are spaced over the clip, and which clips then lose their end at random.
 SAMPLING_MODES = {
     "train": ("train", None),
     "eval": ("eval", None),
@@ -18,29 +18,27 @@ SAMPLING_MODES = {
 
 def sample_frame_indices(num_frames: int, max_frames: int, mode: str = "eval") -> list[int]:
     """
-    Which frames of a clip are used, as both official code bases choose them.
+    Indices of the frames of a clip that are used, as both official code bases choose them.
 
     Args:
-        num_frames: Frames the clip has, >= 1.
-        max_frames: Frames to keep at most, >= 1.
-        mode: `"train"` spreads over the whole clip with both ends included; `"eval"` leaves the end out. The others
-            then drop the end of the clip at random, see [`draw_frame_drop`]: `"train_random_drop"` as the older
-            official code trains, `"train_random_drop_full"` as the newer one does, which leaves clips alone that have
-            fewer than `max_frames` frames, and `"eval_random_drop_full"` as the newer one does at test time.
+        num_frames: Number of frames of the clip, >= 1.
+        max_frames: Maximum number of frames to keep, >= 1.
+        mode: `"train"` spaces frames evenly over the clip including both ends; `"eval"` excludes the end. The other
+            modes then drop the end of the clip at random, see [`draw_frame_drop`]. `"train_random_drop"` is training
+            in the older official code. `"train_random_drop_full"` is training in the newer one, which drops nothing
+            from clips with fewer than `max_frames` frames. `"eval_random_drop_full"` is testing in the newer one.
 
     Returns:
-        Ascending indices; all of them when `num_frames <= max_frames` and nothing is dropped.
+        Ascending indices; all indices if `num_frames <= max_frames` and nothing is dropped.
 
     Raises:
-        ValueError: for numbers that are not whole or below 1, or an unknown mode.
+        ValueError: for numbers that are no integers or below 1, and for an unknown mode.
     """
     for name, value in (("num_frames", num_frames), ("max_frames", max_frames)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
+            raise ValueError(f"`{name}` must be an integer, got {value!r}.")
     if num_frames < 1:
-        raise ValueError(
-            f"`num_frames` must be at least 1, got {num_frames}: a clip without frames cannot be sampled."
-        )
+        raise ValueError(f"`num_frames` must be at least 1, got {num_frames}; leave out clips without frames.")
     if max_frames < 1:
         raise ValueError(f"`max_frames` must be at least 1, got {max_frames}.")
     if mode not in SAMPLING_MODES:
@@ -62,16 +60,16 @@ def drop_last_frames(indices: Sequence[int], fraction: float) -> list[int]:
     Keeps the first `n - floor(n * fraction)` of n frames, at least one, as both official code bases do.
 
     Args:
-        indices: The frames of a clip, after sampling.
-        fraction: 0..1.
+        indices: Indices of a clip's frames, after sampling.
+        fraction: Fraction of frames to drop, 0..1.
     """
     return list(indices[: max(1, len(indices) - math.floor(len(indices) * fraction))])
 
 
 def draw_frame_drop() -> float:
     """
-    The share of a clip's frames that official training drops from its end: with probability 0.5 nothing, otherwise
-    one of 0, 0.1, ..., 0.9. Drawn from torch's random state, which a DataLoader seeds in each of its workers.
+    Draws the fraction of a clip's frames that official training drops from its end: with probability 0.5 zero,
+    otherwise one of 0, 0.1, ..., 0.9. It uses torch's random state, which a DataLoader seeds in each of its workers.
     """
     gate, drop = torch.randint(10, (2,)).tolist()
     return 0.1 * drop if gate >= 5 else 0.0

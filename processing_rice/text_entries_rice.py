@@ -1,4 +1,4 @@
-"""One rule for titles, ASR and ids that come from tables: what is a text, what is missing, and what is refused."""
+"""One rule for titles, ASR and ids from tables: what is a text, what counts as missing, and what is refused."""
 
 import sys
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def is_missing(value) -> bool:
-    """Whether a value is what tables hold where there is none: `None`, NaN, `pandas.NA`, NaT, a masked entry."""
+    """Whether a value stands for a missing entry of a table: `None`, NaN, `pandas.NA`, NaT, a masked entry."""
     if value is None or value is np.ma.masked:
         return True
     pandas = sys.modules.get("pandas")
@@ -19,17 +19,17 @@ def is_missing(value) -> bool:
 
 def read_text(value) -> str:
     """
-    A text of a table; "" where it is missing. Halves of surrogate pairs are joined, or replaced by U+FFFD.
+    A text of a table, "" if it is missing. Halves of surrogate pairs are joined, or replaced by U+FFFD.
 
     Raises:
-        ValueError: it is no text; the message begins with "is" and lacks whose text it is.
+        ValueError: if it is no text. The message starts with "is"; the caller puts the name of the entry before it.
     """
     if is_missing(value):
         return ""
     if not isinstance(value, str):
         shown = repr(value)
         shown = shown if len(shown) <= 40 else shown[:37] + "..."
-        raise ValueError(f"is a {type(value).__name__} ({shown}); give text, or None where there is none")
+        raise ValueError(f"is a {type(value).__name__} ({shown}); give text, or None if there is none")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -39,19 +39,19 @@ def read_text(value) -> str:
 
 def read_texts(values, name: str) -> list[str]:
     """
-    Texts as a list, whatever they come in.
+    Texts in any accepted form as a list of `str`.
 
     Args:
-        values: One text, or several: a list, tuple, array, a column of a table.
-        name: What they are called, for the message.
+        values: One text, or several in a list, a tuple, an array or a column of a table.
+        name: Name of the argument, for the error message.
 
     Raises:
-        ValueError: an entry is no text, or the whole is bytes, a mapping, a set, or has several columns.
+        ValueError: if an entry is no text, or if `values` is bytes, a mapping, a set, or has several columns.
     """
     if isinstance(values, str) or is_missing(values):
         values = [values]
     if hasattr(values, "to_pylist"):
-        # Arrow's own scalars are no texts.
+        # Iterating an Arrow column gives Arrow scalars, not texts.
         values = values.to_pylist()
     is_flat = getattr(values, "ndim", 1) == 1 and not isinstance(values, (bytes, bytearray, Mapping, set, frozenset))
     if not is_flat or not hasattr(values, "__iter__"):

@@ -1,14 +1,16 @@
-"""A subword tokenizer for product titles and ASR, trained from nothing but strings.
+"""A subword tokenizer for product titles and ASR, trained on a list of strings.
 
 `train_tokenizer` learns a SentencePiece unigram vocabulary (Kudo, 2018, "Subword Regularization") on mixed Chinese and
-English text and returns it as a `PreTrainedTokenizerFast`, so a loaded checkpoint needs `tokenizers` alone:
-sentencepiece is imported only while a vocabulary is being trained.
+English text and returns it as a `PreTrainedTokenizerFast`. A loaded checkpoint needs only `tokenizers`; sentencepiece
+is imported only to train a vocabulary.
 
-Text is left as it is apart from whitespace: runs of it become one space and the ends are stripped (U+2581, with which
-SentencePiece marks word boundaries, counts as a space). Whatever the vocabulary does not know is spelled in bytes, so
-decoding returns the text that was encoded.
+Text is normalised only in its whitespace: runs become one space, and leading and trailing whitespace is removed. The
+character U+2581, SentencePiece's mark of word boundaries, counts as a space. Characters outside the vocabulary are
+encoded as bytes, so decoding returns the encoded text. With `fold`, case, the width of full-width characters and the
+punctuation of sentences are removed too, so that "Red mug." in a title or from a speech model equals "red mug".
 """
 
+import copy
 import io
 from collections import Counter
 from collections.abc import Iterable
@@ -22,43 +24,59 @@ PRINTABLE_ASCII = "".join(chr(code) for code in range(0x21, 0x7F))
 NUM_FIXED_PIECES = len(SPECIAL_TOKENS) + 256 + len(PRINTABLE_ASCII) + 1
 MIN_VOCAB_SIZE = 400
 QUIET_UP_TO = 20_000
+# Punctuation of sentences, not that of numbers, times and names such as 1.5, 10:30 and node.js.
+_PUNCTUATION = r"[.,!?;:]+(?![0-9a-z])|[\u3001\u3002]+"
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int = 2000, model_max_length: int = 64
+    texts: Iterable[str], vocab_size: int = 2000, model_max_length: int = 64, fold: bool = False
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer on `texts`. The same texts in the same order give the same tokenizer.
 
     Args:
-        texts: Titles and ASR transcripts; held in memory while training. Empty strings are allowed.
-        vocab_size: Upper bound of the vocabulary, at least 400, of which 355 entries are fixed (4 special tokens, 256
-            bytes, printable ASCII, the word boundary). A corpus too small to fill it gives a smaller vocabulary.
-        model_max_length: Length in tokens, the two sequence marks included, that `truncation=True` cuts to.
+        texts: Titles and ASR transcripts; held in memory during training. Empty strings are allowed.
+        vocab_size: Upper bound of the vocabulary, at least 400. Of these, 355 entries are fixed (4 special tokens, 256
+            bytes, printable ASCII, the word boundary). A small corpus gives a smaller vocabulary.
+        model_max_length: Maximum length in tokens with `truncation=True`, including `<s>` and `</s>`.
+        fold: Ignore case, character width and the punctuation of sentences, in training and in use.
 
     Returns:
         A tokenizer that writes `<s> ... </s>`, pads on the right with id 0 and returns `input_ids` and
         `attention_mask`, each (batch_size, sequence_length).
 
     Raises:
-        TypeError: An entry of `texts` is not a string.
-        ValueError: `vocab_size` or `model_max_length` is too small, `texts` holds no visible character, or an entry
-            of it is not valid Unicode.
-        ImportError: sentencepiece is not installed.
+        TypeError: if an entry of `texts` is not a string.
+        ValueError: if `vocab_size` or `model_max_length` is too small, if `texts` holds no visible character, or if an
+            entry is not valid Unicode.
+        ImportError: if sentencepiece is not installed.
     """
-    return wrap_sentencepiece(train_sentencepiece(texts, vocab_size=vocab_size), model_max_length=model_max_length)
+    model_proto = train_sentencepiece(texts, vocab_size=vocab_size, fold=fold)
+    tokenizer = wrap_sentencepiece(model_proto, model_max_length=model_max_length)
+    return fold_texts(tokenizer) if fold else tokenizer
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int = 2000) -> bytes:
-    """Train the unigram vocabulary of `train_tokenizer` (arguments and errors as there).
+def fold_texts(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """
+    Returns a copy of a tokenizer of `train_tokenizer` that reads texts as with `fold`. Its ids keep their meaning. A
+    model trained on lower-case texts without punctuation, as many speech recognisers write them, can then read texts
+    that have both.
+    """
+    folding = copy.deepcopy(tokenizer)
+    folding.backend_tokenizer.normalizer = _normalizer(fold=True)
+    return folding
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int = 2000, fold: bool = False) -> bytes:
+    """Train the unigram vocabulary of `train_tokenizer`, with the same arguments and errors.
 
     Returns:
-        The serialised SentencePiece model. Its ids are those of the wrapped tokenizer for any text whose whitespace is
-        already single spaces. The two may only order the same pieces differently where segmentations tie exactly
-        (`7` `77` and `77` `7`), because they sum scores in different precision.
+        The serialised SentencePiece model. It gives the same ids as the wrapped tokenizer for text whose whitespace is
+        already normalised, except for exact ties between segmentations (`7` `77` and `77` `7`): there the order of the
+        pieces may differ, because the two sum scores in different precision.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(f"vocab_size is {vocab_size}; use at least {MIN_VOCAB_SIZE}.")
-    sentences = _clean_sentences(texts)
+    sentences = _clean_sentences(texts, _normalizer(fold))
     sentences = _keep_frequent_characters(sentences, max_characters=(vocab_size - NUM_FIXED_PIECES) // 2)
     try:
         import sentencepiece
@@ -76,11 +94,11 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int = 2000) -> bytes:
         character_coverage=1.0,
         required_chars=PRINTABLE_ASCII,
         normalization_rule_name="identity",
-        # The default of 4192 bytes would leave out long transcripts without a word; below 10 is refused.
+        # The default of 4192 bytes would silently leave out long transcripts; values below 10 are refused.
         max_sentence_length=max(10, *(len(sentence.encode()) + 1 for sentence in sentences)),
-        # The estimate sums floats per thread, so its last digits would follow the number of threads.
+        # The training sums floats per thread, so its last digits would depend on the number of threads.
         num_threads=1,
-        # Beyond a few seconds of work, its own account of the iterations is the sign of progress.
+        # For long training, SentencePiece's own log shows the progress.
         minloglevel=0 if len(sentences) > QUIET_UP_TO else 2,
         pad_id=0,
         unk_id=1,
@@ -98,8 +116,8 @@ def wrap_sentencepiece(model_proto: bytes, model_max_length: int = 64) -> PreTra
     """Wrap a model of `train_sentencepiece` as a `PreTrainedTokenizerFast` with the same ids.
 
     Raises:
-        ValueError: `model_max_length` leaves no room for text.
-        ImportError: sentencepiece is not installed.
+        ValueError: if `model_max_length` leaves no room for text.
+        ImportError: if sentencepiece is not installed.
     """
     if model_max_length < 3:
         raise ValueError(
@@ -112,7 +130,7 @@ def wrap_sentencepiece(model_proto: bytes, model_max_length: int = 64) -> PreTra
 
     sp = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
     tokenizer = Tokenizer(models.Unigram(_unigram_vocab(sp), unk_id=sp.unk_id(), byte_fallback=True))
-    tokenizer.normalizer = _whitespace_normalizer()
+    tokenizer.normalizer = _normalizer(fold=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE_MARK, prepend_scheme="always")
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS_TOKEN} $A {EOS_TOKEN}",
@@ -132,20 +150,21 @@ def wrap_sentencepiece(model_proto: bytes, model_max_length: int = 64) -> PreTra
         model_max_length=model_max_length,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
-        # Titles are written by strangers: a literal "</s>" in one of them is text, not the end of the sequence.
+        # Titles are untrusted input: a literal "</s>" in a title is text, not the end of the sequence.
         split_special_tokens=True,
     )
 
 
-def _whitespace_normalizer() -> normalizers.Normalizer:
-    # The word boundary's own character stands for a space inside both libraries, which then disagree on doubled ones.
-    return normalizers.Sequence([normalizers.Replace(Regex(rf"[\s{SPACE_MARK}]+"), " "), normalizers.Strip()])
+def _normalizer(fold: bool) -> normalizers.Normalizer:
+    folding = [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(_PUNCTUATION), " ")]
+    # Both libraries use U+2581 for a space internally, but treat doubled ones differently.
+    spaces = [normalizers.Replace(Regex(rf"[\s{SPACE_MARK}]+"), " "), normalizers.Strip()]
+    return normalizers.Sequence([*folding, *spaces] if fold else spaces)
 
 
-def _clean_sentences(texts: Iterable[str]) -> list[str]:
+def _clean_sentences(texts: Iterable[str], normalizer: normalizers.Normalizer) -> list[str]:
     if isinstance(texts, str):
-        raise TypeError("texts is one string; pass a list of strings.")
-    normalizer = _whitespace_normalizer()
+        raise TypeError("texts is a single string; pass a list of strings.")
     sentences = []
     for index, text in enumerate(texts):
         if not isinstance(text, str):
@@ -162,10 +181,10 @@ def _clean_sentences(texts: Iterable[str]) -> list[str]:
 
 
 def _keep_frequent_characters(sentences: list[str], max_characters: int) -> list[str]:
-    """Blank the rarest non-ASCII characters, which are then spelled in bytes.
+    """Replace the rarest non-ASCII characters by spaces; the tokenizer will encode them as bytes.
 
-    SentencePiece insists on a piece for every character it covers, and thousands of Chinese characters would leave no
-    room for words. Its own `character_coverage` is a share of the text, not a number of characters.
+    SentencePiece reserves a piece for every character it covers, so thousands of Chinese characters would leave no
+    room for words. Its own setting `character_coverage` is a share of the text, not a number of characters.
     """
     counts = Counter(character for sentence in sentences for character in sentence)
     beyond_ascii = (character for character in counts if not character.isascii())
@@ -179,7 +198,7 @@ def _unigram_vocab(sp) -> list[tuple[str, float]]:
     """Pieces and scores of a SentencePiece model, in id order.
 
     SentencePiece never matches its special and byte pieces in a text, but `Unigram` does, and their stored score of 0
-    would make them win. A score below that of the longest of them spelled out in characters rules them out.
+    would be the best. They therefore get a score below that of the longest of them spelled out in characters.
     """
     ids = range(sp.get_piece_size())
     pieces = [sp.id_to_piece(i) for i in ids]

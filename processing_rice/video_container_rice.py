@@ -1,6 +1,6 @@
-"""How a video file is opened, when its frames are shown, and what they look like; PyAV reads it.
+"""Opens video files with PyAV and gives the time and the image of each frame.
 
-Time counts in seconds from the start of the file, sound included, by the frames' time stamps.
+Times are seconds from the start of the file (the first of its audio and video streams), by the frames' time stamps.
 """
 
 import math
@@ -22,9 +22,9 @@ from .media_rice import (
     printable,
 )
 
-# A clock that goes back further than this has begun anew.
+# Time stamps that go back further than this start a new recording.
 BACK_S = 0.1
-# As has one that leaps further in a container whose clock may leap: FFmpeg's own limit.
+# So do time stamps that jump ahead further than this, in containers whose clock may jump; FFmpeg uses the same limit.
 LEAP_S = 10.0
 _LEAPING_FORMATS = 0x0200  # AVFMT_TS_DISCONT
 NO_TIME_STAMPS = 0x0080  # AVFMT_NOTIMESTAMPS
@@ -38,7 +38,7 @@ _PLAYLIST = re.compile(
 
 
 def import_av():
-    """PyAV; MediaError where it is not installed."""
+    """The PyAV module. Raises `MediaError` if it is not installed."""
     try:
         import av
     except ImportError:
@@ -47,7 +47,7 @@ def import_av():
 
 
 class _Bare:
-    """A file without its name: the content alone tells the format, and no name is taken for a protocol."""
+    """A file without its name, so that FFmpeg detects the format by the content and takes no name for a protocol."""
 
     def __init__(self, file, seekable: bool):
         self.read, self.close = file.read, file.close
@@ -56,17 +56,17 @@ class _Bare:
 
 
 def is_playlist(path: str | os.PathLike) -> bool:
-    """Whether a file is a text that names the places of media, by its first bytes."""
+    """Whether the first bytes of a file are those of a playlist, a text that names other media."""
     with open(path, "rb") as file:
         return _PLAYLIST.match(file.read(4096)) is not None
 
 
 def open_container(path: str | os.PathLike):
     """
-    Opens a video file by PyAV. No other file and no address is opened on its behalf.
+    Opens a video file with PyAV. Other files and addresses that it refers to are not opened.
 
     Raises:
-        MediaError: it is missing (`MissingMediaError`), a playlist, a picture, or no media; or PyAV is not installed.
+        MediaError: if it is missing (`MissingMediaError`), a playlist, an image or no media; if PyAV is not installed.
     """
     import_av()
     name = printable(path)
@@ -92,10 +92,10 @@ def open_container(path: str | os.PathLike):
 
 def open_pipe(path: str | os.PathLike | int):
     """
-    Opens what can only be read from its start to its end, such as a named pipe, or standard input by its number.
+    Opens a source that can only be read from start to end: a named pipe, or standard input by its file descriptor.
 
     Raises:
-        MediaError: it cannot be read, or holds no media; or PyAV is not installed.
+        MediaError: if it cannot be read or holds no media; if PyAV is not installed.
     """
     import_av()
     name = "standard input" if isinstance(path, int) else printable(path)
@@ -117,15 +117,16 @@ def _open_media(file, name: str, seekable: bool = True):
 
 def video_stream(container, name: object, max_pixels: int | None = None):
     """
-    The picture of a container: its first video stream that is more than a cover.
+    The video stream of a container: the first one that is no cover image.
 
     Args:
-        container: Of PyAV.
-        name: What an error calls it.
-        max_pixels: Of a frame, by default `MAX_PIXELS`; larger ones that come later are not decoded.
+        container: A container of PyAV.
+        name: Name of the file, for error messages.
+        max_pixels: Maximum number of pixels of a frame, by default `MAX_PIXELS`; larger frames that come later are not
+            decoded.
 
     Raises:
-        MediaError: there is none, nothing decodes it, or its frames have too many pixels.
+        MediaError: if there is no video stream, no decoder for it, or if its frames have too many pixels.
     """
     flags = import_av().stream.Disposition
     covers = flags.attached_pic | flags.timed_thumbnails
@@ -146,17 +147,17 @@ def video_stream(container, name: object, max_pixels: int | None = None):
 
 
 def sound_stream(container):
-    """The sound of a container of PyAV, its first one that can be decoded; `None` where there is none."""
+    """The first audio stream of a PyAV container that can be decoded; `None` if there is none."""
     return next((stream for stream in container.streams.audio if stream.codec_context is not None), None)
 
 
 def start_of(container) -> float:
-    """Time stamp at which a player starts, in seconds: the first of all streams, sound included."""
+    """Time stamp at which a player starts, in seconds: the first one of all streams, including audio."""
     return container.start_time / 1e6 if container.start_time is not None else 0.0
 
 
 def clock_leaps(container) -> bool:
-    """Whether time stamps of this kind of container may leap from one recording to the next."""
+    """Whether time stamps in this container format may jump from one recording to the next."""
     return bool(container.format.flags & _LEAPING_FORMATS)
 
 
@@ -166,8 +167,8 @@ def _reason(error: Exception) -> str:
 
 def has_time_stamps(container) -> bool:
     """
-    Whether a container says when its frames are shown. Raw streams, MJPEG over HTTP and rows of pictures do not;
-    FFmpeg counts their frames by a rate that it assumes.
+    Whether a container stores when its frames are shown. Raw streams, MJPEG over HTTP and image sequences do not;
+    FFmpeg numbers their frames at an assumed rate.
     """
     name = container.format.name
     return not (container.format.flags & NO_TIME_STAMPS or name in _UNTIMED_FORMATS or name.endswith("_pipe"))
@@ -175,22 +176,22 @@ def has_time_stamps(container) -> bool:
 
 class Clock:
     """
-    Time stamps of frames, in the order in which they are shown, to seconds since the start.
+    Converts time stamps of frames, in display order, to seconds since the start.
 
-    A frame without a time stamp follows the last one by a frame's duration, and so does one whose stamp is the last
-    one's or a little earlier. Where a stamp goes back further or, in a container whose clock may leap, leaps by more
-    than ten seconds, recordings were joined: time goes on by a frame's duration.
+    A frame without a time stamp comes one frame duration after the last frame; so does a frame whose stamp equals the
+    last one or is slightly earlier. Larger steps back, and jumps of more than ten seconds in a container whose clock
+    may jump, mean that recordings were joined; time then continues by one frame duration.
 
     Args:
-        container: Of PyAV.
+        container: A container of PyAV.
         stream: Its video stream.
-        on_leap: Called with the seconds by which the stamps leap.
+        on_leap: Called with the size of each jump in seconds.
 
     Attributes:
-        shift_s: Seconds to add to the container's time stamps, of any of its streams; `None` before the first stamp
-            of a container that has no start of its own.
-        last_s: The last frame's time.
-        step_s: What a frame lasts.
+        shift_s: Seconds to add to the time stamps of any stream of the container; `None` before the first stamp of a
+            container without a start time.
+        last_s: Time of the last frame in seconds.
+        step_s: Duration of a frame in seconds.
     """
 
     def __init__(self, container, stream, on_leap: Callable[[float], None] = lambda leap_s: None):
@@ -198,13 +199,13 @@ class Clock:
         self.step_s = 1 / rate if 1e-3 < rate < 1e3 else 0.04
         self.leaps = clock_leaps(container)
         self.on_leap = on_leap
-        # What has no start of its own starts with its first frame.
+        # A container without a start time starts with its first frame.
         self.shift_s = None if container.start_time is None else -start_of(container)
         self.last_s: float | None = None
         self._stamp_s = -math.inf
 
     def time_of(self, stamp_s: float | None) -> float:
-        """Seconds since the start of the frame that is shown next, whose time stamp is `stamp_s` seconds."""
+        """Time in seconds since the start of the next frame, whose time stamp is `stamp_s` seconds."""
         known = stamp_s is not None and math.isfinite(stamp_s)
         if known and self.shift_s is None:
             self.last_s = 0.0 if self.last_s is None else self.last_s + self._gap_s()
@@ -231,20 +232,20 @@ class Clock:
             self.last_s += passed_s
 
     def _longest_s(self) -> float:
-        """By how much a stamp may be later than the last one."""
+        """Largest step between two stamps of one recording, in seconds."""
         return LEAP_S if self.leaps else math.inf
 
     def _gap_s(self) -> float:
-        """Time from the last frame to one whose stamp leaps."""
+        """Seconds from the last frame to a frame whose stamp jumps."""
         return self.step_s
 
     def _unstamped_s(self) -> float:
-        """Time from the last frame to one without a stamp."""
+        """Seconds from the last frame to a frame without a stamp."""
         return self.step_s
 
 
 def frame_picture(frame, stream) -> Image.Image:
-    """A decoded frame as a player shows it: upright, with square pixels, over white, RGB."""
+    """A decoded frame as a player shows it: upright, with square pixels, RGB, transparent parts white."""
     size = {}
     ratio = stream.sample_aspect_ratio
     if ratio and ratio != 1 and 1 / _WIDEST_PIXEL <= ratio <= _WIDEST_PIXEL:
@@ -256,7 +257,7 @@ def frame_picture(frame, stream) -> Image.Image:
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return picture
-    # Rows (a, b, .) and (c, d, .): a point (x, y) is shown at (a x + c y, b x + d y).
+    # With rows (a, b, .) and (c, d, .), a point (x, y) is shown at (a x + c y, b x + d y).
     a, b, _, c, d = struct.unpack_from("<5i", bytes(matrix))
     if abs(b) > abs(a):
         picture, a, d = picture.transpose(Image.Transpose.TRANSPOSE), c, b
@@ -269,12 +270,12 @@ def decoded_frames(
     packets: Iterator, stream, on_damage: Callable[[], None], on_break: Callable[[str], None]
 ) -> Iterator:
     """
-    The frames of a stream's packets, in the order in which they are shown.
+    Decodes the packets of a stream and yields the frames in display order.
 
     Args:
-        packets: Of `container.demux(stream)`.
+        packets: From `container.demux(stream)`.
         on_damage: Called for each packet that cannot be decoded.
-        on_break: Called with the reason when the container ends before its end.
+        on_break: Called with the reason if the container cannot be read to its end.
     """
     errors = (import_av().FFmpegError, OSError)
     ended = False
@@ -284,7 +285,7 @@ def decoded_frames(
         except errors as error:
             on_break(_reason(error))
             packet = None
-        # At a break the decoder still holds a few frames; at an ordinary end the last, empty packet brings them.
+        # After a read error the decoder still holds a few frames; at a normal end the last, empty packet flushes them.
         ended = packet is None
         try:
             frames = stream.decode(None) if ended else packet.decode()

@@ -1,6 +1,6 @@
-"""The one reader of video: which frames a file shows, and their pictures.
+"""The one reader of video: the frames of a file, their times and their images.
 
-What a file shows is found without decoding; wanted frames are then decoded from the key frame before them.
+The list of frames is read without decoding. Requested frames are then decoded from the key frame before them.
 """
 
 import math
@@ -36,15 +36,15 @@ from .video_container_rice import (
 
 # Containers round time stamps to their clock, often milliseconds.
 _ROUNDING_S = 1e-3
-# So many packets are read rather than jumped over.
+# Up to this many packets are read instead of seeking over them.
 _NEAR = 50
-# How much earlier to look for a key frame, one after the other, in seconds.
+# How much earlier to search for a key frame, in seconds, tried in this order.
 _STEPS_BACK = (0, 2, 10, 60)
 _KEPT_TABLES = 16
 
 
 class VideoInfo(NamedTuple):
-    """Width and height in pixels of a video's first frame as it is shown, and seconds that the file lasts."""
+    """Width and height in pixels of a video's first frame as displayed, and the length of the file in seconds."""
 
     width: int
     height: int
@@ -53,8 +53,8 @@ class VideoInfo(NamedTuple):
 
 def probe_video(path: str | os.PathLike) -> VideoInfo:
     """
-    Reads a video's header and its first frame; also all packets, but for MP4 files whose header lists them, where the
-    length is not certain.
+    Reads a video's header and its first frame. It also reads all packets to find the length, unless the file is an MP4
+    whose header lists them.
 
     Raises:
         MediaError: as [`VideoReader`].
@@ -72,12 +72,12 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
 
 
 def _lists_frames(container, stream) -> bool:
-    """Whether the header of an MP4 file lists all frames; one made of fragments may be several recordings."""
+    """Whether the header lists all frames, as in an MP4 file; a fragmented MP4 may be several recordings."""
     return "mp4" in container.format.name and stream.frames > 0
 
 
 class VideoFrame(NamedTuple):
-    """A frame's number in the clip, its seconds since the start of the file, and its picture (RGB, upright)."""
+    """A frame: its number in the clip, its time in seconds since the start of the file, its image (RGB, upright)."""
 
     number: int
     time_s: float
@@ -87,15 +87,15 @@ class VideoFrame(NamedTuple):
 @dataclass
 class _Table:
     """
-    The packets of a file, or of a part that begins with a key frame, in the order of the file; and which are shown.
+    The packets of a file, or of a part that begins with a key frame, in file order, and those that are shown.
 
     Attributes:
-        pts, is_key, part: By packet: presentation time stamp, whether a decoder can begin with it, and which of the
-            recordings it belongs to that were joined.
-        shown: Packets in the order in which they are shown.
-        times: Seconds, of each that is shown.
-        end_s: Where the last one ends.
-        is_decoded: Packets do not tell frames apart, so that the file was decoded: `shown` are the frames' numbers.
+        pts, is_key, part: Presentation time stamp, key frame or not, and recording of each packet (a file may be
+            several recordings joined).
+        shown: Indices of the shown packets in display order.
+        times: Time of each shown packet in seconds.
+        end_s: End of the last frame in seconds.
+        is_decoded: Whether the file had to be decoded to identify its frames; `shown` then holds frame numbers.
     """
 
     pts: array = field(default_factory=lambda: array("q"))
@@ -108,11 +108,11 @@ class _Table:
 
     @property
     def is_joined(self) -> bool:
-        """Whether recordings were joined, so that a time stamp may come twice."""
+        """Whether recordings were joined, so that a time stamp may occur twice."""
         return bool(self.part) and self.part[-1] > 0
 
     def key_before(self, packet: int) -> int:
-        """The last key frame that is stored and shown no later than a packet."""
+        """Index of the last key frame that is neither stored nor shown after a packet."""
         key = packet
         while key > 0 and self.part[key - 1] == self.part[packet]:
             if self.is_key[key] and self.pts[key] <= self.pts[packet]:
@@ -122,7 +122,7 @@ class _Table:
 
 
 def _read_packets(container, stream, packets: Iterator, until_s: float) -> tuple[_Table, bytearray, int] | None:
-    """The packets until `until_s`, which of them are shown, and the last one's duration in the stream's unit."""
+    """The packets until `until_s`, which of them are shown, and the duration of the last one in the stream's unit."""
     table, visible, duration = _Table(), bytearray(), 0
     latest, part, begun = None, 0, False
     back, leap = (round(seconds / stream.time_base) for seconds in (BACK_S, LEAP_S))
@@ -132,7 +132,7 @@ def _read_packets(container, stream, packets: Iterator, until_s: float) -> tuple
         if pts is None:
             return None
         behind = 0 if latest is None else latest - pts
-        # What is shown earlier than it is stored is behind as well, but is no key frame.
+        # Packets that are shown before earlier-stored ones are behind too, but are no key frames.
         if (is_key and behind > back) or behind > leap or (leaps and behind < -leap):
             part, begun, latest = part + 1, False, None
         if packet.dts is not None and float(packet.dts * stream.time_base) - start_s > until_s and visible:
@@ -148,12 +148,12 @@ def _read_packets(container, stream, packets: Iterator, until_s: float) -> tuple
 
 
 def _scan(container, stream, packets: Iterator, until_s: float = math.inf) -> _Table | None:
-    """What is shown until `until_s`, without decoding; `None` where time stamps do not tell frames apart."""
+    """The frames shown until `until_s`, without decoding; `None` if time stamps do not identify frames."""
     read = _read_packets(container, stream, packets, until_s)
     if read is None or not any(read[1]):
         return None
     table, visible, duration = read
-    # What is shown before the first key frame depends on what is not there.
+    # Frames shown before the first key frame depend on frames that the file does not hold.
     first = table.is_key.find(1)
     places = ((table.part[i], table.pts[i], i) for i, is_visible in enumerate(visible) if is_visible)
     places = sorted(place for place in places if place >= (table.part[first], table.pts[first]))
@@ -162,14 +162,14 @@ def _scan(container, stream, packets: Iterator, until_s: float = math.inf) -> _T
     clock = Clock(container, stream)
     table.shown = array("q", [i for _, _, i in places])
     table.times = [clock.time_of(float(pts * stream.time_base)) for _, pts, _ in places]
-    # Where the rate is not known, nor are durations.
+    # Without a frame rate the durations are unknown too.
     lasts_s = float(duration * stream.time_base) if stream.average_rate else 0.0
     table.end_s = table.times[-1] + (lasts_s or clock.step_s)
     return table
 
 
 class _Tables:
-    """The tables of the files that were read whole last, since one recording often holds many clips."""
+    """Cache of the tables of the files that were last read completely; one recording often holds many clips."""
 
     def __init__(self):
         self.tables: OrderedDict[tuple, _Table] = OrderedDict()
@@ -193,27 +193,27 @@ _TABLES = _Tables()
 
 class VideoReader:
     """
-    A video file, or a range of its seconds, as frames that are numbered as a player shows them.
+    The frames of a video file, or of a time range of it, numbered in display order.
 
-    A range holds the frame that is on screen at its start and those that appear before its end. Of an MP4 or Matroska
-    file only the range is read; in other containers, where a clock may begin anew, the packets from the start of the
-    file on are looked at once. Frames are decoded from the key frame before them. Use it in a `with` statement.
+    A range holds the frame that is on screen at its start and the frames that appear before its end. In an MP4 or
+    Matroska file only the range is read. In other containers, whose clock may restart, all packets from the start of
+    the file are read once. Frames are decoded from the key frame before them. Use it in a `with` statement.
 
     Args:
-        source: Path, or `{"path", "start", "end"}` in seconds, where a missing or negative end means the whole rest.
-        max_pixels: Of a frame, by default `MAX_PIXELS`.
-        on_packet: Called again and again while reading; what it raises ends the reading.
+        source: Path, or `{"path", "start", "end"}` in seconds; a missing or negative end means the end of the file.
+        max_pixels: Maximum number of pixels of a frame, by default `MAX_PIXELS`.
+        on_packet: Called for every packet read; an exception that it raises ends the reading.
 
     Attributes:
-        times: Seconds since the start of the file of each frame, ascending.
-        end_s: Where the last frame that was looked at ends.
-        num_missing: Frames that the header announces and the file, cut short, has not; 0 where that is not known.
-        num_decoded: Packets handed to the decoder so far.
-        num_damaged: Those of them that could not be decoded.
+        times: Time of each frame in seconds since the start of the file, ascending.
+        end_s: End of the last frame that was read, in seconds.
+        num_missing: Frames that the header lists but a truncated file lacks; 0 if unknown.
+        num_decoded: Packets given to the decoder so far.
+        num_damaged: Packets that could not be decoded so far.
 
     Raises:
-        MediaError: the file is missing (`MissingMediaError`), holds no video, cannot be decoded, has too many pixels,
-            or the range holds no frame.
+        MediaError: if the file is missing (`MissingMediaError`), holds no video, cannot be decoded or has too many
+            pixels; if the range holds no frame.
     """
 
     def __init__(
@@ -227,7 +227,7 @@ class VideoReader:
         self.max_pixels, self.on_packet = max_pixels, on_packet
         self.num_decoded = self.num_damaged = 0
         self._container: Any = None
-        # Time stamp to seek to for the table's first packet; None: it is the file's first.
+        # Time stamp to seek to for the table's first packet; None if that is the first packet of the file.
         self._origin: int | None = None
         self._position: int | None = None
         try:
@@ -253,7 +253,7 @@ class VideoReader:
         return len(self.times)
 
     def close(self) -> None:
-        """Closes the file; may be called again."""
+        """Closes the file. Further calls have no effect."""
         if self._container is not None:
             self._container.close()
             self._container = None
@@ -263,16 +263,20 @@ class VideoReader:
         Decodes frames.
 
         Args:
-            numbers: Counted from 0 within the range; by default all.
+            numbers: Frame numbers, counted from 0 within the range; by default all.
 
         Returns:
-            Those frames in the order in which they are shown. In the place of one that cannot be decoded comes what
-            is shown before it, from its key frame on; where there is nothing, it is left out.
+            The frames in display order. A frame that cannot be decoded is replaced by the last decoded frame since its
+            key frame; without one it is left out.
+
+        Raises:
+            ValueError: for numbers outside the range.
         """
         wanted = sorted(set(range(len(self)) if numbers is None else numbers))
         if wanted and not 0 <= wanted[0] <= wanted[-1] < len(self):
             raise ValueError(
-                f"Frames {wanted[0]} to {wanted[-1]} of {self.name} are asked for, which has {len(self)}."
+                f"Frames {wanted[0]} to {wanted[-1]} of {self.name} were requested, but it has {len(self)} frames; "
+                f"give numbers from 0 to {len(self) - 1}."
             )
         walk = self._count_to if self._table.is_decoded else self._jump_to
         for place, frame in walk([self._first + number for number in wanted]):
@@ -280,14 +284,14 @@ class VideoReader:
 
     def affordable(self, numbers: Iterable[int], max_pixels: int) -> list[int]:
         """
-        Frames that cost no more than so many decoded pixels, since one far from its key frame costs all in between.
+        Frames within a budget of decoded pixels; decoding a frame also decodes all frames since its key frame.
 
         Args:
-            numbers: Of frames, as `frames` takes them.
-            max_pixels: To be decoded.
+            numbers: Frame numbers, as in `frames`.
+            max_pixels: Budget of decoded pixels.
 
         Returns:
-            `numbers` in order; where they cost more, in the place of those far from their key frames these.
+            `numbers` in order. If they exceed the budget, frames far from their key frame are replaced by it.
         """
         wanted, table = sorted(set(numbers)), self._table
         context = self._stream.codec_context
@@ -315,7 +319,7 @@ class VideoReader:
         self._position = None
 
     def _packets(self) -> Iterator:
-        """The packets that hold something; a file that is cut short ends where it can be read no further."""
+        """The packets that hold data; a truncated file ends where reading fails."""
         packets, errors = self._container.demux(self._stream), (import_av().FFmpegError, OSError)
         while True:
             try:
@@ -343,8 +347,8 @@ class VideoReader:
         table = _TABLES.get(key)
         if table is None:
             kind = self._container.format.name
-            # AVI keeps no presentation times; those of frames that are stored in another order are guessed. What GIF
-            # calls key frames depends on what was before.
+            # AVI stores no presentation times, so those of reordered frames are guesses. Key frames of a GIF depend on
+            # earlier frames.
             is_vague = kind == "gif" or (kind == "avi" and self._stream.codec_context.has_b_frames)
             table = None if is_vague else _scan(self._container, self._stream, self._packets())
             table = table or self._decode_table()
@@ -371,12 +375,12 @@ class VideoReader:
             yield frame
 
     def _has_one_clock(self) -> bool:
-        """Whether the container has an index that shows its clock to run through, so that a part can be read alone."""
+        """Whether the index shows one continuous clock, so that a part of the file can be read on its own."""
         if _lists_frames(self._container, self._stream):
             return True
         is_matroska = "matroska" in self._container.format.name
         if is_matroska and len(self._stream.index_entries) and self._container.duration:
-            # Recordings that were joined begin anew behind what the index of the first one knows.
+            # A joined recording starts behind the end of the first recording's index.
             end_s = self._container.duration / 1e6 + start_of(self._container)
             tail = self._seek(round(end_s / self._stream.time_base)) and _scan(
                 self._container, self._stream, self._packets()
@@ -385,7 +389,7 @@ class VideoReader:
         return False
 
     def _seek_before(self, start: float) -> None:
-        """Goes to a key frame that is shown no later than `start`, or to the start of the file."""
+        """Seeks to a key frame that is shown no later than `start`, or to the start of the file."""
         stamp = round((start + start_of(self._container)) / self._stream.time_base)
         for back in _STEPS_BACK:
             earlier = stamp - round(back / self._stream.time_base)
@@ -416,12 +420,12 @@ class VideoReader:
         shown = f"begins at {times[0]:g} s" if is_late else f"ends at {self._table.end_s:g} s"
         asked = f"{self.start}..{self.end} s"
         raise MediaError.of(
-            f"The range {asked} of {self.name} holds no frame; its picture {shown}.",
-            f"holds no frame in the range {asked}; its picture {shown}",
+            f"The range {asked} of {self.name} holds no frame, since its video {shown}; give another range.",
+            f"holds no frame in the range {asked}; its video {shown}",
         )
 
     def _count_to(self, wanted: list[int]) -> Iterator[tuple[int, Any]]:
-        """Frames by their numbers in the file, by decoding all that come before."""
+        """Decodes frames by their numbers in the file, including all frames before them."""
         self._open()
         chosen = set(wanted)
         for number, frame in enumerate(self._all_frames()):
@@ -431,7 +435,7 @@ class VideoReader:
                 return
 
     def _jump_to(self, wanted: list[int]) -> Iterator[tuple[int, Any]]:
-        """Frames by their places in the table, by decoding from the key frames before them."""
+        """Decodes frames by their places in the table, from the key frames before them."""
         table, places, begin, end = self._table, [], 0, 0
         for place in wanted:
             packet = table.shown[place]
@@ -445,12 +449,12 @@ class VideoReader:
             yield from self._match(begin, end, places)
 
     def _match(self, begin: int, end: int, places: list[int]) -> Iterator[tuple[int, Any]]:
-        """Decodes the packets from the key frame `begin` to `end`, and gives the frames at `places`."""
+        """Decodes the packets from the key frame `begin` to `end` and yields the frames at `places`."""
         table, waiting, before = self._table, deque(places), None
         frames = self._decode(begin, end)
         first = next(frames, None)
         if first is None and self._seeks:
-            # Some containers seek badly, and after a seek nothing can be decoded.
+            # In some containers nothing can be decoded after a seek.
             self._seeks, self._position = False, None
             frames = self._decode(begin, end)
             first = next(frames, None)
@@ -468,7 +472,7 @@ class VideoReader:
             yield from ((place, before) for place in waiting)
 
     def _decode(self, begin: int, end: int) -> Iterator:
-        """The frames of the packets from `begin` to `end`, in the order in which they are shown."""
+        """The frames of the packets from `begin` to `end`, in display order."""
         packets, position = self._packets_from(begin)
         self._position = None
         for number, packet in enumerate(packets, position):
@@ -478,7 +482,7 @@ class VideoReader:
                 break
         else:
             number = position
-        # The decoder holds frames back that are to be shown after others.
+        # The decoder still holds reordered frames.
         yield from self._decode_packet(None)
         self._stream.codec_context.flush_buffers()
         self._position = number + 1
@@ -494,7 +498,7 @@ class VideoReader:
             return []
 
     def _packets_from(self, begin: int) -> tuple[Iterator, int]:
-        """Packets from the key frame `begin` on, or a few earlier, and the number of the first."""
+        """Packets from the key frame `begin` or a little earlier, and the number of the first packet."""
         if self._position is not None and 0 <= begin - self._position <= _NEAR:
             return self._packets(), self._position
         if self._seeks and not self._table.is_joined:
@@ -513,7 +517,7 @@ class VideoReader:
 
 
 def _clip_range(source: str | os.PathLike | Mapping[str, Any]) -> tuple[str, float | None, float | None]:
-    """Path, start and end of a clip in seconds, `None` where there is no bound."""
+    """Path, start and end of a clip in seconds; `None` for no bound."""
     entry = source if isinstance(source, Mapping) else {"path": source}
     path = entry.get("path")
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
@@ -533,19 +537,19 @@ def sample_video(
     sampling: str | Callable[[int, int], Sequence[int]] = "eval",
 ) -> dict[int, Image.Image]:
     """
-    Frames of a video file, or of its range of seconds, by their numbers. Only the chosen ones are decoded, from the
-    key frames before them.
+    Samples frames of a video file or of a time range of it. Only the chosen frames are decoded, from the key frames
+    before them.
 
     Args:
-        source: As [`VideoReader`] takes it.
-        num_frames: Frames to sample at most, all by default.
-        sampling: A mode of [`sample_frame_indices`], or a function of the first two of its arguments.
+        source: As in [`VideoReader`].
+        num_frames: Maximum number of frames; all by default.
+        sampling: A mode of [`sample_frame_indices`], or a function of its first two arguments.
 
     Returns:
-        Pictures in order of time. One that cannot be decoded is replaced or left out, see [`VideoReader.frames`].
+        Images by frame number, in order of time; for frames that cannot be decoded see [`VideoReader.frames`].
 
     Raises:
-        MediaError: as [`VideoReader`], or when none of the chosen frames can be decoded.
+        MediaError: as [`VideoReader`], or if none of the chosen frames can be decoded.
     """
     with VideoReader(source) as video:
         limit = len(video) if num_frames is None else num_frames
@@ -567,8 +571,7 @@ def read_video(
     [`sample_video`] as one array.
 
     Returns:
-        `(T, H, W, 3)` uint8, RGB, in order of time. Where the size changes within the file, later frames are scaled to
-        that of the first.
+        `(T, H, W, 3)` uint8, RGB, in order of time. Frames of another size are scaled to the size of the first.
 
     Raises:
         MediaError: as [`sample_video`].

@@ -1,4 +1,4 @@
-"""From a clip's frames, or a video file, to what RICE takes: sampled frames, frame mask, patch mask."""
+"""Turns a clip's frames, or a video file, into the inputs of RICE: sampled frames, frame mask, patch mask."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ _CHOICES = {
     "sampling": tuple(SAMPLING_MODES),
 }
 
-# Boxes drawn by people and detectors overshoot the frame a little; beyond this they are in another unit.
+# Boxes of annotators and detectors overshoot the frame slightly; beyond this they are in another unit.
 _BOX_OVERSHOOT = 0.05
 
 
@@ -45,14 +45,14 @@ def boxes_to_patch_mask(
     """
     Patches that show the intended product (IPD, paper section 4.4): those whose IoU with a box reaches the threshold.
 
-    The IoU counts both end pixels of an interval, boxes are not clipped to the image, and a frame in which no patch
-    passes keeps all, all as in the official code.
+    As in the official code, the IoU counts both end pixels of an interval, boxes are not clipped to the image, and a
+    frame in which no patch reaches the threshold keeps all patches.
 
     Args:
-        boxes (`(n, 4)`): Left, top, right, bottom in pixels of the resized image; none means no restriction.
+        boxes (`(n, 4)`): Left, top, right, bottom in pixels of the resized image; an empty list keeps all patches.
         image_size: Side of the square image, or its height and width, in pixels.
         patch_size: Side of a patch in pixels.
-        iou_threshold: 0..1.
+        iou_threshold: Minimum IoU of a kept patch, 0..1.
 
     Returns:
         `(P,)` bool, row-major, `True` = keep; P = (height // patch_size) * (width // patch_size).
@@ -86,7 +86,7 @@ def boxes_to_patch_mask(
 
 
 def _patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches; ValueError when there would be none."""
+    """Rows and columns of patches. Raises `ValueError` if there are none."""
     if not 1 <= patch_size <= min(height, width):
         raise ValueError(
             f"`patch_size` must be at least 1 and fit into the image of {height} x {width} pixels, got {patch_size}."
@@ -95,7 +95,7 @@ def _patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
 
 
 def _check_boxes(boxes: Box, clip: int, frame: int) -> np.ndarray | None:
-    """The boxes of a frame as `(n, 4)` in 0..1, or `None`; ValueError names the clip and the frame."""
+    """The boxes of a frame as `(n, 4)` in 0..1, or `None`. Raises `ValueError` with the clip and the frame."""
     if boxes is None or (hasattr(boxes, "__len__") and not isinstance(boxes, Mapping) and len(boxes) == 0):
         return None
     try:
@@ -105,40 +105,41 @@ def _check_boxes(boxes: Box, clip: int, frame: int) -> np.ndarray | None:
     values = values[None] if values.ndim == 1 else values
     where = f"Clip {clip}, frame {frame}: the box {boxes!r}"
     if values.ndim != 2 or values.shape[1] != 4 or not np.isfinite(values).all():
-        raise ValueError(f"{where} is not left-top-right-bottom in finite numbers; give `None` where there is none.")
+        raise ValueError(f"{where} is not left-top-right-bottom in finite numbers; give `None` for no box.")
     if values.min() < -_BOX_OVERSHOOT or values.max() > 1 + _BOX_OVERSHOOT:
         raise ValueError(f"{where} is not in 0..1 of the frame; divide pixels by the frame's width and height.")
     values = values.clip(0, 1)
     if (values[:, 2:] <= values[:, :2]).any():
-        raise ValueError(f"{where} has no area in the frame; give `None` where there is none.")
+        raise ValueError(f"{where} has no area in the frame; give `None` for no box.")
     return values
 
 
 def _count(boxes: Any, name: str) -> int:
-    """How many entries a list or an array of boxes has; ValueError for anything else."""
+    """Number of entries of a list or an array of boxes. Raises `ValueError` for anything else."""
     if isinstance(boxes, (str, bytes, Mapping)) or not hasattr(boxes, "__len__") or not hasattr(boxes, "__getitem__"):
         raise ValueError(f"{name} is a {type(boxes).__name__}; give a list with the boxes of each frame.")
     return len(boxes)
 
 
 def frames_with_box(boxes: Sequence) -> list[int]:
-    """Positions of the frames of a clip that have a box (not `None`); all of them where none has."""
+    """Indices of the frames of a clip that have a box (not `None`); all indices if no frame has one."""
     return [i for i, box in enumerate(boxes) if box is not None] or list(range(len(boxes)))
 
 
 class RiceVideosKwargs(VideosKwargs, total=False):
     """
-    Of those of transformers `fps`, `video_metadata`, `return_metadata` and `do_pad` are refused: clips are sampled by
-    number of frames.
+    Settings for clips. The settings `fps`, `video_metadata`, `return_metadata` and `do_pad` of transformers are
+    refused, since clips are sampled by number of frames.
 
-    boxes: Per clip, per listed frame: `None`, one box or several, left-top-right-bottom in 0..1 of the frame. What is
-        up to 0.05 outside is cut off; anything further out, without an area or not finite is refused.
+    boxes: Per clip and per listed frame: `None`, one box or several, left-top-right-bottom in 0..1 of the frame. Boxes
+        that overshoot the frame by up to 0.05 are clipped. Boxes further outside, without area or not finite are
+        refused.
     sampling: `"eval"`, `"train"` or one of the other modes of [`sample_frame_indices`].
     padding: `"longest"` pads clips to the longest of the batch, `"max_length"` to `num_frames`.
     patch_size: Side of the encoder's patches in pixels, for the patch mask.
     box_iou_threshold: See [`boxes_to_patch_mask`].
-    frames_without_box: Of a clip with boxes, `"keep"` takes a frame without one whole, as published; `"drop"` leaves
-        it out, as one that does not show the product. A clip without any box keeps its frames.
+    frames_without_box: For frames without a box in a clip with boxes: `"keep"` keeps all their patches, as published;
+        `"drop"` leaves the frames out, since they do not show the product. A clip without any box keeps its frames.
     resize_backend: `"torchvision"` or `"pillow"`, see [`RiceVideoProcessor`].
     """
 
@@ -154,17 +155,21 @@ class RiceVideosKwargs(VideosKwargs, total=False):
 class RiceVideoProcessor(BaseVideoProcessor):
     """
     Samples, resizes, normalises and pads the frames of clips. By default `size` is a square, to which frames are
-    stretched; `{"shortest_edge": n}` keeps their proportions. With `do_center_crop` the encoder takes the central
-    `crop_size` of what was resized.
+    stretched; `{"shortest_edge": n}` keeps the aspect ratio. With `do_center_crop` the central `crop_size` of the
+    resized frame is used.
 
-    A clip is a list of frames (PIL images, arrays, tensors, paths; sizes may differ), a `(T, H, W, 3)` or
-    `(T, 3, H, W)` array or tensor, the path of a video file (so a list of paths is a list of videos; frames by path
-    are a list within the list), `{"path", "start", "end"}` with seconds, or a row of a data set with `frames`, or with
-    `video`, `start` and `end`. Arrays and tensors are uint8, or floats in
-    0..1. Frames are chosen before they are decoded.
+    A clip is one of the following:
 
-    `resize_backend` is `"torchvision"`, which resizes a batch at once, or `"pillow"`, one uint8 picture at a time as
-    the official code did; they differ by at most one grey level of 255.
+    - a list of frames (PIL images, arrays, tensors, paths; sizes may differ);
+    - a `(T, H, W, 3)` or `(T, 3, H, W)` array or tensor;
+    - the path of a video file, or `{"path", "start", "end"}` with times in seconds;
+    - a row of a data set with `frames`, or with `video`, `start` and `end`.
+
+    A list of paths is a list of videos; for a clip whose frames are paths, give a list that contains the list of
+    paths. Arrays and tensors are uint8, or floats in 0..1. Frames are sampled before they are decoded.
+
+    `resize_backend` is `"torchvision"`, which resizes a batch at once, or `"pillow"`, which resizes one uint8 frame at
+    a time, as the official code did. The two differ by at most one grey level of 255.
     """
 
     resample = PILImageResampling.BICUBIC
@@ -192,16 +197,17 @@ class RiceVideoProcessor(BaseVideoProcessor):
         """
         Args:
             videos: One clip or a list of clips, see the class.
-            boxes: See [`RiceVideosKwargs`]; one list per clip, one entry per frame listed (before sampling).
+            boxes: See [`RiceVideosKwargs`]; one list per clip with one entry per frame, before sampling.
             kwargs: Any attribute of this processor, for this call only, and `return_tensors`.
 
         Returns:
-            `pixel_values_videos` `(B, T, 3, H, W)`, zero where padded, uint8 when uint8 frames are neither rescaled
-            nor normalised; `frame_mask` `(B, T)` bool, `True` = real; with boxes also `patch_mask` `(B, T, P)` bool,
-            `True` = keep.
+            `pixel_values_videos` `(B, T, 3, H, W)`, zero at padded frames, uint8 if uint8 frames are neither rescaled
+            nor normalised; `frame_mask` `(B, T)` bool, `True` = real frame; with boxes also `patch_mask` `(B, T, P)`
+            bool, `True` = keep.
 
         Raises:
-            ValueError: for a clip without frames, boxes that do not fit, or an unreadable frame (named).
+            ValueError: for an unknown or unsupported setting, a clip without frames, invalid boxes, or an unreadable
+                frame; the message names it.
             FileNotFoundError: for a missing file.
         """
         settings = self._settings(kwargs)
@@ -213,7 +219,10 @@ class RiceVideoProcessor(BaseVideoProcessor):
         counts = [len(frames) for frames, _ in loaded]
         length = max(counts)
         if settings["padding"] is False and min(counts) < length:
-            raise ValueError(f"`padding=False` cannot put clips of {min(counts)} to {length} frames together.")
+            raise ValueError(
+                f"`padding=False` needs clips of equal length, got {min(counts)} to {length} frames; give another "
+                f"`padding`."
+            )
         if settings["padding"] == "max_length":
             length = max(length, settings["num_frames"])
         real, resized = self._to_pixels([frame for frames, _ in loaded for frame in frames], settings)
@@ -246,7 +255,7 @@ class RiceVideoProcessor(BaseVideoProcessor):
         check_picture_settings(settings, {"pillow": "pil"}.get(settings["resize_backend"], "torchvision"))
         for name in ("fps", "video_metadata", "return_metadata", "do_pad"):
             if settings[name] or (name == "fps" and settings[name] is not None):
-                raise ValueError(f"`{name}` is not possible: `num_frames` of a clip are sampled; leave it out.")
+                raise ValueError(f"`{name}` is not supported, since clips are sampled by `num_frames`; leave it out.")
         for name, choices in _CHOICES.items():
             if settings[name] not in choices:
                 listed = " or ".join(repr(choice) for choice in choices if isinstance(choice, str)).replace("'", '"')
@@ -263,21 +272,23 @@ class RiceVideoProcessor(BaseVideoProcessor):
         return settings
 
     def _load_clip(self, index: int, clip, boxes: Sequence[Box] | None, settings: dict) -> tuple[list, list | None]:
-        # Frames that were sampled before are not dropped at random either.
+        # Frames that were sampled before are not dropped at random again.
         max_frames, sampling = (settings["num_frames"], settings["sampling"])
         if not settings["do_sample_frames"]:
             max_frames, sampling = None, "eval"
         clip = _clip_of(clip)
         if isinstance(clip, (str, os.PathLike, Mapping)):
             if boxes is not None:
-                raise ValueError(f"Clip {index} is a video file; boxes need a list of frames to belong to.")
+                raise ValueError(f"Clip {index} is a video file; boxes need a list of frames, so give its frames.")
             return [picture_tensor(frame) for frame in sample_video(clip, max_frames, sampling).values()], None
         if isinstance(clip, (bytes, bytearray, set, frozenset)) or not hasattr(clip, "__getitem__"):
             raise ValueError(f"Clip {index} is a {type(clip).__name__}; give a list of frames or the path of a video.")
         if len(clip) == 0:
-            raise ValueError(f"Clip {index} has no frames; a clip needs at least one.")
+            raise ValueError(f"Clip {index} has no frames; give at least one.")
         if boxes is not None and _count(boxes, f"The entry of clip {index} in `boxes`") != len(clip):
-            raise ValueError(f"Clip {index} has {len(clip)} frames but {len(boxes)} entries in `boxes`.")
+            raise ValueError(
+                f"Clip {index} has {len(clip)} frames but {len(boxes)} entries in `boxes`; give one per frame."
+            )
         chosen = sample_frame_indices(len(clip), max_frames or len(clip), sampling)
         kept = None if boxes is None else [_check_boxes(boxes[i], index, i) for i in chosen]
         if settings["frames_without_box"] == "drop" and kept:
@@ -288,8 +299,8 @@ class RiceVideoProcessor(BaseVideoProcessor):
 
     def _to_pixels(self, frames: list[torch.Tensor], settings: dict) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """
-        Frames -> pixels `(n, 3, H, W)`, and height and width that each frame was resized to before it was cropped.
-        Frames of one size, which those of a batch mostly have, are resized together.
+        Frames -> pixels `(n, 3, H, W)`, and the height and width of each frame after resizing and before cropping.
+        Frames of the same size are resized together.
         """
         unscaled = not settings["do_rescale"] and not settings["do_normalize"]
         as_bytes = unscaled and all(frame.dtype == torch.uint8 for frame in frames)
@@ -307,8 +318,8 @@ class RiceVideoProcessor(BaseVideoProcessor):
                 crop = settings["crop_size"]
                 if crop.height > height or crop.width > width:
                     raise ValueError(
-                        f"`do_center_crop` needs a `crop_size` within the resized frame, which is {height} x {width} "
-                        f"pixels, got {crop.height} x {crop.width}."
+                        f"`crop_size` must be at most the resized frame of {height} x {width} pixels, got "
+                        f"{crop.height} x {crop.width}."
                     )
                 batch = self.center_crop(batch, crop)
             batch = batch if as_bytes else batch.float()
@@ -320,8 +331,9 @@ class RiceVideoProcessor(BaseVideoProcessor):
                 output = batch.new_empty(len(frames), *batch.shape[1:])
             if batch.shape[1:] != output.shape[1:]:
                 raise ValueError(
-                    f"Frames come out as {tuple(output.shape[-2:])} and {tuple(batch.shape[-2:])} pixels; give `size` "
-                    f"with height and width, or `do_center_crop` and `crop_size`."
+                    f"The processed frames have different sizes, {tuple(output.shape[-2:])} and "
+                    f"{tuple(batch.shape[-2:])} pixels; give `size` with height and width, or `do_center_crop` and "
+                    f"`crop_size`."
                 )
             output[rows] = batch
         if settings["do_normalize"]:
@@ -342,33 +354,35 @@ class RiceVideoProcessor(BaseVideoProcessor):
     def _patch_mask(
         box: np.ndarray | None, resized: tuple[int, int], output: tuple[int, int], settings: dict
     ) -> torch.Tensor:
-        """Which patches show the product, of a frame that was resized and then cropped in its middle."""
+        """Patch mask of a frame that was resized and then center-cropped."""
         rows, columns = _patch_grid(*output, settings["patch_size"])
         if box is None:
             return torch.ones(rows * columns, dtype=torch.bool)
-        # As whole pixels, which is how the middle is cut out.
+        # Integer offsets, as in the center crop.
         top, left = ((side - kept) // 2 for side, kept in zip(resized, output, strict=True))
         pixels = box * ([resized[1], resized[0]] * 2) - [left, top] * 2
         return boxes_to_patch_mask(pixels, tuple(output), settings["patch_size"], settings["box_iou_threshold"])
 
 
 def _size_of(name: str, size: Any, default_to_square: bool) -> SizeDict:
-    """`size` or `crop_size` in any of its forms."""
+    """`size` or `crop_size`, in any of its forms, as a `SizeDict`."""
     try:
         sides = SizeDict(**get_size_dict(size, default_to_square=default_to_square is not False, param_name=name))
     except (TypeError, ValueError):
         sides = SizeDict()
-    # Of the sizes of transformers those that do not depend on the whole batch.
+    # Only the forms of transformers that do not depend on the other images of a batch.
     named = dict(sides)
     if set(named) not in ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}) or any(
         not isinstance(side, int) or side < 1 for side in named.values()
     ):
-        raise ValueError(f"`{name}` must be a number of pixels or name height and width, got {size!r}.")
+        raise ValueError(
+            f"`{name}` must be a number of pixels, or name height and width, or shortest_edge, got {size!r}."
+        )
     return sides
 
 
 def make_clips(videos) -> list:
-    """One clip or several -> a list of clips. Lists of clips within the list, one per sample, are joined."""
+    """One or several clips -> a list of clips. Nested lists of clips, one per sample, are flattened."""
     if isinstance(videos, (str, os.PathLike, Mapping)):
         return [videos]
     if isinstance(videos, (bytes, bytearray, set, frozenset)) or not hasattr(videos, "__getitem__"):
@@ -386,7 +400,7 @@ def make_clips(videos) -> list:
 
 
 def _clip_of(entry):
-    """The clip that a row of a data set holds; anything else as it is."""
+    """The clip in a row of a data set; anything else is returned unchanged."""
     if not isinstance(entry, Mapping) or "path" in entry:
         return entry
     video = entry.get("video")

@@ -1,1 +1,1 @@
-"""RICE in use: the `rice` command line and what it runs."""
+"""Use of a RICE model: index, recognition, streams, demo, service and detector."""

@@ -1,13 +1,13 @@
 """Encode a shop's pictures into an index, which `rice recognise` and `GalleryIndex.load` search.
 
 SHOP is a shop_clips folder (gallery.jsonl), an LPR4M folder, a MovingFashion folder, mini_lpr4m, or any folder of
-pictures; the index is a LanceDB table in a folder, or at a URI such as s3://bucket/shop. The same command again goes
-on where it was interrupted, and in a shop that changed it encodes the pictures that changed, and deletes those that
-are gone. Where the shop has validation clips, or --calibrate names a data set that has, confidences and the "no
-product" answer are fitted on them. A confidence is the probability that the answer is right where --presence_prior of
-the clips show a product of the shop; below 0.5 the answer is "no product", or below what --false_accept_rate asks for.
-Under `accelerate launch` every process encodes its share. Each change is a version: --versions lists those of the last
-seven days, and --restore goes back to one; both need --output alone.
+pictures. The index is a LanceDB table in a folder, or at a URI such as s3://bucket/shop. The same command resumes an
+interrupted build. For a changed shop it encodes the changed pictures and deletes missing ones. If the shop, or the
+data set of --calibrate, has validation clips, confidences and the "no product" answer are fitted on them. A confidence
+is the probability that the answer is right, if the share --presence_prior of the clips show a product of the shop. The
+answer is "no product" below a confidence of 0.5, or below the threshold for --false_accept_rate. Under `accelerate
+launch` every process encodes its share. Each change is a version: --versions lists those of the last seven days, and
+--restore goes back to one; both need only --output.
 """
 
 import argparse
@@ -26,33 +26,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("shop", nargs="?", help="folder of the shop's pictures, or mini_lpr4m")
     add("--model", help="checkpoint folder, or the id of a published model")
     add("--output", required=True, metavar="INDEX", help="folder or URI of the index")
-    add("--dry_run", action="store_true", help="tell how many images there are and what they will take, and end")
-    add("--versions", action="store_true", help="list the versions of the index, and end")
-    add("--restore", type=int, metavar="N", help="go back to version N of the index, and end")
-    add("--split", default="test", choices=("train", "validation", "test"), help="gallery of a data set to take")
+    add("--dry_run", action="store_true", help="print the number of images and the estimated cost, and exit")
+    add("--versions", action="store_true", help="list the versions of the index, and exit")
+    add("--restore", type=int, metavar="N", help="go back to version N of the index, and exit")
+    add("--split", default="test", choices=("train", "validation", "test"), help="gallery of a data set to index")
     add("--gallery_images", choices=("main", "all"), help="LPR4M: one image per product (default), or every image")
-    add("--data_dir", help="folder of mini_lpr4m, where it is not data/mini_lpr4m")
-    add("--cache_dir", help="where the data set's tables are cached")
-    add("--dtype", default="float16", choices=("float16", "float32"), help="of the encodings (default: %(default)s)")
+    add("--data_dir", help="folder of mini_lpr4m, if it is not data/mini_lpr4m")
+    add("--cache_dir", help="folder for the cached tables of the data set")
+    add("--dtype", default="float16", choices=("float16", "float32"), help="type of encodings (default: %(default)s)")
     add("--batch_size", type=int, default=64, help="pictures per batch (default: %(default)s)")
     add("--num_workers", type=int, default=min(2, os.cpu_count() or 1), help="processes that decode pictures")
-    add("--commit_every", type=int, default=2048, help="pictures per commit: memory, and what an interruption costs")
+    add("--commit_every", type=int, default=2048, help="pictures per commit; limits memory and loss by interruption")
     add_precision_and_towers(parser)
-    add("--device", help="such as cpu or cuda; default: cuda where there is one")
+    add("--device", help="such as cpu or cuda; default: cuda if available")
     add("--approximate", choices=("hnsw", "ivfpq", "none"), help="also build an approximate index, for hundreds of "
-        "thousands of pictures that are searched as one; none: drop it")  # fmt: skip
-    add("--calibrate", metavar="DATASET", default="auto", help="data set whose validation clips to fit confidences "
-        "on; auto: the shop's own, none: do not (default: %(default)s)")  # fmt: skip
-    add("--boxes_file", help="box file of those validation clips (docs/data.md), for an index that will be searched "
+        "thousands of pictures without livestreams; none: delete it")  # fmt: skip
+    add("--calibrate", metavar="DATASET", default="auto", help="data set with validation clips to fit confidences; "
+        "auto: the shop's own, none: do not fit (default: %(default)s)")  # fmt: skip
+    add("--boxes_file", help="box file of those validation clips (docs/data.md), for an index that is searched "
         "with the boxes of a detector; default: without boxes")  # fmt: skip
     add("--presence_prior", type=float, help="share of clips in use that show a product of the shop (default: 0.9)")
-    add("--false_accept_rate", type=float, help="be strict: share of clips without their product that may be "
-        "answered with one, such as 0.05; default: answer what is likelier right than wrong")  # fmt: skip
+    add("--false_accept_rate", type=float, help="maximum share of clips without their product that get "
+        "an answer, such as 0.05; default: answer if more likely right than wrong")  # fmt: skip
     add(
         "--rerank",
         type=int,
         default=100,
-        help="pictures per clip that are scored in pairs with it (default: %(default)s)",
+        help="pictures per clip that get pair scores (default: %(default)s)",
     )
     add("--overwrite", action="store_true", help="replace an index of another shop or model, or a damaged one")
 
@@ -60,11 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """
     Raises:
-        FileNotFoundError: no such shop or checkpoint.
-        ValueError: a damaged checkpoint, a malformed shop, not one readable picture, or a prior or rate outside its
-            range.
-        FileExistsError: the output is an index of something else.
-        OSError: it cannot be written.
+        FileNotFoundError: the shop or checkpoint does not exist.
+        ValueError: a damaged checkpoint, a malformed shop, no readable picture, or a prior or rate out of its range.
+        FileExistsError: the output holds another index.
+        OSError: the index cannot be written.
     """
     from .index.table import ShopTable
 
@@ -78,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """What can be wrong with the options alone, before anything is read."""
+    """Checks the options before anything is read."""
     from .index.calibration import check_decision, check_depth
 
     check_decision(options.presence_prior, options.false_accept_rate)
@@ -108,7 +107,7 @@ def _build(options: argparse.Namespace, rows, left_out: str | None) -> None:
 
     model, processor = load_encoder(options, auto=_precision_there(options.output))
     if options.boxes_file is not None and not model.config.accepts_patch_mask:
-        raise ValueError(f"--boxes_file: the encoder of {options.model} takes no patch mask; leave it out.")
+        raise ValueError(f"--boxes_file: the encoder of {options.model} supports no patch mask; leave it out.")
     is_first = process_group()[0] == 0
     if is_first:
         encoder = ShopEncoder(model, processor, options.batch_size, dtype=options.dtype)
@@ -134,36 +133,36 @@ def _build(options: argparse.Namespace, rows, left_out: str | None) -> None:
         index.approximate(None)
     elif options.approximate and index.approximate_kind != options.approximate:
         share = index.approximate(options.approximate)
-        print(f"{options.approximate}: {share:.3f} of the 10 nearest are found, for pictures of the shop itself")
+        print(f"{options.approximate}: finds {share:.3f} of the 10 nearest, measured with pictures of the shop")
     _report(index, options.output)
     if left_out:
         print(left_out)
 
 
 def _precision_there(folder: str) -> str:
-    """That of the index that is there, which what is added should share; "auto" where there is none."""
+    """The precision of the existing index, which new encodings should share; "auto" if there is none."""
     from .index.table import ShopTable
 
     table = ShopTable(folder)
     try:
         stored = table.snapshot().state.settings.get("precision") if table.exists() else None
     except ValueError:
-        # What is damaged is told when it is to be used.
+        # Damage is reported when the index is used.
         stored = None
     return next((name for name, dtype in PRECISIONS.items() if dtype == stored), AUTO)
 
 
 def shop_rows(options: argparse.Namespace):
     """
-    Gallery rows of a data set, and `None`; or of a folder of pictures, and a note on what was left out of it, "" for
-    nothing.
+    Gallery rows of a data set, and `None`; or gallery rows of a folder of pictures, and a note on the entries left out
+    ("" for none).
     """
     from data_rice.folders import picture_rows
     from data_rice.views import DATASETS, builder_of
 
     if options.shop not in DATASETS:
         if not os.path.isdir(options.shop):
-            raise FileNotFoundError(f"there is no folder {options.shop}; name the one that holds the shop's pictures.")
+            raise FileNotFoundError(f"there is no folder {options.shop}; name the folder of the shop's pictures.")
         try:
             builder_of(options.shop, None)
         except ValueError:
@@ -172,7 +171,7 @@ def shop_rows(options: argparse.Namespace):
 
 
 def gallery_rows(dataset: str, split: str, source: dict):
-    """A data set's gallery, with the product of each picture where its ids tell."""
+    """A data set's gallery, with the product of each picture if its ids contain it."""
     from data_rice import Lpr4m, load_dataset_view
     from data_rice.lpr4m.layout import product_id_of
     from data_rice.views import builder_of
@@ -193,13 +192,13 @@ def _source(options: argparse.Namespace) -> dict:
 
 
 def _decision(options: argparse.Namespace) -> dict:
-    """What was asked for of the confidences and the "no product" answer."""
+    """The options for confidences and the "no product" answer."""
     asked = {name: getattr(options, name) for name in ("presence_prior", "false_accept_rate")}
     return {name: value for name, value in asked.items() if value is not None}
 
 
 def _is_calibrated(index, options: argparse.Namespace) -> bool:
-    """Whether the index was calibrated before, as it is asked for now; with which boxes is not kept."""
+    """Whether the index is calibrated with the same options; the boxes are not recorded."""
     asked = _decision(options)
     return (
         index.calibration is not None
@@ -209,7 +208,7 @@ def _is_calibrated(index, options: argparse.Namespace) -> bool:
 
 
 def _calibrate(index, options: argparse.Namespace, is_data_set: bool) -> None:
-    """Fits the index's confidences on validation clips, in a shop of their own where they have one."""
+    """Fits the index's confidences on validation clips, in their own shop if they have one."""
     from data_rice import load_dataset_view
 
     from .index import GalleryIndex
@@ -254,4 +253,4 @@ def _report(index, folder: str) -> None:
     for failure in skipped[:_LISTED]:
         print(f"not read: {failure['id']} {failure['file']} ({failure['reason']})")
     if len(skipped) > _LISTED:
-        print(f"... {len(skipped)} in all; GalleryIndex.load(...).skipped lists them")
+        print(f"... {len(skipped)} in total; GalleryIndex.load(...).skipped lists them")

@@ -1,4 +1,4 @@
-"""What the commands of recognition have in common: the model in the precision that was asked for, or exported."""
+"""Common options of the recognition commands: precision of the model, or an exported encoder."""
 
 import argparse
 import sys
@@ -6,9 +6,11 @@ from typing import Any
 
 from hub_rice.precision import AUTO, INT8, PRECISIONS, add_precision, choose_precision, in_precision, precision_of
 
+HINTS = ("titles", "none")
+
 
 def port(text: str) -> int:
-    """A port's number, as an argument's type."""
+    """Type of a port argument."""
     number = int(text)
     if not 1 <= number <= 65535:
         raise argparse.ArgumentTypeError(f"{text} must be from 1 to 65535")
@@ -21,29 +23,37 @@ def add_precision_and_towers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--towers",
         metavar="DIR",
-        help="folder that `rice export` wrote of this model, whose encoder onnxruntime runs in the place of torch's, "
+        help="folder of `rice export` for this model; onnxruntime runs its encoder instead of torch, "
         "in fp32 or with --precision int8",
     )
 
 
+def add_hints(parser: argparse.ArgumentParser) -> None:
+    """Adds `--asr_hints` to a command with `--asr`."""
+    help_text = (
+        "hints for the speech model: titles of the shop, or none (default: titles, if the model supports hints)"
+    )
+    parser.add_argument("--asr_hints", choices=HINTS, help=help_text)
+
+
 def load_encoder(options: argparse.Namespace, auto: str = AUTO) -> tuple[Any, Any]:
     """
-    Model and processor as `--model`, `--device`, `--precision` and `--towers` say; tells which precision it is.
+    Model and processor for `--model`, `--device`, `--precision` and `--towers`; prints the precision.
 
     Args:
-        options: Of the command.
-        auto: What `--precision auto` means here, where that is not what the processor or GPU is made for.
+        options: Options of the command.
+        auto: Meaning of `--precision auto`, if it is not the best precision of the processor or GPU.
 
     Raises:
-        FileNotFoundError, ValueError: as `hub_rice.loading.load_model`; towers of another model, or options that do
-            not go together.
+        FileNotFoundError, ValueError: as `hub_rice.loading.load_model`; ValueError also for towers of another model or
+            incompatible options.
     """
     from hub_rice.convolutions import speed_up
     from hub_rice.loading import load_model
 
     towers, named = options.towers, options.precision
     if towers is None and named == INT8:
-        raise ValueError("--precision int8 is that of exported models: name one by --towers.")
+        raise ValueError("--precision int8 needs an exported model: name one with --towers.")
     if towers is None:
         model, processor = load_model(options.model, options.device)
         chosen = choose_precision(auto if named == AUTO else named, model.device)
@@ -53,27 +63,27 @@ def load_encoder(options: argparse.Namespace, auto: str = AUTO) -> tuple[Any, An
         from hub_rice.export.onnx_encoder import with_towers
 
         if named not in (AUTO, "fp32", INT8):
-            raise ValueError(f"--precision {named}: --towers are there in fp32 and int8.")
+            raise ValueError(f"--precision {named}: --towers support fp32 and int8 only.")
         if options.device not in (None, "cpu"):
             raise ValueError(f"--device {options.device}: --towers run on the CPU; leave one of them out.")
         for name in ("detector", "boxes_file"):
             if getattr(options, name, None) is not None:
-                raise ValueError(f"--{name}: --towers take no boxes; leave one of them out.")
+                raise ValueError(f"--{name}: --towers do not support boxes; leave one of them out.")
         model, processor = load_model(options.model, "cpu")
         model = with_towers(model, towers, named == INT8)
-    origin = f", its encoder in {towers}" if towers else ""
+    origin = f", encoder from {towers}" if towers else ""
     tell(f"the model computes in {precision_of(model)} (--precision {named}{origin})")
     return model, processor
 
 
 def open_index(options: argparse.Namespace, model: Any, processor: Any = None, **settings: Any) -> Any:
     """
-    The index that `--shop` names; tells where its pictures were encoded in another precision than clips will be.
+    The index of `--shop`; prints a notice if its pictures were encoded in another precision than the model's.
 
     Args:
-        options: Of the command.
+        options: Options of the command.
         model, processor: From `load_encoder`.
-        settings: Of `GalleryIndex.load`.
+        settings: Arguments of `GalleryIndex.load`.
 
     Raises:
         FileNotFoundError, ValueError: as `GalleryIndex.load`.
@@ -88,5 +98,5 @@ def open_index(options: argparse.Namespace, model: Any, processor: Any = None, *
 
 
 def tell(text: str) -> None:
-    """A notice, apart from what a command writes to standard output."""
+    """Prints a notice to standard error."""
     print(text, file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
-"""Bounds on what all who use the demo or the service together send, whoever they are and however they send it.
+"""Limits on the uploads of all users of the demo or the service together.
 
-Gradio takes files before anyone asks for recognition, any number of times, and keeps what was shown or broken off.
+Gradio accepts any number of files before a recognition starts, and keeps shown files and interrupted uploads.
 """
 
 import asyncio
@@ -21,23 +21,23 @@ except ImportError:
 from .uploads import UploadLimits
 
 OVERHEAD = 1_000_000
-"""Bytes that a request may have beyond the files in it; also those after which room is looked for again."""
-NO_ROOM = "Others are uploading, and there is no room; try again in some minutes."
+"""Bytes of a request beyond its files; also the interval in bytes between checks for free space."""
+NO_ROOM = "Others are uploading and the space is used up; try again in some minutes."
 
 
 _LOCK = ".in-use"
-# A folder without a lock is being made, or its process was killed at once.
+# A folder without a lock is being created, or its process was killed at once.
 _MAKING_SECONDS = 3600.0
 
 
 @contextmanager
 def temporary_folder(prefix: str) -> Iterator[str]:
     """
-    A folder of its own in the system's temporary folder, deleted at the end. Those of processes that were killed are
-    deleted at the beginning.
+    A new folder in the system's temporary folder, deleted at the end. Folders of killed processes are deleted at the
+    start.
 
     Args:
-        prefix: Of its name, which nothing else may begin with.
+        prefix: Prefix of its name; no other folder may use it.
     """
     for entry in os.scandir(tempfile.gettempdir()):
         if entry.name.startswith(prefix) and entry.is_dir(follow_symlinks=False):
@@ -54,7 +54,7 @@ def _delete_unused(folder: os.DirEntry) -> None:
         if fcntl is None or status.st_uid != os.getuid():
             return
         with open(os.path.join(folder.path, _LOCK), "rb") as lock:
-            # Held as long as the process lives that made it.
+            # The process that created the folder holds the lock as long as it lives.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:
         if time.time() - status.st_mtime < _MAKING_SECONDS:
@@ -66,12 +66,12 @@ def _delete_unused(folder: os.DirEntry) -> None:
 
 class FolderQuota:
     """
-    Keeps what a folder holds young and within bounds; what is there at the beginning stays, and counts.
+    Limits age and size of the files in a folder. Existing files count from the start.
 
     Args:
-        folder: Nothing outside of it is looked at or deleted; links are not followed.
-        max_bytes: Of all files.
-        keep_seconds: Age from which on files are deleted anyway.
+        folder: The folder; nothing outside of it is read or deleted, and links are not followed.
+        max_bytes: Maximum size of all files.
+        keep_seconds: Age at which files are deleted.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int, keep_seconds: float):
@@ -79,7 +79,7 @@ class FolderQuota:
         self.kept = {entry.path for entry in _entries(self.folder)}
 
     def make_room(self, wanted: int = 0) -> bool:
-        """Deletes what is too old, then the oldest files until `wanted` more bytes fit; returns whether they do."""
+        """Deletes expired files, then the oldest files until `wanted` more bytes fit; returns whether they fit."""
         too_old = time.time() - self.keep_seconds
         files, used = [], 0
         for entry in _entries(self.folder):
@@ -90,7 +90,7 @@ class FolderQuota:
                         os.rmdir(entry.path)
                     continue
             except OSError:
-                # Gone meanwhile, or not empty.
+                # Deleted meanwhile, or not empty.
                 continue
             used += status.st_size
             if entry.path not in self.kept:
@@ -104,7 +104,7 @@ class FolderQuota:
 
 
 def _entries(folder: str) -> Iterator[os.DirEntry]:
-    """Everything in a folder, what lies in a subfolder before that itself."""
+    """All entries of a folder; the content of a subfolder comes before the subfolder."""
     try:
         entries = list(os.scandir(folder))
     except FileNotFoundError:
@@ -117,14 +117,14 @@ def _entries(folder: str) -> Iterator[os.DirEntry]:
 
 class UploadGate:
     """
-    ASGI middleware: what is sent is bounded in size, in time and, over all who send, in what it takes of the disk.
-    What counts is what has arrived, not what a request says will come.
+    ASGI middleware that limits uploads in size, in time and, for all users together, in disk space. It counts the
+    bytes that have arrived, not the announced ones.
 
     Args:
         app: The server.
-        limits: Of uploads.
-        quota: Of the folder that the server puts files in as they arrive, and does not clear by itself; without one,
-            what is arriving or in work is all that there is.
+        limits: Limits of uploads.
+        quota: Quota of the folder in which the server stores arriving files without deleting them. Without a quota,
+            only uploads in progress count.
     """
 
     methods = ("POST",)
@@ -134,11 +134,11 @@ class UploadGate:
         self.arrived = 0
 
     def is_upload(self, scope: dict) -> bool:
-        """Whether a request carries files; any other is short."""
+        """Whether a request may carry files; other requests are short."""
         return scope["path"].rstrip("/").endswith("/upload")
 
     def has_room(self, arriving: int) -> bool:
-        """Whether all fits that has arrived, also the bytes that may not be on the disk yet."""
+        """Whether all arrived bytes fit, including those that are not on the disk yet."""
         if self.quota is not None:
             return self.quota.make_room(arriving)
         return self.arrived <= self.limits.max_total_bytes
@@ -154,12 +154,10 @@ class UploadGate:
         most = self.limits.max_bytes if is_upload else 0
         length = dict(scope["headers"]).get(b"content-length", b"")
         if not length.isdigit():
-            return await self.refuse(send, 411, "The length of what is sent must be given.")
+            return await self.refuse(send, 411, "The request must give its length (Content-Length).")
         size = int(length)
         if size > most + OVERHEAD:
-            words = (
-                f"This is {size / 1e6:.0f} MB, more than the {(most or OVERHEAD) / 1e6:g} MB that are taken at once."
-            )
+            words = f"This is {size / 1e6:.0f} MB, more than the maximum of {(most or OVERHEAD) / 1e6:g} MB."
             return await self.refuse(send, 413, words)
         if not self.has_room(0) and is_upload:
             return await self.refuse(send, 503, NO_ROOM)
@@ -180,7 +178,7 @@ class UploadGate:
 
 
 class _Arrival:
-    """The body of one upload, which is ended when there is no more room for it."""
+    """The body of one upload, which is ended when the space is used up."""
 
     def __init__(self, gate: UploadGate, receive: Any):
         self.gate, self._receive = gate, receive
@@ -192,7 +190,7 @@ class _Arrival:
         message = await self._receive()
         self.size += len(message.get("body", b""))
         self.gate.arrived += len(message.get("body", b""))
-        # Now and then, since the folder is looked at each time.
+        # At intervals, because each check reads the folder.
         new = self.size - self._checked
         if new >= OVERHEAD or not message.get("more_body", False):
             self._checked = self.size
@@ -204,7 +202,7 @@ class _Arrival:
 
 
 async def answer(send: Any, status: int, body: bytes, kind: bytes, *headers: tuple[bytes, bytes]) -> None:
-    """Sends a whole answer, after which the connection is closed: what was to come on it is not read."""
+    """Sends a complete answer and closes the connection; the rest of the request is not read."""
     headers = ((b"content-type", kind), (b"content-length", str(len(body)).encode()), *headers)
     await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"connection", b"close")]})
     await send({"type": "http.response.body", "body": body})

@@ -1,10 +1,9 @@
-"""Recognise the products of a video, a stream or a folder of frames: a time line of what is on screen when.
+"""Recognise the products of a video, a stream or a folder of frames: a time line of the products on screen.
 
 SOURCE is a video file, a folder of pictures, an address (rtsp://..., https://.../live.m3u8), a camera (camera:0), or
-what is piped in (-, or a named pipe).
-The table goes to standard output, a segment as soon as it is over; notices go to standard error. A live source that
-breaks off is opened again, and when recognition falls behind its oldest frames are dropped, and counted. Ctrl-C ends
-it with everything that is known by then.
+piped data (-, or a named pipe). The table goes to standard output, one segment at a time when it ends; notices go to
+standard error. A live source that breaks off is opened again. If recognition is slower than a live source, the oldest
+frames are dropped and counted. Ctrl-C stops the command and writes the open segment.
 """
 
 import argparse
@@ -17,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from .options import add_precision_and_towers, load_encoder, open_index
+from .options import add_hints, add_precision_and_towers, load_encoder, open_index
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,29 +25,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shop", required=True, metavar="INDEX", help="folder or URI of the shop's index, from `rice index`")
     add("--model", required=True, help="folder or id of the model that the index was built with")
     add("--live_id", help="search the images of this livestream only")
-    add("--window", type=_seconds, default=4.0, help="seconds that are looked at together (default: %(default)g)")
+    add("--window", type=_seconds, default=4.0, help="length of a window in seconds (default: %(default)g)")
     add("--hop", type=_seconds, default=1.0, help="seconds from one window to the next (default: %(default)g)")
-    add("--fps", type=_seconds, help="frames per second; default: per window as many as the model is used to")
+    add("--fps", type=_seconds, help="frames per second; default: the model's number of frames per window")
     add("--folder_fps", type=_seconds, default=1.0, help="pictures of a folder per second (default: %(default)g)")
-    add("--enter", type=float, help="confidence from which on a product is on screen; default: the index's threshold")
-    add("--leave", type=float, help="confidence below which it is gone; default: 0.7 times --enter")
-    add("--margin", type=float, help="by how much another product must lead (default: 0.1)")
-    add("--patience", type=int, help="for how many windows in a row (default: 2)")
-    add("--rerank", type=int, help="images per window that are scored in pairs with it; default: as calibrated")
+    add("--enter", type=float, help="confidence at which a product is on screen; default: the index's threshold")
+    add("--leave", type=float, help="confidence below which it is no longer on screen; default: 0.7 times --enter")
+    add("--margin", type=float, help="lead that another product needs (default: 0.1)")
+    add("--patience", type=int, help="number of windows in a row with that lead (default: 2)")
+    add("--rerank", type=int, help="images per window that get pair scores; default: as calibrated")
     add("--max_reconnects", type=int, default=5, help="attempts in a row to open a lost stream (default: %(default)s)")
-    add("--jsonl", metavar="FILE", help="also write JSON lines; - for standard output in the place of the table")
+    add("--jsonl", metavar="FILE", help="also write JSON lines; -: to standard output instead of the table")
     add("--vtt", metavar="FILE", type=Path, help="also write WebVTT subtitles")
     words = parser.add_mutually_exclusive_group()
-    words.add_argument("--asr", metavar="MODEL", help="hear what is said: folder, id or size of a faster-whisper "
+    words.add_argument("--asr", metavar="MODEL", help="transcribe the sound: folder, id or size of a faster-whisper "
         "model, or a speech model of transformers")  # fmt: skip
-    words.add_argument("--subtitles", metavar="FILE", help="read what is said: SRT or WebVTT, a video file with a "
+    words.add_argument("--subtitles", metavar="FILE", help="read the speech from: SRT or WebVTT, a video file with a "
         "subtitle track, track for that of SOURCE, or JSON lines on a named pipe or standard input (-)")  # fmt: skip
-    add("--language", help="that is spoken, such as zh or en; auto, the default, detects it")
-    add("--asr_before", type=float, help="a window is given the words from so many seconds before it (default: 6)")
-    add("--asr_after", type=float, help="to so many after it (default: 2)")
-    add("--detector", help="folder or id of a product detector, whose boxes tell where to look; default: no boxes")
+    add("--language", help="language of the speech, such as zh or en; auto, the default, detects it")
+    add_hints(parser)
+    add("--asr_before", type=float, help="a window gets the words from this many seconds before it (default: 6)")
+    add("--asr_after", type=float, help="to this many seconds after it (default: 2)")
+    add("--detector", help="folder or id of a product detector, whose boxes the model uses; default: no boxes")
     add_precision_and_towers(parser)
-    add("--device", help="such as cpu or cuda; default: cuda where there is one")
+    add("--device", help="such as cpu or cuda; default: cuda if available")
 
 
 def _seconds(text: str) -> float:
@@ -61,9 +61,9 @@ def _seconds(text: str) -> float:
 def run(options: argparse.Namespace) -> None:
     """
     Raises:
-        FileNotFoundError: no such video, folder, index or model.
-        ValueError: what is wrong with one of them, or with an argument.
-        ConnectionError: a live source did not come back; what was recognised before is written.
+        FileNotFoundError: the video, folder, index or model does not exist.
+        ValueError: one of them or an argument cannot be used.
+        ConnectionError: a live source did not come back; earlier results are written.
         OSError: an output cannot be written.
     """
     from .recogniser import Recogniser
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
 
         tqdm.write(text, file=sys.stderr)
 
-    words_of = load_words(options, say)
+    words_of = load_words(options, index, say)
 
     def say_start(hit, start_s: float) -> None:
         if stream.live:
@@ -122,9 +122,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def check_words(options: argparse.Namespace, recogniser) -> None:
-    """Raises `ValueError` for arguments of what is said that would change nothing, or are out of range."""
-    if options.asr is None and options.language is not None:
-        raise ValueError("--language belongs to --asr; give both, or leave it out.")
+    """Raises `ValueError` for speech arguments that would have no effect, or are out of range."""
+    for name in ("language", "asr_hints"):
+        if options.asr is None and getattr(options, name) is not None:
+            raise ValueError(f"--{name} belongs to --asr; give both, or leave it out.")
     for name in ("asr_before", "asr_after"):
         seconds = getattr(options, name)
         if seconds is None:
@@ -142,10 +143,10 @@ def check_words(options: argparse.Namespace, recogniser) -> None:
         raise ValueError(f"{name} needs a model that reads text, which {options.model} does not; leave it out.")
 
 
-def load_words(options: argparse.Namespace, say):
+def load_words(options: argparse.Namespace, index, say):
     """
-    A function from the opened stream to a `Hearing` of what is said in it, or `None`. What cannot be loaded or read is
-    told before anything is written.
+    A function from the opened stream to a `Hearing` of its speech, or `None`. Errors of loading and reading are raised
+    before anything is written.
     """
     from .stream.speech import Hearing
 
@@ -156,38 +157,43 @@ def load_words(options: argparse.Namespace, say):
         return lambda stream: Hearing(read, waits=stream.is_recording, notify=say)
     if options.asr is None:
         return lambda stream: None
+    from .stream.speech_hints import expect_titles
     from .stream.speech_models import listen, load_transcriber
 
     transcriber = load_transcriber(options.asr, options.language or "auto", options.device)
+    titles = index.titles(options.live_id) if options.asr_hints != "none" else ()
+    transcriber, count = expect_titles(transcriber, titles, options.asr_hints)
+    if count:
+        say(f"the speech model gets the words of {count} titles of the shop as hints")
 
     def hear(stream):
         heard = listen(stream, transcriber, say)
         if heard is None:
-            say(f"{options.source} has no sound; it is recognised by its pictures alone")
+            say(f"{options.source} has no sound; only its pictures are used")
         return heard and Hearing(heard, waits=stream.is_recording, notify=say)
 
     return hear
 
 
 def words_summary(hearing) -> str:
-    """What became of the words, in a line."""
+    """A summary of the words in one line."""
     counts, sound = hearing.counts, getattr(hearing.speech, "counts", None)
-    parts = [f"{counts.words} words {'read' if sound is None else 'heard'}"]
+    parts = [f"{counts.words} words {'read' if sound is None else 'transcribed'}"]
     if counts.delay_s:
-        parts.append(f"{counts.delay_s:.1f} s after they were said, at most {counts.longest_delay_s:.1f} s")
+        parts.append(f"delay {counts.delay_s:.1f} s, at most {counts.longest_delay_s:.1f} s")
     if counts.late:
-        parts.append(f"{counts.late} came too late for what they were said of, and were scored with the next window")
+        parts.append(f"{counts.late} came too late for their window and were used for the next one")
     if counts.lost:
         parts.append(f"{counts.lost} could not be used")
     if sound is not None and sound.skipped_s:
-        parts.append(f"{sound.skipped_s:.1f} s of sound skipped, since speech recognition was slower than the stream")
+        parts.append(f"{sound.skipped_s:.1f} s of sound skipped, because speech recognition was too slow")
     if sound is not None and sound.damaged:
         parts.append(f"{sound.damaged} packets of sound could not be decoded")
     return "; ".join(parts)
 
 
 def choose_hysteresis(index, options: argparse.Namespace):
-    """The index's own rules with what was asked for in their place."""
+    """The index's default rules, with the options in their place."""
     from dataclasses import replace
 
     from .stream.timeline import Hysteresis
@@ -201,7 +207,7 @@ def choose_hysteresis(index, options: argparse.Namespace):
 
 @contextmanager
 def outputs(jsonl: str | None, vtt: Path | None) -> Iterator:
-    """A function that writes a segment to every output at once, so that nothing is lost when the program ends."""
+    """A function that writes a segment to every output at once, so that nothing is lost if the program ends."""
     from tqdm.auto import tqdm
 
     from .stream.timeline import TABLE_HEADER, VTT_HEADER, json_line, table_row, vtt_cue
@@ -209,9 +215,9 @@ def outputs(jsonl: str | None, vtt: Path | None) -> Iterator:
     with ExitStack() as stack:
         lines = cues = None
         for option, path in (("--jsonl", jsonl), ("--vtt", vtt)):
-            # What was recognised before cannot be had again.
+            # Earlier results may be impossible to repeat.
             if path is not None and path != "-" and os.path.isfile(path) and os.path.getsize(path):
-                raise ValueError(f"{option} {path} holds something already; name another file, or delete it.")
+                raise ValueError(f"{option} {path} is not empty; name another file, or delete it.")
         if jsonl is not None and vtt is not None and os.path.abspath(jsonl) == os.path.abspath(vtt):
             raise ValueError(f"--jsonl and --vtt are both {vtt}; name two files.")
         if jsonl is not None and jsonl != "-":
@@ -230,7 +236,7 @@ def outputs(jsonl: str | None, vtt: Path | None) -> Iterator:
                 print("" if cues.tell() else VTT_HEADER, vtt_cue(segment), sep="", end="", file=cues, flush=True)
 
         yield write
-        # Not before: a file that a mistake left would be refused when the mistake is mended.
+        # Opened late, because a file left by a user's mistake would be refused in the next try.
         if cues is not None and not cues.tell():
             print(VTT_HEADER, end="", file=cues)
 
@@ -244,7 +250,7 @@ def _open_output(option: str, path: str | Path):
 
 @contextmanager
 def stopping(stream) -> Iterator[None]:
-    """Lets Ctrl-C and a request to terminate end the stream in good order; the second one ends the program."""
+    """A context in which Ctrl-C or SIGTERM ends the stream cleanly; the second signal ends the program."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -264,14 +270,14 @@ def stopping(stream) -> Iterator[None]:
 
 
 def summary(counts) -> str:
-    """What became of the frames, in a line."""
+    """A summary of the frames in one line."""
     parts = [f"{counts.frames} frames recognised of {counts.available} that can be decoded"]
     if counts.dropped:
-        parts.append(f"{counts.dropped} dropped, since recognition was slower than the stream")
+        parts.append(f"{counts.dropped} dropped, because recognition was slower than the stream")
     if counts.damaged:
         parts.append(f"{counts.damaged} packets or pictures could not be decoded")
     if counts.leaps:
-        parts.append(f"time stamps leapt {counts.leaps} times")
+        parts.append(f"time stamps jumped {counts.leaps} times")
     if counts.reconnects:
         parts.append(f"opened again {counts.reconnects} times")
     return "; ".join(parts)

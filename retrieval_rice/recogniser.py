@@ -1,4 +1,4 @@
-"""Which product of a shop a clip shows, and which ones a stream shows from when to when.
+"""Recognises the product of a clip, and the products of a stream with their times.
 
 recogniser = Recogniser(model, processor, GalleryIndex.load("shop.index", model))
 answer = recogniser.recognise("clip.mp4")
@@ -33,7 +33,7 @@ _FRAMES_AT_ONCE = 32
 
 
 def candidates_of(index: Any) -> int:
-    """Images per clip that are scored in pairs with it: as many as the index was calibrated with, else 100."""
+    """Number of images per clip that get pair scores: that of the index's calibration, else 100."""
     calibrated = getattr(getattr(index, "calibration", None), "rerank", None)
     return 100 if calibrated is None else calibrated
 
@@ -41,19 +41,19 @@ def candidates_of(index: Any) -> int:
 class Recogniser:
     """
     Args:
-        model: A `RiceModel` in eval mode, or what has its `encode_clips` and, for streams, `encode_frames` and
+        model: A `RiceModel` in eval mode, or an object with its `encode_clips` and, for streams, `encode_frames` and
             `pool_frames`.
-        processor: The one saved with it.
-        index: A `GalleryIndex` of the same model, or what searches like one.
-        boxes: Where the boxes of the intended product come from: `"none"` (the whole frame counts), `"detector"`, or
-            `"ground_truth"`, with which `recognise` is given them.
-        detector: With `detect(frames) -> boxes`: for each of a list of PIL pictures a box, left-top-right-bottom in
-            0..1, or `None`. Needed by, and only by, `boxes="detector"`.
-        rerank: Images per clip that are scored by matching or alignment; by default as many as the index was
-            calibrated with, else 100. 0: clips are ranked by embedding alone.
+        processor: The processor saved with the model.
+        index: A `GalleryIndex` of the same model, or an object with its search methods.
+        boxes: Source of the boxes of the intended product: `"none"` (the whole frame is used), `"detector"`, or
+            `"ground_truth"` (passed to `recognise`).
+        detector: An object with `detect(frames) -> boxes`: for each PIL picture a box, left-top-right-bottom in 0..1,
+            or `None`. Required for `boxes="detector"`, and allowed only there.
+        rerank: Number of images per clip that get matching or alignment scores; by default that of the index's
+            calibration, else 100. 0: clips are ranked by embedding only.
 
     Raises:
-        ValueError: for another `boxes`, a detector too few or too many, or a model that cannot take boxes.
+        ValueError: `boxes` is unknown, `detector` is missing or not allowed, or the model does not support boxes.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Recogniser:
             raise ValueError('`boxes="detector"` and `detector` belong together; give both or neither.')
         if boxes != "none" and not getattr(model.config, "accepts_patch_mask", True):
             raise ValueError(
-                f'The model\'s encoder ({model.config.vision_config.model_type}) takes no boxes; use `boxes="none"`.'
+                f'The model\'s encoder ({model.config.vision_config.model_type}) cannot use boxes; use `boxes="none"`.'
             )
         self.model, self.processor, self.index = model, processor, index
         self.boxes, self.detector = boxes, detector
@@ -81,7 +81,7 @@ class Recogniser:
 
     @property
     def num_frames(self) -> int:
-        """Frames of a clip that the model is used to."""
+        """The model's number of frames per clip."""
         return self.processor.video_processor.num_frames
 
     @torch.no_grad()
@@ -94,38 +94,39 @@ class Recogniser:
         top_k: int = 10,
     ):
         """
-        What one clip shows.
+        Recognises the product of one clip.
 
         Args:
-            frames: Pictures (PIL, arrays, tensors, paths), a video file, or a folder of pictures. Of a longer clip as
-                many as the processor takes are sampled; a video file that is cut short is used as far as it goes.
-            boxes: With `boxes="ground_truth"`, one per picture: left-top-right-bottom in 0..1, several, or `None`.
-            asr: What was said, for models that read it.
+            frames: Pictures (PIL, arrays, tensors, paths), a video file, or a folder of pictures. A longer clip is
+                sampled to the processor's number of frames. An incomplete video file is used up to its end.
+            boxes: With `boxes="ground_truth"`, one entry per picture: a box left-top-right-bottom in 0..1, several
+                boxes, or `None`.
+            asr: Speech of the clip, for models that read text.
             live_id: Search the images of this livestream only.
-            top_k: Hits at most.
+            top_k: Maximum number of hits.
 
         Returns:
             The index's `Answer`.
 
         Raises:
-            ValueError, FileNotFoundError: in one sentence, what is wrong with the clip, boxes that do not fit, or a
-                livestream of which the index has nothing.
+            ValueError, FileNotFoundError: the clip cannot be read, the boxes do not fit, or the index has no images of
+                the livestream.
         """
         if (self.boxes == "ground_truth") != (boxes is not None):
-            needed = "needs them for each clip" if boxes is None else "takes none"
+            needed = "needs them for each clip" if boxes is None else "does not use them"
             raise ValueError(f"`boxes` of a clip: a recogniser with boxes={self.boxes!r} {needed}.")
         if isinstance(frames, (str, os.PathLike)):
             pictures: Sequence = self._read_clip(frames, sample=boxes is None)
         else:
             pictures = list(frames)
         if self.boxes == "detector":
-            # Only the frames in use are looked at.
+            # Only the frames in use are read.
             pictures = [_to_picture(pictures[i]) for i in self._sample(len(pictures))] if pictures else []
             boxes = self.detector.detect(pictures)
         inputs = self._process([pictures], [boxes], [asr] if asr else None)
         answer = self.index.search(self.model.encode_clips(**inputs), live_id, top_k=top_k, rerank=self.rerank)[0]
         if not answer.hits:
-            # Only now, since a remote index counts its images to list its livestreams.
+            # Checked late, because a remote index reads all rows to list its livestreams.
             self._check_live(live_id)
         return answer
 
@@ -146,32 +147,31 @@ class Recogniser:
         progress: bool = False,
     ) -> Iterator[Segment]:
         """
-        What a stream shows from when to when. Overlapping windows are searched for, and answers joined to segments;
-        each is given as soon as it is closed. Memory does not grow with time.
+        Recognises the products of a stream. Overlapping windows are searched, and their answers are joined to
+        segments. Each segment is yielded when it is closed. Memory does not grow with time.
 
         A frame is encoded once and shared by its windows.
 
         Args:
-            source: What [`open_stream`] opens, one that is open (which tells what was dropped, and can be stopped),
-                or any frames in order of time.
+            source: A source for [`open_stream`], an open stream (which counts dropped frames and can be stopped), or
+                any iterable of frames in order of time.
             live_id: Search the images of this livestream only.
-            window_s, hop_s: Length of a window, and from one to the next, in seconds.
-            fps: Frames per second, of a source that is opened here; by default as many per window as the model is used
-                to.
-            top_k: Hits per window at most that are followed over time.
-            hysteresis: When to tell a switch; by default what fits the index.
-            speech: What is said, for models that read it: an iterable of [`Word`]s or `(start_s, end_s, text)` that
-                gives them as time goes on, or a [`Hearing`] of one (which tells what came late). The picture of a live
-                source never waits for words.
-            asr_before_s, asr_after_s: A window is given the words from so many seconds before it to so many after it;
+            window_s, hop_s: Length of a window, and distance between the starts of windows, in seconds.
+            fps: Frames per second of a source that is opened here; by default the model's number of frames per window.
+            top_k: Maximum number of hits per window that are followed over time.
+            hysteresis: Rules for a switch of products; by default those for the index.
+            speech: Speech of the stream, for models that read text: an iterable of [`Word`]s or `(start_s, end_s,
+                text)` in order of time, or a [`Hearing`] of one (which counts late words). The pictures of a live
+                source never wait for words.
+            asr_before_s, asr_after_s: A window gets the words from this many seconds before it to this many after it;
                 by default 6 and 2.
-            on_start: Called with hit (`None`: no product) and second as soon as something new is known to be on
-                screen, long before its segment is closed.
-            progress: Show a bar on a terminal.
+            on_start: Called with the hit (`None`: no product) and the time in seconds when a new product is known to
+                be on screen, long before its segment is closed.
+            progress: Show a progress bar on a terminal.
 
         Raises:
-            ValueError, FileNotFoundError: what is wrong with the source, an unknown livestream, ground-truth boxes,
-                speech for a model that reads none.
+            ValueError, FileNotFoundError: the source cannot be opened, the livestream is unknown, `boxes` is
+                `"ground_truth"`, or there is `speech` for a model that reads no text.
         """
         if self.boxes == "ground_truth":
             raise ValueError('A stream has no ground-truth boxes; use `boxes="none"` or a detector.')
@@ -184,7 +184,7 @@ class Recogniser:
             source = open_stream(source, fps)
         if getattr(self.index, "calibration", self) is None:
             logger.warning(
-                "the index is not calibrated: some product is named at all times, and confidences are no probabilities"
+                "the index is not calibrated: a product is named at all times, and confidences are not probabilities"
             )
         length_s = getattr(source, "duration_s", None) or 0.0
         frames = _with_progress(source, length_s) if progress else source
@@ -200,11 +200,11 @@ class Recogniser:
 
     @property
     def reads_asr(self) -> bool:
-        """Whether the model reads what is said."""
+        """Whether the model reads speech as text."""
         return getattr(self.model.config, "text_config", None) is not None
 
     def _check_speech(self, speech, before_s: float | None, after_s: float | None) -> tuple[float, float]:
-        """Seconds before and after a window whose words it is given."""
+        """Checks speech arguments; returns the seconds before and after a window whose words it gets."""
         for name, seconds in (("asr_before_s", before_s), ("asr_after_s", after_s)):
             if seconds is None:
                 continue
@@ -214,7 +214,7 @@ class Recogniser:
                 raise ValueError(f"`{name}` must be a number of seconds of 0 or more, got {seconds}.")
         if speech is not None and not self.reads_asr:
             raise ValueError(
-                "The model reads no text, so that nothing follows from what is said; leave `speech` out, or use a "
+                "The model reads no text, so `speech` would have no effect; leave it out, or use a "
                 "model with a `text_config`."
             )
         return ASR_BEFORE_S if before_s is None else before_s, ASR_AFTER_S if after_s is None else after_s
@@ -255,7 +255,7 @@ class Recogniser:
 
     def _read_clip(self, path: str | os.PathLike, sample: bool) -> list:
         if is_address(path):
-            raise ValueError(f"{path} is no file; `stream` follows addresses and cameras.")
+            raise ValueError(f"{path} is not a file; use `stream` for addresses and cameras.")
         if os.path.isdir(path):
             listing = frames_of_folder(path)
             if listing.left_out:
@@ -306,15 +306,15 @@ class _WindowEncoder:
 
     def __init__(self, recogniser: Recogniser):
         self.recogniser, self.model = recogniser, recogniser.model
-        # By a frame's number.
+        # Frame number -> encodings.
         self.known: dict[int, Any] = {}
-        # Frames in which nothing was found, where the processor leaves those out of a clip.
+        # Frames without a box, if the processor leaves these out of a clip.
         self.empty: set[int] = set()
         video_processor = recogniser.processor.video_processor
         self.drops_empty = getattr(video_processor, "frames_without_box", "keep") == "drop"
 
     def encode(self, window: Window):
-        """`RiceClips` with the window as its one row."""
+        """`RiceClips` with the window as its only row."""
         self.known = {number: self.known[number] for number in window.numbers if number in self.known}
         new = [(n, f.picture) for n, f in zip(window.numbers, window.frames) if n not in self.known]
         for start in range(0, len(new), _FRAMES_AT_ONCE):
@@ -338,7 +338,7 @@ class _WindowEncoder:
             boxes = detector.detect(list(pictures))
         if detector is not None and self.drops_empty:
             self.empty |= {number for number, box in zip(numbers, boxes) if box is None}
-        # Each picture is a clip of its own here.
+        # Each picture is a separate clip here.
         inputs = self.recogniser._process([[picture] for picture in pictures], [[box] for box in boxes])
         frames = (inputs.get(name) for name in ("pixel_values_videos", "patch_mask"))
         device = getattr(self.model, "device", None)

@@ -1,7 +1,7 @@
-"""What strangers upload to the demo or the service: read within bounds, from one folder only, and deleted at once.
+"""Uploads to the demo or the service: read within limits, from one folder only, and deleted at once.
 
-A file's kind is told by its first bytes and never by its name, so that a play list, which could name further files, is
-not opened as a video. What is kept of a frame is chosen by who reads it; the demo keeps small JPEGs.
+The first bytes of a file decide its kind, never its name. So a playlist, which could name other files, is not opened
+as a video. The caller chooses the stored form of a frame; the demo keeps small JPEGs.
 """
 
 import io
@@ -29,17 +29,17 @@ _FIRST_STEP = 0.2
 class UploadLimits:
     """
     Attributes:
-        max_bytes: Of one file, and of all files of a clip together.
-        max_files: Pictures of a clip.
-        max_pixels: Of a picture or a frame.
-        max_seconds: Length of a video.
-        max_sound_seconds: Of its sound that are heard.
-        reading_seconds: Time that reading may take.
-        max_frames: Frames kept of a video, at most and evenly spaced.
-        max_decoded_pixels: Of all frames of a video that are decoded on the way to those; some seconds of work.
-        max_total_bytes: Of all that visitors have uploaded and been shown and that is still on the disk.
-        keep_seconds: Time after which any of that is deleted.
-        arriving_seconds: Time that sending an upload may take.
+        max_bytes: Maximum bytes of one file, and of all files of a clip together.
+        max_files: Maximum number of pictures of a clip.
+        max_pixels: Maximum pixels of a picture or a frame.
+        max_seconds: Maximum length of a video.
+        max_sound_seconds: Maximum seconds of sound that are transcribed.
+        reading_seconds: Maximum time for reading.
+        max_frames: Maximum number of frames of a video, evenly spaced.
+        max_decoded_pixels: Maximum pixels of all decoded frames of a video; some seconds of work.
+        max_total_bytes: Maximum bytes of all uploads and shown pictures on the disk.
+        keep_seconds: Time after which these are deleted.
+        arriving_seconds: Maximum time for sending an upload.
     """
 
     max_bytes: int = 50_000_000
@@ -57,18 +57,17 @@ class UploadLimits:
 
 class UploadError(ValueError):
     """
-    An upload that is refused; the message is one sentence for the person who sent it.
+    A refused upload; the message is one sentence for the sender.
 
     Attributes:
-        too_large: It is refused for its size, length, or number of files or pixels, which some way of sending it less
-            would mend.
+        too_large: The upload was refused for its size, length, number of files or pixels, so a smaller one may pass.
     """
 
     too_large = False
 
 
 def upload_too_large(words: str) -> UploadError:
-    """A refusal for the size."""
+    """An error for an upload that is too large."""
     error = UploadError(words)
     error.too_large = True
     return error
@@ -76,7 +75,7 @@ def upload_too_large(words: str) -> UploadError:
 
 @dataclass
 class Upload:
-    """What was kept of a clip's frames, what is worth knowing of them ("" for nothing), and the clip's sound."""
+    """The stored frames of a clip, a note on them ("" for none), and the clip's sound."""
 
     frames: list[Any]
     note: str = ""
@@ -84,7 +83,7 @@ class Upload:
 
 
 def small_jpeg(picture: Image.Image) -> bytes:
-    """A frame as the demo keeps it: 640 pixels at most, encoded."""
+    """A frame in the form of the demo: an encoded JPEG of at most 640 pixels."""
     picture.thumbnail((_SIDE, _SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=92)
@@ -100,25 +99,25 @@ def read_upload(
     with_sound: bool = False,
 ) -> Upload:
     """
-    Frames of uploaded pictures, in the order of their names, or of one uploaded video. The files are deleted, also
-    when they are refused.
+    Frames of uploaded pictures, in the order of their names, or of one uploaded video. The files are always deleted,
+    also if they are refused.
 
     Args:
-        paths: Where the server put the files.
-        folder: The only folder from which anything is read or deleted.
-        limits: How much is read.
-        num_frames: Read only those frames that a model of so many frames looks at, as `Recogniser.recognise` chooses
-            them; by default all pictures, and of a video up to `limits.max_frames`, evenly spaced in time.
-        keep: What is kept of a frame, an upright RGB picture; the picture itself is let go.
-        with_sound: Read the sound of a video, too.
+        paths: Paths of the uploaded files on the server.
+        folder: The only folder from which files are read or deleted.
+        limits: Limits of reading.
+        num_frames: Read only the frames for a model with this number of frames, chosen as in `Recogniser.recognise`.
+            By default all pictures, or up to `limits.max_frames` frames of a video, evenly spaced in time.
+        keep: Converts a frame (an upright RGB picture) to its stored form.
+        with_sound: Also read the sound of a video.
 
     Raises:
-        UploadError: the files are too many, too large, too long, of no known kind, damaged, or not in the folder.
+        UploadError: the files are too many, too large, too long, of an unknown kind, damaged, or outside the folder.
     """
     own = [Path(path) for path in paths if _lies_in(Path(path), Path(folder))]
     try:
         if len(own) < len(paths):
-            raise UploadError("A file was not uploaded here or is gone by now; upload it again.")
+            raise UploadError("A file was not uploaded here or was deleted meanwhile; upload it again.")
         own.sort(key=lambda path: natural_key(path.name))
         return _read(own, limits, num_frames, keep, with_sound)
     finally:
@@ -134,11 +133,11 @@ def _read(paths: list[Path], limits: UploadLimits, num_frames: int | None, keep:
     if not paths:
         raise UploadError("Nothing was uploaded: choose pictures or one video.")
     if len(paths) > limits.max_files:
-        raise upload_too_large(f"A clip has at most {limits.max_files} pictures here, and these are {len(paths)}.")
+        raise upload_too_large(f"A clip may have at most {limits.max_files} pictures, but this one has {len(paths)}.")
     size = sum(path.stat().st_size for path in paths)
     if size > limits.max_bytes:
         megabytes = limits.max_bytes / 1e6
-        raise upload_too_large(f"The upload has {size / 1e6:.1f} MB, more than the {megabytes:g} MB that are read.")
+        raise upload_too_large(f"The upload has {size / 1e6:.1f} MB, more than the maximum of {megabytes:g} MB.")
     deadline = time.monotonic() + limits.reading_seconds
     if any(video_format(path) for path in paths):
         if len(paths) > 1:
@@ -150,7 +149,7 @@ def _read(paths: list[Path], limits: UploadLimits, num_frames: int | None, keep:
 
 
 def video_format(path: str | Path) -> str | None:
-    """The container that a file's first bytes announce, `None` where it is no video of a kind that is read here."""
+    """The container format from a file's first bytes, `None` if it is not a supported video."""
     with open(path, "rb") as file:
         start = file.read(12)
     if start[4:8] in (b"ftyp", b"moov", b"mdat"):
@@ -171,15 +170,15 @@ def _check_time(deadline: float, limits: UploadLimits) -> None:
 
 def check_picture(path: str | Path, name: str, limits: UploadLimits) -> None:
     """
-    Looks at a file's header alone.
+    Checks a file by its header only.
 
     Args:
-        path: Of the file.
-        name: What a refusal calls it.
-        limits: Of its pixels.
+        path: Path of the file.
+        name: Name of the file for messages.
+        limits: Limits of its pixels.
 
     Raises:
-        UploadError: it is no picture, or has too many pixels.
+        UploadError: the file is not a picture, or has too many pixels.
     """
     try:
         header = image_header(path)
@@ -192,7 +191,7 @@ def check_picture(path: str | Path, name: str, limits: UploadLimits) -> None:
     if header.width * header.height > limits.max_pixels:
         megapixels = limits.max_pixels / 1e6
         raise upload_too_large(
-            f"{name} has {header.width} x {header.height} pixels, more than the {megapixels:g} million that are read."
+            f"{name} has {header.width} x {header.height} pixels, more than the maximum of {megapixels:g} million."
         )
 
 
@@ -210,7 +209,7 @@ def _read_video(path: Path, limits: UploadLimits, deadline: float, num_frames: i
         with VideoReader(path, limits.max_pixels, lambda: _check_time(deadline, limits)) as video:
             if video.end_s > limits.max_seconds:
                 raise upload_too_large(
-                    f"The video lasts {video.end_s:.0f} s, more than the {limits.max_seconds:g} s that are read."
+                    f"The video lasts {video.end_s:.0f} s, more than the maximum of {limits.max_seconds:g} s."
                 )
             if num_frames is None:
                 chosen = _spread(video.times, limits.max_frames)
@@ -224,17 +223,17 @@ def _read_video(path: Path, limits: UploadLimits, deadline: float, num_frames: i
     except MediaError as error:
         raise UploadError(f"{path.name} {error.reason or error}.") from error
     if not frames:
-        raise UploadError(f"{path.name} is damaged, no frame of it can be read.")
+        raise UploadError(f"{path.name} is damaged: none of its frames can be read.")
     note = ""
     if is_damaged:
-        note = f"The video is damaged: only {len(frames)} frames of what can be read were used."
+        note = f"The video is damaged: only {len(frames)} readable frames were used."
     elif affordable != sorted(set(chosen)):
-        note = f"The video has too many frames to decode them all: {len(frames)} that can be reached soon were used."
+        note = f"The video has too many frames to decode all of them: only {len(frames)} were used."
     return Upload(frames, note)
 
 
 def _read_sound(path: Path, limits: UploadLimits, deadline: float) -> list[Block]:
-    """The first part of a video's sound, in chunks to hear; damaged packets are left out."""
+    """The first part of a video's sound, in chunks for transcription; damaged packets are left out."""
     blocks = []
     for block in FileSound(path, 0.0, limits.max_sound_seconds, open_container):
         _check_time(deadline, limits)
@@ -243,7 +242,7 @@ def _read_sound(path: Path, limits: UploadLimits, deadline: float) -> list[Block
 
 
 def _spread(times: Sequence[float], max_frames: int) -> list[int]:
-    """Numbers of frames that are evenly spaced in time: one in `_FIRST_STEP` seconds, or half as many and so on."""
+    """Numbers of frames at even times: one per `_FIRST_STEP` seconds, or half as many, and so on."""
     step = _FIRST_STEP
     while True:
         steps = {int((time_s - times[0]) / step + 1e-3): number for number, time_s in reversed(list(enumerate(times)))}

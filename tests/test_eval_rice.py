@@ -261,7 +261,7 @@ class TestFusedText:
         fusion = results["protocol"]["fusion"]
         assert results["fused_text_weight"] is fusion["text_weight"] is None
         assert fusion["rule"] == "z(embedding) + weight * z(matching), per query"
-        assert "none for text, which counts as part of the embedding score" in fusion["source_words"]
+        assert "text has no separate weight, because it is part of the embedding score" in fusion["source_words"]
         assert "text weight in the fused score" not in capsys.readouterr().out
         give_weights(text_model_dir, fused_text_weight=0.0)
         rankings = (tmp_path / "out" / "rankings.jsonl").read_text()
@@ -282,7 +282,7 @@ class TestFusedText:
             fused[name] = {row["query_id"]: row["ranking"] for row in map(json.loads, lines)}
         assert results["fused_text_weight"] is None
         assert results["protocol"]["fusion"]["rule"] == "z(embedding) + weight * z(matching), per query"
-        assert "none for text" not in results["protocol"]["fusion"]["source_words"]
+        assert "text has no separate weight" not in results["protocol"]["fusion"]["source_words"]
         assert fused["none"] == fused["off"] != fused["own"]
         assert all(fused["own"][f"test-{i}"] == fused["off"][f"test-{i}"] for i in (1, 3, 5, 7))
 
@@ -349,7 +349,7 @@ class TestAsr:
 
     def test_is_told_on_the_page(self, text_model_dir, said, tmp_path):
         run(text_model_dir, said, tmp_path / "out", "--asr", "wrong", "--report", "--baselines")
-        assert "that of a clip of another product was read" in (tmp_path / "out" / "report.html").read_text()
+        assert "the ASR of a clip of another product" in (tmp_path / "out" / "report.html").read_text()
 
     def test_is_no_matter_for_a_model_without_text(self, model_dir, shop, tmp_path, capsys):
         line = refusal(capsys, model_dir, shop, tmp_path / "out", "--asr", "wrong")
@@ -358,7 +358,7 @@ class TestAsr:
 
     def test_contradictions_are_refused(self, text_model_dir, shop, tmp_path, capsys):
         line = refusal(capsys, text_model_dir, shop, tmp_path / "out", "--asr", "none", "--no-text")
-        assert "--asr none needs a model that reads text, and --no-text says that it shall not" in line
+        assert "--asr none needs a model that reads text, but --no-text turns it off" in line
         assert "--asr" in refusal(capsys, text_model_dir, shop, tmp_path / "out", "--asr", "louder")
 
 
@@ -373,7 +373,7 @@ def test_refuses_a_missing_checkpoint(shop, tmp_path, capsys):
     "damage, words",
     [
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "ri'), "half-written"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "ri'), "incomplete checkpoint"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
     ],
 )

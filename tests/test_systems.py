@@ -41,5 +41,5 @@ def test_without_the_modules_of_unix(tmp_path):
     assert ended.returncode == 0, ended.stderr
     memory, run = ended.stdout.splitlines()[-2:]
     assert memory == "{}"
-    assert run.startswith("training keeps a second run out of output_dir by ") and "Linux or macOS" in run
+    assert run.startswith("training locks output_dir with ") and "Linux or macOS" in run
     assert not (tmp_path / "folder").exists()

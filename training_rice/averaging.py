@@ -14,12 +14,12 @@ AVERAGED_FILE = "averaged.safetensors"
 class AveragedWeights:
     """
     Keeps `average <- decay_t * average + (1 - decay_t) * weights`, with `decay_t = min(decay, (1 + t) / (10 + t))`
-    after t updates, so that a short run is not an average of its random start. Statistics of batch norms are averaged
-    too; frozen weights are not copied.
+    after t updates, so that the random start has little weight in a short run. Batch norm statistics are averaged too.
+    Frozen weights are not copied.
 
     Args:
-        model: Whose weights to average; on its device.
-        decay: In 0..1, e.g. 0.9999 for a long run.
+        model: Model whose weights are averaged, on its device.
+        decay: Decay in 0..1, e.g. 0.9999 for a long run.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -30,7 +30,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """To be called after each update of the weights."""
+        """Updates the average; call it after each update of the weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         own = _tensors(model)
@@ -38,7 +38,7 @@ class AveragedWeights:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """The model has the averaged weights inside, and its own again afterwards, to the bit."""
+        """A context in which the model has the averaged weights; its own are restored exactly afterwards."""
         tensors = _tensors(model)
         own = {name: tensors[name].detach().clone() for name in self.average}
         self.copy_to(model)
@@ -48,20 +48,20 @@ class AveragedWeights:
             _assign(model, own)
 
     def copy_to(self, model: nn.Module) -> None:
-        """Gives the model the averaged weights for good."""
+        """Replaces the model's weights by the averaged ones."""
         _assign(model, self.average)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the averaged weights beside a checkpoint's own."""
+        """Writes the averaged weights into a checkpoint folder."""
         tensors = {name: value.contiguous().cpu() for name, value in self.average.items()}
         save_file(tensors, os.path.join(folder, AVERAGED_FILE), metadata={"updates": str(self.updates)})
 
     def load(self, folder: str | os.PathLike, updates: int) -> None:
         """
-        Goes on from what `save` has written, after so many updates.
+        Loads what `save` wrote after `updates` updates.
 
         Raises:
-            ValueError: for the averages of another model.
+            ValueError: the averages belong to another model.
         """
         saved = load_file(os.path.join(folder, AVERAGED_FILE))
         if saved.keys() != self.average.keys():
@@ -73,7 +73,7 @@ class AveragedWeights:
 
 
 def load_averaged(model: nn.Module, folder: str | os.PathLike) -> bool:
-    """Gives a model the averaged weights of a checkpoint; `False` where the checkpoint has none."""
+    """Loads the averaged weights of a checkpoint into a model; returns `False` if the checkpoint has none."""
     path = os.path.join(folder, AVERAGED_FILE)
     if not os.path.isfile(path):
         return False
@@ -82,7 +82,7 @@ def load_averaged(model: nn.Module, folder: str | os.PathLike) -> bool:
 
 
 def _averaged_names(model: nn.Module) -> list[str]:
-    """Parameters that train, and statistics that move along and are part of a checkpoint."""
+    """Names of trained parameters and of running statistics that are part of a checkpoint."""
     kept = model.state_dict(keep_vars=True)
     return [
         name

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written beside their place and renamed into it, looked at before use."""
+"""Atomic checkpoints: written to a staging folder, then renamed, and verified before use."""
 
 import json
 import logging
@@ -16,11 +16,11 @@ from hub_rice.checkpoint import check_checkpoint
 
 logger = logging.getLogger(__name__)
 
-# Written last, so a folder that has it holds a finished run.
+# Written last, so a folder with this file holds a finished run.
 RESULTS_FILE = "train_results.json"
-# Below the output folder; what is in there was not finished and is never read.
+# Below the output folder. Its content is unfinished and is never read.
 STAGING = ".unfinished"
-# In a checkpoint: size and CRC-32 of each other file of it.
+# In a checkpoint: size and CRC-32 of each other file.
 CHECKSUMS_FILE = "checksums.json"
 _STATE_FILE = "trainer_state.json"
 # Model and optimiser of a sharded (FSDP) run, as folders of shards or as one file.
@@ -28,7 +28,7 @@ _SHARDED = {"model": ("pytorch_model_fsdp_0", "pytorch_model_fsdp.bin"), "optimi
 
 
 def numbered_checkpoints(folder: str | os.PathLike) -> Iterator[Path]:
-    """The folders `checkpoint-<step>` of a run, newest step first. Other names were put there by somebody else."""
+    """The folders `checkpoint-<step>` of a run, newest step first; other folders are ignored."""
     found = [path for path in Path(folder).glob("checkpoint-*") if path.is_dir() and _step_of(path).isdecimal()]
     yield from sorted(found, key=lambda path: int(_step_of(path)), reverse=True)
 
@@ -39,13 +39,13 @@ def _step_of(checkpoint: Path) -> str:
 
 def why_broken(checkpoint: str | os.PathLike, world_size: int | None = None, model_only: bool = False) -> str | None:
     """
-    What is wrong with a training checkpoint, naming each bad file, or `None` when it is whole. All of it is read, and
-    compared with the checksums that were written with it.
+    The problem of a training checkpoint with each bad file, or `None` if it is intact. All files are read and compared
+    with their checksums.
 
     Args:
-        checkpoint: Its folder.
-        world_size: Processes whose random states must be there; by default those of whoever wrote it.
-        model_only: Whether it need not be one that training can go on from.
+        checkpoint: Folder of the checkpoint.
+        world_size: Number of processes whose random states are required; by default those that wrote the checkpoint.
+        model_only: Check only the model, not the files for resuming training.
     """
     folder = Path(checkpoint)
     bad = _differing_files(folder)
@@ -65,7 +65,7 @@ def why_broken(checkpoint: str | os.PathLike, world_size: int | None = None, mod
 
 
 def _archives(folder: Path, world_size: int | None, sharded: bool) -> list[str]:
-    """Files of torch's that training goes on from."""
+    """Files of torch that are needed to resume training."""
     rng_states = sorted(path.name for path in folder.glob("rng_state*.pth")) or ["rng_state.pth"]
     if world_size is not None and world_size > 1:
         rng_states = [f"rng_state_{rank}.pth" for rank in range(world_size)]
@@ -86,7 +86,7 @@ def _state_fault(path: Path) -> str | None:
 
 
 def _archive_fault(path: Path) -> str | None:
-    """Of a file that torch has written: a zip archive, whose directory stands at the end."""
+    """The fault of a file written by torch, a zip archive with its directory at the end; or `None`."""
     if not path.is_file():
         return "is missing"
     try:
@@ -97,7 +97,7 @@ def _archive_fault(path: Path) -> str | None:
 
 
 def _differing_files(folder: Path) -> dict[str, str]:
-    """Files that are not as the checksums say, with what is wrong; none for a checkpoint that has no checksums."""
+    """Files that differ from their checksums, with the problem; empty for a checkpoint without checksums."""
     path = folder / CHECKSUMS_FILE
     if not path.is_file():
         return {}
@@ -129,22 +129,22 @@ def _crc32(path: Path) -> int:
 
 
 def newest_whole(folder: str | os.PathLike, world_size: int | None = None) -> str | None:
-    """The newest whole checkpoint of a run's folder; those that are passed over are told, with their bad files."""
+    """The newest intact checkpoint of a run's folder; skipped checkpoints are logged with their bad files."""
     for checkpoint in numbered_checkpoints(folder):
         if (reason := why_broken(checkpoint, world_size)) is None:
             return str(checkpoint)
-        logger.warning("Passing over %s: it is half-written or damaged (%s).", checkpoint, reason)
+        logger.warning("Skipping %s: it is incomplete or damaged (%s).", checkpoint, reason)
     return None
 
 
 def is_trained(checkpoint: str | os.PathLike) -> bool:
-    """Whether a whole checkpoint was written after the last step of its run."""
+    """Whether an intact checkpoint was written after the last step of its run."""
     state = json.loads((Path(checkpoint) / _STATE_FILE).read_text(encoding="utf-8"))
     return state["global_step"] >= state["max_steps"] > 0
 
 
 def holds_finished_run(folder: str | os.PathLike) -> bool:
-    """Whether a folder holds a run's final model and its results, both whole."""
+    """Whether a folder holds a run's final model and its results, both intact."""
     try:
         json.loads((Path(folder) / RESULTS_FILE).read_text(encoding="utf-8"))
         check_checkpoint(folder)
@@ -154,7 +154,7 @@ def holds_finished_run(folder: str | os.PathLike) -> bool:
 
 
 def clear_staging(folder: str | os.PathLike) -> Path:
-    """Empties the place where the next checkpoint is written, of what an interruption has left there."""
+    """Empties the staging folder, which may hold the rest of an interrupted checkpoint."""
     staging = Path(folder) / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -163,8 +163,8 @@ def clear_staging(folder: str | os.PathLike) -> Path:
 
 def publish(checkpoint: Path, folder: str | os.PathLike) -> Path:
     """
-    Moves a written checkpoint from the staging folder to its place, once everything of it is on the disk; a checkpoint
-    of that step which is there already is replaced.
+    Moves a checkpoint from the staging folder to its final place, after all its files are on the disk. An existing
+    checkpoint of that step is replaced.
     """
     checksums = {}
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
@@ -182,7 +182,7 @@ def publish(checkpoint: Path, folder: str | os.PathLike) -> Path:
 
 
 def publish_model(written: Path, folder: str | os.PathLike) -> None:
-    """Moves the files of a written model from the staging folder into `folder`, once all of them are on the disk."""
+    """Moves the files of a model from the staging folder to `folder`, after all of them are on the disk."""
     files = [path for path in written.rglob("*") if path.is_file()]
     for path in files:
         _sync(path)
@@ -196,19 +196,19 @@ def publish_model(written: Path, folder: str | os.PathLike) -> None:
 @contextmanager
 def writing(what: str, folder: str | os.PathLike) -> Iterator[None]:
     """
-    Tells a failure to write, such as a full disk, in one sentence, and removes what was half written.
+    A context that reports a failed write, such as a full disk, in one sentence, and removes the unfinished files.
 
     Args:
-        what: That is written inside, for the message.
-        folder: Of the run.
+        what: Name of the written thing, for the message.
+        folder: Folder of the run.
 
     Raises:
-        OSError: with the reason, the room that is left, and what to do.
+        OSError: with the reason, the free space, and the remedy.
     """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # What torch's writer of archives raises on a full disk is told from other errors by its place in the code.
+        # On a full disk torch's archive writer raises a RuntimeError, identified by its place in the code.
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         reason = "the disk is full" if isinstance(error, RuntimeError) else " ".join(str(error).split())
@@ -216,12 +216,12 @@ def writing(what: str, folder: str | os.PathLike) -> Iterator[None]:
         shutil.rmtree(Path(folder) / STAGING, ignore_errors=True)
         raise OSError(
             f"{what} could not be written to {folder} ({reason}; {free:.2f} GB were free): make room and run the same "
-            f"command again, which goes on from the last whole checkpoint."
+            f"command again, which resumes from the last intact checkpoint."
         ) from error
 
 
 def _sync(path: Path) -> None:
-    """Brings a file to the disk, and a folder where its file system lets us: some do not open or synchronise one."""
+    """Syncs a file to the disk, or a folder if its file system supports that."""
     folder = path.is_dir()
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -236,12 +236,12 @@ def _sync(path: Path) -> None:
 
 def rotate(folder: str | os.PathLike, limit: int | None, best: str | None) -> None:
     """
-    Removes the oldest checkpoints beyond `limit`, but neither the newest nor the best one. A folder is renamed before
-    it is emptied, so that an interruption leaves no half of it under its name.
+    Removes the oldest checkpoints beyond `limit`, but keeps the newest and the best one. A folder is renamed before it
+    is deleted, so that an interruption leaves no incomplete checkpoint.
     """
     if limit is None or limit <= 0:
         return
-    # By age and not by step: a run that went back to an earlier checkpoint writes smaller steps than it finds.
+    # By age instead of step, because a run resumed from an earlier checkpoint writes smaller steps than exist.
     checkpoints = sorted(numbered_checkpoints(folder), key=lambda path: (path.stat().st_mtime, int(_step_of(path))))
     keep = {path.name for path in checkpoints[-1:]}
     if best is not None:

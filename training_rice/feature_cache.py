@@ -1,4 +1,4 @@
-"""Pictures as a frozen encoder left them, on disk: written in blocks that are whole or not there, mapped when read."""
+"""Encodings of a frozen encoder on disk, written in blocks atomically and memory-mapped for reading."""
 
 import errno
 import hashlib
@@ -22,19 +22,19 @@ from data_rice.parsing import read_json_object
 logger = logging.getLogger(__name__)
 
 ABOUT_FILE = "about.json"
-# Rows that a block holds one view of. It is what an interruption loses at most, and what a process is handed.
+# Rows per block, with one view each. A block is the maximum loss by an interruption, and a process's unit of work.
 ROWS_PER_BLOCK = 128
 _FORMAT = 1
 
 
 class CachedRow(NamedTuple):
     """
-    The encoded pictures of a row: the frames of a clip that could be read, or one shop image.
+    The encoded pictures of a row: the readable frames of a clip, or one shop image.
 
     Attributes:
-        states (`(n, F)`): As `RiceModel.encode_pictures` gives them.
-        patch_mask (`(n, P)` bool, *optional*): Of the frames, `True` = patch of the intended product.
-        failures: What could not be read, as a collator lists it.
+        states (`(n, F)`): Encodings from `RiceModel.encode_pictures`.
+        patch_mask (`(n, P)` bool, *optional*): Mask of the frames, `True` = patch of the intended product.
+        failures: Unreadable media in the collator's form.
     """
 
     states: Tensor
@@ -44,16 +44,16 @@ class CachedRow(NamedTuple):
 
 class FeatureCache:
     """
-    The encoded pictures of numbered rows, in one or several views of each.
+    The encoded pictures of numbered rows, with one or several views of each.
 
-    Its folder is named after all that the encodings depend on, so that no run finds those of another encoder, of
-    other pictures or of another preparation.
+    Its folder is named after everything that affects the encodings, so that no run uses encodings of another encoder,
+    of other pictures or of another preparation.
 
     Args:
-        parent: Folder in which the cache's own folder lies, or will lie.
-        kind: What the rows are, the first part of its name.
-        about: What the encodings depend on, by name: strings and numbers.
-        num_rows, num_views: How many there are.
+        parent: Parent of the cache's own folder.
+        kind: Kind of the rows, the first part of the folder's name.
+        about: Everything that affects the encodings, by name: strings and numbers.
+        num_rows, num_views: Number of rows and views.
     """
 
     def __init__(self, parent: str | Path, kind: str, about: Mapping[str, Any], num_rows: int, num_views: int = 1):
@@ -64,28 +64,28 @@ class FeatureCache:
         self._blocks: dict[tuple[int, int], dict[str, Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # A loader's worker maps the files itself.
+        # A loader worker maps the files itself.
         return self.__dict__ | {"_blocks": {}}
 
     @property
     def num_blocks(self) -> int:
-        """Blocks per view."""
+        """Number of blocks per view."""
         return -(-self.num_rows // ROWS_PER_BLOCK)
 
     def rows_of(self, block: int) -> range:
-        """The numbers of the rows that a block holds."""
+        """The numbers of the rows in a block."""
         return range(block * ROWS_PER_BLOCK, min((block + 1) * ROWS_PER_BLOCK, self.num_rows))
 
     def missing(self, view: int) -> list[int]:
-        """Blocks of a view that are still to be written, or were damaged since."""
+        """Blocks of a view that are missing or damaged."""
         return [block for block in range(self.num_blocks) if self._load(view, block) is None]
 
     def why_others_do_not_fit(self) -> str | None:
-        """How the nearest of the other caches of such rows differs, if one has the same rows or the same encoder."""
+        """How the most similar other cache differs, if one has the same rows or the same encoder; else `None`."""
         reasons = []
         for path in sorted(self.folder.parent.glob(f"{self.kind}-*/{ABOUT_FILE}")):
             other: Mapping[str, Any] = {}
-            # One that is damaged explains nothing.
+            # A damaged cache explains nothing.
             with suppress(ValueError, OSError):
                 other = read_json_object(path)
             differing = [name for name in self.about if other.get(name) != self.about[name]]
@@ -95,20 +95,20 @@ class FeatureCache:
 
     def begin(self) -> None:
         """
-        Makes the folder.
+        Creates the folder.
 
         Raises:
-            OSError: when it cannot be written.
+            OSError: the folder cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / ABOUT_FILE, json.dumps(self.about, indent=2) + "\n")
 
     def write(self, view: int, block: int, rows: Sequence[CachedRow]) -> None:
         """
-        Writes a block, which appears under its name once all of it is on the disk.
+        Writes a block, which appears under its name when it is complete on the disk.
 
         Raises:
-            OSError: when it cannot be written, with the room that is left.
+            OSError: the block cannot be written; the message gives the free space.
         """
         starts = torch.tensor([0, *(len(row.states) for row in rows)]).cumsum(0)
         content = {
@@ -128,20 +128,20 @@ class FeatureCache:
             reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
             raise OSError(
                 f"cached features could not be written to {self.folder} ({reason}; {free:,.0f} MB are free): make "
-                f"room, or name another place by cache_dir, and run the same command again, which goes on from there."
+                f"room, or name another folder with cache_dir, and run the same command again, which resumes."
             ) from error
 
     def read(self, view: int, row: int) -> CachedRow:
         """
-        One view of a row; its tensors lie in the file, which is mapped into memory.
+        One view of a row; its tensors are in the memory-mapped file.
 
         Raises:
-            ValueError: when it is not there.
+            ValueError: the block is missing or damaged.
         """
         block, place = divmod(row, ROWS_PER_BLOCK)
         content = self._load(view, block)
         if content is None:
-            raise ValueError(f"{self._path(view, block)} is missing or damaged; start the run again, which mends it.")
+            raise ValueError(f"{self._path(view, block)} is missing or damaged; start the run again to repair it.")
         part = slice(content["starts"][place], content["starts"][place + 1])
         mask = content.get("patch_mask")
         return CachedRow(content["states"][part], None if mask is None else mask[part], content["failures"][place])
@@ -152,7 +152,7 @@ class FeatureCache:
     def _load(self, view: int, block: int) -> dict[str, Any] | None:
         if (view, block) not in self._blocks:
             path = self._path(view, block)
-            # The archive's list of contents stands at its end, so that a file that was cut has none.
+            # The archive's directory is at its end, so an incomplete file has none.
             if not zipfile.is_zipfile(path):
                 return None
             try:
@@ -168,7 +168,7 @@ class FeatureCache:
 
 
 def _is_block(content: Any, num_rows: int) -> bool:
-    """Whether it is what `FeatureCache.write` writes of so many rows."""
+    """Whether the content has the form of `FeatureCache.write` for this many rows."""
     if not isinstance(content, dict) or not {"starts", "states", "failures"} <= content.keys():
         return False
     starts, states, mask = content["starts"], content["states"], content.get("patch_mask")

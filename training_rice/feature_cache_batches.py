@@ -19,12 +19,12 @@ Clip = tuple[Tensor, Tensor | None]
 @dataclass
 class CachedCollator(RiceCollator):
     """
-    A [`RiceCollator`] for rows in which `frames` and `image` are numbers of rows of feature caches. Its batches hold
-    encoded pictures where others hold pixels: `pixel_values` `(B, F)` and `pixel_values_videos` `(B, T, F)`, as
-    `RiceModel.encode_pictures` gives them. What is drawn per step (frames, views, ASR noise) is drawn here.
+    A [`RiceCollator`] for rows whose `frames` and `image` are row numbers of feature caches. Its batches hold encoded
+    pictures instead of pixels: `pixel_values` `(B, F)` and `pixel_values_videos` `(B, T, F)`, from
+    `RiceModel.encode_pictures`. The draws of each step (frames, views, ASR noise) are made here.
 
     Args:
-        clips, images: The caches; of several views of a clip or an image a training batch has one that is drawn.
+        clips, images: The caches; a training batch uses one random view of each clip and image.
     """
 
     clips: FeatureCache | None = None
@@ -32,7 +32,7 @@ class CachedCollator(RiceCollator):
 
     @classmethod
     def of(cls, collator: RiceCollator, clips: FeatureCache, images: FeatureCache, **changes: Any) -> Self:
-        """A collator's settings, some of them changed, and the caches that its pictures come from."""
+        """A cached collator with the settings of `collator`, with changes, and the caches of its pictures."""
         settings = {field.name: getattr(collator, field.name) for field in fields(collator)}
         return cls(**{**settings, **changes}, clips=clips, images=images)
 
@@ -80,7 +80,7 @@ class CachedCollator(RiceCollator):
 
 
 def _draw_view(num_views: int) -> int:
-    # Nothing is drawn for one view, so that frames are drawn as without a cache.
+    # Nothing is drawn for a single view, so that the draws of frames are the same as without a cache.
     return int(torch.randint(num_views, ())) if num_views > 1 else 0
 
 
@@ -90,7 +90,7 @@ def _pad(clips: Iterable[Tensor], length: int) -> Tensor:
 
 
 def with_numbers(rows: Dataset, images: Iterable[int] | None = None) -> Dataset:
-    """Rows with the numbers of cached rows for media: of clips their own, of shop images those that are given."""
+    """Rows with numbers of cached rows instead of media: their own for clips, the given ones for shop images."""
     if "frames" in rows.column_names:
         rows = rows.remove_columns(["frames", "boxes", "box_frames", "video", "start", "end"])
         rows = rows.add_column("frames", list(range(len(rows))))

@@ -1,4 +1,4 @@
-"""Pictures go through a frozen encoder once: what the caches of a run hold, and the pass that fills them."""
+"""Fills the feature caches of a run: all pictures go through the frozen encoder once."""
 
 import dataclasses
 import hashlib
@@ -24,32 +24,42 @@ from .feature_cache import CachedRow, FeatureCache
 from .feature_cache_batches import CachedCollator, with_numbers
 from .feature_cache_rows import CachedPart, ViewChanges, distinct_images
 from .processes import failing_together
-from .setup import Validation
+from .setup import Validation, recomputes
 
 logger = logging.getLogger(__name__)
 
-# Rows that are read at a time.
+# Rows per read.
 _ROWS = 8
-# Pictures that go through the encoder at a time. On a CPU few, whose intermediate results stay in its caches.
+# Pictures per batch of the encoder. On a CPU few, so that intermediate results stay in its caches.
 _PICTURES, _PICTURES_ON_CPU = 128, 8
 _DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 def check_caching(data: DataArguments, training: RiceTrainingArguments, model: RiceModel) -> None:
-    """Raises `ValueError`, naming the argument, where training cannot go on from what a frozen encoder left."""
+    """Raises `ValueError` with the name of the argument if training cannot use cached features."""
     changes_pictures = (
         data.augment_crop < 1 or max(data.augment_flip, data.augment_jitter, data.augment_background) > 0
     )
     refusals = (
-        (data.streaming, "streaming reads rows when they are needed, and the cache all of them beforehand"),
-        (data.frame_sampling == "visible", "frame_sampling visible asks for boxes, which the cache does not keep"),
+        (data.streaming, "streaming reads rows on demand, but the cache reads all of them in advance"),
+        (data.frame_sampling == "visible", "frame_sampling visible needs boxes, which the cache does not store"),
         (
             data.use_boxes and data.frames_without_box == "drop",
-            "frames_without_box drop looks at the frames that a step has drawn, which the cache has encoded before",
+            "frames_without_box drop depends on the frames of a step, but the cache encodes frames in advance",
         ),
         (
             data.use_boxes and not model.config.mask_padded_frames,
             "mask_padded_frames false encodes padded frames, which the cache does not have",
+        ),
+        (
+            data.use_boxes and training.unfreeze_last_stage and not model.config.patch_mask_pooling,
+            "use_boxes masks patches inside the encoder, of which unfreeze_last_stage runs the last stage alone; both "
+            "need model.patch_mask_pooling true",
+        ),
+        (
+            training.unfreeze_last_stage and recomputes(training),
+            "activation_checkpointing recomputes a stage from what the stage before it gives, which does not run with "
+            "unfreeze_last_stage",
         ),
     )
     for wrong, reason in refusals:
@@ -57,12 +67,12 @@ def check_caching(data: DataArguments, training: RiceTrainingArguments, model: R
             raise ValueError(f"cache_vision_features: {reason}; leave one of them out.")
     if changes_pictures and training.cached_views == 1:
         raise ValueError(
-            "cache_vision_features encodes pictures once, so that augment_crop, augment_flip, augment_jitter and "
+            "cache_vision_features encodes pictures once, so augment_crop, augment_flip, augment_jitter and "
             "augment_background need several views of each: set cached_views, e.g. to 8, or leave them out."
         )
     if training.cached_views > 1 and not changes_pictures:
         raise ValueError(
-            f"cached_views {training.cached_views} asks for views that all look the same; set augment_crop, "
+            f"cached_views {training.cached_views} would give equal views; set augment_crop, "
             f"augment_flip, augment_jitter or augment_background, or leave cached_views out."
         )
 
@@ -76,28 +86,29 @@ def cache_features(
     training: RiceTrainingArguments,
 ) -> tuple[Dataset, Validation | None, CachedCollator, CachedCollator]:
     """
-    Sends all pictures of a run through the model's encoder, as far as they are not cached already; to be called by
-    all processes, each of which encodes a share.
+    Encodes all pictures of a run that are not cached yet. All processes must call it; each encodes a share.
 
     Args:
-        model: Whose encoder is frozen.
-        pairs, validation: As `load_views` gives them.
-        collators: As `build_collators` gives them.
-        data, training: Of the run.
+        model: A model with a frozen encoder.
+        pairs, validation: Results of `load_views`.
+        collators: Results of `build_collators`.
+        data, training: Arguments of the run.
 
     Returns:
-        Pairs, validation and the two collators, to be used instead.
+        Pairs, validation and the two collators to use instead.
 
     Raises:
-        ValueError: for arguments that do not go with a cache, see `check_caching`, or a disk that is too small.
-        OSError: when the cache cannot be written.
+        ValueError: an argument is incompatible with a cache, see `check_caching`, or the disk is too small.
+        OSError: the cache cannot be written.
     """
     check_caching(data, training, model)
+    if training.unfreeze_last_stage:
+        model.split_last_stage()
     encoder = _Encoder(model, training)
     pairs_collator, eval_collator = collators
     views, changes, augmentation = training.cached_views, None, None
     if views > 1:
-        # Frames are left out at each step.
+        # Frames are dropped at each step.
         augmentation = dataclasses.replace(pairs_collator.augmentation, frame_drop=0.0)
         changes = ViewChanges(augmentation, training.seed)
     plain = dataclasses.replace(
@@ -124,11 +135,11 @@ def cache_features(
 
 class _Encoder:
     """
-    The frozen encoder of a model.
+    The frozen encoder of a model, or its frozen stages.
 
     Args:
-        model: Moved to the run's device.
-        training: Of the run.
+        model: The model, which is moved to the run's device.
+        training: Arguments of the run.
     """
 
     def __init__(self, model: RiceModel, training: RiceTrainingArguments):
@@ -136,9 +147,15 @@ class _Encoder:
         config = model.config
         self.precision = training.cached_precision
         vision = {name: value for name, value in config.vision_config.to_dict().items() if name not in ORIGIN_FIELDS}
-        settings = [vision, config.feature_pooling, config.vision_feature_layer, config.patch_mask_pooling]
+        settings, frozen = [vision], model.vision_model.state_dict()
+        if model.last_stage is None:
+            settings += [config.feature_pooling, config.vision_feature_layer, config.patch_mask_pooling]
+        else:
+            # The inputs of the last stage do not depend on the later use of its outputs.
+            settings += [config.vision_feature_layer] if "patches" in model.kept_states else []
+            frozen = {name: tensor for name, tensor in frozen.items() if not model.last_stage.owns(name)}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-        for name, tensor in model.vision_model.state_dict().items():
+        for name, tensor in frozen.items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         self.about = {
@@ -148,8 +165,8 @@ class _Encoder:
         }
 
     def fill(self, parts: list[CachedPart], caches: list[FeatureCache]) -> None:
-        """Encodes what the caches lack, this process's share of it; returns when all processes have."""
-        # No process writes before all have seen what is missing, or their shares would not fit together.
+        """Encodes this process's share of the missing blocks; returns when all processes are done."""
+        # No process writes before all have read what is missing, so that their shares fit together.
         with failing_together():
             todo = [
                 (part, cache, view, blocks)
@@ -158,7 +175,7 @@ class _Encoder:
                 if (blocks := cache.missing(view))
             ]
         rank, step = self.training.process_index, self.training.world_size
-        # Training puts it in its own mode.
+        # Training sets its own mode.
         self.model.eval()
         with failing_together():
             if todo:
@@ -168,10 +185,10 @@ class _Encoder:
                 self._fill_view(part, cache, view, blocks[rank::step])
         lacking = [cache.folder for cache in caches for view in range(cache.num_views) if cache.missing(view)]
         if lacking:
-            raise ValueError(f"{lacking[0]} lacks what other processes wrote; name a folder they share by cache_dir.")
+            raise ValueError(f"{lacking[0]} lacks files of other processes; name a shared folder with cache_dir.")
 
     def _announce(self, todo: list[tuple[CachedPart, FeatureCache, int, list[int]]]) -> None:
-        """Says what is about to be encoded, why, and how much room it takes, and refuses a disk that lacks it."""
+        """Logs what will be encoded, why, and its size on disk; raises `ValueError` if the disk is too small."""
         pictures = 0
         for part, cache, _, blocks in todo:
             rows = sum(len(cache.rows_of(block)) for block in blocks)
@@ -180,21 +197,21 @@ class _Encoder:
         size, parent = pictures * empty.element_size() * empty.shape[1], todo[0][1].folder.parent
         for cache in dict.fromkeys(cache for _, cache, _, _ in todo):
             if not cache.folder.exists() and (reason := cache.why_others_do_not_fit()):
-                logger.info("%s: the pictures of this run's %s are encoded anew.", reason, cache.kind)
+                logger.info("%s: the pictures of this run's %s are encoded again.", reason, cache.kind)
         parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(parent).free
         logger.info(
-            "Up to %s pictures go through the encoder once; what it makes of them, %s bytes in %s, is kept in %s.",
+            "Up to %s pictures go through the encoder once; their encodings, %s bytes in %s, are stored in %s.",
             *(f"{pictures:,}", f"{size:,}", self.precision, parent),
         )
         if size > free:
             raise ValueError(
                 f"cache_vision_features needs {size:,} bytes, and {parent} has {free:,} free; make room, or name "
-                f"another place by cache_dir."
+                f"another folder with cache_dir."
             )
 
     def _no_picture(self, part: CachedPart) -> Tensor:
-        """What the encoder makes of no picture, `(0, F)`."""
+        """Empty encodings, `(0, F)`."""
         blank = torch.zeros(3, 8, 8, dtype=torch.uint8)
         return self._encode(dict(part.collator.processor(images=[blank])), part)[:0]
 
@@ -214,7 +231,7 @@ class _Encoder:
     def _encode_rows(
         self, part: CachedPart, asked: list[int], loaded: list[int], inputs: dict[str, Tensor], failures: list[Failure]
     ) -> dict[int, CachedRow]:
-        """What the cache keeps of rows, by number; `loaded` are those that `inputs` has pictures of."""
+        """Row number -> cached row; `loaded` are the rows with pictures in `inputs`."""
         names = dict(zip(asked, part.rows[asked][part.id_column], strict=True))
         failed = {row: [failure for failure in failures if failure["id"] == names[row]] for row in asked}
         result = {row: CachedRow(self._no_picture(part), None, failed[row]) for row in asked if row not in loaded}
@@ -231,14 +248,14 @@ class _Encoder:
 
     @torch.no_grad()
     def _encode(self, inputs: dict[str, Tensor], part: CachedPart) -> Tensor:
-        """Pictures of a batch, of clips the real frames one after the other -> `(n, F)` on the CPU."""
+        """Pictures of a batch (for clips, all real frames in order) -> `(n, F)` on the CPU."""
         inputs = normalize_pixels(inputs, part.collator.processor)
         pixels, mask = inputs.get("pixel_values"), None
         if pixels is None:
             real = inputs["frame_mask"]
             pixels = inputs["pixel_values_videos"][real]
             mask = inputs["patch_mask"][real] if "patch_mask" in inputs else None
-        # The layout in which convolutions are fastest.
+        # The fastest layout for convolutions.
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         encoded, device = [], self.training.device
         step = _PICTURES_ON_CPU if device.type == "cpu" else _PICTURES

@@ -1,4 +1,4 @@
-"""The rows whose pictures a run caches: how they are read, how they look in each view, and what names them."""
+"""The rows whose pictures a run caches: their reading, their views, and their names."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ Loaded = tuple[dict[str, Tensor], list[int], list[Failure]]
 
 
 def distinct_images(pairs: Dataset) -> tuple[Dataset, list[int]]:
-    """Shop images of pairs, each once, as rows of a gallery; and which of them each pair has."""
+    """The distinct shop images of pairs as gallery rows, and the number of each pair's image."""
     numbers: dict[str, int] = {}
     first: list[int] = []
     of_pair = []
@@ -34,14 +34,14 @@ def distinct_images(pairs: Dataset) -> tuple[Dataset, list[int]]:
 
 @dataclass(frozen=True)
 class ViewChanges:
-    """The change of a row in a view, whoever asks and in whatever order."""
+    """The change of a row in a view, which depends only on the row and the view."""
 
     augmentation: ClipAugmentation
     seed: int
 
     @property
     def read_boxes(self) -> bool:
-        """Whether boxes decide what a view looks like."""
+        """Whether views depend on boxes."""
         return self.augmentation.background > 0
 
     def __call__(self, name: str, view: int) -> ClipChange:
@@ -57,11 +57,10 @@ class CachedPart:
 
     Args:
         kind: Clips with their frames, or shop images.
-        rows: Of a pairs, queries or gallery view.
-        collator: Reads them, as many frames of a clip as it has `num_frames`.
-        changes: How each view of a row differs from its pictures; without it there is one view, of the pictures as
-            they are.
-        num_views: How many.
+        rows: Rows of a pairs, queries or gallery view.
+        collator: Reads them, with its `num_frames` frames per clip.
+        changes: Changes of the pictures in each view; without it there is one view of the unchanged pictures.
+        num_views: Number of views.
     """
 
     kind: Literal["clips", "images"]
@@ -76,32 +75,32 @@ class CachedPart:
 
     @property
     def id_column(self) -> str:
-        """The column by whose entry failures name a row."""
+        """The id column by which failures name a row."""
         return "clip_id" if self.kind == "clips" else "image_id"
 
     @property
     def longest(self) -> int:
-        """Frames of a clip at most."""
+        """Maximum number of frames of a clip."""
         return self.collator.num_frames or self.collator.processor.video_processor.num_frames
 
     def num_pictures(self) -> int:
-        """Pictures of one view, at most: how many frames a video has is not known before it is read."""
+        """Maximum number of pictures of one view; the frames of a video are not counted before it is read."""
         if self.kind == "images":
             return len(self.rows)
         columns = self.rows.select_columns(["frames", "video"])
         return sum(self.longest if row["video"] else min(len(row["frames"]), self.longest) for row in columns)
 
     def load(self, view: int, rows: list[dict]) -> Loaded:
-        """What a loader's worker makes of rows, as `RiceCollator.collate_queries`."""
+        """Loads rows in a loader worker; returns as `RiceCollator.collate_queries`."""
         changes = None if self.changes is None else [self.changes(row[self.id_column], view) for row in rows]
         collate = self.collator.collate_queries if self.kind == "clips" else self.collator.collate_gallery
         return collate(rows, changes)
 
     def about(self) -> dict[str, object]:
-        """What the rows' encodings depend on, but for the encoder."""
+        """Everything that affects the rows' encodings, except the encoder."""
         processor = self.collator.processor
         settings = (processor.video_processor if self.kind == "clips" else processor.image_processor).to_dict()
-        # Of the frames that the collator has chosen.
+        # For the frames that the collator has chosen.
         settings.pop("num_frames", None)
         return {
             "processor": _digest(json.dumps(settings, sort_keys=True, default=str).encode()),
@@ -129,7 +128,7 @@ def _digest(content: bytes) -> str:
 
 
 def _picture_name(entry: dict) -> str:
-    """Names a picture by its bytes, or by its file and that file's state."""
+    """Identifies a picture by its bytes, or by its file and the file's state."""
     return _digest(entry["bytes"]) if entry.get("bytes") is not None else _state_of(entry["path"])
 
 
@@ -137,6 +136,6 @@ def _state_of(path: str) -> str:
     try:
         state = os.stat(path)
     except OSError:
-        # It is read later, and listed among the failures.
+        # It is read later, and listed as a failure.
         return f"{path} missing"
     return f"{path} {state.st_size} {state.st_mtime_ns}"

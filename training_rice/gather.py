@@ -1,4 +1,4 @@
-"""Rows of other processes, with a gradient, and what fetching them costs."""
+"""Gathers rows of other processes with a gradient, and counts the exchanged bytes."""
 
 import torch
 import torch.distributed as dist
@@ -11,14 +11,14 @@ class AllGather:
     """
     Concatenates the equally shaped tensors of all processes along the first dimension.
 
-    The backward pass sums over processes what each of them derived for a row, so that with the averaging of data
-    parallel training the gradient is exactly that of one process with the whole batch. Integer tensors carry none.
+    The backward pass sums the gradients of a row over all processes. Together with the averaging of data parallel
+    training, the gradient equals that of one process with the whole batch. Integer tensors have no gradient.
 
     Attributes:
         rank: Position of this process's rows, in units of its batch.
         world_size: Number of processes.
-        bytes_sent: What this process has handed to the others so far, forward and backward: its rows, and the
-            gradients of theirs, once to each of them. (How a backend routes them is its own affair.)
+        bytes_sent: Bytes that this process has sent to the others so far, forward and backward: its rows, and the
+            gradients of their rows, once to each of them. The routing of the backend is not considered.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None):
@@ -62,16 +62,16 @@ class _GatherWithGradient(torch.autograd.Function):
 
 def exchanged_bytes(config: RiceConfig, batch_size: int, world_size: int, element_size: int = 4) -> int:
     """
-    What a process hands to the others in one step of the losses, forward and backward: `W - 1` times
+    Bytes that a process sends to the others in one step of the losses, forward and backward: `W - 1` times
 
     * both embeddings of its pairs, `2 B D` numbers, and their product ids, `8 B` bytes;
-    * for a score-level text term the embeddings of titles and ASR, `2 B E` more;
-    * for the matching loss a decoder row per image, `B d`, and the scores of its clips, `B x B W`.
+    * for a score-level text term, the embeddings of titles and ASR, `2 B E` numbers;
+    * for the matching loss, a decoder row per image, `B d`, and the scores of its clips, `B x B W`.
 
-    The gradients of the weights, which data parallel training averages on top, are not counted.
+    The gradients of the weights, which data parallel training averages too, are not counted.
 
     Args:
-        config: Of the model.
+        config: Config of the model.
         batch_size: Pairs B per process and step.
         world_size: Processes W.
         element_size: Bytes per number.

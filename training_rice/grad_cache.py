@@ -1,13 +1,13 @@
 """
-A training step on a batch of any size in the memory of a small one (Scaling Deep Contrastive Learning Batch Size under
-Memory Limited Setup, RepL4NLP 2021):
+GradCache: a training step on a large batch in the memory of a small one (Scaling Deep Contrastive Learning Batch Size
+under Memory Limited Setup, RepL4NLP 2021).
 
-1. Encode the batch chunk by chunk without a graph and keep what the losses of all pairs need: embeddings, the class
+1. Encode the batch chunk by chunk without a graph. Keep what the losses of all pairs need: embeddings, the class
    token's row of each image in the decoder, and the score of each clip with each image.
 2. Compute the losses from these, a block of rows at a time, and their gradient with respect to each kept number.
-3. Encode each chunk again, with a graph and the random state it had in 1, and hand it the gradient of its numbers.
+3. Encode each chunk again, with a graph and the random state of step 1, and backpropagate the gradient of its numbers.
 
-The gradient equals that of the plain step, since nothing but the kept numbers connects one chunk with another.
+The gradient equals that of the plain step, because only the kept numbers connect the chunks.
 """
 
 from collections.abc import Callable
@@ -26,28 +26,27 @@ Batch = dict[str, Tensor]
 
 class GradCache:
     """
-    Loss and gradients of `model(**batch).loss`, in pieces.
+    Loss and gradients of `model(**batch).loss`, computed in chunks.
 
-    Memory, with N pairs per chunk, b per process and B in all, embeddings of width D, a decoder of width d: what a
-    plain step on N pairs takes; the kept numbers, `2 (b + B) (2 D + d)` with their gradients; logits of N rows, `N B`
-    a dozen times; and with a decoder `3 b B` scores (`2 B B` more on several processes) and `pair_memory` bytes of
-    intermediate results of pairs. [`kept_bytes`] adds it up. No tokens are kept: those of the chosen pairs are
-    computed again in the third step, where only pairs with a gradient go through the whole decoder.
+    Memory, with N pairs per chunk, b pairs per process and B in total, embeddings of width D and a decoder of width d:
+    the memory of a plain step on N pairs; the kept numbers, `2 (b + B) (2 D + d)` with their gradients; logits of N
+    rows, about a dozen times `N B`; and with a decoder `3 b B` scores (`2 B B` more on several processes) and
+    `pair_memory` bytes of intermediate results. [`kept_bytes`] gives the sum. No tokens are kept. The third step
+    computes the tokens of the chosen pairs again; there only pairs with a gradient go through the whole decoder.
 
-    Time: a forward pass more than the plain step; with PFR, whose gradient needs image and clip at once, a forward and
-    a backward pass of the images on top. Mined negatives are known after all clips are, hence every pair is scored
-    once without a graph.
+    Time: one forward pass more than the plain step. PFR needs image and clip at once for its gradient, which adds a
+    forward and a backward pass of the images. Mined negatives are known only after all clips are encoded, so every
+    pair is scored once without a graph.
 
-    Batch norms see chunks instead of the batch, and move their running statistics once per chunk.
+    Batch norms use chunks instead of the batch, and update their running statistics once per chunk.
 
     Args:
-        chunk_size: Pairs N per chunk, >= 1. The last one may be smaller.
-        autocast: Makes the context that computations run in. It is entered anew for each graph, since the weights that
-            autocast casts and caches must not outlive theirs.
-        prepare: What each chunk goes through before it is encoded, so that a batch can wait elsewhere than on the
-            model's device, in another format.
-        pair_memory: Bytes for intermediate results of the decoder's pairs. (One image per chunk of clips is the least
-            that is worked on at a time.)
+        chunk_size: Pairs N per chunk, >= 1. The last chunk may be smaller.
+        autocast: Returns the context of the computations. It is entered again for each graph, because the weights that
+            autocast casts and caches belong to one graph.
+        prepare: Applied to each chunk before encoding, so that the batch can stay on another device in another format.
+        pair_memory: Bytes for intermediate results of the decoder's pairs. At least one image per chunk of clips is
+            processed at a time.
     """
 
     def __init__(
@@ -66,22 +65,22 @@ class GradCache:
         self, model: RiceModel, batch: Batch, backward: Callable[[Tensor], None] = torch.autograd.backward
     ) -> RiceOutput:
         """
-        Adds to the parameters' gradients what `backward(model(**batch).loss)` would. In data parallel training, pass
-        the unwrapped model and call [`average_gradients`] after the last batch of an update.
+        Adds the gradients of `backward(model(**batch).loss)` to the parameters. In data parallel training, pass the
+        unwrapped model and call [`average_gradients`] after the last batch of an update.
 
         Args:
-            batch: As `RiceModel.forward` takes it.
-            backward: Receives parts of the loss, which it may scale before their backward pass.
+            batch: Inputs of `RiceModel.forward`.
+            backward: Gets parts of the loss, which it may scale before their backward pass.
 
         Returns:
-            Loss and terms, embeddings and matching logits, without a graph. There are no `logits_per_video`.
+            Loss and its terms, embeddings and matching logits, without a graph. `logits_per_video` is missing.
 
         Raises:
-            ValueError: inside autocast, and where `forward` raises.
+            ValueError: it is called inside autocast, or `forward` raises it.
         """
         device, size = model.device, len(batch["pixel_values"])
         if torch.is_autocast_enabled(device.type):
-            raise ValueError("GradCache must be called outside autocast; hand it the context as `autocast`.")
+            raise ValueError("GradCache must be called outside autocast; pass the context as `autocast`.")
         refuse_text_term(model.config)
         if size != len(batch["pixel_values_videos"]):
             raise ValueError(
@@ -102,7 +101,7 @@ class GradCache:
             output.loss = output.loss + model.config.reconstruction_loss_weight * reconstruction
         random_state.restore()
         with torch.no_grad():
-            # The second look at a chunk must not move running statistics again.
+            # The second forward pass of a chunk must not update running statistics again.
             for buffer, value in buffers:
                 buffer.copy_(value)
         return output
@@ -143,7 +142,7 @@ class GradCache:
         return kept
 
     def _image_blocks(self, model: RiceModel, keys: Tensor, num_images: int) -> list[slice]:
-        """Ranges of images whose pairs with the chunk's clips fit into `pair_memory`, graph included."""
+        """Ranges of images whose pairs with the chunk's clips fit into `pair_memory`, including the graph."""
         config = model.config
         width, heads = config.decoder_hidden_size, config.decoder_num_heads
         hidden = config.decoder_intermediate_size or 4 * width
@@ -153,16 +152,16 @@ class GradCache:
 
     def kept_bytes(self, config: RiceConfig, batch_size: int, world_size: int = 1) -> dict[str, int]:
         """
-        What a process needs beyond a plain step on one chunk, in bytes (single precision), by what it is for.
+        Bytes that a process needs beyond a plain step on one chunk (single precision), by purpose.
 
         Args:
-            config: Of the model.
+            config: Config of the model.
             batch_size: Pairs per process.
-            world_size: Processes.
+            world_size: Number of processes.
         """
         whole = batch_size * world_size
         width = config.decoder_hidden_size if config.use_decoder else 0
-        # Scaled, masked, exponentiated, and as gradients, in both directions.
+        # Scaled, masked and exponentiated logits and their gradients, in both directions.
         kept = {
             "embeddings": 2 * 4 * (batch_size + whole) * (2 * config.projection_dim + width),
             "logits": 12 * 4 * min(self.chunk_size, batch_size) * whole,
@@ -175,14 +174,14 @@ class GradCache:
     def _losses(
         self, model: RiceModel, kept: "_Kept", product_ids: Tensor | None, backward: Callable[[Tensor], None]
     ) -> tuple[RiceOutput, Tensor]:
-        """The second pass: gradients of the kept numbers, and the factor that PFR's own gradient must carry."""
+        """The second pass: gradients of the kept numbers, and the factor for the gradient of PFR."""
         config, size = model.config, len(kept.image_embeds)
         products = None if product_ids is None else model.gather(product_ids.to(model.device))
         sources = [tensor for tensor in (kept.image_embeds, kept.video_embeds, kept.scores) if tensor is not None]
         gathered = [model.gather(tensor) for tensor in sources]
         images, clips = (tensor.detach().requires_grad_() for tensor in gathered[:2])
         matching = None if kept.scores is None else _Matching(gathered[2].detach())
-        # Stands for the loss that is computed later, in the third pass, to learn what `backward` does to it.
+        # A placeholder for the loss of the third pass, to find the scaling that `backward` applies.
         reconstruction = torch.zeros((), device=images.device, dtype=images.dtype, requires_grad=True)
         output = RiceOutput(
             loss=torch.zeros((), device=images.device, dtype=images.dtype),
@@ -220,7 +219,7 @@ class GradCache:
         return output, reconstruction.grad
 
     def _backward_clips(self, model: RiceModel, chunks: list[Batch], kept: "_Kept", factor: Tensor) -> Tensor | None:
-        """The third pass for clips, and for what pairs share: scores and PFR. Returns the latter's loss."""
+        """The third pass for clips and for the terms of pairs: scores and PFR. Returns the loss of PFR."""
         size, start, reconstruction = len(kept.video_embeds), 0, None
         all_states = None if kept.all_states is None else kept.all_states.detach().requires_grad_()
         for index, chunk in enumerate(map(self.prepare, chunks)):
@@ -265,7 +264,7 @@ class GradCache:
             gradient = kept.scores.grad[rows, block]
             with self.autocast():
                 states = all_states[block].to(kept.state_dtype)
-                # All of them, to draw the dropout of the first pass again.
+                # All of them, to repeat the dropout of the first pass.
                 contexts = model.decoder.pair_contexts(states, *(tensor.to(dtype) for tensor in cached), mask)
                 if model.config.matching_negatives == "hardest":
                     chosen = gradient != 0
@@ -291,17 +290,17 @@ class GradCache:
 
 
 def refuse_text_term(config: RiceConfig) -> None:
-    """Raises `ValueError` for a model whose text loss and mining would need the texts of all chunks."""
+    """Raises `ValueError` for a model whose text loss and mining need the texts of all chunks."""
     if config.text_score_weight is not None:
         raise ValueError(
-            "grad_cache_chunk does not work with the score-level text term; leave out text_score_weight of the model "
+            "grad_cache_chunk does not support the score-level text term; leave out text_score_weight of the model "
             "(title and ASR tokens in the decoder do work), or grad_cache_chunk."
         )
 
 
 @dataclass
 class _Kept:
-    """What the first pass leaves: leaves whose gradients the second one fills in, and random states by chunk."""
+    """Results of the first pass: leaf tensors, whose gradients the second pass sets, and random states by chunk."""
 
     image_embeds: Tensor | None = None
     video_embeds: Tensor | None = None
@@ -315,8 +314,8 @@ class _Kept:
 
 class _Matching:
     """
-    The matching loss of the second pass, block by block: its value, the gradient of all scores, and of mined pairs
-    their logits and places.
+    The matching loss of the second pass, block by block: its value, the gradient of all scores, and the logits and
+    positions of mined pairs.
     """
 
     def __init__(self, scores: Tensor):
@@ -326,9 +325,9 @@ class _Matching:
         self.indices: list[Tensor] = []
 
     def loss_of(self, model: RiceModel, images: Tensor, clips: Tensor, products: Tensor | None, rows: slice) -> Tensor:
-        """Of the images and clips of some rows."""
+        """The loss of the images and clips in some rows."""
         mined = model.mine_negatives(images, clips, products, rows)
-        # Leaves of a block's size: the gradient of a slice would be as large as all scores.
+        # Leaf tensors of a block's size, because the gradient of a slice would be as large as all scores.
         parts = (self.scores[:, rows].T, self.scores[rows])
         self._block = (rows, *(part.clone().requires_grad_() for part in parts))
         loss, logits = model.matching_loss(*self._block[1:], products, rows, mined)
@@ -338,7 +337,7 @@ class _Matching:
         return loss
 
     def add_gradients(self) -> None:
-        """Of the block that [`loss_of`] saw last, once its loss is differentiated."""
+        """Adds the gradients of the last block of [`loss_of`], after its backward pass."""
         rows, by_image, by_clip = self._block
         self.gradient[:, rows] += by_image.grad.T
         if by_clip.grad is not None:
@@ -346,7 +345,7 @@ class _Matching:
 
 
 class _RandomState:
-    """Of torch's generators that dropout on a device draws from."""
+    """State of torch's generators that dropout on a device uses."""
 
     def __init__(self, device: torch.device):
         self.device, self.cpu = device, torch.get_rng_state()
@@ -359,12 +358,12 @@ class _RandomState:
 
 
 def _single(tensor: Tensor) -> Tensor:
-    """A copy in at least single precision, in which many small gradients can be added up."""
+    """A copy in at least single precision, for summing many small gradients."""
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
 
 
 def _backward(outputs: list[Tensor], gradients: list[Tensor]) -> None:
-    """From those outputs that anything depends on: with a frozen encoder some do not."""
+    """Backward pass from the outputs that require a gradient; with a frozen encoder some do not."""
     pairs = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if output.requires_grad]
     if pairs:
         outputs, gradients = zip(*pairs, strict=True)
@@ -375,8 +374,8 @@ def _backward(outputs: list[Tensor], gradients: list[Tensor]) -> None:
 
 def average_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """
-    Replaces each gradient by its mean over processes, as data parallel training does in its own backward passes, which
-    a [`GradCache`] goes around. A parameter without a gradient on any process is left without.
+    Replaces each gradient by its mean over processes. Data parallel training does this in its own backward passes,
+    which [`GradCache`] bypasses. A parameter without a gradient on all processes stays without one.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:

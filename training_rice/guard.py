@@ -1,4 +1,4 @@
-"""Updates that are left out because the loss or the gradient is not finite."""
+"""Skips updates whose loss or gradient is not finite."""
 
 from collections.abc import Callable
 
@@ -10,17 +10,17 @@ from .processes import maximum
 
 class UpdateGuard:
     """
-    Decides, alike on all processes, whether an update is made, and counts those that are not.
+    Decides whether an update is made, equally on all processes, and counts the skipped updates.
 
-    What a bad batch does to the statistics of batch norms is undone too, or one NaN would stay for ever.
+    It also restores the batch norm statistics after a bad batch, because a NaN there would be permanent.
 
     Args:
-        model: That is trained.
-        limit: Updates in a row that may be left out, >= 1; 0 never stops.
-        last_checkpoint: Names the newest whole checkpoint, or `None`, for the message.
+        model: The trained model.
+        limit: Maximum number of skipped updates in a row, >= 1; 0 means no limit.
+        last_checkpoint: Returns the newest intact checkpoint or `None`, for the message.
 
     Attributes:
-        skipped, in_a_row: Updates left out so far, and since the last one that was made.
+        skipped, in_a_row: Number of skipped updates in total, and since the last update.
     """
 
     def __init__(self, model: nn.Module, limit: int, last_checkpoint: Callable[[], str | None]):
@@ -30,30 +30,30 @@ class UpdateGuard:
         self._statistics: list[tuple[Tensor, Tensor]] = []
 
     def begin(self) -> None:
-        """Before the first batch of an update."""
+        """Starts an update; call it before its first batch."""
         self._losses = []
         self._statistics = [(buffer, buffer.detach().clone()) for buffer in self.model.buffers()]
 
     def see(self, loss: Tensor) -> None:
-        """The loss of each batch of the update, on this process."""
+        """Records the loss of a batch of the update, on this process."""
         self._losses.append(loss.detach().float())
 
     def loss(self) -> float:
-        """Of the update, on this process."""
+        """Returns the loss of the update, on this process."""
         return sum(loss.item() for loss in self._losses)
 
     def refuses(self, gradient_norm: Tensor | float | None, scaled: bool, step: int) -> bool:
         """
-        Whether the update must be left out; to be asked once per update, by all processes.
+        Whether the update must be skipped. All processes must call it once per update.
 
         Args:
-            gradient_norm: Over all processes. `None` is taken for finite.
-            scaled: The gradients went through a loss scaler, which leaves out updates of infinite gradients itself, as
-                a part of finding its scale; then the loss alone counts.
-            step: Updates done so far, for the message.
+            gradient_norm: Norm over all processes; `None` counts as finite.
+            scaled: A loss scaler is active. It skips updates with infinite gradients itself while it adjusts its
+                scale, so only the loss is checked.
+            step: Number of updates so far, for the message.
 
         Raises:
-            FloatingPointError: after `limit` refusals in a row, naming the last checkpoint.
+            FloatingPointError: after `limit` skipped updates in a row; the message names the last checkpoint.
         """
         finite = [torch.isfinite(loss) for loss in self._losses]
         bad = ~torch.stack(finite).all() if finite else torch.tensor(False)
@@ -61,7 +61,7 @@ class UpdateGuard:
             norm = gradient_norm if isinstance(gradient_norm, Tensor) else torch.tensor(gradient_norm)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             bad = bad.to(norm.device) | ~torch.isfinite(norm)
-        # A loss may be bad on one process alone, and all must decide alike.
+        # A loss may be bad on one process only, but all processes must decide equally.
         if not maximum(bad, bad.device):
             self.in_a_row = 0
             return False
@@ -74,8 +74,8 @@ class UpdateGuard:
             checkpoint = self.last_checkpoint()
             raise FloatingPointError(
                 f"{self.in_a_row} steps in a row, up to step {step + 1}, had a loss or gradient that is not finite "
-                f"and were left out; the last good checkpoint is {checkpoint or 'none'}: lower learning_rate or look "
-                f"at the data, and go on from it in another output_dir with resume_from_checkpoint."
+                f"and were skipped; the last good checkpoint is {checkpoint or 'none'}: lower learning_rate or check "
+                f"the data, and continue from it in another output_dir with resume_from_checkpoint."
             )
         return True
 

@@ -1,4 +1,4 @@
-"""Embeddings of past batches, as further negatives of the contrastive loss."""
+"""Embeddings of past batches as additional negatives of the contrastive loss."""
 
 from typing import Any
 
@@ -10,18 +10,18 @@ from modeling_rice.loss_rice import EMPTY
 
 class MemoryQueue:
     """
-    The last `size` pairs of embeddings, the oldest replaced first (Cross-Batch Memory for Embedding Learning, CVPR
-    2020). They carry no gradient and were made by earlier weights. Each process pushes the global batch, so that the
-    queue is the same on all of them. It is no part of a published model; training checkpoints keep it.
+    The last `size` pairs of embeddings; the oldest are replaced first (Cross-Batch Memory for Embedding Learning, CVPR
+    2020). They have no gradient and come from earlier weights. Each process pushes the global batch, so the queue is
+    equal on all processes. A published model does not contain it; training checkpoints do.
 
     Args:
-        size: Pairs Q kept, >= 1.
+        size: Number Q of pairs, >= 1.
         dim: Width D of the embeddings.
-        device: Where it lives.
+        device: Device of the queue.
 
     Attributes:
-        image_embeds, video_embeds (`(Q, D)` float32): Normalised.
-        product_ids (`(Q,)` int64): `EMPTY` where there is nothing yet.
+        image_embeds, video_embeds (`(Q, D)` float32): Normalised embeddings.
+        product_ids (`(Q,)` int64): `EMPTY` in free places.
     """
 
     def __init__(self, size: int, dim: int, device: torch.device | str = "cpu"):
@@ -33,14 +33,14 @@ class MemoryQueue:
         self.product_ids = torch.full((size,), EMPTY, dtype=torch.long, device=device)
 
     def __len__(self) -> int:
-        """Pairs that are there."""
+        """Number of pairs in the queue."""
         return int((self.product_ids != EMPTY).sum())
 
     @torch.no_grad()
     def push(self, image_embeds: Tensor, video_embeds: Tensor, product_ids: Tensor) -> None:
         """
-        Takes up a batch; of a larger one the last pairs. A pair with an embedding that is not finite stays out, or it
-        would spoil every step until it is replaced.
+        Adds a batch, or the last pairs of a batch that is larger than the queue. A pair with an embedding that is not
+        finite is ignored, because it would make every step invalid until it is replaced.
 
         Args:
             image_embeds, video_embeds (`(B, D)`): Normalised embeddings of the global batch.
@@ -66,7 +66,7 @@ class MemoryQueue:
         if state["image_embeds"].shape != self.image_embeds.shape:
             raise ValueError(
                 f"The checkpoint's memory queue is {tuple(state['image_embeds'].shape)}, the run's "
-                f"{tuple(self.image_embeds.shape)}; keep memory_queue_size and projection_dim."
+                f"{tuple(self.image_embeds.shape)}; do not change memory_queue_size and projection_dim."
             )
         for name in ("image_embeds", "video_embeds", "product_ids"):
             getattr(self, name).copy_(state[name])

@@ -1,4 +1,4 @@
-"""What a long run shows besides its losses: accuracy within the batch, speed, waiting for data, memory, a summary."""
+"""Monitoring of a run besides its losses: in-batch accuracy, speed, waiting for data, memory, and a summary."""
 
 import platform
 import time
@@ -16,11 +16,12 @@ except ImportError:
 
 def in_batch_accuracy(logits: Tensor, product_ids: Tensor | None = None) -> Tensor:
     """
-    Share of rows whose best score is at a right column.
+    Share of rows whose best score is in a correct column.
 
     Args:
-        logits (`(B, B)` or `(B, 1 + K)`): Scores; the right column is the row's own in a square, else the first.
-        product_ids (`(B,)` int64, *optional*): In a square, columns of the row's product are right as well.
+        logits (`(B, B)` or `(B, 1 + K)`): Scores. The correct column is the diagonal of a square matrix, else the
+        first. product_ids (`(B,)` int64, *optional*): In a square matrix, columns of the row's product are correct as
+        well.
 
     Returns:
         Scalar in 0..1.
@@ -37,7 +38,7 @@ class StepClock(TrainerCallback):
     """
     Seconds of training and of waiting for data between two logs. Validation and saving do not count.
 
-    On a GPU a step ends when the Trainer has read its loss, which it does at each step.
+    On a GPU a step ends when the Trainer has read its loss, which happens at each step.
     """
 
     def __init__(self):
@@ -49,11 +50,11 @@ class StepClock(TrainerCallback):
         self._start = 0.0
 
     def start(self) -> None:
-        """Before a step's batches are asked for."""
+        """Starts waiting; call it before a step requests its batches."""
         self._start = time.perf_counter()
 
     def got(self, batches: int) -> None:
-        """When they are there."""
+        """Ends waiting; call it when the batches have arrived."""
         self.waited += time.perf_counter() - self._start
         self.batches += batches
 
@@ -63,8 +64,8 @@ class StepClock(TrainerCallback):
 
 def peak_memory_gb(device: torch.device) -> dict[str, float]:
     """
-    Most memory so far in 2^30 bytes: `memory_gb` of this process (without its loader workers) where the system tells,
-    which Windows does not, and `gpu_memory_gb` of its GPU if it has one.
+    Peak memory so far in 2^30 bytes: `memory_gb` of this process without its loader workers (not on Windows), and
+    `gpu_memory_gb` of its GPU if it has one.
     """
     memory = {}
     if resource is not None:
@@ -76,7 +77,7 @@ def peak_memory_gb(device: torch.device) -> dict[str, float]:
 
 
 def run_figures(log_history: Iterable[dict[str, float]]) -> dict[str, float]:
-    """Means and maxima over a run's logs, interrupted or not: `clips_per_second`, `memory_gb` and so on."""
+    """Means and maxima over all logs of a run, also before an interruption: `clips_per_second`, `memory_gb` etc."""
     logs = [entry for entry in log_history if "clips_per_second" in entry]
     figures = {}
     kinds = {"clips_per_second": _mean, "data_wait_share": _mean, "memory_gb": max, "gpu_memory_gb": max}
@@ -112,7 +113,7 @@ _SUMMARY = (
 
 
 def summary_table(metrics: dict[str, float]) -> str:
-    """The end of a run as two columns; what the run has not measured is left out."""
+    """The summary of a run in two columns, without figures that were not measured."""
     rows = [(name, form.format(metrics[key])) for name, key, form in _SUMMARY if key in metrics]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -1,4 +1,4 @@
-"""What decides how many negatives a query has: gathering over processes, steps in chunks, a memory of past batches."""
+"""Sources of negatives: gathering over processes, steps in chunks, a memory of past batches."""
 
 from typing import Any
 
@@ -25,10 +25,12 @@ class NegativesTrainer(Trainer):
     negatives of [`MemoryQueue`] (`memory_queue_size`) and a bounded temperature.
 
     Attributes:
-        memory_queue: To be kept in checkpoints; `None` without one.
+        memory_queue: The memory queue or `None`; checkpoints must contain it.
     """
 
     _frozen: list[nn.Module] = []
+    # Modules inside these that are still trained.
+    _unfrozen: list[nn.Module] = []
 
     def __init__(self, model: RiceModel, args: RiceTrainingArguments, **kwargs):
         super().__init__(model, args, **kwargs)
@@ -54,11 +56,11 @@ class NegativesTrainer(Trainer):
 
     @property
     def negatives_per_query(self) -> int:
-        """Images each clip is contrasted with in one step, besides its own. Accumulated steps do not add to them."""
+        """Number of other images in the contrast of each clip in one step. Accumulated steps do not add any."""
         return self.args.per_device_train_batch_size * self.args.world_size - 1
 
     def describe_negatives(self) -> list[str]:
-        """Lines on processes, batch, negatives, what is exchanged, and what is kept."""
+        """Lines on processes, batch, negatives, exchanged bytes and memory."""
         args, model = self.args, self.accelerator.unwrap_model(self.model)
         batch, config = args.per_device_train_batch_size, model.config
         line = f"{args.world_size} process(es) x batch {batch}: negatives per query = {self.negatives_per_query}"
@@ -69,7 +71,7 @@ class NegativesTrainer(Trainer):
             losses = exchanged_bytes(config, batch, args.world_size) / _MB
             weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) / _MB
             lines.append(
-                f"per step each process hands about {losses:.2f} MB to the others for the losses; gradients of "
+                f"per step each process sends about {losses:.2f} MB to the others for the losses; gradients of "
                 f"{weights:.1f} MB are averaged"
             )
         if args.grad_cache_chunk:
@@ -77,7 +79,7 @@ class NegativesTrainer(Trainer):
         if args.gradient_accumulation_steps > 1:
             lines.append(
                 f"warning: {args.gradient_accumulation_steps} accumulated steps average gradients and add no negatives"
-                f"; for more of them raise per_device_train_batch_size, with grad_cache_chunk where memory is short"
+                f"; for more negatives raise per_device_train_batch_size, with grad_cache_chunk if memory is short"
             )
         return lines
 
@@ -85,11 +87,9 @@ class NegativesTrainer(Trainer):
         chunk = self.args.grad_cache_chunk
         kept = self._grad_cache.kept_bytes(model.config, batch, self.args.world_size)
         sizes = ", ".join(f"{size / _MB:.1f} MB for {name}" for name, size in kept.items())
-        lines = [f"{-(-batch // chunk)} chunks of {chunk} pairs; beyond the memory of a chunk at most {sizes}"]
+        lines = [f"{-(-batch // chunk)} chunks of {chunk} pairs; memory beyond that of a chunk: at most {sizes}"]
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-            lines.append(f"warning: the encoder's batch norms see chunks of {chunk}, not the batch")
-        if self.args.torch_compile:
-            lines.append("warning: torch_compile has no effect on steps in chunks")
+            lines.append(f"warning: the encoder's batch norms use chunks of {chunk}, not the batch")
         return lines
 
     def get_train_dataloader(self) -> DataLoader:
@@ -107,20 +107,26 @@ class NegativesTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        for module in self._frozen:
-            module.eval()
+        self._keep_frozen()
         unwrapped, steps = self.accelerator.unwrap_model(model), self.current_gradient_accumulation_steps
         output = self._grad_cache(unwrapped, inputs, lambda loss: self.accelerator.backward(loss / steps))
         if self.args.world_size > 1 and self.accelerator.sync_gradients:
             average_gradients(unwrapped)
-        # Only now, when the chunks' memory is free again.
+        # Here, because the chunks' memory is free again.
         output.logits_per_video = cosines(output.video_embeds, output.image_embeds)
         products = inputs.get("product_ids")
         self._record(output, None if products is None else products.to(output.video_embeds.device))
         return output.loss.detach() / steps
 
+    def _keep_frozen(self) -> None:
+        """Restores eval mode of frozen modules, because Trainer puts the whole model in training mode."""
+        for module in self._frozen:
+            module.eval()
+        for module in self._unfrozen:
+            module.training = True
+
     def _record(self, output: RiceOutput, product_ids: Tensor | None) -> None:
-        """Is shown each batch's losses and logits."""
+        """Hook that receives the losses and logits of each batch."""
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and self._gather is not None:

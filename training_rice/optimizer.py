@@ -1,9 +1,9 @@
-"""The optimiser settings of the older official code, for runs that are to be compared with its figures.
+"""The optimiser settings of the older official code, for comparison with its figures.
 
-They differ from AdamW with the Trainer's cosine schedule in three ways: no bias correction (relative to AdamW with the
-same betas the steps are 0.7 times as long at first, 1.55 times at the fourteenth, alike after two hundred),
-weight decay on everything but biases (norms and embeddings decay), and a cosine that counts from the first step and is
-merely replaced by a line during warm-up.
+They differ from AdamW with the Trainer's cosine schedule in three ways. There is no bias correction: relative to AdamW
+with the same betas, the first step is 0.7 times as long, the fourteenth 1.55 times, and steps after two hundred are
+equal. Weight decay applies to everything except biases, so also to norms and embeddings. The cosine counts from the
+first step, and a line replaces it during warm-up.
 """
 
 import difflib
@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from modeling_rice import RiceModel
+
 _ENCODER = "vision_model."
 
 
@@ -21,18 +23,18 @@ class BertAdam(torch.optim.Optimizer):
     """
     Adam without bias correction, with decoupled weight decay: `p -= lr * (m / (sqrt(v) + eps) + weight_decay * p)`.
 
-    Gradients are to be clipped by their global norm before the step. The official class then clips each parameter to
-    norm 1 as well, which changes nothing after a global clip to 1 and is left out.
+    Clip gradients by their global norm before the step. The official class also clips each parameter to norm 1. This
+    is left out, because it has no effect after a global clip to 1.
 
     Args:
-        params: Parameters or groups of them, as every optimiser takes.
+        params: Parameters or parameter groups, as for every optimiser.
         lr: Learning rate, >= 0; the schedule multiplies it.
         betas: Decay of the first and second moment, each in 0..1 (1 excluded).
         eps: Added to the root of the second moment.
         weight_decay: >= 0.
 
     Raises:
-        ValueError: for a value out of its range.
+        ValueError: a value is out of its range.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class BertAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update; `closure` re-evaluates the loss, as with every optimiser."""
+        """One update; `closure` re-evaluates the loss, as for every optimiser."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -73,7 +75,7 @@ class BertAdam(torch.optim.Optimizer):
             torch._foreach_addcmul_(second, gradients, gradients, value=1 - beta2)
             scale = torch._foreach_sqrt(second)
             torch._foreach_add_(scale, group["eps"])
-            # The decay reads the weights from before the step.
+            # The decay uses the weights before the step.
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_addcdiv_(parameters, first, scale, value=-group["lr"])
         return loss
@@ -81,13 +83,13 @@ class BertAdam(torch.optim.Optimizer):
 
 def warmup_cosine(step: int, total_steps: int, warmup: float = 0.1) -> float:
     """
-    Factor on the learning rate, for `torch.optim.lr_scheduler.LambdaLR`.
+    Factor of the learning rate, for `torch.optim.lr_scheduler.LambdaLR`.
 
     Args:
-        step: Updates done so far; the first has factor 0.
-        total_steps: Updates of the whole training.
-        warmup: Share of them that rises linearly. The cosine counts from step 0, so at the end of a warm-up of 0.1 the
-            factor drops from 1 to 0.976.
+        step: Number of updates so far; the first update has factor 0.
+        total_steps: Number of updates of the whole training.
+        warmup: Share of updates with a linear rise. The cosine counts from step 0, so at the end of a warm-up of 0.1
+            the factor drops from 1 to 0.976.
     """
     progress = step / max(1, total_steps)
     if progress < warmup:
@@ -105,14 +107,14 @@ def parameter_groups(
     rate_factor: Callable[[str], float] = lambda name: 1.0,
 ) -> list[dict]:
     """
-    Groups for an optimiser: encoder and rest, each with and without decay, and one per factor on the rate. Frozen
-    parameters are left out.
+    Parameter groups for an optimiser: encoder and rest, each with and without decay, and one per factor of the
+    learning rate. Frozen parameters are left out.
 
     Args:
-        model: Whose parameters to group.
-        learning_rate, vision_learning_rate: Of the rest and of the encoder.
-        weight_decay: Of the decayed parameters; that of the others is 0.
-        is_vision, is_decayed, rate_factor: Told by a parameter's name.
+        model: Model whose parameters are grouped.
+        learning_rate, vision_learning_rate: Learning rates of the rest and of the encoder.
+        weight_decay: Weight decay of the decayed parameters; the others have 0.
+        is_vision, is_decayed, rate_factor: Functions of a parameter's name.
     """
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -130,20 +132,20 @@ def parameter_groups(
 
 def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
     """
-    Factors on the learning rate that fall from layer to layer towards the encoder's input (as BEiT, ICLR 2022, fine
-    tunes): `decay` for the last of L layers, `decay ** L` for the first, `decay ** (L + 1)` for the embeddings before
-    it, 1 for what comes after it and for everything outside the encoder.
+    Factors of the learning rate that decrease from layer to layer towards the encoder's input (as in the fine-tuning
+    of BEiT, ICLR 2022): `decay` for the last of L layers, `decay ** L` for the first, `decay ** (L + 1)` for the
+    embeddings before it, and 1 for modules after the layers and outside the encoder.
 
     Args:
-        model: With a `vision_model` whose layers are numbered, as all of transformers' encoders number them; in
-            staged encoders (Swin, ResNet) a stage is a layer.
-        decay: In 0..1, 0 excluded.
+        model: A model with a `vision_model` whose layers are numbered, as in all encoders of transformers. In staged
+            encoders (Swin, ResNet) a stage is a layer.
+        decay: Decay in 0..1, 0 excluded.
 
     Returns:
         Parameter name -> factor.
 
     Raises:
-        ValueError: for an encoder without numbered layers.
+        ValueError: the encoder has no numbered layers.
     """
     names = [name for name, _ in model.named_parameters()]
     numbers = {name: _layer_number(name) for name in names if name.startswith(_ENCODER)}
@@ -172,8 +174,8 @@ def published_parameter_groups(
     model: nn.Module, learning_rate: float = 3e-4, vision_learning_rate: float = 3e-7, weight_decay: float = 0.2
 ) -> list[dict]:
     """
-    Parameter groups of the older recipe: a thousandth of the learning rate for the encoder and its projection, weight
-    decay on everything that is no bias. Frozen parameters are left out; the recipe freezes [`VISION_STEM`].
+    Parameter groups of the older recipe: a thousandth of the learning rate for the encoder and its projection, and
+    weight decay for all parameters except biases. Frozen parameters are left out; the recipe freezes [`VISION_STEM`].
     """
     return parameter_groups(
         model,
@@ -185,7 +187,7 @@ def published_parameter_groups(
     )
 
 
-# What the older recipe freezes: a CLIP encoder's patch, class and position embeddings and the norm behind them.
+# Frozen in the older recipe: the patch, class and position embeddings of a CLIP encoder and the norm after them.
 VISION_STEM = ("vision_model.embeddings", "vision_model.pre_layrnorm")
 
 
@@ -194,14 +196,14 @@ def freeze(model: nn.Module, prefixes: Iterable[str]) -> list[nn.Module]:
     Excludes weights from training.
 
     Args:
-        model: Whose weights.
-        prefixes: Names of modules or weights; everything below a name is meant.
+        model: The model.
+        prefixes: Names of modules or weights; a name includes everything below it.
 
     Returns:
-        The modules that are frozen as a whole, which belong into eval mode: batch norms would go on moving otherwise.
+        The modules that are completely frozen. Keep them in eval mode, or their batch norms would still change.
 
     Raises:
-        ValueError: for a name that the model does not have.
+        ValueError: the model has no module or weight of a name.
     """
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     frozen = []
@@ -217,3 +219,24 @@ def freeze(model: nn.Module, prefixes: Iterable[str]) -> list[nn.Module]:
                 f"freeze: the model has no {prefix!r}" + (f"; did you mean {close[0]!r}?" if close else ".")
             )
     return frozen
+
+
+def unfreeze_last_stage(model: RiceModel) -> list[nn.Module]:
+    """
+    Makes the last stage of a frozen encoder trainable. Its batch norms keep their statistics, because images and clips
+    pass through it one after the other, and alternating statistics would fit neither.
+
+    Returns:
+        The modules to set to training mode, including nested ones.
+
+    Raises:
+        ValueError: the last stage of the encoder cannot run separately.
+    """
+    stage, encoder = model.split_last_stage(), model.vision_model
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or stage.owns(name))
+    return [
+        module
+        for name, module in encoder.named_modules()
+        if stage.owns(name) and not isinstance(module, nn.modules.batchnorm._NormBase)
+    ]

@@ -1,4 +1,4 @@
-"""A new RICE model that starts from a pretrained encoder: its weights, its projection, and blocks for the decoder."""
+"""Starts a new RICE model from a pretrained encoder: weights, projection, and blocks for the decoder."""
 
 import logging
 from typing import Any
@@ -11,24 +11,24 @@ from modeling_rice import RiceConfig, RiceModel
 
 logger = logging.getLogger(__name__)
 
-# Parts of a transformer block under the same names here and in CLIP's and SigLIP's towers, but for the attention's.
+# Parts of a transformer block with the same names here and in CLIP's and SigLIP's towers, except the attention.
 _BLOCK = ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def start_from(path: str, settings: dict[str, Any]) -> RiceModel:
     """
-    A RICE model on a pretrained encoder. What the source offers beyond the encoder is used where its shape fits: the
-    visual projection, and blocks for the decoder as the two published variants take them. What was taken, and what
-    starts at random, is logged.
+    A RICE model on a pretrained encoder. Other parts of the source are used if their shapes fit: the visual
+    projection, and blocks for the decoder as in the two published variants. The copied parts and the randomly
+    initialised parts are logged.
 
     Args:
         path: Folder or Hub id of the encoder, or of a model that has one as `vision_model` (CLIP, SigLIP).
-        settings: Fields of `RiceConfig`, plain values; `vision_config` is the source's whatever they say, and a
-            warning tells when they say something else.
+        settings: Fields of `RiceConfig` as plain values. The source always gives `vision_config`; a different value in
+            the settings causes a warning.
 
     Raises:
-        FileNotFoundError, ValueError: as [`load_encoder`], and for settings that cannot work.
+        FileNotFoundError, ValueError: as [`load_encoder`]; ValueError also for invalid settings.
     """
     source = load_encoder(path)
     vision = getattr(source, "vision_model", source)
@@ -56,17 +56,17 @@ def start_from(path: str, settings: dict[str, Any]) -> RiceModel:
             random.append("decoder")
         else:
             taken.append(f"decoder ({blocks})")
-    logger.info("From %s: %s.%s", path, ", ".join(taken), f" At random: {', '.join(random)}." if random else "")
+    logger.info("From %s: %s.%s", path, ", ".join(taken), f" Random: {', '.join(random)}." if random else "")
     return model
 
 
 def _start_decoder(model: RiceModel, vision: nn.Module, text: nn.Module | None) -> str | None:
     """
-    Fills decoder blocks from a tower of the decoder's width, and says from which; `None` where no tower fits.
+    Fills decoder blocks from a tower of the decoder's width, and returns the source; `None` if no tower fits.
 
-    The newer code takes the encoder's last blocks, cross-attention last, which needs the encoder's own tokens
-    (`decoder_token_source="raw"`). The older code, whose decoder has the projection's width, takes the first blocks of
-    CLIP's text tower for the self-attention and the tower's positions; its cross-attention block starts at random.
+    The newer code copies the encoder's last blocks, with cross-attention last. This needs the encoder's own tokens
+    (`decoder_token_source="raw"`). The decoder of the older code has the projection's width. It copies the first
+    blocks of CLIP's text tower for self-attention, and the tower's positions; its cross-attention block is random.
     """
     decoder, width = model.decoder, model.config.decoder_hidden_size
     own = list(decoder.self_layers)
@@ -87,7 +87,7 @@ def _start_decoder(model: RiceModel, vision: nn.Module, text: nn.Module | None) 
 
 
 def _layers(tower: nn.Module, width: int, count: int) -> list[nn.Module]:
-    """The blocks of a tower, or none where they are of another width, another make, or too few."""
+    """The blocks of a tower; empty if they have another width or structure, or if there are too few."""
     layers = list(getattr(getattr(tower, "encoder", None), "layers", []))
     if len(layers) < count or getattr(tower.config, "hidden_size", None) != width:
         return []
@@ -101,6 +101,6 @@ def _copy_block(block: nn.Module, layer: nn.Module) -> None:
         block.get_submodule(part).load_state_dict(layer.get_submodule(part).state_dict())
     for part in _ATTENTION:
         target = block.attention.get_submodule(part)
-        # Without an output projection there is nothing to fill.
+        # Without an output projection nothing is copied.
         if isinstance(target, nn.Linear):
             target.load_state_dict(layer.self_attn.get_submodule(part).state_dict())

@@ -1,4 +1,4 @@
-"""What the processes of one run decide together."""
+"""Common decisions of the processes of a run."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,20 +10,20 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 _exchanged: dict[torch.device, Tensor] = {}
-_TOLD = "Another process raises this too, and tells the user."
+_TOLD = "Another process raises this error too and reports it."
 
 
 def are_several() -> bool:
-    """Whether this run has other processes, and they are connected."""
+    """Whether this run has several connected processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def maximum(value: Tensor | float, device: torch.device) -> float:
-    """The largest of the processes' numbers; to be called by all of them."""
+    """The maximum of the processes' numbers; all processes must call it."""
     if not are_several():
         return float(value)
-    # Kept: the thread that exchanges it would else be the one to free it, and take Python's lock for that, and a
-    # loader worker that is forked at that moment never starts.
+    # Keep a reference. Otherwise the communication thread frees the tensor, which takes Python's lock, and a loader
+    # worker that is forked at that moment never starts.
     shared = _exchanged.setdefault(device, torch.zeros((), device=device))
     shared.copy_(torch.as_tensor(value))
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
@@ -32,13 +32,13 @@ def maximum(value: Tensor | float, device: torch.device) -> float:
 
 def on_first_process(decide: Callable[[], Result]) -> Result:
     """
-    What the first process decides, on every process; to be called by all of them.
+    Returns the first process's decision on every process; all processes must call it.
 
     Args:
-        decide: Called on the first process alone; what it returns can be pickled.
+        decide: Called only on the first process. Its result must be picklable.
 
     Raises:
-        ValueError, OSError: those of `decide`, on every process; none is left waiting.
+        ValueError, OSError: errors of `decide`, on every process, so that no process waits.
     """
     several = are_several()
     first = not several or dist.get_rank() == 0
@@ -60,11 +60,11 @@ def on_first_process(decide: Callable[[], Result]) -> Result:
 @contextmanager
 def failing_together() -> Iterator[None]:
     """
-    What one process raises inside, all raise at the end, so that none is left waiting; to be entered by all of them,
-    with nothing inside that waits for others.
+    A context that raises the error of one process on all processes at its end, so that no process waits. All processes
+    must enter it, and code inside must not wait for other processes.
 
     Raises:
-        ValueError, OSError: that of the first process that has one, which tells the user.
+        ValueError, OSError: the error of the first failed process, which reports it to the user.
     """
     failure = None
     try:
@@ -85,5 +85,5 @@ def failing_together() -> Iterator[None]:
 
 
 def is_told(error: Exception) -> bool:
-    """Whether an error is one that another process tells the user."""
+    """Whether another process reports this error to the user."""
     return _TOLD in getattr(error, "__notes__", ())

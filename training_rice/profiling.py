@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, measured part by part."""
+"""Time of a training step by part."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +16,8 @@ PARTS = ("data wait", "transfer", "encoder", "decoder", "losses", "backward", "g
 
 class PartTimer:
     """
-    Seconds per part, each without the parts inside it. On a GPU it waits for the device at every border, so that a
-    step takes somewhat longer than without it.
+    Seconds per part, each without its inner parts. On a GPU it synchronises at every change of part, which makes a
+    step slightly slower.
     """
 
     def __init__(self, device: torch.device):
@@ -43,7 +43,7 @@ class PartTimer:
         self._parts.pop()
 
     def timed(self, function: Callable, part: str) -> Callable:
-        """The function, its time counted to a part."""
+        """The function with its time counted for a part."""
 
         def run(*args, **kwargs):
             self.enter(part)
@@ -60,7 +60,7 @@ class PartTimer:
 
 
 class _TimedCollator:
-    """A collator that says in the batch how long it took, since it runs in another process."""
+    """A collator that stores its time in the batch, because it runs in another process."""
 
     def __init__(self, collator: Callable):
         self.collator = collator
@@ -141,16 +141,16 @@ def _measured(trainer: Trainer, timer: PartTimer, collate: list[float]) -> Itera
 
 def profile_steps(trainer: Trainer) -> str:
     """
-    Trains for some steps, of which the first do not count, and tells where their time went. Nothing is saved.
+    Trains for some steps and measures their time by part. The first steps do not count, and nothing is saved.
 
     Args:
-        trainer: Ready to train; a model without a decoder has nothing under that name.
+        trainer: A trainer that is ready to train; a model without a decoder has no time for it.
 
     Returns:
-        A table: part, milliseconds per step, share; and what a loader worker needs for a batch.
+        A table of part, milliseconds per step and share; and the time of a loader worker per batch.
 
     Raises:
-        ValueError: when the run is too short.
+        ValueError: the run is too short.
     """
     timer, collate = PartTimer(trainer.args.device), []
     with _measured(trainer, timer, collate) as steps:

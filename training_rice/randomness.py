@@ -1,4 +1,4 @@
-"""Random numbers of the data: a function of seed, epoch and batch, and of nothing that an interruption changes."""
+"""Random numbers of the data: a function of seed, epoch and batch, so that interruptions change nothing."""
 
 import hashlib
 import random
@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import get_dataloader_sampler
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Python's, NumPy's and torch's CPU generators start from `seed` inside, and go on from where they were after."""
+    """A context in which Python's, NumPy's and torch's CPU generators are seeded; afterwards they are restored."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -29,22 +29,22 @@ def seeded(seed: int) -> Iterator[None]:
 
 class SeededCollator:
     """
-    A collator whose draws (frames, crops, mirroring) depend on the seed, the epoch and the rows of the batch alone:
-    not on the number of loader workers, how far they have read ahead, or where a run was interrupted.
+    A collator whose draws (frames, crops, mirroring) depend only on the seed, the epoch and the rows of the batch. The
+    number of loader workers, their read-ahead and interruptions have no effect.
 
     Args:
         collator: Turns rows into a batch.
-        seed: Of the run.
+        seed: Seed of the run.
     """
 
     def __init__(self, collator: Callable[[list[dict]], Any], seed: int):
         self.collator = collator
         self.seed = seed
-        # In shared memory, since workers that outlive an epoch hold a copy of this object.
+        # In shared memory, because persistent loader workers hold a copy of this object.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Tells this process's loader workers the epoch; to be called before the epoch's first batch is asked for."""
+        """Sets the epoch for this process's loader workers; call it before requesting the epoch's first batch."""
         self._epoch.fill_(epoch)
 
     def __call__(self, rows: list[dict]) -> Any:
@@ -57,8 +57,8 @@ class SeededCollator:
 
 class EpochCallback(TrainerCallback):
     """
-    Tells a [`SeededCollator`] and the sampler which epoch begins. accelerate tells samplers too, but not one that lies
-    below the skipping of batches and their dealing to processes, as after an interruption.
+    Sets the epoch of a [`SeededCollator`] and of the sampler. accelerate sets the epoch of samplers too, but not of a
+    sampler below the wrappers that skip batches after an interruption and distribute them to processes.
     """
 
     def __init__(self, collator: SeededCollator):
@@ -69,7 +69,7 @@ class EpochCallback(TrainerCallback):
         self._epoch = None
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        # Counted from the first on, since the state counts passes only where their length is known.
+        # Counted here, because the state counts epochs only if their length is known.
         self._epoch = int(state.epoch or 0) if self._epoch is None else self._epoch + 1
         self.collator.set_epoch(self._epoch)
         sampler = None if train_dataloader is None else get_dataloader_sampler(train_dataloader)

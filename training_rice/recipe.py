@@ -1,4 +1,4 @@
-"""Recipes: a YAML file of arguments, checked and turned into the command line that it stands for."""
+"""Recipes: YAML files of arguments, which are checked and converted to a command line."""
 
 import dataclasses
 import difflib
@@ -13,13 +13,13 @@ from transformers import CONFIG_MAPPING, HfArgumentParser
 
 from modeling_rice import RiceConfig
 
-# Beside this file in an installed package; in a checkout, also one that is installed as editable, in configs/.
+# Beside this file in an installed package; in configs/ in a checkout, also in an editable installation.
 _INSTALLED = Path(__file__).with_name("recipes")
 RECIPES = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[1] / "configs"
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML 1.2's scalars, where `1e-3` is a number and `no` a word; PyYAML's 1.1 takes them for text and false."""
+    """Scalars of YAML 1.2: `1e-3` is a number and `no` a text. PyYAML's YAML 1.1 reads them as text and false."""
 
 
 _RecipeLoader.yaml_implicit_resolvers = {
@@ -41,11 +41,10 @@ _RecipeLoader.add_implicit_resolver(
 
 def find_recipe(name: str | Path, names: Collection[str]) -> Path:
     """
-    The file of a recipe: `name` itself, else the recipe of that name that comes with the project, `configs/` before
-    it or not.
+    The file of a recipe: `name` itself, else the project's recipe of that name, with or without `configs/`.
 
     Raises:
-        FileNotFoundError: there is neither; the message lists the recipes that come with the project.
+        FileNotFoundError: there is no such recipe; the message lists the project's recipes.
     """
     path = Path(name)
     if path.is_file():
@@ -53,7 +52,7 @@ def find_recipe(name: str | Path, names: Collection[str]) -> Path:
     packaged = RECIPES / path.name
     if packaged.is_file() and path.parent in (Path("."), Path("configs")):
         return packaged
-    # The folder also holds studies, which are no recipes.
+    # The folder also holds studies, which are not recipes.
     known = [file.name for file in sorted(RECIPES.glob("*.yaml")) if _is_recipe(file, names)]
     raise FileNotFoundError(f"there is no recipe {name}: name a YAML file, or one of {', '.join(known)}.")
 
@@ -68,7 +67,7 @@ def read_recipe(path: str | Path, names: Collection[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: as `find_recipe`.
-        ValueError: for broken YAML or an unknown key, naming it.
+        ValueError: the YAML is invalid or a key is unknown; the message names it.
     """
     path = find_recipe(path, names)
     try:
@@ -95,7 +94,7 @@ def _load_yaml(text: str) -> Any:
 
 
 def check_model_fields(model: dict[str, Any], source: str = "") -> None:
-    """Raises `ValueError` for a key that the encoder's config or `RiceConfig` lacks, naming the recipe it is from."""
+    """Raises `ValueError` for a key that the encoder's config or `RiceConfig` lacks; the message names the recipe."""
     where = f" in the model section of {source}" if source else ""
     names = {f.name for f in dataclasses.fields(RiceConfig)}
     for key in model:
@@ -157,8 +156,8 @@ def take_model_overrides(model: dict[str, Any], argv: list[str]) -> list[str]:
 
 def to_argv(recipe: dict[str, Any], parser: HfArgumentParser, kinds: dict[str, Any], source: str) -> list[str]:
     """
-    The recipe as the command line it stands for, so that both go through one parser. What no command line can say
-    (null, lists, mappings) becomes the parser's default, where `kinds`, name -> annotation, allows it.
+    Converts a recipe to a command line, so that one parser checks both. Values that a command line cannot express
+    (null, lists, mappings) become defaults of the parser if `kinds`, name -> annotation, allows them.
     """
     words = []
     for key, value in recipe.items():

@@ -1,4 +1,4 @@
-"""transformers' Trainer, made to survive: whole checkpoints, exact continuation, bad steps left out, EMA weights."""
+"""transformers' Trainer with atomic checkpoints, exact resumption, skipping of bad steps, and EMA weights."""
 
 import os
 from collections.abc import Callable
@@ -29,12 +29,12 @@ from .processes import failing_together, on_first_process
 from .randomness import EpochCallback, SeededCollator
 from .stopping import Stopped, StopRequest, outlive_signals, signals_call
 
-# In a checkpoint: what is neither model, optimiser, schedule nor random state.
+# In a checkpoint: state other than model, optimiser, schedule and random states.
 STATE_FILE = "rice_state.pt"
 
 
 class Stateful(Protocol):
-    """What a checkpoint keeps of an object: tensors, numbers, and lists and dicts of them."""
+    """An object with a state for checkpoints: tensors, numbers, and lists and dicts of them."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -43,20 +43,21 @@ class Stateful(Protocol):
 
 class ResumableTrainer(Trainer):
     """
-    A run of this trainer can be killed at any moment and goes on from its last whole checkpoint to the same weights,
-    to the bit on CPU with the same number of processes.
+    A run of this trainer can be killed at any moment. It resumes from its last intact checkpoint and ends with the
+    same weights, bit for bit on CPU with the same number of processes.
 
-    Beyond what Trainer restores (weights, optimiser, schedule, random states, position in the epoch), the draws of the
-    loader workers are a function of seed, epoch and batch; averaged weights, the count of bad steps, the sum of the
-    losses and what validation has fitted are kept; and a checkpoint appears under its name only once it is written.
+    Trainer restores weights, optimiser, schedule, random states and the position in the epoch. In addition, the draws
+    of the loader workers are a function of seed, epoch and batch; checkpoints keep averaged weights, the count of bad
+    steps, the sum of the losses and the values fitted by validation; and a checkpoint appears only when it is
+    complete.
 
-    With `save_on_signal`, Ctrl-C and SIGTERM let the step end, with all that is due after it, and then write a
+    With `save_on_signal`, Ctrl-C and SIGTERM let the step finish, including its validation, and then write a
     checkpoint.
 
     Attributes:
-        stateful: By name, further objects that checkpoints keep; to be filled before `train`. They must be alike on
-            all processes, since the first one writes them.
-        fitted_fields: Names of fields of the model's config that validation fits, which come back with the weights.
+        stateful: Name -> further objects in checkpoints; fill it before `train`. They must be equal on all processes,
+            because the first process writes them.
+        fitted_fields: Fields of the model's config that validation fits; they are restored with the weights.
     """
 
     fitted_fields: tuple[str, ...] = ()
@@ -76,18 +77,18 @@ class ResumableTrainer(Trainer):
             self.add_callback(_Averaging(self))
 
     def last_checkpoint(self) -> str | None:
-        """The newest whole checkpoint of the output folder."""
+        """The newest intact checkpoint of the output folder."""
         return newest_whole(self.args.output_dir, self.args.world_size)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """
-        As `Trainer.train`. `train_loss` is the mean over all steps of the run, those before an interruption included.
+        As `Trainer.train`. `train_loss` is the mean over all steps of the run, including those before an interruption.
 
         Raises:
             Stopped: after a signal, with `save_on_signal`.
         """
         on_start = self.args.eval_on_start
-        # Done when the run began; again it would fit weights that the undisturbed run does not have.
+        # This was done at the start of the run. Repeating it would fit weights that an uninterrupted run lacks.
         self.args.eval_on_start = on_start and not resume_from_checkpoint
         self._stop.number = 0
         self._losses = _LossSum()
@@ -97,7 +98,7 @@ class ResumableTrainer(Trainer):
         except Exception as error:
             if not self._stop.number:
                 raise
-            # The signal has ended another process too, which this one was waiting for.
+            # The signal also ended another process for which this one was waiting.
             raise Stopped(self._stop.number) from error
         finally:
             self.args.eval_on_start = on_start
@@ -117,8 +118,8 @@ class ResumableTrainer(Trainer):
             callback for callback in self.callback_handler.callbacks if not isinstance(callback, EpochCallback)
         ]
         self.add_callback(EpochCallback(seeded))
-        # Or each new iterator would draw its workers' seed from the generator that dropout draws from, and there are
-        # more new iterators in a run that was interrupted.
+        # Otherwise each new iterator would draw the seed of its workers from dropout's generator, and an interrupted
+        # run creates more iterators.
         inner = getattr(loader, "base_dataloader", loader)
         inner.generator = torch.Generator().manual_seed(args.seed)
         if args.save_on_signal:
@@ -139,7 +140,7 @@ class ResumableTrainer(Trainer):
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         scaled = getattr(self.accelerator, "scaler", None) is not None
         if self.guard.refuses(grad_norm, scaled, self.state.global_step):
-            # An optimiser passes over parameters without gradients, weight decay included.
+            # An optimiser skips parameters without gradients, including their weight decay.
             model.zero_grad(set_to_none=True)
         else:
             self._losses.add(self.guard.loss())
@@ -147,17 +148,17 @@ class ResumableTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "train_loss" in logs and self._losses.count:
-            # Trainer's own is of the steps since it was started.
+            # Trainer's own value covers only the steps since its start.
             logs["train_loss"] = self._summed_losses() / self._losses.count
         super().log(logs, *args, **kwargs)
 
     def _summed_losses(self) -> float:
-        """Mean over processes, each of which has the losses of its own part; to be called by all of them."""
+        """Mean over processes, each with the losses of its own part; all processes must call it."""
         total = torch.tensor(self._losses.total, device=self.args.device)
         return self.accelerator.reduce(total, "mean").item()
 
     def evaluation_weights(self):
-        """The context that validation runs in: with the averaged weights while training goes on."""
+        """The context of validation: with the averaged weights during training."""
         if self.averaged is None or not self.is_in_train:
             return nullcontext()
         return self.averaged.applied(self.accelerator.unwrap_model(self.model))
@@ -167,8 +168,8 @@ class ResumableTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         """
-        What is due after a step. Trainer calls this a second time at the end of an epoch, for what is due then; the
-        checkpoint of an epoch's last step waits for that, or a run that goes on from it would never make up for it.
+        Logs, saves and evaluates after a step. Trainer calls this again at the end of an epoch. The checkpoint of an
+        epoch's last step waits for that second call; otherwise a run resumed from it would never do the epoch's part.
         """
         last = self.control.should_training_stop or self.state.epoch == int(self.state.epoch)
         if last and not self._epochs.ended:
@@ -180,24 +181,24 @@ class ResumableTrainer(Trainer):
         if self.args.save_on_signal and (number := self._stop.agreed(self.args.device)):
             if self._saved_step != self.state.global_step:
                 if self.state.best_global_step == self.state.global_step:
-                    # The undisturbed run has no checkpoint of this step to end with.
+                    # An uninterrupted run has no checkpoint of this step.
                     self.state.best_global_step = None
                 self._save_checkpoint(self.model_wrapped, None)
             raise Stopped(number)
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         """
-        Trainer writes below the staging folder, and the first process moves the result to its place. A process that
-        cannot write ends all of them, unless the model is sharded: its parts are gathered while they are written.
+        Trainer writes to the staging folder, and the first process moves the result to its final place. A process that
+        cannot write ends all processes, unless the model is sharded: its parts are gathered while they are written.
         """
         args, folder = self.args, Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         best = f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
-        # While no process can have failed yet.
+        # Before any process can have failed.
         self._total_loss = self._summed_losses()
         self._on_first(name, folder, clear_staging)
         self._staging, best_step = folder / STAGING, self.state.best_global_step
-        # Of a run that has a best step Trainer waits for all processes, of which one may have failed.
+        # In a run with a best step, Trainer waits for all processes, but one may have failed.
         self.state.best_global_step = None
         try:
             with failing_together(), writing(name, folder):
@@ -218,7 +219,7 @@ class ResumableTrainer(Trainer):
         clear_staging(folder).rmdir()
 
     def _on_first(self, what: str, folder: Path, write: Callable[[Path], object]) -> None:
-        """Something of `what` that one process writes, and that ends all if it cannot be written."""
+        """Lets the first process write `what`; if that fails, all processes end."""
 
         def decide() -> None:
             with writing(what, folder):
@@ -227,7 +228,7 @@ class ResumableTrainer(Trainer):
         on_first_process(decide)
 
     def save_final(self) -> None:
-        """Writes the model and its processor into the output folder, where they appear once they are written."""
+        """Writes the model and its processor to the output folder, where they appear when they are complete."""
         folder = Path(self.args.output_dir)
         self._on_first("the model", folder, clear_staging)
         with failing_together(), writing("the model", folder):
@@ -240,7 +241,7 @@ class ResumableTrainer(Trainer):
         clear_staging(folder).rmdir()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Trainer asks for this while the checkpoint is still being written.
+        # Trainer calls this while the checkpoint is still being written.
         if self._staging is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
@@ -276,7 +277,7 @@ class ResumableTrainer(Trainer):
         self._restore_fitted(resume_from_checkpoint)
 
     def _restore_fitted(self, checkpoint: str) -> None:
-        """The config takes over what validation had fitted by the time of a checkpoint, for mining reads it."""
+        """Restores the fitted fields of the config from a checkpoint, because mining reads them."""
         if not self.fitted_fields:
             return
         config = self.accelerator.unwrap_model(self.model).config
@@ -288,7 +289,7 @@ class ResumableTrainer(Trainer):
         best = self.state.best_model_checkpoint
         if reason := why_broken(best, model_only=True):
             raise ValueError(
-                f"the run ends with its best checkpoint {best}, which is half-written or damaged ({reason}); restore "
+                f"the run ends with its best checkpoint {best}, but it is incomplete or damaged ({reason}); restore "
                 f"that folder and run the same command again, or train in another output_dir."
             )
         super()._load_best_model()
@@ -298,16 +299,16 @@ class ResumableTrainer(Trainer):
 
     def load_trained(self, checkpoint: str | os.PathLike) -> dict[str, float]:
         """
-        Takes the weights that a run ends with, the best or the last, from the checkpoint after its last step.
+        Loads the final weights of a run, the best or the last, from the checkpoint after its last step.
 
         Returns:
-            `train_loss` as [`train`] has it, where the checkpoint tells.
+            `train_loss` as in [`train`], if the checkpoint has it.
         """
         losses = torch.load(os.path.join(checkpoint, STATE_FILE), weights_only=True).get("losses")
         metrics = {} if losses is None else {"train_loss": losses["total"] / max(losses["count"], 1)}
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
-            # Looked for beside the last one, since the folder may have moved.
+            # Searched beside the last one, because the folder may have moved.
             best = os.path.basename(self.state.best_model_checkpoint)
             self.state.best_model_checkpoint = os.path.join(os.path.dirname(checkpoint), best)
             self._load_best_model()
@@ -318,7 +319,7 @@ class ResumableTrainer(Trainer):
 
 
 class _LossSum:
-    """Losses of the updates that were made, over the whole run."""
+    """Sum of the losses of all updates of the run."""
 
     def __init__(self):
         self.total, self.count = 0.0, 0
@@ -335,7 +336,7 @@ class _LossSum:
 
 
 class _EpochEnds(TrainerCallback):
-    """Tells what is due after a step from what is due after an epoch, and keeps a checkpoint that waits for it."""
+    """Distinguishes the end of a step from the end of an epoch, and holds a checkpoint until the epoch ends."""
 
     ended = save_due = False
 
@@ -347,7 +348,7 @@ class _EpochEnds(TrainerCallback):
 
 
 class _Averaging(TrainerCallback):
-    """Follows the weights update by update, and leaves the averaged ones in the model when training ends."""
+    """Averages the weights after each update, and puts the averaged weights into the model at the end."""
 
     def __init__(self, trainer: ResumableTrainer):
         self.trainer = trainer
@@ -364,7 +365,7 @@ class _Averaging(TrainerCallback):
             self.trainer.averaged.update(self._model())
 
     def on_train_end(self, args, state, control, **kwargs):
-        # Not where the best checkpoint's averaged weights were taken already.
+        # Not if the averaged weights of the best checkpoint are loaded already.
         if self.trainer.averaged is not None:
             self.trainer.averaged.copy_to(self._model())
             self.trainer.averaged = None

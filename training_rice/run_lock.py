@@ -24,26 +24,26 @@ LOCK_FILE = ".lock"
 @contextmanager
 def run_lock(folder: str | os.PathLike) -> Iterator[None]:
     """
-    Keeps other runs out of an output folder, until the block ends or the process dies, however it dies.
+    A context that locks an output folder against other runs, until it ends or the process dies.
 
-    The lock belongs to this process and not to its children, so that loader workers that outlive it by some seconds
-    hold nothing. Where the file system knows no locks, a warning says so and the run goes on.
+    The lock belongs to this process, not to its children, so loader workers that live some seconds longer do not hold
+    it. If the file system does not support locks, the run continues with a warning.
 
     Args:
-        folder: Of the run; created when it is missing.
+        folder: Folder of the run; created if missing.
 
     Raises:
-        BlockingIOError: another run is writing there.
-        OSError: the system has no such locks (Windows).
+        BlockingIOError: another run uses the folder.
+        OSError: the operating system has no such locks (Windows).
     """
     if fcntl is None:
         raise OSError(
-            "training keeps a second run out of output_dir by file locks (fcntl), which this system does not have; "
+            "training locks output_dir with file locks (fcntl), which this system does not have; "
             "train on Linux or macOS."
         )
     path = Path(folder) / LOCK_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Nothing else may open this file in this process: closing it anywhere would release the lock.
+    # Do not open this file elsewhere in this process: closing it anywhere would release the lock.
     with open(path, "a+b", buffering=0) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -53,7 +53,7 @@ def run_lock(folder: str | os.PathLike) -> Iterator[None]:
                 f"output_dir."
             ) from None
         except OSError as error:
-            logger.warning("The file system of %s has no locks (%s): nothing keeps a second run out.", folder, error)
+            logger.warning("The file system of %s has no locks (%s): a second run is not refused.", folder, error)
         with writing(LOCK_FILE, folder):
             file.truncate(0)
             file.write(f"process id {os.getpid()} on {socket.gethostname()}".encode())
@@ -62,7 +62,7 @@ def run_lock(folder: str | os.PathLike) -> Iterator[None]:
 
 
 def _holder(file: FileIO) -> str:
-    """Who wrote its name there; one that has the lock since a moment ago may still be about to."""
+    """The holder of the lock as written in the file; a very recent holder may not have written it yet."""
     for _ in range(20):
         file.seek(0)
         if text := file.read():

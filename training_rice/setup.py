@@ -1,4 +1,4 @@
-"""What train_rice.py needs before the first step: data, processor, model, and a look at what is already there."""
+"""Setup of train_rice.py before the first step: data, processor, model, and checks of the output folder."""
 
 import dataclasses
 import json
@@ -32,19 +32,19 @@ from .text import build_tokenizer, complete_text_settings, load_text_encoder
 logger = logging.getLogger(__name__)
 
 ARGUMENTS_FILE = "train_arguments.json"
-# Values of resume_from_checkpoint that mean what happens without it.
+# Values of resume_from_checkpoint that mean the default.
 _NEWEST = (True, "true", "True")
-# Values that mean to start anew.
+# Values that mean a new run.
 _NEVER = (False, "false", "False")
-# What may differ between a run and its continuation.
+# Arguments that may differ between a run and its continuation.
 _FREE_ARGUMENTS = ("resume_from_checkpoint", "output_dir", "logging_steps", "disable_tqdm", "report_to", "run_name")
 _FREE_ARGUMENTS += ("save_total_limit", "max_nonfinite_steps", "save_on_signal", "ddp_timeout")
 _FREE_ARGUMENTS += ("dataloader_num_workers",)
 _FREE_ARGUMENTS += ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_pin_memory")
-# What the trainer chooses where the user has not.
+# Defaults of the trainer.
 _CHOSEN_ARGUMENTS = ("metric_for_best_model", "greater_is_better")
 
-# What a run may add to the checkpoint it goes on from, replace or leave out, as a whole.
+# Parts that a run may add to, replace in or leave out of its starting checkpoint, as a whole.
 _PARTS = ("decoder", "reconstruction_head", "patch_saliency", "temporal_pooling", "text_model", "text_projection")
 _PARTS += ("text_logit_scale", "decoder.title_projection", "decoder.asr_projection", "patch_projection")
 _PARTS += ("alignment",)
@@ -53,7 +53,7 @@ Validation = tuple[Dataset, Dataset, str]
 
 
 def check_processes(arguments: RiceTrainingArguments) -> None:
-    """Raises `ValueError` when several processes, or several GPUs of one process, do not work together."""
+    """Raises `ValueError` if processes are not connected, or if one process has several GPUs."""
     asked = int(os.environ.get("WORLD_SIZE", 1))
     if asked != arguments.world_size:
         raise ValueError(
@@ -62,32 +62,32 @@ def check_processes(arguments: RiceTrainingArguments) -> None:
         )
     if arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError(
-            "fsdp: the model's temperature is a scalar, which PyTorch's FSDP does not split, and accelerate does not "
-            "shard on CPU at all; leave it out and train data parallel, with grad_cache_chunk or "
-            "activation_checkpointing where memory is short (docs/scale.md)."
+            "fsdp: the model's temperature is a scalar, which PyTorch's FSDP cannot split, and accelerate cannot "
+            "shard on CPU; leave it out and train data parallel, with grad_cache_chunk or "
+            "activation_checkpointing if memory is short (docs/scale.md)."
         )
     if arguments.n_gpu > 1:
         raise ValueError(
-            f"one process sees {arguments.n_gpu} GPUs, and its batch would be torn apart between them; start one "
+            f"one process sees {arguments.n_gpu} GPUs, and would split its batch between them; start one "
             f"process per GPU with accelerate launch --num_processes {arguments.n_gpu}, or set CUDA_VISIBLE_DEVICES=0."
         )
 
 
 def check_frozen(model: ModelArguments, training: RiceTrainingArguments) -> None:
-    """Raises `ValueError` where an encoder that nobody has trained would stay as it is."""
+    """Raises `ValueError` if an untrained encoder would be frozen."""
     if training.freeze_vision and model.model_name_or_path is None and model.init_vision_from is None:
         raise ValueError(
-            "freeze_vision would keep an encoder with random weights: name a pretrained one by --init_vision_from, "
-            "which `rice encoder efficientnet_lite0 --output FOLDER` writes, or a checkpoint by --model_name_or_path."
+            "freeze_vision would keep an encoder with random weights: name a pretrained one with --init_vision_from, "
+            "as `rice encoder efficientnet_lite0 --output FOLDER` writes, or a checkpoint with --model_name_or_path."
         )
 
 
 def load_views(data: DataArguments, training: RiceTrainingArguments) -> tuple[Dataset | LazyRows, Validation | None]:
     """
-    The pairs to train on, and queries, gallery and scope to validate on (`None` where evaluation is off).
+    The training pairs, and the queries, gallery and scope of validation (`None` if evaluation is off).
 
     Raises:
-        ValueError: when there are fewer pairs than a batch, or evaluation is asked for without a validation split.
+        ValueError: there are fewer pairs than a batch, or evaluation is on without a validation split.
     """
     options = {"data_dir": data.data_dir, "cache_dir": data.cache_dir}
     if data.boxes_file is not None:
@@ -117,7 +117,7 @@ def load_views(data: DataArguments, training: RiceTrainingArguments) -> tuple[Da
 
 
 def read_texts(pairs: Dataset | LazyRows, data: DataArguments) -> list[str]:
-    """Titles and ASR of evenly spread training rows, for the tokenizer."""
+    """Titles and ASR of evenly spaced training rows, for the tokenizer."""
     step = max(1, len(pairs) // data.tokenizer_texts)
     if isinstance(pairs, LazyRows):
         rows = pairs.__getitems__(range(0, len(pairs), step))
@@ -130,12 +130,12 @@ def read_texts(pairs: Dataset | LazyRows, data: DataArguments) -> list[str]:
 
 def build_model(arguments: ModelArguments, data: DataArguments | None = None) -> RiceModel:
     """
-    A model from a RICE checkpoint, or new from the recipe's `model` section, its encoders pretrained where asked for.
-    Its weights are float32, however they were saved. A new text encoder has the data's vocabulary.
+    A model from a RICE checkpoint, or a new model from the recipe's `model` section with optional pretrained encoders.
+    Its weights are float32, whatever their saved type. A new text encoder has the data's vocabulary.
 
     Raises:
-        FileNotFoundError: when there is no such checkpoint folder.
-        ValueError: for a field of the model section that is wrong or cannot be changed on this checkpoint.
+        FileNotFoundError: the checkpoint folder does not exist.
+        ValueError: a field of the model section is wrong, or cannot be changed for this checkpoint.
     """
     if arguments.model_name_or_path is not None and arguments.init_vision_from is not None:
         raise ValueError("model_name_or_path and init_vision_from both name weights to start from; pass one of them.")
@@ -159,7 +159,7 @@ def _build(arguments: ModelArguments, settings: dict) -> RiceModel:
 
 
 def _continue_from(path: str, settings: dict) -> RiceModel:
-    """A checkpoint with some fields of its config changed. The decoder or its head may be new, or left out."""
+    """A checkpoint with changed config fields. The decoder or its head may be new, or left out."""
     folder = checkpoint_folder(path)
     former = read_config(folder, path)
     vision = settings.get("vision_config")
@@ -167,21 +167,21 @@ def _continue_from(path: str, settings: dict) -> RiceModel:
     if model_type not in (None, former.vision_config.model_type):
         raise ValueError(
             f"the model section's vision_config is a {model_type}, but the encoder of {path} is a "
-            f"{former.vision_config.model_type}; leave vision_config out to go on from that checkpoint."
+            f"{former.vision_config.model_type}; leave vision_config out to continue from that checkpoint."
         )
     model, info = RiceModel.from_pretrained(
         folder,
         dtype=torch.float32,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
-        # What it ranked by was chosen for the scores it had, and is chosen anew.
+        # The ranking was chosen for the old scores, and is chosen again.
         **{"ranking": None, **settings},
     )
     weights, missing, unexpected = model.state_dict(), set(info["missing_keys"]), set(info["unexpected_keys"])
     unfit = missing | unexpected | {key for key, *_ in info["mismatched_keys"]}
     for part in _PARTS:
         ours, theirs = ({key for key in keys if f"{key}.".startswith(f"{part}.")} for keys in (weights, unexpected))
-        # Only a part that is absent as a whole is new: one that lacks a few weights is damaged.
+        # Only a completely missing part is new: a part that lacks a few weights is damaged.
         if ours and ours <= missing:
             logger.info("The %s of %s is new.", part, path)
         elif theirs and not ours:
@@ -199,11 +199,11 @@ def _continue_from(path: str, settings: dict) -> RiceModel:
 
 def choose_attention(model: RiceModel, arguments: ModelArguments, training: RiceTrainingArguments) -> None:
     """
-    Sets the attention back end: the one asked for, else eager where bf16 meets a CPU, whose sdpa has a slow backward
-    pass in that type (benchmarks/bench_train_step.py).
+    Sets the attention back end: the requested one, else eager for bf16 on a CPU, where the backward pass of sdpa is
+    slow (benchmarks/bench_train_step.py).
 
     Raises:
-        ValueError: when the model has no such back end.
+        ValueError: the model has no such back end.
     """
     name = arguments.attn_implementation
     if name is None and training.bf16 and training.device.type == "cpu":
@@ -216,11 +216,15 @@ def choose_attention(model: RiceModel, arguments: ModelArguments, training: Rice
         raise ValueError(f"attn_implementation {name!r} cannot be used: {' '.join(str(error).split())}") from error
 
 
+def recomputes(training: RiceTrainingArguments) -> bool:
+    """Whether activations are to be recomputed."""
+    # transformers has two names for it; older versions have only the second.
+    return bool(getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing)
+
+
 def check_recomputation(model: RiceModel, training: RiceTrainingArguments) -> None:
-    """Raises `ValueError` when activations are to be recomputed and the encoder, where they are, cannot do it."""
-    # transformers has two names for it, of which older versions know the second.
-    asked = getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing
-    if asked and not model.supports_gradient_checkpointing:
+    """Raises `ValueError` if activations are to be recomputed, but the encoder cannot do it."""
+    if recomputes(training) and not model.supports_gradient_checkpointing:
         raise ValueError(
             f"activation_checkpointing: the encoder {model.config.vision_config.model_type!r} cannot recompute its "
             f"activations; leave it out, or set grad_cache_chunk."
@@ -230,7 +234,7 @@ def check_recomputation(model: RiceModel, training: RiceTrainingArguments) -> No
 def build_rice_processor(
     model: ModelArguments, data: DataArguments, config: RiceConfig, texts: list[str]
 ) -> RiceProcessor:
-    """The checkpoint's processor, or a new one that fits the encoder, with a tokenizer trained on the data's texts."""
+    """The checkpoint's processor, or a new one for the encoder, with a tokenizer trained on the data's texts."""
     processor = _start_processor(model, data, config, texts)
     if data.frames_without_box is not None:
         processor.video_processor.frames_without_box = data.frames_without_box
@@ -272,8 +276,8 @@ def _start_processor(
 
 def set_token_ids(config: RiceConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """
-    The config and its text encoder's take over the ids of the tokenizer. Trainer sets the latter when it trains, which
-    a run that was interrupted after its last step does not do again.
+    Copies the token ids of the tokenizer to the config and its text encoder's config. Trainer sets the latter during
+    training, which a run that was interrupted after its last step does not repeat.
     """
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         value = getattr(tokenizer, name)
@@ -286,12 +290,12 @@ def build_collators(
     data: DataArguments, processor: RiceProcessor, failure_log: str
 ) -> tuple[RiceCollator, RiceCollator]:
     """
-    For training pairs, and for the queries and gallery of validation.
+    The collators for training pairs, and for the queries and gallery of validation.
 
     Args:
-        data: Says how pictures are drawn, decoded and changed, and what goes with them.
-        processor: Of the run.
-        failure_log: File that lists what training could not read.
+        data: Arguments for sampling, decoding and augmentation, and for boxes and text.
+        processor: Processor of the run.
+        failure_log: File that lists unreadable training media.
     """
     augmentation = None
     if data.augments:
@@ -320,12 +324,12 @@ def build_collators(
 
 def find_checkpoint(arguments: RiceTrainingArguments) -> str | None:
     """
-    The checkpoint to go on from: the one asked for, else the newest whole one of the output folder. With
-    `resume_from_checkpoint` false a run starts anew, for which the folder must hold none.
+    The checkpoint to resume from: the requested one, else the newest intact one of the output folder. With
+    `resume_from_checkpoint` false a new run starts, and the folder must not hold a run.
 
     Raises:
-        FileNotFoundError, ValueError: when the one asked for is missing, half-written or damaged, or the folder is not
-            free.
+        FileNotFoundError, ValueError: the requested checkpoint is missing, incomplete or damaged, or the folder holds
+            a run.
     """
     asked, folder = arguments.resume_from_checkpoint, arguments.output_dir
     if asked in _NEVER:
@@ -340,14 +344,14 @@ def find_checkpoint(arguments: RiceTrainingArguments) -> str | None:
             raise FileNotFoundError(f"resume_from_checkpoint: there is no folder {asked}.")
         if reason := why_broken(asked, arguments.world_size):
             raise ValueError(
-                f"resume_from_checkpoint: {asked} is half-written or damaged ({reason}); choose an earlier one."
+                f"resume_from_checkpoint: {asked} is incomplete or damaged ({reason}); choose an earlier one."
             )
         return asked
     return newest_whole(folder, arguments.world_size)
 
 
 def is_finished(arguments: RiceTrainingArguments) -> bool:
-    """Whether the output folder holds a run's final model and results, and no checkpoint is asked for by name."""
+    """Whether the output folder holds a run's final model and results, and no checkpoint is requested by name."""
     asked = arguments.resume_from_checkpoint
     return asked in (None, *_NEWEST) and holds_finished_run(arguments.output_dir)
 
@@ -356,17 +360,17 @@ def record_arguments(
     model: ModelArguments, data: DataArguments, training: RiceTrainingArguments, resuming: bool
 ) -> None:
     """
-    Writes the arguments beside the run, and refuses to go on with a run that was started with others.
+    Writes the arguments into the run's folder, and refuses to resume a run with other arguments.
 
     Raises:
-        ValueError: naming the first argument that differs, or is no number.
+        ValueError: an argument differs, or is not a number; the message names the first one.
     """
     current = dataclasses.asdict(model) | dataclasses.asdict(data) | training.to_dict()
     current["num_processes"] = training.world_size
     for name, value in current.items():
         if isinstance(value, float) and math.isnan(value):
             raise ValueError(f"{name} must be a number, got nan.")
-    # JSON has no infinity; as text it says the same.
+    # JSON has no infinity, so it is stored as text.
     current = json.loads(json.dumps(current, default=str), parse_constant=str)
     path = Path(training.output_dir) / ARGUMENTS_FILE
     if resuming and path.is_file():
@@ -377,7 +381,7 @@ def record_arguments(
             if name in former and former[name] != value:
                 raise ValueError(
                     f"{training.output_dir} holds a run with {name}={former[name]!r}, not {value!r}; choose another "
-                    f"output_dir, or remove that folder to start anew."
+                    f"output_dir, or remove that folder to start again."
                 )
     elif training.process_index == 0:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,8 +32,9 @@ def stop(number: int) -> None:
 @contextmanager
 def signals_call(function: Callable[[int], None]) -> Iterator[None]:
     """
-    SIGINT and SIGTERM call `function` with their number inside, and do what they did before afterwards. Processes that
-    are forked inside end by them as ever. Only the main thread of a program can do this; in another nothing changes.
+    A context in which SIGINT and SIGTERM call `function` with their number; the former handlers are restored
+    afterwards. Child processes forked inside still end by these signals. Only the main thread can set handlers; in
+    another thread nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -52,16 +53,16 @@ def signals_call(function: Callable[[int], None]) -> Iterator[None]:
         yield
     finally:
         for number, handler in former.items():
-            # None stands for one that Python did not install and cannot put back.
+            # None means a handler that Python did not install and cannot restore.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 class StopRequest:
     """
-    A signal that waits for the end of a training step; a second one does not wait.
+    A signal that waits for the end of a training step; a second signal ends the run at once.
 
     Attributes:
-        number: Of the signal; 0 while there is none.
+        number: Number of the signal; 0 if there is none.
     """
 
     def __init__(self):
@@ -74,18 +75,18 @@ class StopRequest:
         logger.info("%s: a checkpoint is written after this step.", signal.Signals(number).name)
 
     def agreed(self, device: torch.device) -> int:
-        """The signal that any process got, 0 while none has; to be called by all of them."""
-        # Nothing but the signal itself sets `number`, which may come at any moment, this one included.
+        """The signal that any process received, 0 if none; all processes must call it."""
+        # Only the signal handler sets `number`, and a signal may arrive at any moment.
         return int(maximum(self.number, device))
 
 
 def outlive_signals(initialise: Callable[[int], None] | None, worker: int) -> None:
     """
-    What a loader worker starts with, besides its own `initialise`, where signals wait for the end of a step: one that
-    was sent to the whole group of processes must not take the step's data away.
+    Start function of a loader worker, besides its own `initialise`, if signals wait for the end of a step. A signal to
+    the whole process group must not end the workers, because the step needs their data.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The second one is obeyed: it comes from the loader, to a worker that does not end by itself.
+    # The second signal ends the worker: it comes from the loader if the worker does not end by itself.
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     if initialise is not None:
         initialise(worker)

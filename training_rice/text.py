@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 
 def complete_text_settings(settings: dict[str, Any], arguments: ModelArguments, data: DataArguments) -> dict[str, Any]:
     """
-    The model section with a whole `text_config`: the one of `init_text_from`, or the section's own with the vocabulary
-    size of the tokenizer that will be trained, where it names none.
+    The model section with a complete `text_config`: that of `init_text_from`, or the section's own; if it has no
+    vocabulary size, that of the tokenizer to be trained is added.
 
     Raises:
-        FileNotFoundError, ValueError: for an encoder that cannot be read, or one that is named twice.
+        FileNotFoundError, ValueError: the encoder cannot be read, or is named twice.
     """
     text = settings.get("text_config")
     if arguments.init_text_from is not None:
@@ -34,7 +34,7 @@ def complete_text_settings(settings: dict[str, Any], arguments: ModelArguments, 
                 "text_config": AutoConfig.from_pretrained(arguments.init_text_from, trust_remote_code=False)
             }
     if isinstance(text, dict):
-        # Through RiceConfig, since a checkpoint's config would take a mapping as it is.
+        # Through RiceConfig, because a checkpoint's config would store a plain mapping.
         return settings | {"text_config": RiceConfig(text_config={"vocab_size": data.vocab_size} | text).text_config}
     return settings
 
@@ -44,11 +44,11 @@ def load_text_encoder(model: RiceModel, path: str) -> None:
     Fills the text encoder with pretrained weights, float32.
 
     Raises:
-        FileNotFoundError, ValueError: for an encoder that cannot be read, or that does not fit.
+        FileNotFoundError, ValueError: the encoder cannot be read, or does not fit.
     """
     with hub_errors(path):
         source = AutoModel.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
-    # Of a model of both, such as CLIP, the text side.
+    # The text tower of a model with both, such as CLIP.
     source = getattr(source, "text_model", source)
     try:
         found = model.text_model.model.load_state_dict(source.state_dict(), strict=False)
@@ -66,21 +66,21 @@ def build_tokenizer(
     arguments: ModelArguments, data: DataArguments, config: RiceConfig, texts: list[str]
 ) -> PreTrainedTokenizerBase:
     """
-    The tokenizer that was asked for, else that of the pretrained text encoder, else one trained on the texts. It cuts
-    to `text_length` tokens, or what the encoder takes.
+    The requested tokenizer, else that of the pretrained text encoder, else a tokenizer trained on the texts. It cuts
+    texts to `text_length` tokens, or to the maximum length of the encoder.
 
     Raises:
-        ValueError: there is no tokenizer where one was named.
-        PermissionError, FileNotFoundError, ConnectionError: what the Hub answered.
+        ValueError: the named folder or repository has no tokenizer.
+        PermissionError, FileNotFoundError, ConnectionError: errors of the Hub.
     """
     path = data.tokenizer or arguments.init_text_from
     if path is None:
-        tokenizer = train_tokenizer(texts or ["rice"], vocab_size=data.vocab_size)
+        tokenizer = train_tokenizer(texts or ["rice"], vocab_size=data.vocab_size, fold=True)
     else:
         tokenizer = _read_tokenizer(path, "tokenizer" if data.tokenizer else "init_text_from")
     limits = [data.text_length, getattr(config.text_config, "max_position_embeddings", None) or data.text_length]
     if getattr(config.text_config, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
-        # Their positions start behind the padding token.
+        # Their positions start after the padding token.
         limits[1] -= 2
     tokenizer.model_max_length = min(limits)
     return tokenizer
@@ -95,7 +95,7 @@ def _read_tokenizer(path: str, argument: str) -> PreTrainedTokenizerBase:
         raise
     except (OSError, ValueError) as error:
         raise ValueError(f"{argument}: no tokenizer can be loaded from {path}; {remedy}") from error
-    # From a folder with nothing but a config transformers makes up a tokenizer that knows no word.
+    # From a folder with only a config, transformers creates a tokenizer with an empty vocabulary.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ValueError(f"{argument}: {path} has no tokenizer of its own; {remedy}")
     return tokenizer
@@ -104,21 +104,21 @@ def _read_tokenizer(path: str, argument: str) -> PreTrainedTokenizerBase:
 def check_text(data: DataArguments, config: RiceConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """
     Raises:
-        ValueError: when texts are to be used by a model that has nothing to read them with, or to be read by an
-            encoder with fewer entries than the tokenizer.
+        ValueError: texts are used, but the model has no text encoder, or the encoder has fewer entries than the
+            tokenizer.
     """
     if config.text_config is None:
         if data.use_text:
             raise ValueError(
-                "use_text needs a text encoder: set model.text_config (for a small new one: {hidden_size: 128, "
+                "use_text needs a text encoder: set model.text_config (for a small, new encoder: {hidden_size: 128, "
                 "num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 256}), or init_text_from."
             )
         return
     if not data.use_text:
-        logger.warning("The model has a text encoder, but use_text is false: it is not trained.")
+        logger.warning("The model has a text encoder, but it is not trained, because use_text is false.")
     vocabulary = getattr(config.text_config, "vocab_size", None)
     if data.use_text and vocabulary is not None and len(tokenizer) > vocabulary:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} entries, but the text encoder {vocabulary}; set "
-            f"model.text_config.vocab_size to as many, or choose the tokenizer that belongs to it."
+            f"the tokenizer has {len(tokenizer)} entries, but the text encoder has {vocabulary}; set "
+            f"model.text_config.vocab_size to that number, or choose the tokenizer of the encoder."
         )

@@ -1,4 +1,4 @@
-"""transformers' Trainer, taught RICE's losses, its gather, and R@k on a validation split."""
+"""transformers' Trainer with RICE's losses, its gather, and R@k on a validation split."""
 
 import logging
 import time
@@ -21,7 +21,9 @@ from hub_rice.publishing import PublishingTrainer
 from modeling_rice import RiceModel
 from modeling_rice.modeling_rice import RiceOutput
 
+from .alignment import fit_alignment
 from .arguments import RiceTrainingArguments
+from .compilation import compile_encoder, describe_compilation
 from .monitor import StepClock, in_batch_accuracy, peak_memory_gb
 from .negatives import NegativesTrainer
 from .optimizer import (
@@ -30,6 +32,7 @@ from .optimizer import (
     layer_factors,
     parameter_groups,
     published_parameter_groups,
+    unfreeze_last_stage,
     warmup_cosine,
 )
 from .resumable import ResumableTrainer
@@ -38,7 +41,7 @@ from .validation import metric_names, validate_together
 
 logger = logging.getLogger(__name__)
 
-# Of RiceConfig: how the scores of a model are put together, which validation finds out.
+# Fields of RiceConfig that validation fits: the weights and the ranking of scores.
 FITTED_FIELDS = ("fusion_weight", "alignment_weight", "text_score_weight", "fused_text_weight", "ranking")
 LOSS_TERMS = ("contrastive_loss", "matching_loss", "reconstruction_loss", "text_loss")
 
@@ -50,9 +53,9 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         args: [`RiceTrainingArguments`].
         train_dataset: Pairs view, loaded or opened for streaming.
         eval_dataset: `(query view, gallery view, gallery scope)`; without it there is no validation.
-        data_collator: For pairs.
-        eval_collator: For queries and gallery.
-        kwargs: As `Trainer`.
+        data_collator: Collator for pairs.
+        eval_collator: Collator for queries and gallery.
+        kwargs: Arguments of `Trainer`.
     """
 
     fitted_fields = FITTED_FIELDS
@@ -73,6 +76,9 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
             args.greater_is_better = True
         if eval_dataset is not None:
             _check_metric(args.metric_for_best_model, metric_names(model))
+        if args.unfreeze_last_stage:
+            # Before any other change of the encoder.
+            model.split_last_stage()
         self.eval_views = eval_dataset
         self.eval_collator = eval_collator or data_collator
         self._sums: dict[str, torch.Tensor] = {}
@@ -87,19 +93,30 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
             **kwargs,
         )
         self.add_callback(self.clock)
-        self._frozen = freeze(model, ["vision_model"] * args.freeze_vision + args.freeze)
+        compile_encoder(model, args, self.accelerator)
+        self._frozen = freeze(model, ["vision_model"] * args.freeze_vision)
+        trained = unfreeze_last_stage(model) if args.unfreeze_last_stage else []
+        kept = freeze(model, args.freeze)
+        self._frozen += kept
+        self._unfrozen = [module for module in trained if not any(module in whole.modules() for whole in kept)]
+        if trained and not any(weight.requires_grad for weight in model.vision_model.parameters()):
+            raise ValueError("freeze names all that unfreeze_last_stage trains; leave one of them out.")
         if self.memory_queue is not None:
             self.stateful["memory_queue"] = self.memory_queue
 
     def describe(self) -> str:
-        """One paragraph on what is about to run, with the numbers people confuse."""
+        """A summary of the run: losses, parameters, data, batches, negatives and samplers."""
         model = self.accelerator.unwrap_model(self.model)
         terms = ["ICL"] + ["PMD"] * (model.decoder is not None) + ["PFR"] * (model.reconstruction_head is not None)
         lines = [
             f"{' + '.join(terms)}, {sum(p.numel() for p in model.parameters()):,} parameters, on "
             f"{len(self.train_dataset):,} pairs",
             *self.describe_negatives(),
+            *describe_compilation(model, self.args),
         ]
+        if self.args.unfreeze_last_stage:
+            count = sum(weight.numel() for weight in model.vision_model.parameters() if weight.requires_grad)
+            lines.append(f"of the encoder {count:,} parameters train, from {model.last_stage.entry} on")
         if self._has_own_sampler:
             lines.append(self._global_batch_sampler.describe())
         return "\n".join(lines)
@@ -122,15 +139,15 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
     def _get_train_sampler(self, train_dataset=None):
         if not self._has_own_sampler:
             return super()._get_train_sampler(train_dataset)
-        # Trainer cuts its order into batches, and accelerate hands them to the processes in turn.
+        # Trainer cuts this order into batches, and accelerate distributes them to the processes in turn.
         return self._global_batch_sampler
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All but vectors and scalars: biases, norms (whatever their encoder calls them) and the temperature."""
+        """Names of all weights except vectors and scalars: biases, norms (of any name) and the temperature."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """Groups for encoder and rest, each with and without decay (none on biases and norms), or layer by layer."""
+        """Groups for encoder and rest, each with and without decay (none for biases and norms), or per layer."""
         model, args = model or self.model, self.args
         vision_rate = args.learning_rate if args.vision_learning_rate is None else args.vision_learning_rate
         rates = (args.learning_rate, vision_rate, args.weight_decay)
@@ -151,7 +168,7 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """The schedule of the arguments, or the one that belongs to the published optimiser."""
+        """The schedule of the arguments, or that of the published optimiser."""
         if self.lr_scheduler is None and self.args.published_optimizer:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer, partial(warmup_cosine, total_steps=num_training_steps)
@@ -159,27 +176,25 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """On the device, where pictures that came in 8 bits become what the model takes."""
+        """Moves inputs to the device, and normalises 8-bit pictures there."""
         return normalize_pixels(super()._prepare_inputs(inputs), self.processing_class)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        for module in self._frozen:
-            # Trainer puts the whole model in training mode, where batch norms go on moving and dropout goes on.
-            module.eval()
+        self._keep_frozen()
         output = model(**inputs, return_loss=True)
         self._record(output, inputs.get("product_ids"))
         return (output.loss, output) if return_outputs else output.loss
 
     def _record(self, output: RiceOutput, product_ids: torch.Tensor | None) -> None:
-        """Adds a batch's losses and accuracies to what the next log averages."""
-        # By attribute: as a mapping the output has no entry for a term that the model lacks.
+        """Adds a batch's losses and accuracies to the averages of the next log."""
+        # By attribute, because the output as a mapping has no entry for missing terms.
         values = {name: getattr(output, name) for name in LOSS_TERMS}
         for name in ("contrastive", "matching"):
             logits = output.logits_per_video if name == "contrastive" else output.matching_logits
             values[f"{name}_accuracy"] = None if logits is None else in_batch_accuracy(logits, product_ids)
         for name, value in values.items():
             if value is not None:
-                # Summed on the device: reading the value here would stall it at every step.
+                # Summed on the device, because reading the value here would stall every step.
                 value = value.detach().float()
                 finite = torch.isfinite(value)
                 self._sums[name] = self._sums.get(name, 0.0) + torch.where(finite, value, torch.zeros_like(value))
@@ -209,14 +224,14 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """
-        R@k on the validation split by the project's protocol, each process on a part of it.
+        R@k on the validation split by the project's protocol, with each process on a part of it.
 
         Returns:
             `{prefix}_embedding_R@1`, `{prefix}_matching_R@1`, `{prefix}_fused_R@1` and so on, in 0..1, and
-            `{prefix}_fusion_weight`, which is fitted on this very split; with an alignment also
+            `{prefix}_fusion_weight`, which is fitted on the same split; with an alignment also
             `{prefix}_alignment_weight`, with a score-level text term `{prefix}_text_score_weight` and
-            `{prefix}_fused_text_weight`. The config takes them over, and names the fused score as its `ranking` unless
-            it names another.
+            `{prefix}_fused_text_weight`. The weights are copied to the config, whose `ranking` becomes the fused score
+            unless it names another.
         """
         start = time.time()
         with self.evaluation_weights():
@@ -226,6 +241,17 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def fit_alignment(self) -> None:
+        """Fits the statistics of a model's alignment again, if it has one; validation does this too."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if model.alignment is not None:
+            fit_alignment(model, self.train_dataset, self.data_collator, self._loading())
+
+    def _loading(self) -> Loading:
+        """Settings for reading rows outside of training steps."""
+        loading = Loading(self.args.per_device_eval_batch_size, self.args.dataloader_num_workers, quiet=True)
+        return replace(loading, worker_init=partial(outlive_signals, None)) if self.args.save_on_signal else loading
+
     def _validate(self, prefix: str) -> dict[str, float]:
         model: Any = self.accelerator.unwrap_model(self.model)
         queries, gallery, scope = self.eval_views
@@ -233,23 +259,22 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
         if limit is not None and limit < len(queries):
             queries = queries.select([i * len(queries) // limit for i in range(limit)])
         task = RetrievalTask.from_datasets(queries, gallery, scope)
-        loading = Loading(self.args.per_device_eval_batch_size, self.args.dataloader_num_workers, quiet=True)
-        if self.args.save_on_signal:
-            loading = replace(loading, worker_init=partial(outlive_signals, None))
+        self.fit_alignment()
+        loading = self._loading()
         scores, weight, failures = validate_together(model, self.eval_collator, task, queries, gallery, loading)
         metrics = {}
         if failures:
             metrics[f"{prefix}_unreadable_media"] = float(len(failures))
             first = failures[0]
             logger.warning(
-                "%d files of validation could not be read; the first: %s (%s). A clip without a frame is a miss.",
+                "%d validation files could not be read; the first: %s (%s). A clip without readable frames is a miss.",
                 len(failures),
                 first["id"],
                 failure_words(first),
             )
         if weight is not None:
             model.config.fusion_weight = weight
-            # That of an earlier fit would not go with this weight.
+            # The value of an earlier fit would not fit this weight.
             model.config.fused_text_weight = scores.get("fused_text_weight")
             metrics[f"{prefix}_fusion_weight"] = weight
         if "alignment_weight" in scores:
@@ -265,6 +290,6 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
 def _check_metric(name: str, known: list[str]) -> None:
     if name.removeprefix("eval_") not in known:
         raise ValueError(
-            f"metric_for_best_model {name} is not measured of this model: choose one of "
+            f"metric_for_best_model {name} is not measured for this model: choose one of "
             f"{', '.join(f'eval_{one}' for one in known)}."
         )

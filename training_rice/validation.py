@@ -1,4 +1,4 @@
-"""R@k on a validation split, scored by all processes together."""
+"""R@k on a validation split, computed by all processes together."""
 
 import dataclasses
 import logging
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def metric_names(model: Any) -> list[str]:
-    """What `validate_together` measures of a model on any split and may be chosen by, such as "fused_R@1"."""
+    """Metrics that `validate_together` measures for a model and that can select checkpoints, such as "fused_R@1"."""
     kinds = ["embedding", *pair_kinds(model)]
     kinds += ["fused"] * (len(kinds) > 1)
     return [f"{kind}_R@{k}" for kind in kinds for k in DEFAULT_KS]
@@ -28,15 +28,15 @@ def metric_names(model: Any) -> list[str]:
 
 def share_of(task: RetrievalTask, rank: int, world_size: int) -> RetrievalTask:
     """
-    A process's part of a task: whole galleries with their queries, the largest dealt first to whoever has the least to
-    encode; where everybody searches one gallery, a part of its queries, and the gallery whole.
+    A process's part of a task: whole galleries with their queries, in which the largest goes first to the process with
+    the least work. If all queries search one gallery: a part of the queries, and the whole gallery.
 
     Args:
-        task: The whole; queries and images keep their numbers.
-        rank, world_size: Which part of how many.
+        task: The whole task; queries and images keep their numbers.
+        rank, world_size: Number of this part and number of parts.
 
     Returns:
-        A task whose other queries have no gallery, and whose other images have no rows to read.
+        A task in which the other queries have no gallery and the other images have no rows to read.
     """
     counts = dict.fromkeys(task.scopes, 0)
     for name in task.query_scopes:
@@ -60,16 +60,16 @@ def validate_together(
     model: Any, collator: Any, task: RetrievalTask, queries, gallery, loading: Loading
 ) -> tuple[dict[str, float], float | None, list[dict[str, str]]]:
     """
-    As `evaluation_rice.retrieval.validate`, each process on its share; to be called by all of them.
+    As `evaluation_rice.retrieval.validate`, with each process on its share; all processes must call it.
 
     Returns:
-        `{kind}_{name}` such as `fused_R@1` -> value (and the weights, fitted here, of what the model has: with a
-        score-level text term `text_score_weight` in the embedding score and `fused_text_weight` in the fused one, with
-        an alignment `alignment_weight`), the fusion weight or `None`, and the failures; the same on every process.
+        `{kind}_{name}` such as `fused_R@1` -> value, the fusion weight or `None`, and the failures; equal on every
+        process. The values include the weights fitted here: `text_score_weight` (embedding score) and
+        `fused_text_weight` (fused score) with a score-level text term, and `alignment_weight` with an alignment.
 
     Raises:
-        ValueError, OSError: when a process could not read one image of its galleries, or the main one not compute the
-            recall; on every process, none is left waiting.
+        ValueError, OSError: a process could not read any image of its galleries, or the first process could not
+            compute the recall; raised on every process, so that no process waits.
     """
     several = are_several()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
@@ -79,14 +79,14 @@ def validate_together(
     scores, problem = {}, None
     try:
         if any(name in share.scopes for name in share.query_scopes):
-            # As arrays, since a pickled tensor takes its whole batch along.
+            # As arrays, because a pickled tensor includes its whole batch.
             scores = {
                 query: {kind: np.asarray(row) for kind, row in values.items()}
                 for query, values in all_scores(retriever, share, queries, gallery, loading, failures).items()
             }
     except ValueError as error:
         problem = str(error)
-    # What this process leaves to the others is not missing.
+    # Parts of other processes do not count as missing.
     left_out = share.without_gallery()
     failures = [failure for failure in failures if failure not in left_out]
     parts = [(scores, failures, problem)]
@@ -97,14 +97,14 @@ def validate_together(
         if problem is not None:
             raise ValueError(problem)
     failures = [failure for _, part, _ in parts for failure in part] + task.without_gallery()
-    # In file order, or the order of ties would depend on who scored what.
+    # In file order, so that the order of ties does not depend on the distribution to processes.
     merged = dict(sorted((query, values) for part, _, _ in parts for query, values in part.items()))
     metrics, weight = on_first_process(partial(_measure, task, merged))
     return metrics, weight, failures
 
 
 def _measure(task: RetrievalTask, scores: dict[int, dict[str, np.ndarray]]) -> tuple[dict[str, float], float | None]:
-    """Recall and fitted weights, and the fusion weight; a weight at an end of its grid is logged."""
+    """Recall, fitted weights and the fusion weight; a weight at an end of its grid is logged."""
     scores, text_weight = add_text_scores(task, scores)
     rankings, fitted = rank_scores(task, scores)
     metrics = {

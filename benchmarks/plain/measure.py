@@ -15,7 +15,7 @@ from modeling_rice import RiceConfig, RiceModel
 
 SIZES = {
     "vit_b_32": ({"image_size": 224, "patch_size": 32}, {}),
-    # timm's form of it, from the extra `encoder`.
+    # The timm version, from the extra `encoder`.
     "lite0": ({"model_type": "timm_wrapper", "architecture": "tf_efficientnet_lite0"}, {}),
     "tiny": (
         {
@@ -32,7 +32,7 @@ SIZES = {
 
 
 def build_model(size: str, seed: int = 0) -> RiceModel:
-    """A model of the older variant's architecture without dropout; random weights large enough to move the scores."""
+    """A model with the older variant's architecture, without dropout, and random weights that affect the scores."""
     torch.manual_seed(seed)
     vision, settings = SIZES[size]
     vision = {"model_type": "clip_vision_model", **vision}
@@ -46,8 +46,8 @@ def build_model(size: str, seed: int = 0) -> RiceModel:
 
 def best_seconds(run: Callable[[], object], repeats: int, device: str) -> tuple[float, float]:
     """
-    Least wall-clock seconds, and least seconds of CPU time over all threads, of `repeats` runs after one that does
-    not count. CPU time is what can be compared on a machine that does other things too.
+    Minimum wall-clock seconds, and minimum CPU seconds over all threads, of `repeats` runs after one warm-up run.
+    Compare CPU time, which other programs on the machine affect little.
     """
     times = []
     for _ in range(repeats + 1):
@@ -65,7 +65,7 @@ def synchronize(device: str) -> None:
 
 
 class PeakMemory:
-    """Bytes that a block of code takes at most beyond what is there when it starts: `with PeakMemory(device) as p`."""
+    """Peak memory of a block of code in bytes, beyond the memory at its start: `with PeakMemory(device) as p`."""
 
     def __init__(self, device: str):
         self.device, self.bytes = device, 0
@@ -90,7 +90,7 @@ class PeakMemory:
 
 
 def _forget_peak() -> None:
-    """Hands freed memory back and starts the kernel's high-water mark anew, where the system lets us."""
+    """Returns freed memory and resets the kernel's high-water mark, if the system allows it."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
@@ -110,7 +110,7 @@ def _resident(field: str) -> int:
 
 
 def machine(device: str) -> dict[str, object]:
-    """What a figure was measured on."""
+    """The machine and versions of a measurement."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,9 +1,9 @@
-"""RICE as published, step by step: what the fast model is measured against.
+"""RICE as published, step by step: the reference for the fast model.
 
-Written from the paper and the older official code's behaviour, on the weights of a [`RiceModel`] of the default
-architecture: every frame is encoded, padded ones too; the decoder takes the pairs of two image rows at a time,
-recomputes the clip's keys and values for every pair, and runs all query rows through the last block. The encoder is
-the same module on both sides.
+It is written from the paper and the behaviour of the older official code, and uses the weights of a [`RiceModel`] with
+the default architecture. Every frame is encoded, including padding. The decoder processes the pairs of two image rows
+at a time, recomputes the clip's keys and values for every pair, and runs all query rows through the last block. The
+encoder module is the same on both sides.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The command line of LPR4M: fetch the pictures, prepare shards for training, verify that all is there."""
+"""The command line of LPR4M: fetch the pictures, prepare training shards, verify that nothing is missing."""
 
 import argparse
 import os
@@ -13,8 +13,8 @@ from .lpr4m import VIEWS
 from .prepare import prepare
 from .verify import PUBLISHED_COUNTS, expected_counts, published_list, verify
 
-_EPILOG = """exit status: 0 when all is well, 1 when something is missing or damaged (a file named in the output lists
-it), 2 when the command cannot be carried out."""
+_EPILOG = """exit status: 0 if everything is complete, 1 if something is missing or damaged (the output names the file
+that lists it), 2 if the command cannot run."""
 _MEDIA_HELP = "output folders of img2dataset; default: DATA_DIR/img2dataset/*"
 
 
@@ -27,7 +27,7 @@ def _positive(text: str) -> int:
 
 def _add_fetch(commands) -> None:
     defaults = fetch_command.__kwdefaults__
-    parser = commands.add_parser("fetch", help="download the url lists with img2dataset; goes on where it stopped")
+    parser = commands.add_parser("fetch", help="download the url lists with img2dataset; resumes")
     parser.add_argument("data_dir", help="the data folder; pictures go to DATA_DIR/img2dataset/<list>")
     parser.add_argument(
         "--url_lists", nargs="+", default=[], help="default: DATA_DIR/urls/*.txt, DATA_DIR/*_url_*.txt"
@@ -45,7 +45,7 @@ def _add_fetch(commands) -> None:
 
 def _add_prepare(commands) -> None:
     defaults = PrepareSettings()
-    parser = commands.add_parser("prepare", help="write shards with few, small frames; goes on where it stopped")
+    parser = commands.add_parser("prepare", help="write shards with few, small frames; resumes")
     parser.add_argument("data_dir", help="the data folder")
     parser.add_argument("output_dir", help="the folder to write")
     parser.add_argument("--views", nargs="+", choices=VIEWS, default=["pairs", "query", "gallery"])
@@ -56,15 +56,15 @@ def _add_prepare(commands) -> None:
     parser.add_argument("--rows_per_shard", type=int, default=defaults.rows_per_shard)
     parser.add_argument("--file_format", choices=("parquet", "tar"), default=defaults.file_format)
     parser.add_argument("--num_workers", type=_positive, default=1, help="processes")
-    parser.add_argument("--train_files", help="which files of annotations/ are the training list")
-    parser.add_argument("--subset", type=_positive, help="rows of the training split to keep, thinning the head")
+    parser.add_argument("--train_files", help="file name pattern of the training list in annotations/")
+    parser.add_argument("--subset", type=_positive, help="training rows to keep; thins the largest categories")
     parser.add_argument("--subset_seed", type=int)
     held = parser.add_mutually_exclusive_group()
     held.add_argument("--validation_fraction", type=float, help="share of the training livestreams to hold out")
     held.add_argument("--validation_lives", type=int, help="number of training livestreams to hold out")
     parser.add_argument("--gallery_images", choices=("main", "all"))
     parser.add_argument("--media_dirs", nargs="+", help=_MEDIA_HELP)
-    parser.add_argument("--cache_dir", help="for Arrow files; default: that of datasets")
+    parser.add_argument("--cache_dir", help="folder for Arrow files; default: that of datasets")
 
 
 def _add_verify(commands) -> None:
@@ -73,14 +73,14 @@ def _add_verify(commands) -> None:
     parser.add_argument("--output_dir", help="the folder for the reports (default: DATA_DIR/verify)")
     parser.add_argument(
         "--expect",
-        help=f"counts: {', '.join(PUBLISHED_COUNTS)}, or a .json file with other counts; default: by the name of the "
-        "training list",
+        help=f"expected counts: {', '.join(PUBLISHED_COUNTS)}, or a .json file with other counts; default: by the "
+        "file names of the training list",
     )
     parser.add_argument("--no_decode", action="store_true", help="read and hash pictures without decoding them")
     parser.add_argument("--num_workers", type=_positive, default=4, help="threads")
     parser.add_argument("--train_files", default="training_videoinfo*.txt", help="the training list in annotations/")
     parser.add_argument("--media_dirs", nargs="+", help=_MEDIA_HELP)
-    parser.add_argument("--cache_dir", help="for the index of shards; default: that of datasets")
+    parser.add_argument("--cache_dir", help="folder for the index of shards; default: that of datasets")
 
 
 def _run_fetch(options: dict) -> int:
@@ -90,7 +90,7 @@ def _run_fetch(options: dict) -> int:
         print(f"{url_list}: {counts['successes']} of {counts['count']} pictures fetched, {counts['failed']} failed")
         failed += counts["failed"]
     if failed:
-        print("img2dataset does not try failed urls again; `verify` lists them for another fetch.")
+        print("img2dataset does not retry failed urls; `verify` lists them for another fetch.")
     return int(failed > 0)
 
 
@@ -111,7 +111,7 @@ def _run_prepare(options: dict) -> int:
                 print(f"  unreadable: {number} {what}")
                 lost += number
     if lost:
-        print(f"{os.path.join(output_dir, 'dropped.jsonl')} lists what could not be read.")
+        print(f"{os.path.join(output_dir, 'dropped.jsonl')} lists the unreadable media.")
     return int(lost > 0)
 
 
@@ -119,7 +119,7 @@ def _run_verify(options: dict) -> int:
     expect, no_decode = options.pop("expect"), options.pop("no_decode")
     if expect is None:
         expect = published_list(options["data_dir"], options["train_files"])
-        print(f"counts to compare with, by the names of the training list: {expect}")
+        print(f"expected counts, chosen by the file names of the training list: {expect}")
     expected = expected_counts(expect)
     output_dir = options.pop("output_dir") or os.path.join(options["data_dir"], "verify")
     cache_dir = options.pop("cache_dir") or str(datasets.config.HF_DATASETS_CACHE)
@@ -153,5 +153,5 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Interrupted; the same command goes on from here.", file=sys.stderr)
+        print("Interrupted; run the same command again to continue.", file=sys.stderr)
         return 130

@@ -21,7 +21,7 @@ class EvaluationRows:
         self.gallery = self._read_gallery(gallery_images)
 
     def _read_gallery(self, gallery_images: str) -> dict[str, list[str]]:
-        """Return live id -> the ids of the images in use, in the published order, each once."""
+        """Return live id -> ids of the images in use, in the published order without repeats."""
         file = self.files["gallery"]
         gallery = layout.read_id_lists(file, "live id")
         for live_id, image_ids in gallery.items():
@@ -76,7 +76,7 @@ class EvaluationRows:
             yield {**clip, "relevant": relevant}
 
     def detection_rows(self, empty_frames: bool):
-        """Yield one row per annotated frame, in the order of the file; those without a box if ``empty_frames``."""
+        """Yield one row per annotated frame, in file order; with ``empty_frames`` also frames without a box."""
         attributes = self._attributes()
         for clip_id, frames in layout.read_test_boxes(self.files["boxes"], self.problems).items():
             live_id = self._live_id(clip_id, self.files["boxes"])
@@ -107,7 +107,7 @@ class EvaluationRows:
             raise ValueError(f"{file}: {error}; repair the entry.") from None
 
     def _relevant(self, clip_id: str, live_id: str, image_ids: list[str]) -> list[str]:
-        """Return the gallery images of the annotated products; the annotated ids where the gallery has none."""
+        """Return the gallery images of the annotated products, or the annotated ids if the gallery has none."""
         gallery = self.gallery.get(live_id)
         if not gallery:
             raise ValueError(
@@ -125,9 +125,9 @@ class EvaluationRows:
         """Return a test clip's frame paths and boxes."""
         frames = self.media.query_frames(clip_id)
         if not frames:
-            # The boxes name some frames: with their paths, whoever decodes the row can say what is missing.
+            # The boxes name some frames. With their paths, the reader of the row can report what is missing.
             names = sorted(boxes, key=layout.frame_order)
             frames = {frame_id: self.media.missing_query_frame(clip_id, frame_id) for frame_id in names}
-            reason = "kept although none of their frames are there, so they count as misses"
+            reason = "kept although all of their frames are missing, so they count as misses"
             self.problems.add(clip_id, osp.join(self.root, "query", clip_id), None, reason)
         return list(frames.values()), [parsing.enclosing_box(boxes.get(frame_id, [])) for frame_id in frames]

@@ -1,7 +1,7 @@
-"""Download of the pictures behind LPR4M's url lists, by img2dataset.
+"""Download of the pictures in LPR4M's url lists with img2dataset.
 
-The lists come by mail after signing LPR4M's agreement: text files with one url per line. img2dataset writes shards of
-pictures and remembers which are whole, so the same command goes on where an interrupted one stopped.
+LPR4M's authors mail the lists after the agreement is signed. They are text files with one url per line. img2dataset
+writes shards of pictures and records which are complete, so the same command resumes an interrupted one.
 """
 
 import json
@@ -18,16 +18,16 @@ from ..files import write_atomically
 from .index import list_stats
 
 VENV = ".venv-img2dataset"
-# No .json: img2dataset takes every such name in its output folder for that of a shard.
+# Not .json: img2dataset treats every .json file in its output folder as part of a shard.
 _SETTINGS = "fetch.settings"
 
 
 def find_url_lists(data_dir: str, url_lists: Sequence[str] = ()) -> list[str]:
-    """Return the url lists that were named, or those in ``DATA_DIR/urls`` and ``DATA_DIR/*_url_*.txt``.
+    """Return the named url lists, or those in ``DATA_DIR/urls`` and ``DATA_DIR/*_url_*.txt``.
 
     Raises:
-        FileNotFoundError: there is none, or a named one does not exist.
-        ValueError: two lists have the same name, or one does not hold a url in its first line.
+        FileNotFoundError: no list is found, or a named one does not exist.
+        ValueError: two lists have the same name, or the first line of a list is not a url.
     """
     if not url_lists:
         root = Path(data_dir)
@@ -35,8 +35,8 @@ def find_url_lists(data_dir: str, url_lists: Sequence[str] = ()) -> list[str]:
         url_lists = sorted(str(path) for path in found if not folders.is_system_entry(path.name))
         if not url_lists:
             raise FileNotFoundError(
-                f"{root / 'urls'} holds no url list; put the lists there that LPR4M's authors send after the "
-                "agreement (training_frame_url_*.txt and its like), or name them with --url_lists."
+                f"{root / 'urls'} holds no url list; put there the lists that LPR4M's authors send after the "
+                "agreement (such as training_frame_url_*.txt), or name them with --url_lists."
             )
     names: dict[str, str] = {}
     for path in url_lists:
@@ -51,16 +51,16 @@ def find_url_lists(data_dir: str, url_lists: Sequence[str] = ()) -> list[str]:
 
 
 def find_img2dataset(executable: str | None = None, install: bool = False) -> str:
-    """Return the img2dataset to run: the one named, that of this environment, or that of ``.venv-img2dataset``.
+    """Return the img2dataset program: the named one, that of this environment, or that of ``.venv-img2dataset``.
 
-    It is run as a program of its own, because the versions it pins clash with ours.
+    It runs as a separate program, because its pinned versions conflict with those of this project.
 
     Args:
         executable: path of the program.
-        install: make ``.venv-img2dataset`` where there is none.
+        install: create ``.venv-img2dataset`` if no program is found.
 
     Raises:
-        FileNotFoundError: there is none; the message says how to get it.
+        FileNotFoundError: no program is found; the message says how to get it.
     """
     own = os.path.join(VENV, "bin", "img2dataset")
     if executable is not None:
@@ -99,7 +99,7 @@ def fetch_command(
     timeout: int = 10,
     retries: int = 2,
 ) -> list[str]:
-    """Return the command that fetches one list; pictures keep their shape, or boxes would no longer fit."""
+    """Return the command that fetches one list. Pictures keep their aspect ratio, so that boxes stay valid."""
     resize = ["--resize_mode=no"]
     if short_side:
         resize = ["--resize_mode=keep_ratio", f"--image_size={short_side}", "--resize_only_if_bigger=True"]
@@ -139,16 +139,16 @@ def fetch(
         options: see `fetch_command`.
 
     Returns:
-        Per list ``{"count", "successes", "failed"}``, from what img2dataset wrote down; {} in a dry run.
+        Per list ``{"count", "successes", "failed"}``, from img2dataset's statistics; {} in a dry run.
 
     Raises:
-        FileNotFoundError, ValueError: as the functions above; or the folder was begun with another list or shard size,
-            with which the numbers of the shards would no longer fit.
+        FileNotFoundError, ValueError: as the functions above; ValueError also if the folder was begun with another
+            list or shard size, because shards are identified by their numbers.
         ChildProcessError: img2dataset failed.
     """
     lists = find_url_lists(data_dir, url_lists)
     program = find_img2dataset(img2dataset, install_img2dataset)
-    # img2dataset's image library otherwise asks the network for its newest version on every start.
+    # Otherwise img2dataset's image library checks the network for a newer version at every start.
     environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}
     results: dict[str, dict[str, int]] = {}
     for url_list in lists:
@@ -166,7 +166,7 @@ def fetch(
 
 
 def _claim(output_dir: str, url_list: str, options: dict) -> None:
-    """Refuse to go on with shards that were cut differently: whole ones are known by their number only."""
+    """Refuse to resume with other shard settings: finished shards are known by their numbers only."""
     digest = parsing.file_sha256(url_list)
     wanted = {"sha256": digest, **{name: options.get(name) for name in ("output_format", "short_side", "shard_size")}}
     path = os.path.join(output_dir, _SETTINGS)
@@ -175,7 +175,7 @@ def _claim(output_dir: str, url_list: str, options: dict) -> None:
         different = [name for name in wanted if begun.get(name) != wanted[name]]
         if different:
             changed = "another list" if "sha256" in different else f"another {' and '.join(different)}"
-            raise ValueError(f"{output_dir} was begun with {changed}; repeat that, or move the folder away.")
+            raise ValueError(f"{output_dir} was begun with {changed}; use the same settings, or move the folder away.")
         return
     os.makedirs(output_dir, exist_ok=True)
     write_atomically(path, json.dumps({"url_list": os.path.basename(url_list), **wanted}))

@@ -1,8 +1,8 @@
-"""Which file, or which bytes of a tar shard, hold a frame or image that img2dataset fetched.
+"""Index from a frame id or image id to the file, or the bytes of a tar shard, that img2dataset fetched.
 
 The published url lists hold one address per line, whose last part is the frame id or image id. img2dataset names
-files by a running number and keeps the address in a json file beside each, and in one parquet file per shard. The
-index turns that around: a SQLite table from id to place, filled shard by shard, each shard once.
+files by a running number. It keeps the address in a json file beside each picture and in one parquet file per shard.
+The index is a SQLite table from id to place, filled shard by shard.
 """
 
 import hashlib
@@ -39,8 +39,8 @@ class Place:
     """Where one picture lies.
 
     Attributes:
-        path: a file, or a member of a tar file as `processing_rice.media_rice.read_media` reads it.
-        original_size: (width, height) before img2dataset resized it, which is what pixel boxes refer to, or None.
+        path: a file, or a member of a tar file in the notation of `processing_rice.media_rice.read_media`.
+        original_size: (width, height) before img2dataset resized the picture, or None. Pixel boxes refer to this size.
     """
 
     path: str
@@ -51,7 +51,7 @@ def id_of_url(url: object) -> str:
     """Return the frame id or image id at the end of an address of the url lists.
 
     Raises:
-        ValueError: the address ends in nothing that can be an id (without file and line, which the caller adds).
+        ValueError: the address does not end in an id (without file and line, which the caller adds).
     """
     if not isinstance(url, str):
         raise ValueError(f"the url {url!r} is not a string")
@@ -61,13 +61,13 @@ def id_of_url(url: object) -> str:
 
 
 def shard_folders(root: str) -> list[str]:
-    """Return the output folders of img2dataset in ``ROOT/img2dataset``: those that hold ``00000_stats.json`` etc."""
+    """Return img2dataset's output folders in ``ROOT/img2dataset``: those with a ``00000_stats.json`` or the like."""
     top = os.path.join(root, "img2dataset")
     return [folder for folder in [top, *folders.list_paths(top)] if any(list_stats(folder))]
 
 
 def list_stats(folder: str) -> list[str]:
-    """Return the sorted paths of the ``*_stats.json`` that img2dataset writes when a shard is whole."""
+    """Return the sorted paths of the ``*_stats.json`` that img2dataset writes when a shard is complete."""
     return [os.path.join(folder, name) for name in _list(folder) if _STATS_FILE.fullmatch(name)]
 
 
@@ -79,7 +79,7 @@ def _list(folder: str) -> list[str]:
 
 
 def index_path(cache_dir: str, folders: Sequence[str]) -> str:
-    """Return where the index of these folders is kept below ``cache_dir``."""
+    """Return the path of the index of these folders, below ``cache_dir``."""
     key = hashlib.sha256("\0".join(os.path.realpath(folder) for folder in folders).encode("utf-8", "surrogateescape"))
     return os.path.join(cache_dir, "lpr4m_media", f"{key.hexdigest()[:16]}.sqlite")
 
@@ -87,20 +87,20 @@ def index_path(cache_dir: str, folders: Sequence[str]) -> str:
 class MediaIndex:
     """Places of pictures by id.
 
-    After `update`, ``problems`` lists ``(shard, reason)`` of shards that are left out: unfinished or damaged ones.
+    After `update`, ``problems`` lists ``(shard, reason)`` of unfinished and damaged shards, which are left out.
 
     Args:
-        path: the SQLite file; made when it does not exist.
+        path: the SQLite file; created if it does not exist.
 
     Raises:
-        ValueError: the file is not such an index.
+        ValueError: the file is not a media index.
     """
 
     def __init__(self, path: str):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         self.path = path
         self.problems: list[tuple[str, str]] = []
-        # Several processes may fill the same index; the others wait for the one that does.
+        # Several processes may update the same index; one does, and the others wait.
         self._database = sqlite3.connect(path, timeout=86400, isolation_level=None)
         try:
             self._database.executescript(_TABLES)
@@ -112,7 +112,7 @@ class MediaIndex:
         self._database.close()
 
     def update(self, folders: Iterable[str]) -> None:
-        """Index the shards that are new or changed, and forget those that are gone.
+        """Index new and changed shards, and remove those that no longer exist.
 
         Raises:
             ValueError: a shard holds a link or a name that leads elsewhere; the message names it.
@@ -134,7 +134,7 @@ class MediaIndex:
     def _add_shard(self, cursor: sqlite3.Cursor, path: str, state: str) -> None:
         cursor.execute("BEGIN IMMEDIATE")
         try:
-            # Another process may have been first.
+            # Another process may have added it already.
             cursor.execute("INSERT OR IGNORE INTO shard (path, state) VALUES (?, ?)", (path, state))
             if cursor.rowcount:
                 number = cursor.lastrowid
@@ -149,7 +149,7 @@ class MediaIndex:
             raise
 
     def _find_shards(self, folder: str) -> Iterator[tuple[str, str]]:
-        """Yield ``(path, state)`` of the whole shards of a folder, and note the others."""
+        """Yield ``(path, state)`` of the complete shards of a folder, and record the others as problems."""
         names = _list(folder)
         whole = {match[1] for match in map(_STATS_FILE.fullmatch, names) if match}
         for name in names:
@@ -160,13 +160,13 @@ class MediaIndex:
             if os.path.islink(path):
                 folders.check_link(path, folder)
             if match[1] not in whole:
-                self.problems.append((path, "unfinished: fetch goes on with it"))
+                self.problems.append((path, "unfinished: run fetch again"))
                 continue
             stats = os.path.join(folder, f"{match[1]}_stats.json")
             yield path, parsing.fingerprint([stats, path])
 
     def find(self, ids: Sequence[str]) -> dict[str, Place]:
-        """Return the places of those of ``ids`` that were fetched."""
+        """Return the places of the fetched pictures among ``ids``."""
         places: dict[str, Place] = {}
         for start in range(0, len(ids), 500):
             part = ids[start : start + 500]
@@ -199,7 +199,7 @@ def read_shard(path: str) -> Iterator[tuple]:
 
     Args:
         path: a folder ``00000``, or a tar file ``00000.tar``. The addresses come from ``00000.parquet`` beside it
-            where there is one, else from the json files inside.
+            if it exists, else from the json files inside.
 
     Raises:
         DamagedShard: the tar file, the parquet file or a json file is damaged.
@@ -279,6 +279,6 @@ def _read_json(path: str, metas: dict) -> Iterator[tuple]:
 
 
 def _pixels(value: object) -> int | None:
-    """Return a side of a picture, which the example in LPR4M's documentation writes as a string, or None."""
+    """Return a side of a picture in pixels, or None; LPR4M's documentation writes it as a string."""
     text = str(value)
     return int(text) if text.isascii() and text.isdecimal() and 0 < len(text) < 7 else None

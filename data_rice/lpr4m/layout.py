@@ -1,4 +1,4 @@
-"""The published annotation files of LPR4M: names, ids and rows."""
+"""The published annotation files of LPR4M: file names, ids and rows."""
 
 import glob
 import hashlib
@@ -60,14 +60,14 @@ def annotation_files(root: str, pattern: str) -> list[str]:
 
 
 def training_files(root: str, pattern: str) -> list[str]:
-    """Return the files of the training list; the full list is ten parts with consecutive numbers, all of them needed.
+    """Return the files of the training list. The full list has ten parts with consecutive numbers; all are required.
 
     Raises:
-        ValueError: the pattern finds some of the parts only.
+        ValueError: the pattern finds only some of the parts.
     """
     files = annotation_files(root, pattern)
     parts = {int(match[1]): path for path in files if (match := _PART.search(os.path.basename(path)))}
-    # A pattern that names one part asks for that part alone.
+    # A pattern that names one part selects that part alone.
     if parts and not is_whole_list(files) and not _PART.search(pattern):
         numbers = ", ".join(map(str, sorted(parts)))
         raise ValueError(
@@ -88,7 +88,7 @@ def one_annotation_file(root: str, pattern: str) -> str:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: there are several.
+        ValueError: there is more than one.
     """
     found = annotation_files(root, pattern)
     if not found:
@@ -102,7 +102,7 @@ def one_annotation_file(root: str, pattern: str) -> str:
 
 @dataclass(slots=True)
 class TrainingRow:
-    """One row of a training list; ``boxes`` are pixels of the frame, [] where the list gives none."""
+    """One row of a training list; ``boxes`` are in pixels of the frame, [] if the row has none."""
 
     clip_id: str
     live_id: str
@@ -153,7 +153,7 @@ def read_training_rows(files: Sequence[str]) -> Iterator[tuple[str, int, Trainin
     Raises:
         ValueError: a row is malformed, or a clip id appears twice; the message names the file and the line.
     """
-    # Hashes instead of ids: the full list has four million of them, and only their presence matters.
+    # Hashes instead of ids save memory: the full list has four million ids.
     seen: set[int] = set()
     for path in files:
         for line, columns in parsing.read_table(path, 11):
@@ -188,7 +188,7 @@ def products_of_livestreams(files: Sequence[str]) -> dict[str, set[str]]:
 
 
 def choose_livestreams(live_ids: Sequence[str], count: int) -> frozenset[str]:
-    """Choose ``count`` livestreams by a hash of their ids, so that the choice depends on nothing but the ids."""
+    """Choose ``count`` livestreams by a hash of their ids, so the choice depends on the ids alone."""
     return frozenset(sorted(live_ids, key=lambda live_id: hashlib.sha256(live_id.encode()).hexdigest())[:count])
 
 
@@ -233,7 +233,7 @@ def read_test_boxes(path: str, problems: ProblemLog | None = None) -> dict[str, 
 
     Args:
         path: the file.
-        problems: receives the clips with boxes that have no area; all-zero ones stand for "no box".
+        problems: receives the clips with boxes without area; an all-zero box means "no box".
 
     Raises:
         ValueError: an entry is malformed; the message names the file and the frame.

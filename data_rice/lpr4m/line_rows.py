@@ -1,4 +1,4 @@
-"""LPR4M's pairs straight from the training lists: indexed once, parsed row by row when they are asked for."""
+"""LPR4M's pairs directly from the training lists: indexed once, then parsed row by row on demand."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ from .media import Lpr4mMedia
 logger = logging.getLogger(__name__)
 
 GROUP_COLUMNS = ("live_id", "product_id", "category")
-# A list of frames that is shorter than this has none.
+# A shorter text is an empty list of frames.
 _SHORTEST_FRAMES = len(b"['a']")
 _CODE_FILES = ("layout.py", "line_rows.py", "lpr4m.py", "subset.py", "../parsing.py")
 
@@ -26,8 +26,8 @@ _CODE_FILES = ("layout.py", "line_rows.py", "lpr4m.py", "subset.py", "../parsing
 def training_rows(builder: Lpr4m, split: str) -> LineRows:
     """Open the rows of a ``pairs`` builder without building its Arrow table.
 
-    The rows are those of the table, in its order. Opening checks the number of columns and the ids of all rows; the
-    lists of frames and boxes are checked when a row is read.
+    The rows and their order equal those of the table. Opening checks the number of columns and the ids of all rows.
+    Reading a row checks its lists of frames and boxes.
 
     Args:
         builder: `Lpr4m` of the view ``pairs``.
@@ -51,7 +51,7 @@ def training_rows(builder: Lpr4m, split: str) -> LineRows:
 
 
 def _make_select(builder: Lpr4m, files: tuple[str, ...], split: str) -> Select:
-    """Return the function that finds the rows of a split by the columns that decide it, leaving the others alone."""
+    """Return the function that finds the rows of a split; it parses only the columns that decide."""
     held_lives, held_products = builder._held_out(files)
     subset = builder._choose_subset(files, held_lives, held_products) if split == "train" else None
     lives: dict[str, str] = {}
@@ -62,7 +62,7 @@ def _make_select(builder: Lpr4m, files: tuple[str, ...], split: str) -> Select:
         clip_id = parsing.decode_line(file, line, columns[0])
         image = columns[3]
         try:
-            # Clips of one livestream have everything but their times in common.
+            # The ids of one livestream's clips differ only in their times.
             prefix = clip_id.rpartition("-")[0].rpartition("-")[0]
             live_id = lives.get(prefix) or lives.setdefault(prefix, layout.live_id_of(clip_id))
             if (live_id in held_lives) != (split == "validation"):
@@ -91,7 +91,7 @@ def _make_select(builder: Lpr4m, files: tuple[str, ...], split: str) -> Select:
 
 
 class _Parser:
-    """Turns a line of a training list into a row; picklable, and safe in forked loader workers."""
+    """Parses a line of a training list into a row; it can be pickled and is safe in forked loader workers."""
 
     def __init__(self, *where):
         self._where = where
@@ -104,7 +104,7 @@ class _Parser:
 
     def __call__(self, file: str, line: int, text: str) -> dict:
         if self._process != os.getpid():
-            # A connection to SQLite must not be used on the other side of a fork.
+            # A SQLite connection must not be used after a fork.
             self._process = os.getpid()
             self.media.index = self.media.index and MediaIndex(self.media.index.path)
         try:
@@ -117,7 +117,7 @@ class _Parser:
 
 
 class _Notes(ProblemLog):
-    """Says the first time that a row has a problem; the others of its kind are counted."""
+    """Logs the first problem of each kind and counts the others."""
 
     def __init__(self):
         super().__init__(None)
@@ -130,7 +130,7 @@ class _Notes(ProblemLog):
 
 
 class _ProbedMedia(Lpr4mMedia):
-    """`Lpr4mMedia` that asks the file system for each clip: a list of millions of folders is no constant memory."""
+    """`Lpr4mMedia` that looks up each clip in the file system; a list of all folders would need too much memory."""
 
     def _find_clips(self) -> Mapping[str, str]:
         return _ClipFolders(self.root, self.video_folders)
@@ -151,7 +151,7 @@ class _ClipFolders(Mapping):
         raise KeyError(clip_id)
 
     def __iter__(self):
-        raise TypeError("The clips are looked up one by one.")
+        raise TypeError("Clip folders can be looked up by clip id only, not listed.")
 
     def __len__(self) -> int:
-        raise TypeError("The clips are looked up one by one.")
+        raise TypeError("Clip folders can be looked up by clip id only, not counted.")

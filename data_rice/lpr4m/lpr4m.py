@@ -1,4 +1,4 @@
-"""`datasets` builder of LPR4M in its published files (and of the rendered mini LPR4M, which has the same layout).
+"""`datasets` builder for the published files of LPR4M, and for the rendered mini LPR4M in the same layout.
 
 Source: "Cross-view Semantic Alignment for Livestreaming Product Recognition" (RICE, ICCV 2023), section 3. The layout
 and the columns are described in docs/data.md.
@@ -32,16 +32,16 @@ class Lpr4mConfig(ViewConfig):
     """Options of `Lpr4m`.
 
     Attributes:
-        train_files: which files of ``annotations/`` are the training list (a file name pattern).
-        validation_fraction: share of the training livestreams held out as the validation split, 0 up to 1; at least
-            one livestream when above 0. Ignored when ``validation_lives`` is given.
-        validation_lives: how many livestreams to hold out, or which ones (a list of live ids).
+        train_files: file name pattern of the training list in ``annotations/``.
+        validation_fraction: share of the training livestreams that are held out as the validation split, at least 0
+            and below 1; above 0 it holds out at least one livestream. Ignored if ``validation_lives`` is given.
+        validation_lives: number of livestreams to hold out, or a list of their live ids.
         gallery_images: "main" for one image per product as in the official runs, "all" for every image.
-        subset: rows of the training split to keep, by thinning the largest categories alike; all when None.
-        subset_seed: which rows of a thinned category are kept.
+        subset: number of training rows to keep by thinning the largest categories; None keeps all.
+        subset_seed: seed that decides which rows of a thinned category are kept.
         media_dirs: output folders of img2dataset; those below ``img2dataset/`` of the data folder when None.
-        empty_frames: whether the ``detection`` view also has the frames without a box of clips that have boxes, with
-            an empty list (the published detection set counts them).
+        empty_frames: whether the ``detection`` view includes the frames without a box, with an empty list, of clips
+            that have boxes (the published detection set counts them).
     """
 
     train_files: str = "training_videoinfo*.txt"
@@ -84,11 +84,11 @@ class Lpr4mConfig(ViewConfig):
 
     @property
     def holds_out(self) -> bool:
-        """Whether a validation split is cut from the training list."""
+        """Whether a validation split is held out of the training list."""
         return bool(self.validation_lives if self.validation_lives is not None else self.validation_fraction)
 
     def source_paths(self) -> list[str]:
-        """See `ViewConfig.source_paths`: annotation files, shards, and the folders whose listings find the frames."""
+        """See `ViewConfig.source_paths`: annotation files, shards, and the folders of the frames."""
         paths = layout.annotation_files(self.data_dir, "*")
         for folder in self.media_dirs if self.media_dirs is not None else shard_folders(self.data_dir):
             paths += [folder, *list_stats(folder)]
@@ -101,12 +101,12 @@ class Lpr4mConfig(ViewConfig):
 
 
 class Lpr4m(ViewBuilder):
-    """LPR4M as pairs (train, validation), queries (validation, test), gallery and detection (all three).
+    """LPR4M as pairs (train, validation), queries (validation, test), gallery and detection (all splits).
 
-    Media are looked up in what img2dataset fetched and in the LPR750K tree. A missing media file or folder is no error
+    Media are looked up in img2dataset's output and in the LPR750K tree. A missing media file or folder is not an error
     here: the row keeps its path. LPR4M publishes no validation split; see `Lpr4mConfig.validation_fraction`. Training
-    rows of a product that is also sold in a held-out livestream are left out of training, counted and listed. What
-    ``subset`` thinned stands, per category, in ``subset.json`` beside the Arrow files and in `subset_report`.
+    rows of a product that a held-out livestream also sells are left out, counted and listed. The effect of ``subset``
+    per category is in ``subset.json`` beside the Arrow files and in `subset_report`.
 
     Example:
         >>> builder = Lpr4m("pairs", data_dir="data/mini_lpr4m", validation_lives=3)
@@ -122,8 +122,8 @@ class Lpr4m(ViewBuilder):
         train_files = tuple(layout.training_files(root, config.train_files))
         if config.holds_out and not train_files:
             raise FileNotFoundError(
-                f"{osp.join(root, 'annotations', config.train_files)} does not exist, and a validation split is cut "
-                "from it; put the training list there or set validation_fraction to 0."
+                f"{osp.join(root, 'annotations', config.train_files)} does not exist, but the validation split is "
+                "held out of it; put the training list there or set validation_fraction to 0."
             )
         splits = self.source_splits()
         if not splits:
@@ -133,7 +133,7 @@ class Lpr4m(ViewBuilder):
         return [datasets.SplitGenerator(name=SPLITS[split], gen_kwargs={"split": split, **source}) for split in splits]
 
     def source_splits(self) -> list[str]:
-        """Return the splits of the view for which there are annotation files; [] when it has no source at all."""
+        """Return the splits of the view that have annotation files."""
         root, config = self.config.data_dir, self.config
         train_files = layout.training_files(root, config.train_files)
         splits = []
@@ -146,7 +146,7 @@ class Lpr4m(ViewBuilder):
         return splits
 
     def missing_source_reason(self) -> str:
-        """Say in one sentence why the view has no split at all and what to do."""
+        """Return one sentence on why the view has no split and what to do."""
         root, config = self.config.data_dir, self.config
         wanted = config.train_files if self.view == "pairs" else layout.TEST_FILES["relevant"]
         missing = f"{osp.join(root, 'annotations', wanted)} does not exist"
@@ -166,7 +166,7 @@ class Lpr4m(ViewBuilder):
                 "validation_lives to hold out whole livestreams of the training list."
             )
         if (self.view, split) in (("pairs", "test"), ("query", "train")):
-            return f"LPR4M has no {split} {self.view}; pairs are made of the training list, queries of the test files."
+            return f"LPR4M has no {split} {self.view}; pairs come from the training list, queries from the test files."
         wanted = self.config.train_files if split == "train" else layout.TEST_FILES["relevant"]
         return f"{osp.join(annotations, wanted)} does not exist, so there is no {split} split; put the file there."
 
@@ -180,7 +180,7 @@ class Lpr4m(ViewBuilder):
             unknown = [live_id for live_id in config.validation_lives if live_id not in products]
             if unknown:
                 raise ValueError(
-                    f"validation_lives names {unknown[0]!r}, which is not in {train_files[0]}; check the id."
+                    f"validation_lives lists {unknown[0]!r}, which is not in {train_files[0]}; check the id."
                 )
             lives = frozenset(config.validation_lives)
         else:
@@ -190,14 +190,14 @@ class Lpr4m(ViewBuilder):
             lives = layout.choose_livestreams(list(products), count)
         if len(lives) >= len(products):
             raise ValueError(
-                f"The validation split would take {len(lives)} livestreams and {train_files[0]} has {len(products)}; "
-                "hold out fewer, so that some are left to train on."
+                f"The validation split would hold out {len(lives)} of the {len(products)} livestreams in "
+                f"{train_files[0]}; hold out fewer, so that some remain for training."
             )
         return lives, frozenset().union(*(products[live_id] for live_id in lives))
 
     @property
     def subset_report(self) -> dict[str, dict[str, int]]:
-        """Per category ``{"rows", "kept"}`` of the training split, {} where ``subset`` was not asked for.
+        """Per category ``{"rows", "kept"}`` of the training split, {} without ``subset``.
 
         Available after `download_and_prepare`.
         """
@@ -240,7 +240,7 @@ class Lpr4m(ViewBuilder):
                 yield file, line, row
 
     def _choose_subset(self, train_files, held_lives, held_products) -> Subset | None:
-        """Thin the rows that training may use to the budget, and write down what was thinned."""
+        """Thin the training rows to the budget, and write the counts per category."""
         if self.config.subset is None:
             return None
         rows = (
@@ -307,7 +307,7 @@ class Lpr4m(ViewBuilder):
 
 
 def pair_row(media: Lpr4mMedia, file: str, line: int, row: layout.TrainingRow, problems: ProblemLog) -> dict:
-    """Return the ``pairs`` row of a training row; what is wrong with it is added to ``problems``."""
+    """Return the ``pairs`` row of a training row; its problems are added to ``problems``."""
     return {
         **_training_clip(media, file, line, row, problems),
         "image_id": row.image_id,
@@ -325,7 +325,7 @@ def _training_clip(media: Lpr4mMedia, file: str, line: int, row: layout.Training
     if any(any(box) for box in row.boxes):
         size = frames.pixel_size()
         if size is None:
-            problems.add(row.clip_id, file, line, "kept without boxes, as no frame gives the size of the picture")
+            problems.add(row.clip_id, file, line, "kept without boxes, because the size of the frames is unknown")
         else:
             boxes = [parsing.clip_box(box, *size) for box in row.boxes]
             if any(box is None and any(pixels) for box, pixels in zip(boxes, row.boxes)):

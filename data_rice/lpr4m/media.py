@@ -1,4 +1,4 @@
-"""Where the pictures of LPR4M's clips and shops lie: in the LPR750K tree, or where img2dataset put them."""
+"""Paths of the pictures of LPR4M's clips and shops, in the LPR750K tree or in img2dataset's output."""
 
 import glob
 import os
@@ -19,7 +19,7 @@ def training_video_folders(root: str) -> list[str]:
 
 
 def first_size(paths: Sequence[str]) -> tuple[int, int] | None:
-    """Return (width, height) of the first of ``paths`` whose header can be read, or None."""
+    """Return (width, height) of the first path whose header can be read, or None."""
     for path in paths:
         try:
             return image_header(path)[1:]
@@ -33,9 +33,9 @@ class ClipMedia:
     """The frames of one clip.
 
     Attributes:
-        paths: one per frame id, whether or not the file exists.
-        found: whether any place is known that holds frames of the clip.
-        original_size: (width, height) of the frames before img2dataset resized them, or None where it did not.
+        paths: one per frame id, even if the file does not exist.
+        found: whether any folder or shard holds frames of the clip.
+        original_size: (width, height) of the frames before img2dataset resized them, or None if it did not.
     """
 
     paths: list[str]
@@ -43,21 +43,21 @@ class ClipMedia:
     original_size: tuple[int, int] | None = None
 
     def pixel_size(self) -> tuple[int, int] | None:
-        """Return the (width, height) to which the clip's pixel boxes refer, or None where no frame can be read."""
+        """Return the (width, height) to which the clip's pixel boxes refer, or None if no frame can be read."""
         return self.original_size or (first_size(self.paths) if self.found else None)
 
 
 class Lpr4mMedia:
-    """Paths of LPR4M's pictures; img2dataset's files first, else those of the LPR750K tree, mixed as need be.
+    """Paths of LPR4M's pictures: img2dataset's file if there is one, else that of the LPR750K tree.
 
-    The ``training_video_*`` folders are listed once, the shards of img2dataset are looked up in a `MediaIndex`.
+    The ``training_video_*`` folders are listed once. The shards of img2dataset are looked up in a `MediaIndex`.
 
     Args:
         root: the data folder.
-        cache_dir: where the index is kept.
+        cache_dir: folder of the index.
         media_dirs: output folders of img2dataset; those below ``ROOT/img2dataset`` when None.
-        check_links: refuse links that lead out of the data folder where the path of a picture is made. Of the frames
-            of a training clip only the first is looked at, since a data set has hundreds of millions.
+        check_links: refuse links that lead out of the data folder. Only the first frame of a training clip is checked,
+            because a data set has hundreds of millions of frames.
 
     Raises:
         ValueError: a folder holds a link that leads out of it.
@@ -113,15 +113,15 @@ class Lpr4mMedia:
         return place.path if place else self._check_link(os.path.join(folder, f"{image_id}.jpg"))
 
     def _check_link(self, path: str) -> str:
-        # Whether it is a link is asked first, because resolving every path would take far longer.
+        # The test for a link comes first, because resolving every path would take far longer.
         if self.check_links and os.path.islink(path):
             folders.check_link(path, os.path.dirname(path), self.root)
         return path
 
     def query_frames(self, clip_id: str) -> dict[str, str]:
-        """Return frame id -> path of the frames of a test clip that are there, in time order.
+        """Return frame id -> path of the existing frames of a test clip, in time order.
 
-        No list names the frames of test clips: they are what lies in the clip's folder, or was fetched under its id.
+        No list names the frames of test clips, so they are those in the clip's folder, or fetched under its id.
         """
         folder = os.path.join(self.root, "query", clip_id)
         names = folders.list_names(folder, root=self.root)
@@ -131,5 +131,5 @@ class Lpr4mMedia:
         return dict(sorted(frames.items(), key=lambda item: frame_order(item[0])))
 
     def missing_query_frame(self, clip_id: str, frame_id: str) -> str:
-        """Return the path at which a frame of a test clip would lie."""
+        """Return the path at which a missing frame of a test clip is expected."""
         return os.path.join(self.root, "query", clip_id, f"{frame_id}.jpg")

@@ -22,17 +22,16 @@ def prepare(
     num_workers: int = 1,
     **builder_options,
 ) -> dict:
-    """Write the shards of all views and splits that the data folder has; views it has no files for are skipped.
+    """Write the shards of all views and splits that the data folder has; a view without files is skipped and logged.
 
-    Which ones are skipped is logged. The training gallery is left out unless ``views`` is "gallery" alone: pairs carry
-    their images themselves.
+    The training gallery is written only if ``views`` is "gallery" alone, because pairs contain their images.
 
     Args:
         data_dir: LPR4M as published, or the mini LPR4M.
         output_dir: the folder to write.
         views: any of ``pairs``, ``query``, ``gallery``, ``detection``.
         splits: any of ``train``, ``validation``, ``test``.
-        cache_dir: where the Arrow files go; the default of `datasets` when None.
+        cache_dir: folder of the Arrow files; the default of `datasets` when None.
         settings, num_workers: see `prepare_views`.
         builder_options: see `Lpr4mConfig`.
 
@@ -50,7 +49,7 @@ def prepare(
     sources = []
     for view in views:
         builder = Lpr4m(view, cache_dir=cache_dir, data_dir=data_dir, **builder_options)
-        # A single view that cannot be made is an error, which the builder words.
+        # If the only view cannot be made, the builder raises the error.
         if len(views) > 1 and not builder.source_splits():
             logger.warning("The view %s is skipped: %s", view, builder.missing_source_reason())
             continue

@@ -1,4 +1,4 @@
-"""Thinning of the long head of the category distribution to a budget of rows, with the tail kept whole."""
+"""Thinning of the largest categories to a budget of rows; small categories stay whole."""
 
 import hashlib
 import heapq
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 
 def water_filling(counts: Mapping[str, int], budget: int) -> dict[str, int]:
-    """Cut every category at one height, as low as needed for the sum to be ``budget``.
+    """Limit every category to one number of rows, so that the sum is ``budget``.
 
-    Categories below the height stay whole; what the height's rounding leaves over goes, one row each, to the thinned
-    categories that come first by name.
+    Categories below the limit stay whole. Rows that rounding leaves over go, one each, to the thinned categories that
+    come first by name.
 
     Args:
         counts: rows per category.
@@ -22,7 +22,7 @@ def water_filling(counts: Mapping[str, int], budget: int) -> dict[str, int]:
     """
     kept: dict[str, int] = {}
     left = min(budget, sum(counts.values()))
-    # From the smallest category up: each takes an equal share of what is left, or all it has.
+    # From the smallest category up, each takes an equal share of the rest, or all of its rows.
     order = sorted(counts, key=lambda category: (counts[category], category))
     for position, category in enumerate(order):
         share = left // (len(order) - position)
@@ -36,16 +36,16 @@ def water_filling(counts: Mapping[str, int], budget: int) -> dict[str, int]:
 
 
 def row_key(row_id: str, seed: int) -> int:
-    """Return a 64-bit number that depends on the row's id and the seed only; rows with small ones are kept."""
+    """Return a 64-bit number that depends only on the row's id and the seed; rows with small numbers are kept."""
     return int.from_bytes(hashlib.blake2b(f"{seed}\0{row_id}".encode(), digest_size=8).digest(), "big")
 
 
 @dataclass(frozen=True)
 class Subset:
-    """Which rows a budget keeps.
+    """The rows that a budget keeps.
 
     Attributes:
-        thresholds: per thinned category the largest `row_key` that is kept.
+        thresholds: thinned category -> largest `row_key` that is kept.
         report: per category ``{"rows": before, "kept": after}``, the largest category first.
     """
 
@@ -60,9 +60,9 @@ class Subset:
 
 
 def choose_subset(rows: Iterable[tuple[str, str]], budget: int, seed: int) -> Subset:
-    """Thin ``(category, row id)`` pairs to ``budget`` rows, the same ones for the same seed in any order of rows.
+    """Thin ``(category, row id)`` pairs to ``budget`` rows. The result depends on the seed, not on the order of rows.
 
-    A smaller budget's rows are, within each category, among a larger one's. Takes eight bytes of memory per row.
+    Within each category, a larger budget keeps all rows of a smaller one. Takes eight bytes of memory per row.
     """
     keys: dict[str, array] = {}
     for category, row_id in rows:

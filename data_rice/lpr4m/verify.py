@@ -1,4 +1,4 @@
-"""Is the LPR4M on this disk whole? Counts against the published ones, and every picture read, decoded and hashed."""
+"""Check of a local LPR4M: compares counts with the published ones; reads, decodes and hashes every picture."""
 
 import glob
 import hashlib
@@ -31,7 +31,7 @@ _TEST_COUNTS = {
     "gallery images": 66_358,
     "livestreams": 110,
 }
-# As the data set's own description and the paper (section 3) give them.
+# Source: the data set's description and the paper (section 3).
 PUBLISHED_COUNTS = {
     "full": {
         "training clips": 4_013_617,
@@ -55,12 +55,12 @@ class _Picture:
 
 @dataclass
 class Verification:
-    """What `verify` found.
+    """Result of `verify`.
 
     Attributes:
-        counts: what the annotation files and media hold, by the names of `PUBLISHED_COUNTS`.
-        expected: the counts that were asked for.
-        bad: number of pictures and shards that are missing or damaged, by kind.
+        counts: counts of the annotation files and media, by the names of `PUBLISHED_COUNTS`.
+        expected: the expected counts.
+        bad: number of missing or damaged pictures and shards, by kind.
     """
 
     counts: dict[str, int]
@@ -69,7 +69,7 @@ class Verification:
 
     @property
     def differences(self) -> dict[str, tuple[int, int]]:
-        """Counts that are not as expected, as ``name -> (found, expected)``."""
+        """Counts that differ from the expected ones, as ``name -> (found, expected)``."""
         return {
             name: (self.counts.get(name, 0), value)
             for name, value in self.expected.items()
@@ -78,7 +78,7 @@ class Verification:
 
     @property
     def whole(self) -> bool:
-        """Whether every count fits and nothing is missing or damaged."""
+        """Whether all counts match and nothing is missing or damaged."""
         return not self.differences and not self.bad
 
 
@@ -86,7 +86,7 @@ def expected_counts(expect: str) -> dict[str, int]:
     """Return the counts to compare with: "full", "750k", "none", or a JSON file ``{"training clips": 10, ...}``.
 
     Raises:
-        FileNotFoundError, ValueError: it is neither, or the file does not hold such counts.
+        FileNotFoundError, ValueError: ``expect`` is none of these, or the file does not hold such counts.
     """
     if expect in PUBLISHED_COUNTS:
         return PUBLISHED_COUNTS[expect]
@@ -96,7 +96,7 @@ def expected_counts(expect: str) -> dict[str, int]:
     for name, value in counts.items():
         if name not in PUBLISHED_COUNTS["full"] or type(value) is not int:
             names = ", ".join(PUBLISHED_COUNTS["full"])
-            raise ValueError(f"{expect}: {name!r}: {value!r} is no count; the names are {names}.")
+            raise ValueError(f"{expect}: {name!r}: {value!r} is not a count; the names are {names}.")
     return counts
 
 
@@ -113,7 +113,7 @@ def published_list(data_dir: str, train_files: str) -> str:
 
 
 class _References:
-    """Every picture that the annotations name, counted on the way."""
+    """Iterates over all pictures in the annotations and counts them."""
 
     def __init__(self, data_dir: str, train_files: str, media: Lpr4mMedia):
         self.media = media
@@ -175,7 +175,7 @@ class _References:
 
 
 def _check(picture: _Picture, root: str, decode: bool) -> tuple[str | None, str | None]:
-    """Return what is wrong with a picture, or None; and the hash of its file, None for a member of a tar file."""
+    """Return a picture's problem or None, and the hash of its file (None for a member of a tar file)."""
     member = split_tar_member(picture.path)
     try:
         if os.path.islink(picture.path):
@@ -195,7 +195,7 @@ def _check(picture: _Picture, root: str, decode: bool) -> tuple[str | None, str 
 
 
 class _Reports:
-    """The files that a verification writes; they get their names when all is done."""
+    """The files that a verification writes; they get their final names at the end."""
 
     def __init__(self, output_dir: str, root: str):
         os.makedirs(output_dir, exist_ok=True)
@@ -244,21 +244,21 @@ def verify(
     decode: bool = True,
     num_workers: int = 4,
 ) -> Verification:
-    """Check an LPR4M folder, and write what is wrong with it.
+    """Check an LPR4M folder and write four kinds of reports to ``OUTPUT_DIR``.
 
-    ``OUTPUT_DIR/missing.jsonl`` lists missing and damaged pictures and shards with the reason;
-    ``manifest.sha256`` hashes the annotation files, the pictures that are files, and the tar shards (``sha256sum -c``,
-    run in the data folder, reads it); ``missing_urls-*.txt`` holds the urls of what is missing, for another fetch,
-    where the url lists are in the data folder (those of an earlier run are removed); ``verify.json`` sums up.
+    ``missing.jsonl`` lists missing and damaged pictures and shards with the reason. ``manifest.sha256`` hashes the
+    annotation files, the pictures that are files, and the tar shards; ``sha256sum -c`` in the data folder reads it.
+    ``missing_urls-*.txt`` holds the urls of missing pictures for another fetch, if the url lists are in the data
+    folder; those of an earlier run are removed. ``verify.json`` is the summary.
 
     Args:
         data_dir: the data folder.
         output_dir: the folder for the reports.
-        expected: counts to compare with, see `expected_counts`.
+        expected: expected counts, see `expected_counts`.
         train_files, media_dirs: see `Lpr4mConfig`.
-        cache_dir: where the index of img2dataset's shards is kept.
+        cache_dir: folder of the index of img2dataset's shards.
         decode: decode every picture; False only reads it.
-        num_workers: threads.
+        num_workers: number of threads.
 
     Raises:
         FileNotFoundError: there are no annotation files.
@@ -266,7 +266,7 @@ def verify(
     """
     if not os.path.isdir(data_dir):
         raise FileNotFoundError(f"{data_dir} is not a folder; pass the folder that holds the data.")
-    # The links of all pictures are looked at below, where those that lead elsewhere are listed.
+    # All links are checked below, and those that lead out of the folder are listed.
     media = Lpr4mMedia(data_dir, cache_dir, media_dirs, check_links=False)
     references = _References(data_dir, train_files, media)
     reports = _Reports(output_dir, data_dir)
@@ -311,7 +311,7 @@ def _check_shards(media: Lpr4mMedia, reports: _Reports) -> None:
 
 
 def _check_urls(data_dir: str, media: Lpr4mMedia, reports: _Reports) -> list[str]:
-    """Return the urls of the lists in the data folder whose pictures are nowhere, noting those not yet listed."""
+    """Return the urls whose pictures are missing; pictures that no report lists yet are added."""
     try:
         lists = find_url_lists(data_dir)
     except FileNotFoundError:

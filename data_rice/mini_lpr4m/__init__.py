@@ -1,4 +1,4 @@
-"""The mini LPR4M: a small livestreaming product recognition set, rendered on the spot in LPR4M's own raw layout."""
+"""The mini LPR4M: a small rendered data set for livestreaming product recognition, in LPR4M's raw layout."""
 
 from .writer import RENDERER_VERSION, render_mini_lpr4m
 

@@ -7,15 +7,15 @@ from ..commands import mistakes_end
 from .writer import render_mini_lpr4m
 
 _HELP = {
-    "seed": "seed of everything that is drawn",
+    "seed": "random seed",
     "num_train_lives": "training livestreams",
-    "num_test_lives": "test livestreams, with products of their own",
+    "num_test_lives": "test livestreams; their products do not occur in training",
     "products_per_live": "products in the shop of each livestream",
     "clips_per_product": "training clips of each product",
     "test_clips_per_product": "test clips of each product",
     "num_frames": "frames of each clip",
     "image_size": "side of every picture in pixels",
-    "num_workers": "processes that draw",
+    "num_workers": "number of rendering processes",
 }
 
 

@@ -1,8 +1,8 @@
-"""Shops of fine-grained products: what a room sells, and the picture of each product.
+"""Shops of fine-grained products: the products of a room, and the picture of each product.
 
-All products of one room share a palette of few colours and a few categories, so that colour alone tells little. What
-tells them apart is drawn large enough to survive 64 pixels: silhouette, pattern, emblem, and which part has which
-colour. The vocabulary is the same in every room, so what is learned in training rooms carries over to unseen ones.
+All products of one room share a palette of few colours and a few categories, so colour alone is not enough. They
+differ in silhouette, pattern, emblem and the colours of their parts, all large enough to be visible at 64 pixels.
+Every room uses the same vocabulary, so a model transfers from training rooms to unseen ones.
 """
 
 import math
@@ -43,7 +43,7 @@ _MARGIN = 0.04
 
 @dataclass(frozen=True)
 class Product:
-    """One product of a shop: its identity and every visible attribute (colour names are keys of ``COLORS``)."""
+    """One product of a shop: its id and all visible attributes (colour names are keys of ``COLORS``)."""
 
     product_id: str
     category_index: int
@@ -60,7 +60,7 @@ class Product:
         return SILHOUETTES[self.category_index]
 
     def differences(self, other: "Product") -> int:
-        """Number of attributes, colours apart, that tell two products from each other (0..3)."""
+        """Number of attributes other than colour in which two products differ (0..3)."""
         return (
             (self.category_index != other.category_index)
             + (self.pattern != other.pattern)
@@ -81,7 +81,7 @@ class Room:
 
 
 def seeded_uuid(rng: random.Random) -> str:
-    """A version-4 UUID drawn from ``rng``, so that ids are the same for the same seed."""
+    """A version-4 UUID from ``rng``, so that equal seeds give equal ids."""
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
@@ -174,7 +174,7 @@ def _primitives_mask(primitives: tuple, size: int) -> Image.Image:
 
 @lru_cache(maxsize=32)
 def _pattern_mask(pattern: str, size: int) -> Image.Image:
-    """Where the second colour goes, for a pattern with about four periods across the product."""
+    """Mask of the second colour, for a pattern with about four periods across the product."""
     y, x = np.mgrid[0:size, 0:size] / size
     if pattern == "plain":
         on = np.zeros((size, size), bool)
@@ -243,7 +243,7 @@ def _shade(color: tuple[int, ...], tint: tuple[int, int, int], factor: float = 1
 
 
 def draw_product(product: Product) -> Image.Image:
-    """The product seen from the front, cut out.
+    """The product seen from the front, without background.
 
     Returns:
         RGBA image of ``ART_SIZE`` x ``ART_SIZE`` pixels, transparent around the product.

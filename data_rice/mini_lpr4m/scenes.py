@@ -1,7 +1,7 @@
 """Pictures of a product: the shop's own photographs and the frames of a livestream clip.
 
-A clip keeps its studio, host and shelf; from frame to frame the hand moves, so scale, position, viewpoint and light
-change. In some frames the intended product is gone, and the host may hold another product of the shop instead.
+The studio, host and shelf of a clip stay the same. The hand moves from frame to frame, so scale, position, viewpoint
+and light change. Some frames do not show the intended product, and the host may hold another product of the shop.
 """
 
 import math
@@ -45,7 +45,7 @@ class Pose:
 
 
 def _reduced(art: Image.Image, side: float, cache: dict) -> Image.Image:
-    """``art`` shrunk to the smallest of a few sizes that has ``side`` pixels, so resampling does not alias."""
+    """``art`` reduced to the smallest of a few sizes with at least ``side`` pixels, so resampling does not alias."""
     for size in (ART_SIZE // 4, ART_SIZE // 2, ART_SIZE * 3 // 4):
         if size >= side:
             key = (id(art), size)
@@ -56,7 +56,7 @@ def _reduced(art: Image.Image, side: float, cache: dict) -> Image.Image:
 
 
 def place(canvas: Image.Image, art: Image.Image, pose: Pose, cache: dict) -> list[int] | None:
-    """Draw ``art`` on ``canvas`` (in place) and return its pixel box on it, None where nothing is visible."""
+    """Draw ``art`` on ``canvas`` (in place) and return its pixel box, None if nothing is visible."""
     size = canvas.width
     side = pose.side * size
     art = _reduced(art, side, cache)
@@ -107,7 +107,7 @@ def draw_shop_image(art: Image.Image, rng: random.Random, image_size: int, detai
 
 
 def _draw_studio(room: Room, rng: random.Random, size: int) -> Image.Image:
-    """Wall, shelf, clutter and the host, on a canvas a quarter larger than a frame, for the camera to move in."""
+    """Wall, shelf, clutter and host on a canvas a quarter larger than a frame, so that the camera can move."""
     wide = round(size * 1.25)
     canvas = Image.new("RGB", (wide, wide), room.wall)
     draw = ImageDraw.Draw(canvas)
@@ -157,7 +157,7 @@ def _draw_hand(canvas: Image.Image, room: Room, rng: random.Random, box: list[in
 
 
 def _draw_occluder(canvas: Image.Image, room: Room, rng: random.Random, box: list[int]) -> None:
-    """Something in front of one side of the product: a sleeve or a box, over at most about a fifth of it."""
+    """A sleeve or a box in front of one side of the product, covering at most about a fifth of it."""
     left, top, right, bottom = box
     draw = ImageDraw.Draw(canvas)
     width, height = right - left, bottom - top
@@ -206,8 +206,8 @@ def draw_clip(
     """Render one clip in which the host of ``room`` presents ``product``.
 
     Args:
-        arts: cut-out picture of every product of the room, by product id.
-        rng: the only source of chance.
+        arts: product id -> picture without background, for every product of the room.
+        rng: the only source of randomness.
         image_size: side of the square frames, in pixels.
     """
     cache: dict = {}
@@ -220,7 +220,7 @@ def draw_clip(
         for slot in slots
     ]
     side = rng.uniform(0.62, 1.0)
-    reach = (1 - side) / 2 + 0.09  # a large product has less room to be off the centre
+    reach = (1 - side) / 2 + 0.09  # a large product stays closer to the centre
     base = Pose(
         x=0.5 + rng.uniform(-reach, reach),
         y=0.5 + rng.uniform(-reach, reach),

@@ -1,7 +1,7 @@
 """The 34 product categories of the mini LPR4M and their outlines.
 
 An outline is a few primitives on the unit square (x right, y down). ``back`` is drawn before the body and ``front``
-after it, both in the product's part colour, so that handles, soles and lids tell a category apart; the pattern covers
+after it. Both have the product's part colour, so handles, soles and lids distinguish a category. The pattern covers
 only the body.
 
 Primitives: ``("poly", x, y, x, y, ...)``, ``("oval", left, top, right, bottom)``, ``("rect", left, top, right, bottom,

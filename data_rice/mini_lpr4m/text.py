@@ -67,8 +67,8 @@ def _garble(sentence: str, rng: random.Random, rate: float = 0.04) -> str:
 
 
 def draw_asr(product: Product, others: list[Product], rng: random.Random, garbled: bool = True) -> str:
-    """What speech recognition made of a clip: small talk around half of the attributes, sometimes another product of
-    the shop, sometimes nothing at all (then ""). With `garbled=False` it is what was said, without its mistakes."""
+    """The speech recognition result of a clip: small talk with about half of the attributes, sometimes another product
+    of the shop, sometimes "". With `garbled=False` it is the spoken text without recognition errors."""
     if rng.random() < 0.08:
         return ""
     chinese = rng.random() < 0.67

@@ -1,4 +1,4 @@
-"""Writes the mini LPR4M in the raw layout of LPR4M, in parallel and the same for any number of workers."""
+"""Writes the mini LPR4M in LPR4M's raw layout, in parallel. The result is the same for any number of workers."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from .silhouettes import SILHOUETTES
 from .text import draw_asr, draw_title
 
 MANIFEST_NAME = "mini_lpr4m.json"
-# Raised whenever the same parameters give other data, so that data of an older renderer is not taken for new.
+# Increased when the same parameters give other data, so that data of an older renderer is not reused.
 RENDERER_VERSION = 3
 _VIDEO_FOLDERS = 8
 _SECONDS_PER_CLIP = 20
@@ -43,10 +43,10 @@ class _Settings:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}.")
         if self.num_train_lives + self.num_test_lives == 0:
-            raise ValueError("num_train_lives and num_test_lives are both 0: nothing to render; raise one of them.")
+            raise ValueError("num_train_lives and num_test_lives are both 0; set at least one of them above 0.")
         if self.products_per_live > MAX_PRODUCTS:
             raise ValueError(
-                f"products_per_live={self.products_per_live} is more than a room can tell apart; "
+                f"products_per_live={self.products_per_live} exceeds the number of distinct products in a room; "
                 f"use at most {MAX_PRODUCTS}."
             )
         if self.image_size < 32:
@@ -245,7 +245,7 @@ def _write_annotations(root: Path, train: list[_Rendered], test: list[_Rendered]
 
 
 def _check_existing(output_dir: Path, manifest: dict) -> bool:
-    """Whether ``output_dir`` already holds exactly this data; raises when it holds anything else."""
+    """Whether ``output_dir`` already holds exactly these data; raises ValueError if it holds anything else."""
     if not output_dir.exists():
         return False
     if not output_dir.is_dir():
@@ -254,13 +254,13 @@ def _check_existing(output_dir: Path, manifest: dict) -> bool:
     if not path.is_file():
         if any(output_dir.iterdir()):
             raise ValueError(
-                f"{output_dir} is not empty and is no rendered mini LPR4M; name another folder or empty it."
+                f"{output_dir} is not empty and is not a rendered mini LPR4M; name another folder or empty it."
             )
         return False
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["parameters"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no manifest of the renderer; delete {output_dir} and render again.") from error
+        raise ValueError(f"{path} is not a manifest of the renderer; delete {output_dir} and render again.") from error
     different = [name for name in {**manifest, **found} if manifest.get(name) != found.get(name)]
     if different:
         changes = ", ".join(f"{name} {found.get(name)} instead of {manifest.get(name)}" for name in different)
@@ -269,7 +269,7 @@ def _check_existing(output_dir: Path, manifest: dict) -> bool:
 
 
 def _publish(partial: Path, output_dir: Path, manifest: dict) -> None:
-    """Move the finished folder into place; another process that finished the same data first is fine."""
+    """Move the finished folder into place; another process may have finished the same data first."""
     try:
         os.replace(partial, output_dir)
     except OSError:
@@ -294,18 +294,18 @@ def render_mini_lpr4m(
     """Render the mini LPR4M into ``output_dir``, in the raw layout of LPR4M.
 
     The same seed and sizes give the same bytes for any ``num_workers``. Products, rooms and hosts of the test
-    livestreams never occur in training. The folder appears only when it is complete; a complete one with the same
+    livestreams never occur in training. The folder appears only when it is complete. A complete folder with the same
     parameters is reused.
 
     Args:
         output_dir: folder to create.
-        seed: seed of everything that is drawn.
+        seed: random seed.
         num_train_lives, num_test_lives: number of livestreams (rooms).
         products_per_live: products of a room, at most ``MAX_PRODUCTS``.
         clips_per_product, test_clips_per_product: clips of each product.
         num_frames: frames of a clip.
         image_size: side of frames and shop images, in pixels.
-        num_workers: processes; 0 or 1 renders in this one.
+        num_workers: number of processes; 0 or 1 renders in this process.
         progress: whether to show a progress bar.
 
     Returns:

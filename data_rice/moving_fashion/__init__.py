@@ -1,4 +1,4 @@
-"""MovingFashion: the builder of its published files, and the command that extracts its frames once."""
+"""MovingFashion: the builder for its published files, and the command that extracts its frames once."""
 
 from .moving_fashion import MovingFashion, MovingFashionConfig
 

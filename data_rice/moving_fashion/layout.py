@@ -1,8 +1,8 @@
-"""MovingFashion's annotation files, ``train.json`` and ``test.json``, read strictly.
+"""Strict reader of MovingFashion's annotation files, ``train.json`` and ``test.json``.
 
-Source: "MovingFashion: a Benchmark for the Video-to-Shop Challenge" (WACV 2022); both files hold
+Source: "MovingFashion: a Benchmark for the Video-to-Shop Challenge" (WACV 2022). Both files hold
 ``{product id: {"video_paths": [...], "img_path": ..., "source": 1, 0 or 2, "tracklets": optional}}`` with paths
-relative to the folder they lie in. docs/data.md describes them and the notations of ``tracklets`` that are understood.
+relative to their folder. docs/data.md describes them and the supported notations of ``tracklets``.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ from .. import parsing
 from ..paths import MediaRoot
 
 ANNOTATIONS = {"train": "train.json", "test": "test.json"}
-# Descriptions of the archive differ in the number of the hard ones.
+# Descriptions of the archive use different numbers for "hard".
 SOURCES = {1: "regular", 0: "hard", 2: "hard"}
 
-# Listed by the annotations but not part of the published archive: 22 videos of the training list and 1 of the test
-# list, as the audit found that MTEB made of the archive for its own retrieval task.
+# Videos in the annotations but not in the published archive: 22 of the training list and 1 of the test list. MTEB
+# found them in its audit of the archive for its retrieval task.
 KNOWN_MISSING = frozenset(
     f"videos/{name}.mp4"
     for name in """
@@ -34,7 +34,7 @@ KNOWN_MISSING = frozenset(
     """.split()
 )
 
-# Boxes are drawn by people and trackers that overshoot a little; beyond this they are not in fractions of the frame.
+# People and trackers draw boxes slightly beyond the frame. Boxes beyond this limit are not fractions of the frame.
 _BOX_TOLERANCE = 0.1
 _FRAME_NUMBER = re.compile(r"[0-9]{1,9}", re.ASCII)
 
@@ -47,12 +47,12 @@ class Product:
 
     Attributes:
         key: the entry's key in the file.
-        product_id: the key of the first entry of the file with the same picture; usually its own.
-        image: path of the shop's picture relative to the data folder, which is also its id.
+        product_id: key of the first entry with the same picture, usually its own key.
+        image: path of the shop's picture relative to the data folder; also the image id.
         videos: paths relative to the data folder.
         source: "regular" (videos of the shop) or "hard" (videos of users).
-        tracklets: per video frame number -> box as it is written, or None.
-        tracklets_read: whether the entry's tracklets are in a notation that is understood, or absent.
+        tracklets: per video, frame number -> box as written, or None.
+        tracklets_read: False if the entry has tracklets in an unknown notation.
     """
 
     key: str
@@ -74,7 +74,7 @@ def read_products(root: str, split: str, strict: bool = True) -> list[Product]:
     Args:
         root: the data folder.
         split: "train" or "test".
-        strict: refuse tracklets in an unknown notation; otherwise such a product has none.
+        strict: refuse tracklets in an unknown notation; if False, they are ignored.
 
     Raises:
         FileNotFoundError: the file is missing.
@@ -138,26 +138,26 @@ def _short(value: object) -> str:
 
 
 def choose_products(product_ids: Sequence[str], count: int) -> frozenset[str]:
-    """Choose ``count`` products by a hash of their ids, so that the choice depends on nothing but the ids."""
+    """Choose ``count`` products by a hash of their ids, so the choice depends on the ids alone."""
     return frozenset(sorted(product_ids, key=lambda name: hashlib.sha256(name.encode()).hexdigest())[:count])
 
 
 def parse_tracklets(
     value: object, videos: tuple[str, ...], normalise: Callable[[str], str] = osp.normpath
 ) -> tuple[Tracklet | None, ...]:
-    """Read ``tracklets`` as one frame number -> box mapping, or None, per video.
+    """Read ``tracklets`` as one mapping from frame number to box, or None, per video.
 
-    A tracklet is ``{frame number: box or null}`` or a list with one box or null per frame from the first on. The value
-    is a tracklet (of a product with one video), a list with one tracklet or null per video, or ``{video path:
-    tracklet}``.
+    A tracklet is ``{frame number: box or null}``, or a list with one box or null per frame, from the first frame on.
+    The value is a tracklet (for a product with one video), a list with one tracklet or null per video, or ``{video
+    path: tracklet}``.
 
     Args:
-        value: what the annotation holds.
+        value: the value in the annotation file.
         videos: the product's videos.
-        normalise: turns a path as it is written into that of ``videos``.
+        normalise: converts a written path to the form in ``videos``.
 
     Raises:
-        ValueError: it is anything else.
+        ValueError: the value is anything else.
     """
     if value is None:
         return (None,) * len(videos)
@@ -206,26 +206,26 @@ def _ordered(box: list[float]) -> list[float]:
 
 
 def in_fractions(box: list[float]) -> bool:
-    """Return whether a box can be in fractions of the frame: no side is beyond 0 to 1 by more than a tenth."""
+    """Return whether a box can be in fractions of the frame: no side exceeds 0 to 1 by more than 0.1."""
     return all(-_BOX_TOLERANCE <= item <= 1 + _BOX_TOLERANCE for item in box)
 
 
 def normalise_tracklet(tracklet: Tracklet, frame_size: tuple[int, int] | None) -> Tracklet:
-    """Boxes as fractions of the frame, cut at its border; boxes wholly outside are left out.
+    """Convert boxes to fractions of the frame, cut at its border; boxes entirely outside are left out.
 
     Args:
-        tracklet: boxes as they are written.
-        frame_size: width and height of the video's frames when the boxes are in pixels, None when in fractions.
+        tracklet: boxes as written.
+        frame_size: width and height of the video's frames if the boxes are in pixels, None if in fractions.
 
     Raises:
-        ValueError: boxes in pixels and in fractions are mixed, or a box lies outside the frame by more than a tenth.
+        ValueError: boxes in pixels and in fractions are mixed, or a box exceeds the frame by more than a tenth.
     """
     width, height = frame_size or (1, 1)
     slack = (width * _BOX_TOLERANCE, height * _BOX_TOLERANCE)
     result = {}
     for frame, box in tracklet.items():
         if frame_size and in_fractions(box):
-            raise ValueError(f"the box {box} of frame {frame} is in fractions of the frame, others are in pixels")
+            raise ValueError(f"the box {box} of frame {frame} is in fractions of the frame, but others are in pixels")
         left, top, right, bottom = box
         if min(left + slack[0], top + slack[1], width + slack[0] - right, height + slack[1] - bottom) < 0:
             raise ValueError(f"the box {box} of frame {frame} is outside the frame of {width} x {height} pixels")

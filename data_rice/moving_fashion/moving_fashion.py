@@ -1,4 +1,4 @@
-"""`datasets` builder of MovingFashion in its published layout: ``train.json``, ``test.json``, ``videos/``, ``imgs/``.
+"""`datasets` builder for MovingFashion's published layout: ``train.json``, ``test.json``, ``videos/``, ``imgs/``.
 
     python -m data_rice.moving_fashion prepare DIR     # extracts the frames once, see prepare.py
 
@@ -29,10 +29,10 @@ class MovingFashionConfig(ViewConfig):
     """Options of `MovingFashion`.
 
     Attributes:
-        validation_fraction: share of the training products held out as the validation split, 0 up to 1; at least one
-            product when above 0.
-        frames_dir: folder of the extracted frames; ``frames`` inside the data folder when None. Clips are sampled
-            from the video files where there is no such folder.
+        validation_fraction: share of the training products that are held out as the validation split, at least 0 and
+            below 1; above 0 it holds out at least one product.
+        frames_dir: folder of the extracted frames; ``frames`` inside the data folder when None. If the folder does not
+            exist, clips are sampled from the video files.
     """
 
     validation_fraction: float = 0.0
@@ -51,7 +51,7 @@ class MovingFashionConfig(ViewConfig):
 
     @property
     def frames_folder(self) -> str:
-        """Where extracted frames are looked for."""
+        """The folder of extracted frames."""
         return osp.abspath(self.frames_dir or osp.join(self.data_dir, "frames"))
 
     def source_paths(self) -> list[str]:
@@ -67,13 +67,14 @@ class MovingFashionConfig(ViewConfig):
 class MovingFashion(ViewBuilder):
     """MovingFashion as pairs (train, validation), queries (validation, test) and gallery (train, validation, test).
 
-    A clip is one video of a product; a product may have several, and a video may be listed under several products. The
-    image id is the picture's path; products that share a picture are one product. ``source`` says "regular" or "hard".
+    A clip is one video of a product. A product may have several videos, and a video may belong to several products.
+    The image id is the picture's path; products that share a picture are one product. ``source`` is "regular" or
+    "hard".
 
-    A video or picture that is missing, or whose frames could not be extracted, is left out of training and kept as a
-    query, where it counts as a miss; both are counted and listed. So are clips whose tracklets are in an unknown
-    notation or do not fit the video, which have no boxes. There is no published validation split; see
-    `MovingFashionConfig.validation_fraction`. Training rows that show a video of a held-out product are left out.
+    A clip with a missing picture, or a video that is missing or without extracted frames, is left out of training. As
+    a query it is kept and counts as a miss. Tracklets in an unknown notation, or that do not fit the video, give no
+    boxes. All these clips are counted and listed. There is no published validation split; see
+    `MovingFashionConfig.validation_fraction`. Training rows with a video of a held-out product are left out.
 
     Example:
         >>> builder = MovingFashion("pairs", data_dir="data/moving_fashion", validation_fraction=0.05)
@@ -108,7 +109,7 @@ class MovingFashion(ViewBuilder):
                 "hold out products of the training list."
             )
         if (self.view, split) in (("pairs", "test"), ("query", "train")):
-            return f"MovingFashion has no {split} {self.view}; pairs are made of train.json, queries of test.json."
+            return f"MovingFashion has no {split} {self.view}; pairs come from train.json, queries from test.json."
         return f"{osp.join(root, layout.ANNOTATIONS[split])} does not exist, so there is no {split} split."
 
     def generate_rows(self, split: str, problems: ProblemLog):
@@ -171,7 +172,7 @@ class MovingFashion(ViewBuilder):
 
 
 class _Media:
-    """Turns a product's video into the columns of a clip, from extracted frames where there are any."""
+    """Turns a product's video into the columns of a clip, from extracted frames if they exist."""
 
     def __init__(self, root: str, frames_folder: str, products: Iterable[layout.Product]):
         self.root = root
@@ -181,7 +182,7 @@ class _Media:
             self.frames.check(root, (video for product in products for video in product.videos))
 
     def clip(self, product: layout.Product, index: int, tracklet: layout.Tracklet) -> tuple[dict, bool, str]:
-        """Return the clip's columns, whether it can be used, and what is wrong with its video ("" when nothing is).
+        """Return the clip's columns, whether it can be used, and the problem of its video ("" if there is none).
 
         Raises:
             ValueError: the boxes of the tracklet do not fit the video's frames.

@@ -1,10 +1,10 @@
-"""Extracts the frames of MovingFashion's videos once, so that training reads small JPEG files and not videos.
+"""Extracts the frames of MovingFashion's videos once, so that training reads small JPEG files instead of videos.
 
     python -m data_rice.moving_fashion prepare DIR [--output DIR/frames] [--fps 1] [--short_side 256] [--quality 90]
 
-A video becomes the folder ``OUTPUT/<video path>/`` with one JPEG per frame, named after the frame's number in the
-video, and a ``clip.json`` that says how it was made. A folder appears only when it is whole, so that the command, run
-again, goes on where it was interrupted. ``manifest.json`` is written last: without it the frames are not used.
+A video becomes the folder ``OUTPUT/<video path>/``. It holds one JPEG per frame, named after the frame's number in the
+video, and a ``clip.json`` with the settings. A folder appears only when it is complete, so the command can be run
+again after an interruption. ``manifest.json`` is written last; without it the frames are not used.
 """
 
 import argparse
@@ -44,16 +44,16 @@ CUT_SHORT = "the video is cut short"
 
 
 def missing_reason(video: str) -> str:
-    """Say that ``video`` (its path in the annotations) is missing, and whether that is known."""
+    """Return why ``video`` (its path in the annotations) is missing: also from the published archive, or not."""
     return KNOWN if video in layout.KNOWN_MISSING else MISSING
 
 
 @dataclass(frozen=True)
 class FrameSettings:
-    """How frames are extracted.
+    """Settings of the extraction.
 
     Attributes:
-        fps: frames per second of video; the official RICE code reads one. All frames of a slower video are taken.
+        fps: frames per second of video; the official RICE code reads one. A slower video gives all its frames.
         short_side: pixels of the shorter side; frames are never enlarged.
         quality: of the JPEG files, 1 to 95.
     """
@@ -71,8 +71,8 @@ class FrameSettings:
                 raise ValueError(f"{name} must be a whole number from 1 to {highest}, not {value!r}.")
 
     def choose(self, times: Sequence[float], end_s: float) -> list[int]:
-        """Numbers of the frames that are on screen every 1 / ``fps`` seconds, of a video that shows its frames from
-        the seconds ``times`` on and ends at ``end_s``."""
+        """Numbers of the frames on screen every 1 / ``fps`` seconds. ``times`` are the frames' start times and
+        ``end_s`` the end of the video, in seconds."""
         count = math.ceil((end_s - times[0]) * self.fps - 1e-6)
         # Time stamps are rounded, often to milliseconds.
         return sorted({bisect_right(times, times[0] + i / self.fps + 5e-4) - 1 for i in range(max(1, count))})
@@ -85,7 +85,7 @@ class Clip:
     Attributes:
         frames: their numbers in the video.
         fps, width, height: of the video.
-        size: of the video file, in bytes; tells whether the file has changed since.
+        size: of the video file, in bytes; another size means that the file has changed.
     """
 
     frames: tuple[int, ...]
@@ -96,7 +96,7 @@ class Clip:
 
     @classmethod
     def parse(cls, value: object) -> "Clip":
-        """Check what was read from JSON; ValueError when it is no clip."""
+        """Convert a value from JSON; raises ValueError if it is not a clip."""
         names = ("frames", "fps", "width", "height", "size")
         if not isinstance(value, dict) or not isinstance(value.get("frames"), list) or not value["frames"]:
             raise ValueError("expected an object with a list of frame numbers")
@@ -114,12 +114,12 @@ def frame_name(number: int) -> str:
 
 @dataclass(frozen=True)
 class ExtractedFrames:
-    """A folder of extracted frames, whole as `extract_frames` left it.
+    """A complete folder of extracted frames, as `extract_frames` writes it.
 
     Attributes:
         folder: absolute path.
-        clips: video path as in the annotations -> its frames.
-        problems: video path -> what is wrong with the video; it has no entry in ``clips`` unless some frames came.
+        clips: video path in the annotations -> its frames.
+        problems: video path -> problem of the video. Such a video is in ``clips`` only if some frames were extracted.
     """
 
     folder: str
@@ -128,7 +128,7 @@ class ExtractedFrames:
 
     @staticmethod
     def manifest_path(folder: str) -> str:
-        """Where the manifest lies."""
+        """Return the path of the manifest."""
         return osp.join(folder, MANIFEST)
 
     @classmethod
@@ -136,12 +136,12 @@ class ExtractedFrames:
         """Read the manifest.
 
         Raises:
-            ValueError: the folder has none, because the extraction is not finished, or it is damaged.
+            ValueError: the manifest is missing, because the extraction is not finished, or it is damaged.
         """
         path = cls.manifest_path(folder)
         if not osp.isfile(path):
             raise ValueError(
-                f"{folder} holds extracted frames but no {MANIFEST}, so they are not all there; finish them with "
+                f"{folder} holds extracted frames but no {MANIFEST}, so they are not complete; finish with "
                 "python -m data_rice.moving_fashion prepare, or remove the folder."
             )
         manifest = parsing.read_json_object(path)
@@ -163,7 +163,7 @@ class ExtractedFrames:
         return [osp.join(self.folder, video, frame_name(number)) for number in self.clips[video].frames]
 
     def check(self, root: str, videos: Iterable[str]) -> None:
-        """Make sure that the frames belong to ``videos`` of the data folder ``root``.
+        """Check that the frames belong to ``videos`` of the data folder ``root``.
 
         Raises:
             ValueError: a video is not in the manifest, its file has changed since, or frames are missing.
@@ -175,11 +175,11 @@ class ExtractedFrames:
                 size = None
             clip, reason = self.clips.get(video), self.problems.get(video)
             if clip is None and reason is None:
-                what = "was not there when they were extracted"
+                what = "did not exist at the time of extraction"
             elif clip is None and size is not None and reason in (MISSING, KNOWN):
-                what = "was missing when they were extracted and is there now"
+                what = "was missing at the time of extraction and exists now"
             elif clip is not None and size not in (None, clip.size):
-                what = f"has {size} bytes now and had {clip.size} then"
+                what = f"has {size} bytes and had {clip.size} at the time of extraction"
             elif clip is not None and not set(map(frame_name, clip.frames)) <= set(
                 folders.list_names(osp.join(self.folder, video))
             ):
@@ -187,7 +187,7 @@ class ExtractedFrames:
             else:
                 continue
             raise ValueError(
-                f"The frames in {self.folder} are stale: {video} {what}; run "
+                f"The frames in {self.folder} are outdated: {video} {what}; run "
                 f"python -m data_rice.moving_fashion prepare {root} again, or remove that folder."
             )
 
@@ -200,7 +200,7 @@ def _save_frame(picture: Image.Image, path: str, settings: FrameSettings) -> Non
 
 
 def _read_finished(folder: str, settings: FrameSettings, size: int | None) -> tuple[Clip, str, str] | None:
-    """Return what an earlier run left in a clip's folder, None when it cannot be used."""
+    """Return an earlier run's result from a clip's folder, None if it cannot be used."""
     try:
         entry = parsing.read_json_object(osp.join(folder, CLIP_FILE))
         clip = Clip.parse(entry.get("clip"))
@@ -214,11 +214,11 @@ def _read_finished(folder: str, settings: FrameSettings, size: int | None) -> tu
 
 
 def extract_clip(root: str, video: str, output: str, settings: FrameSettings) -> tuple[Clip | None, str, str]:
-    """Extract the frames of one video into ``output/<video>/``, or reuse what an earlier run left there.
+    """Extract the frames of one video into ``output/<video>/``, or reuse the result of an earlier run.
 
     Returns:
-        The clip, None when nothing could be extracted; what is wrong with the video ("" when nothing is); and what the
-        decoder says about it.
+        The clip, or None if no frame could be extracted; the problem of the video ("" if there is none); and the
+        decoder's message.
     """
     path, folder = osp.join(root, video), osp.join(output, video)
     size = osp.getsize(path) if osp.isfile(path) else None
@@ -258,13 +258,13 @@ def extract_clip(root: str, video: str, output: str, settings: FrameSettings) ->
 def extract_frames(
     root: str, output: str, settings: FrameSettings, workers: int = 1, progress: bool = True
 ) -> ExtractedFrames:
-    """Extract the frames of every video that the annotations list; running it again goes on, or changes nothing.
+    """Extract the frames of every video in the annotations. Another run resumes, or changes nothing.
 
     Args:
         root: the data folder.
-        output: folder to write; its path must not be used for anything else.
-        settings: how the frames are made; frames that were made otherwise are made anew.
-        workers: videos decoded at a time.
+        output: folder to write; use it for nothing else.
+        settings: settings of the extraction; frames with other settings are extracted again.
+        workers: number of videos decoded at the same time.
         progress: show a progress bar.
 
     Raises:
@@ -311,11 +311,11 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = prepare.add_argument
     add("dir", help="folder with train.json, test.json and videos/")
-    add("--output", help="folder for the frames (default: DIR/frames, where the builder looks for them)")
+    add("--output", help="folder for the frames (default: DIR/frames, which the builder reads)")
     add("--fps", type=float, default=1.0, help="frames per second (default: 1)")
     add("--short_side", type=int, default=256, help="pixels of the shorter side, never enlarged (default: 256)")
     add("--quality", type=int, default=90, help="JPEG quality, 1 to 95 (default: 90)")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="videos decoded at a time")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="videos decoded at the same time")
     return parser.parse_args(arguments)
 
 
@@ -323,8 +323,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 0 when every video is there and whole (but for those missing from the published archive), 1
-        when some are not, 2 when nothing could be done.
+        The exit status: 0 if every video exists and is intact (except those missing from the published archive), 1 if
+        some are not, 2 if the command could not run.
     """
     print_anywhere()
     options = _parse_arguments(arguments)
@@ -338,7 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
+        print("stopped; run the same command again to continue", file=sys.stderr)
         return 130
     frames = sum(len(clip.frames) for clip in extracted.clips.values())
     print(f"{output}: {len(extracted.clips)} videos, {frames} frames")

@@ -1,4 +1,4 @@
-"""shop_clips: the builder of anybody's own shop, and the command that checks its folder."""
+"""shop_clips: the builder for your own shop, and the command that checks its folder."""
 
 from .shop_clips import CLIP_FILES, GALLERY_FILE, ShopClips, ShopClipsConfig, carries_live_ids, read_gallery
 

@@ -1,9 +1,9 @@
-"""Says what is wrong with a shop_clips folder, and in which line.
+"""Checks a shop_clips folder and reports each problem with its line.
 
     python -m data_rice.shop_clips check DIR [--fast] [--json]
 
-The rows are judged by the functions that the builder reads them with. But the builder stops at the first mistake; here
-every line is looked at, every picture is opened, and the ends of every clip of a video are decoded.
+The check uses the reading functions of the builder. The builder stops at the first mistake; the check reads every
+line, opens every picture, and decodes the first and last frame of every video clip.
 """
 
 import argparse
@@ -33,18 +33,18 @@ from . import novel
 from . import shop_clips as format_
 
 FEW_PRODUCTS = 10
-# Ends are often rounded up to the second; a range may end so much after its video.
+# Ends are often rounded up to the second; a range may end this many seconds after its video.
 _END_TOLERANCE = 0.5
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """One problem.
 
     Attributes:
         file: name of the file inside the folder.
-        line: counted from 1; None when it is about the file as a whole.
-        message: what is wrong.
+        line: counted from 1; None for a problem of the whole file.
+        message: description of the problem.
         level: "error" (the builder refuses the folder, or the row cannot be used) or "warning".
     """
 
@@ -60,7 +60,7 @@ class Problem:
 
 @dataclass
 class Clip:
-    """What is needed of a clip's row after it is read."""
+    """The parts of a clip's row that later checks need."""
 
     split: str
     file: str
@@ -76,11 +76,11 @@ class Clip:
 
 @dataclass
 class Report:
-    """What was found.
+    """Result of the check.
 
     Attributes:
-        problems: in the order of the files and lines.
-        files: per file its number of rows, products, frames and videos, and the seconds of video.
+        problems: problems in the order of files and lines.
+        files: per file, the number of rows, products, frames and videos, and the seconds of video.
     """
 
     problems: list[Problem] = field(default_factory=list)
@@ -93,12 +93,12 @@ class Report:
 
 
 def check_folder(root: str, fast: bool = False, workers: int = 1, progress: bool = False) -> Report:
-    """Look through a shop_clips folder.
+    """Check a shop_clips folder.
 
     Args:
         root: the folder.
-        fast: open no picture and decode no video; only headers of videos are read.
-        workers: files opened at a time.
+        fast: do not open pictures or decode videos; read only the headers of videos.
+        workers: number of files opened at the same time.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -168,11 +168,11 @@ class _Checker:
             )
 
     def read_gallery(self) -> dict[str, dict]:
-        """Read the gallery as id -> live_id; a row that is partly wrong counts, so that its clips are not blamed."""
+        """Read the gallery as id -> live_id; keep partly wrong rows, so that their clips give no further problems."""
         file = format_.GALLERY_FILE
         gallery: dict[str, dict] = {}
         if not osp.isfile(osp.join(self.root, file)):
-            self.add(file, None, "there is no such file; write one JSON object per shop image")
+            self.add(file, None, "the file does not exist; write one JSON object per shop image")
             return gallery
         first: dict[str, int] = {}
         with_live_ids: bool | None = None
@@ -229,7 +229,7 @@ class _Checker:
             if row.get("frames") == [] and not video:
                 self.add(file, line, "the clip has no frames; name some or remove the row")
             if row.get("video") is None and (row.get("start") is not None or row.get("end") is not None):
-                self.add(file, line, "start and end belong to a video, and the clip has none", "warning")
+                self.add(file, line, "start and end belong to a video, but the clip has none", "warning")
             for frame in frames:
                 self.pictures.setdefault(frame, (file, line))
             product = relevant[0] if relevant else ""
@@ -240,27 +240,27 @@ class _Checker:
         files = {split: file for split, file in format_.CLIP_FILES.items() if file in self.report.files}
         if not files:
             names = ", ".join(format_.CLIP_FILES.values())
-            self.add(format_.CLIP_FILES["train"], None, f"there is none of {names}; write the clips of each split")
+            self.add(format_.CLIP_FILES["train"], None, f"none of {names} exists; write the clips of each split")
             return
         without = {
-            "train": "nothing can be trained on this folder",
-            "validation": "train with --eval_strategy no, or hold some clips back",
-            "test": "nothing can be measured on unseen clips",
+            "train": "no model can be trained on this folder",
+            "validation": "train with --eval_strategy no, or hold out some clips",
+            "test": "no result on unseen clips can be measured",
         }
         for split, consequence in without.items():
             if split not in files:
                 file = format_.CLIP_FILES[split]
-                self.add(file, None, f"there is no such file: {consequence}", "warning")
+                self.add(file, None, f"the file does not exist: {consequence}", "warning")
             elif not self.report.files[files[split]]["rows"]:
                 self.add(files[split], None, f"it holds no clip: {consequence}")
         products = {clip.product for clip in self.clips if clip.split == "train" and clip.product}
         if "train" in files and len(products) < FEW_PRODUCTS:
             level = "error" if len(products) < 2 else "warning"
-            message = f"its clips show {len(products)} products; training contrasts products, so give it more"
+            message = f"its clips show {len(products)} products; contrastive training needs more products"
             self.add(files["train"], None, message, level)
 
     def open_pictures(self) -> None:
-        """Find the missing, empty and damaged pictures; each is told once, where it is first named."""
+        """Find missing, empty and damaged pictures; each is reported once, where it is first named."""
         check = partial(_missing, self.media) if self.fast else self.decode
         for path, message in self.in_threads(check, list(self.pictures), "Pictures"):
             if message:
@@ -287,7 +287,7 @@ class _Checker:
                 yield path, result
 
     def open_videos(self) -> None:
-        """Find the missing and damaged videos, and ranges that are not in them."""
+        """Find missing and damaged videos, and time ranges outside their videos."""
         clips: dict[str, list[Clip]] = {}
         for clip in self.clips:
             if clip.video:
@@ -318,14 +318,14 @@ class _Checker:
         return problems
 
     def read_length(self, path: str) -> float:
-        """Seconds of a video, by its header only where the check is to be fast."""
+        """Return the length of a video in seconds; a fast check reads only its header."""
         if self.fast:
             return probe_video(path).seconds
         with VideoReader(path) as video:
             return video.end_s
 
     def read_ends(self, clip: Clip) -> tuple[str, str] | None:
-        """What is wrong with the first and the last frame of a clip, as the loader reads them, and how bad it is."""
+        """Read the first and last frame of a clip as the loader does; return the problem and its level, or None."""
         try:
             with VideoReader({"path": clip.video, "start": clip.start, "end": clip.end}) as video:
                 ends = {0, len(video) - 1}
@@ -340,7 +340,7 @@ class _Checker:
         return None
 
     def find_leaks(self) -> None:
-        """Find clips that show what a clip of another split shows."""
+        """Find clips that share frames or parts of a video with a clip of another split."""
         owners: dict[str, Clip] = {}
         ranges: dict[str, list[Clip]] = {}
         for clip in (clip for clip in self.clips if clip.whole):
@@ -397,7 +397,7 @@ def _overlap(one: Clip, other: Clip) -> bool:
 
 
 def format_summary(report: Report) -> str:
-    """The table that ends the check."""
+    """Return the summary table at the end of the check."""
     header = ["file", "rows", "products", "pictures", "videos", "seconds of video"]
     lines = [
         [name, *(str(values[key]) for key in ("rows", "products", "frames", "videos")), f"{values['seconds']:.1f}"]
@@ -411,19 +411,19 @@ def format_summary(report: Report) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 when there is no error, 1 when there is one, 2 for misuse."""
+    """Run the command line; returns the exit status: 0 without errors, 1 with errors, 2 for wrong arguments."""
     print_anywhere()
     parser = argparse.ArgumentParser(prog="python -m data_rice.shop_clips", description="Works on shop_clips folders.")
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser(
-        "check", help="say what is wrong with a folder", description="Says what is wrong with a folder, line by line."
+        "check", help="report the problems of a folder", description="Reports the problems of a folder, line by line."
     )
     check.add_argument("dir", help=f"folder with {format_.GALLERY_FILE} and clips_*.jsonl")
-    check.add_argument("--fast", action="store_true", help="open no picture, decode no video")
+    check.add_argument("--fast", action="store_true", help="do not open pictures or decode videos")
     check.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    check.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="files opened at a time")
-    about = "Writes the folder of the novel-product protocol: trained on some products, tested on others."
-    novel.add_arguments(commands.add_parser("novel", help="hold products back for the test", description=about))
+    check.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="files opened at once")
+    about = "Writes the folder of the novel-product protocol: training on some products, test on other products."
+    novel.add_arguments(commands.add_parser("novel", help="hold out products for the test", description=about))
     options = parser.parse_args(arguments)
     if options.command == "novel":
         return novel.run(options)

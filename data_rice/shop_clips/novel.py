@@ -1,9 +1,9 @@
-"""Writes the shop_clips folder of the novel-product protocol: trained on some products, tested on others.
+"""Writes the shop_clips folder of the novel-product protocol: training on some products, test on other products.
 
     python -m data_rice.shop_clips novel SHOP OUTPUT [--field product_fold --value novel | --fraction 0.25 --seed 0]
 
-The builder takes no path that leads out of its folder, not even through a symbolic link, so the media of the written
-folder are hard links: second names of SHOP's files, which take no space.
+The builder refuses paths that lead out of its folder, also through a symbolic link. So the media of the written folder
+are hard links to SHOP's files, which take no space.
 """
 
 import argparse
@@ -36,16 +36,16 @@ class _Clip:
 
 @dataclass(frozen=True)
 class NovelSplit:
-    """What the protocol keeps of a shop.
+    """The part of a shop that the protocol keeps.
 
     Attributes:
-        products: every product that clips show, named by the first in order of its gallery ids; sorted.
-        novel: those of them that only the test clips may show.
-        kept: per split the lines of its file that stay, as they are.
-        left_out: per split the number of the other clips.
-        without_product: per split how many of those have an empty gt_gallery_ids.
-        media: paths, relative to the shop, that the gallery and the kept clips name; sorted.
-        missing: those of the media that are no files, and so not in the written folder either.
+        products: all products that clips show, named by the smallest of their gallery ids; sorted.
+        novel: the products that only test clips may show.
+        kept: per split, the unchanged lines of the clips that stay.
+        left_out: per split, the number of other clips.
+        without_product: per split, the number of left-out clips with an empty gt_gallery_ids.
+        media: paths, relative to the shop, in the gallery and the kept clips; sorted.
+        missing: the media that do not exist, and are therefore not in the written folder.
     """
 
     products: list[str]
@@ -66,15 +66,15 @@ def select_novel(
 ) -> NovelSplit:
     """Choose the novel products, the test clips that show them, and the training and validation clips that do not.
 
-    Images that one clip names together in ``gt_gallery_ids`` show one product, so they are novel together or not at
-    all. Nothing is written.
+    Images in the ``gt_gallery_ids`` of one clip show one product, so all of them are novel or none is. This function
+    writes nothing.
 
     Args:
         shop: a shop_clips folder; clips_val.jsonl may be missing.
-        field: key of the clips' rows that tells novel products; None draws them.
-        value: what ``field`` holds for novel products, as text.
-        fraction: of the products that clips show, to be drawn; between 0 and 1, rounded, at least one product.
-        seed: of the draw, which depends on nothing but it, ``fraction`` and the ids.
+        field: key of the clip rows that marks novel products; None draws them at random.
+        value: the value of ``field`` for novel products, as text.
+        fraction: share of the products to draw, between 0 and 1; the count is rounded and at least 1.
+        seed: seed of the draw, which depends only on ``seed``, ``fraction`` and the ids.
 
     Raises:
         FileNotFoundError: the gallery, the training clips or the test clips are missing.
@@ -83,7 +83,7 @@ def select_novel(
     """
     if field is None and not 0 < fraction < 1:
         raise ValueError(
-            f"fraction must lie between 0 and 1, both excluded, not be {fraction:g}; pass one such as 0.25."
+            f"fraction must lie between 0 and 1, both excluded, not {fraction:g}; pass a value such as 0.25."
         )
     shop = osp.abspath(shop)
     gallery = format_.read_gallery(shop)
@@ -131,14 +131,14 @@ def write_novel_shop(
     fraction: float = FRACTION,
     seed: int = SEED,
 ) -> NovelSplit:
-    """Write the shop_clips folder of the novel-product protocol; a half-written one never appears as ``output``.
+    """Write the shop_clips folder of the novel-product protocol; ``output`` appears only when it is complete.
 
-    The gallery stays whole, so that the base products distract. The media are hard links: whoever edits one in place
-    edits the shop's.
+    The gallery stays whole, so that the base products are distractors. The media are hard links: an edit in place also
+    changes the shop's file.
 
     Args:
-        shop: a shop_clips folder, which is only read.
-        output: folder to write, on the filesystem of ``shop``; must not exist.
+        shop: a shop_clips folder; it is not changed.
+        output: folder to write, on the filesystem of ``shop``; it must not exist.
         field, value, fraction, seed: as in `select_novel`.
 
     Raises:
@@ -154,7 +154,7 @@ def write_novel_shop(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        # Before the links: a file that is opened for writing must not be a second name of one of the shop's.
+        # Before the links, so that no file opened for writing is a hard link to one of the shop's files.
         shutil.copyfile(shop / format_.GALLERY_FILE, partial / format_.GALLERY_FILE)
         for split, lines in selected.kept.items():
             with open(partial / format_.CLIP_FILES[split], "w", encoding="utf-8", newline="\n") as file:
@@ -184,7 +184,7 @@ def _read_clips(shop: str, file: str, gallery: dict[str, dict]) -> list[_Clip]:
 
 
 def _group_images(together: Iterable[list[str]]) -> dict[str, str]:
-    """Return image id -> the smallest id of those it is named together with, directly or through others."""
+    """Return image id -> the smallest id of its group; images named together, also indirectly, form a group."""
     groups: dict[str, set[str]] = {}
     for ids in together:
         group = set(ids).union(*(groups.get(image_id, ()) for image_id in ids))
@@ -194,7 +194,7 @@ def _group_images(together: Iterable[list[str]]) -> dict[str, str]:
 
 
 def _products_with(clips: list[_Clip], product_of: dict[str, str], field: str, value: str, shop: str) -> set[str]:
-    """Return the products whose clips hold ``value`` in ``field``."""
+    """Return the products whose clips have ``value`` in ``field``."""
     first: dict[str, tuple[bool, _Clip]] = {}
     values: set[str] = set()
     for clip in clips:
@@ -215,7 +215,7 @@ def _products_with(clips: list[_Clip], product_of: dict[str, str], field: str, v
                 path,
                 clip.line,
                 f"{field} {text!r} contradicts {other.file}, line {other.line}, which shows the same product "
-                f"({product}); a product is novel or it is not, repair one of them.",
+                f"({product}); all clips of a product need the same value, so repair one of them.",
             )
     if value not in values:
         found = ", ".join(map(repr, sorted(values)[:5])) + (", ..." if len(values) > 5 else "")
@@ -232,31 +232,31 @@ def _link(shop: Path, output: Path, paths: list[str]) -> None:
         except OSError as error:
             raise OSError(
                 f"{shop / path} cannot be hard-linked ({error.strerror}); write to the filesystem of {shop}, or copy "
-                "the shop to a place of your own first."
+                "the shop to your own folder first."
             ) from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of ``novel``."""
-    parser.add_argument("shop", help="shop_clips folder, which is only read")
+    parser.add_argument("shop", help="shop_clips folder; it is not changed")
     parser.add_argument("output", help="folder to write, on the same filesystem; must not exist yet")
-    parser.add_argument("--field", help="key of the clips' rows that tells novel products")
-    parser.add_argument("--value", help="what it holds for novel products")
-    parser.add_argument("--fraction", type=float, help=f"of the products, drawn as novel (default: {FRACTION})")
-    parser.add_argument("--seed", type=int, help=f"of that draw (default: {SEED})")
+    parser.add_argument("--field", help="key of the clip rows that marks novel products")
+    parser.add_argument("--value", help="value of that key for novel products")
+    parser.add_argument("--fraction", type=float, help=f"share of the products drawn as novel (default: {FRACTION})")
+    parser.add_argument("--seed", type=int, help=f"seed of that draw (default: {SEED})")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the folder and print the counts, or the error; returns the exit status, 0 or 2."""
+    """Write the folder and print the counts or the error; returns the exit status, 0 or 2."""
     try:
         selected = _write(options)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"products: {len(selected.products)}, of which {len(selected.novel)} are novel")
+    print(f"products: {len(selected.products)}, {len(selected.novel)} of them novel")
     for split, lines in selected.kept.items():
         without = selected.without_product[split]
-        note = f" ({without} for naming no product)" if without else ""
+        note = f" ({without} of them name no product)" if without else ""
         print(f"{format_.CLIP_FILES[split]}: {len(lines)} clips kept, {selected.left_out[split]} left out{note}")
     print(f"media: {len(selected.media) - len(selected.missing)} linked, {len(selected.missing)} missing")
     for path in selected.missing[:5]:
@@ -268,7 +268,7 @@ def _write(options: argparse.Namespace) -> NovelSplit:
     if (options.field is None) != (options.value is None):
         raise ValueError("--field and --value belong together; give both, or draw with --fraction and --seed.")
     if options.field is not None and (options.fraction is not None or options.seed is not None):
-        raise ValueError("--fraction and --seed draw products, which --field names; give one or the other.")
+        raise ValueError("--fraction and --seed draw products, but --field selects them; give one or the other.")
     return write_novel_shop(
         options.shop,
         options.output,

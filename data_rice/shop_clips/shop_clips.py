@@ -1,6 +1,6 @@
-"""`datasets` builder of the bring-your-own format: ``gallery.jsonl``, ``clips_{train,val,test}.jsonl``, media files.
+"""`datasets` builder for your own data: ``gallery.jsonl``, ``clips_{train,val,test}.jsonl``, media files.
 
-docs/data.md describes the format with an example; every key that is not named there is ignored.
+docs/data.md describes the format with an example. Keys that are not listed there are ignored.
 """
 
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ CLIP_TEXT_KEYS = ("asr", "category", "product_scale", "visible_duration", "produ
 CLIP_KEYS = ("query_id", "frames", "boxes", "video", "start", "end", "gt_gallery_ids", "live_id", *CLIP_TEXT_KEYS)
 SPLITS = {"train": datasets.Split.TRAIN, "validation": datasets.Split.VALIDATION, "test": datasets.Split.TEST}
 
-# Boxes are drawn by people and tools that overshoot a little; beyond this they are in another unit.
+# People and tools draw boxes slightly beyond the frame. Boxes beyond this limit are in another unit.
 _BOX_TOLERANCE = 0.1
 _LONGEST_VIDEO = 1e6
 
 
 @dataclass(eq=False)
 class ShopClipsConfig(ViewConfig):
-    """`ShopClips` has no options of its own."""
+    """Config of `ShopClips`; it has no further options."""
 
     def source_paths(self) -> list[str]:
         """See `ViewConfig.source_paths`."""
@@ -37,8 +37,8 @@ class ShopClipsConfig(ViewConfig):
 class ShopClips(ViewBuilder):
     """A shop's images and clips of its products as pairs, queries and gallery (train, validation, test).
 
-    The gallery is the same in all splits. A clip's product is the first of its ``gt_gallery_ids``. Where gallery rows
-    carry ``live_id``, a clip is searched in its own livestream's images, and every row must carry one.
+    The gallery is the same in all splits. A clip's product is the first of its ``gt_gallery_ids``. If gallery rows
+    have a ``live_id``, every row must have one, and a clip is searched among the images of its own livestream.
 
     Example:
         >>> builder = ShopClips("query", data_dir="data/grocerystore")
@@ -94,7 +94,7 @@ class ShopClips(ViewBuilder):
 
 
 def carries_live_ids(root: str) -> bool:
-    """Return whether the first row of ``gallery.jsonl`` carries a ``live_id``, and so all rows must."""
+    """Return whether the first row of ``gallery.jsonl`` has a ``live_id``; then all rows must have one."""
     return any(bool(row.get("live_id")) for _, row in _first(parsing.read_json_lines(osp.join(root, GALLERY_FILE))))
 
 
@@ -105,7 +105,7 @@ def _first(items):
 
 
 def text_value(row: dict, name: str) -> str:
-    """Return a text value; "" when absent or null, numbers as they are written."""
+    """Return a text value: "" if absent or null, numbers as written."""
     value = row.get(name)
     if value is None:
         return ""
@@ -117,7 +117,7 @@ def text_value(row: dict, name: str) -> str:
 
 
 def id_value(row: dict, name: str) -> str:
-    """Return an id; ValueError when it is absent or empty, or cannot be one."""
+    """Return an id; raises ValueError if it is absent, empty or not a valid id."""
     value = optional_id(row, name)
     if not value:
         raise ValueError(f"{name} is missing or empty")
@@ -125,7 +125,7 @@ def id_value(row: dict, name: str) -> str:
 
 
 def optional_id(row: dict, name: str) -> str:
-    """Return an id, "" when it is absent or empty."""
+    """Return an id, "" if it is absent or empty."""
     value = row.get(name)
     if value in (None, ""):
         return ""
@@ -207,7 +207,7 @@ def check_live_id(live_id: str, lives: set[str]) -> str:
     if lives == {""}:
         return live_id
     if not live_id:
-        raise ValueError("live_id is missing, and the gallery's images belong to livestreams")
+        raise ValueError("live_id is missing, but the gallery's images belong to livestreams")
     if live_id not in lives:
         raise ValueError(f"the livestream {live_id!r} has an empty gallery")
     return live_id
@@ -226,7 +226,7 @@ def check_relevant(value: object, live_id: str, gallery: dict[str, dict]) -> lis
 
 
 def frames_and_boxes(media: MediaRoot, row: dict) -> tuple[list[str], list[list[float] | None]]:
-    """Return a clip's absolute frame paths and one box or None per frame; ValueError says what is wrong."""
+    """Return a clip's absolute frame paths and one box or None per frame; raises ValueError for a wrong row."""
     frames, boxes = row.get("frames"), row.get("boxes")
     if frames is None and row.get("video") is None:
         raise ValueError("the clip has neither frames nor a video")
@@ -239,7 +239,7 @@ def frames_and_boxes(media: MediaRoot, row: dict) -> tuple[list[str], list[list[
     if boxes is None:
         return paths, [None] * len(paths)
     if row.get("video") is not None:
-        raise ValueError("boxes belong to frames, and the clip is a video; extract its frames or remove the boxes")
+        raise ValueError("boxes belong to frames, but the clip is a video; extract its frames or remove the boxes")
     if not isinstance(boxes, list) or len(boxes) != len(paths):
         raise ValueError(f"boxes must be a list with one entry per frame ({len(paths)})")
     return paths, [None if box is None else _fraction_box(box) for box in boxes]
@@ -267,7 +267,7 @@ def video_range(media: MediaRoot, row: dict) -> tuple[str, float, float]:
     video = media.path(row["video"], "video path")
     if start is None and end is None:
         return video, -1.0, -1.0
-    # Beyond that it is no time in seconds, and it must fit the column's 32-bit float.
+    # A larger number is not a time in seconds. The value must fit the column's 32-bit float.
     if not parsing.is_number(start) or not parsing.is_number(end) or not 0 <= start < end <= _LONGEST_VIDEO:
         raise ValueError("start and end must be seconds with 0 <= start < end, and end at most a million")
     return video, float(start), float(end)

@@ -1,1 +1,1 @@
-"""What an evaluation leaves in its folder: results.json, rankings, pictures and the HTML page."""
+"""The output files of an evaluation: results.json, rankings, pictures and the HTML page."""

@@ -1,8 +1,7 @@
-"""Which patches of a clip belong to each patch of a shop image, as heat over the clip's frames.
+"""Heat maps over the frames of a clip: which patches correspond to each patch of a shop image.
 
-A model takes part by a method that gives weights `(1, P, T, P)` for one image and one clip:
-`alignment_maps(**inputs)`, cosines of patches, of whose best the alignment score is made; or
-`reconstruction_maps(**inputs)` (PFR).
+A model needs a method that returns weights `(1, P, T, P)` for one image and one clip: `alignment_maps(**inputs)`, the
+cosines of patches from which the alignment score takes the best; or `reconstruction_maps(**inputs)` (PFR).
 """
 
 import math
@@ -21,31 +20,31 @@ from ..frames import clip_frames
 Region = tuple[float, float, float, float]
 WARM = (255, 96, 0)
 DIMMED = 0.4
-"""Brightness that is left where there is no heat."""
+"""Brightness where there is no heat."""
 
 
 def reconstructs(model: Any) -> bool:
-    """Whether a model says from which patches it reconstructs."""
+    """Whether a model has reconstruction maps."""
     return hasattr(model, "reconstruction_maps") and getattr(model, "reconstruction_head", True) is not None
 
 
 def aligns(model: Any) -> bool:
-    """Whether a model says which patches find each other."""
+    """Whether a model has alignment maps."""
     return getattr(model, "alignment", None) is not None and hasattr(model, "alignment_maps")
 
 
 def has_maps(model: Any) -> bool:
-    """Whether there are heat maps of a model."""
+    """Whether a model has heat maps."""
     return aligns(model) or reconstructs(model)
 
 
 def seen_region(part: Any, size: tuple[int, int] = (1, 1)) -> Region:
     """
-    The part of a picture that an image or video processor hands to the encoder: ltrb in 0..1 of the picture.
+    The part of a picture that an image or video processor passes to the encoder: ltrb in 0..1 of the picture.
 
     Args:
         part: Image or video processor.
-        size: Width and height of the picture, which count where its short side is resized and its shape is kept.
+        size: Width and height of the picture; used if the processor resizes the short side and keeps the aspect ratio.
     """
     if not getattr(part, "do_center_crop", False):
         return (0.0, 0.0, 1.0, 1.0)
@@ -58,12 +57,12 @@ def seen_region(part: Any, size: tuple[int, int] = (1, 1)) -> Region:
 @dataclass
 class PairMaps:
     """
-    How much the patches of one image and of one clip have to do with each other.
+    Weights between the patches of one image and of one clip.
 
     Attributes:
         weights: `(rows, columns, T, rows, columns)`, at least 0: the image's patches, then the clip's frames and
             patches.
-        is_alignment: Whether these are similarities of patches and not weights of a reconstruction.
+        is_alignment: True for similarities of patches, False for weights of a reconstruction.
     """
 
     weights: np.ndarray
@@ -76,11 +75,11 @@ class PairMaps:
 
     def heat(self, patch: tuple[int, int] | None = None) -> np.ndarray:
         """
-        `(T, rows, columns)` from 0, the clip's least weight, to 1, its greatest; all 0 where all weights are equal.
+        `(T, rows, columns)` from 0 (the clip's smallest weight) to 1 (its largest); all 0 if all weights are equal.
 
         Args:
-            patch: Row and column of the image's patch; by default all of them: the mean of a reconstruction's weights,
-                the best match in an alignment.
+            patch: Row and column of the image's patch. By default all patches: the mean of a reconstruction's weights,
+                or the best match of an alignment.
         """
         together = self.weights.max if self.is_alignment else self.weights.mean
         weights = together(axis=(0, 1)) if patch is None else self.weights[patch]
@@ -94,7 +93,7 @@ class PairMaps:
 def pair_maps(model: Any, inputs: dict[str, Any]) -> PairMaps:
     """
     Args:
-        model: Of which `has_maps`, in eval mode; its alignment comes first.
+        model: A model with heat maps (`has_maps`), in eval mode; alignment is preferred.
         inputs: Model inputs of one image and one clip.
 
     Raises:
@@ -102,8 +101,8 @@ def pair_maps(model: Any, inputs: dict[str, Any]) -> PairMaps:
     """
     if not has_maps(model):
         raise ValueError(
-            "this model reconstructs no patches and aligns none, so it has no heat maps; train it with PFR, or make "
-            "one with `rice init`."
+            "this model has no patch reconstruction and no alignment, so it has no heat maps; train it with PFR, or "
+            "make one with `rice init`."
         )
     is_alignment = aligns(model)
     maps = model.alignment_maps(**inputs) if is_alignment else model.reconstruction_maps(**inputs)
@@ -116,12 +115,12 @@ def pair_maps(model: Any, inputs: dict[str, Any]) -> PairMaps:
 
 def row_maps(model: Any, collator: Any, query: dict, image: dict) -> PairMaps:
     """
-    The maps of a query row with a gallery row; errors as `pair_maps`, and `ValueError` for a row that is unreadable.
-    Frames that the processor leaves out for want of a box have no weight.
+    The maps of a query row with a gallery row; errors as `pair_maps`, and `ValueError` for an unreadable row. Frames
+    that the processor leaves out because they have no box get no weight.
 
     Args:
         model: As `pair_maps`.
-        collator: A `RiceCollator`, with the settings of the evaluation.
+        collator: A `RiceCollator` with the settings of the evaluation.
         query, image: Rows of the queries and gallery views.
     """
     clip, readable, failures = collator.collate_queries([query])
@@ -139,7 +138,7 @@ def row_maps(model: Any, collator: Any, query: dict, image: dict) -> PairMaps:
 
 
 def heat_pictures(model: Any, collator: Any, query: dict, image: dict) -> list[Image.Image]:
-    """The frames that the model saw of a query row, under the heat of a gallery row; errors as `row_maps`."""
+    """The frames of a query row that the model used, with the heat of a gallery row; errors as `row_maps`."""
     part = collator.processor.video_processor
     heat = row_maps(model, collator, query, image).heat()
     frames = clip_frames(query, collator.num_frames or part.num_frames)
@@ -150,12 +149,12 @@ def heat_pictures(model: Any, collator: Any, query: dict, image: dict) -> list[I
 
 def overlay(picture: Image.Image, heat: np.ndarray, region: Region = (0.0, 0.0, 1.0, 1.0)) -> Image.Image:
     """
-    A picture, dark where there is no heat and warm where there is much.
+    The picture with heat: dark without heat, warm with much heat.
 
     Args:
         picture: RGB.
         heat: `(rows, columns)` in 0..1.
-        region: Where the heat lies, ltrb in 0..1 of the picture; outside of it there is none.
+        region: The part of the picture with heat, ltrb in 0..1; there is no heat outside of it.
     """
     width, height = picture.size
     left, top, right, bottom = (round(v * side) for v, side in zip(region, (width, height) * 2))
@@ -176,7 +175,7 @@ def draw_grid(
     patch: tuple[int, int] | None = None,
     region: Region = (0.0, 0.0, 1.0, 1.0),
 ) -> Image.Image:
-    """The picture with the grid of its patches, one of them framed."""
+    """The picture with the grid of its patches; one patch has a frame."""
     result = picture.convert("RGB")
     shade = Image.new("L", result.size, 0)
     cells = {(i, j): patch_corners(result.size, grid, (i, j), region) for i in range(grid[0]) for j in range(grid[1])}
@@ -192,7 +191,7 @@ def draw_grid(
 def patch_corners(
     size: tuple[int, int], grid: tuple[int, int], patch: tuple[int, int], region: Region = (0.0, 0.0, 1.0, 1.0)
 ) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom in pixels of a patch of a picture of `size` (width, height)."""
+    """Left, top, right, bottom in pixels of a patch, for a picture of `size` (width, height)."""
     left, top, right, bottom = region
     (rows, columns), (row, column) = grid, patch
     x = [left + (right - left) * (column + i) / columns for i in (0, 1)]
@@ -209,7 +208,7 @@ def patch_at(
     point: tuple[float, float],
     region: Region = (0.0, 0.0, 1.0, 1.0),
 ) -> tuple[int, int] | None:
-    """Row and column of the patch at a point (x, y in pixels) of a picture; `None` where there is none."""
+    """Row and column of the patch at a point (x, y in pixels) of a picture; `None` outside the grid."""
     left, top, right, bottom = region
     x = (point[0] / size[0] - left) / (right - left)
     y = (point[1] / size[1] - top) / (bottom - top)

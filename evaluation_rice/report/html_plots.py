@@ -1,4 +1,4 @@
-"""Plots of recall as SVG elements to be put into an HTML page; every text is escaped."""
+"""Plots of recall as SVG elements for an HTML page; every text is escaped."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ LABEL_WIDTH, PLOT_WIDTH, VALUE_WIDTH = 180, 260, 100
 
 @dataclass(frozen=True)
 class Bar:
-    """One line of a bar plot: R@1 as a fraction, its 95 % interval, and the number of clips that it is over."""
+    """One bar of a plot: R@1 as a fraction, its 95 % interval, and its number of clips."""
 
     label: str
     value: float

@@ -1,4 +1,4 @@
-"""report.html: one evaluation as one self-contained page, which opens anywhere without a network."""
+"""report.html: one evaluation as one self-contained page that needs no network."""
 
 import base64
 import io
@@ -64,14 +64,14 @@ HeatPictures = Callable[[dict, dict], list[Image.Image]]
 @dataclass
 class Evaluation:
     """
-    What a report shows.
+    Content of a report.
 
     Attributes:
         results: Content of results.json.
         task, rankings: Queries with their galleries, and the rankings by each score.
         queries, gallery: The views.
-        heat: Gives the frames of a query row under the heat of a gallery row, or raises `ValueError`; `None` where
-            the model has no such maps.
+        heat: Returns the frames of a query row with the heat of a gallery row, or raises `ValueError`; `None` if the
+            model has no heat maps.
     """
 
     results: Mapping
@@ -84,7 +84,7 @@ class Evaluation:
 
     @property
     def shown(self) -> str:
-        """The kind of score that plots and examples are about."""
+        """The kind of score for plots and examples."""
         kind = self.results["protocol"]["rank_by"]
         return kind if kind in self.rankings else "embedding"
 
@@ -95,7 +95,7 @@ class Evaluation:
 
 
 def by_livestream(task: RetrievalTask, rankings: Mapping[str, Rankings]) -> dict[str, dict]:
-    """`{live_id: {"num_queries": n, score name: {"R@1": ...}}}`; empty where there is one gallery for all."""
+    """`{live_id: {"num_queries": n, score name: {"R@1": ...}}}`; empty if all queries search one gallery."""
     counts = Counter(task.query_scopes)
     if len(counts) < 2:
         return {}
@@ -108,11 +108,12 @@ def by_livestream(task: RetrievalTask, rankings: Mapping[str, Rankings]) -> dict
 
 def choose_examples(task: RetrievalTask, ranked: Rankings, count: int = EXAMPLES) -> tuple[list[int], list[int]]:
     """
-    The best queries, right and with the widest lead over the first wrong image among the five best; and the worst,
-    with the right image deepest, or absent, then with the widest lead of the wrong one. Equal ones stay in file order.
+    The best queries: hits with the widest lead over the first wrong image among the five best. The worst queries:
+    those with the right image at the lowest rank or absent, then with the widest lead of the wrong image. Equal
+    queries stay in file order.
 
     Returns:
-        Query numbers, worst ones first in the second list. Queries without a ranking are in neither.
+        Two lists of query numbers, best and worst; the worst query is first. Queries without a ranking are in neither.
     """
     ranks = ranked.first_relevant_ranks()
     right, wrong = [], []
@@ -131,7 +132,7 @@ def choose_examples(task: RetrievalTask, ranked: Rankings, count: int = EXAMPLES
 
 
 def picture_tag(picture: Image.Image | None, label: str) -> str:
-    """A small copy of a picture as an `img` element that carries its bytes; `None` becomes a grey tile."""
+    """A small copy of a picture as an `img` element with its bytes; `None` becomes a grey tile."""
     if picture is None:
         picture = Image.new("RGB", (TILE, TILE), (238, 238, 238))
         ImageDraw.Draw(picture).text((TILE // 2, TILE // 2), "unreadable", (110, 110, 110), anchor="mm")
@@ -189,7 +190,7 @@ def _groups(evaluation: Evaluation) -> str:
         return ""
     words = (
         f"R@1 in percent by {kind} score, and the number of clips; whiskers are 95 % intervals, Wilson's where none "
-        "or all of them are right."
+        "or all of the clips are right."
     )
     return _section("Where it works", _note(words), f'<div class="plots">{"".join(plots)}</div>')
 
@@ -202,8 +203,8 @@ def _livestreams(evaluation: Evaluation) -> str:
     values = [100 * bar.value for bar in bars]
     words = (
         f"R@1 in percent by {kind} score over {len(bars)} livestreams: from {values[-1]:.1f} to {values[0]:.1f}, "
-        f"median {median(values):.1f}. Clips of one livestream are alike, which is "
-        f"why the intervals above resample livestreams first; those here are over the clips of each."
+        f"median {median(values):.1f}. Clips of one livestream are not independent, "
+        f"so the intervals above resample livestreams first; the intervals here are over the clips of each."
     )
     if len(bars) > 40:
         words += " The 20 best and the 20 worst are shown."
@@ -320,24 +321,26 @@ def _protocol(results: Mapping) -> str:
         "detector": "The boxes of a product detector were used.",
     }[protocol["boxes"]]
     asr = {
-        "none": " No ASR was read.",
-        "shuffled": " The ASR was read with its words in disorder.",
-        "wrong": " In the place of a clip's ASR, that of a clip of another product was read.",
+        "none": " No ASR was used.",
+        "shuffled": " The words of the ASR were shuffled.",
+        "wrong": " Each clip had the ASR of a clip of another product.",
     }.get(protocol.get("asr"), "")
     sentences = [
         f"{results['num_queries']} clips of the {protocol['split']} split. {scope_words(results)}",
         f"To be exact, {gallery_words(results)}.",
-        f"At most {protocol['num_frames']} frames of a clip are looked at. {boxes}{asr}",
+        f"At most {protocol['num_frames']} frames of a clip are used. {boxes}{asr}",
         f"A hit is {protocol['hit']}. The denominator is {protocol['denominator']}.",
         f"Ties are broken by {protocol['tie_order']}; the interval of R@1 is a {protocol['interval']}.",
     ]
     for kind, tie in results["ties"].items():
         if tie["share"] > 0:
             random = 100 * tie["R@1_ties_at_random"]
-            sentences.append(f"{100 * tie['share']:.1f} % are tied by {kind} score; at random R@1 were {random:.1f}.")
+            sentences.append(
+                f"{100 * tie['share']:.1f} % are tied by {kind} score; R@1 with ties in random order: {random:.1f}."
+            )
     unreachable = protocol["queries_without_relevant_in_gallery"]
     if unreachable:
-        sentences.append(f"{unreachable} clips have no right image in their gallery and are misses for any method.")
+        sentences.append(f"{unreachable} clips have no right image in their gallery; they are misses for any method.")
     return _section("How it was measured", *(f"<p>{escape(sentence)}</p>" for sentence in sentences))
 
 
@@ -354,14 +357,14 @@ def html_report(evaluation: Evaluation, num_examples: int = EXAMPLES) -> str:
 
     Args:
         evaluation: What to show.
-        num_examples: Best clips, and worst ones.
+        num_examples: Number of best clips and of worst clips.
     """
     results = evaluation.results
     title = f"Product recognition on {dataset_name(results)}, {results['protocol']['split']} split"
     best = results["scores"][evaluation.shown]
     low, high = best["R@1_ci95"]
     summary = (
-        f"R@1 by {evaluation.shown} score is {100 * best['R@1']:.1f} % (95 %: {100 * low:.1f} to "
+        f"R@1 by {evaluation.shown} score is {100 * best['R@1']:.1f} % (95 % interval: {100 * low:.1f} to "
         f"{100 * high:.1f}) over {results['num_queries']} clips."
     )
     body = "".join(
@@ -372,7 +375,7 @@ def html_report(evaluation: Evaluation, num_examples: int = EXAMPLES) -> str:
             *(_speed(results), _origin(results)),
         ]
     )
-    # The policy makes a browser refuse whatever is not in the page itself.
+    # The policy makes a browser refuse any content from outside the page.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8" />'
@@ -383,5 +386,5 @@ def html_report(evaluation: Evaluation, num_examples: int = EXAMPLES) -> str:
 
 
 def write_html_report(output_dir: str | os.PathLike, evaluation: Evaluation, num_examples: int = EXAMPLES) -> None:
-    """Writes `report.html` into `output_dir`; arguments as `html_report`."""
+    """Writes `report.html` to `output_dir`; arguments as `html_report`."""
     write_atomically(Path(output_dir) / "report.html", html_report(evaluation, num_examples))

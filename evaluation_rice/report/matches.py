@@ -1,4 +1,4 @@
-"""matches.png: query frames, the first five shop images with their scores, the right one framed."""
+"""matches.png: query frames and the first five shop images with their scores; the right image has a frame."""
 
 import os
 from collections.abc import Callable
@@ -22,7 +22,7 @@ RIGHT, WRONG, PLAIN = (22, 150, 60), (205, 40, 40), (205, 205, 205)
 
 
 def choose_rows(hits: list[int], misses: list[int], num_rows: int) -> tuple[list[int], list[int]]:
-    """Evenly spaced hits and misses in file order, half each where there are enough of both; nothing is drawn."""
+    """Evenly spaced hits and misses in file order, half of each if there are enough; no randomness."""
 
     def spaced(items: list[int], count: int) -> list[int]:
         return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
@@ -32,7 +32,7 @@ def choose_rows(hits: list[int], misses: list[int], num_rows: int) -> tuple[list
 
 
 def _read(load: Callable, *arguments):
-    """What `load` gives, or None: a damaged file is among the failures already and becomes a tile that says so."""
+    """The result of `load`, or None for a damaged file, which is listed as a failure and becomes a grey tile."""
     try:
         return load(*arguments)
     except (ValueError, OSError):
@@ -51,7 +51,7 @@ def _tile(image: Image.Image | None) -> Image.Image:
 
 
 def _printable(text: str) -> str:
-    """`text` without the characters that the built-in font cannot draw; "" where nothing readable is left."""
+    """`text` without characters that the built-in font cannot draw; "" if nothing readable remains."""
     kept = "".join(c for c in str(text) if " " <= c <= "ÿ").strip()
     return kept if len(kept) * 2 >= len(str(text).strip()) else ""
 
@@ -61,7 +61,7 @@ def _shorten(text: str, length: int = 44) -> str:
 
 
 class _Row:
-    """One query: frames on the left, ranking on the right, the right image at the end where it is not among them."""
+    """One query: frames on the left, ranking on the right, and the right image at the end if it is not included."""
 
     def __init__(self, task: RetrievalTask, ranked: Rankings, queries, index: int):
         self.query_id = task.query_ids[index]
@@ -73,7 +73,7 @@ class _Row:
         self.rank = next((i for i, image in enumerate(self.ranking, 1) if image in self.relevant), 0)
 
     def caption(self) -> str:
-        """Clip, category and the place of the right image."""
+        """Clip, category and the rank of the right image."""
         if self.rank:
             place = f"right image at rank {self.rank} of {self.size}"
         elif not self.ranking:
@@ -117,7 +117,7 @@ def draw_matches(
     kind: str,
     num_rows: int = 10,
 ) -> None:
-    """Draws queries with their first five shop images into a PNG; the same results always give the same picture.
+    """Draws queries with their first five shop images into a PNG; equal results give equal pictures.
 
     Args:
         path: file to write.
@@ -126,7 +126,7 @@ def draw_matches(
         queries: the query view.
         gallery: the gallery view.
         kind: name of the score, for the title.
-        num_rows: queries shown, half of them hits and half misses where there are enough of both.
+        num_rows: number of queries, half of them hits and half misses if there are enough.
     """
     hit = ranked.hits_at_1()
     hits, misses = choose_rows([i for i, h in enumerate(hit) if h], [i for i, h in enumerate(hit) if not h], num_rows)
@@ -145,7 +145,7 @@ def draw_matches(
         f"evenly spaced in file order (R@1 of all clips is {100 * hit.mean():.1f} %)"
     )
     draw.text((GAP, 8), title, INK, ImageFont.load_default(17))
-    legend = "left: frames of the clip; right: the first five shop images with scores; green: right, red: wrong first"
+    legend = "left: frames of the clip; right: first five shop images with scores; green: correct, red: wrong first"
     draw.text((GAP, 34), legend, FAINT, ImageFont.load_default(13))
     for i, row in enumerate(chosen):
         top = TITLE + i * height

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: its folder of files, and what is printed."""
+"""The output of an evaluation: its files and the printed report."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +18,11 @@ SHOWN_FAILURES = 5
 
 def write_files(output: Path, evaluation: Evaluation, run_dir: str | None, report: bool) -> None:
     """
-    Everything that an evaluation leaves in its folder, results.json last.
+    Writes all files of an evaluation, results.json last.
 
     Args:
         output: the folder.
-        evaluation: what was measured.
+        evaluation: the content.
         run_dir: folder of the model's training run, for its card.
         report: also write report.html.
     """
@@ -45,7 +45,7 @@ def write_files(output: Path, evaluation: Evaluation, run_dir: str | None, repor
 
 
 def print_report(results: Mapping, output: Path, report: bool) -> None:
-    """The table, and all that a reader must know to read it."""
+    """Prints the table and the facts needed to read it."""
     protocol = results["protocol"]
     print(f"\n{results['num_queries']} clips of {results['dataset']} ({protocol['split']}); {gallery_words(results)}")
     asr = f"ASR: {protocol['asr']}; " if "asr" in protocol else ""
@@ -56,14 +56,14 @@ def print_report(results: Mapping, output: Path, report: bool) -> None:
     for kind, tie in results["ties"].items():
         if tie["share"] > 0:
             random = 100 * tie["R@1_ties_at_random"]
-            print(f"{100 * tie['share']:.1f} % of the clips are tied by {kind}; R@1 with ties at random: {random:.1f}")
+            print(f"{100 * tie['share']:.1f} % of the clips are tied by {kind}; R@1 in random order: {random:.1f}")
     unreachable = protocol["queries_without_relevant_in_gallery"]
     if unreachable:
-        print(f"{unreachable} clips have no relevant image in their gallery: misses for any method")
+        print(f"{unreachable} clips have no relevant image in their gallery; they are misses for any method")
     for failure in results["failures"][:SHOWN_FAILURES]:
         print(f"not read: {failure['kind']} {failure['id']} {failure['file']} ({failure['reason']})")
     if len(results["failures"]) > SHOWN_FAILURES:
-        print(f"... {len(results['failures'])} failures in all, listed in results.json")
+        print(f"... {len(results['failures'])} failures in total, listed in results.json")
     _print_files(results, output, report)
 
 

@@ -1,4 +1,4 @@
-"""The files of figures: results.json, rankings.jsonl and query_ranks.jsonl."""
+"""Writes results.json, rankings.jsonl and query_ranks.jsonl."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from ..protocol import Rankings, RetrievalTask
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
+    """Versions of the libraries on which the figures depend."""
     result = {"python": platform.python_version()}
     for name in ("torch", "torchvision", "transformers", "datasets", "numpy", "pillow"):
         try:
@@ -24,22 +24,22 @@ def library_versions() -> dict[str, str]:
 
 
 def write_results(output_dir: str | os.PathLike, results: Mapping) -> None:
-    """Writes `results.json`: fractions, unrounded."""
+    """Writes `results.json`, with fractions that are not rounded."""
     text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(Path(output_dir) / "results.json", text + "\n")
 
 
 def write_rankings(output_dir: str | os.PathLike, task: RetrievalTask, ranked: Rankings) -> None:
-    """Writes `rankings.jsonl`: `query_id`, `live_id` (empty where there is none), `ranking`, `relevant`."""
+    """Writes `rankings.jsonl`: `query_id`, `live_id` (may be empty), `ranking`, `relevant`."""
     lines = ({"ranking": ranking, "relevant": task.relevant[q]} for q, ranking in ranked.complete().rankings.items())
     _write_lines(Path(output_dir) / "rankings.jsonl", task, lines)
 
 
 def write_query_ranks(output_dir: str | os.PathLike, rankings: Mapping[str, Rankings]) -> None:
-    """Writes `query_ranks.jsonl`, on which two methods are compared query by query.
+    """Writes `query_ranks.jsonl`, for comparing two methods query by query.
 
-    `query_id`, `live_id` (empty where there is none), and per kind of score the rank (from 1) of the query's first
-    relevant image, null where that is not among those kept.
+    A line has `query_id`, `live_id` (may be empty), and per kind of score the rank (from 1) of the query's first
+    relevant image, null if the kept part of the ranking has none.
     """
     ranks = {kind: ranked.first_relevant_ranks() for kind, ranked in rankings.items()}
     task = next(iter(rankings.values())).task

@@ -1,1 +1,1 @@
-"""Several runs beside each other: ablations, tables of baselines, gains of a part, and where a model looks."""
+"""Comparisons of several runs: ablations, tables of baselines, gains by group of clips, and attention in boxes."""

@@ -2,9 +2,10 @@
 
     python -m evaluation_rice.study.ablation configs/ablation_mini.yaml --output_dir runs/ablation
 
-Every arm of a seed goes on from one shared checkpoint. Cells run in the order of the file, the decisive ones first.
-What is finished is kept, so the same command again goes on, and cells that did not fit into the time are printed as
-not run. `ablation.json`, `ablation.md` and `ablation.png` are written into the output folder.
+A cell is one arm with one seed. All arms of a seed start from one shared checkpoint. Cells run in the order of the
+file, so put the most important ones first. Finished cells are kept, so the same command resumes a study. Cells that
+did not fit into the time limit are listed as not run. The command writes `ablation.json`, `ablation.md` and
+`ablation.png` to the output folder.
 """
 
 import argparse
@@ -40,11 +41,11 @@ class Runner:
     """Runs the cells of a study, `jobs` at a time, each with its share of the cores.
 
     Args:
-        study: what to run.
-        output_dir: where each cell has a folder `ARM/seedN` with its logs, model and results.
-        jobs: cells run at once.
-        max_minutes: no cell is started that would, by the longest so far, end later than this; with 0 nothing is
-            rendered either.
+        study: the study.
+        output_dir: folder of the study; each cell has a folder `ARM/seedN` in it, with logs, model and results.
+        jobs: number of cells that run at once.
+        max_minutes: time limit. A cell does not start if it would end later, judged by the longest cell so far. With
+            0, data sets are not rendered either.
     """
 
     def __init__(self, study: Study, output_dir: str | Path, jobs: int = 1, max_minutes: float | None = None):
@@ -59,18 +60,17 @@ class Runner:
 
     def run(self, arms: list[str] | None = None) -> None:
         """
-        Runs the named arms, by default all, for all seeds; a cell that fails is reported and the others go on.
+        Runs the named arms (by default all) for all their seeds; if a cell fails, it is reported and the others run.
 
         Raises:
-            ValueError: a cell.json is damaged; nothing was started.
+            ValueError: a cell.json is damaged; then nothing is started.
             RuntimeError: a data set cannot be rendered.
         """
         chosen = [arm for arm in self.study.arms.values() if not arms or arm.name in arms]
         wanted = {arm.model_of for arm in chosen if arm.model_of} | {arm.name for arm in chosen}
-        names = ["start"] if self.study.start else []
-        names += [name for name in self.study.arms if name in wanted]
-        cells = [self.cells[name, seed] for name in names for seed in self.study.seeds]
-        # A damaged record is told before hours of work, and not when their tables are made.
+        wanted.add("start")
+        cells = [cell for (name, _), cell in self.cells.items() if name in wanted]
+        # Damaged records are found before hours of work, not when the tables are made.
         for cell in self.cells.values():
             cell.record()
         for folder, settings in self.study.render.items() if self.minutes > 0 else ():
@@ -79,7 +79,7 @@ class Runner:
         running: dict[tuple[str, int], concurrent.futures.Future] = {}
         with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
             for cell in cells:
-                # What it goes on from is handed out earlier, and may therefore be waited for.
+                # The cell it depends on was submitted earlier, so waiting for it cannot deadlock.
                 awaited = running.get((cell.before[0].name, cell.seed)) if cell.before else None
                 running[cell.name, cell.seed] = pool.submit(self._run_cell, cell, awaited)
             for future in tqdm(running.values(), desc="cells", unit="cell"):
@@ -133,12 +133,12 @@ class Runner:
 @dataclass(frozen=True)
 class Answers:
     """
-    What a finished cell answered.
+    Results of a finished cell per query.
 
     Attributes:
         query_ids: queries in order.
-        shops: per query its shop, `None` where that is not known.
-        task: `task_sha256` of its results.json, `None` where there is none.
+        shops: per query, its shop; `None` if unknown.
+        task: `task_sha256` of its results.json, `None` if missing.
         hits: kind of score -> hits at 1, `(num_queries,)`.
     """
 
@@ -148,7 +148,7 @@ class Answers:
     hits: dict[str, np.ndarray]
 
     def unlike(self, other: "Answers") -> str:
-        """In what the questions differ, so that the hits must not be paired; empty where they are the same."""
+        """The difference between the queries or galleries, which forbids pairing; empty if they are the same."""
         if self.query_ids != other.query_ids:
             return "different clips"
         return "different galleries" if None not in (self.task, other.task) and self.task != other.task else ""
@@ -156,7 +156,7 @@ class Answers:
 
 def read_answers(folder: str | Path) -> Answers:
     """
-    The query_ranks.jsonl of an evaluation, and of its results.json who searches what.
+    Reads the query_ranks.jsonl of an evaluation, and the hash of queries and galleries from its results.json.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged; the message names it.
@@ -173,7 +173,7 @@ def read_answers(folder: str | Path) -> Answers:
 
 
 def read_cells(cells: Iterable[Cell]) -> tuple[dict[str, dict[int, Answers]], dict]:
-    """Arm -> seed -> answers of finished cells, and `(arm, seed)` -> why there are none, of the unreadable."""
+    """Arm -> seed -> answers of the finished cells; and `(arm, seed)` -> reason, for the unreadable cells."""
     answers: dict[str, dict[int, Answers]] = {}
     problems: dict[tuple[str, int], str] = {}
     for cell in cells:
@@ -195,7 +195,7 @@ def read_cells(cells: Iterable[Cell]) -> tuple[dict[str, dict[int, Answers]], di
 
 
 def _shops(*answers: Answers) -> list[str] | None:
-    """The shops of queries that all answers share, from the first that knows them."""
+    """The shops of the common queries, from the first answers that have them."""
     return next((found.shops for found in answers if found.shops is not None), None)
 
 
@@ -218,7 +218,7 @@ def _compare(comparison: Comparison, answers: Mapping[str, Mapping[int, Answers]
 
 
 def _figures(seeds: Mapping[int, Answers], kind: str) -> dict[str, Any] | None:
-    """R@1 over the seeds that have this kind of score; `None` where there is none."""
+    """R@1 over the seeds that have this kind of score; `None` if there is no such seed."""
     hits = {seed: found.hits[kind] for seed, found in seeds.items() if kind in found.hits}
     if not hits:
         return None
@@ -230,11 +230,11 @@ def _figures(seeds: Mapping[int, Answers], kind: str) -> dict[str, Any] | None:
 
 def summarise(study: Study, output_dir: str | Path, problems: Mapping[tuple[str, int], str]) -> dict:
     """
-    The figures of all finished cells and comparisons, and the cells that have none with the reason.
+    The figures of all finished cells and comparisons, and the cells without a result with the reason.
 
     Args:
         study, output_dir: see `Runner`.
-        problems: reasons known from running, by arm and seed.
+        problems: reasons from the run, by arm and seed.
 
     Raises:
         ValueError: a cell.json is damaged.
@@ -259,7 +259,7 @@ def summarise(study: Study, output_dir: str | Path, problems: Mapping[tuple[str,
 
 
 def to_markdown(study: Study, summary: Mapping) -> str:
-    """Both tables and the list of cells that were not run, in Markdown; recall in percent, differences in points."""
+    """Both tables and the list of cells without a result, in Markdown; recall in percent, differences in points."""
     lines = ["| arm | " + " | ".join(f"{kind} R@1 (95 %)" for kind in KINDS) + " | by seed | what it changes |"]
     lines.append("|---|" + "---:|" * len(KINDS) + "---|---|")
     for name, arm in study.arms.items():
@@ -309,8 +309,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("study", help="YAML file, such as configs/ablation_mini.yaml")
     parser.add_argument("--output_dir", help="folder of the study; default runs/NAME-OF-THE-FILE")
-    parser.add_argument("--max_minutes", type=float, help="instead of the file's own limit; 0 only prints the tables")
-    parser.add_argument("--jobs", type=int, default=1, help="cells run at once, each with its share of the cores")
+    parser.add_argument("--max_minutes", type=float, help="replaces the limit of the file; 0 only prints the tables")
+    parser.add_argument("--jobs", type=int, default=1, help="number of cells that run at once; they share the cores")
     parser.add_argument("--arms", nargs="+", help="run only these arms")
     options = parser.parse_args(arguments)
     with mistakes_end(parser, (ValueError, OSError, RuntimeError)):
@@ -322,13 +322,13 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
         for script in ("train_rice.py", "eval_rice.py"):
             if not Path(script).is_file():
-                raise FileNotFoundError(f"there is no {script} here: run this in the project's folder")
+                raise FileNotFoundError(f"there is no {script} here: run this command in the project's folder")
         if options.max_minutes is not None:
             read_minutes(options.max_minutes, "--max_minutes")
         output = Path(options.output_dir or Path("runs") / Path(options.study).stem)
         blocked = next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None)
         if blocked:
-            raise ValueError(f"--output_dir {output}: {blocked} is a file, so choose another folder")
+            raise ValueError(f"--output_dir {output}: {blocked} is a file: choose another folder")
         runner = Runner(study, output, options.jobs, options.max_minutes)
         runner.run(options.arms)
         summary = summarise(study, output, runner.problems)
@@ -341,7 +341,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _write(output: Path, summary: Mapping, text: str) -> str:
-    """Writes the summary as JSON, Markdown and picture; says which files these are."""
+    """Writes the summary as JSON, Markdown and picture; returns the names of the files."""
     output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / "ablation.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     write_atomically(output / "ablation.md", text)
@@ -351,7 +351,7 @@ def _write(output: Path, summary: Mapping, text: str) -> str:
         for kind in figures
     ]
     if not rows:
-        return "ablation.json, ablation.md, but no ablation.png, as there is no result yet"
+        return "ablation.json, ablation.md, but no ablation.png, because there is no result yet"
     if not can_draw():
         return "ablation.json, ablation.md, but no ablation.png, which needs matplotlib"
     draw_intervals(output / "ablation.png", rows, "R@1 in percent, with 95 % intervals")

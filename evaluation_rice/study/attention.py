@@ -1,10 +1,10 @@
-"""Where a trained model looks: how much of its attention to a clip lies in the true boxes of the intended product.
+"""Attention of a trained model: its share inside the true boxes of the intended product.
 
     python -m evaluation_rice.study.attention --model runs/demo/model --dataset mini_lpr4m --output attention.json
 
-Each clip is paired with its right shop image and with a wrong one of its gallery. The model is given no boxes. A model
-takes part by `attention_maps(**inputs)`, weights `(B, 1 + P, T, P)` of image i's tokens, class token first, over the
-patches of clip i; and, where it has one, by `reconstruction_maps`, see `evaluation_rice.report.heatmap`.
+Each clip is paired with its right shop image and with a wrong image of its gallery. The model gets no boxes. It needs
+`attention_maps(**inputs)`, weights `(B, 1 + P, T, P)` of the tokens of image i (class token first) over the patches of
+clip i. `reconstruction_maps` is used if the model has it, see `evaluation_rice.report.heatmap`.
 """
 
 import argparse
@@ -42,10 +42,10 @@ SHARES = {
 
 def box_cover(box: Sequence[float] | None, side: int, region: Region = (0.0, 0.0, 1.0, 1.0)) -> np.ndarray:
     """
-    How much of each patch of a frame a box covers, `(side * side,)`, row by row, 0..1.
+    Share (0..1) of each patch of a frame that a box covers, `(side * side,)`, row by row.
 
     Args:
-        box: ltrb in 0..1 of the frame; `None` where there is none.
+        box: ltrb in 0..1 of the frame; `None` if there is no box.
         side: rows and columns of patches.
         region: the part of the frame that the model sees, see `evaluation_rice.report.heatmap.seen_region`.
     """
@@ -60,14 +60,14 @@ def box_cover(box: Sequence[float] | None, side: int, region: Region = (0.0, 0.0
 
 def box_shares(weights: np.ndarray, cover: np.ndarray) -> dict[str, float]:
     """
-    The shares of `SHARES`, the mean over rows of weights.
+    The shares named in `SHARES`, as the mean over rows of weights.
 
     Args:
-        weights: `(R, T, P)`, at least 0; each row counts alike whatever its sum, one without any weight not at all.
-        cover: `(T, P)` from `box_cover`; a frame of zeros is one without a box.
+        weights: `(R, T, P)`, at least 0. Every row counts equally, whatever its sum; rows without weight do not count.
+        cover: `(T, P)` from `box_cover`; a frame of zeros has no box.
 
     Returns:
-        One fraction per name, NaN where there is no weight to share.
+        One fraction per name, NaN if there is no weight.
     """
     totals = weights.sum(axis=(1, 2))
     weights = weights[totals > 0] / totals[totals > 0, None, None]
@@ -82,18 +82,18 @@ def box_shares(weights: np.ndarray, cover: np.ndarray) -> dict[str, float]:
 @torch.no_grad()
 def clip_shares(model: Any, collator: Any, query: dict, images: Sequence[dict]) -> dict[str, Any]:
     """
-    What one clip is worth: `uniform`, the shares of even attention, for each of `MAPS` that the model has a list with
-    the shares for each image, and `not_on_patches`, how much attention goes elsewhere (class tokens, text).
+    The shares of one clip: `uniform`, the shares of uniform attention; per entry of `MAPS` that the model has, a list
+    of the shares for each image; and `not_on_patches`, the attention to other tokens (class tokens, text).
 
     Args:
-        model: in eval mode.
-        collator: a `RiceCollator` that hands over no boxes.
+        model: a model in eval mode.
+        collator: a `RiceCollator` that passes no boxes.
         query: row of the query view.
         images: rows of the gallery view.
 
     Raises:
-        ValueError: the clip or an image cannot be read, no frame that the model sees has a box, or the model's patches
-            are not a square grid.
+        ValueError: the clip or an image cannot be read, no frame in use has a box, or the model's patches are not a
+            square grid.
     """
     clip, readable, failures = collator.collate_queries([query])
     pictures, also_readable, more = collator.collate_gallery(list(images))
@@ -106,12 +106,12 @@ def clip_shares(model: Any, collator: Any, query: dict, images: Sequence[dict]) 
         maps["reconstruction"] = model.reconstruction_maps(**inputs).double().cpu().numpy()
     side = math.isqrt(attention.shape[-1])
     if side * side != attention.shape[-1]:
-        raise ValueError(f"the model's {attention.shape[-1]} patches are no square grid to compare with boxes.")
+        raise ValueError(f"the model's {attention.shape[-1]} patches are not a square grid, which boxes need.")
     part = collator.processor.video_processor
     frames = clip_frames(query, collator.num_frames or part.num_frames)
     cover = np.stack([box_cover(box, side, seen_region(part, frame.size)) for frame, box in frames])
     if not cover.any():
-        raise ValueError("no frame that the model sees has a box")
+        raise ValueError("no frame that the model uses has a box")
     return {
         "uniform": box_shares(np.ones((1, *cover.shape)), cover),
         **{name: [box_shares(rows, cover) for rows in weights] for name, weights in maps.items()},
@@ -123,26 +123,28 @@ def measure(
     model: Any, collator: Any, queries, gallery, *, scope: str = "live", num_clips: int = 400, quiet: bool = False
 ) -> dict[str, Any]:
     """
-    The shares of clips that are evenly spaced among those with boxes.
+    Measures the shares of evenly spaced clips among those with boxes.
 
     Args:
         model, collator: as `clip_shares`.
         queries, gallery: views of a data set.
-        scope: where wrong images come from, see `RetrievalTask`.
-        num_clips: clips to measure, at most.
+        scope: gallery of the wrong images, see `RetrievalTask`.
+        num_clips: maximum number of clips.
 
     Returns:
         `summary` (see `summarise`), `clips` (one entry each, right image first) and `failures`.
 
     Raises:
-        ValueError: the model has no matching decoder, no clip has a box, or none could be measured.
+        ValueError: the model has no matching decoder, no clip has a box, or no clip could be measured.
     """
     if "matching" not in pair_kinds(model) or not hasattr(model, "attention_maps"):
-        raise ValueError("this model has no matching decoder, so it attends to no clip: name one trained with it.")
+        raise ValueError(
+            "this model has no matching decoder, so no attention to clips: name a model trained with one."
+        )
     task = RetrievalTask.from_datasets(queries, gallery, scope)
     with_boxes = [i for i, boxes in enumerate(queries["boxes"]) if any(boxes or [])]
     if not with_boxes:
-        raise ValueError("no clip of this split has a true box, so there is nothing to compare attention with.")
+        raise ValueError("no clip of this split has a true box, so attention cannot be compared with boxes.")
     count = min(num_clips, len(with_boxes))
     chosen = [with_boxes[(2 * i + 1) * len(with_boxes) // (2 * count)] for i in range(count)]
     rng = np.random.default_rng(0)
@@ -215,7 +217,7 @@ def _cell(value: Mapping[str, Any], column: str) -> str:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON knows no NaN: a share that does not exist is null."""
+    """Replaces NaN, which JSON does not have, by null."""
     if isinstance(value, dict):
         return {name: _without_nan(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -232,13 +234,13 @@ def main(arguments: list[str] | None = None) -> None:
     add("--model", required=True, help="checkpoint folder, or the id of a published model")
     add("--dataset", required=True, help="mini_lpr4m, lpr4m, shop_clips, or a folder in one of their layouts")
     add("--data_dir", help="folder of the data set's files")
-    add("--cache_dir", help="where the data set's tables are cached")
+    add("--cache_dir", help="folder for the cached tables of the data set")
     add("--split", default="test", choices=("validation", "test"))
-    add("--num_clips", type=int, default=400, help="clips with boxes to measure, evenly spaced; default 400")
-    add("--device", help="such as cpu or cuda; default: cuda where there is one")
+    add("--num_clips", type=int, default=400, help="number of clips with boxes to measure, evenly spaced; default 400")
+    add("--device", help="such as cpu or cuda; default: cuda if available")
     add("--output", help="JSON file to write")
     options = parser.parse_args(arguments)
-    # Here and not above: measuring takes any model that has the methods.
+    # Imported here, because `measure` accepts any model with these methods.
     from data_rice import gallery_scope, load_dataset_view
     from data_rice.collator import RiceCollator
     from hub_rice.loading import load_model
@@ -263,7 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
     summary = result["summary"]
     print(f"\n{summary['num_clips']} clips of {options.dataset} ({options.split}); percent and points\n")
     print(format_summary(summary))
-    print(f"\nleft out: {percent(summary['not_on_patches']['mean'])} % of that attention, on class tokens and text")
+    print(f"\nleft out: {percent(summary['not_on_patches']['mean'])} % of that attention, to class tokens and text")
     print(f"intervals: {summary['interval']}")
     if result["failures"]:
         first = result["failures"][0]

@@ -1,4 +1,4 @@
-"""One run of a study, an arm with a seed: its commands, its record on disk, and whether that is of these settings."""
+"""A cell of a study, one arm with one seed: its commands, its record on disk, and a check of its settings."""
 
 import json
 from dataclasses import dataclass, replace
@@ -15,13 +15,13 @@ _REMEDY = "or choose another --output_dir"
 @dataclass(frozen=True)
 class Cell:
     """
-    A run of a study.
+    One run of a study.
 
     Attributes:
-        study: what it is part of.
+        study: the study.
         output_dir: folder of the study.
-        name: its arm, or "start" for what every arm of a seed goes on from.
-        seed: its seed.
+        name: name of the arm, or "start" for the shared start of a seed.
+        seed: the seed.
     """
 
     study: Study
@@ -31,12 +31,12 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        """Where its logs, model and results are."""
+        """Folder of its logs, model and results."""
         return self.output_dir / self.name / f"seed{self.seed}"
 
     @property
     def commands(self) -> list[list[str]]:
-        """Training, evaluation or both; the interpreter, which is this one, is left out."""
+        """The commands for training, evaluation or both, without the Python interpreter."""
         study = self.study
         train = ["train_rice.py", study.recipe, "--output_dir", str(self.folder / "model"), "--seed", str(self.seed)]
         if self.name == "start":
@@ -53,7 +53,7 @@ class Cell:
 
     @property
     def before(self) -> list["Cell"]:
-        """What it goes on from, the nearest first: the arm whose model it evaluates, the shared start."""
+        """The cells it depends on, the nearest first: the arm whose model it evaluates, the shared start."""
         if self.name == "start":
             return []
         names = [self.study.arms[self.name].model_of, "start" if self.study.start else None]
@@ -61,19 +61,19 @@ class Cell:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What its result depends on: its commands, and those of what it goes on from."""
+        """The settings of its result: its commands, and those of the cells it depends on."""
         return {"commands": self.commands, "before": [cell.commands for cell in self.before]}
 
     def write(self, seconds: float | None) -> None:
-        """Records that it was begun, or with `seconds` that it is finished."""
+        """Records that the cell has started or, with `seconds`, that it is finished."""
         write_atomically(self.folder / "cell.json", json.dumps({**self.settings, "seconds": seconds}, indent=2) + "\n")
 
     def record(self) -> dict[str, Any] | None:
         """
-        The cell.json of a cell that was begun; `before` is missing in those of former versions.
+        The cell.json of a started cell; files of earlier versions lack `before`.
 
         Raises:
-            ValueError: it is damaged.
+            ValueError: the file is damaged.
         """
         path = self.folder / "cell.json"
         if not path.is_file():
@@ -89,11 +89,11 @@ class Cell:
 
     def state(self) -> tuple[str | None, float | None]:
         """
-        Why its folder must not pass for one of this study, naming the folder with other settings; and how long it
-        took, `None` when it is not finished or must not pass.
+        The reason why its folder does not belong to this study, naming the folder with other settings, or `None`; and
+        its duration, `None` if it is unfinished or does not belong.
 
         Raises:
-            ValueError: its record, or that of what it goes on from, is damaged.
+            ValueError: its record, or that of a cell it depends on, is damaged.
         """
         begun = [(cell, record) for cell in (self, *self.before) if (record := cell.record()) is not None]
         problem = self._problem(begun)
@@ -106,17 +106,18 @@ class Cell:
             if record["commands"] == cell.commands:
                 continue
             if cell is self or start:
-                return f"{start}{cell.folder} is of other settings: remove it {_REMEDY}"
-            return f"{self.folder} goes on from {cell.folder}, which is of other settings: remove both {_REMEDY}"
+                return f"{start}{cell.folder} has other settings: remove it {_REMEDY}"
+            return f"{self.folder} depends on {cell.folder}, which has other settings: remove both {_REMEDY}"
         for cell, record in begun:
             before = cell.settings["before"]
             if record.get("before", before) != before:
                 parents = " or ".join(parent.name for parent in cell.before)
-                return f"{start}{cell.folder} went on from {parents} of other settings: remove it {_REMEDY}"
+                return f"{start}{cell.folder} used {parents} with other settings: remove it {_REMEDY}"
         return None
 
 
 def cells_of(study: Study, output_dir: str | Path) -> dict[tuple[str, int], Cell]:
-    """`(arm, seed)` -> cell, of the starts and then of all arms in the order of the file."""
-    names = [*(["start"] if study.start else []), *study.arms]
-    return {(name, seed): Cell(study, Path(output_dir), name, seed) for name in names for seed in study.seeds}
+    """`(arm, seed)` -> cell: first the shared starts, then all arms in the order of the file."""
+    seeds = {"start": study.seeds} if study.start else {}
+    seeds |= {name: arm.seeds for name, arm in study.arms.items()}
+    return {(name, seed): Cell(study, Path(output_dir), name, seed) for name in seeds for seed in seeds[name]}

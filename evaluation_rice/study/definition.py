@@ -1,4 +1,4 @@
-"""Study files: which arms are trained and evaluated with which arguments, and what is compared with what."""
+"""Study files: the arms with their arguments for training and evaluation, and the comparisons."""
 
 import math
 from collections.abc import Mapping
@@ -11,18 +11,22 @@ import yaml
 from modeling_rice.scoring_rice import KINDS
 
 _KEYS = {"recipe", "render", "seeds", "max_minutes", "start", "train", "eval", "arms", "comparisons"}
-_ARM_KEYS = {"train", "eval", "model_of", "note"}
+_ARM_KEYS = {"train", "eval", "model_of", "note", "seeds"}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of the study: what it changes in training and evaluation, or the arm whose model it evaluates anew."""
+    """
+    One arm: its changes of training and evaluation, or the arm whose model it evaluates again; and its seeds, a subset
+    of the study's.
+    """
 
     name: str
     train: dict[str, Any] = field(default_factory=dict)
     eval: dict[str, Any] = field(default_factory=dict)
     model_of: str | None = None
     note: str = ""
+    seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,37 +54,37 @@ class Study:
 
 def read_study(path: str | Path) -> Study:
     """
-    Reads a study: `recipe`, `seeds`, `max_minutes`, `start`, `train`, `eval`, `arms`, `comparisons`, and `render`, the
-    mini LPR4M folders to render first with their arguments. Values are handed on as they are written.
+    Reads a study file. Its keys are `recipe`, `seeds`, `max_minutes`, `start`, `train`, `eval`, `arms`, `comparisons`,
+    and `render` (mini LPR4M folders to render first, with their arguments). Values are passed on as written.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: for broken YAML, an unknown key, a value of the wrong kind or a name that no arm has; the message
-            names it.
+        FileNotFoundError: the file does not exist.
+        ValueError: invalid YAML, an unknown key, a value of the wrong kind or an unknown arm; the message names it.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no study {path}")
     try:
-        # All scalars as text: `no`, `1e-3` and `007` reach the command line as they were written.
+        # All scalars as text, so that `no`, `1e-3` and `007` reach the command line as written.
         content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"the study {path} is not valid YAML: {' '.join(str(error).split())}") from error
     except RecursionError:
-        raise ValueError(f"the study {path} nests its values too deeply.") from None
+        raise ValueError(f"the study {path} nests its values too deeply: write at most a few levels.") from None
     _check_keys(content, _KEYS, f"the study {path}")
     for key in ("recipe", "arms"):
         if not content.get(key):
             raise ValueError(f"the study {path} lacks {key!r}")
     where = f"the study {path}"
-    arms = _arms(content["arms"], path)
+    seeds = _seeds(content.get("seeds", ["0", "1", "2"]), where)
+    arms = _arms(content["arms"], path, seeds)
     comparisons = content.get("comparisons") or []
     if not isinstance(comparisons, list):
         raise ValueError(f"{where}: comparisons must be a list of [ARM/SCORE, ARM/SCORE]")
     render = {key: _settings(content["render"], key, f"{where}: render") for key in _mapping(content, "render", where)}
     return Study(
         recipe=_text(content, "recipe", where),
-        seeds=_seeds(content.get("seeds", ["0", "1", "2"]), where),
+        seeds=seeds,
         max_minutes=read_minutes(content.get("max_minutes", "75"), f"{where}: max_minutes"),
         start=_settings(content, "start", where),
         train=_settings(content, "train", where),
@@ -91,25 +95,30 @@ def read_study(path: str | Path) -> Study:
     )
 
 
-def _arms(content: Any, path: Path) -> dict[str, Arm]:
+def _arms(content: Any, path: Path, study_seeds: list[int]) -> dict[str, Arm]:
     arms: dict[str, Arm] = {}
     for name, arm in _mapping({"arms": content}, "arms", f"the study {path}").items():
         where, arm = f"arm {name!r} of {path}", arm or {}
         if name in ("", ".", "..", "start") or "/" in name or "\\" in name:
-            raise ValueError(f"{where}: the name is that of its folder, beside 'start': choose a plain, other one")
+            raise ValueError(f"{where}: the name is used for a folder: choose a plain name other than 'start'")
         _check_keys(arm, _ARM_KEYS, where)
         train, evaluate = _settings(arm, "train", where), _settings(arm, "eval", where)
         model_of = _text(arm, "model_of", where) if "model_of" in arm else None
         if model_of is not None and (train or model_of not in arms or arms[model_of].model_of):
             raise ValueError(f"{where}: model_of must name an earlier arm that trains, without train")
-        arms[name] = Arm(name, train, evaluate, model_of, _text(arm, "note", where))
+        known = study_seeds if model_of is None else list(arms[model_of].seeds)
+        seeds = _seeds(arm["seeds"], where) if "seeds" in arm else known
+        if unknown := [seed for seed in seeds if seed not in known]:
+            whose = "the study" if model_of is None else f"arm {model_of!r}"
+            raise ValueError(f"{where}: {whose} has no seed {unknown[0]}, but {', '.join(map(str, known))}")
+        arms[name] = Arm(name, train, evaluate, model_of, _text(arm, "note", where), tuple(seeds))
     return arms
 
 
 def _text(content: Mapping[str, Any], key: str, where: str) -> str:
     value = content.get(key, "")
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {key} must be a text, not {value!r}")
+        raise ValueError(f"{where}: {key} must be text, not {value!r}")
     return value
 
 
@@ -121,7 +130,7 @@ def _mapping(content: Mapping[str, Any], key: str, where: str) -> dict[str, Any]
 
 
 def _settings(content: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
-    """A mapping whose values, at whatever depth, are texts or lists of texts: what a command line can take."""
+    """A mapping whose values, at any depth, are texts or lists of texts, which a command line can take."""
     value = _mapping(content, key, where)
     for name, part in flatten(value).items():
         if isinstance(part, list) and not all(isinstance(item, str) for item in part):
@@ -136,24 +145,24 @@ def _seeds(content: Any, where: str) -> list[int]:
         seeds = []
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(
-            f"{where}: seeds are whole numbers, at least one and each once, such as [0, 1], not {content!r}"
+            f"{where}: seeds must be at least one whole number, each once, such as [0, 1], not {content!r}"
         )
     return seeds
 
 
 def read_minutes(content: Any, where: str) -> float:
     """
-    A limit of time.
+    Reads a time limit in minutes.
 
     Raises:
-        ValueError: it is no number from 0; the message starts with `where`.
+        ValueError: it is not a number of at least 0; the message starts with `where`.
     """
     try:
         minutes = float(content)
     except (TypeError, ValueError):
         minutes = math.nan
     if not minutes >= 0:
-        raise ValueError(f"{where} must be a number from 0, not {content!r}")
+        raise ValueError(f"{where} must be a number of at least 0, not {content!r}")
     return minutes
 
 
@@ -172,7 +181,7 @@ def _comparison(entry: Any, arms: Mapping[str, Arm], path: Path) -> Comparison:
     for side in entry:
         name, _, kind = str(side).partition("/")
         if name not in arms or kind not in KINDS:
-            raise ValueError(f"the study {path}: {side!r} is no ARM/SCORE; SCORE is one of {', '.join(KINDS)}")
+            raise ValueError(f"the study {path}: {side!r} is not ARM/SCORE; SCORE is one of {', '.join(KINDS)}")
         sides.append((name, kind))
     return Comparison(*sides)
 
@@ -186,7 +195,7 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def to_arguments(*settings: Mapping[str, Any]) -> list[str]:
-    """Command-line arguments of settings, where later ones override earlier ones name by name."""
+    """Command-line arguments of settings; later settings override earlier ones of the same name."""
     merged: dict[str, Any] = {}
     for part in settings:
         merged |= flatten(part)

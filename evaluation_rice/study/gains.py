@@ -1,11 +1,11 @@
-r"""Which clips one evaluation gets right and another does not: the difference of R@1 by group of clips.
+r"""Clips that only one of two evaluations gets right: the difference of R@1 by group of clips.
 
     python -m evaluation_rice.study.gains runs/ablation/icl_pmd_pfr runs/ablation/icl --score fused \
         --right_score embedding
 
 Each side is a folder with the results.json and query_ranks.jsonl of eval_rice.py, or an arm of a study
-(`ARM/seed0/eval`, ...), whose seeds are paired by name and, for one clip, drawn together. The groups are those of the
-breakdown (docs/baselines.md), read from the data set that was evaluated.
+(`ARM/seed0/eval`, ...). The seeds of an arm are paired by name, and the bootstrap draws all seeds of a clip together.
+The groups are those of the breakdown (docs/baselines.md), read from the evaluated data set.
 """
 
 import argparse
@@ -32,12 +32,12 @@ def group_gains(
     shops: Sequence[str] | None = None,
 ) -> list[dict]:
     """
-    How much more often `left` hits than `right` in each group, the largest gain first.
+    The difference of R@1 between `left` and `right` in each group, the largest gain first.
 
     Args:
         left, right: seed -> hits `(num_queries,)`, see `evaluation_rice.study.paired.paired_difference`.
         groups: column -> group of each query.
-        shops: per query its shop, as `evaluation_rice.recall.bootstrap_interval` takes them.
+        shops: per query, its shop, as in `evaluation_rice.recall.bootstrap_interval`.
 
     Returns:
         Dicts with `column`, `group`, `num_queries` (without seeds), `left`, `right` (R@1), `difference`, `ci95`.
@@ -58,9 +58,9 @@ def group_gains(
 
 def one_sided(ids: Sequence[str], left: Mapping[Any, np.ndarray], right: Mapping[Any, np.ndarray]) -> dict[str, Any]:
     """
-    Answers, queries times common seeds, that `both`, `left_only`, `right_only` or `neither` get right; and
-    `left_queries` and `right_queries`, the queries that only this side ever gets right where they differ:
-    `{"query_id", "seeds"}` with the number of seeds in which it does so, most first.
+    Numbers of answers (queries times common seeds) that `both`, `left_only`, `right_only` or `neither` get right. Also
+    `left_queries` and `right_queries`, the queries that only this side gets right: `{"query_id", "seeds"}` with the
+    number of such seeds, largest first.
     """
     seeds = sorted(set(left) & set(right))
     ours, theirs = (np.stack([side[seed] for seed in seeds]).astype(bool) for side in (left, right))
@@ -83,11 +83,11 @@ def one_sided(ids: Sequence[str], left: Mapping[Any, np.ndarray], right: Mapping
 
 def load_groups(results: Mapping, ids: Sequence[str], data_dir: str | None, cache_dir: str | None) -> dict[str, list]:
     """
-    The groups of the queries with these ids, from the data set that results.json names; no picture is opened. Head and
-    tail go by the training rows of the evaluated model, or of that data set where no model says.
+    The groups of the queries with these ids, from the data set in results.json, without opening pictures. Head and
+    tail follow the training rows of the evaluated model, or of that data set if the model has no record.
 
     Raises:
-        FileNotFoundError, ValueError: the data set is not there, or its clips are others.
+        FileNotFoundError, ValueError: the data set is missing or has other clips.
     """
     from data_rice import load_dataset_view
 
@@ -99,8 +99,7 @@ def load_groups(results: Mapping, ids: Sequence[str], data_dir: str | None, cach
     places = {query: i for i, query in enumerate(queries["clip_id"])}
     if set(places) != set(ids):
         raise ValueError(
-            f"{data_dir or dataset} has other clips than the evaluation: name the folder that was evaluated by "
-            f"--data_dir."
+            f"{data_dir or dataset} has other clips than the evaluation: name the evaluated folder with --data_dir."
         )
     train_rows, _ = count_training_rows(queries, results.get("model"), dataset, data_dir, cache_dir)
     groups = query_groups(queries, train_rows)
@@ -116,14 +115,14 @@ def compare(
     cache_dir: str | None = None,
 ) -> dict[str, Any]:
     """
-    Two finished evaluations, each as `evaluation_rice.study.table.read_folder` takes it.
+    Compares two finished evaluations, each a folder for `evaluation_rice.study.table.read_folder`.
 
     Returns:
         `all` (see `paired_difference`), `groups` (see `group_gains`) and `answers` (see `one_sided`).
 
     Raises:
-        FileNotFoundError, ValueError: a side has no results, they are of unlike protocols, have no such score or no
-            seed in common, or the data set cannot be read.
+        FileNotFoundError, ValueError: a side has no results, the protocols differ, the score is missing, no seed is
+            common, or the data set cannot be read.
     """
     entries = [read_folder(side) for side in (left, right)]
     for side, entry in zip((left, right), entries, strict=True):
@@ -137,7 +136,7 @@ def compare(
     ]
     ids, (ours, theirs) = sides[0].query_ids, [side.by_seed for side in sides]
     if ids != sides[1].query_ids:
-        raise ValueError(f"{left} and {right} are of different clips: evaluate both on the same.")
+        raise ValueError(f"{left} and {right} have different clips: evaluate both on the same clips.")
     if len(ours) == len(theirs) == 1:
         theirs = dict(zip(ours, theirs.values(), strict=True))
     shops = next((side.shops for side in sides if side.shops is not None), None)
@@ -165,7 +164,7 @@ def format_gains(result: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"all: {100 * total['difference']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}), "
-        f"{len(total['seeds'])} seed(s); {clear} of {count} intervals exclude 0, as about {count / 20:.0f} would if "
+        f"{len(total['seeds'])} seed(s); {clear} of {count} intervals exclude 0; {count / 20:.0f} would by chance if "
         f"nothing differed",
         f"intervals: {total['interval']}",
         f"answers: both right {answers['both']}, only left {answers['left_only']}, only right "
@@ -186,8 +185,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("right", help="folder of the evaluation or arm to compare with")
     add("--score", default="embedding", help="embedding (default), matching or fused")
     add("--right_score", help="score of the right side; default: as the left")
-    add("--data_dir", help="folder of the data set's files, where eval_rice.py was told one")
-    add("--cache_dir", help="where the data set's tables are cached")
+    add("--data_dir", help="folder of the data set's files, if eval_rice.py had one")
+    add("--cache_dir", help="folder for the cached tables of the data set")
     add("--output", help="JSON file to write")
     options = parser.parse_args(arguments)
     settings = {name: value for name, value in vars(options).items() if name != "output"}

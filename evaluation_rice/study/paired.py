@@ -1,4 +1,4 @@
-"""Comparing two methods on the same queries: differences of hits, paired by query and seed."""
+"""Comparison of two methods on the same queries: differences of hits, paired by query and seed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ class QueryRanks:
 
     Attributes:
         query_ids: ids of the queries.
-        shops: per query its livestream's id; `None` where the file names none, as those of earlier versions.
-        ranks: per query kind of score -> rank of its first relevant image, `None` where that was not found.
+        shops: per query, its livestream's id; `None` if the file has none (files of earlier versions).
+        ranks: per query, kind of score -> rank of its first relevant image, `None` if that was not found.
     """
 
     query_ids: list[str]
@@ -27,7 +27,7 @@ class QueryRanks:
     ranks: list[dict[str, int | None]]
 
     def hits(self, kind: str) -> np.ndarray | None:
-        """Hits at 1, 1.0 or 0.0, `(num_queries,)`; `None` where a query has no score of this kind."""
+        """Hits at 1, 1.0 or 0.0, `(num_queries,)`; `None` if a query has no score of this kind."""
         if any(kind not in row for row in self.ranks):
             return None
         return np.array([float(row[kind] == 1) for row in self.ranks])
@@ -42,8 +42,8 @@ def read_ranks(folder: str | Path) -> QueryRanks:
     Reads the query_ranks.jsonl of an evaluation.
 
     Raises:
-        FileNotFoundError: the folder has none.
-        ValueError: it is damaged, empty, or has a query twice.
+        FileNotFoundError: the file is missing.
+        ValueError: it is damaged or empty, or a query occurs twice.
     """
     path = Path(folder) / "query_ranks.jsonl"
     if not path.is_file():
@@ -69,15 +69,15 @@ def read_ranks(folder: str | Path) -> QueryRanks:
 def mean_interval(hits: Mapping[int, np.ndarray], shops: Sequence[str] | None = None) -> tuple[float, list[float]]:
     """Mean over seeds and queries, and its 95 % interval over shops and their queries.
 
-    A query's seeds are drawn together, since runs of different seeds fail on the same hard clips: taking them for
-    independent queries would make the interval too narrow.
+    The bootstrap draws all seeds of a query together. Runs with different seeds fail on the same hard clips, so
+    treating them as independent queries would make the interval too narrow.
 
     Args:
         hits: seed -> float array `(num_queries,)`, 1 for a hit and 0 for a miss, queries in one order.
-        shops: per query its shop, as `evaluation_rice.recall.bootstrap_interval` takes them.
+        shops: per query, its shop, as in `evaluation_rice.recall.bootstrap_interval`.
 
     Raises:
-        ValueError: there is no seed, or the seeds have different numbers of queries.
+        ValueError: there is no seed, or the seeds differ in their number of queries.
     """
     values = _stack(hits).mean(axis=0)
     return float(values.mean()), hit_interval(values, shops)
@@ -86,21 +86,21 @@ def mean_interval(hits: Mapping[int, np.ndarray], shops: Sequence[str] | None = 
 def paired_difference(
     left: Mapping[int, np.ndarray], right: Mapping[int, np.ndarray], shops: Sequence[str] | None = None
 ) -> dict:
-    """How much more often `left` hits than `right` on the same queries with the same seeds.
+    """The difference of R@1 between `left` and `right` on the same queries with the same seeds.
 
     Args:
-        left, right, shops: as in `mean_interval`; only seeds that both have are compared.
+        left, right, shops: as in `mean_interval`; only common seeds are compared.
 
     Returns:
         `difference` (fraction), `ci95` (paired bootstrap), `interval` (its rule in words), `by_seed` (one difference
         per seed), `seeds` and `num_queries` (queries times seeds).
 
     Raises:
-        ValueError: no seed is common, or the numbers of queries differ.
+        ValueError: there is no common seed, or the numbers of queries differ.
     """
     seeds = sorted(set(left) & set(right))
     if not seeds:
-        raise ValueError("the two methods have no seed in common, so nothing can be paired.")
+        raise ValueError("the two methods have no seed in common, so they cannot be paired.")
     ours, theirs = (_stack({seed: side[seed] for seed in seeds}) for side in (left, right))
     if ours.shape != theirs.shape:
         raise ValueError(
@@ -118,7 +118,7 @@ def paired_difference(
 
 
 def verdict(difference: Mapping) -> str:
-    """In words what the interval of `paired_difference` allows to say."""
+    """The result of `paired_difference` in words, by its interval."""
     low, high = difference["ci95"]
     if low > 0:
         return "better"
@@ -127,10 +127,10 @@ def verdict(difference: Mapping) -> str:
 
 def _stack(hits: Mapping[int, np.ndarray]) -> np.ndarray:
     if not hits:
-        raise ValueError("there are no results of any seed.")
+        raise ValueError("there are no results for any seed.")
     sizes = {len(values) for values in hits.values()}
     if len(sizes) > 1:
-        raise ValueError(f"the seeds answer different numbers of queries ({sorted(sizes)}); evaluate them anew.")
+        raise ValueError(f"the seeds answer different numbers of queries ({sorted(sizes)}); evaluate them again.")
     return np.stack([np.asarray(hits[seed], dtype=np.float64) for seed in sorted(hits)])
 
 

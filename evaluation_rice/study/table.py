@@ -1,11 +1,11 @@
 """
-One Markdown table of many results: recall with intervals, and what each method costs.
+One Markdown table of many results: recall with intervals, and the cost of each method.
 
     python -m evaluation_rice.study.table runs/demo runs/baselines/clip runs/baselines/color_histogram
 
 Each argument is a folder with the results.json of eval_rice.py, or an arm of a study (`ARM/seed0/eval/results.json`,
-...), whose seeds become one row; `TITLE=FOLDER` names the row, and is listed as not run where there is no result yet.
-Published models that no result is of are listed as not run too. Results of unlike protocols are refused.
+...), whose seeds become one row. `TITLE=FOLDER` gives the row a title; without a result it is listed as not run.
+Published models without a result are also listed as not run. Results under different protocols are refused.
 """
 
 import argparse
@@ -35,9 +35,9 @@ class Entry:
     """One method of the table.
 
     Attributes:
-        title: what the first column says.
-        folders: where its results.json files are, one per seed.
-        results: their contents; empty for a method that was not run.
+        title: text of the first column.
+        folders: folders of its results.json files, one per seed.
+        results: contents of these files; empty for a method that was not run.
     """
 
     title: str
@@ -51,7 +51,7 @@ def read_entry(argument: str) -> Entry:
 
     Raises:
         FileNotFoundError: a folder without a title has no results.json.
-        ValueError: a results.json is cut short.
+        ValueError: a results.json is incomplete.
     """
     title, _, folder = argument.rpartition("=")
     entry = read_folder(folder, title)
@@ -62,10 +62,10 @@ def read_entry(argument: str) -> Entry:
 
 def read_folder(folder: str | Path, title: str = "") -> Entry:
     """
-    The results of an evaluation or of an arm with seeds; those of none where there are none.
+    The results of an evaluation, or of an arm with seeds; an entry without results if there are none.
 
     Raises:
-        ValueError: a results.json is cut short.
+        ValueError: a results.json is incomplete.
     """
     path = Path(folder)
     folders = [path] if (path / "results.json").is_file() else []
@@ -91,10 +91,11 @@ def _title(path: Path, results: Mapping) -> str:
 
 def check_alike(entries: Sequence[Entry]) -> None:
     """
-    Refuses results that must not stand in one table. Boxes, frames and ASR may differ: the table has columns for them.
+    Refuses results that must not be in one table. Boxes, frames and ASR may differ, because the table has columns for
+    them.
 
     Raises:
-        ValueError: naming two results and the first setting in which they differ.
+        ValueError: the protocols of two results differ; the message names them and the first different setting.
     """
     seen: tuple[Path, dict] | None = None
     for entry in entries:
@@ -105,8 +106,8 @@ def check_alike(entries: Sequence[Entry]) -> None:
             for name, value in settings.items():
                 if value != seen[1][name]:
                     raise ValueError(
-                        f"{seen[0]} and {folder} are of unlike protocols: {name} is {seen[1][name]!r} and {value!r}; "
-                        f"make a table of each."
+                        f"{seen[0]} and {folder} have different protocols: {name} is {seen[1][name]!r} and {value!r}; "
+                        f"make a separate table for each."
                     )
 
 
@@ -117,8 +118,8 @@ class Hits:
 
     Attributes:
         query_ids: queries in order.
-        shops: per query its shop, `None` where no file names them.
-        by_seed: hits at 1 of each seed, 1.0 or 0.0, `(num_queries,)`, by the name of the seed's folder.
+        shops: per query, its shop; `None` if no file names them.
+        by_seed: name of the seed's folder -> hits at 1, 1.0 or 0.0, `(num_queries,)`.
     """
 
     query_ids: list[str]
@@ -128,20 +129,22 @@ class Hits:
 
 def read_hits(folders: Sequence[Path], kind: str) -> Hits:
     """
-    The hits in the query_ranks.jsonl of each folder, one folder per seed.
+    Reads the hits from the query_ranks.jsonl of each folder, one folder per seed.
 
     Raises:
         FileNotFoundError: a folder has no query_ranks.jsonl.
-        ValueError: a file is broken, holds other clips than the first, or has no such score.
+        ValueError: a file is damaged, holds other clips than the first, or lacks the score.
     """
     read = {folder: read_ranks(folder) for folder in folders}
     first, by_seed = next(iter(read.values())), {}
     for folder, ranks in read.items():
         path, values = folder / "query_ranks.jsonl", ranks.hits(kind)
         if values is None:
-            raise ValueError(f"{path} has no score {kind!r} of every clip, but {ranks.kinds() or 'none'}: name one.")
+            raise ValueError(
+                f"{path} lacks {kind!r} scores of some clips; it has {ranks.kinds() or 'none'}: name one."
+            )
         if ranks.query_ids != first.query_ids:
-            raise ValueError(f"{path} is of other clips than {folders[0]}: evaluate both on the same.")
+            raise ValueError(f"{path} has other clips than {folders[0]}: evaluate both on the same clips.")
         by_seed[folder.parent.name] = values
     shops = next((ranks.shops for ranks in read.values() if ranks.shops is not None), None)
     return Hits(first.query_ids, shops, by_seed)
@@ -149,8 +152,8 @@ def read_hits(folders: Sequence[Path], kind: str) -> Hits:
 
 def _figures(entry: Entry, kind: str) -> dict:
     """
-    R@k by one kind of score as the mean over the seeds that have it, the interval of R@1 with a query's seeds drawn
-    together, that interval's rule, and the number of those seeds.
+    R@k by one kind of score: the mean over the seeds that have it, the interval of R@1 (all seeds of a query are drawn
+    together), the rule of the interval, and the number of these seeds.
     """
     known = [(f, r) for f, r in zip(entry.folders, entry.results, strict=True) if kind in r["scores"]]
     scores = [results["scores"][kind] for _, results in known]
@@ -180,7 +183,7 @@ def _joined(entry: Entry, name: str) -> str:
 
 
 def _asr(entry: Entry) -> str:
-    """What was read as ASR; nothing for a method that reads no text."""
+    """The kind of ASR; empty for a method that reads no text."""
     return ", ".join(dict.fromkeys(results["protocol"].get("asr", "") for results in entry.results))
 
 
@@ -191,7 +194,7 @@ def _costs(entry: Entry) -> list[str]:
 
 
 def _beside(entries: Sequence[Entry]) -> list[tuple[str, dict]]:
-    """What stands beside every result (colour histogram, chance), once, unless it has a row of its own."""
+    """The baselines in every result (colour histogram, chance), once, unless they have their own row."""
     own = {(results.get("baseline") or {}).get("name") for entry in entries for results in entry.results}
     beside = {}
     for entry in entries:
@@ -203,26 +206,26 @@ def _beside(entries: Sequence[Entry]) -> list[tuple[str, dict]]:
 
 
 def missing_models(entries: Sequence[Entry]) -> list[str]:
-    """Published models of `pretrained_baselines.FAMILIES` that no result is of."""
+    """Published models of `pretrained_baselines.FAMILIES` without a result."""
     run = {(results.get("baseline") or {}).get("model") for entry in entries for results in entry.results}
     return [f"{name} ({family.default}), frozen" for name, family in FAMILIES.items() if family.default not in run]
 
 
 def markdown(entries: Sequence[Entry], list_missing: bool = True) -> str:
     """
-    The table, with a line above that names the protocol; recall in percent, times in milliseconds.
+    The table, below a line with the protocol; recall in percent, times in milliseconds.
 
     Args:
         entries: methods in the order of the rows.
         list_missing: also list published models that were not run.
 
     Raises:
-        ValueError: the results are of unlike protocols, or there is none.
+        ValueError: the protocols of the results differ, or there is no result.
     """
     check_alike(entries)
     first = next((results for entry in entries for results in entry.results), None)
     if first is None:
-        raise ValueError("there is no result yet, only methods that were not run: run eval_rice.py first.")
+        raise ValueError("there is no result yet: run eval_rice.py first.")
     columns = _columns(entries)
     header = ["method", "score", columns[0], f"95 % of {columns[0]}", *columns[1:]]
     header += ["boxes", "frames", "parameters", "ms per clip", "ms per image", "seeds"]
@@ -258,7 +261,7 @@ def _columns(entries: Sequence[Entry]) -> list[str]:
 
 
 def _seeds(entry: Entry, figures: Mapping) -> str:
-    """How many seeds a row is the mean of, and of how many where not all have its score."""
+    """Number of seeds in the mean of a row, and the total number if some seeds lack the score."""
     if entry.results[0].get("baseline") is not None:
         return ""
     total = len(entry.results)
@@ -266,18 +269,18 @@ def _seeds(entry: Entry, figures: Mapping) -> str:
 
 
 def _rule_words(rules: Iterable[str | None]) -> str:
-    """Intervals by unlike rules must not pass for one kind."""
+    """Names the rules of the intervals, because different rules are not comparable."""
     return "".join(f" Interval: {rule}." for rule in rules if rule)
 
 
 def baseline_page(results: Mapping) -> str:
-    """README.md of a baseline's result: what was run, its recall and the breakdown, in Markdown."""
+    """README.md of a baseline's result in Markdown: the method, its recall and the breakdown."""
     name, model = results["baseline"]["name"], results["baseline"]["model"]
-    what = f"The published or given model `{model}`, as it is" if model else "A descriptor without parameters"
+    what = f"The model `{model}` without further training" if model else "A descriptor without parameters"
     lines = [
         f"# Baseline {name}",
         "",
-        f"{what}: nothing was trained here. {results['num_queries']} clips of {dataset_name(results)} "
+        f"{what}. {results['num_queries']} clips of {dataset_name(results)} "
         f"({results['protocol']['split']}); {gallery_words(results)}. Boxes at test time: "
         f"{results['protocol']['boxes']}. Recall in percent; the interval of R@1 is a "
         f"{results['protocol']['interval']}.",
@@ -297,7 +300,7 @@ def _recall(figures: Mapping, columns: Sequence[str]) -> list[str]:
 
 
 def _time_words(entries: Sequence[Entry]) -> str:
-    """Times of unlike machines must not pass for a comparison."""
+    """Names the devices of the times, because times of different machines are not comparable."""
     speeds = [results["speed"] for entry in entries for results in entry.results if results.get("speed")]
     places = dict.fromkeys(
         f"{speed['device']} with {speed['threads']} thread{'s' * (speed['threads'] != 1)}" for speed in speeds
@@ -315,7 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
         description="One Markdown table of the results of many methods under one protocol.",
     )
     parser.add_argument("results", nargs="+", help="folders with results.json or arms of a study; TITLE=FOLDER")
-    parser.add_argument("--output", help="file for the table, which is printed in any case")
+    parser.add_argument("--output", help="file for the table, which is always printed too")
     parser.add_argument("--only_run", action="store_true", help="do not list published models that were not run")
     options = parser.parse_args(arguments)
     with mistakes_end(parser):

@@ -1,4 +1,4 @@
-"""A RICE model whose vision encoder, nearly all of the work, is run by onnxruntime; the rest of it stays in torch."""
+"""A RICE model whose vision encoder, nearly all of the work, runs in onnxruntime; the rest runs in torch."""
 
 import os
 from pathlib import Path
@@ -14,11 +14,11 @@ from .onnx_model import open_session, read_description
 
 class EncodedByOnnx(RiceModel):
     """
-    A [`RiceModel`] from `with_towers`, for inference on the CPU. Boxes, which the exported encoder does not take, are
-    refused.
+    A [`RiceModel`] from `with_towers`, for inference on the CPU. The exported encoder does not support boxes, so they
+    are refused.
 
     Attributes:
-        precision: Of the encoder, "fp32" or "int8".
+        precision: Precision of the encoder, "fp32" or "int8".
     """
 
     precision: str
@@ -36,22 +36,24 @@ class EncodedByOnnx(RiceModel):
 
 def with_towers(model: RiceModel, folder: str | os.PathLike, int8: bool = False) -> EncodedByOnnx:
     """
-    Gives a model an exported encoder.
+    Replaces the encoder of a model by its exported encoder.
 
     Args:
-        model: The one that was exported, in eval mode, float32, on the CPU. It is changed in place.
-        folder: What `rice export` wrote.
-        int8: Take the quantised encoder.
+        model: The exported model, in eval mode, float32, on the CPU. It is changed in place.
+        folder: Output folder of `rice export`.
+        int8: Use the quantised encoder.
 
     Raises:
-        FileNotFoundError: no such export.
-        ValueError: it is another model's or damaged, or onnxruntime is not installed.
+        FileNotFoundError: if there is no such export.
+        ValueError: if another model was exported, if a file is damaged, or if onnxruntime is not installed.
     """
     folder = Path(folder)
     about = read_description(folder)
     own, exported = model.fingerprint(), about["model_fingerprint"]
     if own != exported:
-        raise ValueError(f"{folder} was exported from another model ({exported}, this one is {own}); export this one.")
+        raise ValueError(
+            f"{folder} was exported from another model (fingerprint {exported}, this one has {own}); export this one."
+        )
     part = about["parts"].get("encoder", {})
     name = part.get("int8_file" if int8 else "file")
     if name is None or not (folder / name).is_file():
@@ -60,5 +62,5 @@ def with_towers(model: RiceModel, folder: str | os.PathLike, int8: bool = False)
     session = open_session(folder / name)
     model.__class__ = EncodedByOnnx
     model._session, model.precision = session, "int8" if int8 else "fp32"
-    # Encodings of quantised weights are others.
+    # Quantised weights give other encodings.
     return model.settle("-int8" if int8 else "")

@@ -1,10 +1,10 @@
 """Export a model to ONNX: encoder, image tower, video tower and pair scorer, checked against torch.
 
-Batch and frames are dynamic. The video tower takes the frames of all clips one after the other, without padding, and
-which of them each clip has; it gives an embedding per clip, and keys and values frame by frame. The encoder alone is
-what `rice index`, `recognise`, `demo` and `serve` take by --towers. onnx.json describes the files, their inputs and
-the preprocessing. --int8 adds files whose matrix products are quantised dynamically, and --evaluate tells what export
-and quantisation cost in recall. Boxes and text take no part in an exported model.
+Batch size and number of frames are dynamic. The inputs of the video tower are the frames of all clips without padding,
+and the frame indices of each clip; its outputs are an embedding per clip, and keys and values per frame. `rice index`,
+`recognise`, `demo` and `serve` use the encoder if its folder is given by --towers. onnx.json describes the files,
+their inputs and the preprocessing. --int8 adds files with dynamically quantised matrix products. --evaluate measures
+the effect of export and quantisation on recall. Exported models do not support boxes and text.
 """
 
 import argparse
@@ -22,27 +22,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "output_dir",
         type=Path,
-        help="folder for the .onnx files and onnx.json; `rice publish` looks in MODEL_DIR/onnx",
+        help="folder for the .onnx files and onnx.json; `rice publish` reads MODEL_DIR/onnx",
     )
     add("--int8", action="store_true", help="also write int8 files")
     add("--evaluate", metavar="DATASET", help="measure R@k of torch, ONNX and int8 on mini_lpr4m, shop_clips, ...")
     add("--data_dir", help="folder of the data set's files")
-    add("--split", default="test", choices=("validation", "test"))
+    add("--split", default="test", choices=("validation", "test"), help="split to measure (default: %(default)s)")
     add("--num_workers", type=int, default=0, help="processes that decode images (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> tuple:
     """
-    Exports, and returns the model and its processor.
+    Exports a model. Returns the model and its processor.
 
     Raises:
-        FileNotFoundError: no checkpoint, or no data set.
-        ValueError: a damaged checkpoint, a missing package, a graph that differs from the model.
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: for a damaged checkpoint, a missing package, or a graph that differs from the model.
     """
     model, processor = load(options.model_dir)
     about = export(model, processor, options.output_dir, int8=options.int8)
     if model.config.text_config is not None or model.config.text_embed_dim is not None:
-        print("Titles and ASR, which this model reads, take no part in the exported files.")
+        print("This model reads titles and ASR, but the exported files do not.")
     for name, part in about["parts"].items():
         size = (options.output_dir / part["file"]).stat().st_size
         line = f"{part['file']}: {size / 1e6:.1f} MB, at most {part['max_difference']:.1e} from torch"
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> tuple:
 
 
 def load(folder: Path):
-    """Model in eval mode and processor; raises `FileNotFoundError` or `ValueError` as `rice publish` does."""
+    """Model in eval mode, and its processor. Raises the errors of `hub_rice.loading.load_model`."""
     from ..loading import load_model
 
     if not folder.is_dir():
@@ -69,17 +69,17 @@ def export(model, processor, output_dir: Path, int8: bool = False, quiet: bool =
 
     Args:
         model: A [`RiceModel`] in eval mode, float32, on the CPU.
-        processor: Its [`RiceProcessor`], whose settings `onnx.json` repeats.
-        output_dir: Created where it is missing.
+        processor: The model's [`RiceProcessor`]; `onnx.json` repeats its settings.
+        output_dir: Output folder, created if it does not exist.
         int8: Also write `*_int8.onnx`, quantised dynamically.
-        quiet: No progress bar.
+        quiet: Whether to hide the progress bar.
 
     Returns:
         The content of `onnx.json`.
 
     Raises:
-        ImportError: a package of the extra `onnx` is missing.
-        ValueError: a graph's outputs differ from torch by more than 1e-4.
+        ValueError: if a package of the extra `onnx` is missing, torch cannot export the model, or the outputs of a
+            graph differ from torch by more than 1e-4.
     """
     from PIL import Image
     from tqdm.auto import tqdm
@@ -91,7 +91,7 @@ def export(model, processor, output_dir: Path, int8: bool = False, quiet: bool =
 
     _check_packages()
     output_dir.mkdir(parents=True, exist_ok=True)
-    # Written last, so that a folder with it is whole.
+    # Written last, so that a folder that has it is complete.
     (output_dir / DESCRIPTION).unlink(missing_ok=True)
     size = tuple(processor(images=Image.new("RGB", (32, 32)))["pixel_values"].shape[-2:])
     parts = {}
@@ -100,7 +100,7 @@ def export(model, processor, output_dir: Path, int8: bool = False, quiet: bool =
     about = {
         "model_fingerprint": model.fingerprint(),
         "encoder": model.config.vision_config.model_type,
-        # By which scores images are ranked.
+        # The settings that define the default ranking.
         "config": {name: getattr(model.config, name) for name in ("ranking", "fusion_weight", "alignment_weight")},
         "parts": parts,
         "preprocessing": preprocessing(processor),
@@ -110,7 +110,7 @@ def export(model, processor, output_dir: Path, int8: bool = False, quiet: bool =
 
 
 def export_part(tower, name: str, model, size: tuple[int, int], output_dir: Path, int8: bool) -> dict:
-    """Writes one part for pictures of height and width `size`; returns its entry in `onnx.json`."""
+    """Writes one part for images of height and width `size`; returns its entry in `onnx.json`."""
     import torch
 
     example, other = (tuple(example_inputs(model, name, size, *counts)) for counts in ((2, 3, 2), (3, 5, 1)))
@@ -142,7 +142,7 @@ def _check_packages() -> None:
 
 
 def _describe(shapes: dict, tensors: tuple) -> list[dict]:
-    """Names and shapes for `onnx.json`, numbers in the place of what does not change."""
+    """Names, types and shapes for `onnx.json`; fixed axes are numbers."""
     described = []
     for (name, shape), tensor in zip(shapes.items(), tensors):
         sizes = [axis if axis in DYNAMIC else size for axis, size in zip(shape, tensor.shape, strict=True)]
@@ -213,11 +213,13 @@ def _write_graph(tower, example: tuple, part: dict, file: Path) -> None:
             )
     except torch.onnx.OnnxExporterError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{file.name} cannot be made, since torch cannot export this model ({reason}).") from error
+        raise ValueError(
+            f"{file.name} cannot be written, since torch cannot export this model ({reason}); use another encoder."
+        ) from error
 
 
 def difference(tower, file: Path, inputs: tuple) -> float:
-    """Largest difference between a part in torch and its file, relative where an output has numbers above 1."""
+    """Largest difference between a part in torch and its file; relative for outputs with values above 1."""
     import onnxruntime
     import torch
 
@@ -231,22 +233,22 @@ def difference(tower, file: Path, inputs: tuple) -> float:
 
 
 def quantize(file: Path, output: Path) -> None:
-    """Dynamic int8: weights of matrix products per tensor, activations as they come. Convolutions stay as they are."""
+    """Dynamic int8 quantisation of matrix products: weights per tensor, activations at run time. Not convolutions."""
     import logging
 
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    # It recommends a preparation of the graph that the exporter has done already.
+    # onnxruntime recommends a preprocessing step that the exporter has already done.
     logging.getLogger().addFilter(lambda record: "pre-process" not in record.getMessage())
-    # Shapes of inner values are inferred anew: the exporter turns weights over and keeps the shapes that they had.
+    # Removed, so that shapes are inferred again: the exporter transposes weights but keeps their old shapes.
     graph = onnx.load(file)
     del graph.graph.value_info[:]
     quantize_dynamic(graph, output, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
 
 
 def preprocessing(processor) -> dict:
-    """What becomes of pictures and clips before they enter the graphs, for programs without the processor."""
+    """The preprocessing of images and clips, for programs that do not use the processor."""
     names = ("size", "crop_size", "do_center_crop", "resample", "rescale_factor", "image_mean", "image_std")
     settings = processor.video_processor.to_dict()
     used = {name: settings.get(name) for name in (*names, "num_frames", "sampling")}

@@ -1,4 +1,4 @@
-"""An exported RICE model, run by onnxruntime: encodes and scores like the model that it was exported from."""
+"""An exported RICE model in onnxruntime: it encodes and scores like the original model."""
 
 import json
 import os
@@ -20,11 +20,11 @@ _IMAGES_AT_ONCE = 1024
 
 def read_description(folder: Path) -> dict:
     """
-    What `rice export` wrote of its files.
+    The content of the onnx.json of an export.
 
     Raises:
-        FileNotFoundError: no such export.
-        ValueError: the description is damaged, or names a file elsewhere.
+        FileNotFoundError: if there is no such export.
+        ValueError: if the description is damaged, or names a file outside the folder.
     """
     path = folder / DESCRIPTION
     if not path.is_file():
@@ -42,10 +42,10 @@ def read_description(folder: Path) -> dict:
 
 def open_session(file: str | os.PathLike):
     """
-    A graph on the CPU, with as many threads as torch has.
+    Opens a graph on the CPU, with the number of threads of torch.
 
     Raises:
-        ValueError: onnxruntime is not installed, or the file is damaged.
+        ValueError: if onnxruntime is not installed, or the file is damaged.
     """
     try:
         import onnxruntime
@@ -56,22 +56,23 @@ def open_session(file: str | os.PathLike):
     try:
         return onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"])
     except Exception as error:
-        # Its errors have no base of their own.
+        # The errors of onnxruntime have no common base class.
         raise ValueError(f"{file} cannot be read ({' '.join(str(error).split())[:200]}); export again.") from error
 
 
 class OnnxRice:
     """
-    What `rice export` wrote, with `encode_gallery`, `encode_clips`, `similarity`, `match` and `align` as [`RiceModel`]
-    has them. Galleries of the exported model and of the original may be exchanged, those of the int8 one may not.
+    A model from the files of `rice export`, with the methods `encode_gallery`, `encode_clips`, `similarity`, `match`
+    and `align` of [`RiceModel`]. Encodings of the exported and of the original model can be compared with each other,
+    but not with those of the int8 model.
 
     Args:
-        folder: With `onnx.json`.
-        int8: Take the quantised files.
+        folder: Output folder of `rice export`, with `onnx.json`.
+        int8: Use the quantised files.
 
     Raises:
-        FileNotFoundError: no such export.
-        ValueError: onnxruntime is not installed, or a file is damaged.
+        FileNotFoundError: if there is no such export.
+        ValueError: if onnxruntime is not installed, or a file is damaged.
     """
 
     device = torch.device("cpu")
@@ -81,7 +82,7 @@ class OnnxRice:
         self.about = read_description(folder)
         self.sessions = {}
         for name, part in self.about["parts"].items():
-            # Alone it is for models that keep everything else in torch.
+            # The encoder is for `with_towers`, which runs everything else in torch.
             if name == "encoder":
                 continue
             file = folder / part["int8_file" if int8 else "file"] if not int8 or "int8_file" in part else None
@@ -91,18 +92,18 @@ class OnnxRice:
                     f"{folder} has no {wanted}: export again{' with --int8' if int8 else ''} to have them."
                 )
             self.sessions[name] = open_session(file)
-        # Of exports from before there were alignments nothing is said.
+        # Exports of older versions have no such entry.
         settings = self.about.get("config", {})
         self.config = SimpleNamespace(use_decoder="pairs" in self.sessions, **settings)
         self.int8 = int8
 
     def fingerprint(self) -> str | None:
-        """As `RiceModel.fingerprint` of the exported model, which quantised weights are not."""
+        """The `RiceModel.fingerprint` of the exported model, with the suffix "-int8" for quantised weights."""
         name = self.about["model_fingerprint"]
         return f"{name}-int8" if self.int8 and name is not None else name
 
     def run(self, name: str, *inputs: Tensor) -> list[Tensor]:
-        """One part (`image`, `video`, `pairs`) on its inputs in order."""
+        """Runs one part (`image`, `video`, `pairs`) with its inputs in order."""
         session = self.sessions[name]
         names = [item.name for item in session.get_inputs()]
         feed = {key: value.contiguous().numpy() for key, value in zip(names, inputs, strict=True)}
@@ -113,7 +114,7 @@ class OnnxRice:
         return dict(zip(names, self.run(name, *inputs), strict=True))
 
     def encode_gallery(self, pixel_values: Tensor, batch_size: int = 64, **kwargs) -> RiceGallery:
-        """As `RiceModel.encode_gallery`; titles are not read."""
+        """As `RiceModel.encode_gallery`, but titles are ignored."""
         parts = []
         for pixels in pixel_values.float().split(batch_size):
             fields = self._fields("image", pixels)
@@ -130,7 +131,7 @@ class OnnxRice:
         batch_size: int = 16,
         **kwargs,
     ) -> RiceClips:
-        """As `RiceModel.encode_clips`; ASR is not read, and boxes (`patch_mask`) are refused with a `ValueError`."""
+        """As `RiceModel.encode_clips`, but ASR is ignored, and boxes (`patch_mask`) raise a `ValueError`."""
         if patch_mask is not None:
             raise ValueError(
                 "An exported model takes no boxes (`patch_mask`); leave them out, or use the torch model."

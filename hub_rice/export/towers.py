@@ -1,6 +1,6 @@
-"""A RICE model's parts as they run at inference, on frames that are packed already: for export and for compilation.
+"""The parts of a RICE model at inference, on packed frames, for export and for compilation.
 
-Packing clips, that is leaving out padded frames, has shapes that depend on the data, so it stays outside.
+Packing removes the padded frames of clips. Its output shapes depend on the data, so it is not part of the graphs.
 """
 
 import torch
@@ -11,9 +11,8 @@ from modeling_rice import RiceModel
 
 class EncoderTower(nn.Module):
     """
-    Pictures `(n, 3, H, W)`, of the shop or frames -> what the vision encoder makes of them, on which everything else
-    stands: the global feature `(n, W)`, the patches `(n, P, C)`, and where these are of an inner layer also the last
-    ones.
+    Images or frames `(n, 3, H, W)` -> outputs of the vision encoder: the global feature `(n, W)`, the patches
+    `(n, P, C)`, and if these come from an inner layer also the last layer's patches `(n, P', W')`.
     """
 
     inputs = {"pixel_values": ("images", 3, "height", "width")}
@@ -29,7 +28,7 @@ class EncoderTower(nn.Module):
 
 
 class _Tower(nn.Module):
-    """A part that gives as many of its class's outputs as the model has."""
+    """A part whose outputs are those of `all_outputs` that the model has."""
 
     all_outputs: dict[str, tuple]
 
@@ -43,7 +42,7 @@ class _Tower(nn.Module):
 
 class ImageTower(_Tower):
     """
-    Shop images `(n, 3, H, W)` -> embeddings `(n, D)`; with a decoder its states `(n, d)`; with an alignment its
+    Shop images `(n, 3, H, W)` -> embeddings `(n, D)`; with a decoder also states `(n, d)`; with an alignment also
     patches `(n, P, R)`.
     """
 
@@ -60,9 +59,9 @@ class ImageTower(_Tower):
 
 class VideoTower(_Tower):
     """
-    The frames of all clips `(f, 3, H, W)`, one after the other, which of them each clip has in order `(c, T)`, and a
-    mask of the same shape, `True` = real -> embeddings `(c, D)`; with a decoder every frame's keys and values
-    `(f, 1 + P, d)`; with an alignment every frame's patches `(f, P, R)`.
+    Frames of all clips `(f, 3, H, W)`, frame indices of each clip `(c, T)`, and a mask of the same shape, `True` =
+    real frame -> embeddings `(c, D)`; with a decoder also keys and values of each frame `(f, 1 + P, d)`; with an
+    alignment also patches of each frame `(f, P, R)`.
     """
 
     inputs = {
@@ -83,14 +82,14 @@ class VideoTower(_Tower):
         embeds = model.pool_features(frames.features[frame_index], frame_mask)
         outputs = {"embeds": embeds, "patches": frames.patches}
         if model.decoder is not None:
-            # A clip's keys and values are its frames', so that frames may be in several clips here too.
+            # Keys and values are computed per frame, so that several clips can share a frame.
             mask = torch.ones(frames.tokens.shape[:2], dtype=torch.bool, device=pixel_values.device)
             outputs["keys"], outputs["values"], _ = model.decoder.encode_clips(frames.tokens, mask)
         return tuple(outputs[name] for name in self.outputs)
 
 
 class PairScorer(nn.Module):
-    """States `(n, d)`, keys and values `(c, S, d)` and their mask `(c, S)`, `True` = real -> scores `(c, n)`."""
+    """States `(n, d)`, keys and values `(c, S, d)`, their mask `(c, S)`, `True` = real token -> scores `(c, n)`."""
 
     inputs = {
         "states": ("images", "d"),
@@ -109,14 +108,14 @@ class PairScorer(nn.Module):
 
 
 def towers(model: RiceModel) -> dict[str, nn.Module]:
-    """`encoder`, `image`, `video` and, where there is a decoder, `pairs`."""
+    """The parts by name: `encoder`, `image`, `video` and, if the model has a decoder, `pairs`."""
     parts = {"encoder": EncoderTower(model), "image": ImageTower(model), "video": VideoTower(model)}
     return parts if model.decoder is None else parts | {"pairs": PairScorer(model)}
 
 
 def pack(pixel_values_videos: Tensor, frame_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """
-    Clips `(c, T, 3, H, W)` and their mask `(c, T)` -> [`VideoTower`]'s three inputs.
+    Clips `(c, T, 3, H, W)` and their mask `(c, T)` -> the three inputs of [`VideoTower`].
 
     Raises:
         ValueError: for a clip without a real frame.
@@ -126,13 +125,13 @@ def pack(pixel_values_videos: Tensor, frame_mask: Tensor | None = None) -> tuple
     counts = frame_mask.sum(dim=1)
     if not counts.all():
         raise ValueError(f"Clip {int(counts.argmin())} of the batch has no real frame in `frame_mask`; leave it out.")
-    # Padding points at any frame; the mask leaves it out.
+    # The index of a padded frame may be any frame; the mask excludes it.
     index = (frame_mask.flatten().cumsum(dim=0) - 1).clamp(min=0).reshape(frame_mask.shape)
     return pixel_values_videos[frame_mask], index, frame_mask
 
 
 def unpack(tokens: Tensor, frame_mask: Tensor) -> Tensor:
-    """Every frame's tokens `(f, L, d)` -> the clips' tokens `(c, T * L, d)`, zero at padded frames."""
+    """Tokens of each frame `(f, L, d)` -> tokens of each clip `(c, T * L, d)`, zero at padded frames."""
     unpacked = tokens.new_zeros(*frame_mask.shape, *tokens.shape[1:])
     unpacked[frame_mask] = tokens
     return unpacked.flatten(1, 2)

@@ -1,16 +1,16 @@
 """Recall at k of product retrieval from livestream clips, as a module of `evaluate`.
 
-The folder stands alone: it imports nothing of the project, so that it can be copied to the Hub as it is. The project
-computes every recall with it, through `evaluation_rice.recall`.
+The module imports nothing of the project, so its folder can be copied to the Hub unchanged. The project computes every
+recall with it, through `evaluation_rice.recall`.
 """
 
 import datasets
 import evaluate
 
 _DESCRIPTION = """
-Share of clips for which one of the first k retrieved shop images shows the right product (RICE, ICCV 2023).
-Every clip counts: one with an empty ranking is a miss. Positions are counted as they stand. A ranking may be over the
-clip's own livestream already, or over all images; `galleries` then cuts it to the livestream's own.
+Fraction of clips for which one of the first k retrieved shop images shows the right product (RICE, ICCV 2023).
+Every clip counts; a clip with an empty ranking is a miss. Duplicate ids in a ranking keep their positions. A ranking
+covers either the gallery of the clip's livestream or all images; `galleries` restricts the latter to the livestream.
 """
 
 _CITATION = """
@@ -25,18 +25,18 @@ _CITATION = """
 _INPUTS = """
 Args:
     predictions: one ranking per clip, a list of image ids, best first; may be empty.
-    references: one list per clip with the image ids that count as right; an empty one makes the clip a miss.
-    ks: cut-offs, whole numbers of at least 1; 1, 3, 5 and 10 by default.
-    live_ids: one livestream id per clip; the result then holds each livestream's own recall too.
-    galleries: livestream id -> its image ids; rankings are cut to the gallery of the livestream, in their order.
-        Needs `live_ids`.
-    An id is a text or a whole number, and 7 is the same id as "7".
+    references: one list of relevant image ids per clip; with an empty list the clip is a miss.
+    ks: cut-offs, integers of at least 1; 1, 3, 5 and 10 by default.
+    live_ids: one livestream id per clip; the result then also has the recall of each livestream.
+    galleries: livestream id -> its image ids. Rankings are restricted to the gallery of the clip's livestream and keep
+        their order. Needs `live_ids`.
+    An id is a string or an integer, and 7 is the same id as "7".
 Returns:
-    "R@k" for each k, a fraction between 0 and 1; with `live_ids` also "by_livestream", a dict of livestream id -> the
-    same of its clips, with "num_clips".
+    "R@k" for each k, a fraction between 0 and 1; with `live_ids` also "by_livestream", a dict from livestream id to
+    "R@k" and "num_clips" of its clips.
 Raises:
-    ValueError: there is no clip, a list is missing, an id is neither text nor whole number, a k is no whole number of
-        at least 1, or livestreams do not fit; the message names the entry.
+    ValueError: if there is no clip, a list is missing, an id is neither string nor integer, a k is no integer of at
+        least 1, or livestreams do not match; the message names the entry.
 Examples:
     >>> metric = evaluate.load("metrics/livestream_recall")
     >>> metric.compute(predictions=[["mug", "lamp"], ["lamp", "sock"]], references=[["mug"], ["sock"]], ks=(1, 3))
@@ -48,7 +48,7 @@ _PER_CLIP = "a list with one list of ids per clip"
 
 
 class LivestreamRecall(evaluate.Metric):
-    """Recall at k; see the folder's README."""
+    """Recall at k as a metric of `evaluate`; see the README of this folder."""
 
     def _info(self):
         return evaluate.MetricInfo(
@@ -65,37 +65,39 @@ class LivestreamRecall(evaluate.Metric):
         )
 
     def compute(self, *, predictions=None, references=None, ks=(1, 3, 5, 10), live_ids=None, galleries=None):
-        """Recall over the given clips, or over those added before."""
-        # All is checked before the clips are stored: `evaluate` keeps what a call that fails has stored.
+        """Recall over the given clips, or over clips added before; `inputs_description` has the arguments."""
+        # Everything is checked before the clips are stored, because `evaluate` keeps them even if the call fails.
         lives, names = (None, None) if live_ids is None else _read_names("live_ids", live_ids)
         if galleries is not None:
             if lives is None:
-                raise ValueError("galleries needs live_ids, which say whose gallery a clip is searched in.")
+                raise ValueError("galleries needs live_ids, the livestream of each clip: give both.")
             galleries = _read_galleries(galleries)
             missing = next((live for live in lives if live not in galleries), None)
             if missing is not None:
-                raise ValueError(f"galleries has no livestream {missing!r}, which live_ids names.")
+                raise ValueError(f"galleries lacks the livestream {missing!r} of live_ids: add it.")
         if predictions is not None:
             predictions = _entries("predictions", predictions, _PER_CLIP)
         count = len(self) + len(predictions or ())
         if not count:
-            raise ValueError("predictions is empty: recall needs at least one clip.")
+            raise ValueError("predictions is empty: give at least one clip.")
         if lives is not None and len(lives) != count:
             raise ValueError(f"live_ids has {len(lives)} entries for {count} clips: give one per clip.")
         options = {"ks": check_ks(ks), "lives": lives, "names": names, "galleries": galleries}
         return super().compute(predictions=predictions, references=references, **options)
 
     def add_batch(self, *, predictions=None, references=None):
-        """Adds clips: a list of rankings, and as many lists of right images."""
+        """Adds clips: a list of rankings, and a list of relevant image ids for each."""
         rankings = _id_lists("predictions", predictions, ordered=True)
         relevant = _id_lists("references", references)
         if len(rankings) != len(relevant):
-            raise ValueError(f"predictions has {len(rankings)} clips and references {len(relevant)}: give one each.")
+            raise ValueError(
+                f"predictions has {len(rankings)} clips and references {len(relevant)}: give one entry per clip each."
+            )
         if rankings:
             super().add_batch(predictions=rankings, references=relevant)
 
     def add(self, *, prediction=None, reference=None):
-        """Adds one clip: its ranking, and the list of its right images."""
+        """Adds one clip: its ranking and its relevant image ids."""
         self.add_batch(predictions=[prediction], references=[reference])
 
     def _compute(self, predictions, references, ks, lives, names, galleries):
@@ -115,34 +117,34 @@ class LivestreamRecall(evaluate.Metric):
 
 
 def check_ks(ks):
-    """`ks` as a tuple of whole numbers; raises `ValueError` where it is none of at least 1."""
+    """`ks` as a tuple of integers. Raises `ValueError` unless all are integers of at least 1."""
     if isinstance(ks, (str, bytes)) or not hasattr(ks, "__iter__"):
-        raise ValueError(f"ks must be a sequence of whole numbers such as (1, 3, 5, 10), not {ks!r}.")
+        raise ValueError(f"ks must be a sequence of integers such as (1, 3, 5, 10), not {ks!r}.")
     ks = tuple(ks)
     if not ks:
         raise ValueError("ks is empty: name at least one k, such as (1, 5).")
     for k in ks:
         if isinstance(k, bool) or not hasattr(k, "__index__") or k < 1:
-            raise ValueError(f"ks holds {k!r}: every k must be a whole number of at least 1.")
+            raise ValueError(f"ks holds {k!r}: every k must be an integer of at least 1.")
     return tuple(int(k) for k in ks)
 
 
 def read_ids(where, value, ordered=False):
-    """The ids of a list as texts; raises `ValueError`, naming `where`, unless all are texts or whole numbers.
+    """The ids of a list as strings. Raises `ValueError`, naming `where`, unless all are strings or integers.
 
-    A set, which has no order, is a list of right images (`ordered` False), but no ranking.
+    A set has no order; it is accepted for relevant images (`ordered` False), but not for a ranking.
     """
     return [entry if type(entry) is str else _read_id(where, entry) for entry in _entries(where, value, _IDS, ordered)]
 
 
 def first_rank(ranking, relevant):
-    """Rank (from 1) of the first id of `ranking` that is in `relevant`, `None` where there is none."""
+    """Rank (from 1) of the first id of `ranking` that is in `relevant`; `None` if there is none."""
     relevant = set(relevant)
     return next((rank for rank, image in enumerate(ranking, 1) if image in relevant), None)
 
 
 def _entries(where, value, what, ordered=True):
-    # A string would be walked letter by letter, and give a plausible wrong figure.
+    # A string would be read letter by letter and give a plausible but wrong figure.
     wrong = (str, bytes, dict, set, frozenset) if ordered else (str, bytes, dict)
     try:
         return list(None if isinstance(value, wrong) else value)
@@ -160,14 +162,14 @@ def _read_id(where, entry):
     if isinstance(entry, (list, tuple, dict, set)) or getattr(entry, "ndim", 0):
         raise ValueError(f"{where} holds {_short(entry)}: give image ids alone, without scores.")
     try:
-        # Booleans pass for whole numbers, those of arrays too.
+        # Booleans have `__index__` too, also those of arrays.
         return str((None if "bool" in str(getattr(entry, "dtype", type(entry))) else entry).__index__())
     except (AttributeError, TypeError):
-        raise ValueError(f"{where} holds {_short(entry)}: an id is a text or a whole number.") from None
+        raise ValueError(f"{where} holds {_short(entry)}: an id is a string or an integer.") from None
 
 
 def _read_names(where, value):
-    """The ids as texts, and of each the name that stands in the result: a number where it was given as one."""
+    """The ids as strings, and for each its key in the result: an integer if it was given as one."""
     given = _entries(where, value, "a list with one livestream id per clip")
     ids = [_read_id(where, entry) for entry in given]
     names = {}
@@ -183,7 +185,7 @@ def _read_galleries(galleries):
     for given, images in galleries.items():
         live = _read_id("galleries", given)
         if live in own:
-            raise ValueError(f"galleries names livestream {live!r} twice, as text and as number: give it once.")
+            raise ValueError(f"galleries has livestream {live!r} twice, as string and as integer: give it once.")
         own[live] = set(read_ids(f"galleries[{given!r}]", images))
     return own
 

@@ -1,1 +1,1 @@
-"""The page that recognises products in the browser."""
+"""The demo page: recognition of products in the browser."""

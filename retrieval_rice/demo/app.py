@@ -1,4 +1,4 @@
-"""The demo's page: a clip is chosen or uploaded, the shop's products are ranked, and a pair is explained by heat."""
+"""The demo page: choose or upload a clip, rank the shop's products, and show heat maps of a pair."""
 
 import functools
 import os
@@ -14,11 +14,11 @@ from ..quota import FolderQuota, UploadGate, temporary_folder
 from .page import Clip, Demo, Pair, Recognition, caption, said_pieces, table_rows
 
 MAX_VISITORS = 64
-"""Visitors whose clips are kept, each a few megabytes; the one that was away longest starts anew."""
+"""Maximum number of visitors whose clips are kept (a few megabytes each); the oldest one is dropped."""
 
 COLUMN_WIDTHS = ["4%", "24%", "26%", "10%", "8%", "9%", "9%", "10%"]
 COLUMNS = ["#", "product", "title", "confidence", "score", "embedding", "matching", "alignment"]
-NO_BOXES = "(only drawn: this model takes none)"
+NO_BOXES = "(only drawn: this model does not use boxes)"
 CSS = """footer { display: none !important; }
 #answer { font-size: 1.15em; }
 #ranking .thumbnail-item { display: flex; flex-direction: column; height: auto; aspect-ratio: auto; }
@@ -27,12 +27,12 @@ CSS = """footer { display: none !important; }
 .grid-wrap { min-height: 0 !important; max-height: none !important; }
 #scores * { font-family: inherit !important; }"""
 INTRODUCTION = """# RICE: which product is this clip presenting?
-Choose an example or upload a clip; the pictures of a shop are ranked for it. A picture in the ranking can be clicked:
-bright places of the frames are those that belong to it."""
+Choose an example or upload a clip. RICE ranks the pictures of a shop for it. Click a picture in the ranking: bright
+parts of the frames correspond to it."""
 
 
 def _told(function: Callable) -> Callable:
-    """Shows a refusal as one sentence on the page."""
+    """Shows a user error as one sentence on the page."""
 
     @functools.wraps(function)
     def wrapped(*arguments: Any) -> Any:
@@ -45,7 +45,7 @@ def _told(function: Callable) -> Callable:
 
 
 class Callbacks:
-    """What the page does when something is chosen; each gives the new values of components."""
+    """Handlers of the page's events; each returns the new values of components."""
 
     def __init__(self, demo: Demo):
         self.demo = demo
@@ -59,18 +59,18 @@ class Callbacks:
         return self.show(self.demo.recognise(self.demo.example(live_id, place), live_id, boxes=boxes))
 
     def upload(self, files: list[str] | str | None, live_id: str, boxes: str, asr: str) -> tuple:
-        """As `show`, for uploaded files, which are gone afterwards."""
-        clip: Clip = self.demo.upload([files] if isinstance(files, str) else files or [])
+        """As `show`, for uploaded files, which are deleted afterwards."""
+        clip: Clip = self.demo.upload([files] if isinstance(files, str) else files or [], live_id)
         return self.show(self.demo.recognise(clip, live_id, asr or "", boxes))
 
     def boxes(self, recognition: Recognition | None, boxes: str) -> tuple | dict:
-        """As `show`, for the clip that is on the page, with other boxes."""
+        """As `show`, for the current clip with other boxes."""
         if recognition is None:
             return gr.skip()
         return self.show(self.demo.recognise(recognition.clip, recognition.live_id, boxes=boxes))
 
     def show(self, recognition: Recognition) -> tuple:
-        """State, answer, frames, ranked pictures, table, text; and the heat of the first hit, see `pair`."""
+        """State, answer, frames, ranked pictures, table and text; and the heat map of the first hit, see `pair`."""
         hits, row = recognition.answer.hits, recognition.row
         relevant = row.get("relevant") or []
         pictures = [
@@ -83,28 +83,28 @@ class Callbacks:
             try:
                 heat = self.pair(recognition, 0)
             except ValueError as error:
-                # The ranking stands, also where the first picture has gone since the shop was encoded.
+                # The ranking is valid, even if the first picture was deleted after the shop was encoded.
                 heat = (None, None, [], escape(f"There is no heat map: {error}"))
         return (
             recognition,
             answer_words(recognition, self.demo.index.calibration is not None),
             self.demo.frames(recognition),
-            # A new ranking must not keep the choice made in the one before.
+            # A new ranking must not keep the selection of the previous one.
             gr.Gallery(value=pictures, selected_index=None),
             table_rows(recognition),
-            marked or [("(nothing is known of what was said)", None)],
+            marked or [("(no speech)", None)],
             *heat,
         )
 
     def pair(self, recognition: Recognition | None, place: int) -> tuple:
-        """State, picture with its grid, frames under heat, and what they show, of one hit."""
+        """State, picture with its grid, frames with heat, and their description, for one hit."""
         if recognition is None:
             raise ValueError("Choose or upload a clip first.")
         pair = self.demo.pair(recognition, place)
         return (pair, *self._heat(pair, None))
 
     def patch(self, pair: Pair | None, point: list[float] | None) -> tuple:
-        """Picture, frames and words of one patch of the picture, or of all of them (`None`)."""
+        """Picture, frames and description for one patch of the picture, or for all patches (`None`)."""
         if pair is None:
             raise ValueError("Choose a product first.")
         return self._heat(pair, None if point is None else self.demo.patch_at(pair, point))
@@ -112,19 +112,19 @@ class Callbacks:
     def _heat(self, pair: Pair, patch: tuple[int, int] | None) -> tuple:
         picture, frames = self.demo.heat(pair, patch)
         which = "All patches" if patch is None else f"The patch in row {patch[0] + 1}, column {patch[1] + 1}"
-        meaning = "looks most alike" if pair.maps.is_alignment else "went into the reconstruction"
-        words = f"{which} of <b>{escape(pair.title)}</b>: bright is what {meaning}."
+        meaning = "are most similar to it" if pair.maps.is_alignment else "reconstruct it"
+        words = f"{which} of <b>{escape(pair.title)}</b>: bright patches {meaning}."
         return picture, frames, words
 
 
 def answer_words(recognition: Recognition, calibrated: bool) -> str:
-    """The answer in a sentence or two of HTML."""
+    """The answer in one or two sentences of HTML."""
     answer, clip = recognition.answer, recognition.clip
     hit, times = answer.hits[0], answer.timings
     title = f"<b>{escape(hit.title or hit.image_id)}</b>"
     share = f"{100 * answer.confidence:.0f} %"
     words = (
-        f"Not sure, or no product of this shop (the likeliest is {title}, {share})"
+        f"Not sure, or no product of this shop (most likely: {title}, {share})"
         if answer.no_product
         else f"{title}, {share}"
     )
@@ -141,11 +141,11 @@ def answer_words(recognition: Recognition, calibrated: bool) -> str:
         details.insert(0, f"boxes detected: {found}, in {recognition.detect_ms:.0f} ms")
     if recognition.silent:
         before = recognition.rank_without_words(hit)
-        details.insert(0, "first also without the words" if before == "1" else f"without the words: rank {before}")
+        details.insert(0, "rank 1 without speech too" if before == "1" else f"without speech: rank {before}")
     if times.get("match_ms"):
         details.append(f"matched in {times['match_ms']:.1f} ms")
     if not calibrated:
-        details.append("the share is no calibrated probability: index the shop with validation clips for that")
+        details.append("the confidence is not calibrated: index the shop with validation clips to calibrate it")
     if clip.note:
         details.append(escape(clip.note))
     return f'<div id="answer">{words}</div><small>{" · ".join(details)}</small>'
@@ -158,7 +158,7 @@ def _gallery(heading: str, name: str, columns: int = 5, value: list | None = Non
 
 
 def build_demo(demo: Demo) -> gr.Blocks:
-    """The page for a model and a shop; see `serve` for safe settings of its server."""
+    """The page for a model and a shop; `serve` starts its server with safe settings."""
     callbacks, shops = Callbacks(demo), demo.shops
     with gr.Blocks(title="RICE", analytics_enabled=False, delete_cache=(600, int(demo.limits.keep_seconds))) as page:
         recognition = gr.State(None, time_to_live=3600)
@@ -176,7 +176,7 @@ def build_demo(demo: Demo) -> gr.Blocks:
                 boxes = gr.Radio(
                     demo.boxes,
                     value=demo.first_boxes,
-                    label="boxes " + ("(where the model looks)" if demo.takes_boxes else NO_BOXES),
+                    label="boxes " + ("(the model uses only these parts)" if demo.takes_boxes else NO_BOXES),
                     visible=len(demo.boxes) > 1,
                     elem_id="boxes",
                 )
@@ -188,28 +188,28 @@ def build_demo(demo: Demo) -> gr.Blocks:
                         limits, hears = demo.limits, demo.transcriber is not None
                         gr.Markdown(
                             f"Pictures (up to {limits.max_files}) or one video of at most {limits.max_seconds:g} s, "
-                            f"{limits.max_bytes / 1e6:g} MB in all. Files are read into memory and deleted at once."
-                            + (f" The first {limits.max_sound_seconds:g} s of sound are heard." * hears)
+                            f"{limits.max_bytes / 1e6:g} MB in total. Files are read into memory and deleted at once."
+                            + (f" The first {limits.max_sound_seconds:g} s of sound are transcribed." * hears)
                         )
                         files = gr.File(file_count="multiple", type="filepath", label="clip", elem_id="files")
-                        instead = ", in the place of what is heard" * hears
-                        asr = gr.Textbox(label=f"what was said (optional{instead})", max_length=2000)
+                        instead = ", replaces the transcript" * hears
+                        asr = gr.Textbox(label=f"speech of the clip (optional{instead})", max_length=2000)
                         start = gr.Button("recognise", variant="primary", elem_id="recognise")
-                gr.Markdown("**Said** in the clip; words of the first product's title are marked")
+                gr.Markdown("**Speech** of the clip; words of the first product's title are marked")
                 said = gr.HighlightedText(
                     show_label=False, show_whitespaces=True, show_inline_category=False, elem_id="said"
                 )
             with gr.Column(scale=3):
                 answer = gr.HTML("<div id='answer'>No clip yet.</div>")
-                frames = _gallery("**Frames** that the model looks at", "frames")
+                frames = _gallery("**Frames** that the model uses", "frames")
                 ranking = _gallery("**Products** of the shop, best first (✓: the right one); click one", "ranking")
         with gr.Row(visible=demo.explains):
             with gr.Column(scale=1):
-                gr.Markdown("**Product**; click a patch of it")
+                gr.Markdown("**Product**; click one of its patches")
                 picture = gr.Image(show_label=False, interactive=False, buttons=[], height=260, elem_id="picture")
                 every = gr.Button("all patches", size="sm", elem_id="every")
             with gr.Column(scale=3):
-                heat = _gallery("**Heat**: the patches of the clip that belong to it", "heat")
+                heat = _gallery("**Heat map**: the patches of the clip that correspond to it", "heat")
                 words = gr.HTML(elem_id="words")
         with gr.Accordion("scores", open=True):
             table = gr.Dataframe(
@@ -233,7 +233,7 @@ def build_demo(demo: Demo) -> gr.Blocks:
         def choose_patch(state, event: gr.SelectData):
             return callbacks.patch(state, event.index)
 
-        # One visitor's work at a time, whichever it is.
+        # One request at a time, for all events.
         queue = {"concurrency_id": "demo", "concurrency_limit": 1}
         private = {"api_visibility": "private", "show_progress": "minimal", **queue}
         shop.change(_told(callbacks.shop), shop, examples, **private)
@@ -251,7 +251,7 @@ def build_demo(demo: Demo) -> gr.Blocks:
 
 @contextmanager
 def upload_folder() -> Iterator[str]:
-    """A folder of its own for all that visitors upload and all pictures that are shown, deleted at the end."""
+    """A temporary folder for all uploads and shown pictures; it is deleted at the end."""
     before = os.environ.get("GRADIO_TEMP_DIR")
     with temporary_folder("rice-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
@@ -266,16 +266,16 @@ def upload_folder() -> Iterator[str]:
 
 def serve(demo: Demo, host: str = "127.0.0.1", port: int | None = None, block: bool = True) -> gr.Blocks:
     """
-    Starts the page's server, one visitor's work at a time. Call within `upload_folder`.
+    Starts the page's server, which processes one request at a time. Call it inside `upload_folder`.
 
     Args:
-        demo: What to show.
+        demo: Content of the page.
         host: Address to listen on; "0.0.0.0" is reachable from other machines.
-        port: By default the first free one from 7860.
+        port: By default the first free port from 7860.
         block: Wait until the server is interrupted.
 
     Returns:
-        The page; `local_url` is its address, `close()` ends it.
+        The page; `local_url` is its address, `close()` stops it.
 
     Raises:
         OSError: the port is in use.
@@ -287,18 +287,18 @@ def serve(demo: Demo, host: str = "127.0.0.1", port: int | None = None, block: b
         server_name=host,
         server_port=port,
         prevent_thread_lock=True,
-        # Not even where the environment asks for it.
+        # Not even if the environment requests it.
         share=False,
         max_file_size=demo.limits.max_bytes,
         app_kwargs={"middleware": [Middleware(UploadGate, limits=demo.limits, quota=quota)]},
         state_session_capacity=MAX_VISITORS,
-        # The theme's own fonts would be fetched from elsewhere.
+        # The theme's own fonts would be downloaded.
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=CSS,
         ssr_mode=False,
         quiet=True,
     )
     if block:
-        print(f"the demo is at {page.local_url}; interrupt to end it", flush=True)
+        print(f"the demo is at {page.local_url}; press Ctrl-C to stop it", flush=True)
         page.block_thread()
     return page

@@ -1,15 +1,15 @@
-"""Show the recognition of clips in a browser: ranked products, what was said, and heat maps.
+"""Show the recognition of clips in a browser: ranked products, speech, and heat maps.
 
-Example clips and the shop come from --dataset, by default the rendered mini_lpr4m; --shop names another shop: an index
-that `rice index` wrote (with calibrated confidences), a data set's folder, or a folder of pictures. With --space
-nothing is started: a folder is written that can be pushed as a Space.
+Example clips and the shop come from --dataset, by default the rendered mini_lpr4m. --shop names another shop: an index
+of `rice index` (with calibrated confidences), a data set's folder, or a folder of pictures. --space starts no server
+but writes a folder that can be pushed as a Space.
 """
 
 import argparse
 import signal
 from pathlib import Path
 
-from ..options import add_precision_and_towers, load_encoder, open_index, port
+from ..options import add_hints, add_precision_and_towers, load_encoder, open_index, port
 
 DEFAULT_MODEL = "runs/demo/model"
 
@@ -18,36 +18,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default=DEFAULT_MODEL, help="checkpoint folder, or the id of a published model "
         "(default: %(default)s, which `make demo` trains)")  # fmt: skip
-    add("--dataset", help="data set with example clips and their shop (default: mini_lpr4m, unless there is a --shop)")
+    add("--dataset", help="data set with example clips and their shop (default: mini_lpr4m, unless --shop is given)")
     add("--data_dir", help="folder of the data set's files")
     add("--split", default="test", choices=("validation", "test"))
     add("--shop", metavar="DIR", help="shop to search: an index, a data set's folder, or pictures")
-    add("--detector", metavar="FOLDER|ID", help="product detector, whose boxes are shown, and tell a model that takes "
-        "boxes where to look (default: none)")  # fmt: skip
-    add("--asr", metavar="MODEL", help="hear uploads: folder, id or size of a faster-whisper model, or a speech "
+    add("--detector", metavar="FOLDER|ID", help="product detector, whose boxes are shown, and used by a model that "
+        "takes boxes (default: none)")  # fmt: skip
+    add("--asr", metavar="MODEL", help="transcribe uploads: folder, id or size of a faster-whisper model, or a speech "
         "model of transformers (default: none)")  # fmt: skip
-    add("--language", help="that is spoken, such as zh or en; auto, the default, detects it")
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
-    add("--port", type=port, help="default: the first free one from 7860")
+    add("--language", help="language of the speech, such as zh or en; auto, the default, detects it")
+    add_hints(parser)
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 allows other machines")
+    add("--port", type=port, help="default: the first free port from 7860")
     add_precision_and_towers(parser)
-    add("--device", help="such as cpu or cuda; default: cuda where there is one")
-    add("--batch_size", type=int, default=64, help="pictures per batch when the shop is encoded")
-    add("--space", type=Path, metavar="DIR", help="write a Space into this new folder instead of starting a server")
-    add("--space_examples", type=int, default=48, help="example clips that a Space gets (default: %(default)s)")
+    add("--device", help="such as cpu or cuda; default: cuda if available")
+    add("--batch_size", type=int, default=64, help="pictures per batch for encoding the shop")
+    add("--space", type=Path, metavar="DIR", help="write a Space to this new folder instead of starting a server")
+    add("--space_examples", type=int, default=48, help="number of example clips in a Space (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> None:
     """
     Raises:
-        FileNotFoundError: no such checkpoint, data set or shop.
+        FileNotFoundError: the checkpoint, data set or shop does not exist.
         FileExistsError: the folder of the Space is in use.
-        ValueError: Gradio is not installed, or what is named cannot be used.
+        ValueError: Gradio is not installed, or an argument cannot be used.
         OSError: the port is in use.
     """
-    if options.language is not None and options.asr is None:
-        raise ValueError("--language belongs to --asr; give both, or leave it out.")
+    for name in ("language", "asr_hints"):
+        if options.asr is None and getattr(options, name) is not None:
+            raise ValueError(f"--{name} belongs to --asr; give both, or leave it out.")
     if options.space is not None and options.asr is not None:
-        raise ValueError("--asr is for a server, and a Space has none for its uploads; leave it out.")
+        raise ValueError("--asr works with a server only, not with --space; leave it out.")
     if options.space is not None:
         from .space import write_space
 
@@ -56,14 +58,14 @@ def run(options: argparse.Namespace) -> None:
         return
     serve, upload_folder = _page()
     demo = load_demo(options)
-    # What ends a container must not leave uploads behind either.
+    # The signals that stop a container must also delete the uploads.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with upload_folder() as folder:
         demo.folder = folder
         try:
             serve(demo, options.host, options.port)
         except KeyboardInterrupt:
-            print("the demo has ended")
+            print("the demo has stopped")
 
 
 def _page():
@@ -81,7 +83,7 @@ def load_rows(options: argparse.Namespace):
     Rows of example clips and of the shop.
 
     Returns:
-        The query view (`None` where there are no example clips) and the gallery rows (`None` for an index).
+        The query view (`None` without example clips) and the gallery rows (`None` for an index).
     """
     from data_rice import load_dataset_view
 
@@ -105,7 +107,7 @@ def load_rows(options: argparse.Namespace):
 
 
 def load_demo(options: argparse.Namespace):
-    """The `Demo` that the options describe; encodes the shop unless it is an index."""
+    """The `Demo` for the options; encodes the shop unless it is an index."""
     from ..index import GalleryIndex
     from .page import Demo
 
@@ -124,7 +126,11 @@ def load_demo(options: argparse.Namespace):
     if options.asr is not None:
         if getattr(model.config, "text_config", None) is None:
             raise ValueError(f"--asr needs a model that reads text, which {options.model} does not; leave it out.")
+        from ..stream.speech_hints import expect_titles
         from ..stream.speech_models import load_transcriber
 
         transcriber = load_transcriber(options.asr, options.language or "auto", options.device)
-    return Demo(model, processor, index, gallery, queries, detector=detector, transcriber=transcriber)
+        # Refused where it would change nothing.
+        expect_titles(transcriber, () if options.asr_hints is None else index.titles(), options.asr_hints)
+    hearing = {"transcriber": transcriber, "expects_titles": options.asr_hints != "none"}
+    return Demo(model, processor, index, gallery, queries, detector=detector, **hearing)

@@ -1,4 +1,4 @@
-"""What the demo shows, without the page itself: clips, answers, pictures of both, and heat maps of a pair."""
+"""The content of the demo, without the page: clips, answers, pictures, and heat maps of a pair."""
 
 import re
 import time
@@ -20,6 +20,7 @@ from processing_rice.video_media_rice import sample_video
 from ..index import Answer, GalleryIndex, Hit
 from ..recogniser import candidates_of
 from ..stream.speech import Word, join_words, phrases
+from ..stream.speech_hints import expect_titles
 from ..stream.speech_models import words_of
 from ..uploads import Upload, UploadError, UploadLimits, read_upload
 
@@ -36,8 +37,8 @@ class Clip:
     """
     Attributes:
         row: A query row, whose frames may be bytes.
-        note: What is worth knowing of it.
-        words: What was heard in an upload, and when.
+        note: A note for the user.
+        words: The words of an upload's sound with their times.
     """
 
     row: dict[str, Any]
@@ -48,16 +49,16 @@ class Clip:
 @dataclass
 class Recognition:
     """
-    A clip with what was found for it in a shop.
+    A clip with its result in a shop.
 
     Attributes:
-        clip: As it was chosen.
-        row: Its row with the boxes that were asked for.
+        clip: The chosen clip.
+        row: Its row with the requested boxes.
         live_id: The shop, "" for the whole index.
-        boxes: Where the boxes come from, see `Demo.boxes`.
-        answer: Of the index.
-        encode_ms, detect_ms: For reading and encoding the frames, and for the detector.
-        silent: Of an upload with words, the images that are found without them, best first.
+        boxes: Source of the boxes, see `Demo.boxes`.
+        answer: Answer of the index.
+        encode_ms, detect_ms: Milliseconds for reading and encoding the frames, and for the detector.
+        silent: For an upload with words, the images found without the words, best first.
     """
 
     clip: Clip
@@ -70,7 +71,7 @@ class Recognition:
     silent: list[str] = field(default_factory=list)
 
     def rank_without_words(self, hit: Hit) -> str:
-        """Which place the hit has without what was said, "" where nothing was."""
+        """The rank of the hit without the words, "" if there are no words."""
         if not self.silent:
             return ""
         return str(self.silent.index(hit.image_id) + 1) if hit.image_id in self.silent else f"after {len(self.silent)}"
@@ -78,7 +79,7 @@ class Recognition:
 
 @dataclass
 class Pair:
-    """A clip and a product image, with the maps of which of their patches belong together."""
+    """A clip and a product image, with the maps of their corresponding patches."""
 
     picture: Image.Image
     frames: list[Image.Image]
@@ -91,16 +92,17 @@ class Demo:
     """
     Args:
         model, processor: From `load_model`.
-        index: Of the shop to search.
-        gallery: The rows that the index was built from, for pictures that it holds no path of.
-        queries: Query rows to choose examples from.
-        folder: Where uploads arrive; nothing else is ever read or deleted for a visitor.
-        limits: Of uploads.
-        detector: With `detect(frames)`, as a `Recogniser` takes it, or `None`.
-        transcriber: Hears uploads, see `load_transcriber`, or `None`.
+        index: Index of the shop.
+        gallery: The rows from which the index was built, for pictures without a path in the index.
+        queries: Query rows for the examples.
+        folder: Folder of uploads; nothing outside it is read or deleted for a visitor.
+        limits: Limits of uploads.
+        detector: Object with `detect(frames)`, as for a `Recogniser`, or `None`.
+        transcriber: Transcribes uploads, see `load_transcriber`, or `None`.
+        expects_titles: Whether the words of the shop's titles are hints for it.
 
     Attributes:
-        boxes: Where boxes can come from: "none", "true" where the queries have some, "detector" where there is one.
+        boxes: Possible sources of boxes: "none"; "true" if the queries have boxes; "detector" if there is a detector.
     """
 
     model: Any
@@ -112,6 +114,7 @@ class Demo:
     limits: UploadLimits = field(default_factory=UploadLimits)
     detector: Any = None
     transcriber: Any = None
+    expects_titles: bool = True
 
     def __post_init__(self):
         use_text = getattr(self.model.config, "text_config", None) is not None
@@ -129,33 +132,33 @@ class Demo:
 
     @property
     def takes_boxes(self) -> bool:
-        """Whether boxes tell the model where to look; else they are only drawn."""
+        """Whether the model uses boxes; otherwise they are only drawn."""
         return getattr(self.model.config, "accepts_patch_mask", True)
 
     @property
     def first_boxes(self) -> str:
-        """The boxes to begin with: the detector's; true ones only where they cannot help the model."""
+        """The initial source of boxes: the detector; true boxes only if the model does not use them."""
         return self.boxes[-1] if self.detector is not None or not self.takes_boxes else "none"
 
     @property
     def shops(self) -> list[str]:
-        """Livestreams to choose from, those with examples first, then "", the whole index."""
+        """The livestreams of the menu, those with examples first; then "" for the whole index."""
         lives = sorted(self.live_ids, key=lambda live_id: live_id not in self._examples)
         return [*lives, ""]
 
     @property
     def num_frames(self) -> int:
-        """Frames that the model looks at."""
+        """Number of frames that the model uses."""
         return self.processor.video_processor.num_frames
 
     def example_numbers(self, live_id: str) -> list[int]:
-        """Numbers of some query rows of a shop, evenly spaced."""
+        """Numbers of evenly spaced query rows of a shop."""
         numbers = self._examples.get(live_id, [])
         count = min(EXAMPLES, len(numbers))
         return [numbers[i * len(numbers) // count] for i in range(count)]
 
     def example_pictures(self, live_id: str) -> list[Image.Image]:
-        """A frame from the middle of each example, or a grey tile where the clip cannot be read."""
+        """A frame from the middle of each example, or a grey tile if the clip cannot be read."""
         pictures = []
         for number in self.example_numbers(live_id):
             try:
@@ -166,21 +169,33 @@ class Demo:
         return pictures
 
     def example(self, live_id: str, place: int) -> Clip:
-        """The example at a place of `example_pictures`; raises `ValueError` where there is none."""
+        """The example at a position of `example_pictures`; raises `ValueError` if there is none."""
         numbers = self.example_numbers(live_id)
         if not 0 <= place < len(numbers):
             raise ValueError("There is no such example; choose another one.")
         return Clip(self.queries[numbers[place]])
 
-    def upload(self, paths: Sequence[str]) -> Clip:
-        """A clip of uploaded files, which are gone afterwards; raises `UploadError`."""
+    def upload(self, paths: Sequence[str], live_id: str = "") -> Clip:
+        """
+        A clip of uploaded files, which are deleted afterwards.
+
+        Args:
+            paths: Paths of the uploaded files on the server.
+            live_id: Shop whose titles are hints for the speech model, "" for the whole index.
+
+        Raises:
+            UploadError: see `read_upload`.
+        """
         upload: Upload = read_upload(paths, self.folder, self.limits, with_sound=self.transcriber is not None)
         frames = [{"path": None, "bytes": data} for data in upload.frames]
         words, note = [], upload.note
         try:
-            words = [word for chunk in upload.sound for word in words_of(chunk, self.transcriber)]
+            titles = self.index.titles(live_id or None) if upload.sound and self.expects_titles else ()
+            # Anew for each upload, whose language is its own.
+            ear, _ = expect_titles(self.transcriber, titles)
+            words = [word for chunk in upload.sound for word in words_of(chunk, ear)]
         except (RuntimeError, ValueError) as error:
-            note = f"{note} The sound could not be heard ({error}).".strip()
+            note = f"{note} The sound could not be transcribed ({error}).".strip()
         row = {"clip_id": UPLOAD, "frames": frames, "boxes": None, "asr": join_words(words), "relevant": []}
         return Clip(row, note, words)
 
@@ -192,14 +207,14 @@ class Demo:
         Args:
             clip: From `example` or `upload`.
             live_id: Shop to search, "" for the whole index.
-            asr: What was said in an uploaded clip, in the place of what was heard.
-            boxes: Where the boxes come from that tell the model where to look, one of `boxes`.
+            asr: Speech of an uploaded clip; replaces its transcript.
+            boxes: Source of the boxes for the model, one of `boxes`.
 
         Raises:
-            ValueError: the clip cannot be read, or there is no such shop, or there are no such boxes.
+            ValueError: the clip cannot be read, or the shop or the source of boxes does not exist.
         """
         if live_id and live_id not in self.live_ids:
-            raise ValueError("There is no such shop; choose one of the list.")
+            raise ValueError("There is no such shop; choose one from the list.")
         if asr:
             clip = replace(clip, row={**clip.row, "asr": asr[:2000]}, words=[])
         start = time.perf_counter()
@@ -224,7 +239,7 @@ class Demo:
         return self.index.search(clips, live_id or None, top_k=TOP_K, rerank=candidates_of(self.index))[0]
 
     def with_boxes(self, row: dict, source: str) -> dict:
-        """A query row with the boxes of one of `boxes`; the detector looks at the frames that the model looks at."""
+        """A query row with boxes from one of `boxes`; the detector uses the same frames as the model."""
         if source not in self.boxes:
             raise ValueError("There are no such boxes; choose others.")
         if source == "true":
@@ -241,17 +256,17 @@ class Demo:
         return replace(self.collator, use_boxes=self.takes_boxes and any(row.get("boxes") or ()))
 
     def frames(self, recognition: Recognition) -> list[Image.Image]:
-        """The frames that the model looks at, with the chosen boxes."""
+        """The frames that the model uses, with the chosen boxes."""
         return [draw_box(enlarge(frame), box) for frame, box in clip_frames(recognition.row, self.num_frames)]
 
     def entry(self, image_id: str) -> Any:
-        """An image of the shop as `open_image` takes it."""
+        """An image of the shop in a form for `open_image`."""
         if image_id in self._places:
             return self.gallery[self._places[image_id]]["image"]
         return {"path": text_to_path(self.index.records([image_id])[image_id]["image"]), "bytes": None}
 
     def picture(self, image_id: str) -> Image.Image:
-        """An image of the shop, or a grey tile where it cannot be read any more."""
+        """An image of the shop, or a grey tile if it can no longer be read."""
         try:
             return enlarge(open_image(self.entry(image_id)))
         except ValueError:
@@ -267,7 +282,7 @@ class Demo:
         The clip with one of its hits.
 
         Raises:
-            ValueError: there is no such hit, a picture cannot be read, or the model has no maps.
+            ValueError: the hit does not exist, a picture cannot be read, or the model has no heat maps.
         """
         hits = recognition.answer.hits
         if not 0 <= place < len(hits):
@@ -279,12 +294,12 @@ class Demo:
         return Pair(enlarge(open_image(row["image"]), 2 * SIDE), frames, maps, hit.title or hit.image_id)
 
     def patch_at(self, pair: Pair, point: Sequence[float]) -> tuple[int, int] | None:
-        """The patch of the pair's picture at a point in pixels, `None` outside of all."""
+        """The patch of the pair's picture at a point in pixels, `None` outside all patches."""
         region = seen_region(self.processor.image_processor, pair.picture.size)
         return patch_at(pair.picture.size, pair.maps.grid, (point[0], point[1]), region)
 
     def heat(self, pair: Pair, patch: tuple[int, int] | None) -> tuple[Image.Image, list[Image.Image]]:
-        """The pair's picture with its grid, and the frames under the heat of one patch, or of all."""
+        """The pair's picture with its grid, and the frames with the heat of one patch, or of all patches."""
         seen = seen_region(self.processor.image_processor, pair.picture.size)
         picture = draw_grid(pair.picture, pair.maps.grid, patch, seen)
         part = self.processor.video_processor
@@ -293,7 +308,7 @@ class Demo:
 
 
 def column(rows: Sequence[dict], name: str) -> list[str]:
-    """A column of text of a data set or of a list of rows, "" where a row has none."""
+    """A text column of a data set or of a list of rows, "" for rows without it."""
     if hasattr(rows, "column_names"):
         return list(rows[name])
     return [row.get(name) or "" for row in rows]
@@ -301,13 +316,13 @@ def column(rows: Sequence[dict], name: str) -> list[str]:
 
 def _has_boxes(rows: Sequence[dict] | None) -> bool:
     if hasattr(rows, "column_names"):
-        # Iterating reads no other column, and stops at the first clip that has one.
+        # Iterating reads no other column, and stops at the first clip with a box.
         return any(any(boxes or ()) for boxes in rows["boxes"])
     return any(any(row.get("boxes") or ()) for row in rows or ())
 
 
 def numbered_frames(row: dict, num_frames: int) -> dict[int, Image.Image]:
-    """The frames of a query row that the model looks at, by their numbers in the clip."""
+    """The frames of a query row that the model uses, by their numbers in the clip."""
     if not row.get("video"):
         chosen = sample_frame_indices(len(row["frames"]), num_frames) if row["frames"] else []
         return read_frames(row["frames"], chosen)[0]
@@ -323,7 +338,7 @@ def enlarge(picture: Image.Image, side: int = SIDE) -> Image.Image:
 
 
 def draw_box(picture: Image.Image, box: Sequence[float] | None) -> Image.Image:
-    """Frames a box (ltrb in 0..1) in a picture, white within black; `None` leaves it as it is."""
+    """Draws a box (ltrb in 0..1) into a picture, white inside black; `None` draws nothing."""
     if box is None or len(box) != 4:
         return picture
     corners = [value * side for value, side in zip(box, picture.size * 2)]
@@ -337,8 +352,8 @@ def draw_box(picture: Image.Image, box: Sequence[float] | None) -> Image.Image:
 
 def shared_words(text: str, title: str) -> list[tuple[str, bool]]:
     """
-    The text in pieces, each with whether the title has it too: whole words, and in scripts without spaces runs of at
-    least two characters.
+    The text in pieces, each with a flag whether it is also in the title: whole words, or runs of at least two
+    characters in scripts without spaces.
     """
     words = {word for word in _WORDS.findall(title.lower()) if len(word) > 2}
     pieces: list[tuple[str, bool]] = []
@@ -379,7 +394,7 @@ def table_rows(recognition: Recognition) -> list[list[str]]:
 
 
 def said_pieces(recognition: Recognition) -> list[tuple[str, str | None]]:
-    """What was said in pieces with what they are called: times of what was heard, and words of the first title."""
+    """The speech in labelled pieces: times of the transcript, and words of the first title."""
     hit, words = recognition.answer.hits[0], recognition.clip.words
     parts = [(f"{part.start_s:.0f} s ", part.text + " ") for part in phrases(words)]
     pieces: list[tuple[str, str | None]] = []
@@ -390,10 +405,10 @@ def said_pieces(recognition: Recognition) -> list[tuple[str, str | None]]:
 
 
 def caption(hit: Hit, rank: int, relevant: Sequence[str], before: str = "") -> str:
-    """Line under a product's picture; where the answer is known, the right one is marked, and where words moved it,
-    its rank without them is told."""
+    """Line under a product's picture. A known right answer is marked. If the words changed its rank, the rank without
+    them is added."""
     mark = " ✓" if hit.image_id in relevant else ""
-    moved = f" (without words: {before})" if before not in ("", str(rank)) else ""
+    moved = f" (without speech: {before})" if before not in ("", str(rank)) else ""
     return f"{rank}.{mark} {100 * hit.confidence:.0f} % {hit.title or hit.image_id}{moved}"
 
 

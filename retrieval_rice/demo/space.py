@@ -16,7 +16,7 @@ from processing_rice import open_image
 from .page import column
 
 PACKAGES = ("modeling_rice", "processing_rice", "data_rice", "hub_rice", "evaluation_rice", "retrieval_rice")
-# What setup.cfg requires, and PyAV for uploaded videos; Gradio is named by the README's metadata.
+# The requirements of setup.cfg, and PyAV for uploaded videos. The README's metadata names Gradio.
 REQUIREMENTS = (
     *("transformers>=5.17,<6", "datasets>=5.0", "accelerate>=1.15,<2", "safetensors>=0.8", "huggingface_hub>=1.33"),
     *("torch>=2.11", "torchvision>=0.26", "evaluate>=0.4.6", "sentencepiece>=0.2", "av>=17.1", "lancedb>=0.40"),
@@ -46,8 +46,8 @@ app_file: app.py
 license: apache-2.0
 ---
 
-Which product a livestream clip is presenting: choose one of {clips} example clips or upload one, and see the {images}
-pictures of {shops} ranked for it, with heat maps of which patches of the clip belong to them.
+RICE recognises which product a livestream clip presents. Choose one of {clips} example clips or upload one. The page
+ranks the {images} pictures of {shops} for it, with heat maps of the corresponding patches of the clip.
 """
 
 
@@ -61,15 +61,15 @@ def write_space(
 ) -> None:
     """
     Args:
-        folder: New or empty.
+        folder: A new or empty folder.
         model: Checkpoint folder.
         queries: The query view, or `None`; evenly spaced clips of it become the examples.
-        gallery: Rows of the shop. Of livestreams, those are taken along that an example belongs to.
-        num_examples: Clips at most.
+        gallery: Rows of the shop. With livestreams, only those of an example are included.
+        num_examples: Maximum number of clips.
         detector: Checkpoint folder of a product detector.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint folder.
+        FileNotFoundError: the checkpoint folder does not exist.
         FileExistsError: the folder is in use.
         ValueError: there is no example clip, or a picture cannot be read.
     """
@@ -79,9 +79,9 @@ def write_space(
     checkpoints = {"model": model} if detector is None else {"model": model, "detector": Path(detector)}
     for path in checkpoints.values():
         if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"there is no checkpoint folder {path}; a Space takes the model's files along.")
+            raise FileNotFoundError(f"there is no checkpoint folder {path}; a Space needs the model's files.")
     if queries is None or gallery is None or num_examples < 1:
-        raise ValueError("a Space needs example clips and pictures: name a --dataset that has both, and no index.")
+        raise ValueError("a Space needs example clips and pictures: name a --dataset with both instead of an index.")
     root = Path(__file__).resolve().parents[2]
     folder.mkdir(parents=True, exist_ok=True)
     for package in PACKAGES:
@@ -112,7 +112,7 @@ def _gradio_version() -> str:
     try:
         return version("gradio")
     except PackageNotFoundError:
-        raise ValueError("a Space names the version of Gradio that it runs; install it: pip install gradio.") from None
+        raise ValueError("a Space needs the version of Gradio; install it: pip install gradio.") from None
 
 
 def _save(picture: Image.Image, path: Path) -> None:
@@ -126,7 +126,7 @@ def write_shop(root: Path, clips: list[dict], gallery: Sequence[dict], lives: se
     Writes `gallery.jsonl` of a shop_clips folder with the pictures of some livestreams.
 
     Returns:
-        (livestream, image id) -> the id that it has there.
+        (livestream, image id) -> id of the image in that folder.
     """
     by_live = any(lives) and set(column(gallery, "live_id")) >= lives
     ids: dict[tuple[str, str], str] = {}
@@ -136,7 +136,7 @@ def write_shop(root: Path, clips: list[dict], gallery: Sequence[dict], lives: se
         key = (live_id, row["image_id"])
         if key in ids or (by_live and live_id not in lives):
             continue
-        # Ids are unique in such a folder, but livestreams may share a picture.
+        # Ids must be unique in such a folder, but livestreams may share a picture.
         ids[key] = row["image_id"] if row["image_id"] not in ids.values() else f"{row['image_id']}@{live_id}"
         name = f"gallery/{len(lines):06d}.jpg"
         _save(open_image(row["image"]), root / name)
@@ -147,7 +147,7 @@ def write_shop(root: Path, clips: list[dict], gallery: Sequence[dict], lives: se
 
 
 def write_clips(root: Path, clips: list[dict], ids: dict[tuple[str, str], str]) -> None:
-    """Writes `clips_test.jsonl` and its frames; `ids` as `write_shop` returns them."""
+    """Writes `clips_test.jsonl` and its frames; `ids` comes from `write_shop`."""
     lines = []
     by_live = any(live_id for live_id, _ in ids)
     for number, clip in enumerate(clips):

@@ -1,4 +1,4 @@
-"""The intended product detector: where in a frame is the product that the host presents, if it is there at all.
+"""The intended product detector: finds the box of the product that the host presents, if a frame shows it.
 
-`product_detector` holds the detector, `commands` what `python -m retrieval_rice.detector` does with it.
+`product_detector` holds the detector, `commands` the steps of `python -m retrieval_rice.detector`.
 """

@@ -9,7 +9,7 @@ from . import commands
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one step; a mistake of the user ends the program with status 2 and one sentence."""
+    """Runs one step; a user's mistake ends the program with status 2 and one sentence."""
     parser = argparse.ArgumentParser(
         prog="python -m retrieval_rice.detector",
         description=commands.__doc__.partition("\n")[0],

@@ -1,4 +1,4 @@
-"""Runs a detector over the clips of a data set and writes what it finds as a box file (`data_rice.box_files`)."""
+"""Runs a detector over the clips of a data set and writes a box file (`data_rice.box_files`)."""
 
 import json
 import logging
@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Clip:
-    """One clip's pictures: `num_frames` and `fingerprint` as in a box file, the numbers of those chosen, None for
-    unreadable ones."""
+    """One clip's pictures: `num_frames` and `fingerprint` as in a box file, the numbers of the chosen frames, and None
+    for unreadable ones."""
 
     clip_id: str
     num_frames: int | None
@@ -50,24 +50,25 @@ def write_boxes(
     **options,
 ) -> dict[str, int]:
     """
-    Writes the box file of some splits. The same call goes on with the clips that the file lacks.
+    Writes the box file of some splits. Repeating the call adds the missing clips.
 
     Args:
-        detector: Where boxes come from.
+        detector: The detector.
         path: The file.
         dataset, data_dir, cache_dir, options: As `data_rice.load_dataset_view`.
         splits: "train" (its pairs), "validation", "test" (their queries).
         detector_name: Folder or id, for the header.
-        num_frames: Look at this many frames per clip at most, those that evaluation samples; 0 looks at all.
-        clips_per_batch: Clips decoded together.
-        num_workers: Processes that decode.
+        num_frames: Maximum number of frames per clip, sampled as in evaluation; 0 uses all frames.
+        clips_per_batch: Number of clips decoded together.
+        num_workers: Number of processes that decode.
 
     Returns:
-        `clips`, `frames` looked at, `boxes` found, `unreadable` frames (clips of unreadable videos count as one), of
-        this call; `earlier` clips that were there already.
+        Counts of this call: `clips`, `frames` read, `boxes` found and `unreadable` frames (a clip of an unreadable
+        video counts as one); and `earlier`, the clips that the file already had.
 
     Raises:
-        FileNotFoundError, ValueError: as `data_rice.load_dataset_view`, or the file is of another detector or data.
+        FileNotFoundError, ValueError: as `data_rice.load_dataset_view`; ValueError also if the file belongs to another
+            detector or other data.
     """
     header = {
         **FORMAT,
@@ -104,13 +105,13 @@ def write_boxes(
 
 
 def _begin(path: Path, header: dict) -> BoxFile | None:
-    """Starts the file, or reads what is in it, without the torn line that an interrupted run leaves at its end."""
+    """Starts the file, or reads it without the unfinished last line of an interrupted run."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(header, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
         return None
     if b"\n" not in path.read_bytes():
-        raise ValueError(f"{path} is no box file; name another file, or remove it.")
+        raise ValueError(f"{path} is not a box file; name another file, or remove it.")
     cut_torn_line(path)
     file = BoxFile(path)
     for name, value in header.items():
@@ -134,14 +135,14 @@ def _find(detector: ProductDetector, clips: list[_Clip], split: str, counts: dic
         counts["frames"] += len(clip.pictures)
         counts["boxes"] += sum(box is not None for box in boxes)
         counts["unreadable"] += sum(picture is None for picture in clip.pictures)
-        # A video that cannot be read gives no picture at all.
+        # An unreadable video gives no picture.
         counts["unreadable"] += not clip.pictures and clip.num_frames is None
     return lines
 
 
 @dataclass
 class _Decoder:
-    """Rows to clips, in a loader's workers."""
+    """Converts rows to clips, in a loader's workers."""
 
     num_frames: int
 

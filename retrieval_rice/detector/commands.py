@@ -6,7 +6,7 @@ For example, from nothing to a box file:
     python -m retrieval_rice.detector eval --detector runs/detector --dataset mini_lpr4m --split test
     python -m retrieval_rice.detector run --detector runs/detector --dataset mini_lpr4m --output runs/boxes.jsonl
 
-`run` writes a box file, from which any data set takes its boxes: `load_dataset_view(..., boxes_file=FILE)`,
+`run` writes a box file. A data set takes its boxes from it with `load_dataset_view(..., boxes_file=FILE)`,
 `train_rice.py --use_boxes --boxes_file FILE`, `eval_rice.py --boxes detector --boxes_file FILE`.
 """
 
@@ -15,14 +15,14 @@ import json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the three steps, which `run` tells apart by `options.step`."""
+    """Adds the three steps; `options.step` is the chosen one."""
     steps = parser.add_subparsers(title="steps", dest="step", required=True, metavar="train|eval|run")
     train = steps.add_parser("train", help="train on the frames of the training split")
     _add_data(train)
     add = train.add_argument
-    add("--output_dir", required=True, help="folder for the detector; the same command goes on where it stopped")
+    add("--output_dir", required=True, help="folder for the detector; the same command resumes")
     add("--model", help="folder or id of a pretrained detector to fine-tune; default: a small RT-DETR from scratch")
-    add("--image_size", type=int, default=64, help="side of the small one's pictures, default 64, a multiple of 32")
+    add("--image_size", type=int, default=64, help="picture side of the small detector, default 64, a multiple of 32")
     add("--max_steps", type=int, default=1500)
     add("--batch_size", type=int, default=32)
     add("--learning_rate", type=float, default=2e-3)
@@ -34,30 +34,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_data(evaluate)
     _add_detector(evaluate)
     evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"))
-    evaluate.add_argument("--output", help="JSON file for the figures, which are printed too")
+    evaluate.add_argument("--output", help="JSON file for the figures, which are also printed")
 
     run_step = steps.add_parser("run", help="write a box file of all clips")
     _add_data(run_step)
     _add_detector(run_step)
     add = run_step.add_argument
-    add("--output", required=True, help="the box file; the same command goes on with the clips that it lacks")
+    add("--output", required=True, help="the box file; the same command adds missing clips")
     add("--splits", nargs="+", default=["test"], choices=("train", "validation", "test"))
-    add("--num_frames", type=int, default=0, help="frames per clip, as evaluation samples them; default 0: all")
+    add("--num_frames", type=int, default=0, help="frames per clip, sampled as in evaluation; default 0: all")
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", required=True, help="mini_lpr4m, lpr4m, moving_fashion, shop_clips, or a folder")
     parser.add_argument("--data_dir", help="folder of the data set's files")
     parser.add_argument("--validation_fraction", type=float, help="LPR4M: share of training livestreams held out")
-    parser.add_argument("--cache_dir", help="where the data set's tables are cached")
+    parser.add_argument("--cache_dir", help="folder for the cached tables of the data set")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode pictures")
-    parser.add_argument("--device", help="such as cpu or cuda; default: cuda where there is one")
+    parser.add_argument("--device", help="such as cpu or cuda; default: cuda if available")
 
 
 def _add_detector(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--detector", required=True, help="folder that `train` wrote, or id of a published detector")
-    parser.add_argument("--threshold", type=float, help="least score of a box, 0 to 1; default: the detector's own")
-    parser.add_argument("--labels", nargs="+", metavar="NAME", help="the classes, of several, that are products")
+    parser.add_argument("--threshold", type=float, help="minimum score of a box, 0 to 1; default: the detector's own")
+    parser.add_argument("--labels", nargs="+", metavar="NAME", help="classes that are products, if there are several")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -118,12 +118,12 @@ def _print_figures(figures: dict, split: str) -> None:
     print(f"{figures['num_frames']} frames ({split}), {shown} with the product; threshold {figures['threshold']:.3f}")
     print(f"AP {100 * figures['AP']:.1f}, AP50 {100 * figures['AP50']:.1f}")
     print(
-        f"best box right (IoU 0.5): {100 * figures['hit_rate']:.1f} % of the frames with the product, "
-        f"{100 * figures['hit_rate_without_threshold']:.1f} % without the threshold; the mean box would be right in "
+        f"best box correct (IoU 0.5): {100 * figures['hit_rate']:.1f} % of the frames with the product, "
+        f"{100 * figures['hit_rate_without_threshold']:.1f} % without the threshold; the mean box would be correct in "
         f"{100 * figures['mean_box_hit_rate']:.1f} %"
     )
     if figures["false_alarm_rate"] is not None:
-        print(f"a box all the same: {100 * figures['false_alarm_rate']:.1f} % of the frames without the product")
+        print(f"false alarms: a box in {100 * figures['false_alarm_rate']:.1f} % of the frames without the product")
     if figures["unreadable"]:
         print(f"{len(figures['unreadable'])} frames could not be read, such as {figures['unreadable'][0]}")
 
@@ -146,6 +146,6 @@ def _run(options: argparse.Namespace) -> None:
         validation_fraction=options.validation_fraction,
     )
     print(
-        f"{options.output}: {counts['clips']} clips ({counts['earlier']} were there already), {counts['frames']} "
-        f"frames, {counts['boxes']} with a box, {counts['unreadable']} that could not be read."
+        f"{options.output}: {counts['clips']} clips ({counts['earlier']} existed already), {counts['frames']} "
+        f"frames, {counts['boxes']} with a box, {counts['unreadable']} unreadable."
     )

@@ -1,4 +1,4 @@
-"""How good a detector is: COCO's average precision, and how often its one answer per frame is right."""
+"""Evaluation of a detector: COCO's average precision, and the hit rate of its single answer per frame."""
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ HIT_IOU = 0.5
 
 @dataclass(frozen=True)
 class _Answer:
-    """The best detection of a frame: its score, and its largest IoU with a product box, 0 where there is none."""
+    """The best detection of a frame: its score, and its largest IoU with a product box (0 without a product box)."""
 
     has_product: bool
     score: float
@@ -39,31 +39,30 @@ def evaluate(
     """
     Measures a detector on detection rows.
 
-    A frame that shows the product is a hit when its best box reaches the threshold and has an IoU of at least 0.5
-    with one of its product boxes; a frame without the product is a false alarm when its best box reaches the
-    threshold.
+    A frame with the product is a hit if its best box reaches the threshold and has an IoU of at least 0.5 with one of
+    its product boxes. A frame without the product is a false alarm if its best box reaches the threshold.
 
     Args:
-        detector: Its threshold is used, and changed with `fit_threshold`.
-        rows: See `frames.load_frames`. A frame that cannot be read has no detections, and counts.
-        fit_threshold: Choose the threshold with the best F1 of hits on these frames first.
-        batch_size: Frames at a time.
-        num_workers: Processes that decode.
+        detector: The detector, with its threshold; `fit_threshold` changes the threshold.
+        rows: See `frames.load_frames`. An unreadable frame counts as a frame without detections.
+        fit_threshold: First choose the threshold with the best F1 of hits on these frames.
+        batch_size: Frames per batch.
+        num_workers: Number of processes that decode.
 
     Returns:
         `AP` (COCO's mean over IoU 0.50 to 0.95) and `AP50`; `hit_rate` and `hit_rate_without_threshold` over frames
-        with the product, and `mean_box_hit_rate` of their mean box as the answer to all of them, which a detector has
-        to beat; `false_alarm_rate` over frames without the product (None where there are none), `threshold`,
-        `num_frames`, `num_frames_without_product`, `unreadable` (ids).
+        with the product; `mean_box_hit_rate`, the baseline that answers with the mean box of these frames;
+        `false_alarm_rate` over frames without the product (None if there are none), `threshold`, `num_frames`,
+        `num_frames_without_product`, `unreadable` (ids).
 
     Raises:
-        ValueError: when there are no frames with the product, or pycocotools is missing.
+        ValueError: there are no frames with the product, or pycocotools is missing.
     """
-    # Before minutes are spent on detection.
+    # Imported before detection, which takes minutes.
     import_pycocotools()
     with_product = sum(bool(boxes) for boxes in rows["boxes"])
     if with_product == 0:
-        raise ValueError("None of the frames shows the product; there is nothing to measure.")
+        raise ValueError("None of the frames shows the product; name a split with product boxes.")
     found, answers, unreadable = [], [], []
     for row_boxes, frame_id, detections in _detect_all(detector, rows, batch_size, num_workers):
         if detections is None:
@@ -121,14 +120,14 @@ def _judge(boxes: list[list[float]], detections: Detections) -> _Answer:
 
 
 def mean_box_hit_rate(boxes: list[list[list[float]]]) -> float:
-    """Hit rate, over the frames with boxes (ltrb), of one constant box: the mean of all of them."""
+    """Hit rate of one constant box, the mean of all boxes (ltrb), over the frames with boxes."""
     shown = [torch.tensor(own) for own in boxes if own]
     mean = torch.cat(shown).mean(dim=0, keepdim=True)
     return sum(box_iou(mean, own).max().item() >= HIT_IOU for own in shown) / len(shown)
 
 
 def best_threshold(answers: list[_Answer]) -> float:
-    """The score at which F1 is best: hits among all answers given (precision) and all frames with the product."""
+    """The score with the best F1: precision is hits among answers, recall is hits among frames with the product."""
     with_product = sum(answer.has_product for answer in answers)
     best, hits = (0.0, 1.0), 0
     for given, answer in enumerate(sorted(answers, key=lambda answer: -answer.score), start=1):
@@ -138,7 +137,7 @@ def best_threshold(answers: list[_Answer]) -> float:
 
 
 def import_pycocotools() -> tuple[type, type]:
-    """The classes `COCO` and `COCOeval`; raises `ValueError` when pycocotools is not installed."""
+    """The classes `COCO` and `COCOeval`; raises `ValueError` if pycocotools is not installed."""
     try:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
@@ -154,14 +153,14 @@ def average_precision(boxes: list[list[list[float]]], detections: list[Detection
     COCO's AP over IoU 0.50 to 0.95, and at 0.50, of one category, by pycocotools.
 
     Args:
-        boxes: Per frame its true boxes, ltrb as fractions of the frame.
-        detections: Per frame what was found.
+        boxes: Per frame, its true boxes, ltrb as fractions of the frame.
+        detections: Per frame, its detections.
 
     Raises:
-        ValueError: when pycocotools is not installed.
+        ValueError: pycocotools is not installed.
     """
     COCO, COCOeval = import_pycocotools()
-    # COCO's small objects are told by their area in pixels; as fractions all would be small, which changes no AP.
+    # COCO defines small objects by their area in pixels; with fractions all are small, which does not change AP.
     truth = [
         {**annotation, "image_id": frame}
         for frame, entries in enumerate(boxes)
@@ -172,7 +171,7 @@ def average_precision(boxes: list[list[list[float]]], detections: list[Detection
         for frame, entry in enumerate(detections)
         for annotation, score in zip(coco_annotations(entry.boxes), entry.scores.tolist())
     ]
-    # Ids from 1, since 0 stands for no match there.
+    # Ids start at 1, because 0 means "no match" there.
     truth = [{**annotation, "id": number} for number, annotation in enumerate(truth, start=1)]
     if not results:
         return 0.0, 0.0

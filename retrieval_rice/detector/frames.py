@@ -1,4 +1,4 @@
-"""Single frames to train and measure a detector on: with all their product boxes, or without the product."""
+"""Single frames for training and evaluating a detector, with all product boxes or without the product."""
 
 import json
 import logging
@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 def load_frames(dataset: str, split: str, **options) -> datasets.Dataset:
     """
-    Detection rows of a split: the frames with boxes, and those of clips with boxes that have none themselves.
+    Detection rows of a split: frames with boxes, and frames without a box in clips that have boxes.
 
-    The latter are frames without the product; clips without any box may just not be annotated, and are left out.
+    The latter are frames without the product. Clips without any box may be unannotated, so they are left out.
 
     Args:
         dataset, split: As `data_rice.load_dataset_view`.
@@ -37,11 +37,11 @@ def load_frames(dataset: str, split: str, **options) -> datasets.Dataset:
     is_lpr4m = builder_of(dataset, options.get("data_dir")) is Lpr4m
     if is_lpr4m and split != "test":
         return load_dataset_view(dataset, "detection", split, **options, empty_frames=True)
-    # LPR4M's test list names the frames with boxes only.
+    # LPR4M's test list names only the frames with boxes.
     view = "query" if is_lpr4m else "pairs"
     frames = load_dataset_view(dataset, "detection", split, **options)
     empty = frames_without_product(load_dataset_view(dataset, view, split, **options), split)
-    # Some splits list their frames without a box already.
+    # Some splits already list their frames without a box.
     listed = set(frames["frame_id"]) if len(empty) else set()
     return datasets.concatenate_datasets(
         [frames, empty.filter(lambda frame_id: frame_id not in listed, input_columns="frame_id")]
@@ -49,7 +49,7 @@ def load_frames(dataset: str, split: str, **options) -> datasets.Dataset:
 
 
 def frames_without_product(clips: datasets.Dataset, split: str) -> datasets.Dataset:
-    """Detection rows, with no boxes, of the frames without a box in clips that have one elsewhere."""
+    """Detection rows without boxes: the frames without a box in clips that have boxes."""
 
     def explode(batch: Mapping[str, list]) -> dict[str, list]:
         rows = [
@@ -95,7 +95,7 @@ class DetectionCollator:
 
     Args:
         processor: The detector's image processor.
-        failure_log: File to append one JSON line per frame that cannot be read to; such frames are left out.
+        failure_log: File to which one JSON line per unreadable frame is appended; such frames are left out.
         augment: Mirror, shift, scale and recolour frames at random.
     """
 
@@ -108,10 +108,10 @@ class DetectionCollator:
 
     def __call__(self, rows: list[dict]) -> dict[str, Any]:
         """
-        Returns what the processor gives: `pixel_values` `(B, 3, H, W)`, perhaps `pixel_mask`, and `labels`.
+        Returns the processor's outputs: `pixel_values` `(B, 3, H, W)`, possibly `pixel_mask`, and `labels`.
 
         Raises:
-            MediaError: when no frame of the batch can be read.
+            MediaError: no frame of the batch can be read.
         """
         pictures, annotations = [], []
         for row in rows:
@@ -145,7 +145,7 @@ class DetectionCollator:
 
 
 def coco_annotations(boxes: torch.Tensor) -> list[dict]:
-    """Boxes `(n, 4)` ltrb in pixels as objects of COCO's format, all of them the one category 0."""
+    """Boxes `(n, 4)` ltrb in pixels as objects in COCO's format, all of category 0."""
     return [
         {
             "bbox": [left, top, right - left, bottom - top],

@@ -30,13 +30,13 @@ TRAIN_COMMAND = "python -m retrieval_rice.detector train"
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one frame, best first: boxes `(n, 4)` ltrb as fractions of the frame, scores `(n,)` 0..1."""
+    """Detections of one frame, best first: boxes `(n, 4)` ltrb as fractions of the frame, scores `(n,)` 0..1."""
 
     boxes: Tensor
     scores: Tensor
 
     def best(self, threshold: float) -> tuple[list[float], float] | None:
-        """The best box and its score, `None` when it scores below the threshold or has no area in the frame."""
+        """The best box and its score, `None` if its score is below the threshold or it has no area in the frame."""
         if len(self.scores) == 0 or self.scores[0] < threshold:
             return None
         box = clip_box(self.boxes[0].tolist())
@@ -48,14 +48,14 @@ class ProductDetector:
     Any object detection model of transformers, with one answer per frame: the best box, or none.
 
     Args:
-        model: In eval mode.
+        model: The model in eval mode.
         processor: Its image processor.
-        threshold: Score below which a frame counts as one without the product, 0..1. By default what training found on
-            validation frames (`config.score_threshold`), else 0.5.
-        labels: Names of the classes that are products; boxes of others are left out. By default all are.
+        threshold: Below this score (0..1) a frame counts as one without the product. By default the threshold that
+            training fitted on validation frames (`config.score_threshold`), else 0.5.
+        labels: Names of the classes that are products; boxes of other classes are ignored. By default all classes.
 
     Raises:
-        ValueError: the threshold is out of its range, or the model has no class of such a name.
+        ValueError: the threshold is out of its range, or the model has no class with a name in `labels`.
     """
 
     def __init__(self, model, processor, threshold: float | None = None, labels: Sequence[str] | None = None):
@@ -64,7 +64,7 @@ class ProductDetector:
         self.threshold = getattr(model.config, "score_threshold", None) if threshold is None else threshold
         if self.threshold is None:
             self.threshold = DEFAULT_THRESHOLD
-        # Written so that NaN is refused too.
+        # This form also refuses NaN.
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"the threshold must be between 0 and 1, got {self.threshold}.")
         self.labels = None if labels is None else sorted(set(labels))
@@ -79,23 +79,23 @@ class ProductDetector:
         labels: Sequence[str] | None = None,
     ) -> "ProductDetector":
         """
-        Loads a folder, such as `train` writes, or the id of a published detector.
+        Loads a detector from a folder, such as `train` writes, or by the id of a published detector.
 
         Args:
             path: Folder or id.
-            device: By default CUDA where there is one.
+            device: By default CUDA if available.
             threshold: See the class.
-            labels: See the class; a model of several classes needs them.
+            labels: See the class; required for a model with several classes.
 
         Raises:
-            FileNotFoundError, ValueError: there is no detector, or it is damaged, of another kind or of several
-                classes; or the device cannot be used.
+            FileNotFoundError, ValueError: the detector does not exist, is damaged, is another kind of model or has
+                several classes without `labels`; or the device cannot be used.
         """
         model, processor = load_detector(path)
         names = model.config.id2label
         if labels is None and len(names) > 1:
             raise ValueError(
-                f"{path} knows {_listed(names)}, and its best box may be of anything but the product: fine-tune it "
+                f"{path} has {_listed(names)}, so its best box may not show the product: fine-tune it "
                 f"({TRAIN_COMMAND} --model {path}), or write a box file of some classes only (python -m "
                 f"retrieval_rice.detector run --labels NAME ...)."
             )
@@ -104,14 +104,14 @@ class ProductDetector:
     @torch.no_grad()
     def predict(self, frames: Sequence[Image.Image], batch_size: int = 64) -> list[Detections]:
         """
-        Everything that the model finds in each frame, however low its score.
+        All detections of the model in each frame, whatever their score.
 
         Args:
             frames: Pictures of any size.
-            batch_size: Frames looked at together.
+            batch_size: Frames per batch.
         """
         found: list[Detections | None] = [None] * len(frames)
-        # Pictures of one size each, since some processors pad others, and pad their coordinates too.
+        # Pictures of one size per batch, because some processors pad others, which changes their coordinates.
         sizes: dict[tuple[int, int], list[int]] = {}
         for number, frame in enumerate(frames):
             sizes.setdefault(frame.size, []).append(number)
@@ -140,7 +140,7 @@ class ProductDetector:
 def _class_numbers(names: Mapping[int, str], labels: Sequence[str]) -> list[int]:
     unknown = [label for label in labels if label not in names.values()]
     if unknown:
-        raise ValueError(f"the detector has no class {unknown[0]!r} (--labels): it knows {_listed(names)}.")
+        raise ValueError(f"the detector has no class {unknown[0]!r} (--labels): it has {_listed(names)}.")
     return [number for number, name in names.items() if name in labels]
 
 
@@ -155,10 +155,10 @@ def load_detector(path: str, **settings):
 
     Args:
         path: Folder or id.
-        settings: Of `from_pretrained`, to train it for another task.
+        settings: Arguments of `from_pretrained`, to train it for another task.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or it cannot be loaded.
+        FileNotFoundError, ValueError: the detector does not exist, or cannot be loaded.
     """
     check_checkpoint(path, made_by=TRAIN_COMMAND)
     with hub_errors(path):
@@ -169,7 +169,7 @@ def load_detector(path: str, **settings):
                 return model, AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(f"{path} cannot be loaded as a detector: {' '.join(str(error).split())}") from error
-    held = f"a {kind} model" if kind else "a model of no known kind"
+    held = f"a {kind} model" if kind else "a model of an unknown kind"
     raise ValueError(
         f"{path} holds {held}, not a detector: name a folder that {TRAIN_COMMAND} wrote, or an object detection model "
         f"of transformers."
@@ -180,13 +180,13 @@ def build_detector(image_size: int = 64) -> tuple[RTDetrForObjectDetection, RTDe
     """
     A small RT-DETR (1M parameters) with random weights, for one kind of object.
 
-    Its residual network learns from scratch in minutes; an RF-DETR with patches of 8 pixels did not (docs/LOG.md).
+    Its residual network trains from scratch in minutes; an RF-DETR with patches of 8 pixels did not (docs/LOG.md).
 
     Args:
-        image_size: Side of the square that frames are stretched to, in pixels, a multiple of 32.
+        image_size: Side of the square to which frames are stretched, in pixels, a multiple of 32.
 
     Raises:
-        ValueError: for another size.
+        ValueError: the size is not a multiple of 32.
     """
     backbone = RTDetrResNetConfig(
         embedding_size=32,
@@ -201,7 +201,7 @@ def build_detector(image_size: int = 64) -> tuple[RTDetrForObjectDetection, RTDe
     width = 64
     config = RTDetrConfig(
         backbone_config=backbone,
-        # They hold nothing yet that would be worth keeping.
+        # They are not trained, so nothing is lost.
         freeze_backbone_batch_norms=False,
         encoder_in_channels=backbone.hidden_sizes[1:],
         feat_strides=strides,
@@ -214,7 +214,7 @@ def build_detector(image_size: int = 64) -> tuple[RTDetrForObjectDetection, RTDe
         decoder_layers=2,
         decoder_ffn_dim=2 * width,
         decoder_attention_heads=4,
-        # A frame shows a handful of products at most.
+        # A frame shows at most a few products.
         num_queries=10,
         num_denoising=20,
         id2label=LABELS,

@@ -1,4 +1,4 @@
-"""Trains a detector with transformers' Trainer; the same command goes on from the last checkpoint."""
+"""Trains a detector with transformers' Trainer; the same command resumes from the last checkpoint."""
 
 import json
 import logging
@@ -26,21 +26,21 @@ RECORD = "detector.json"
 
 class _DetectionTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        # RF-DETR's files name weights as its authors did. from_pretrained translates that; Trainer's own way does not,
-        # and would go on from random weights with no more than a warning.
+        # RF-DETR's files use its authors' names of weights. from_pretrained converts them. Trainer's own method does
+        # not, and would resume from random weights with only a warning.
         model = model or self.model
         model.load_state_dict(type(model).from_pretrained(resume_from_checkpoint).state_dict())
 
 
 @dataclass(frozen=True)
 class DetectorSettings:
-    """What a training run depends on.
+    """Settings of a training run.
 
     Attributes:
         dataset, data_dir, validation_fraction: As `data_rice.load_dataset_view`.
         model: Folder or id of a pretrained detector; a small new one by default.
-        image_size: Of a new one, see `build_detector`.
-        max_steps, batch_size, learning_rate, weight_decay, warmup_ratio, seed: As in any training.
+        image_size: Image size of a new detector, see `build_detector`.
+        max_steps, batch_size, learning_rate, weight_decay, warmup_ratio, seed: As usual.
 
     Raises:
         ValueError: a value is out of its range.
@@ -76,25 +76,25 @@ def train(
     device: str | None = None,
 ) -> dict:
     """
-    Trains on the frames of the training split, then measures the result, and chooses its threshold, on the validation
-    split where there is one. A run that was interrupted goes on with the weights, optimiser and order of frames that
-    it had, but draws other augmentations.
+    Trains on the frames of the training split. Then it chooses the threshold and measures the result on the validation
+    split, if there is one. An interrupted run resumes with the same weights, optimiser and order of frames, but with
+    other augmentations.
 
     Args:
-        settings: What the result depends on.
+        settings: Settings of the run.
         output_dir: Folder for checkpoints and the detector, which `ProductDetector.from_pretrained` loads;
-            `detector.json` there holds settings and figures.
-        cache_dir: Where the data set's tables are cached.
-        num_workers: Processes that decode.
+            `detector.json` in it holds settings and figures.
+        cache_dir: Folder for the cached tables of the data set.
+        num_workers: Number of processes that decode.
         save_steps: Steps between checkpoints.
-        device: "cpu" leaves GPUs alone; by default CUDA where there is one.
+        device: "cpu" uses no GPU; by default CUDA if available.
 
     Returns:
         The content of `detector.json`.
 
     Raises:
-        FileNotFoundError, ValueError: for data or a detector that cannot be loaded, a folder with another run, a
-            device that cannot be used, or when scipy or pycocotools is missing.
+        FileNotFoundError, ValueError: the data or the detector cannot be loaded, the folder holds another run, the
+            device cannot be used, or scipy or pycocotools is missing.
     """
     output_dir = Path(output_dir)
     record = {"settings": asdict(settings), "finished": False}
@@ -119,7 +119,7 @@ def train(
     trainer = _make_trainer(model, processor, rows, arguments)
     result = trainer.train(resume_from_checkpoint=_last_checkpoint(output_dir))
     record["train_loss"] = result.training_loss
-    # First of all, so that nothing that goes wrong in validation costs the training.
+    # Saved first, so that an error in validation does not lose the training.
     trainer.save_model()
     detector = ProductDetector(trainer.accelerator.unwrap_model(model).eval(), processor)
     try:
@@ -145,7 +145,7 @@ def _check_packages() -> None:
     try:
         import scipy.optimize  # noqa: F401
     except ImportError:
-        # The losses of transformers match boxes to objects with it.
+        # The losses of transformers use it to match boxes to objects.
         raise ValueError(
             "Training a detector needs scipy; install it: pip install scipy, or -e '.[detector]'."
         ) from None
@@ -187,7 +187,7 @@ def _training_arguments(settings, output_dir, num_workers, save_steps, device) -
 
 
 def _make_trainer(model, processor, rows, arguments: TrainingArguments) -> Trainer:
-    # Trainer would rescale the loss for a label count that detectors do not use.
+    # Otherwise Trainer rescales the loss by a label count that detectors do not use.
     model.accepts_loss_kwargs = False
     collator = DetectionCollator(processor, os.path.join(arguments.output_dir, "unreadable_frames.jsonl"))
     return _DetectionTrainer(

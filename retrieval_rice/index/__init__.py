@@ -1,4 +1,4 @@
-"""A shop's images, encoded once into a LanceDB table and searched for ever."""
+"""A shop's images, encoded once into a LanceDB table for search."""
 
 from .answers import Answer, Hit
 from .gallery import GalleryIndex

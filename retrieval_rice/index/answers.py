@@ -14,7 +14,7 @@ from .search import Candidates, Scope
 
 
 class Scores(NamedTuple):
-    """Of candidates, each `(k,)`: by kind, `None` where it was not asked for, and those that they are ranked by."""
+    """Scores of candidates, each `(k,)`: one per kind (`None` if not requested), and the scores of the ranking."""
 
     embedding: np.ndarray
     matching: np.ndarray | None
@@ -23,26 +23,26 @@ class Scores(NamedTuple):
 
     @property
     def pairs(self) -> np.ndarray | None:
-        """What confidences look at besides the embeddings: the score of pairs, that of the decoder first."""
+        """The pair scores for confidences, beside the embeddings: of the decoder, else of the alignment."""
         return self.alignment if self.matching is None else self.matching
 
     def take(self, order: Sequence[int]) -> "Scores":
-        """Those of some candidates."""
+        """The scores of some candidates."""
         return Scores(*(None if kind is None else kind[order] for kind in self))
 
 
 @dataclass
 class Hit:
     """
-    An image that was found.
+    A found image.
 
     Attributes:
-        image_id, product_id, title: As the shop's rows name them; without a product id, the image id.
-        live_id: The livestream that was searched, or the first that sells the image; "" where there are none.
-        image: Path of the picture as `data_rice.paths.path_to_text` writes it, "" where it came as bytes.
-        score: By which hits are ranked, the kind that `config.ranking` of the model says.
+        image_id, product_id, title: From the shop's rows; without a product id, `product_id` is the image id.
+        live_id: The searched livestream, or the first that sells the image; "" without livestreams.
+        image: Path of the picture as text of `data_rice.paths.path_to_text`, "" for a picture given as bytes.
+        score: The score of the ranking, of the kind in the model's `config.ranking`.
         embedding_score: `model.similarity`, a cosine.
-        matching_score, alignment_score: `model.match` and `model.align`, `None` where it was not asked for.
+        matching_score, alignment_score: `model.match` and `model.align`, `None` if not computed.
         confidence: Probability that the hit's product is the clip's, 0 to 1; see `GalleryIndex.calibrate`.
     """
 
@@ -61,14 +61,14 @@ class Hit:
 @dataclass
 class Answer:
     """
-    What is known of one clip.
+    The answer for one clip.
 
     Attributes:
-        hits: Best first; empty where the searched livestreams have no images.
+        hits: Hits, best first; empty if the searched livestreams have no images.
         no_product: The clip shows none of the shop's products: the confidence is below the calibrated threshold.
-        confidence: Of the first hit, 0 to 1.
-        timings: Milliseconds of "search_ms" (embedding search) and "match_ms" (matching and alignment), a clip's
-            share of its batch.
+        confidence: Confidence of the first hit, 0 to 1.
+        timings: Milliseconds "search_ms" (embedding search) and "match_ms" (matching and alignment), as a clip's share
+            of its batch.
     """
 
     hits: list[Hit]
@@ -93,8 +93,8 @@ def answer_of(
     calibration: Calibration | None,
     timings: dict[str, float],
 ) -> Answer:
-    """The answer from the candidates of one clip and their scores, `None` where there are no candidates."""
-    # Without a score an image cannot be found, as in evaluation.
+    """The answer from one clip's candidates and their scores; `scores` is `None` without candidates."""
+    # As in evaluation, an image without a score cannot be found.
     order = [] if scores is None else best_first(torch.from_numpy(scores.ranked_by))
     if not order:
         return Answer([], True, 0.0, timings)
@@ -124,13 +124,13 @@ def answer_of(
 
 
 def live_of(record: dict, scope: Scope) -> str:
-    """The livestream that was searched, else the first that sells the image, else ""."""
+    """The searched livestream, else the first that sells the image, else ""."""
     lives = record["live_ids"]
     return next((live for live in lives if scope is not None and live in scope), lives[0] if lives else "")
 
 
 def relevance(candidates: Candidates, answers: Sequence[str], products: set[str]) -> np.ndarray:
-    """Which candidates are among the images that answer a clip, or show the same product, `(k,)` bool."""
+    """Whether each candidate is a relevant image of the clip or shows the same product, `(k,)` bool."""
     return np.array(
         [record["image_id"] in answers or record["product_id"] in products for record in candidates.records]
     )

@@ -1,7 +1,7 @@
 """Approximate search for shops of hundreds of thousands of images: LanceDB's HNSW graphs, or IVF with product codes.
 
-The index proposes candidates and the stored encodings decide among them, so that what is lost is only what was not
-proposed, and codes cost no accuracy in the order of what was.
+The approximate index proposes candidates, and the stored encodings rank them exactly. So an image is lost only if it
+is not proposed, and product codes do not change the order of the proposed images.
 """
 
 from dataclasses import asdict, dataclass
@@ -13,11 +13,11 @@ from .calibration import check_depth
 from .table import lancedb
 
 KINDS = ("hnsw", "ivfpq")
-# Of the learning of lists and codes: with the library's own, 50 and 256, it takes 2.5 times as long and finds no more.
+# For training lists and codes. The library's defaults, 50 and 256, take 2.5 times as long and find no more.
 _ITERATIONS, _SAMPLE_RATE = 15, 64
 
 SAMPLE = 64
-"""Images of the shop by which the recall is measured."""
+"""Number of shop images for measuring the recall."""
 
 
 @dataclass
@@ -28,14 +28,15 @@ class Settings:
             product codes: `code_bytes` + 8 per image).
         links: Neighbours per node of the graph.
         ef_construction: Effort of building the graph.
-        ef_search: Candidates that the graph search keeps at least; more is slower and finds more.
-        lists: Of the inverted file; by default about the root of the number of images.
-        probes: Lists that are looked into; by default an eighth of them, at least 8.
+        ef_search: Minimum number of candidates of the graph search; more is slower and finds more.
+        lists: Number of lists of the inverted file; by default about the square root of the number of images.
+        probes: Number of searched lists; by default an eighth of them, at least 8.
         code_bytes: Bytes of a product code, a divisor of the embedding's width; by default an eighth of it.
-        oversample: Candidates proposed per candidate wanted; by default 4 for product codes, which are coarse, else 1.
+        oversample: Proposed candidates per requested candidate; by default 4 for product codes, which are coarse,
+            else 1.
 
     Raises:
-        ValueError: for another kind, or a number below 1.
+        ValueError: the kind is unknown, or a number is below 1.
     """
 
     kind: str = "hnsw"
@@ -58,10 +59,10 @@ class Settings:
 
     def config(self, count: int, width: int) -> Any:
         """
-        LanceDB's own settings for `count` embeddings of `width` numbers.
+        LanceDB's settings for `count` embeddings of `width` numbers.
 
         Raises:
-            ValueError: no images, or a code that does not divide the width.
+            ValueError: there are no images, or `code_bytes` does not divide the width.
         """
         if count == 0:
             raise ValueError("the index has no images to search approximately; add some first.")
@@ -81,11 +82,11 @@ class Settings:
         )
 
     def _lists(self, count: int) -> int:
-        # Each list is learned from some images.
+        # Each list needs some images for training.
         return self.lists or max(1, min(round(count**0.5), count // 40))
 
     def searching(self, count: int) -> dict:
-        """How `search.Rooms` asks the index: candidates per candidate wanted, and the query's own settings."""
+        """Settings of a query by `search.Rooms`: proposed candidates per requested one, and LanceDB's settings."""
         if self.kind == "hnsw":
             effort = {"ef": self.ef_search, "nprobes": 1}
         else:
@@ -95,7 +96,7 @@ class Settings:
 
 
 def sample_of(rooms: Any) -> Any:
-    """Some of the shop's own embeddings, spread over the gallery, as clips that look for their like."""
+    """Some embeddings of the shop, spread over the gallery, as queries for measuring the recall."""
     from modeling_rice import RiceClips
 
     rows = np.linspace(0, rooms.num_images - 1, min(SAMPLE, rooms.num_images)).astype(np.int64)
@@ -106,5 +107,5 @@ def sample_of(rooms: Any) -> Any:
 
 
 def recall(found: list[list[str]], exact: list[list[str]]) -> float:
-    """Share of the exact answers that were found, 0 to 1."""
+    """Share of the exact results that were found, 0 to 1."""
     return float(np.mean([len(set(one) & set(other)) / len(other) for one, other in zip(found, exact) if other]))

@@ -1,4 +1,4 @@
-"""Reads and encodes a shop's images, and tells which of them are encoded already."""
+"""Reads and encodes a shop's images, and skips those that are encoded already."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ _REDUCED = (PRECISIONS["bf16"], PRECISIONS["fp16"], INT8)
 
 @dataclass
 class ShopImage:
-    """One image of the shop, and the numbers of the rows that show it, of which the first readable one is encoded."""
+    """One image of the shop, and the numbers of its rows, of which the first readable one is encoded."""
 
     image_id: str
     product_id: str
@@ -44,11 +44,11 @@ class ShopImage:
 
 def as_rows(rows: Any) -> Sequence[dict]:
     """
-    Rows of any table by number, with `None` where a value is missing: of lists of dicts, a pandas or Arrow table, a
-    `datasets.Dataset` (which is left as it is), or anything that gives dicts.
+    Rows of any table by number, with `None` for missing values: from a list of dicts, a pandas or Arrow table, a
+    `datasets.Dataset` (returned unchanged), or any iterable of dicts.
 
     Raises:
-        ValueError: a mapping in the place of rows, or a row that is none.
+        ValueError: `rows` is a mapping, or a row is not a mapping.
     """
     if isinstance(rows, (Mapping, str)):
         raise ValueError(f"rows are a {type(rows).__name__}; give a list of dicts, one per row.")
@@ -68,10 +68,10 @@ def as_rows(rows: Any) -> Sequence[dict]:
 
 def read_id(row: Mapping, name: str, where: str) -> str:
     """
-    An id of a row as text, "" where it is missing; whole numbers are ids, too.
+    An id of a row as text, "" if it is missing; whole numbers are valid ids.
 
     Raises:
-        ValueError: it is neither; the message begins with `where`.
+        ValueError: the id is neither text nor a whole number; the message begins with `where`.
     """
     value = row.get(name)
     if is_missing(value) or (isinstance(value, str) and not value):
@@ -83,20 +83,20 @@ def read_id(row: Mapping, name: str, where: str) -> str:
 
 
 def _without_pictures(rows: Sequence[dict]) -> Sequence[dict]:
-    """Rows without the columns that hold pictures, where reading a row would read those."""
+    """Rows without the picture columns, if reading a row would read them."""
     names = getattr(rows, "column_names", None)
     return rows if names is None else rows.select_columns([name for name in names if name not in ("image", "frames")])
 
 
 def collect_images(rows: Sequence[dict]) -> list[ShopImage]:
     """
-    Joins rows of the same `image_id`, which several livestreams may show, in the order of their first row.
+    Joins rows with the same `image_id`, which several livestreams may show, in the order of their first row.
 
     Args:
-        rows: From `as_rows`.
+        rows: Rows from `as_rows`.
 
     Raises:
-        ValueError: a row without an id or with a value of a wrong kind, which it names, or no rows at all.
+        ValueError: there are no rows, or a row has no id or a value of a wrong kind; the message names the row.
     """
     images: dict[str, ShopImage] = {}
     for number, row in enumerate(_without_pictures(rows)):
@@ -131,32 +131,32 @@ def _check_image(value: Any, where: str) -> None:
 
 class ShopReader:
     """
-    Decodes batches of `ShopImage` in a loader's workers, except those whose pictures are known.
+    Decodes batches of `ShopImage` in a loader's workers, except those with known pictures.
 
     Args:
-        collator: Of the model.
-        rows: The shop's.
-        known: `ShopImage.image_id` -> content of what is encoded already.
+        collator: Collator of the model.
+        rows: Rows of the shop.
+        known: `ShopImage.image_id` -> content digest of the images that are encoded already.
     """
 
     def __init__(self, collator: RiceCollator, rows: Sequence[dict], known: Mapping[str, str] | None = None):
         self.collator, self.rows, self.known = collator, rows, known or {}
 
     def entry(self, image: ShopImage, attempt: int = 0) -> dict:
-        """Row of the image as the collator takes it."""
+        """Row of the image for the collator."""
         picture = self.rows[image.rows[attempt]]["image"]
-        # Of rows that hold their pictures, these are looked at one shard at a time.
+        # Rows that contain their pictures are checked one shard at a time.
         _check_image(picture, f"row {image.rows[attempt]} of the shop")
         return {"image_id": image.image_id, "image": picture, "title": image.title}
 
     def content(self, image: ShopImage) -> tuple[str, list[str]]:
-        """A digest of the image's pictures, and of the text where the model reads it; and where the pictures lie."""
+        """A digest of the image's pictures (and of the text if the model reads it), and the paths of the pictures."""
         digest = hashlib.blake2b(image.title.encode() if self.collator.use_text else b"", digest_size=16)
         paths: list[str] = []
         for row in range(len(image.rows)):
             picture = self.entry(image, row)["image"]
             path = path_to_text(path_of(picture))
-            # Many livestreams sell an image, which most of them take from one file.
+            # Many livestreams may sell an image, usually from the same file.
             if not path or path not in paths:
                 paths.append(path)
                 digest.update(hashlib.blake2b(_picture_bytes(picture), digest_size=16).digest())
@@ -185,13 +185,13 @@ class ShopReader:
 @dataclass
 class Batch:
     """
-    What was read of some images.
+    A batch of images after reading.
 
     Attributes:
-        images, contents, places: All of them, the digests of their pictures, and the paths of these as text.
-        inputs: Of the model, for those that are new and readable.
-        paths: Of these, by their id, in the order of `inputs`.
-        failures: Of those that are new and not readable, by their id.
+        images, contents, places: All images, the digests of their pictures, and the paths of these as text.
+        inputs: Model inputs of the new, readable images.
+        paths: Image id -> path of these images, in the order of `inputs`.
+        failures: Image id -> failure of the new, unreadable images.
     """
 
     images: list[ShopImage]
@@ -203,7 +203,7 @@ class Batch:
 
 
 def _picture_bytes(picture: Any) -> bytes:
-    """What tells that a picture is the same as before."""
+    """Bytes that identify a picture."""
     if isinstance(picture, Image.Image):
         try:
             picture = open_image(picture)
@@ -213,7 +213,7 @@ def _picture_bytes(picture: Any) -> bytes:
     try:
         return read_media(picture if isinstance(picture, Mapping) else {"path": path_of(picture)})
     except (OSError, ValueError):
-        # The collator tells why; another try, once it can be read, finds other bytes.
+        # The collator reports the reason. A later try, when the file can be read, gives other bytes.
         return b""
 
 
@@ -224,12 +224,12 @@ class ShopEncoder:
     (`decode="fast"` of `RiceCollator`); in fp32 all are read as in evaluation.
 
     Args:
-        model: In eval mode.
-        processor: Saved with the model.
+        model: A model in eval mode.
+        processor: The processor saved with the model.
         batch_size: Images per batch.
-        num_workers: Processes that decode.
-        progress: Show a bar.
-        dtype: Of the stored encodings: "float16" halves storage, and moves a cosine by less than 0.001.
+        num_workers: Number of processes that decode.
+        progress: Show a progress bar.
+        dtype: Type of the stored encodings: "float16" halves storage, and changes a cosine by less than 0.001.
     """
 
     model: Any
@@ -250,12 +250,12 @@ class ShopEncoder:
 
     @property
     def precision(self) -> str:
-        """In which the model computes."""
+        """Precision in which the model computes."""
         name = precision_of(self.model)
         return PRECISIONS.get(name, name)
 
     def settings(self) -> dict:
-        """What an encoding depends on besides the picture and the model."""
+        """Everything that affects an encoding besides the picture and the model."""
         part = self.processor.image_processor.to_dict()
         processor = hashlib.blake2b(json.dumps(part, sort_keys=True, default=str).encode(), digest_size=12)
         return {
@@ -266,12 +266,12 @@ class ShopEncoder:
         }
 
     def state(self, **values) -> State:
-        """Of a table that this encoder fills."""
+        """State of a table that this encoder fills."""
         return state_of(self.model, dtype=self.dtype, precision=self.precision, settings=self.settings(), **values)
 
     @torch.no_grad()
     def encode_blank(self) -> Any:
-        """Encodings of one grey picture, `RiceGallery` of one row: which fields there are, and how wide."""
+        """Encodings of one grey picture, a `RiceGallery` of one row, which gives the fields and their widths."""
         grey = Image.new("RGB", (32, 32), (128, 128, 128))
         inputs = self.collator.collate_gallery([{"image_id": "", "image": grey, "title": ""}])[0]
         return self._encode(inputs)
@@ -286,12 +286,12 @@ class ShopEncoder:
         Reads and encodes images in their order.
 
         Returns:
-            What was read of each batch, and the encodings of `Batch.paths`, `None` where there are none. Those that
-            are not finite are moved to the failures.
+            Each batch after reading, and the encodings of `Batch.paths`, `None` if there are none. Images whose
+            encodings are not finite become failures.
         """
         loader = DataLoader(images, self.batch_size, shuffle=False, num_workers=self.num_workers, collate_fn=reader)
         with warnings.catch_warnings():
-            # Workers are forked, and know nothing of the table.
+            # Workers are forked, but do not use the table.
             warnings.filterwarnings("ignore", message="lancedb fork support", category=RuntimeWarning)
             iterator = iter(loader)
         for batch in iterator:
@@ -308,7 +308,7 @@ class ShopEncoder:
 
 
 def state_of(model: Any, **values) -> State:
-    """Of a table with encodings of a model."""
+    """State of a table with encodings of a model."""
     config = model.config
     return State(
         model_fingerprint=model.fingerprint() if hasattr(model, "fingerprint") else None,
@@ -319,7 +319,7 @@ def state_of(model: Any, **values) -> State:
 
 
 def finite_rows(features: Any) -> torch.Tensor:
-    """Which rows of encodings are all numbers, `(n,)` bool."""
+    """Whether each row of encodings is finite, `(n,)` bool."""
     finite = torch.ones(len(features), dtype=torch.bool)
     for name in features.fields:
         tensor = getattr(features, name)
@@ -329,7 +329,7 @@ def finite_rows(features: Any) -> torch.Tensor:
 
 
 def record_of(image: ShopImage, path: str, position: int, content: str, reason: str | None = None) -> dict:
-    """Row of an image, without its encodings."""
+    """Record of an image, without its encodings."""
     return {
         "image_id": image.image_id,
         "product_id": image.product_id,
@@ -344,19 +344,19 @@ def record_of(image: ShopImage, path: str, position: int, content: str, reason: 
 
 def process_group() -> tuple[int, int]:
     """
-    Number of this process, and of all processes that `accelerate` or `torch.distributed.run` started.
+    Number of this process, and number of processes that `accelerate` or `torch.distributed.run` started.
 
     Raises:
-        ValueError: the processes do not know of each other.
+        ValueError: the processes are not connected.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    # Asking accelerate settles its state for the whole process, which is not for a library to do without need.
+    # Reading accelerate's state fixes it for the whole process, which a library should not do without need.
     if started == 1 and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 0, 1
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    # Shares of a shop differ by more than the half an hour that processes wait for each other otherwise.
+    # Shares of a shop may differ by more than the default waiting time of half an hour.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU", default=not torch.cuda.is_available())
     state = PartialState(cpu=cpu, timeout=timedelta(days=2))
     if state.num_processes < started:
@@ -365,7 +365,7 @@ def process_group() -> tuple[int, int]:
 
 
 def report_skipped(skipped: Sequence[dict], total: int) -> None:
-    """One warning for all images that were left out."""
+    """Logs one warning for all images that were left out."""
     if skipped:
         first = skipped[0]
         logger.warning(
@@ -376,10 +376,10 @@ def report_skipped(skipped: Sequence[dict], total: int) -> None:
 
 def query_answers(queries: Sequence[dict]) -> tuple[list[list[str]], list[str]]:
     """
-    The ids of the images that answer each query row, and its livestream or "".
+    The ids of the relevant images of each query row, and its livestream or "".
 
     Raises:
-        ValueError: an id is neither text nor a whole number, or `relevant` is no list; the message names the row.
+        ValueError: an id is neither text nor a whole number, or `relevant` is not a list; the message names the row.
     """
     relevant, lives = [], []
     for number, row in enumerate(_without_pictures(queries)):
@@ -393,8 +393,8 @@ def query_answers(queries: Sequence[dict]) -> tuple[list[list[str]], list[str]]:
 
 def encoded_queries(model, collator, rows, live_ids: list[str], reading: tuple[int, int, bool], unreadable: list):
     """
-    Batches of clips with the images that answer them, the livestreams they search, and whether the clips hold what
-    was said: each clip without, and where the model scores texts and there is a transcript, again with it.
+    Batches of clips with their relevant images, the searched livestreams, and whether the clips include speech. Each
+    clip is encoded without speech and, if the model scores texts and there is a transcript, again with it.
     """
     batch_size, num_workers, progress = reading
     rows = as_rows(rows)
@@ -418,5 +418,5 @@ def encoded_queries(model, collator, rows, live_ids: list[str], reading: tuple[i
 
 
 def has_words(clips: Any, row: int) -> bool:
-    """Whether the text score of one of `RiceClips` has words to go by."""
+    """Whether a row of `RiceClips` has words for the text score."""
     return getattr(clips, "text_embeds", None) is not None and bool(clips.text_embeds[row].any())

@@ -1,11 +1,11 @@
 """From scores to probabilities: how likely a hit is right, and when to answer "no product".
 
-Two parts are fitted on validation clips. Platt scaling of what the best candidate looks like gives the probability
-that the product is among the candidates at all; a softmax with a fitted temperature shares it out among them. Each
-clip is searched twice, in its shop and in the same shop without its product. How often clips show something else is
-not to be learnt from that mix: it is stated, as the prior probability that the product is in the shop, and the bias
-is moved by the log odds from one to the other (prior correction of a logistic regression; G. King and L. Zeng,
-"Logistic Regression in Rare Events Data", 2001).
+Two parts are fitted on validation clips. Platt scaling of the best candidate's scores gives the probability that the
+product is among the candidates. A softmax with a fitted temperature distributes it over them. Each clip is searched
+twice, in its shop and in the same shop without its product. This mix does not show how often clips in use show
+something else. The user states it as the prior probability that the product is in the shop, and the bias is corrected
+by the difference of the log odds (prior correction of a logistic regression; G. King and L. Zeng, "Logistic Regression
+in Rare Events Data", 2001).
 """
 
 import math
@@ -18,14 +18,14 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 PRESENCE_PRIOR = 0.9
-"""Share of a shop's own clips that show one of its products, where nothing else is stated."""
+"""Default share of a shop's clips that show one of its products."""
 
 EVEN_ODDS = 0.5
-"""Confidence from which on an answer is likelier right than wrong: the best threshold where a right answer gains as
-much as a wrong one costs, and "no product" does neither."""
+"""Confidence above which an answer is more likely right than wrong. This threshold is optimal if a right answer gains
+as much as a wrong one costs, and "no product" does neither."""
 
 FOLDS = 5
-# Bounds of the temperature: clips that are all ranked right would drive it to zero.
+# Bounds of the temperature, which would go to zero if all clips are ranked correctly.
 _COLDEST, _HOTTEST = 1e-6, 1e6
 _ABOVE_ONE = math.nextafter(1, 2)
 _FEWEST = 10
@@ -34,11 +34,11 @@ _PENALTY = 0.01
 
 @dataclass
 class ScoredClip:
-    """Scores of one clip's candidates, all `(k,)`, the one it is ranked by last; `relevant` are the right ones.
+    """Scores of one clip's candidates, all `(k,)`, with the score of the ranking last; `relevant` marks the right
+    ones.
 
-    `products` are the candidates' product ids. `group` keeps clips together that are alike, such as those of one
-    product, when the fit is checked on clips it has not seen. `missed` tells that the product is in the shop, but not
-    among the candidates.
+    `products` are the candidates' product ids. `group` names clips that belong together, such as those of one product,
+    for cross-validation. `missed` means that the product is in the shop, but not among the candidates.
     """
 
     embedding: np.ndarray
@@ -51,30 +51,30 @@ class ScoredClip:
 
     @property
     def in_shop(self) -> bool:
-        """Whether the shop that was searched has the clip's product."""
+        """Whether the searched shop has the clip's product."""
         return self.missed or bool(self.relevant.any())
 
 
 @dataclass
 class Calibration:
     """
-    Fitted by `fit_calibration`.
+    Result of `fit_calibration`.
 
     Attributes:
-        temperature: Of the softmax over the candidates' scores.
-        bias, weights: Of the logistic function over `presence_features`.
+        temperature: Temperature of the softmax over the candidates' scores.
+        bias, weights: Parameters of the logistic function over `presence_features`.
         threshold: Below this confidence of the best hit the answer is "no product".
-        false_accept_rate: Share of clips without their product that was to be answered at most, 0 to 1; `None` where
-            the threshold is at even odds.
-        rerank: Candidates per clip that were scored; search with the same number.
-        report: What `fit_calibration` measured on clips that each fit had not seen.
-        presence_prior: Share of clips whose product is in the shop, which confidences presuppose.
-        said: For clips of which the model knows what was said, whose scores are higher; `None` where validation clips
-            have no transcripts.
-        ranking: Kind of score that the clips were ranked by, such as "fused"; `None` where that was not recorded.
+        false_accept_rate: Requested maximum share of answered clips among those without their product, 0 to 1; `None`
+            for the threshold at even odds.
+        rerank: Number of scored candidates per clip; search with the same number.
+        report: Figures of `fit_calibration` on clips that each fit had not seen.
+        presence_prior: Assumed share of clips whose product is in the shop.
+        said: Calibration for clips with speech, whose scores are higher; `None` if validation clips have no
+            transcripts.
+        ranking: Kind of score of the ranking, such as "fused"; `None` if not recorded.
 
     Raises:
-        ValueError: for a number that is not finite or out of its range.
+        ValueError: a number is not finite or out of its range.
     """
 
     temperature: float
@@ -93,42 +93,42 @@ class Calibration:
         check_number("temperature", self.temperature, low=_COLDEST, high=_HOTTEST)
         check_number("bias", self.bias)
         if not isinstance(self.weights, (list, tuple)) or len(self.weights) not in (1, 2):
-            raise ValueError(f"weights of a calibration are one or two numbers, got {self.weights!r}.")
+            raise ValueError(f"weights of a calibration must be one or two numbers, got {self.weights!r}.")
         for weight in self.weights:
             check_number("a weight", weight)
-        # The lowest threshold that keeps a rate may be the number after 1.
+        # The lowest threshold for a rate may be the next number above 1.
         check_number("threshold", self.threshold, low=0, high=_ABOVE_ONE)
         check_depth("rerank", self.rerank)
         if self.ranking is not None and not isinstance(self.ranking, str):
-            raise ValueError(f"ranking of a calibration is the name of a score, got {self.ranking!r}.")
+            raise ValueError(f"ranking of a calibration must be the name of a score, got {self.ranking!r}.")
 
     @classmethod
     def from_dict(cls, values: dict) -> "Calibration":
         """
-        From `to_dict`.
+        Restores a calibration from `to_dict`.
 
         Raises:
-            ValueError: a field is missing or unknown, or holds what it cannot.
+            ValueError: a field is missing, unknown or invalid.
         """
         names = {one.name for one in fields(cls)}
         if isinstance(values, dict):
-            # What was fitted before these were recorded says nothing.
+            # Calibrations of earlier versions lack these fields.
             values = {"said": None, "ranking": None, **values}
         if not isinstance(values, dict) or values.keys() != names or not isinstance(values["report"], dict):
-            raise ValueError(f"a calibration has the fields {', '.join(sorted(names))}, and this one has others")
+            raise ValueError(f"a calibration must have the fields {', '.join(sorted(names))}, but this one has others")
         if values["said"] is not None:
             values["said"] = cls.from_dict(values["said"])
         return cls(**values)
 
     def of_clip(self, has_words: bool) -> "Calibration":
-        """The one for a clip of which the model knows what was said, or does not."""
+        """The calibration for a clip with or without speech."""
         return self.said if has_words and self.said is not None else self
 
     def check_ranking(self, kind: str) -> None:
-        """Raises `ValueError` unless clips are ranked by the kind of score that this was fitted to."""
+        """Raises `ValueError` unless `kind` is the kind of score of the fit."""
         if self.ranking not in (None, kind):
             raise ValueError(
-                f"the index was calibrated for clips that are ranked by {self.ranking} scores, and these are ranked "
+                f"the index was calibrated for clips ranked by {self.ranking} scores, but these are ranked "
                 f"by {kind} scores; calibrate it again, or rank by {self.ranking} scores."
             )
 
@@ -142,12 +142,12 @@ class Calibration:
     def confidences(
         self, embedding: np.ndarray, matching: np.ndarray | None, ranked_by: np.ndarray, products: Sequence[str]
     ) -> np.ndarray:
-        """Probability of each candidate that its product is the clip's, `(k,)` in 0..1; one product counts once."""
+        """Probability of each candidate that its product is the clip's, `(k,)` in 0..1; one per product."""
         shares = product_shares(ranked_by, self.temperature, products)
         return self.presence(embedding, matching) * shares
 
     def to_dict(self) -> dict:
-        """As JSON; `from_dict` reads it back."""
+        """Plain values for JSON; `from_dict` restores them."""
         return asdict(self)
 
 
@@ -179,7 +179,7 @@ def check_depth(name: str, value, least: int = 0) -> None:
 
 
 def check_decision(presence_prior: float | None = None, false_accept_rate: float | None = None) -> None:
-    """Raises `ValueError` for a prior that is not within 0..1, or a rate outside 0..1; `None` is nothing asked for."""
+    """Raises `ValueError` for a prior or a rate out of its range; `None` means not given."""
     if presence_prior is not None and not (_is_real(presence_prior) and 0 < presence_prior < 1):
         raise ValueError(
             f"presence_prior must be above 0 and below 1, got {presence_prior}; it is the share of clips that show a "
@@ -198,7 +198,7 @@ def _sigmoid(value: float) -> float:
 
 
 def product_shares(scores: np.ndarray, temperature: float, products: Sequence[str]) -> np.ndarray:
-    """Softmax of `scores / temperature`, summed over the images of each product and given to each of them, `(k,)`."""
+    """Softmax of `scores / temperature`, summed over the images of each product; each gets the sum, `(k,)`."""
     weights = np.exp((scores - scores.max()) / temperature)
     totals: dict[str, float] = {}
     for product, weight in zip(products, weights):
@@ -207,7 +207,7 @@ def product_shares(scores: np.ndarray, temperature: float, products: Sequence[st
 
 
 def presence_features(embedding: np.ndarray, matching: np.ndarray | None) -> np.ndarray:
-    """The best score of each kind. How far it stands out among the candidates' told nothing more (docs/LOG.md)."""
+    """The best score of each kind. Its lead over the other candidates did not help (docs/LOG.md)."""
     kinds = [embedding] if matching is None else [embedding, matching]
     return np.array([scores.max() for scores in kinds], dtype=np.float64)
 
@@ -224,15 +224,15 @@ def fit_calibration(
     Args:
         clips: Validation clips in shops with and without their product (`in_shop` False), in any mix.
         presence_prior: Share of clips in use whose product is in the shop, above 0 and below 1.
-        false_accept_rate: Share of clips without their product, 0 to 1, that may be answered with one; `None`: answer
-            where the answer is likelier right than wrong (`EVEN_ODDS`).
-        rerank, ranking: Noted in the result.
+        false_accept_rate: Maximum share (0 to 1) of clips without their product that get an answer; `None`: answer if
+            the answer is more likely right than wrong (`EVEN_ODDS`).
+        rerank, ranking: Stored in the result.
 
     Returns:
-        `Calibration`, whose threshold and report come from fits that had not seen the clips in question.
+        `Calibration`; its threshold and report come from cross-validation.
 
     Raises:
-        ValueError: too few clips of either kind, scores that are not finite, a prior or rate outside its range, or a
+        ValueError: too few clips of either kind, scores that are not finite, a prior or rate out of its range, or a
             result that would answer none of the clips.
     """
     check_decision(presence_prior, false_accept_rate)
@@ -257,17 +257,17 @@ def fit_calibration(
     if result.report["answered"] == 0:
         best = float(confidence[in_shop].max())
         raise ValueError(
-            f"calibrated so, none of the {int(in_shop.sum())} validation clips would be answered: the highest "
-            f"confidence is {best:.2f} and the threshold {result.threshold:.2f}; use a model that tells the products "
-            f"apart, a larger validation split, or another presence_prior or false_accept_rate."
+            f"with this calibration none of the {int(in_shop.sum())} validation clips would be answered: the highest "
+            f"confidence is {best:.2f} and the threshold {result.threshold:.2f}; use a model that distinguishes the "
+            f"products better, a larger validation split, or another presence_prior or false_accept_rate."
         )
     return result
 
 
 def fit_with_words(clips: Sequence[ScoredClip], said: Sequence[ScoredClip], **settings) -> Calibration:
     """
-    As `fit_calibration`, of clips without what was said, with a second fit of those whose words are known as `said`.
-    Where these are too few, both are calibrated alike, and the report says why.
+    As `fit_calibration` for clips without speech, with a second fit for clips with speech as `said`. If these are too
+    few, both use the same calibration, and the report gives the reason.
     """
     result = fit_calibration(clips, **settings)
     if said:
@@ -275,7 +275,7 @@ def fit_with_words(clips: Sequence[ScoredClip], said: Sequence[ScoredClip], **se
             result.said = fit_calibration(said, **settings)
             result.report["said"] = result.said.report
         except ValueError as error:
-            result.report["said"] = f"not calibrated apart: {error}"
+            result.report["said"] = f"not calibrated separately: {error}"
     return result
 
 
@@ -287,9 +287,9 @@ def _check_finite(clips: Sequence[ScoredClip]) -> None:
 
 
 def _unseen_confidences(clips: Sequence[ScoredClip], presence_prior: float) -> np.ndarray:
-    """Confidence of each clip's best candidate, by a fit to other products' clips, `(n,)`."""
+    """Confidence of each clip's best candidate, from a fit on other products' clips, `(n,)`."""
     confidence = np.zeros(len(clips))
-    # Groups in the order of their first clip, so that the folds are the same in every run.
+    # Groups in the order of their first clip, so that the folds are equal in every run.
     numbers = {group: i for i, group in enumerate(dict.fromkeys(clip.group for clip in clips))}
     folds = np.array([numbers[clip.group] % FOLDS for clip in clips])
     for fold in np.unique(folds):
@@ -327,7 +327,7 @@ def _best_confidence(calibration: Calibration, clip: ScoredClip) -> float:
 
 
 def threshold_at(absent: np.ndarray, rate: float) -> float:
-    """The lowest confidence to accept, so that at most a share `rate` of the `absent` clips' are accepted."""
+    """The lowest confidence that accepts at most the share `rate` of the `absent` clips."""
     falling = np.sort(absent)[::-1]
     allowed = int(math.floor(rate * len(falling)))
     return float(np.nextafter(falling[allowed], np.inf))
@@ -337,12 +337,12 @@ def calibration_error(
     confidence: np.ndarray, correct: np.ndarray, bins: int = 10, weights: np.ndarray | None = None
 ) -> float:
     """
-    Expected calibration error: mean distance of confidence and accuracy over equally full bins, 0 to 1.
+    Expected calibration error: mean distance between confidence and accuracy over bins of equal weight, 0 to 1.
 
     Args:
         confidence, correct: `(n,)`.
-        bins: Of the range of confidences, each with as much weight as the others.
-        weights: Of the clips, `(n,)`; by default equal.
+        bins: Number of bins.
+        weights: Weights of the clips, `(n,)`; by default equal.
     """
     order = np.argsort(confidence, kind="stable")
     shares = np.full(len(order), 1.0) if weights is None else weights[order]
@@ -362,7 +362,7 @@ def _fit(clips: Sequence[ScoredClip], presence_prior: float) -> Calibration:
     def presence_loss() -> torch.Tensor:
         logits = parameters[0] + standard @ parameters[1:]
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, present)
-        # The classes may be separable, and the weights would grow for ever.
+        # Without this penalty the weights grow without limit if the classes are separable.
         return loss + _PENALTY * parameters[1:].square().sum()
 
     _minimise(presence_loss, parameters)
@@ -380,7 +380,7 @@ def _fit_temperature(clips: Sequence[ScoredClip]) -> float:
         (torch.as_tensor(clip.ranked_by, dtype=torch.float64), torch.as_tensor(clip.relevant, dtype=torch.bool))
         for clip in clips
     ]
-    # Finite where there is no candidate: minus infinity over a temperature has no gradient.
+    # Finite values for missing candidates, because minus infinity over a temperature has no gradient.
     scores = pad_sequence([scores for scores, _ in rows], batch_first=True)
     relevant = pad_sequence([relevant for _, relevant in rows], batch_first=True)
     there = pad_sequence([torch.ones_like(relevant) for _, relevant in rows], batch_first=True)
@@ -397,7 +397,7 @@ def _fit_temperature(clips: Sequence[ScoredClip]) -> float:
 
 
 def _temperature(log_temperature: torch.Tensor) -> torch.Tensor:
-    # Bounded, since clips that are all ranked right would drive it to zero.
+    # Bounded, because it would go to zero if all clips are ranked correctly.
     return log_temperature.clamp(-4, 6).exp()
 
 
@@ -410,7 +410,7 @@ def _minimise(loss, parameters: torch.Tensor) -> None:
         value.backward()
         return value
 
-    # Losses are wanted with gradients even where the model is used without.
+    # The fit needs gradients, even if the caller has turned them off.
     with torch.enable_grad():
         optimizer.step(closure)
     if not parameters.isfinite().all():

@@ -1,4 +1,4 @@
-"""Changes of an index that are more than adding and removing images."""
+"""Changes of an index beyond adding and removing images."""
 
 from collections.abc import Sequence
 
@@ -9,14 +9,14 @@ from .table import RECORD
 
 def leave_livestream(index: GalleryIndex, image_ids: Sequence[str], live_id: str) -> tuple[list[str], list[str]]:
     """
-    Takes images out of a livestream. One that no other livestream sells leaves the index; the others stay, and are
-    not encoded anew.
+    Removes images from a livestream. An image that no other livestream sells is removed from the index. The others
+    stay and are not encoded again.
 
     Returns:
-        The ids that were taken out, and those that the livestream does not sell.
+        The removed ids, and the ids that the livestream does not sell.
 
     Raises:
-        ValueError: the index is damaged where it is read, or being built anew.
+        ValueError: the index is damaged, or is being built again.
         OSError: it cannot be written.
     """
     wanted = list(dict.fromkeys(image_ids))

@@ -1,4 +1,4 @@
-"""A shop's images, encoded once and searched for ever: nearest by embedding, re-ranked in pairs, with a confidence.
+"""A shop's images, encoded once for search: nearest by embedding, re-ranked by pair scores, with a confidence.
 
 ```python
 index = GalleryIndex.build(model, processor, shop_rows, output_dir="shop.index")
@@ -43,34 +43,33 @@ from .search import CACHE_BYTES, Candidates, Scope, check_search, scopes_of
 from .table import KEPT_FOR, RECORD, ShopTable, Snapshot, Version, columns_of, rows_of
 
 DEPTH = 100
-"""Candidates per clip, to which scores and confidences are relative."""
+"""Number of candidates per clip; scores and confidences are relative to them."""
 
 
 class GalleryIndex:
     """
     The images of a shop or a platform in one LanceDB table, in a folder, in object storage or in memory.
 
-    Changes (`add`, `remove`, `calibration`, `approximate`) are written when they are made, each as one new version: a
-    kill or a full disk leaves the version before, whole. Several processes may write at the same time; of two that
-    write the same image the later one counts. What another process wrote is seen by `search` within `refresh_s`
-    seconds, or at once after `refresh`; a search that began before goes on in the version that it began with.
+    Each change (`add`, `remove`, `calibration`, `approximate`) is written at once as one new version. After a kill or
+    on a full disk the previous version stays intact. Several processes may write at the same time; if two write the
+    same image, the later one wins. `search` sees the changes of other processes within `refresh_s` seconds, or at once
+    after `refresh`. A running search continues in its version.
 
-    One index may be searched and changed by any number of threads. The model is called by all of them, so its
-    `similarity`, `match` and `align` must be safe to call at the same time, as a `RiceModel`'s in eval mode are.
+    Any number of threads may search and change one index. All of them call the model, so its `similarity`, `match` and
+    `align` must be thread-safe, as those of a `RiceModel` in eval mode are.
 
-    Livestreams that were searched stay in memory, `cache_bytes` of them at most; so does the whole index where
-    it fits.
+    Searched livestreams stay in memory, up to `cache_bytes`; so does the whole index if it fits.
 
     Args:
-        model: A `RiceModel` in eval mode; clips must come from it too.
-        table: Encoded images; by default none, in memory.
-        processor: Saved with the model; `add` and `calibrate` with rows need it.
-        cache_bytes: Encodings kept in memory.
-        refresh_s: Seconds after which `search` looks for a newer version.
+        model: A `RiceModel` in eval mode; the clips must come from the same model.
+        table: Table of encoded images; by default an empty one in memory.
+        processor: The processor saved with the model; `add` and `calibrate` with rows need it.
+        cache_bytes: Maximum bytes of encodings in memory.
+        refresh_s: Seconds after which `search` checks for a newer version.
 
     Raises:
         FileNotFoundError: there is no index.
-        ValueError: it is damaged, of another model, or of an earlier format; or an argument is out of range.
+        ValueError: it is damaged, of another model or of an earlier format; or an argument is out of range.
         OSError: a change cannot be written.
     """
 
@@ -100,7 +99,7 @@ class GalleryIndex:
 
     @property
     def calibration(self) -> Calibration | None:
-        """How scores become confidences, `None` where that was not fitted. Setting it writes it to the index."""
+        """The calibration of confidences, `None` if not fitted. Setting it writes it to the index."""
         return None if self._newest.is_empty() else self._newest.rooms().snapshot.state.calibration
 
     @calibration.setter
@@ -109,18 +108,18 @@ class GalleryIndex:
 
     @property
     def approximate_kind(self) -> str | None:
-        """ "hnsw" or "ivfpq" where the whole index is searched so, `None` where it is searched exactly."""
+        """ "hnsw" or "ivfpq" if the whole index is searched approximately, `None` for exact search."""
         settings = None if self._newest.is_empty() else self._newest.rooms().snapshot.state.approximate
         return settings and settings["kind"]
 
     @property
     def precision(self) -> str | None:
-        """In which the pictures were encoded: "float32", "bfloat16", "float16" or "int8"; `None` without pictures."""
+        """Precision of the encoding: "float32", "bfloat16", "float16" or "int8"; `None` without pictures."""
         return None if self._newest.is_empty() else self._newest.rooms().snapshot.state.precision
 
     @property
     def version(self) -> int:
-        """Number of the version that is searched; 0 before anything was written."""
+        """Number of the searched version; 0 before the first write."""
         return 0 if self._newest.is_empty() else self._newest.rooms().snapshot.version
 
     @classmethod
@@ -143,36 +142,35 @@ class GalleryIndex:
         """
         Encodes a shop.
 
-        Into a folder or URI images go `commit_every` at a time: the same call again goes on where one was interrupted.
-        For a changed shop it encodes the pictures that changed, by their content, and deletes those that are gone.
-        Under `accelerate launch` each process encodes its share, and all return the whole index. Processes that know
-        nothing of each other do the same when told their number; the place must be one that all see.
+        In a folder or URI, `commit_every` images are written at a time, and the same call resumes an interrupted
+        build. For a changed shop it encodes the pictures whose content changed, and deletes missing ones. Under
+        `accelerate launch` each process encodes its share, and all return the whole index. Unconnected processes do
+        the same with `process_index` and `num_processes`, in a place that all can access.
 
         Args:
-            model: In eval mode.
-            processor: Saved with the model.
-            shop_rows: Gallery rows with `image_id`, `image` (a path, a PIL image or `{"path", "bytes"}`) and, where
-                there are any, `live_id`, `title` and `product_id`, as dicts or a table (pandas, Arrow, `datasets`). An
-                id is text or a whole number. Rows of one id are one image of several livestreams.
+            model: A model in eval mode.
+            processor: The processor saved with the model.
+            shop_rows: Gallery rows with `image_id`, `image` (a path, a PIL image or `{"path", "bytes"}`) and optional
+                `live_id`, `title` and `product_id`, as dicts or a table (pandas, Arrow, `datasets`). An id is text or
+                a whole number. Rows with the same id are one image in several livestreams.
             batch_size: Images per batch.
             output_dir: The index's folder or URI; by default it is built in memory.
-            num_workers: Processes that decode.
-            progress: Show a bar.
-            dtype: "float16" or "float32", of the stored encodings.
-            commit_every: Images per commit, which bounds the memory and what an interruption costs.
-            process_index, num_processes: By default as `accelerate` says, else 0 of 1.
-            overwrite: Replace what another model or other settings encoded, or an index that is damaged, and delete
-                images even where they are more than half.
+            num_workers: Number of processes that decode.
+            progress: Show a progress bar.
+            dtype: Type of the stored encodings, "float16" or "float32".
+            commit_every: Images per commit, which limits the memory and the loss by an interruption.
+            process_index, num_processes: Number of this process and of all; by default from `accelerate`, else 0 of 1.
+            overwrite: Replace an index of another model or other settings, or a damaged one, and allow deleting more
+                than half of the images.
 
         Returns:
-            The index. `None` in a process that was told its number, while others have not finished; the last one
-            gets it.
+            The index. With `process_index` given, `None` until all processes have finished; the last one returns it.
 
         Raises:
-            ValueError: no rows, a bad row (told before encoding), not one readable image, an argument out of range, or
+            ValueError: no rows, a bad row (checked before encoding), no readable image, an argument out of range, or
                 an index that cannot be read.
-            FileExistsError: the place holds what only `overwrite` replaces.
-            OSError: it cannot be written.
+            FileExistsError: the place holds an index that only `overwrite` replaces.
+            OSError: the index cannot be written.
         """
         if model.training:
             raise ValueError("the model is in training mode; call model.eval() before building an index.")
@@ -182,7 +180,7 @@ class GalleryIndex:
         if not 0 <= index < count:
             raise ValueError(f"process {index} of {count} is not possible.")
         if output_dir is None and count > 1:
-            raise ValueError("several processes need a folder to meet in; pass output_dir.")
+            raise ValueError("several processes need a common folder; pass output_dir.")
         table = ShopTable(output_dir)
         job = Job(table, encoder, as_rows(shop_rows), commit_every, overwrite)
         if group is not None and count > 1:
@@ -210,31 +208,31 @@ class GalleryIndex:
         refresh_s: float = 1.0,
     ) -> "GalleryIndex":
         """
-        Opens an index; encodings are read as they are needed.
+        Opens an index; encodings are read on demand.
 
         Args:
             folder: Folder or URI, written by `build` or `save`.
-            model: The one that encoded it, in eval mode.
+            model: The model that encoded it, in eval mode.
             processor: Only for `add` and for `calibrate` with rows.
             cache_bytes, refresh_s: As `GalleryIndex`.
 
         Raises:
             FileNotFoundError: there is no index.
-            ValueError: it is damaged, of an earlier format, not complete yet, or was encoded by another model.
+            ValueError: it is damaged, incomplete, of an earlier format or of another model.
         """
         return cls._opened(ShopTable(folder), model, processor, cache_bytes=cache_bytes, refresh_s=refresh_s)
 
     def save(self, folder: str | os.PathLike, overwrite: bool = False) -> None:
         """
-        Writes a copy of the index, without its older versions and its approximate index.
+        Writes a copy of the index without its older versions and its approximate index.
 
         Args:
-            folder: Folder or URI; that of the index itself needs no saving.
-            overwrite: Replace an index that is there.
+            folder: Folder or URI; the index's own folder needs no saving.
+            overwrite: Replace an existing index.
 
         Raises:
-            FileExistsError: there is another index.
-            OSError: it cannot be written, for instance because the disk is full.
+            FileExistsError: the folder holds another index.
+            OSError: the index cannot be written, for example because the disk is full.
         """
         table, snapshot = ShopTable(folder), self._newest.rooms(at_once=True).snapshot
         if self._table.is_local and os.path.realpath(folder) == os.path.realpath(self._table.uri or ""):
@@ -248,71 +246,72 @@ class GalleryIndex:
 
     def refresh(self) -> None:
         """
-        Searches the newest version from now on.
+        Switches to the newest version.
 
         Raises:
-            FileNotFoundError, ValueError: as `load`; the version that was searched before stays in use.
+            FileNotFoundError, ValueError: as `load`; then the previous version stays in use.
         """
         self._newest.rooms(at_once=True)
 
     def versions(self) -> list[Version]:
-        """The versions that can be restored, oldest first: number, time and rows, unreadable images included."""
+        """The versions that can be restored, oldest first: number, time and rows (including unreadable images)."""
         return self._table.versions()
 
     def restore(self, version: int) -> None:
         """
-        Goes back to an older version, with its calibration, as a new version.
+        Restores an older version with its calibration, as a new version.
 
         Raises:
-            ValueError: there is no such version, or it was not complete.
+            ValueError: the version does not exist, or was not complete.
         """
         self._table.restore(version)
         self.refresh()
 
     def compact(self, kept_for: timedelta = KEPT_FOR) -> None:
         """
-        Joins the small files that many changes leave, and takes new images into the indexes.
+        Joins the small files of many changes, and adds new images to the indexes.
 
         Args:
-            kept_for: Older versions are deleted, and can be neither restored nor searched any more.
+            kept_for: Versions older than this are deleted; they can no longer be restored or searched.
 
         Raises:
-            OSError: it cannot be written; what was there is unchanged.
+            OSError: the index cannot be written; it is unchanged.
         """
         self._table.index_columns(live_ids=bool(self.live_ids()))
         self._table.compact(kept_for)
         self.refresh()
 
     def live_ids(self) -> list[str]:
-        """The livestreams that have images here, in the order of the gallery."""
+        """The livestreams with images in the index, in the order of the gallery."""
         return [] if self._newest.is_empty() else self._newest.rooms().live_ids()
 
     def records(self, image_ids: Sequence[str]) -> dict[str, dict]:
-        """What is known of those of the images that are here, by their id: `table.RECORD`."""
+        """Image id -> its columns `table.RECORD`, for the given images that are in the index."""
         return {} if self._newest.is_empty() else self._newest.rooms().records(image_ids)
 
     def image_ids(self) -> list[str]:
         """All images, in the order of the gallery."""
-        if self._newest.is_empty():
-            return []
-        rows = self._newest.rooms().snapshot.read(["image_id", "position"], "reason IS NULL")
-        return rows.sort_by("position")["image_id"].to_pylist()
+        return [] if self._newest.is_empty() else self._newest.rooms().column("image_id")
+
+    def titles(self, live_id: str | None = None) -> list[str]:
+        """The titles of a livestream's images, by default of all, in the order of the gallery; "" for none."""
+        return [] if self._newest.is_empty() else self._newest.rooms().column("title", scopes_of(live_id, 1)[0])
 
     def add(self, rows: Sequence[dict], batch_size: int = 64) -> list[dict]:
         """
-        Encodes more images, in one new version. One that is here already is encoded anew, and keeps its place and its
-        livestreams beside the new ones.
+        Encodes more images, in one new version. An existing image is encoded again; it keeps its position, and its
+        livestreams in addition to the new ones.
 
         Args:
             rows: As `shop_rows` of `build`.
             batch_size: Images per batch.
 
         Returns:
-            The images that could not be read, with `id`, `file` and `reason`; `skipped` lists those that are new.
+            The unreadable images with `id`, `file` and `reason`; `skipped` lists the new ones among them.
 
         Raises:
-            ValueError: as `build` for the rows, or an index that was opened without a processor.
-            OSError: they cannot be written.
+            ValueError: as `build` for the rows, or the index was opened without a processor.
+            OSError: the images cannot be written.
         """
         processor = self._processor_for("adding images")
         dtype = "float16" if self._newest.is_empty() else self._newest.to_write().snapshot.state.dtype
@@ -343,16 +342,15 @@ class GalleryIndex:
 
     def put(self, records: Sequence[dict], features: Any) -> None:
         """
-        Writes images that were encoded elsewhere by this index's model, in one new version.
+        Writes images that the index's model has encoded elsewhere, in one new version.
 
         Args:
-            records: Of each image `image_id` and, where there are any, `product_id`, `title`, `image` (its path) and
-                `live_ids`.
-            features: `RiceGallery` of as many rows.
+            records: Per image, `image_id` and optional `product_id`, `title`, `image` (its path) and `live_ids`.
+            features: `RiceGallery` with one row per record.
 
         Raises:
-            ValueError: another number of rows, or encodings of another model or with other fields.
-            OSError: they cannot be written.
+            ValueError: the number of rows differs, or the encodings are of another model or have other fields.
+            OSError: the images cannot be written.
         """
         if len(records) != len(features):
             raise ValueError(f"there are {len(records)} records for {len(features)} encoded images; give one each.")
@@ -371,22 +369,19 @@ class GalleryIndex:
                 _check_features(features, snapshot)
             there = snapshot.find([record["image_id"] for record in records], ["image_id", "position"]).to_pylist()
             places = {row["image_id"]: row["position"] for row in there}
-            last = snapshot.last_position()
-            for record in records:
-                if record["image_id"] not in places:
-                    last += 1
-                    places[record["image_id"]] = last
+            new = dict.fromkeys(record["image_id"] for record in records if record["image_id"] not in places)
+            places |= {image_id: place for place, image_id in enumerate(new, snapshot.last_position() + 1)}
             placed = [{**record, "position": places[record["image_id"]]} for record in records]
             self._table.upsert(rows_of(placed, features, snapshot.fields))
             self.refresh()
 
     def remove(self, image_ids: Sequence[str]) -> list[str]:
         """
-        Takes images out, in one new version, and returns the ids that were not here.
+        Removes images, in one new version, and returns the ids that were not in the index.
 
         Raises:
-            ValueError: a text in the place of a list.
-            OSError: it cannot be written.
+            ValueError: `image_ids` is a single text instead of a list.
+            OSError: the index cannot be written.
         """
         if isinstance(image_ids, str):
             raise ValueError("image_ids is a single text; pass a list of ids.")
@@ -401,20 +396,20 @@ class GalleryIndex:
 
     def approximate(self, kind: str | None = "hnsw", **settings) -> float | None:
         """
-        Searches the whole index approximately from now on; livestreams are still searched exactly. Images that are
-        added later are compared one by one until `compact` or the next call.
+        Turns on approximate search of the whole index; livestreams are still searched exactly. Images added later are
+        compared one by one until `compact` or the next call.
 
         Args:
-            kind: "hnsw", "ivfpq", or `None` to go back to exact search.
-            settings: Of `approximate.Settings`.
+            kind: "hnsw", "ivfpq", or `None` for exact search.
+            settings: Fields of `approximate.Settings`.
 
         Returns:
-            Share of the 10 nearest images that is found, 0 to 1: for up to 64 of the shop's own images, which is
-            easier than for clips. `None` without a kind.
+            Recall of the 10 nearest images, 0 to 1, for up to 64 of the shop's own images (easier queries than clips).
+            `None` without a kind.
 
         Raises:
             ValueError: the index is empty, or a setting is out of range.
-            OSError: it cannot be written.
+            OSError: the index cannot be written.
         """
         if kind is None:
             self._table.index_embeddings(None)
@@ -447,25 +442,25 @@ class GalleryIndex:
 
         Args:
             clips: `RiceClips` of this model.
-            live_id: Search one livestream's images; or a list with an entry per clip, each an id, several ids, or
-                `None` for the whole index.
-            top_k: Hits per clip at most.
-            rerank: Nearest images that are scored by more than their embeddings, at least `top_k`; fused scores and
-                confidences are relative to these. `None`: the whole scope. 0: rank by embedding alone.
+            live_id: Search one livestream's images; or a list with one entry per clip: an id, several ids, or `None`
+                for the whole index.
+            top_k: Maximum number of hits per clip.
+            rerank: Number of nearest images that get pair scores, at least `top_k`; fused scores and confidences are
+                relative to these images. `None`: the whole scope. 0: rank by embedding only.
 
         Returns:
             One answer per clip.
 
         Raises:
-            ValueError: a count that is no whole number or below 1, a list of another length, clips of another model,
-                an index that is calibrated for another kind of score, or is damaged where it is read.
+            ValueError: a count is not a whole number or below 1, a list has another length, the clips are of another
+                model, the index is calibrated for another kind of score, or its data are damaged.
         """
         check_search(top_k, rerank)
         scopes = scopes_of(live_id, len(clips))
         if not scopes:
             return []
         depth = None if rerank is None else max(top_k, rerank or DEPTH)
-        # One version for the whole search, whatever is written meanwhile.
+        # One version for the whole search, even if a new one is written meanwhile.
         rooms = None if self._newest.is_empty() else self._newest.rooms()
         calibration = None if rooms is None else rooms.snapshot.state.calibration
         if calibration is not None:
@@ -500,31 +495,31 @@ class GalleryIndex:
         progress: bool = True,
     ) -> dict:
         """
-        Fits confidences and the "no product" threshold on validation clips of this index's shop, and keeps them.
+        Fits confidences and the "no product" threshold on validation clips of this index's shop, and stores them.
 
-        Each clip is searched in its shop, and in its shop without its product. A confidence is then the probability
-        that the hit is right where a share `presence_prior` of the clips show a product of the shop. Where the model
-        scores texts, clips with a transcript are searched with it, too, for a calibration of their own.
+        Each clip is searched in its shop, and in its shop without its product. A confidence is the probability that
+        the hit is right, if the share `presence_prior` of the clips show a product of the shop. If the model scores
+        texts, clips with a transcript are also searched with it, for a separate calibration.
 
         Args:
             queries: Query rows (`clip_id`, `frames` or `video`, `relevant`, `live_id`, `asr`), or `RiceClips`.
-            relevant: With `RiceClips`, the image ids that answer each clip.
-            live_id: With `RiceClips`, as in `search`; rows name their own where the index has livestreams.
+            relevant: With `RiceClips`, the relevant image ids of each clip.
+            live_id: With `RiceClips`, as in `search`; rows have their own if the index has livestreams.
             presence_prior: Share of clips in use whose product is in the shop, above 0 and below 1.
-            false_accept_rate: Share of clips without their product that may be answered with one, 0 to 1. By default
-                a clip is answered where the answer is likelier right than wrong, at a confidence of 0.5.
-            rerank: As in `search`, which should use the same.
-            use_boxes, batch_size, num_workers, progress: How rows are read.
+            false_accept_rate: Maximum share of clips without their product that get an answer, 0 to 1. By default a
+                clip is answered if the answer is more likely right than wrong, at a confidence of 0.5.
+            rerank: As in `search`, which should use the same number.
+            use_boxes, batch_size, num_workers, progress: Settings for reading rows.
 
         Returns:
-            What was measured on clips that the fit had not seen: `num_present`, `num_absent`, `presence_prior`,
-            `threshold`, `false_accepts` (share of clips without their product that are answered), `answered` (share of
-            the others), `right_when_answered` (of these), `expected_calibration_error` (under the prior), `said` (the
-            same of clips with transcripts, where there are any), and `unreadable`, the clips that could not be read.
+            Figures from cross-validation: `num_present`, `num_absent`, `presence_prior`, `threshold`, `false_accepts`
+            (share of answered clips among those without their product), `answered` (share of answered clips among the
+            others), `right_when_answered` (share of right ones among these), `expected_calibration_error` (under the
+            prior), `said` (the same for clips with transcripts, if any), and `unreadable`, the unreadable clips.
 
         Raises:
-            ValueError: too few clips, a prior, rate or count outside its range, lists of unequal length, rows without
-                a processor, or a result that would answer none of the clips.
+            ValueError: too few clips; a prior, rate or count out of its range; lists of unequal length; rows without a
+                processor; or a result that would answer none of the clips.
         """
         check_decision(presence_prior, false_accept_rate)
         check_depth("rerank", rerank)
@@ -554,7 +549,7 @@ class GalleryIndex:
         return {**self.calibration.report, "unreadable": unreadable}
 
     def _ranking(self, rerank: int | None) -> str:
-        """The kind of score that candidates are ranked by."""
+        """The kind of score of the ranking."""
         return "embedding" if rerank == 0 else default_ranking(self.model.config)
 
     def _processor_for(self, purpose: str) -> Any:
@@ -567,7 +562,7 @@ class GalleryIndex:
         """Each clip in its shop, and in the shop without its product."""
         rooms = self._newest.rooms()
         known = rooms.records(list(dict.fromkeys(image for images in answers for image in images)))
-        # As many more candidates as the product may take away.
+        # More candidates, because the images of the product are removed.
         limit = None if rerank is None else rerank or DEPTH
         depth = None if limit is None else limit + max(map(len, answers), default=0) + 16
         scored: list[ScoredClip] = []
@@ -591,10 +586,10 @@ def _check_features(features: Any, snapshot: Snapshot) -> None:
     if not same_state(features.model_fingerprint, snapshot.state.model_fingerprint):
         raise ValueError("the images were encoded by another model; encode them with the index's.")
     if not finite_rows(features).all():
-        raise ValueError("some of the images have encodings that are not finite; leave these out.")
+        raise ValueError("some of the images have encodings that are not finite; leave out these images.")
     columns = columns_of(features)
     if {name: one.type for name, one in columns.items()} != {n: one.type for n, one in snapshot.fields.items()}:
         raise ValueError(
             f"the images have the encodings {', '.join(columns)} and the index {', '.join(snapshot.fields)}, or "
-            f"others in width or dtype; encode them alike."
+            f"others in width or dtype; encode them with the same settings."
         )

@@ -1,4 +1,4 @@
-"""The building of an index: what of a shop is in the table already, what is to be encoded, and how long it takes."""
+"""The build of an index: finds the images of a shop to encode, encodes them, and estimates the time."""
 
 import os
 import time
@@ -28,7 +28,7 @@ from .build import (
 from .table import RECORD, ShopTable, Snapshot, bytes_of, columns_of, damaged_rows, rows_of
 
 COMMIT_EVERY = 2048
-"""Images per commit: what a kill loses at most, and what is held in memory."""
+"""Images per commit: the maximum loss by a kill, and the number of images in memory."""
 
 _KNOWN = (*RECORD, "position", "content", "reason")
 _TIMED, _WEIGHED = 8, 64
@@ -36,18 +36,17 @@ _TIMED, _WEIGHED = 8, 64
 
 class Job:
     """
-    One shop on its way into a table. Several processes work on the same one, each on its share.
+    The build of one shop's table. Several processes may work on it, each on its share.
 
     Args:
-        table: To write to.
-        encoder: Of the model.
-        rows: Of the shop, from `as_rows`.
+        table: Table to write.
+        encoder: Encoder with the model.
+        rows: Rows of the shop, from `as_rows`.
         commit_every: Images per commit.
-        overwrite: Replace what another model encoded, delete more than half of the images, or start anew where the
-            table is damaged.
+        overwrite: Replace encodings of another model, delete more than half of the images, or replace a damaged table.
 
     Raises:
-        ValueError: no rows, a row without an id, or a number below 1.
+        ValueError: there are no rows, a row has no id, or a number is below 1.
     """
 
     def __init__(
@@ -68,11 +67,11 @@ class Job:
 
     def check(self) -> Snapshot | None:
         """
-        The table, `None` where there is none to go on with.
+        The table to continue, `None` if there is none.
 
         Raises:
-            FileExistsError: it holds what must not be lost without `overwrite`.
-            ValueError: it cannot be read.
+            FileExistsError: replacing the table needs `overwrite`.
+            ValueError: the table cannot be read.
         """
         if not self.table.exists():
             return None
@@ -86,7 +85,7 @@ class Job:
         differs = self._difference(snapshot)
         if differs and not self.overwrite:
             raise FileExistsError(
-                f"the {self.table} was encoded {differs}; pass overwrite=True (--overwrite) to encode it anew, or "
+                f"the {self.table} was encoded {differs}; pass overwrite=True (--overwrite) to encode it again, or "
                 f"name another folder."
             )
         if differs:
@@ -104,7 +103,7 @@ class Job:
         state, own = snapshot.state, self.encoder.state()
         if not same_state(state.model_fingerprint, own.model_fingerprint):
             name = f" ({state.model_name})" if state.model_name else ""
-            return f"by another model{name}, fingerprint {state.model_fingerprint} and not {own.model_fingerprint}"
+            return f"by another model{name}, fingerprint {state.model_fingerprint}, not {own.model_fingerprint}"
         changed = sorted(
             name
             for name in state.settings.keys() | own.settings.keys()
@@ -113,7 +112,7 @@ class Job:
         return f"with other settings ({', '.join(changed)})" if changed else ""
 
     def _read(self, snapshot: Snapshot) -> None:
-        """Learns what is in the table; rows that are damaged, or of which a field is missing, are none."""
+        """Reads the known images of the table; rows that are damaged or lack a field do not count."""
         self.known = {}
         for rows in snapshot.batches():
             good = np.ones(len(rows), dtype=bool)
@@ -124,34 +123,34 @@ class Job:
 
     def open(self, may_replace: bool = True) -> Snapshot:
         """
-        The table to write to, which is made where there is none.
+        The table to write to; it is created if there is none.
 
         Args:
-            may_replace: Whether this process is the one that replaces a table.
+            may_replace: Whether this process may replace a table.
 
         Raises:
-            FileExistsError, ValueError: as `check`, or another process is to replace the table first.
-            OSError: it cannot be written.
+            FileExistsError, ValueError: as `check`; ValueError also if another process must replace the table first.
+            OSError: the table cannot be written.
         """
         snapshot = self.check()
         if snapshot is not None:
             return snapshot
         there = self.table.exists()
         if there and not may_replace:
-            raise ValueError(f"the {self.table} is replaced by process 0; start the others after it.")
+            raise ValueError(f"process 0 must replace the {self.table} first; start the other processes after it.")
         before = self._last_complete() if there else None
         state = self.encoder.state(complete=False, before=before)
         try:
             self.table.create(columns_of(self.encoder.encode_blank()), state, replace=there)
         except (FileExistsError, OSError):
-            # Another process of the same build may have been faster.
+            # Another process of the same build may have created it.
             if there or not self.table.exists():
                 raise
         self.overwrite = False
         return self.open(may_replace=False)
 
     def _last_complete(self) -> int | None:
-        """The version that goes on answering while the table is replaced."""
+        """The version that answers while the table is replaced."""
         try:
             snapshot = self.table.snapshot()
         except ValueError:
@@ -160,8 +159,8 @@ class Job:
 
     def positions(self) -> Iterator[int]:
         """
-        The place of each image: ascending, and for those that are known the place they have where that is possible,
-        so that few rows are written when a shop changes.
+        The position of each image, ascending. Known images keep their position if possible, so that few rows are
+        written when a shop changes.
         """
         last = -1
         for image in self.images:
@@ -170,7 +169,7 @@ class Job:
             yield last
 
     def run(self, snapshot: Snapshot, process_index: int = 0, num_processes: int = 1) -> None:
-        """Encodes every `num_processes`-th image that is new or has changed, and writes it."""
+        """Encodes and writes every `num_processes`-th image that is new or has changed."""
         places = {image.image_id: place for image, place in zip(self.images, self.positions())}
         mine = self.images[process_index::num_processes]
         contents = {name: record["content"] for name, record in self.known.items()}
@@ -186,16 +185,16 @@ class Job:
         part.write()
 
     def is_whole(self) -> bool:
-        """Whether every image of the shop is in the table, encoded or known to be unreadable."""
+        """Whether every image of the shop is in the table, encoded or marked as unreadable."""
         there = set(self.table.snapshot().read(["image_id"])["image_id"].to_pylist())
         return there.issuperset(image.image_id for image in self.images)
 
     def finish(self) -> None:
         """
-        Deletes what the shop has no longer, tells that the index is complete, and puts its files in order.
+        Deletes images that are no longer in the shop, marks the index as complete, and compacts its files.
 
         Raises:
-            ValueError: not one image could be read.
+            ValueError: no image could be read.
         """
         snapshot = self.table.snapshot()
         rows = snapshot.read(["image_id", "reason", "live_ids"])
@@ -218,7 +217,7 @@ class Job:
 
 
 def build_together(job: Job, process_index: int, num_processes: int) -> None:
-    """The processes of one launch: all look before the first of them changes anything."""
+    """Builds with the processes of one launch: all check before the first one changes anything."""
     from accelerate import PartialState
 
     state = PartialState()
@@ -234,12 +233,12 @@ def build_together(job: Job, process_index: int, num_processes: int) -> None:
 
 
 def failure_of(record: dict) -> dict:
-    """A row without encodings as `index.skipped` lists it."""
+    """A row without encodings in the form of `index.skipped`."""
     return {"id": record["image_id"], "file": record["image"], "reason": record["reason"]}
 
 
 class _Part:
-    """What the next commit is to write."""
+    """The content of the next commit."""
 
     def __init__(self, job: Job, snapshot: Snapshot, places: dict[str, int]):
         self.job, self.snapshot, self.places = job, snapshot, places
@@ -271,7 +270,7 @@ class _Part:
             self.features.append(features)
 
     def _keep(self, image: ShopImage, paths: list[str], place: int, content: str) -> None:
-        """An image whose picture is known; what is told of it may have changed."""
+        """An image with a known picture, whose other fields may have changed."""
         known = self.job.known[image.image_id]
         path = known["image"] if known["image"] in paths or not paths else paths[0]
         record = record_of(image, path, place, content, known["reason"])
@@ -297,7 +296,7 @@ class _Part:
 
 
 def features_class_of(model: Any) -> type:
-    """`RiceGallery`, or what stands for it."""
+    """`RiceGallery`, or the model's class in its place."""
     from modeling_rice import RiceGallery
 
     return getattr(model, "gallery_class", RiceGallery)
@@ -306,14 +305,14 @@ def features_class_of(model: Any) -> type:
 @dataclass
 class Estimate:
     """
-    What building an index will take.
+    Estimated cost of building an index.
 
     Attributes:
-        images: Of the shop.
-        known: Of these, those in the index already; whether their pictures changed is found out by reading them.
-        picture_bytes: Of all pictures, from a sample.
-        index_bytes: Of the table.
-        seconds_per_image: Reading and encoding in this process, from a sample.
+        images: Number of images of the shop.
+        known: Number of these that are in the index already; their pictures may have changed.
+        picture_bytes: Bytes of all pictures, from a sample.
+        index_bytes: Bytes of the table.
+        seconds_per_image: Seconds for reading and encoding in this process, from a sample.
     """
 
     images: int
@@ -337,7 +336,7 @@ def estimate(table: ShopTable, encoder: ShopEncoder, rows: Sequence[dict]) -> Es
     Measures a few images of a shop, and writes nothing.
 
     Raises:
-        ValueError: no rows, or a row without an id.
+        ValueError: there are no rows, or a row has no id.
     """
     rows = as_rows(rows)
     images = collect_images(rows)
@@ -346,7 +345,7 @@ def estimate(table: ShopTable, encoder: ShopEncoder, rows: Sequence[dict]) -> Es
         try:
             there = set(table.snapshot().read(["image_id"])["image_id"].to_pylist())
         except ValueError:
-            # What is damaged is told when it is to be used.
+            # Damage is reported when the table is used.
             there = set()
     known = sum(image.image_id in there for image in images)
     spread = [images[i] for i in np.linspace(0, len(images) - 1, min(_WEIGHED, len(images))).astype(int)]

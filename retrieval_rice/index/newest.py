@@ -1,4 +1,4 @@
-"""The version of an index that is searched now, while others write the next ones."""
+"""The searched version of an index, while others write newer ones."""
 
 import logging
 import threading
@@ -18,13 +18,13 @@ logger = logging.getLogger(__name__)
 
 class Newest:
     """
-    Follows a table. Safe to use from several threads.
+    Follows the versions of a table. Thread-safe.
 
     Args:
-        table: That others may write to.
-        model: Whose encodings it must hold.
-        cache_bytes: Of encodings kept in memory.
-        refresh_s: Seconds after which a newer version is looked for.
+        table: The table, which others may change.
+        model: The model of its encodings.
+        cache_bytes: Maximum bytes of encodings in memory.
+        refresh_s: Seconds after which it checks for a newer version.
     """
 
     def __init__(self, table: ShopTable, model: Any, cache_bytes: int, refresh_s: float):
@@ -35,7 +35,7 @@ class Newest:
         self._looked_at = 0.0
 
     def is_empty(self) -> bool:
-        """Nothing was put into an index in memory yet."""
+        """Whether this is an index in memory without any images yet."""
         return self._rooms is None and self.table.uri is None and not self.table.exists()
 
     def rooms(self, at_once: bool = False) -> Rooms:
@@ -43,11 +43,11 @@ class Newest:
         The version to search.
 
         Args:
-            at_once: Look for a newer one now.
+            at_once: Check for a newer version now.
 
         Raises:
-            FileNotFoundError, ValueError: there is none, or it cannot be used; where an older one was in use and is
-                good enough, that goes on with a warning.
+            FileNotFoundError, ValueError: there is no version, or it cannot be used. If a usable older version is
+                open, it stays in use with a warning.
         """
         rooms = self._rooms
         if rooms is not None and not at_once and time.monotonic() - self._looked_at < self.refresh_s:
@@ -61,7 +61,7 @@ class Newest:
             except (ValueError, OSError) as error:
                 if at_once or self._rooms is None:
                     raise
-                logger.warning("the version of the %s that was read before is searched: %s", self.table, error)
+                logger.warning("the older version of the %s stays in use: %s", self.table, error)
             self._looked_at = time.monotonic()
             return self._rooms
 
@@ -70,10 +70,10 @@ class Newest:
         if not snapshot.state.complete:
             if snapshot.state.before is None:
                 raise ValueError(
-                    f"the {self.table} is not complete: it is being built, or that was interrupted; run the same "
-                    f"`rice index` again, which goes on where it ended."
+                    f"the {self.table} is not complete: its build is running or was interrupted; run the same "
+                    f"`rice index` again, which resumes it."
                 )
-            # While it is replaced, the index that was there answers.
+            # During a replacement the previous index answers.
             snapshot = self.table.snapshot(snapshot.state.before)
         if before is not None and before.snapshot.version == snapshot.version:
             return before
@@ -82,30 +82,30 @@ class Newest:
 
     def to_write(self) -> Rooms:
         """
-        The newest version, to which changes may be made.
+        The newest version, for changes.
 
         Raises:
-            ValueError: it is being replaced, and an older one is searched.
+            ValueError: the index is being replaced, and an older version is searched.
         """
         with self.lock:
             rooms = self.rooms(at_once=True)
             if rooms.snapshot.version != self._number:
-                raise ValueError(f"the {self.table} is being built anew; change it when that has ended.")
+                raise ValueError(f"the {self.table} is being built again; change it after the build.")
             return rooms
 
     def write_state(self, **values) -> None:
-        """Changes what is true of the table as a whole, and searches the version that has it."""
+        """Changes the state of the table, and switches to the new version."""
         with self.lock:
             self.table.write_state(replace(self.to_write().snapshot.state, **values))
             self.rooms(at_once=True)
 
 
 def check_fingerprint(state: State, model: Any, name: str) -> None:
-    """Raises `ValueError` when encodings are known to be another model's."""
+    """Raises `ValueError` if the encodings are known to be of another model."""
     own = state_of(model).model_fingerprint
     if not same_state(state.model_fingerprint, own):
         origin = f" ({state.model_name})" if state.model_name else ""
         raise ValueError(
-            f"the {name} was encoded by another model{origin}, fingerprint {state.model_fingerprint} and not {own}; "
+            f"the {name} was encoded by another model{origin}, fingerprint {state.model_fingerprint}, not {own}; "
             f"open it with that model, or build it again with this one."
         )

@@ -1,4 +1,4 @@
-"""Exact search through encoded images, kept in memory once read, and approximate search whose proposals it decides."""
+"""Exact search in encoded images, which stay in memory after reading, and exact ranking of approximate proposals."""
 
 import threading
 from collections import OrderedDict
@@ -18,16 +18,16 @@ from .calibration import check_depth
 from .table import RECORD, Snapshot, bytes_of
 
 CHUNK = 32_768
-"""Images compared with the clips at a time, which bounds the memory of a search."""
+"""Number of images compared at a time; limits the memory of a search."""
 
 CACHE_BYTES = 2**30
-"""Encodings that are kept in memory, by default."""
+"""Default maximum bytes of encodings in memory."""
 
-# Rooms without images take some, too, and there is no end of livestreams to ask for.
+# Rooms without images need memory too, and requests may name any number of livestreams.
 _PER_ROOM, _PER_RECORD = 4096, 256
 
 ENCODED = "reason IS NULL"
-"""The rows of images that could be read."""
+"""Filter for the rows of readable images."""
 
 Scope = tuple[str, ...] | None
 """The livestreams to search; `None` is the whole index."""
@@ -35,7 +35,7 @@ Scope = tuple[str, ...] | None
 
 @dataclass
 class Candidates:
-    """Images found for one clip, most similar first: their encodings (a `RiceGallery`) and records, row by row."""
+    """Images found for one clip, most similar first: their encodings (a `RiceGallery`) and their records."""
 
     features: Any
     records: list[dict]
@@ -45,32 +45,32 @@ class Candidates:
         return [record["product_id"] for record in self.records]
 
     def take(self, rows: np.ndarray) -> "Candidates":
-        """Some of them."""
+        """Selects candidates by row number."""
         return Candidates(self.features[torch.from_numpy(rows)], [self.records[row] for row in rows])
 
 
 def best_rows(scores: Tensor, k: int) -> Tensor:
-    """Positions of the `k` largest of `scores` `(n,)`, best first; equal ones keep their order, also at the cut."""
+    """Positions of the `k` largest `scores` `(n,)`, best first; ties keep their order, also at position `k`."""
     if k >= len(scores):
         return scores.argsort(descending=True, stable=True)
-    # torch.topk alone would choose freely among those that tie for the last place.
+    # torch.topk alone would choose arbitrarily among ties for the last position.
     kept = (scores >= scores.topk(k).values[-1]).nonzero().flatten()
     return kept[scores[kept].argsort(descending=True, stable=True)][:k]
 
 
 Piece = tuple[np.ndarray, np.ndarray, Any]
-"""Places in the gallery, ascending, what the rows are called, and encodings."""
+"""Positions in the gallery (ascending), names of the rows, and encodings."""
 
 
 def nearest(model: Any, clips: Any, pieces: Iterable[Piece], k: int) -> list[np.ndarray]:
     """
-    The names of the `k` images most similar to each clip, most similar first; equal ones by their place.
+    The names of the `k` images most similar to each clip, most similar first; ties by their position.
 
     Args:
-        model: Whose `similarity` compares.
+        model: Model with `similarity`.
         clips: `RiceClips`.
-        pieces: Of the gallery, in any order.
-        k: At most.
+        pieces: Pieces of the gallery, in any order.
+        k: Maximum number of images.
     """
     scores = [np.zeros(0, dtype=np.float32)] * len(clips)
     places = [np.zeros(0, dtype=np.int64)] * len(clips)
@@ -88,7 +88,7 @@ def nearest(model: Any, clips: Any, pieces: Iterable[Piece], k: int) -> list[np.
 
 
 def _beside(features, clips):
-    """Encodings on the clips' device, of which only those that are compared are moved."""
+    """The encodings on the clips' device; only the compared fields are moved."""
     if features.embeds.device == clips.embeds.device:
         return features
     needed = {name: getattr(features, name) for name in compared(features.fields)}
@@ -96,7 +96,7 @@ def _beside(features, clips):
 
 
 def compared(names: Iterable[str]) -> list[str]:
-    """The fields of a `RiceGallery` that `similarity` reads; the others are for the few images that are scored."""
+    """The fields of a `RiceGallery` that `similarity` reads; the others are for pair scores of few images."""
     return [name for name in names if name.endswith("embeds")]
 
 
@@ -106,10 +106,10 @@ class Room:
     The images of a scope in memory, in the gallery's order.
 
     Attributes:
-        features: Their encodings, of which a large scope keeps only those that are compared.
-        row_ids: Their rows in the table, by which the others are read.
-        records: What hits tell, an Arrow table, `None` where it is read with those.
-        num_bytes: That it takes, about.
+        features: Their encodings; a large scope keeps only the compared fields.
+        row_ids: Their rows in the table, for reading the other fields.
+        records: Columns for hits as an Arrow table; `None` if they are read with the other fields.
+        num_bytes: Approximate size in memory.
     """
 
     features: Any
@@ -125,14 +125,14 @@ class Room:
 
 class Rooms:
     """
-    Search through one version of a table. Scopes stay in memory once they were read, the ones last used up to a
-    number of bytes; larger ones are read anew for each search. Safe to use from several threads.
+    Search in one version of a table. The last used scopes stay in memory up to a number of bytes. Larger scopes are
+    read again for each search. Thread-safe.
 
     Args:
         snapshot: The version.
-        model: Whose encodings these are.
-        features_class: `RiceGallery`, or what stands for it.
-        num_bytes: Of encodings kept in memory at most.
+        model: The model of the encodings.
+        features_class: `RiceGallery`, or a class in its place.
+        num_bytes: Maximum bytes of encodings in memory.
     """
 
     def __init__(self, snapshot: Snapshot, model: Any, features_class: type, num_bytes: int = CACHE_BYTES):
@@ -155,8 +155,13 @@ class Rooms:
             self._live_ids = list(dict.fromkeys(pc.list_flatten(rows["live_ids"]).to_pylist()))
         return self._live_ids
 
+    def column(self, name: str, scope: Scope = None) -> list:
+        """What a column says of the images in a scope, in the order of the gallery."""
+        where = ENCODED if scope is None else f"({live_filter(scope)}) AND {ENCODED}"
+        return self.snapshot.read([name, "position"], where).sort_by("position")[name].to_pylist()
+
     def records(self, image_ids: Sequence[str]) -> dict[str, dict]:
-        """Records of those of the images that are here, by their id."""
+        """Image id -> record, for the given images that are in the index."""
         rows = self.snapshot.find(image_ids, [*RECORD, "reason"])
         return {record["image_id"]: record for record in _records(rows.filter(pc.is_null(rows["reason"])))}
 
@@ -165,7 +170,7 @@ class Rooms:
         Args:
             clips: `RiceClips`, one scope each.
             scopes: The livestreams that each clip searches.
-            k: Candidates per clip at most; `None` for all of its scope.
+            k: Maximum number of candidates per clip; `None` for its whole scope.
         """
         found = [Candidates(None, [])] * len(scopes)
         for scope in dict.fromkeys(scopes):
@@ -194,7 +199,7 @@ class Rooms:
         ]
 
     def _approximately(self, clip: Any, k: int, settings: dict) -> Candidates:
-        """The best of what the approximate index proposes, by the model's own comparison."""
+        """The best proposals of the approximate index, ranked by the model's similarity."""
         vector = clip.embeds[0].float().cpu().numpy()
         proposed = self.snapshot.nearest(vector, settings["oversample"] * k, settings["effort"])
         rows = self.snapshot.take(proposed).sort_by("position")
@@ -221,7 +226,7 @@ class Rooms:
                 )
 
     def _room(self, scope: Scope) -> Room | None:
-        """The scope in memory; `None` where it does not fit."""
+        """The scope in memory; `None` if it does not fit."""
         with self._lock:
             room = self._rooms.get(scope)
             if room is not None:
@@ -238,7 +243,7 @@ class Rooms:
 
     def _read(self, scope: Scope) -> Room:
         names = list(self.snapshot.fields)
-        # The whole of a platform is compared, and of the few best the rest is read.
+        # For the whole index, only the compared fields are read; the others are read for the few best images.
         whole = scope is not None or self.num_images * self._bytes(names) <= self.num_bytes // 4
         columns = None if whole else [*compared(names), "position", "reason"]
         rows = self.snapshot.read(columns, None if scope is None else live_filter(scope))
@@ -254,7 +259,7 @@ class Rooms:
         if not features.embeds.isfinite().all():
             raise ValueError(
                 f"the {self.snapshot.table} is damaged: it holds embeddings that are not finite; run the same "
-                f"`rice index` again, which encodes them anew."
+                f"`rice index` again, which encodes them again."
             )
         return features.to(getattr(self.model, "device", "cpu"))
 
@@ -271,13 +276,13 @@ def _records(rows: Any) -> list[dict]:
 
 
 def live_filter(scope: tuple[str, ...]) -> str:
-    """The rows of livestreams, in the table's words."""
+    """SQL filter for the rows of livestreams."""
     quoted = ["'" + live.replace("'", "''") + "'" for live in scope]
     return " OR ".join(f"array_has(live_ids, {live})" for live in quoted) or "false"
 
 
 def scopes_of(live_id: Any, count: int) -> list[Scope]:
-    """What each clip searches."""
+    """The scope of each clip."""
     if live_id is None or isinstance(live_id, (str, Number)):
         live_id = [live_id] * count
     live_id = list(live_id)
@@ -291,6 +296,6 @@ def _scope(live_ids: Iterable) -> Scope:
 
 
 def check_search(top_k: Any, rerank: Any) -> None:
-    """Raises `ValueError` for a `top_k` below 1 or a `rerank` below 0, or what is no whole number."""
+    """Raises `ValueError` for a `top_k` below 1, a `rerank` below 0, or values that are not whole numbers."""
     check_depth("top_k", 0 if top_k is None else top_k, least=1)
     check_depth("rerank", rerank)

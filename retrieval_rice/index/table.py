@@ -1,8 +1,7 @@
-"""A shop's encoded images as a LanceDB table: a row per image, a new version per write, everything of one model.
+"""A shop's encoded images as a LanceDB table: one row per image, one version per write, all of one model.
 
-What is known of the table as a whole (`State`) lies in the metadata of its first column, so that it changes with the
-rows in one commit, and an older version is restored with its own. Each row carries a checksum, since the file format
-has none.
+The state of the whole table (`State`) is in the metadata of its first column. So it changes with the rows in one
+commit, and an older version is restored with its own state. Each row has a checksum, because the file format has none.
 """
 
 import json
@@ -29,11 +28,11 @@ from .calibration import Calibration
 TABLE = "images"
 FORMAT = 2
 KEPT_FOR = timedelta(days=7)
-"""For how long versions can be restored, and files of a writer that was killed are kept."""
+"""How long versions can be restored, and files of a killed writer are kept."""
 
 RECORD = ("image_id", "product_id", "title", "image", "live_ids")
-"""What a search tells of an image: `live_ids` are the livestreams that sell it, `image` is its path, as
-`data_rice.paths.path_to_text` writes it."""
+"""Columns of an image in search results: `live_ids` are the livestreams that sell it, `image` is its path as text of
+`data_rice.paths.path_to_text`."""
 
 _OWN = ("reason", "position", "content")
 _STATE, _CHECKSUM = b"rice", b"rice.crc32"
@@ -46,17 +45,17 @@ _encode = json.JSONEncoder(sort_keys=True).encode
 @dataclass(frozen=True)
 class State:
     """
-    What is true of all rows.
+    State of the whole table.
 
     Attributes:
-        model_fingerprint, model_name, model_revision: Of the model that encoded them.
-        settings: What an encoding depends on besides its picture: `index.build.ShopEncoder.settings`.
-        dtype: "float16" or "float32", of the stored encodings.
-        precision: In which the model computed.
+        model_fingerprint, model_name, model_revision: Identify the model of the encodings.
+        settings: Settings of the encoding, `index.build.ShopEncoder.settings`.
+        dtype: Type of the stored encodings, "float16" or "float32".
+        precision: Precision in which the model computed.
         complete: False while the shop is encoded for the first time.
-        before: The version that answers until then, `None` where there is none.
-        calibration: Of confidences, `None` where there is none.
-        approximate: `index.approximate.Settings` as a dict and the measured "recall@10", `None` for exact search.
+        before: The version that answers until then, `None` if there is none.
+        calibration: Calibration of confidences, `None` if there is none.
+        approximate: `index.approximate.Settings` as a dict with the measured "recall@10"; `None` for exact search.
     """
 
     model_fingerprint: str | None
@@ -78,33 +77,33 @@ class State:
     def from_metadata(cls, metadata: dict[bytes, bytes] | None) -> "State":
         """
         Raises:
-            ValueError: the text was altered, is of another format, or says what cannot be.
+            ValueError: the metadata was changed, has another format, or holds invalid values.
         """
         text = (metadata or {}).get(_STATE, b"")
         if (metadata or {}).get(_CHECKSUM) != str(zlib.crc32(text)).encode():
-            raise ValueError("what it says of itself does not fit its checksum")
+            raise ValueError("its metadata does not match the checksum")
         values = json.loads(text, parse_constant=_no_constant)
         version = values.pop("format", None) if isinstance(values, dict) else None
         if version != FORMAT:
-            raise ValueError(f"its format is {version}, and this version of the project reads {FORMAT}")
+            raise ValueError(f"its format is {version}, but this version of the project reads {FORMAT}")
         names = {one.name for one in fields(cls)}
         if values.keys() != names:
-            raise ValueError(f"it says {', '.join(sorted(values))}, and not {', '.join(sorted(names))}")
+            raise ValueError(f"its metadata has {', '.join(sorted(values))} instead of {', '.join(sorted(names))}")
         kinds = {"complete": bool, "settings": dict, "dtype": str, "precision": str, "model_name": str}
         wrong = [name for name, kind in kinds.items() if not isinstance(values[name], kind)]
         if wrong:
-            raise ValueError(f"what it says of {', '.join(wrong)} is of the wrong kind")
+            raise ValueError(f"its metadata has a value of the wrong kind for {', '.join(wrong)}")
         if values.get("calibration") is not None:
             values["calibration"] = Calibration.from_dict(values["calibration"])
         return cls(**values)
 
 
 def _no_constant(name: str):
-    raise ValueError(f"it holds {name}, which is no number")
+    raise ValueError(f"it holds {name}, which is not a number")
 
 
 class Version(NamedTuple):
-    """A version of the table that can be restored: its number, when it was written, and its rows."""
+    """A version of the table that can be restored: its number, time and number of rows."""
 
     number: int
     time: datetime
@@ -112,7 +111,7 @@ class Version(NamedTuple):
 
 
 def lancedb():
-    """The library, whose absence is told in a sentence."""
+    """The library; raises `ValueError` if it is not installed."""
     try:
         import lancedb
     except ImportError as error:
@@ -121,18 +120,18 @@ def lancedb():
 
 
 def reason_of(error: BaseException) -> str:
-    """The library's message without the place in its source."""
+    """The library's message without the position in its source code."""
     text = re.sub(r",? ?[^\s,]*\.rs:\d+(:\d+)?", "", str(error))
     return " ".join(text.split()).removesuffix(".")[:300]
 
 
 class ShopTable:
     """
-    The newest version of a shop's table, and the writing of the next one.
+    A shop's table: opens its versions and writes new ones.
 
     Args:
-        uri: Folder or URI (s3://bucket/shop) of the index; `None` keeps it in memory. Object storage is reached with
-            the `AWS_*` (`GOOGLE_*`, `AZURE_*`) variables of the environment.
+        uri: Folder or URI (s3://bucket/shop) of the index; `None` keeps it in memory. Object storage uses the `AWS_*`
+            (`GOOGLE_*`, `AZURE_*`) environment variables.
     """
 
     def __init__(self, uri: str | os.PathLike | None = None):
@@ -148,33 +147,33 @@ class ShopTable:
 
     @property
     def path(self) -> Path:
-        """Folder of the table, where it is in a folder."""
+        """Folder of a local table."""
         return Path(self.uri or "", f"{TABLE}.lance")
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """What the library says when it cannot read, as one sentence."""
+        """A context that turns the library's read errors into one sentence."""
         try:
             yield
         except BaseException as error:
             if not _is_library(error):
                 raise
             raise ValueError(
-                f"the {self} cannot be read ({reason_of(error)}); where its files are damaged, `rice index` with "
+                f"the {self} cannot be read ({reason_of(error)}); if its files are damaged, `rice index` with "
                 f"--overwrite builds it again."
             ) from error
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """What the library says when it cannot write, as one sentence."""
+        """A context that turns the library's write errors into one sentence."""
         try:
             yield
         except BaseException as error:
             if not _is_library(error):
                 raise
             raise OSError(
-                f"the {self} could not be written ({reason_of(error)}); what was there before is unchanged, so make "
-                f"room or choose another place, and run the same again."
+                f"the {self} could not be written ({reason_of(error)}); its previous version is unchanged, so make "
+                f"room or choose another place, and run the same command again."
             ) from error
 
     @property
@@ -187,12 +186,12 @@ class ShopTable:
     def exists(self) -> bool:
         """
         Raises:
-            ValueError: the folder holds an index of an earlier format, or the place cannot be read.
+            ValueError: the folder holds an index of an earlier format, or cannot be read.
         """
         if self.is_local:
             if not self.path.is_dir() and Path(self.uri or "", "index.json").is_file():
                 raise ValueError(
-                    f"the {self} was written by an earlier version, whose format is no longer read; delete the "
+                    f"the {self} was written by an earlier version, whose format is not supported; delete the "
                     f"folder or name another one, and build it again with `rice index`."
                 )
             return any(self.path.glob("_versions/*.manifest"))
@@ -216,47 +215,47 @@ class ShopTable:
 
     def snapshot(self, version: int | None = None) -> "Snapshot":
         """
-        A version that stays as it is, by default the newest.
+        A fixed version, by default the newest.
 
         Raises:
             FileNotFoundError: there is no index.
-            ValueError: there is no such version, or it cannot be read.
+            ValueError: the version does not exist, or cannot be read.
         """
         table = self._open()
         with self.reading():
             numbers = {entry["version"] for entry in table.list_versions()} if version is not None else {table.version}
         if version is not None and version not in numbers:
-            raise ValueError(f"the {self} has no version {version} (any more); `rice index --versions` lists them.")
+            raise ValueError(f"the {self} has no version {version}; `rice index --versions` lists the existing ones.")
         number = numbers.pop() if version is None else version
         return Snapshot(self, self._open(number), number)
 
     def create(self, fields: dict[str, pa.Field], state: State, replace: bool = False) -> None:
         """
-        A table without rows.
+        Creates a table without rows.
 
         Args:
             fields: Columns of the encodings, from `columns_of`.
-            state: Of the table.
-            replace: In the place of a table that is there, whose versions stay unless it cannot be opened at all.
+            state: State of the table.
+            replace: Replace an existing table. Its versions stay, unless it cannot be opened.
 
         Raises:
-            FileExistsError: there is a table, and it is not to be replaced.
-            OSError: it cannot be written.
+            FileExistsError: there is a table, and `replace` is false.
+            OSError: the table cannot be written.
         """
         schema = schema_of(fields, state)
         exists = self.exists()
         if exists and not replace:
-            raise FileExistsError(f"the {self} is there already; pass overwrite=True (--overwrite) to replace it.")
+            raise FileExistsError(f"the {self} exists already; pass overwrite=True (--overwrite) to replace it.")
         if exists and self.is_local and not self._opens():
             exists = False
         with self.writing():
             if not exists and self.is_local:
-                # No table, but what is left of one, which is in the way of the new one.
+                # The rest of a broken table, which prevents a new one.
                 shutil.rmtree(self.path, ignore_errors=True)
             self.connection.create_table(TABLE, schema=schema, mode="overwrite" if exists else "create")
 
     def _opens(self) -> bool:
-        """Whether there is a manifest to add a version to, whatever the state of the rows."""
+        """Whether there is a manifest for a new version, even if rows are damaged."""
         try:
             self._open()
         except ValueError:
@@ -265,10 +264,10 @@ class ShopTable:
 
     def commit(self, write: Callable[[Any], None]) -> None:
         """
-        Writes a new version, on top of what others write at the same time.
+        Writes a new version on top of the newest one, with retries if others write at the same time.
 
         Raises:
-            OSError: it cannot be written, or others were faster each time; what was there is unchanged.
+            OSError: the table cannot be written, or all retries failed; the table is unchanged.
         """
         table = self._open()
         for attempt in range(_ATTEMPTS):
@@ -278,12 +277,12 @@ class ShopTable:
             except OSError as error:
                 if "commit conflict" not in str(error) or attempt == _ATTEMPTS - 1:
                     raise
-                # Not in step with the other one.
+                # A random pause, so that two writers do not collide again.
                 time.sleep(0.02 * (attempt + random.random()))
 
     def upsert(self, rows: pa.Table) -> None:
         """
-        Writes rows in one commit; those of an image that is there take its place.
+        Writes rows in one commit; a row of an existing image replaces it.
 
         Raises:
             OSError: as `commit`.
@@ -291,7 +290,7 @@ class ShopTable:
 
         def write(table: Any) -> None:
             merge = table.merge_insert("image_id").when_matched_update_all().when_not_matched_insert_all()
-            # With the column's index two writers of one new image do not see each other, and it is there twice.
+            # With the column's index, two writers of one new image do not see each other, and it would be added twice.
             merge.use_index(False).execute(rows, on_bad_vectors="null", timeout=timedelta(minutes=10))
 
         self.commit(write)
@@ -303,12 +302,12 @@ class ShopTable:
             self.commit(lambda table: table.delete(wanted))
 
     def write_state(self, state: State) -> None:
-        """Writes what is true of the table as a whole."""
+        """Writes the state of the table."""
         metadata = {key.decode(): value.decode() for key, value in state.to_metadata().items()}
         self.commit(lambda table: table.update_field_metadata({"path": "image_id", "metadata": metadata}))
 
     def versions(self) -> list[Version]:
-        """The versions that can be restored, oldest first: those that are kept and were complete."""
+        """The versions that can be restored (existing and complete), oldest first."""
         table = self._open()
         with self.reading():
             entries = table.list_versions()
@@ -320,10 +319,10 @@ class ShopTable:
 
     def restore(self, version: int) -> None:
         """
-        Makes an older version the newest, with the state that it had.
+        Makes an older version the newest, with its state.
 
         Raises:
-            ValueError: there is no such version, or it is of a time when the index was not complete.
+            ValueError: the version does not exist, or was not complete.
         """
         if not self.snapshot(version).state.complete:
             raise ValueError(
@@ -332,38 +331,38 @@ class ShopTable:
         self.commit(lambda table: table.restore(version))
 
     def compact(self, kept_for: timedelta = KEPT_FOR) -> None:
-        """Joins small files, takes new rows into the indexes, and deletes versions older than `kept_for`."""
+        """Joins small files, adds new rows to the indexes, and deletes versions older than `kept_for`."""
         self.commit(lambda table: table.optimize(cleanup_older_than=kept_for))
 
     def index_columns(self, live_ids: bool) -> None:
-        """Builds the indexes by which rows of a livestream or an image are found, unless they are there."""
+        """Builds the indexes for finding rows by livestream or image, unless they exist."""
         configs = lancedb().index
         wanted = {"image_id": configs.BTree()} | ({"live_ids": configs.LabelList()} if live_ids else {})
         for column in wanted.keys() - self._indexed().keys():
             self.commit(lambda table: table.create_index(column, config=wanted[column]))
 
     def index_embeddings(self, config: Any) -> None:
-        """Builds an approximate index of the embeddings in the place of the one that is there; `None` drops that."""
+        """Replaces the approximate index of the embeddings; `None` deletes it."""
         if config is not None:
             self.commit(lambda table: table.create_index("embeds", config=config, replace=True))
         elif "embeds" in self._indexed():
             self.commit(lambda table: table.drop_index(self._indexed()["embeds"]))
 
     def _indexed(self) -> dict[str, str]:
-        """The columns that have an index, and its name."""
+        """Column -> name of its index."""
         table = self._open()
         with self.reading():
             return {index.columns[0]: index.name for index in table.list_indices()}
 
 
 def _is_library(error: BaseException) -> bool:
-    # Rust's panics are no `Exception`.
+    # Panics of Rust are not an `Exception`.
     kinds = (RuntimeError, OSError, ValueError, pa.ArrowException)
     return isinstance(error, kinds) or type(error).__name__ in ("PanicException", "RustPanic")
 
 
 class Snapshot:
-    """One version of a table: rows as Arrow tables with `_rowid`, which are checked as they are read."""
+    """One version of a table: rows as Arrow tables with `_rowid`, checked when they are read."""
 
     def __init__(self, table: ShopTable, handle: Any, version: int):
         self.table, self.version, self._handle = table, version, handle
@@ -381,11 +380,11 @@ class Snapshot:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes that the encodings of an image take."""
+        """Bytes of the encodings of one image."""
         return sum(bytes_of(one) for one in self.fields.values())
 
     def read(self, columns: Sequence[str] | None = None, where: Any = None) -> pa.Table:
-        """Rows, of which those with all columns are checked against their checksums."""
+        """Reads rows; rows with all columns are checked against their checksums."""
         with self.table.reading():
             query = self._handle.search().with_row_id(True)
             query = query if columns is None else query.select(list(columns))
@@ -395,7 +394,7 @@ class Snapshot:
         return rows
 
     def batches(self, columns: Sequence[str] | None = None, size: int = _AT_ONCE) -> Iterator[pa.Table]:
-        """All rows in pieces, unchecked."""
+        """All rows in pieces, without checks."""
         with self.table.reading():
             query = self._handle.search().with_row_id(True)
             for batch in (query if columns is None else query.select(list(columns))).to_batches(size):
@@ -411,7 +410,7 @@ class Snapshot:
         return rows
 
     def find(self, image_ids: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
-        """Rows of images, in no order."""
+        """Rows of images, in any order."""
         parts = []
         for start in range(0, max(1, len(image_ids)), _AT_ONCE):
             wanted = list(image_ids[start : start + _AT_ONCE])
@@ -419,12 +418,12 @@ class Snapshot:
         return pa.concat_tables(parts)
 
     def last_position(self) -> int:
-        """The highest place in the gallery, -1 where there are no rows."""
+        """The highest position in the gallery, -1 without rows."""
         highest = pc.max(self.read(["position"])["position"]).as_py()
         return -1 if highest is None else highest
 
     def nearest(self, vector: np.ndarray, k: int, effort: dict) -> np.ndarray:
-        """Row ids of `k` images that the approximate index proposes for an embedding, in no order."""
+        """Row ids of `k` images that the approximate index proposes for an embedding, in any order."""
         with self.table.reading():
             query = self._handle.search(vector, vector_column_name="embeds").distance_type("cosine").limit(k)
             for name, value in effort.items():
@@ -435,9 +434,9 @@ class Snapshot:
         damaged = damaged_rows(rows, self.fields)
         if len(damaged):
             raise ValueError(
-                f"the {self.table} is damaged: {len(damaged)} of the rows that were read do not fit their checksums, "
+                f"the {self.table} is damaged: {len(damaged)} row(s) do not match their checksums, "
                 f"such as {rows['image_id'][int(damaged[0])].as_py()!r}; run the same `rice index` again, which "
-                f"encodes them anew."
+                f"encodes them again."
             )
 
     def features(self, rows: pa.Table, features_class: type, names: Sequence[str] | None = None) -> Any:
@@ -451,7 +450,7 @@ class Snapshot:
 
 
 def columns_of(features: Any) -> dict[str, pa.Field]:
-    """A column for each tensor of a `RiceGallery`: numbers as they are where Arrow has them, else bytes."""
+    """A column for each tensor of a `RiceGallery`: numbers if Arrow has the type, else bytes."""
     columns = {}
     for name in features.fields:
         tensor = getattr(features, name)
@@ -471,11 +470,11 @@ def schema_of(fields: dict[str, pa.Field], state: State) -> pa.Schema:
     texts = [pa.field(name, pa.string()) for name in ("product_id", "title", "image")]
     own = [
         pa.field("live_ids", pa.list_(pa.string())),
-        # Why there are no encodings, where there are none.
+        # Reason for missing encodings.
         pa.field("reason", pa.string()),
-        # Place in the gallery, which decides between equal scores.
+        # Position in the gallery, which breaks ties.
         pa.field("position", pa.int64()),
-        # Of the picture and the text that the encodings were made of.
+        # Digest of the encoded picture and text.
         pa.field("content", pa.string()),
         pa.field("checksum", pa.int64()),
     ]
@@ -487,8 +486,8 @@ def rows_of(records: Sequence[dict], features: Any, fields: dict[str, pa.Field])
     Rows for `ShopTable.upsert`.
 
     Args:
-        records: `RECORD` and, where known, `reason`, `position` and `content`.
-        features: `RiceGallery` of those without a reason, in their order; `None` where there are none.
+        records: `RECORD` and, if known, `reason`, `position` and `content`.
+        features: `RiceGallery` of the records without a reason, in their order; `None` if there are none.
         fields: Columns of the encodings.
     """
     good = [record for record in records if record.get("reason") is None]
@@ -521,7 +520,7 @@ def _shape_of(one: pa.Field) -> tuple[list[int], torch.dtype]:
     about = one.metadata or {}
     dtype = getattr(torch, about.get(b"dtype", b"").decode() or "none", None)
     if not isinstance(dtype, torch.dtype) or not pa.types.is_fixed_size_list(one.type):
-        raise ValueError(f"its column {one.name} does not tell what encodings it holds")
+        raise ValueError(f"its column {one.name} lacks the type of its encodings")
     return json.loads(about.get(b"shape", b"null")), dtype
 
 
@@ -554,6 +553,6 @@ def checksums(rows: pa.Table, fields: dict[str, pa.Field]) -> np.ndarray:
 
 
 def damaged_rows(rows: pa.Table, fields: dict[str, pa.Field]) -> np.ndarray:
-    """Places of rows that are not what was written."""
+    """Positions of rows that differ from their checksums."""
     stored = rows["checksum"].combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False)
     return np.flatnonzero(checksums(rows, fields) != stored)

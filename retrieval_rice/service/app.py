@@ -22,16 +22,16 @@ logger = logging.getLogger(__name__)
 
 MAX_TOP_K = 100
 _MAX_WORDS = 2000
-_DESCRIPTION = """Which product of a shop a clip presents. Where the service has a token, requests carry it as
-`Authorization: Bearer ...`. A mistake is answered with one sentence, `{"error": ...}`; 503 with `Retry-After` means
-that as many requests are in work as are taken."""
+_DESCRIPTION = """Recognises which product of a shop a clip presents. If the service has a token, requests must carry
+it as `Authorization: Bearer ...`. Errors have one sentence, `{"error": ...}`. 503 with `Retry-After` means that the
+maximum number of requests is in progress."""
 _REFUSALS = {
-    400: "The body is no whole form.",
-    401: "The token is missing or another one.",
+    400: "The body is not a complete form.",
+    401: "The token is missing or wrong.",
     404: "No such livestream, stream or source.",
     408: "Sending took too long.",
     411: "The request does not say its length.",
-    403: "This service fetches nothing.",
+    403: "This service does not fetch addresses.",
     413: "Too many bytes, files, pixels or seconds.",
     422: "An argument is missing or wrong, or a file cannot be read.",
     502: "A source does not answer.",
@@ -40,7 +40,7 @@ _REFUSALS = {
 
 LiveId = Annotated[str, Path(min_length=1, max_length=200, description="The livestream's id.", examples=["live-7"])]
 _LIVE = Form(min_length=1, max_length=200, description="Search this livestream only.", examples=["live-7"])
-_URL = Form(max_length=2000, description="Of the clip, http(s), where the service fetches.")
+_URL = Form(max_length=2000, description="Address of the clip (http or https), if the service fetches addresses.")
 
 
 def build_app(service: Service, token: str | None = None, max_requests: int = 32) -> FastAPI:
@@ -48,9 +48,9 @@ def build_app(service: Service, token: str | None = None, max_requests: int = 32
     The service as an ASGI application.
 
     Args:
-        service: What answers.
-        token: That requests must carry, if any.
-        max_requests: With a body, in work at once; more are answered with 503.
+        service: The service.
+        token: Token that requests must carry, if any.
+        max_requests: Maximum number of requests with a body in progress; more get 503.
     """
 
     @asynccontextmanager
@@ -59,7 +59,7 @@ def build_app(service: Service, token: str | None = None, max_requests: int = 32
             yield
 
     refusals = {status: {"model": ErrorBody, "description": words} for status, words in _REFUSALS.items()}
-    # Its pages of documentation would load scripts from elsewhere.
+    # FastAPI's documentation pages would load scripts from other servers.
     app = FastAPI(
         title="RICE", description=_DESCRIPTION, version="1", lifespan=lifespan, docs_url=None, redoc_url=None,
         responses=refusals, redirect_slashes=False,
@@ -100,16 +100,16 @@ def _tell_mistakes(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:
-        words = {404: "There is no such address here; see /openapi.json.", 405: "This address takes other methods."}
-        # What the parser of forms says is for the client, too.
+        words = {404: "There is no such address here; see /openapi.json.", 405: "This address needs another method."}
+        # The client also gets the message of the form parser.
         sentence = words.get(error.status_code, f"{str(error.detail).rstrip('.')}.")
-        # Which methods an address takes is told in a header.
+        # A header names the methods of an address.
         return _sentence(error.status_code, sentence, error.headers)
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:
-        # The server logs the traceback; paths and settings stay there.
-        return _sentence(500, "The service failed; its log tells more.")
+        # Only the server's log has the traceback, with paths and settings.
+        return _sentence(500, "The service failed; see its log.")
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
@@ -125,7 +125,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
             images, version = len(service.index), service.index.version
         except (ValueError, OSError) as error:
             logger.warning("not ready: %s", error)
-            return _sentence(503, "The index cannot be read; the log of the service tells more.")
+            return _sentence(503, "The index cannot be read; see the log of the service.")
         return ReadyBody(ready=True, images=images, version=version, precision=service.precision)
 
     @app.get("/metrics", summary="For Prometheus", response_class=Response)
@@ -134,7 +134,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
             service.metrics.images.set(len(service.index))
             service.metrics.version.set(service.index.version)
         except (ValueError, OSError) as error:
-            # What was counted is told all the same.
+            # The counters are returned anyway.
             logger.warning("the index cannot be read: %s", error)
         service.metrics.streams.set(len(service.streams.running))
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
@@ -147,14 +147,14 @@ def _one_of(**given: Any) -> None:
 
 
 def _add_recognition(routes: APIRouter, service: Service) -> None:
-    @routes.post("/v1/recognise", summary="What one clip shows", response_model=AnswerBody)
+    @routes.post("/v1/recognise", summary="Recognise the product of a clip", response_model=AnswerBody)
     async def recognise(
         clip: Annotated[UploadFile | None, File(description="A video: MP4, WebM, MKV or AVI.")] = None,
         frames: Annotated[list[UploadFile], File(description="Or its frames, pictures in their order.")] = [],  # noqa: B006
         url: Annotated[str | None, _URL] = None,
         live_id: Annotated[str | None, _LIVE] = None,
-        asr: Annotated[str, Form(max_length=_MAX_WORDS, description="What was said.")] = "",
-        top_k: Annotated[int, Form(ge=1, le=MAX_TOP_K, description="Hits at most.")] = 10,
+        asr: Annotated[str, Form(max_length=_MAX_WORDS, description="Speech of the clip.")] = "",
+        top_k: Annotated[int, Form(ge=1, le=MAX_TOP_K, description="Maximum number of hits.")] = 10,
     ) -> AnswerBody:
         _one_of(clip=clip, frames=frames, url=url)
         files = frames if clip is None else [clip]
@@ -177,7 +177,7 @@ def _body(stream: FollowedStream) -> StreamBody:
 def _add_streams(routes: APIRouter, service: Service) -> None:
     def known(stream_id: str) -> FollowedStream:
         if stream_id not in service.streams.known:
-            raise Refused(404, f"There is no stream {stream_id!r} here, or it is forgotten.")
+            raise Refused(404, f"There is no stream {stream_id!r} here, or it was deleted.")
         return service.streams.known[stream_id]
 
     @routes.post("/v1/streams", summary="Follow a video or a source", response_model=StreamBody, status_code=201)
@@ -186,16 +186,16 @@ def _add_streams(routes: APIRouter, service: Service) -> None:
         url: Annotated[str | None, _URL] = None,
         source: Annotated[str | None, Form(max_length=200, description="Name of a source of the service.")] = None,
         live_id: Annotated[str | None, _LIVE] = None,
-        window_s: Annotated[float, Form(ge=1, le=30, description="Seconds that are looked at together.")] = 4.0,
-        hop_s: Annotated[float, Form(ge=0.25, le=30, description="Seconds to the next of them.")] = 1.0,
+        window_s: Annotated[float, Form(ge=1, le=30, description="Length of a window in seconds.")] = 4.0,
+        hop_s: Annotated[float, Form(ge=0.25, le=30, description="Seconds between the starts of windows.")] = 1.0,
     ) -> StreamBody:
         _one_of(clip=clip, url=url, source=source)
         if hop_s > window_s:
-            raise Refused(422, "hop_s: it must not be above window_s, or parts would not be looked at.")
+            raise Refused(422, "hop_s: it must not be above window_s, or parts would be skipped.")
         settings = {"window_s": window_s, "hop_s": hop_s}
         return _body(await service.follow([clip] if clip else [], url, source, live_id, settings))
 
-    @routes.get("/v1/streams/{stream_id}", summary="How far it is", response_model=StreamBody)
+    @routes.get("/v1/streams/{stream_id}", summary="Progress of a stream", response_model=StreamBody)
     async def state(stream_id: str) -> StreamBody:
         return _body(known(stream_id))
 
@@ -208,8 +208,8 @@ def _add_streams(routes: APIRouter, service: Service) -> None:
     @routes.get(
         "/v1/streams/{stream_id}/events",
         summary="Its segments as they end, as server-sent events",
-        description="`segment` with the JSON of `rice recognise --jsonl`, then one `end`. A client that was cut off "
-        "goes on by the header `Last-Event-ID`, as browsers do.",
+        description="`segment` with the JSON of `rice recognise --jsonl`, then one `end`. After a lost connection a "
+        "client continues with the header `Last-Event-ID`, as browsers do.",
         response_class=StreamingResponse,
         responses={200: {"content": {"text/event-stream": {"example": _EVENTS}}}},
     )
@@ -238,16 +238,16 @@ def _add_shops(routes: APIRouter, service: Service) -> None:
     ) -> ShopBody:
         count = len(images)
         if count > service.limits.max_files:
-            raise Refused(413, f"{count} pictures are more than the {service.limits.max_files} taken at once.")
+            raise Refused(413, f"{count} pictures are more than the maximum of {service.limits.max_files}.")
         for name, values in (("image_ids", image_ids), ("product_ids", product_ids), ("titles", titles)):
             if len(values) != count and (values or name == "image_ids"):
                 raise Refused(422, f"{name}: there are {len(values)} of them for {count} images; send one for each.")
             if not all(len(value) <= _MAX_WORDS for value in values):
                 raise Refused(422, f"{name}: one is longer than {_MAX_WORDS} characters.")
         if not all(product_ids):
-            raise Refused(422, "product_ids: one is empty; send one for each image, or none at all.")
+            raise Refused(422, "product_ids: one is empty; send one for each image, or none.")
         if not all(image_ids) or len(set(image_ids)) < count:
-            raise Refused(422, "image_ids: every image needs one of its own.")
+            raise Refused(422, "image_ids: every image needs its own id.")
         records = [
             {"image_id": name, "product_id": product_ids[i] if product_ids else name,
              "title": titles[i] if titles else ""}
@@ -258,7 +258,7 @@ def _add_shops(routes: APIRouter, service: Service) -> None:
         return _shop(service, count - len(unreadable), unreadable=unreadable)
 
     @routes.delete(
-        "/v1/shops/{live_id:path}/images", summary="Take images out of a livestream", response_model=ShopBody
+        "/v1/shops/{live_id:path}/images", summary="Remove images from a livestream", response_model=ShopBody
     )
     async def delete(
         live_id: LiveId,

@@ -1,4 +1,4 @@
-"""Clips that wait for the model are encoded together, a few milliseconds' worth at a time."""
+"""Batches of clips: clips that arrive within a few milliseconds are encoded together."""
 
 import asyncio
 import time
@@ -18,13 +18,13 @@ _FRAMES_AT_ONCE = 64
 @dataclass
 class Clip:
     """
-    A clip that was read.
+    A clip after reading.
 
     Args:
-        frames: Of the model's processor, each `(3, H, W)`.
-        asr: What was said, "" for nothing.
+        frames: Frames from the model's processor, each `(3, H, W)`.
+        asr: Speech of the clip, "" for none.
         live_id: The livestream to search, `None` for the whole index.
-        top_k: Hits at most.
+        top_k: Maximum number of hits.
     """
 
     frames: list[torch.Tensor]
@@ -35,7 +35,7 @@ class Clip:
 
 @dataclass
 class Answered:
-    """An answer, and milliseconds of each step: "wait_ms", and of the batch "encode_ms" and "search_ms"."""
+    """An answer with milliseconds per step: "wait_ms", and for the batch "encode_ms" and "search_ms"."""
 
     answer: Answer
     timings: dict[str, float]
@@ -51,36 +51,36 @@ class _Waiting:
 
 class Batches:
     """
-    Answers clips, those that came within a few milliseconds in one batch. While a batch is computed the next one
-    gathers. Call within an event loop; `run` is a task of it.
+    Answers clips in batches of those that arrive within a few milliseconds. The next batch is collected while one is
+    computed. Call it inside an event loop; `run` is a task of the loop.
 
     Args:
-        recogniser: Of the model and the index, without boxes.
-        most: Clips of a batch.
-        wait_s: Seconds for which the first clip of a batch waits for others.
+        recogniser: Recogniser with model and index, without boxes.
+        most: Maximum number of clips in a batch.
+        wait_s: Seconds that the first clip of a batch waits for others.
     """
 
     def __init__(self, recogniser: Recogniser, most: int = 16, wait_s: float = 0.005):
         self.recogniser, self.most, self.wait_s = recogniser, most, wait_s
         self._waiting: asyncio.Queue[_Waiting] = asyncio.Queue()
-        # One at a time: a second batch would only slow the first one down.
+        # One batch at a time, because a second one would only slow down the first.
         self._thread = ThreadPoolExecutor(1, "recognition")
 
     async def answer(self, clip: Clip) -> Answered:
         """
         Raises:
-            ValueError: what the model or the index says of the clip.
+            ValueError: the model or the index refuses the clip.
         """
         waiting = _Waiting(clip)
         self._waiting.put_nowait(waiting)
         return await waiting.done
 
     async def run(self) -> None:
-        """Works until it is cancelled."""
+        """Processes batches until it is cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             batch = await self._gather()
-            # Of a client that has gone nothing is computed.
+            # Nothing is computed for a disconnected client.
             batch = [one for one in batch if not one.done.cancelled()]
             if not batch:
                 continue
@@ -88,7 +88,7 @@ class Batches:
             try:
                 found = await loop.run_in_executor(self._thread, self._answers, [one.clip for one in batch])
             except Exception as error:
-                # Whatever it is, it belongs to these clips, and the next ones are answered.
+                # Any error belongs to these clips; later clips are answered.
                 found = [error] * len(batch)
             for one, result in zip(batch, found):
                 if one.done.done():
@@ -100,7 +100,7 @@ class Batches:
                     one.done.set_result(result)
 
     def close(self) -> None:
-        """Ends the thread when its batch is done."""
+        """Ends the thread after its current batch."""
         self._thread.shutdown(wait=False)
 
     async def _gather(self) -> list[_Waiting]:
@@ -123,7 +123,7 @@ class Batches:
         encoded = encode(self.recogniser, clips)
         encode_ms = 1000 * (time.perf_counter() - start)
         answers: list[Answered | None] = [None] * len(clips)
-        # The number of candidates depends on `top_k`, and scores and confidences on the candidates.
+        # `top_k` changes the number of candidates, on which scores and confidences depend.
         for top_k in dict.fromkeys(clip.top_k for clip in clips):
             rows = [row for row, clip in enumerate(clips) if clip.top_k == top_k]
             lives = [clips[row].live_id for row in rows]
@@ -137,7 +137,7 @@ class Batches:
 
 
 def encode(recogniser: Recogniser, clips: Sequence[Clip]) -> Any:
-    """`RiceClips`, a row per clip; as `model.encode_clips` of what the processor gives for each of them."""
+    """`RiceClips` with one row per clip, equal to `model.encode_clips` of the processor's outputs for each clip."""
     model, counts = recogniser.model, [len(clip.frames) for clip in clips]
     frames = torch.stack([frame for clip in clips for frame in clip.frames]).to(model.device)
     parts = [model.encode_frames(part) for part in frames.split(_FRAMES_AT_ONCE)]
@@ -150,5 +150,5 @@ def encode(recogniser: Recogniser, clips: Sequence[Clip]) -> Any:
 
 
 def frame_tensor(recogniser: Recogniser, picture: Any) -> torch.Tensor:
-    """A frame as the model takes it, `(3, H, W)`."""
+    """A frame as model input, `(3, H, W)`."""
     return recogniser.processor(videos=[[picture]])["pixel_values_videos"][0, 0]

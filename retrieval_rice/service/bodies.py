@@ -1,4 +1,4 @@
-"""What the service answers, as its OpenAPI description tells it."""
+"""Answers of the service, for its OpenAPI description."""
 
 from dataclasses import fields
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from ..index import Hit
 
-# Where a picture lies on the server is nobody's business.
+# The path of a picture on the server is not published.
 _PRIVATE = ("image",)
 
 HIT = {
@@ -24,23 +24,23 @@ HIT = {
 HitBody = create_model(
     "Hit",
     __config__=ConfigDict(json_schema_extra={"example": HIT}),
-    __doc__="An image of the shop that was found; of a model without them, pair scores are null.",
+    __doc__="A found image of the shop; pair scores are null if the model has none.",
     **{one.name: (one.type, ...) for one in fields(Hit) if one.name not in _PRIVATE},
 )
 
 
 def hit_body(hit: Hit) -> dict:
-    """A hit as `HitBody` has it."""
+    """The fields of `HitBody` for a hit."""
     return {one.name: getattr(hit, one.name) for one in fields(hit) if one.name not in _PRIVATE}
 
 
 class AnswerBody(BaseModel):
-    """What one clip shows."""
+    """The result for one clip."""
 
     no_product: bool = Field(description="The clip shows none of the shop's products, or the model is not sure.")
-    confidence: float = Field(description="Of the first hit, 0 to 1.")
+    confidence: float = Field(description="Confidence of the first hit, 0 to 1.")
     hits: list[HitBody] = Field(description="Best first.")
-    note: str = Field("", description="What is worth knowing of the clip, such as that it is damaged.")
+    note: str = Field("", description="A note on the clip, such as that it is damaged.")
     timings: dict[str, float] = Field(
         description="Milliseconds: read_ms, wait_ms (for the batch before), and of the batch encode_ms and search_ms.",
         examples=[{"read_ms": 31.0, "wait_ms": 5.2, "encode_ms": 88.0, "search_ms": 3.0}],
@@ -48,12 +48,12 @@ class AnswerBody(BaseModel):
 
 
 class StreamBody(BaseModel):
-    """A stream that is being followed, or was."""
+    """A running or finished stream."""
 
     stream_id: str = Field(examples=["5f0c9d1e7b3a4c62"])
-    segments: int = Field(description="Segments so far.")
+    segments: int = Field(description="Number of segments so far.")
     running: bool
-    error: str | None = Field(None, description="Why it ended before its time.")
+    error: str | None = Field(None, description="Reason of an early end.")
 
 
 class ImageFailure(BaseModel):
@@ -62,11 +62,11 @@ class ImageFailure(BaseModel):
 
 
 class ShopBody(BaseModel):
-    """What became of a shop's images."""
+    """The result of a change of a shop's images."""
 
-    images: int = Field(description="In the whole index.")
-    version: int = Field(description="Of the index.")
-    changed: int = Field(description="Images that were written or taken out.")
+    images: int = Field(description="Number of images in the whole index.")
+    version: int = Field(description="Version of the index.")
+    changed: int = Field(description="Number of images that were written or removed.")
     unreadable: list[ImageFailure] = Field(default=[], description="Images that were left out.")
     unknown: list[str] = Field(default=[], description="Ids that the livestream does not sell.")
 

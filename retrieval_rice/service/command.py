@@ -1,9 +1,9 @@
 """Serve recognition over HTTP: clips, streams and changes of the shop, with metrics for Prometheus.
 
-Listens on 127.0.0.1 unless told otherwise. With RICE_TOKEN in the environment every request must carry that secret
-(`Authorization: Bearer ...`); no other machine is let in without one. Any number of such services may share an index:
-what one of them writes the others find within --refresh seconds. SIGTERM and Ctrl-C finish what is in work.
-docs/serving.md has the routes, a client and a Dockerfile.
+The service listens on 127.0.0.1 by default. If the environment has RICE_TOKEN, every request must carry that secret
+(`Authorization: Bearer ...`); access from other machines requires it. Any number of services may share an index: they
+see each other's changes within --refresh seconds. SIGTERM and Ctrl-C stop the service after the requests in progress.
+docs/serving.md describes the routes, a client and a Dockerfile.
 """
 
 import argparse
@@ -17,30 +17,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--shop", required=True, metavar="INDEX", help="folder or URI of the shop's index, from `rice index`")
     add("--model", required=True, help="folder or id of the model that the index was built with")
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in, with RICE_TOKEN "
-        "alone (default: %(default)s)")  # fmt: skip
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 allows other machines and requires "
+        "RICE_TOKEN (default: %(default)s)")  # fmt: skip
     add("--port", type=port, default=8080, help="default: %(default)s")
-    add("--allow_urls", action="store_true", help="fetch clips that requests name by a public http(s) address")
-    add("--source", action="append", default=[], metavar="NAME=ADDRESS", help="a stream that requests may ask for by "
-        "its name, such as studio=rtsp://...; may be repeated")  # fmt: skip
-    add("--max_requests", type=int, default=32, help="requests in work at once; more get 503 (default: %(default)s)")
-    add("--max_streams", type=int, default=2, help="streams followed at once (default: %(default)s)")
-    add("--batch_size", type=int, default=16, help="clips encoded together at most (default: %(default)s)")
-    add("--batch_ms", type=float, default=5.0, help="milliseconds for which a clip waits for others (default: "
+    add("--allow_urls", action="store_true", help="fetch clips from public http(s) addresses in requests")
+    add("--source", action="append", default=[], metavar="NAME=ADDRESS", help="a stream that requests may name, "
+        "such as studio=rtsp://...; may be repeated")  # fmt: skip
+    add("--max_requests", type=int, default=32, help="requests in progress; more get 503 (default: %(default)s)")
+    add("--max_streams", type=int, default=2, help="maximum number of running streams (default: %(default)s)")
+    add("--batch_size", type=int, default=16, help="maximum number of clips in a batch (default: %(default)s)")
+    add("--batch_ms", type=float, default=5.0, help="milliseconds that a clip waits for others (default: "
         "%(default)g)")  # fmt: skip
-    add("--refresh", type=float, default=1.0, metavar="SECONDS", help="how often a newer version of the index is "
-        "looked for (default: %(default)g)")  # fmt: skip
-    add("--rerank", type=int, help="images per clip that are scored by more than their embeddings; default: as "
+    add("--refresh", type=float, default=1.0, metavar="SECONDS", help="interval of checks for a newer index version "
+        "(default: %(default)g)")  # fmt: skip
+    add("--rerank", type=int, help="images per clip that get pair scores; default: as "
         "calibrated")  # fmt: skip
     add_precision_and_towers(parser)
-    add("--device", help="such as cpu or cuda; default: cuda where there is one")
+    add("--device", help="such as cpu or cuda; default: cuda if available")
 
 
 def run(options: argparse.Namespace) -> None:
     """
     Raises:
-        FileNotFoundError: no such index or model.
-        ValueError: what is wrong with one of them, an argument, or the token; or a package is missing.
+        FileNotFoundError: the index or model does not exist.
+        ValueError: one of them, an argument or the token cannot be used, or a package is missing.
         OSError: the port is in use.
     """
     _check(options)
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
     sources = parse_sources(options.source)
     service = load_service(options, sources)
     app = build_app(service, token, options.max_requests)
-    # Threads answer and streams are asked for all the time; a line for each would be all that the log says.
+    # Requests are frequent; one line for each would fill the log.
     config = uvicorn.Config(
         app,
         host=options.host,
@@ -93,10 +93,10 @@ def _packages():
 
 def parse_sources(entries: list[str]) -> dict[str, str]:
     """
-    `NAME=ADDRESS` -> address by name.
+    Parses `NAME=ADDRESS` entries as name -> address.
 
     Raises:
-        ValueError: an entry is none, or a name is there twice.
+        ValueError: an entry has another form, or a name occurs twice.
     """
     sources: dict[str, str] = {}
     for entry in entries:
@@ -108,7 +108,7 @@ def parse_sources(entries: list[str]) -> dict[str, str]:
 
 
 def load_service(options: argparse.Namespace, sources: dict[str, str]):
-    """The `Service` that the options describe."""
+    """The `Service` for the options."""
     from ..recogniser import Recogniser
     from ..uploads import UploadLimits
     from .fetching import Fetcher
@@ -129,7 +129,7 @@ def load_service(options: argparse.Namespace, sources: dict[str, str]):
 
 
 def serve(server: Any, service: Any) -> None:
-    """Answers until a signal; then ends streams, and waits for requests in work."""
+    """Serves until a signal; then ends streams and waits for the requests in progress."""
     handle_exit = server.handle_exit
 
     def stop(number: int, frame: Any) -> None:
@@ -137,7 +137,7 @@ def serve(server: Any, service: Any) -> None:
         handle_exit(number, frame)
 
     server.handle_exit = stop
-    # The server raises the signal once more when all is done, which is no reason for another status than 0.
+    # The server raises the signal again at the end; the exit status stays 0.
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         server.run()
@@ -146,4 +146,4 @@ def serve(server: Any, service: Any) -> None:
             signal.signal(number, handler)
     if not server.started:
         raise OSError("the service did not start: the address cannot be used, or the port is in use.")
-    print("the service has ended", flush=True)
+    print("the service has stopped", flush=True)

@@ -1,4 +1,4 @@
-"""What a request must pass before it is read: its token, and the bounds on what arrives at once."""
+"""Checks before a request is read: its token, and the limits of arriving data."""
 
 import asyncio
 import hmac
@@ -16,26 +16,26 @@ TOKEN = "RICE_TOKEN"
 """The environment variable that holds the token."""
 
 _SHORTEST_TOKEN = 16
-# What a load balancer asks, and what tells how to ask.
+# Health checks of a load balancer, and the API description.
 _OPEN = ("/healthz", "/readyz", "/openapi.json")
 RETRY_SECONDS = 2
 IDLE_SECONDS = 15.0
-"""For which a request may send nothing of its body, since it takes the place of another one."""
+"""Maximum pause in a request's body, because a waiting request takes the place of another."""
 
 
 def read_token(host: str) -> str | None:
     """
-    The token that requests must carry, `None` where they need none.
+    The token that requests must carry, `None` if none is required.
 
     Raises:
-        ValueError: it is too short to be one, or missing where other machines are let in.
+        ValueError: the token is too short, or missing although other machines are allowed.
     """
     token = os.environ.get(TOKEN)
     if token is None:
         if not is_loopback(host):
             raise ValueError(
-                f"--host {host} lets other machines in, and {TOKEN} is not set; set it to a secret of at least "
-                f"{_SHORTEST_TOKEN} characters, which requests then carry."
+                f"--host {host} allows other machines, but {TOKEN} is not set; set it to a secret of at least "
+                f"{_SHORTEST_TOKEN} characters, which requests must then carry."
             )
         return None
     if len(token) < _SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
@@ -44,7 +44,7 @@ def read_token(host: str) -> str | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address that a server listens on."""
+    """Whether only this machine can reach a server at this address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -53,14 +53,14 @@ def is_loopback(host: str) -> bool:
 
 class ServiceGate(UploadGate):
     """
-    ASGI middleware of the service; what it refuses has one sentence in JSON.
+    ASGI middleware of the service; refusals have one sentence in JSON.
 
     Args:
         app: The service.
-        limits: Of what is sent.
+        limits: Limits of uploads.
         metrics: Counts requests.
-        token: That requests must carry, if any.
-        most: Requests with a body that arrive, wait or are in work at once.
+        token: Token that requests must carry, if any.
+        most: Maximum number of requests with a body in progress.
     """
 
     methods = ("POST", "PUT", "PATCH")
@@ -93,23 +93,23 @@ class ServiceGate(UploadGate):
         try:
             await self._pass(scope, receive, note)
         except asyncio.CancelledError:
-            # The client has gone.
+            # The client has disconnected.
             status = 499
             raise
         finally:
-            # Of what the router knows, so that a stranger's paths do not become metrics.
+            # Only known routes, so that arbitrary paths do not become metrics.
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(route, status).inc()
             self.metrics.seconds.labels(route).observe(time.perf_counter() - started)
 
     async def _pass(self, scope: dict, receive: Any, send: Any) -> None:
         if not self._may_enter(scope):
-            words = f"This service needs the header `Authorization: Bearer ...` with the secret in its {TOKEN}."
+            words = f"This service needs the header `Authorization: Bearer ...` with the secret of its {TOKEN}."
             return await self.refuse(send, 401, words)
         if scope["method"] not in self.methods:
             return await super().__call__(scope, receive, send)
         if self.inside >= self.most:
-            words = f"{self.most} requests are in work, as many as are taken; try again in {RETRY_SECONDS} s."
+            words = f"{self.most} requests are in progress, which is the maximum; try again in {RETRY_SECONDS} s."
             return await self.refuse(send, 503, words)
         self.inside += 1
         self.metrics.queue.set(self.inside)
@@ -131,7 +131,7 @@ class ServiceGate(UploadGate):
 
 
 class _Body:
-    """What a client sends, which ends where it sends nothing for long; what the service says to that is not told."""
+    """The body from a client; it ends after a long pause, and the service's answer to that is dropped."""
 
     def __init__(self, receive: Any, send: Any):
         self._receive, self._send = receive, send

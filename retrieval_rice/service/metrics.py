@@ -1,4 +1,4 @@
-"""What the service counts, for Prometheus."""
+"""Metrics of the service for Prometheus."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -8,26 +8,26 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """Of one service; several in one process do not meet."""
+    """Metrics of one service; several services in one process are separate."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
         here = {"registry": self.registry}
         self.requests = Counter("rice_requests", "Requests answered.", ("route", "status"), **here)
         self.seconds = Histogram(
-            "rice_request_seconds", "From a request's head to its answer.", ("route",), buckets=_SECONDS, **here
+            "rice_request_seconds", "Time from a request's head to its answer.", ("route",), buckets=_SECONDS, **here
         )
         self.steps = Histogram(
-            "rice_step_seconds", "Of recognising a clip; encode and search are of its batch.", ("step",),
+            "rice_step_seconds", "Steps of recognising a clip; encode and search are for its batch.", ("step",),
             buckets=_SECONDS, **here,
         )  # fmt: skip
-        self.queue = Gauge("rice_queue", "Requests with a body that are arriving or in work.", **here)
+        self.queue = Gauge("rice_queue", "Requests with a body in progress.", **here)
         self.batch = Histogram(
             "rice_batch_clips", "Clips encoded together.", buckets=(1, 2, 4, 8, 16, 32), **here
         )  # fmt: skip
         self.answers = Counter("rice_answers", "Clips answered.", ("outcome",), **here)
         self.segments = Counter("rice_segments", "Segments of streams.", ("outcome",), **here)
-        self.streams = Gauge("rice_streams", "Streams that are followed.", **here)
+        self.streams = Gauge("rice_streams", "Running streams.", **here)
         self.images = Gauge("rice_index_images", "Images in the index.", **here)
         self.version = Gauge("rice_index_version", "Version of the index that is searched.", **here)
 
@@ -39,5 +39,5 @@ class Metrics:
             self.steps.labels(step).observe(timings[f"{step}_ms"] / 1000)
 
     def text(self) -> bytes:
-        """In Prometheus' own format."""
+        """The metrics in the text format of Prometheus."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""Videos and sources that are followed in the background, and their segments as server-sent events."""
+"""Streams in background threads, with their segments as server-sent events."""
 
 import asyncio
 import logging
@@ -16,7 +16,7 @@ from .metrics import Metrics
 logger = logging.getLogger(__name__)
 
 KEPT = 64
-"""Streams that have ended and whose segments can still be asked for; the oldest are forgotten."""
+"""Number of finished streams whose segments are kept; older ones are deleted."""
 
 _SEGMENTS = 10_000
 _POLL_SECONDS = 0.1
@@ -25,21 +25,21 @@ _BEAT_SECONDS = 15.0
 
 class FollowedStream:
     """
-    One stream in a thread of its own.
+    One stream in its own thread.
 
     Args:
-        stream_id: Its name.
-        recogniser: Of the model and the index.
-        opened: What `open_stream` gave.
-        file: Deleted at the end, `None` for a source that is no upload.
-        settings: Of `Recogniser.stream`.
-        on_segment: Is told of each segment.
+        stream_id: Id of the stream.
+        recogniser: Recogniser with model and index.
+        opened: Result of `open_stream`.
+        file: Uploaded file, which is deleted at the end; `None` for other sources.
+        settings: Arguments of `Recogniser.stream`.
+        on_segment: Called with each segment.
 
     Attributes:
-        lines: JSON of the segments, the last `_SEGMENTS` of them.
+        lines: JSON of the last `_SEGMENTS` segments.
         first: Number of the first of these.
-        error: Why it ended before its time.
-        ended_at: On the monotonic clock, `None` while it runs.
+        error: Reason of an early end.
+        ended_at: End on the monotonic clock, `None` while it runs.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class FollowedStream:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends it in good order: what is known is told."""
+        """Ends the stream cleanly; the open segment is still reported."""
         self.opened.stop()
 
     @property
     def count(self) -> int:
-        """Segments so far."""
+        """Number of segments so far."""
         return self.first + len(self.lines)
 
     def _run(self) -> None:
@@ -84,11 +84,11 @@ class FollowedStream:
             self.error = getattr(self.opened, "error", None) and "the source ended and did not come back."
         except (ValueError, OSError) as error:
             logger.warning("stream %s ended: %s", self.stream_id, error)
-            self.error = "the video cannot be read any further."
+            self.error = "the rest of the video cannot be read."
         except Exception:
-            # Nobody waits for this thread; whoever asks for the stream is told.
+            # Nobody waits for this thread; requests for the stream get the error.
             logger.exception("stream %s ended", self.stream_id)
-            self.error = "an error of the service, which its log tells."
+            self.error = "an error of the service; see its log."
         finally:
             if self.file is not None:
                 self.file.unlink(missing_ok=True)
@@ -96,15 +96,15 @@ class FollowedStream:
 
     async def events(self, after: int) -> AsyncIterator[str]:
         """
-        Server-sent events: "segment" with its number as id and JSON as `rice recognise --jsonl` writes it, a comment
-        where nothing happens for long, and "end" with `{"segments", "error"}`.
+        Server-sent events: "segment" with its number as id and the JSON of `rice recognise --jsonl`, a comment after a
+        long pause, and "end" with `{"segments", "error"}`.
 
         Args:
-            after: Number of segments that the client has already.
+            after: Number of segments that the client already has.
         """
         silent_since = time.monotonic()
         while True:
-            # In this order, so that nothing comes between the last segment and the end.
+            # In this order, so that no segment is missed at the end.
             has_ended = self.ended_at is not None
             with self._lock:
                 first, lines = self.first, list(self.lines)
@@ -128,9 +128,9 @@ class Streams:
     The streams of a service.
 
     Args:
-        recogniser: Of the model and the index.
+        recogniser: Recogniser with model and index.
         metrics: Counts segments.
-        most: That are followed at once.
+        most: Maximum number of running streams.
     """
 
     def __init__(self, recogniser: Recogniser, metrics: Metrics, most: int):
@@ -142,15 +142,15 @@ class Streams:
         return [stream for stream in self.known.values() if stream.ended_at is None]
 
     def has_room(self) -> bool:
-        """Whether one more may be followed."""
+        """Whether another stream may start."""
         return len(self.running) < self.most
 
     def follow(self, opened: Any, file: Path | None, settings: dict) -> FollowedStream:
-        """Starts to follow what `open_stream` opened; `settings` are those of `Recogniser.stream`."""
+        """Starts a stream from `open_stream`; `settings` are arguments of `Recogniser.stream`."""
         ended = [stream for stream in self.known.values() if stream.ended_at is not None]
         for stream in sorted(ended, key=lambda one: one.ended_at)[: max(0, len(ended) - KEPT + 1)]:
             del self.known[stream.stream_id]
-        # Not to be guessed: whoever has a token may ask for streams of others only by their name.
+        # A random id, so that clients cannot guess the streams of others.
         stream_id = secrets.token_hex(8)
         stream = FollowedStream(stream_id, self.recogniser, opened, file, settings, self._count)
         self.known[stream_id] = stream
@@ -161,6 +161,6 @@ class Streams:
         self.metrics.segments.labels("no_product" if segment.hit is None else "product").inc()
 
     def stop(self) -> None:
-        """Ends all of them in good order."""
+        """Ends all streams cleanly."""
         for stream in self.running:
             stream.stop()

@@ -1,4 +1,4 @@
-"""What the routes ask for: files are read within bounds, clips answered, shops changed, streams followed."""
+"""The work of the routes: reading files within limits, answering clips, changing shops, starting streams."""
 
 import asyncio
 import functools
@@ -29,11 +29,11 @@ from .streams import FollowedStream, Streams
 logger = logging.getLogger(__name__)
 
 READERS = 2
-"""Threads that decode what was sent."""
+"""Number of threads that decode uploads."""
 
 
 class Refused(Exception):
-    """A request that is answered with a status and one sentence."""
+    """A refused request, with a status and one sentence."""
 
     def __init__(self, status: int, words: str):
         super().__init__(words)
@@ -45,13 +45,13 @@ class Service:
     One model and one index behind HTTP. Any number of services may share an index.
 
     Args:
-        recogniser: Without boxes; its index with a processor, which changing it needs.
-        limits: Of what is sent.
-        fetcher: Fetches clips by their address; `None` refuses these.
-        sources: Names of streams that a request may ask for, and their addresses.
-        max_streams: That are followed at once.
-        batch: Clips encoded together at most.
-        wait_s: Seconds for which the first of these waits for others.
+        recogniser: Recogniser without boxes; its index needs a processor for changes.
+        limits: Limits of uploads.
+        fetcher: Fetches clips from addresses; `None` refuses addresses.
+        sources: Name -> address of the streams that requests may name.
+        max_streams: Maximum number of running streams.
+        batch: Maximum number of clips in a batch.
+        wait_s: Seconds that the first clip of a batch waits for others.
     """
 
     def __init__(
@@ -72,13 +72,13 @@ class Service:
         self.precision = precision_of(recogniser.model)
         self.is_stopping = False
         self._readers = ThreadPoolExecutor(READERS, "reading")
-        # Changes of an index come one after the other, so that two of them do not undo each other.
+        # Changes of the index run one after another, so that they do not undo each other.
         self._writer = ThreadPoolExecutor(1, "writing")
         self.folder = ""
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """While a server answers."""
+        """Context of a running server."""
         with temporary_folder("rice-serve-") as self.folder:
             task = asyncio.create_task(self.batches.run())
             try:
@@ -91,7 +91,7 @@ class Service:
                     await asyncio.to_thread(pool.shutdown)
 
     def stop(self) -> None:
-        """Ends streams, and says to whoever asks that no more requests should come."""
+        """Ends streams, and reports the service as not ready."""
         self.is_stopping = True
         self.streams.stop()
 
@@ -99,7 +99,7 @@ class Service:
         self, files: Sequence[Any], url: str | None, asr: str, live_id: str | None, top_k: int
     ) -> tuple[Answered, str]:
         """
-        Answers a clip of uploaded files (`UploadFile`s of pictures, or one video) or at an address.
+        Answers a clip from uploaded files (`UploadFile`s of pictures, or one video) or from an address.
 
         Returns:
             The answer, and a note on the clip.
@@ -133,12 +133,12 @@ class Service:
         Writes images of a livestream.
 
         Args:
-            live_id: Of the livestream.
-            files: A picture each.
-            records: `image_id`, `product_id` and `title` of each.
+            live_id: Id of the livestream.
+            files: Pictures.
+            records: `image_id`, `product_id` and `title` of each picture.
 
         Returns:
-            Those that could not be read, with `id` and `reason`.
+            The unreadable pictures with `id` and `reason`.
 
         Raises:
             UploadError: a picture is too large.
@@ -163,36 +163,36 @@ class Service:
         self, files: Sequence[Any], url: str | None, source: str | None, live_id: str | None, settings: dict
     ) -> FollowedStream:
         """
-        Follows an uploaded video, one at an address, or a source that the service knows.
+        Starts a stream of an uploaded video, a video at an address, or a named source of the service.
 
         Raises:
-            Refused, UploadError: what is wrong with it, or as many streams are followed as may be.
+            Refused, UploadError: the video or source is refused, or the maximum number of streams is running.
         """
         if source is not None and source not in self.sources:
-            raise Refused(404, "source: this service knows none of this name.")
+            raise Refused(404, "source: this service has no source of this name.")
         if live_id is not None and live_id not in await self._in(self._readers, self.index.live_ids):
             raise Refused(404, f"The index has no images of livestream {live_id!r}.")
         self._check_streams()
         fps = self.recogniser.num_frames / settings["window_s"]
         settings = {**settings, "live_id": live_id}
         if source is not None:
-            # A source may let us wait, which must not keep the readers from what others sent.
+            # Opening a source may take long, which must not block the readers of other uploads.
             opened = await asyncio.to_thread(self._open, self.sources[source], fps)
             return self._start(opened, None, settings)
         async with self._files(files, url) as paths:
             path = Path(paths[0])
             opened = await self._in(self._readers, self._open_video, path, fps)
-            # The stream's own from now on, which deletes it.
+            # From here the stream owns the file and deletes it.
             path = path.rename(Path(self.folder, path.parent.name + "-stream"))
             return self._start(opened, path, settings)
 
     def _check_streams(self) -> None:
         if not self.streams.has_room():
-            raise Refused(503, f"{self.streams.most} streams are followed, as many as may be; end one, or wait.")
+            raise Refused(503, f"{self.streams.most} streams are running, which is the maximum; end one, or wait.")
 
     def _start(self, opened: Any, path: Path | None, settings: dict) -> FollowedStream:
         try:
-            # Others may have been faster while this one was read.
+            # Others may have started meanwhile.
             self._check_streams()
         except Refused:
             if path is not None:
@@ -205,11 +205,11 @@ class Service:
             return open_stream(address, fps)
         except (ValueError, OSError) as error:
             logger.warning("a source cannot be opened: %s", error)
-            raise Refused(502, "The source does not answer; the log of the service tells more.") from error
+            raise Refused(502, "The source does not answer; see the log of the service.") from error
 
     def _open_video(self, path: Path, fps: float) -> Any:
         if video_format(path) is None:
-            raise UploadError("The stream is no video (MP4, WebM, MKV, AVI).")
+            raise UploadError("The stream is not a video (MP4, WebM, MKV, AVI).")
         deadline = time.monotonic() + self.limits.reading_seconds
 
         def check_time() -> None:
@@ -226,17 +226,17 @@ class Service:
 
     @asynccontextmanager
     async def _files(self, files: Sequence[Any], url: str | None) -> AsyncIterator[list[str]]:
-        """What was sent, as files of a folder of their own, which is gone afterwards."""
+        """The uploads as files in a temporary folder, which is deleted afterwards."""
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         try:
             if url is not None:
                 if self.fetcher is None:
-                    raise Refused(403, "url: this service fetches nothing; upload the clip.")
+                    raise Refused(403, "url: this service does not fetch addresses; upload the clip.")
                 path = folder / "the clip"
                 await self.fetcher.fetch(url, path)
                 yield [str(path)]
                 return
-            # Named by the service, since names of strangers may be anything; the kind is told by the content.
+            # Named by the service, because client names may be anything; the content decides the kind.
             paths = [folder / f"file {number}" for number in range(1, len(files) + 1)]
             await self._in(self._readers, _save, files, paths)
             yield list(map(str, paths))

@@ -1,1 +1,1 @@
-"""A stream as it comes: sources of frames, windows over them, and the time line of what they show."""
+"""Streams: sources of frames, windows over them, and the time line of products."""

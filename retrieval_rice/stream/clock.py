@@ -1,4 +1,4 @@
-"""One clock for every source of a stream: time stamps where they are sound, and otherwise the time of arrival."""
+"""One clock for every source of a stream: valid time stamps, otherwise the time of arrival."""
 
 import time
 from collections import deque
@@ -6,29 +6,29 @@ from collections.abc import Callable, Iterator
 
 from processing_rice.video_container_rice import LEAP_S, Clock, has_time_stamps
 
-# What can be read within so long had come while the source was opened.
+# Packets that can be read within this time arrived while the source was opened.
 _BACKLOG_S = 0.05
-# More packets than a decoder holds back.
+# More packets than a decoder delays.
 _MOST_IN_DECODER = 32
-# Frames without a stamp may be as early as this: a decoder gives up several at once.
+# Frames without a time stamp may be this early, because a decoder may return several at once.
 _EARLY_S = 1.0
-# Time stamps may lag so far behind the time that passed, or be ahead, since servers send what they have kept.
+# Time stamps may differ this much from the elapsed time, because servers send buffered data.
 _BEHIND_S, _AHEAD_S = 10.0, 60.0
 
 
 class StreamClock:
     """
-    Seconds since the start of a source, over all containers that it is opened with one after the other.
+    Seconds since the start of a source, over all containers with which it is opened.
 
-    A recording counts by its time stamps, or by its frame rate. So does a live source with time stamps; where they
-    leap, or when the source is opened again, the time that passed in between is added. What is no file and has no time
-    stamps counts by the arrival of its packets.
+    The times of a recording are its time stamps, or follow its frame rate. A live source with time stamps uses them
+    too; if they jump, or if the source is opened again, the elapsed time is added. Other sources without time stamps
+    use the arrival of their packets.
 
     Args:
-        name: Of the source.
+        name: Name of the source.
         now: A clock, in seconds.
-        notify: Is told in one sentence what the times are taken from, if not from sound time stamps.
-        on_leap: Called with the seconds by which time stamps leap.
+        notify: Called with one sentence on the origin of the times, if they are not valid time stamps.
+        on_leap: Called with the seconds by which time stamps jump.
 
     Attributes:
         last_s: Time of the last frame; `None` before the first.
@@ -43,7 +43,7 @@ class StreamClock:
     ):
         self.name, self.now, self.notify, self.on_leap = name, now, notify, on_leap
         self.last_s: float | None = None
-        # Since the last frame and since the first one, by `now`.
+        # Times of the last and the first frame, by `now`.
         self.waited_s = self.elapsed_s = 0.0
         self._stamps: Clock | None = None
         self._opened_s = self._came_s = now()
@@ -52,21 +52,21 @@ class StreamClock:
 
     @property
     def shift_s(self) -> float | None:
-        """Seconds to add to the present time stamps of the container; `None` while they do not count."""
+        """Seconds to add to the container's current time stamps; `None` while they are not used."""
         return self._stamps and self._stamps.shift_s
 
     def opening(self) -> None:
-        """To be called before a container is opened."""
+        """Call this before a container is opened."""
         self._opened_s = self.now()
 
     def begin(self, container, stream, is_file: bool, is_live: bool) -> None:
         """
-        Goes on with another container.
+        Continues with another container.
 
         Args:
-            container, stream: Of PyAV.
-            is_file: All of it is there already, so that the time at which it is read says nothing.
-            is_live: It shows what happens now.
+            container, stream: Objects of PyAV.
+            is_file: The source is complete, so the time of reading has no meaning.
+            is_live: The source is live.
         """
         self._arrivals.clear()
         self._stamps = None
@@ -81,7 +81,7 @@ class StreamClock:
             self.tell("times", "has no time stamps; its times are those at which frames arrive")
 
     def arriving(self, packets: Iterator) -> Iterator:
-        """The packets of a container; notes when they come where nothing else tells the time."""
+        """The packets of a container; records their arrival if there is no other source of time."""
         if self._stamps is not None:
             yield from packets
             return
@@ -91,7 +91,7 @@ class StreamClock:
             yield packet
 
     def _backlog(self, packets: Iterator) -> Iterator:
-        """Packets that came while the source was opened, as evenly as a camera sends them; and the first one after."""
+        """Packets that arrived while the source was opened, with even arrival times; and the first later packet."""
         start_s, backlog, later, failure = self.now(), [], [], None
         try:
             for packet in packets:
@@ -112,12 +112,12 @@ class StreamClock:
             raise failure
 
     def lost_packet(self) -> None:
-        """To be called for a packet that brings no frame."""
+        """Call this for a packet that gives no frame."""
         if self._arrivals:
             self._arrivals.popleft()
 
     def time_of(self, stamp_s: float | None) -> float:
-        """Seconds since the start of the source of the frame that is shown next."""
+        """Time of the next frame, in seconds since the start of the source."""
         came_s = self._arrivals.popleft() if self._stamps is None and self._arrivals else self.now()
         if self.last_s is None:
             self._came_s = came_s
@@ -131,14 +131,14 @@ class StreamClock:
         return self.last_s
 
     def tell(self, kind: str, what: str) -> None:
-        """Tells of the source, of each kind of thing once."""
+        """Sends a notice on the source, once per kind."""
         if kind not in self._told:
             self._told.add(kind)
             self.notify(f"{self.name} {what}")
 
 
 class _LiveStamps(Clock):
-    """Time stamps of one container of a live source, which go on from where the last container ended."""
+    """Time stamps of one container of a live source; they continue at the end of the previous container."""
 
     def __init__(self, container, stream, clock: StreamClock):
         super().__init__(container, stream, clock.on_leap)
@@ -149,7 +149,7 @@ class _LiveStamps(Clock):
         is_slow = passed_s > max(time_s + _BEHIND_S, 2 * time_s)
         is_fast = time_s > max(passed_s + _AHEAD_S, 2 * passed_s)
         if is_slow or is_fast:
-            # A slow network and a sender with a wrong frame rate look the same from here.
+            # A slow network and a sender with a wrong frame rate cannot be distinguished.
             self.clock.tell("pace", f"has time stamps, which are used, of {time_s:.0f} s in {passed_s:.0f} s of time")
         return time_s
 

@@ -1,7 +1,7 @@
-"""Frames of a video file, a folder of pictures, a network stream or a camera, at a low rate and as they come.
+"""Frames of a video file, a folder of pictures, a network stream or a camera, at a low frame rate.
 
-A reader decodes in a thread of its own. A file waits for whoever takes the frames; a live source does not, so that the
-oldest frames are dropped, and counted, when recognition falls behind. A live source that breaks off is opened again.
+A reader decodes in its own thread. The reader of a file waits for the consumer. The reader of a live source does not:
+if recognition is too slow, the oldest frames are dropped and counted. A live source that breaks off is opened again.
 """
 
 import logging
@@ -37,7 +37,7 @@ from .clock import StreamClock
 logger = logging.getLogger(__name__)
 
 _CAMERA_FORMATS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}"), "win32": ("dshow", "video={}")}
-# To open, which reads on until frames of a slow camera can be decoded, and to wait for more.
+# For opening, which reads until frames of a slow camera can be decoded, and for waiting for more.
 _TIMEOUTS_S = (30.0, 10.0)
 _LONGEST_WAIT_S = 30.0
 _SECONDS_BETWEEN_NOTICES = 10.0
@@ -51,7 +51,7 @@ class Frame:
     A frame of a stream.
 
     Attributes:
-        time_s: Seconds from the start of the stream, sound included.
+        time_s: Seconds from the start of the stream, including its sound.
         picture: RGB, upright.
     """
 
@@ -62,15 +62,15 @@ class Frame:
 @dataclass
 class Counts:
     """
-    What became of a stream's frames so far.
+    Counts of a stream so far.
 
     Attributes:
-        frames: Handed out.
-        dropped: Left out since recognition fell behind a live source.
+        frames: Frames that were used.
+        dropped: Frames that were dropped because recognition was slower than a live source.
         damaged: Packets of a video, or pictures of a folder, that could not be decoded.
-        reconnects: Times that a live source was opened again.
-        available: Frames that could be decoded, whether they were used or not.
-        leaps: Times that the time stamps of a source went back or leapt, so that they were not believed.
+        reconnects: Number of times that a live source was opened again.
+        available: Frames that could be decoded, used or not.
+        leaps: Number of times that time stamps went back or jumped and were corrected.
     """
 
     frames: int = 0
@@ -82,28 +82,28 @@ class Counts:
 
 
 def is_address(source: str | os.PathLike) -> bool:
-    """Whether a source is a web address or a camera, and no file or folder."""
+    """Whether a source is a web address or a camera, not a file or folder."""
     is_named = isinstance(source, str) and ("://" in source or source.startswith("camera:"))
     return is_named and not os.path.exists(source)
 
 
 def open_stream(source: str | os.PathLike, fps: float = 2.5, folder_fps: float = 1.0, **settings):
     """
-    Opens a source, so that what is wrong with it is known at once.
+    Opens a source; errors are raised at once.
 
     Args:
         source: A video file, a playlist, a folder of pictures in the order of their names, an address
             (`rtsp://...`, `https://.../live.m3u8`), a camera (`camera:0`), a named pipe, or `-` for standard input.
-        fps: Frames per second to hand out at most.
+        fps: Maximum frames per second.
         folder_fps: Pictures of a folder per second.
-        settings: Of [`VideoStream`].
+        settings: Arguments of [`VideoStream`].
 
     Returns:
-        An iterable of [`Frame`]s with `counts`, `duration_s` (`None` where not known), `live`, `error` and `stop()`.
+        An iterable of [`Frame`]s with `counts`, `duration_s` (`None` if unknown), `live`, `error` and `stop()`.
 
     Raises:
-        FileNotFoundError: no such file or folder.
-        ValueError: no video, no pictures, an address that does not answer, or PyAV is not installed.
+        FileNotFoundError: the file or folder does not exist.
+        ValueError: the source has no video or pictures, an address does not answer, or PyAV is not installed.
     """
     if not fps > 0 or not folder_fps > 0:
         raise ValueError(f"Frames per second must be above 0, got {fps if not fps > 0 else folder_fps}.")
@@ -116,7 +116,7 @@ def open_stream(source: str | os.PathLike, fps: float = 2.5, folder_fps: float =
 
 def frames_of_folder(folder: str | os.PathLike) -> Listing:
     """
-    A folder's pictures in the order of their names, where 2 comes before 10, and what else lies there.
+    A folder's pictures in the natural order of their names (2 before 10), and the entries left out.
 
     Raises:
         ValueError: there is no picture, or one is a link that leads out of the folder.
@@ -136,7 +136,7 @@ class _Grid:
         self.next_s = -math.inf
 
     def takes(self, time_s: float) -> bool:
-        # Time stamps are rounded to the container's clock, often milliseconds.
+        # Time stamps are rounded to the container's clock, often to milliseconds.
         if time_s < self.next_s - 2e-3:
             return False
         self.next_s = (math.floor((time_s + 2e-3) * self.fps) + 1) / self.fps
@@ -144,7 +144,7 @@ class _Grid:
 
 
 class FolderStream:
-    """The pictures of a folder; see [`open_stream`]. One that cannot be decoded is counted, told, and left out."""
+    """The pictures of a folder; see [`open_stream`]. Unreadable pictures are counted, reported and left out."""
 
     live = False
     is_recording = True
@@ -181,18 +181,18 @@ class FolderStream:
             raise ValueError(f"None of the pictures can be used: {error}.")
 
     def stop(self) -> None:
-        """Ends the iteration after the frame in work."""
+        """Ends the iteration after the current frame."""
         self._stopped = True
 
 
 def open_source(source: str | os.PathLike):
     """
-    Opens a video file, a playlist, an address, a camera, a named pipe or standard input (`-`) by PyAV. Playlists and
+    Opens a video file, a playlist, an address, a camera, a named pipe or standard input (`-`) with PyAV. Playlists and
     addresses may name further media.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it cannot be read, holds no video, or PyAV is not installed.
+        FileNotFoundError: the file does not exist.
+        ValueError: the source cannot be read, holds no video, or PyAV is not installed.
     """
     av, name, settings = import_av(), os.fspath(source), {}
     if not is_address(source):
@@ -204,7 +204,7 @@ def open_source(source: str | os.PathLike):
             return open_pipe(name)
         if not is_playlist(name):
             return open_container(name)
-        # Named as a file, since a name may look like an address to FFmpeg.
+        # With the file protocol, because FFmpeg may take a name for an address.
         name = "file:" + os.path.abspath(name)
     elif name.startswith("camera:"):
         system, device = _CAMERA_FORMATS.get(sys.platform, _CAMERA_FORMATS["linux"])
@@ -212,7 +212,7 @@ def open_source(source: str | os.PathLike):
     else:
         settings = {"timeout": _TIMEOUTS_S}
         if name.startswith("rtsp"):
-            # Over UDP lost packets show as smeared pictures.
+            # Over UDP, lost packets give smeared pictures.
             settings["options"] = {"rtsp_transport": "tcp"}
     try:
         return av.open(name, **settings)
@@ -226,23 +226,24 @@ def _reason(error: Exception) -> str:
 
 class VideoStream:
     """
-    Frames of a video file, an address or a camera; see [`open_stream`]. To be iterated once.
+    Frames of a video file, an address or a camera; see [`open_stream`]. Iterate over it once.
 
     Args:
-        source: What to open.
-        fps: Frames per second to hand out at most.
-        max_reconnects: How often in a row a live source is opened again, after 1, 2, 4, ... seconds, 30 at most.
+        source: The source.
+        fps: Maximum frames per second.
+        max_reconnects: Maximum number of attempts in a row to open a live source again, after 1, 2, 4, ... seconds, at
+            most 30.
         backoff_s: The first of these pauses.
-        queue_size: Frames that may wait to be taken.
-        notify: Is told in one sentence what happens: frames dropped, connection lost, file cut short.
+        queue_size: Maximum number of waiting frames.
+        notify: Called with one sentence per event: frames dropped, connection lost, file incomplete.
         opener: Opens a container, see [`open_source`].
-        now: A clock, in seconds, for what has no time stamps.
+        now: A clock, in seconds, for sources without time stamps.
 
     Attributes:
         live: Whether the source does not wait: an address or camera without a known length.
-        duration_s: Length in seconds by the header, or `None`.
-        error: Why a live source ended before its time, or `None`.
-        sound: What is handed the packets of sound as they are read, a `LiveSound`; `None` leaves the sound out.
+        duration_s: Length in seconds from the header, or `None`.
+        error: Reason of the early end of a live source, or `None`.
+        sound: Receives the packets of sound while the video is read (a `LiveSound`); `None` ignores the sound.
         clock: The [`StreamClock`] of its times.
     """
 
@@ -265,12 +266,12 @@ class VideoStream:
         self.sound = None
         self.clock = StreamClock(source, now, notify, self._tell_leap)
         self._container = self._open()
-        # Told at once, and not when frames are asked for.
+        # Raised at once, not when frames are requested.
         video_stream(self._container, source)
         self.duration_s = _duration(self._container)
         self.live = is_address(source) and not _is_recording(self._container)
         if not is_address(source) and clock_leaps(self._container):
-            # By its first and last time stamp, which says little where recordings were joined.
+            # From the first and last time stamp, which is unreliable for joined recordings.
             self.duration_s = None
         self._queue: deque[Frame] = deque()
         self._changed = threading.Condition()
@@ -282,13 +283,13 @@ class VideoStream:
         self._told_s: dict[str, float] = {}
 
     def __iter__(self) -> Iterator[Frame]:
-        # A daemon, since a read that hangs in a driver must not keep the program from ending.
+        # A daemon thread, because a read that hangs in a driver must not prevent the program from ending.
         thread = threading.Thread(target=self._run, name=f"reader of {self.source}", daemon=True)
         thread.start()
         try:
             while True:
                 with self._changed:
-                    # The main thread answers to signals only between waits.
+                    # The main thread handles signals only between waits.
                     while not self._queue and not self._ended and not self._stopping.is_set():
                         self._changed.wait(0.5)
                     if self._stopping.is_set() or not self._queue:
@@ -304,18 +305,18 @@ class VideoStream:
             raise self._failure
 
     def stop(self) -> None:
-        """Ends the iteration after the frame in work; may be called from any thread or signal handler."""
-        # No lock here: a signal may come while this very thread holds it.
+        """Ends the iteration after the current frame; may be called from any thread or signal handler."""
+        # No lock here, because a signal may arrive while this thread holds it.
         self._stopping.set()
 
     @property
     def is_recording(self) -> bool:
-        """Whether all of it is there, and can be read a second time."""
+        """Whether the source is complete and can be read a second time."""
         return not self.live and (is_address(self.source) or os.path.isfile(self.source))
 
     @property
     def has_sound(self) -> bool:
-        """Whether there is sound beside the pictures, to be asked before frames are taken."""
+        """Whether the source has sound; call this before reading frames."""
         return sound_stream(self._container) is not None
 
     def _run(self) -> None:
@@ -331,7 +332,7 @@ class VideoStream:
                 else:
                     self._report_length(problem)
         except Exception as error:
-            # Raised again where the frames are taken.
+            # Raised again in the consumer's thread.
             self._failure = error
         finally:
             if self._container is not None:
@@ -343,7 +344,7 @@ class VideoStream:
                 self._changed.notify_all()
 
     def _read(self) -> str | None:
-        """Hands out a container's frames; returns why it ended early, `None` at its end."""
+        """Passes on a container's frames; returns the reason of an early end, `None` at the regular end."""
         container = self._container
         stream = video_stream(container, self.source)
         stream.thread_type = "AUTO"
@@ -357,7 +358,7 @@ class VideoStream:
         return problems[0] if problems else None
 
     def _pictures(self, container, stream) -> Iterator:
-        """The packets of pictures; those of sound go by the same clock, which may begin with the first picture."""
+        """The packets of pictures; packets of sound use the same clock, which may start with the first picture."""
         sound = None if self.sound is None else sound_stream(container)
         if sound is None:
             yield from container.demux(stream)
@@ -404,7 +405,7 @@ class VideoStream:
         self.counts.leaps += 1
         self._tell_at_times(
             "leaps",
-            f"the time stamps of {self.source} leap by {leap_s:+.1f} s at {self.clock.last_s:.1f} s; times go on from "
+            f"the time stamps of {self.source} jump by {leap_s:+.1f} s at {self.clock.last_s:.1f} s; times go on from "
             f"there",
         )
 
@@ -417,7 +418,7 @@ class VideoStream:
         if self.clock.last_s is None:
             raise ValueError(f"{self.source} holds no frame that can be decoded{f' ({problem})' if problem else ''}.")
         length = self.duration_s
-        # Sound often goes on a little longer than the picture.
+        # Sound is often slightly longer than the pictures.
         if problem or (length is not None and self.clock.last_s < length - max(2.0, 0.02 * length)):
             of = f" of {length:.1f} s" if length is not None else ""
             why = f" ({problem})" if problem else ""
@@ -441,7 +442,7 @@ class VideoStream:
                 problem = _reason(error)
                 continue
             if _is_recording(container):
-                # What was live is a recording now, whose start was seen already.
+                # The source is a recording now, and its start was already processed.
                 container.close()
                 return None
             self.counts.reconnects += 1
@@ -451,13 +452,13 @@ class VideoStream:
 
 
 def _duration(container) -> float | None:
-    """Seconds by a container's header; PyAV counts microseconds."""
+    """Length in seconds from a container's header; PyAV counts microseconds."""
     return container.duration / 1e6 if container.duration else None
 
 
 def _is_recording(container) -> bool:
-    """Whether all of an address is there already, by its length in seconds or, where it has no clock, in bytes."""
+    """Whether the content of an address is complete, by its length in seconds or, without a clock, in bytes."""
     if container.duration:
         return True
-    # Cameras announce any length for their endless answer.
+    # Cameras may announce any length for their endless response.
     return not has_time_stamps(container) and container.format.name != "mpjpeg" and container.size > 0

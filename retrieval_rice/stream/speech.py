@@ -1,8 +1,7 @@
-"""What is said in a stream, and when: words come from any source while the stream goes on, and windows are given those
-around them.
+"""Speech of a stream: words come from any source during the stream, and each window gets the words around it.
 
 A source of words is any iterable of [`Word`]s, or of `(start_s, end_s, text)`, on the clock of the stream's frames. It
-is read in a thread of its own. Two things are used where it has them: `heard_s`, the second before which nothing more
+is read in its own thread. Two optional members are used: `heard_s`, the time in seconds before which no more words
 will come, and `stop()`.
 """
 
@@ -23,29 +22,31 @@ logger = logging.getLogger(__name__)
 
 ASR_BEFORE_S = 6.0
 ASR_AFTER_S = 2.0
-"""A window is given the words from so many seconds before it to so many after it."""
+"""A window gets the words from this many seconds before it to this many seconds after it."""
 
-# What is known by now, such as subtitles that were read, is to be there for the first window.
+# Words that are already known, such as subtitles, should be available for the first window.
 _FIRST_WORDS_S = 0.25
-# A source that gives nothing for so long has stopped, whatever it says.
+# A source without progress for this long counts as stopped.
 _LONGEST_WAIT_S = 120.0
-# Later than this, words say nothing of what is on screen.
+# Words later than this are unrelated to the current picture.
 _LATEST_S = 30.0
 _SECONDS_BETWEEN_NOTICES = 10.0
 _MOST_WORDS_OF_A_SEGMENT = 10_000
 _LONGEST_WORD_S, _LONGEST_TEXT = 60.0, 2000
-_UNSPACED = re.compile(r"[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef]")
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef]")
+"""Letters of scripts that have no spaces between words: Chinese, Japanese, Thai, Lao, Burmese and Khmer."""
+
 _PHRASE_LETTERS, _PHRASE_S, _PHRASE_PAUSE_S = 42, 6.0, 1.0
 
 
 @dataclass(frozen=True)
 class Word:
     """
-    A word, or a phrase of which no more is known.
+    A word, or a phrase with a common time.
 
     Attributes:
-        start_s, end_s: Seconds from the start of the stream, as the time of its frames.
-        text: Without a line break.
+        start_s, end_s: Seconds from the start of the stream, on the clock of its frames.
+        text: Text without line breaks.
     """
 
     start_s: float
@@ -56,13 +57,13 @@ class Word:
 @dataclass
 class WordCounts:
     """
-    What became of a stream's words so far.
+    Counts of a stream's words so far.
 
     Attributes:
-        words: That came.
-        late: Too late for the windows around them, and scored with the next one.
-        lost: Later than that, or no words at all: times that are no numbers, or no text. They are not used.
-        delay_s, longest_delay_s: From the end of a word of a live source to when it came, on average and at most.
+        words: Number of received words.
+        late: Words that came too late for their windows, and were used for the next window.
+        lost: Unused words: even later ones, or invalid ones (times that are not numbers, or no text).
+        delay_s, longest_delay_s: Delay from the end of a word of a live source to its arrival, mean and maximum.
     """
 
     words: int = 0
@@ -74,8 +75,8 @@ class WordCounts:
 
 def word_of(value: Any) -> Word | None:
     """
-    A word from what a source gives, `None` where that is none. One that ends before it starts has no length, and one
-    that never ends, such as the last cue of some subtitle files, is said for a minute at most.
+    Converts a source's value to a word, `None` if it is not a word. A word that ends before it starts gets length 0. A
+    word without end, such as the last cue of some subtitle files, lasts at most a minute.
     """
     if not isinstance(value, Word):
         if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) != 3:
@@ -85,7 +86,7 @@ def word_of(value: Any) -> Word | None:
         start_s, end_s = float(value.start_s), float(value.end_s)
     except (TypeError, ValueError, OverflowError):
         return None
-    # Half of a surrogate pair can be written to no file.
+    # Half of a surrogate pair cannot be written to a file.
     text = " ".join(SURROGATE.sub("\ufffd", value.text).split()) if isinstance(value.text, str) else ""
     if not math.isfinite(start_s) or not math.isfinite(end_s) or not text:
         return None
@@ -93,17 +94,17 @@ def word_of(value: Any) -> Word | None:
 
 
 def join_words(words: Iterable[Word]) -> str:
-    """Their texts in order, with spaces but between scripts that have none."""
+    """The texts in order, joined with spaces except in scripts without spaces."""
     joined = ""
     for word in words:
         text = word.text.strip()
-        together = joined and _UNSPACED.match(joined[-1]) and _UNSPACED.match(text)
+        together = joined and UNSPACED.match(joined[-1]) and UNSPACED.match(text)
         joined += text if together or not joined else f" {text}"
     return joined
 
 
 def phrases(words: Iterable[Word]) -> list[Word]:
-    """Words joined to what fits into a subtitle; a pause or the end of a sentence ends one."""
+    """Joins words to phrases of subtitle length; a pause or the end of a sentence ends a phrase."""
     groups: list[list[Word]] = []
     for word in words:
         group = groups[-1] if groups else []
@@ -127,18 +128,18 @@ def _reason(error: BaseException) -> str:
 
 class Hearing:
     """
-    The words of a stream for its windows, which come in the order of time.
+    The words of a stream for its windows, in order of time.
 
-    A live stream's windows take what is there by then. Where nothing is lost by waiting, a window waits for a source
-    that tells how far it is (`heard_s`). A source that fails ends: it is told, and the rest goes without words.
+    Windows of a live stream use the words that have arrived. Windows of other streams wait for a source with
+    `heard_s`. If a source fails, this is reported and the rest of the stream has no words.
 
     Args:
         speech: A source of words.
         waits: Whether windows wait; not for live streams.
-        notify: Is told in one sentence what happens.
+        notify: Called with one sentence per event.
 
     Raises:
-        ValueError: for what is no iterable of words.
+        ValueError: `speech` is not an iterable of words.
     """
 
     def __init__(self, speech: Any, waits: bool = False, notify: Callable[[str], None] = logger.warning):
@@ -150,7 +151,7 @@ class Hearing:
         self.counts = WordCounts()
         self._changed = threading.Condition()
         self._words: list[Word] = []
-        # Those that no window was given, the earliest first: (start_s, number, word).
+        # Words that no window has used, the earliest first: (start_s, number, word).
         self._new: list[tuple[float, int, Word]] = []
         self._said: deque[Word] = deque(maxlen=_MOST_WORDS_OF_A_SEGMENT)
         self._ended = False
@@ -160,13 +161,13 @@ class Hearing:
         self._delays = 0
 
     def start(self) -> None:
-        """Begins to read the source."""
+        """Starts reading the source."""
         thread = threading.Thread(target=self._read, name="words of the stream", daemon=True)
         thread.start()
         thread.join(_FIRST_WORDS_S)
 
     def stop(self) -> None:
-        """Ends the reading; may be called from any thread."""
+        """Stops reading; may be called from any thread."""
         self._stopping = True
         try:
             getattr(self.speech, "stop", lambda: None)()
@@ -180,8 +181,8 @@ class Hearing:
                     return
                 self._add(word_of(value))
         except (Exception, SystemExit) as error:
-            # Whatever a recogniser raises, the picture goes on.
-            self.notify(f"what is said is not known from here on: {_reason(error)}")
+            # Any error of speech recognition must not stop the pictures.
+            self.notify(f"speech is not available from here on: {_reason(error)}")
         finally:
             with self._changed:
                 self._ended = True
@@ -203,12 +204,12 @@ class Hearing:
 
     def text(self, start_s: float, end_s: float, first_s: float = -math.inf, now_s: float | None = None) -> str:
         """
-        What is said from `start_s` to `end_s` seconds, "" for nothing, with what came too late for its own window.
+        Text of the words from `start_s` to `end_s` seconds, "" for none, including words too late for their window.
 
         Args:
-            start_s, end_s: Of the words, which go at least as far as in the call before.
-            first_s: What was said before it belongs to no window: the picture had paused.
-            now_s: How far the picture is, from which delays are counted.
+            start_s, end_s: Times of the words; `end_s` must not decrease from call to call.
+            first_s: Earlier words belong to no window, because the pictures had paused.
+            now_s: Time of the pictures, for measuring delays.
         """
         if self.waits:
             self._wait_for(end_s)
@@ -233,7 +234,7 @@ class Hearing:
         return join_words(chosen)
 
     def said(self, start_s: float, end_s: float) -> list[Word]:
-        """The words that start within a segment, in order; to be asked for segment by segment."""
+        """The words that start within a segment, in order; call it segment by segment."""
         with self._changed:
             known = sorted(self._said, key=lambda word: word.start_s)
             self._said = deque((word for word in known if word.start_s >= end_s), maxlen=self._said.maxlen)
@@ -250,7 +251,7 @@ class Hearing:
             elif time.monotonic() - since > _LONGEST_WAIT_S:
                 self.waits = False
                 self.notify(
-                    f"speech recognition has got no further for {_LONGEST_WAIT_S:g} s; recognition goes on without it"
+                    f"speech recognition made no progress for {_LONGEST_WAIT_S:g} s; recognition continues without it"
                 )
                 return
 
@@ -260,7 +261,7 @@ class Hearing:
             return None if heard_s is None else float(heard_s)
         except Exception as error:
             self.waits = False
-            self.notify(f"how far the words are known cannot be told, and nothing waits for them: {_reason(error)}")
+            self.notify(f"the progress of the words is unknown, so windows do not wait for them: {_reason(error)}")
             return None
 
     def _tell_late(self) -> None:
@@ -268,5 +269,5 @@ class Hearing:
             self._told_s = time.monotonic()
             self.notify(
                 f"words come {self.counts.longest_delay_s:.1f} s late, and {self.counts.late} so far too late for "
-                f"what they were said of; they are scored with the next window"
+                f"their window; they are used for the next window"
             )

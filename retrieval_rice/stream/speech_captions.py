@@ -1,6 +1,6 @@
-"""Words that somebody else has written down: subtitle files, a container's subtitle track, and captions on a pipe.
+"""Words from captions: subtitle files, a container's subtitle track, and captions on a pipe.
 
-FFmpeg reads subtitles, through PyAV: SRT, WebVTT and others, and the text tracks of MP4 and Matroska.
+FFmpeg reads subtitles through PyAV: SRT, WebVTT and others, and the text tracks of MP4 and Matroska.
 """
 
 import codecs
@@ -24,10 +24,10 @@ from .speech import Word
 logger = logging.getLogger(__name__)
 
 TRACK = "track"
-"""Names the subtitle track of the source itself."""
+"""Value that means the subtitle track of the source itself."""
 
 _LARGEST_FILE = 100_000_000
-# An event of ASS: eight fields, and then the text.
+# An ASS event has eight fields, then the text.
 _FIELDS = 8
 _STYLES = re.compile(r"\{[^}]*\}")
 _BREAKS = re.compile(r"\\[Nnh]")
@@ -36,23 +36,23 @@ _HIGH = re.compile(rb"[\x80-\xff]+")
 
 def captions(name: str, source: str | os.PathLike, notify: Callable[[str], None] = logger.warning):
     """
-    The source of words that `--subtitles` names.
+    The source of words for `--subtitles`.
 
     Args:
         name: A subtitle file, a video file with a subtitle track, "track" for that of `source`, "-" for JSON lines on
-            standard input, or a named pipe or a `.jsonl` file of these.
-        source: The stream's.
-        notify: Is told in one sentence what could not be read.
+            standard input, or a named pipe or a `.jsonl` file of JSON lines.
+        source: The stream's source.
+        notify: Called with one sentence on unreadable subtitles.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it holds no subtitles in text, or cannot be read.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file holds no text subtitles, or cannot be read.
     """
     if name == "-":
         return JsonWords(sys.stdin.fileno(), "standard input", notify)
     if name == TRACK and not os.path.exists(name):
         if not os.path.isfile(source):
-            raise ValueError(f"{printable(source)} is no video file, and has no subtitle track that can be read.")
+            raise ValueError(f"{printable(source)} is not a video file, so it has no subtitle track to read.")
         name = os.fspath(source)
     if not os.path.exists(name):
         raise MissingMediaError(f"There is no subtitle file {printable(name)}.")
@@ -61,28 +61,28 @@ def captions(name: str, source: str | os.PathLike, notify: Callable[[str], None]
     if stat.S_ISFIFO(os.stat(name).st_mode):
         return JsonWords(name, printable(name), notify)
     if name.lower().endswith(".jsonl"):
-        # What is there already is known before the first window.
+        # Existing lines should be known before the first window.
         return list(JsonWords(name, printable(name), notify))
     return Subtitles(name, notify)
 
 
 class Subtitles:
     """
-    The cues of a subtitle file or of the first text track of a video file, a [`Word`] each.
+    The cues of a subtitle file or of the first text track of a video file, as [`Word`]s.
 
-    Overlapping cues are all said; one that ends before it starts lasts until the next one starts, and the last of a
-    file has no length; the order in a subtitle file does not matter. Its encoding is told by its bytes: UTF-8 and
+    Overlapping cues are all used. A cue that ends before it starts lasts until the next one starts; the last one of a
+    file has no length. The order in a subtitle file does not matter. The encoding is detected from the bytes: UTF-8 or
     UTF-16, else GB 18030 or Windows-1252.
 
     Args:
-        path: Of the file.
-        notify: Is told when cues cannot be read, or the encoding had to be guessed.
+        path: Path of the file.
+        notify: Called if cues cannot be read, or if the encoding had to be guessed.
 
     Attributes:
-        heard_s: The second before which all cues are known.
+        heard_s: Time in seconds before which all cues are known.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or no subtitles in text in it.
+        FileNotFoundError, ValueError: the file does not exist, or holds no text subtitles.
     """
 
     def __init__(self, path: str | os.PathLike, notify: Callable[[str], None] = logger.warning):
@@ -93,7 +93,7 @@ class Subtitles:
         self._stream = next((s for s in self._container.streams.subtitles if _is_text(s)), None)
         if self._stream is None:
             self._container.close()
-            raise ValueError(f"{self.name} holds no subtitles in text.")
+            raise ValueError(f"{self.name} holds no text subtitles; give an SRT or WebVTT file.")
 
     def _open(self):
         try:
@@ -101,7 +101,7 @@ class Subtitles:
         except MediaError as error:
             if isinstance(error, MissingMediaError) or not os.path.isfile(self.path):
                 raise
-            # What FFmpeg does not know by its bytes may be text in an encoding that it does not know.
+            # Data that FFmpeg does not recognise may be text in an encoding that it does not support.
             container = None
         if container is not None and (container.streams.video or container.streams.audio):
             return container
@@ -120,7 +120,7 @@ class Subtitles:
             raise ValueError(f"{self.name} holds no subtitles; give an SRT or WebVTT file.") from None
 
     def stop(self) -> None:
-        """No more cues are wanted."""
+        """Stops the iteration."""
         self._stopping = True
 
     def __iter__(self) -> Iterator[Word]:
@@ -155,20 +155,20 @@ class Subtitles:
 
 
 def _plain_lines(text: str) -> str:
-    """Text of which FFmpeg loses nothing: it ends at a NUL, and of WebVTT knows one kind of line ends."""
+    """Text that FFmpeg reads completely: without NUL, where it stops, and with the line ends that it supports."""
     return text.replace("\0", "").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _is_text(stream) -> bool:
-    """Whether there is a decoder that gives text; subtitles of discs are pictures."""
+    """Whether a subtitle stream has a text decoder; subtitles of discs are pictures."""
     return stream.codec_context is not None and stream.codec_context.codec.text_sub
 
 
 def _event_text(event) -> str:
-    """What is said in an event of ASS, without its styles and breaks."""
+    """The text of an ASS event, without styles and line breaks."""
     line = bytes(getattr(event, "ass", b"") or b"").decode("utf-8", "replace")
     text = line.split(",", _FIELDS)[-1] if line else ""
-    # FFmpeg knows some entities of WebVTT, and none of SRT.
+    # FFmpeg decodes some entities of WebVTT, and none of SRT.
     return " ".join(html.unescape(_BREAKS.sub(" ", _STYLES.sub("", text))).split())
 
 
@@ -177,14 +177,14 @@ def decode_subtitles(data: bytes, path: str | os.PathLike) -> tuple[str, str | N
     Text of unknown encoding.
 
     Returns:
-        The text, and the name of the encoding where that had to be guessed.
+        The text, and the name of the encoding if it was guessed, else `None`.
     """
     try:
         return decode_text(data, path), None
     except ValueError:
-        # It is none of the encodings that tell themselves.
+        # It is none of the encodings that can be detected with certainty.
         runs = [len(run) for run in _HIGH.findall(data)]
-    # Chinese letters are pairs of bytes, those of western Europe stand alone more often than not.
+    # Chinese characters are pairs of bytes; letters of western Europe are mostly single bytes.
     if sum(length if length % 2 == 0 else -length for length in runs) > 0:
         try:
             return data.decode("gb18030"), "GB 18030"
@@ -195,12 +195,12 @@ def decode_subtitles(data: bytes, path: str | os.PathLike) -> tuple[str, str | N
 
 class JsonWords:
     """
-    Words as JSON lines, `{"start_s": 1.2, "end_s": 1.5, "text": "red"}`, as they arrive. Lines that are none are left
-    out, and the first is told.
+    Words as JSON lines, `{"start_s": 1.2, "end_s": 1.5, "text": "red"}`, as they arrive. Invalid lines are left out,
+    and the first one is reported.
 
     Args:
         place: A path, or the number of an open file.
-        name: What messages call it.
+        name: Name of the source for messages.
     """
 
     def __init__(self, place: str | int, name: str, notify: Callable[[str], None] = logger.warning):
@@ -208,7 +208,7 @@ class JsonWords:
 
     def __iter__(self) -> Iterator[Word]:
         lost = 0
-        # Read without a buffer of Python's: a thread that waits in one would keep the program from ending.
+        # Read without Python's buffer, because a thread that waits in it would prevent the program from ending.
         with open(self.place, "rb", buffering=0, closefd=not isinstance(self.place, int)) as file:
             for number, line in enumerate(_lines(file), 1):
                 try:
@@ -239,7 +239,7 @@ def _json_word(name: str, number: int, line: bytes) -> Word | None:
         return None
     entry = parse_json_line(name, number, text)
     if not isinstance(entry.get("text"), str):
-        raise row_error(name, number, 'words are objects such as {"start_s": 1.2, "end_s": 1.5, "text": "red"}')
+        raise row_error(name, number, 'words must be objects such as {"start_s": 1.2, "end_s": 1.5, "text": "red"}')
     start_s = entry.get("start_s")
     end_s = entry.get("end_s", start_s)
     for value in (start_s, end_s):

@@ -1,7 +1,8 @@
-"""The sound of a video: mono at 16 kHz, in blocks with their times on the clock of the frames, and in chunks to hear.
+"""The sound of a video: mono at 16 kHz, in blocks with times on the clock of the frames, and in chunks for
+transcription.
 
-A file is read a second time for its sound, since its frames wait for whoever takes them. A live source is read once:
-its reader hands the packets of sound on, and what waits too long is skipped, and counted.
+A file is read a second time for its sound, because its frames wait for their consumer. A live source is read once: its
+reader passes on the packets of sound, and sound that waits too long is skipped and counted.
 """
 
 import logging
@@ -21,17 +22,17 @@ from .source import open_source
 logger = logging.getLogger(__name__)
 
 RATE = 16_000
-"""Samples per second, as speech models take them."""
+"""Samples per second for speech models."""
 
 LIVE_CHUNK_S = 6.0
-"""Seconds of a live source that are heard together: words come so much later, and a longer part is heard better."""
+"""Chunk length for a live source in seconds: words are delayed by it, but longer chunks are transcribed better."""
 
 FILE_CHUNK_S = 28.0
-"""Of a file; Whisper takes 30 s at a time, whatever of it is filled. Shorter parts were heard no better."""
+"""Chunk length for a file in seconds. Whisper always processes 30 s; shorter chunks did not give better words."""
 
-# Blocks that are further apart do not belong together.
+# Blocks with a larger gap belong to different chunks.
 _GAP_S = 0.3
-# Shorter sounds hold no word, and a model may dream over them.
+# Shorter sounds hold no word, and a model may hallucinate on them.
 _SHORTEST_S = 0.3
 _QUIET_S = 0.1
 _SEEK_FROM_S = 30.0
@@ -53,11 +54,11 @@ class Block:
 @dataclass
 class SoundCounts:
     """
-    What became of a stream's sound so far.
+    Counts of a stream's sound so far.
 
     Attributes:
         damaged: Packets that could not be decoded.
-        skipped_s: Seconds of a live source that were left out, since the speech model fell behind.
+        skipped_s: Seconds of a live source that were skipped because the speech model was too slow.
     """
 
     damaged: int = 0
@@ -65,7 +66,7 @@ class SoundCounts:
 
 
 class _Decoder:
-    """Packets of sound to blocks; what cannot be decoded is counted."""
+    """Decodes packets of sound to blocks, and counts undecodable packets."""
 
     def __init__(self, counts: SoundCounts):
         self.av, self.counts = import_av(), counts
@@ -73,13 +74,13 @@ class _Decoder:
         self._next_s = 0.0
 
     def blocks(self, packet, shift_s: float) -> list[Block]:
-        """The sound of a packet, `shift_s` seconds later than its time stamps say."""
+        """The sound of a packet, `shift_s` seconds after its time stamps."""
         try:
             return [block for frame in packet.decode() if len((block := self._block(frame, shift_s)).samples)]
         except EOFError:
             return []
         except Exception:
-            # Whatever a decoder of sound raises, the picture goes on.
+            # Any error of a sound decoder must not stop the pictures.
             self.counts.damaged += 1
             self._format = None
             return []
@@ -89,7 +90,7 @@ class _Decoder:
         self._next_s = start_s + frame.samples / (frame.sample_rate or RATE)
         kind = (frame.format.name, frame.layout.name, frame.sample_rate)
         if kind != self._format:
-            # Of floats FFmpeg adds channels up to beyond full scale; of integers it weighs them.
+            # FFmpeg sums float channels, which may exceed full scale; for integers it applies weights.
             self._resampler = self.av.AudioResampler(format="s16", layout="mono", rate=RATE)
             self._format = kind
         frame.pts = None
@@ -100,15 +101,15 @@ class _Decoder:
 
 class FileSound:
     """
-    The blocks of a file's sound, or of a part of it. To be iterated once.
+    The blocks of a file's sound, or of a part of it. Iterate over it once.
 
     Args:
-        source: A file, or an address that is a recording.
+        source: A file, or the address of a recording.
         start_s, end_s: The part, in seconds from the start of the file.
         opener: Opens a container, see `open_source`.
 
     Attributes:
-        has_sound: Whether there is any, known once it is iterated over.
+        has_sound: Whether the file has sound; known after the iteration.
     """
 
     def __init__(
@@ -153,12 +154,12 @@ class FileSound:
         try:
             container.seek(round((self.start_s - 1 + start_of(container)) * 1e6))
         except (import_av().FFmpegError, OSError):
-            # What cannot be sought in is read from its start.
+            # A file without seeking is read from its start.
             logger.debug("%s is read from its start", self.source)
 
 
 def _packets(container, stream, av) -> Iterator:
-    """Packets of sound; of pictures, too, where the clock may leap, since silence alone is no leap."""
+    """Packets of sound; also of pictures if the clock may jump, because a gap in the sound alone is not a jump."""
     pictures = container.streams.video[:1] if clock_leaps(container) else ()
     packets = container.demux(stream, *pictures)
     while True:
@@ -167,7 +168,7 @@ def _packets(container, stream, av) -> Iterator:
         except StopIteration:
             return
         except (av.FFmpegError, OSError):
-            # The reader of the frames tells where a file breaks off.
+            # The reader of the frames reports where a file breaks off.
             return
 
 
@@ -178,7 +179,7 @@ def _part(block: Block, start_s: float, end_s: float) -> Block:
 
 
 class _PacketClock:
-    """From a file's time stamps to seconds since its start, in the order of its packets; see `Clock` for frames."""
+    """Converts a file's time stamps to seconds since its start, in packet order; see `Clock` for frames."""
 
     def __init__(self, container):
         self.shift_s, self.leaps = -start_of(container), clock_leaps(container)
@@ -199,8 +200,8 @@ class _PacketClock:
 
 class LiveSound:
     """
-    The blocks of a live source's sound, which its reader hands over packet by packet. The reader never waits: when
-    more than `longest_s` seconds are not taken, the oldest are skipped.
+    The blocks of a live source's sound, which its reader passes on packet by packet. The reader never waits: if more
+    than `longest_s` seconds are waiting, the oldest are skipped.
     """
 
     def __init__(self, notify: Callable[[str], None] = logger.warning, longest_s: float = _LONGEST_QUEUE_S):
@@ -214,7 +215,7 @@ class LiveSound:
         self._told_s = 10.0
 
     def take(self, packet, shift_s: float) -> None:
-        """A packet, `shift_s` seconds later than its time stamps say; called by the reader."""
+        """Adds a packet, `shift_s` seconds after its time stamps; called by the reader."""
         for block in self._decoder.blocks(packet, shift_s):
             with self._changed:
                 self._queue.append(block)
@@ -232,7 +233,7 @@ class LiveSound:
             )
 
     def stop(self) -> None:
-        """No more will come."""
+        """Ends the sound."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
@@ -251,13 +252,12 @@ class LiveSound:
 
 def chunks(blocks: Iterable[Block], chunk_s: float) -> Iterator[Block]:
     """
-    Sound in chunks of at most about `chunk_s` seconds, cut where it is quietest within the last third, and where
-    something is missing.
+    Sound in chunks of at most about `chunk_s` seconds, cut at the quietest point of the last third, and at gaps.
     """
     parts: list[np.ndarray] = []
     start_s, count = 0.0, 0
     for block in blocks:
-        # From the first sample on, since small gaps add up.
+        # From the first sample on, because small gaps add up.
         if parts and abs(block.start_s - start_s - count / RATE) > _GAP_S:
             yield from _long_enough(Block(start_s, np.concatenate(parts)))
             parts, count = [], 0
@@ -279,7 +279,7 @@ def _long_enough(chunk: Block) -> list[Block]:
 
 
 def _quietest(samples: np.ndarray, most: int) -> int:
-    """The middle of the quietest tenth of a second between two thirds of `most` samples and all of them."""
+    """The middle of the quietest tenth of a second in the last third of `most` samples."""
     step = round(_QUIET_S * RATE)
     first = most * 2 // 3
     count = max(1, (most - first) // step)

@@ -1,7 +1,7 @@
-"""From answers, one per window of a stream, to segments: which product was on screen from when to when.
+"""Joins answers, one per window of a stream, to segments: the products on screen with their times.
 
-A switch must last: another product has to lead by a margin, or the confidence has to cross one of two thresholds, for
-several windows in a row. Only then is it told, and dated back to where the unsmoothed confidences cross.
+A switch needs several windows in a row in which another product leads by a margin, or the confidence crosses one of
+two thresholds. Then it is reported, and dated back to the point where the unsmoothed confidences cross.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from .speech import Word, join_words, phrases
 
 _UNDECIDED = object()
-# Of a product that is hardly seen, no more than its name is kept.
+# For a product with few appearances, only its name is kept.
 _FORGET_BELOW = 1e-3
 _MOST_ALTERNATIVES = 32
 
@@ -21,14 +21,14 @@ _MOST_ALTERNATIVES = 32
 @dataclass(frozen=True)
 class Hysteresis:
     """
-    When the product on screen is said to have changed.
+    Rules for a change of the product on screen.
 
     Attributes:
-        enter: Smoothed confidence, 0..1, from which on a product is on screen.
-        leave: Below this one it is gone; at most `enter`.
-        margin: By how much another product must lead the one on screen.
-        patience: For how many windows in a row, at least 1.
-        smoothing: Weight of the newest window in the exponential mean, above 0 and up to 1, which is no smoothing.
+        enter: Smoothed confidence, 0..1, at which a product is on screen.
+        leave: Smoothed confidence below which it is no longer on screen; at most `enter`.
+        margin: Lead that another product needs over the product on screen.
+        patience: Number of windows in a row with that lead, at least 1.
+        smoothing: Weight of the newest window in the exponential mean, above 0 and at most 1 (no smoothing).
     """
 
     enter: float = 0.5
@@ -52,13 +52,13 @@ class Hysteresis:
     @classmethod
     def for_index(cls, index) -> "Hysteresis":
         """
-        What fits an index: around its threshold where it is calibrated. Without calibration a confidence is only
-        good for comparisons, so that the likeliest product is taken throughout.
+        Default rules for an index: around its threshold if it is calibrated. Without calibration, confidences can only
+        be compared, so the most likely product is always taken.
         """
         calibration = getattr(index, "calibration", None)
         if calibration is None:
             return cls(enter=0.0, leave=0.0, margin=0.0, patience=3)
-        # With and without words; the higher one keeps a rate of false accepts in both.
+        # With and without words; the higher threshold keeps the rate of false accepts in both cases.
         said = getattr(calibration, "said", None)
         threshold = calibration.threshold if said is None else max(calibration.threshold, said.threshold)
         enter = min(max(float(threshold), 0.0), 1.0)
@@ -68,14 +68,15 @@ class Hysteresis:
 @dataclass(frozen=True)
 class Segment:
     """
-    A stretch of a stream with one product, or none.
+    A part of a stream with one product, or none.
 
     Attributes:
         start_s, end_s: Seconds from the start of the stream.
-        hit: The product's image with the highest confidence, as the index gave it; `None` where no product is shown.
-        confidence: Mean confidence over the segment's windows, 0..1; without a product, that there is none.
-        alternatives: Other products, likeliest first, each a hit with its mean confidence over the segment.
-        said: What was said meanwhile, the last 10,000 words; `None` where nobody listened.
+        hit: The product's image with the highest confidence, from the index; `None` for no product.
+        confidence: Mean confidence over the segment's windows, 0..1; without a product, the confidence of "no
+            product".
+        alternatives: Other products, most likely first, each a hit with its mean confidence over the segment.
+        said: Speech during the segment, the last 10,000 words; `None` without a source of speech.
     """
 
     start_s: float
@@ -94,12 +95,12 @@ class _Window:
 
 
 def product_key(hit) -> Hashable:
-    """What a hit is counted as: its product, or its image where the product is not known."""
+    """The key of a hit: its product, or its image if the product is unknown."""
     return hit.product_id or hit.image_id
 
 
 def _read(time_s: float, answer) -> _Window:
-    """The best image of every product; the key `None` is "no product", as likely as the best one is unlikely."""
+    """The best image of every product; the key `None` is "no product", with 1 minus the best confidence."""
     scores: dict[Hashable, float] = {}
     hits: dict[Hashable, Any] = {}
     for hit in answer.hits:
@@ -112,11 +113,11 @@ def _read(time_s: float, answer) -> _Window:
 
 class Timeline:
     """
-    Takes answers in the order of time and gives segments as soon as they are closed. Memory does not grow with time.
+    Takes answers in order of time and returns segments when they are closed. Memory does not grow with time.
 
     Args:
         hysteresis: [`Hysteresis`].
-        num_alternatives: Entries of a segment's `alternatives` at most.
+        num_alternatives: Maximum number of entries in a segment's `alternatives`.
     """
 
     def __init__(self, hysteresis: Hysteresis | None = None, num_alternatives: int = 3):
@@ -125,12 +126,12 @@ class Timeline:
         self.start(0.0)
 
     def start(self, time_s: float) -> None:
-        """Begins a new stretch: nothing is known yet, and what follows starts at `time_s` seconds."""
+        """Starts anew: nothing is known, and the next segment starts at `time_s` seconds."""
         self._start_s = time_s
         self._key: Hashable = _UNDECIDED
         self._pending: tuple[Hashable, int] = (_UNDECIDED, 0)
         self._smoothed: dict[Hashable, float] = {}
-        # Windows to which a switch may still be dated back; older ones are in the sums.
+        # Windows to which a switch may be dated back; older windows are in the sums.
         self._recent: deque[_Window] = deque()
         self._clear_sums()
 
@@ -141,28 +142,28 @@ class Timeline:
 
     @property
     def is_decided(self) -> bool:
-        """Whether enough windows came to say what is on screen."""
+        """Whether there were enough windows to decide what is on screen."""
         return self._key is not _UNDECIDED
 
     @property
     def current(self):
-        """The hit of what is on screen, `None` where it is no product or not decided yet."""
+        """The hit on screen, `None` for no product or if not decided yet."""
         return self._hit(self._key) if self.is_decided and self._key is not None else None
 
     @property
     def since_s(self) -> float:
-        """When the open segment starts."""
+        """Start of the open segment in seconds."""
         return self._start_s
 
     def add(self, time_s: float, answer) -> list[Segment]:
         """
         Args:
-            time_s: Middle of the window in seconds, later than the one before.
-            answer: What the index says of it, of which `hits` are read (`product_id`, `image_id`, `confidence`).
-                Whether no product is shown is decided here, over several windows.
+            time_s: Middle of the window in seconds, later than the previous one.
+            answer: The index's answer, of which `hits` are used (`product_id`, `image_id`, `confidence`). "No product"
+                is decided here, over several windows.
 
         Returns:
-            The segments that this closes, none or one.
+            The closed segments, none or one.
         """
         window = _read(time_s, answer)
         self._recent.append(window)
@@ -179,8 +180,8 @@ class Timeline:
 
     def finish(self, end_s: float) -> list[Segment]:
         """
-        Closes what is open at `end_s` seconds, one segment or two: a switch that smoothing has only just noticed
-        counts when enough windows speak for it. With too few windows to decide anything, the likeliest is taken.
+        Closes the open segment at `end_s` seconds and returns one or two segments: a recent switch counts if enough
+        windows support it. With too few windows for a decision, the most likely product is taken.
         """
         if not self._recent and not self._count:
             return []
@@ -203,9 +204,9 @@ class Timeline:
         self._smoothed = {key: score for key, score in mixed.items() if key is None or score >= _FORGET_BELOW}
 
     def _wanted(self) -> Hashable:
-        """What the smoothed confidences ask for, `None` for no product."""
+        """The product that the smoothed confidences select, `None` for no product."""
         rules, scores = self.rules, self._smoothed
-        # By name among equals, so that the order of a set does not decide.
+        # Ties are broken by name, so that the order of a set does not decide.
         leader = max((key for key in scores if key is not None), key=lambda key: (scores[key], str(key)), default=None)
         leading = scores.get(leader, 0.0) if leader is not None else 0.0
         if self._key is _UNDECIDED or self._key is None:
@@ -228,18 +229,18 @@ class Timeline:
         return closed
 
     def _change_point(self, wanted: Hashable) -> tuple[int, float]:
-        """The split of the recent windows that speaks most for the old product before and the new one after it."""
+        """The best split of the recent windows into the old product before and the new one after it."""
         leads = [self._strength(window, wanted) - self._strength(window, self._key) for window in self._recent]
-        # One window at least on each side: it was decided for the old product, and now is for the new one.
+        # At least one window on each side, because both products were decided.
         position = max(range(1, len(leads)), key=lambda i: sum(leads[i:]) - sum(leads[:i]))
         before, after = self._recent[position - 1], self._recent[position]
         low, high = leads[position - 1], leads[position]
-        # Where the straight line between the two windows crosses zero.
+        # The point where the line between the two windows crosses zero.
         share = -low / (high - low) if low <= 0 <= high and high > low else 0.5
         return position, max(self._start_s, before.time_s + share * (after.time_s - before.time_s))
 
     def _strength(self, window: _Window, key: Hashable) -> float:
-        """How much a window speaks for a product; for none, what a product has to pass to count."""
+        """The support of a window for a product; for "no product", the threshold that a product must exceed."""
         return (self.rules.enter + self.rules.leave) / 2 if key is None else window.scores.get(key, 0.0)
 
     def _settle(self, window: _Window) -> None:
@@ -260,7 +261,7 @@ class Timeline:
         return max((hit for hit in seen if hit is not None), key=lambda hit: hit.confidence, default=None)
 
     def _close(self, end_s: float, count: int) -> Segment:
-        """The open segment with the first `count` of the recent windows, which are used up."""
+        """Closes the open segment with the first `count` recent windows, which are removed."""
         for _ in range(count):
             self._settle(self._recent.popleft())
         means = {key: total / self._count for key, total in self._sums.items()} if self._count else {}
@@ -277,7 +278,7 @@ class Timeline:
 
 
 def clock(seconds: float, digits: int = 3) -> str:
-    """Seconds as `HH:MM:SS.mmm`, with so many digits after the point."""
+    """Seconds as `HH:MM:SS.mmm`, with `digits` digits after the point."""
     unit = 10**digits
     whole, part = divmod(round(max(seconds, 0.0) * unit), unit)
     text = f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
@@ -285,12 +286,12 @@ def clock(seconds: float, digits: int = 3) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text of a shop without line breaks and control characters, which could rule a terminal or end a cue."""
+    """Text of a shop without line breaks and control characters, which could control a terminal or end a cue."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def name_of(hit) -> str:
-    """Title of a hit, or what else it is called by."""
+    """Title of a hit, or its id."""
     return one_line(hit.title or str(product_key(hit)))
 
 
@@ -298,7 +299,7 @@ TABLE_HEADER = f"{'start':>10}  {'end':>10}  {'sure':>5}  {'product':<16}  title
 
 
 def table_row(segment: Segment) -> str:
-    """A segment as a line of the table that `TABLE_HEADER` heads."""
+    """A segment as a line of the table below `TABLE_HEADER`."""
     times = f"{clock(segment.start_s, 1):>10}  {clock(segment.end_s, 1):>10}  {segment.confidence:>5.0%}"
     if segment.hit is None:
         return f"{times}  {'-':<16}  (no product)"
@@ -330,14 +331,14 @@ VTT_HEADER = "WEBVTT\n\n"
 
 def vtt_cue(segment: Segment) -> str:
     """
-    A segment as cues of WebVTT, each with a blank line after it: the product, where one is shown, and then what was
-    said meanwhile, in parentheses.
+    A segment as WebVTT cues, each followed by a blank line: the product, if there is one, and then the speech during
+    the segment, in parentheses.
     """
     cues = []
     if segment.hit is not None:
         cues.append((segment.start_s, segment.end_s, f"{name_of(segment.hit)} ({segment.confidence:.0%})"))
     for part in phrases(segment.said or ()):
-        # A cue lasts; words of which only the start is known do not.
+        # A cue needs a duration, but the words may have only a start.
         cues.append((part.start_s, max(part.end_s, part.start_s + 0.5), f"({one_line(part.text)})"))
     return "".join(f"{clock(start)} --> {clock(end)}\n{_escaped(text)}\n\n" for start, end, text in cues)
 

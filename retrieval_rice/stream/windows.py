@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .source import Frame
 
-# A pause longer than this many windows, such as a lost connection, says nothing of what was on screen meanwhile.
+# After a pause longer than this many windows, such as a lost connection, the product may have changed.
 _LONGEST_PAUSE = 3
 
 
@@ -15,10 +15,10 @@ class Window:
     """
     Attributes:
         start_s, end_s: Seconds from the start of the stream.
-        frames: Those within, at least one.
-        numbers: Their numbers in the stream.
-        is_first, is_last: Whether it begins, or ends, a stretch without long pauses.
-        asr: What is said around it, "" for nothing.
+        frames: Its frames, at least one.
+        numbers: Numbers of the frames in the stream.
+        is_first, is_last: Whether it is the first or last window of a part without long pauses.
+        asr: Speech around the window, "" for none.
     """
 
     start_s: float
@@ -34,19 +34,19 @@ def cut_windows(
     frames: Iterable[Frame], window_s: float = 4.0, hop_s: float = 1.0, step_s: float = 0.4, length_s: float = 0.0
 ) -> Iterator[Window]:
     """
-    Cuts a stream into overlapping windows, each given as soon as it is complete.
+    Cuts a stream into overlapping windows, and yields each window when it is complete.
 
-    The last window of a stretch ends with its last frame, and is as long as the others where there is as much. A pause
-    of more than three windows ends a stretch. Frames are kept no longer than windows need them.
+    A pause of more than three windows ends a part of the stream. The last window of a part ends with the last frame;
+    it has full length if the part is long enough. Frames are kept only as long as windows need them.
 
     Args:
-        frames: In order of time.
-        window_s, hop_s: Length of a window, and from one start to the next, in seconds; hop_s <= window_s.
-        step_s: What a last frame lasts, in seconds; longer where frames come more slowly.
-        length_s: Where the whole stream ends, if known, so that its last frame lasts no longer.
+        frames: Frames in order of time.
+        window_s, hop_s: Length of a window, and distance between starts, in seconds; hop_s <= window_s.
+        step_s: Duration of a last frame, in seconds; longer at a lower frame rate.
+        length_s: End of the whole stream if known, which limits the last frame.
 
     Raises:
-        ValueError: for lengths that are not above 0, or a hop that would leave gaps.
+        ValueError: a length is not above 0, or the hop would leave gaps.
     """
     if not 0 < hop_s <= window_s:
         raise ValueError(f"Windows need 0 < hop <= window, got a hop of {hop_s} s and a window of {window_s} s.")
@@ -55,7 +55,7 @@ def cut_windows(
     is_first = True
 
     def window(begin_s: float, end_s: float, is_last: bool) -> Window | None:
-        # Frames carry rounded time stamps.
+        # Frames have rounded time stamps.
         members = [(i, f) for i, f in kept if begin_s - 2e-3 <= f.time_s and (is_last or f.time_s < end_s - 2e-3)]
         if not members:
             return None
@@ -83,7 +83,7 @@ def cut_windows(
             start_s += hop_s
         kept.append((number, frame))
         interval_s, last_s = frame.time_s - last_s, frame.time_s
-        # The last window may begin up to one hop before the next one.
+        # The last window may start up to one hop before the next one.
         while kept[0][1].time_s < start_s - hop_s - 2e-3:
             kept.popleft()
     if kept:

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -95,15 +96,68 @@ def test_a_stream_has_its_pictures_and_its_words_in_their_places(study, streams,
 
 def test_true_words_and_what_is_heard_of_a_clip(study, streams):
     (stream, _), _ = streams
-    words = study.true_words(stream)
+    words = study.true_words(stream, [clip.row["asr"] for clip in stream.clips])
     assert words[:2] == [Word(0.6, pytest.approx(0.95), "red"), Word(pytest.approx(0.95), pytest.approx(1.3), "mug")]
     assert [study.text_of(clip, words) for clip in stream.clips] == ["red mug", "blue shoe"]
+
+
+def test_a_text_that_is_not_there_has_no_words(study, streams):
+    (stream, _), _ = streams
+    assert study.true_words(stream, ["", "shoe"]) == [Word(8.6, pytest.approx(9.5), "shoe")]
+
+
+def test_words_of_names_that_were_heard(study):
+    names = study.name_words()
+    assert {"red", "zigzag", "two", "tone", "mug", "bolt"} <= names and "guys" not in names
+    said, heard = ["a red red mug", "look", "blue cap"], ["red mud a", "red", "blue cap cap"]
+    assert study.name_recall([t.split() for t in said], [t.split() for t in heard], names) == 3 / 5
+    assert study.as_sentence("red mug") == "Red mug."
+
+
+def test_what_was_heard_is_kept(study, streams, tmp_path):
+    (stream, other), _ = streams
+    words = [Word(0.6, 0.9, "red"), Word(0.9, 1.3, "杯")]
+    study.Heard(tmp_path / "heard", "20dB-none.jsonl").add(stream, words)
+    again = study.Heard(tmp_path / "heard", "20dB-none.jsonl")
+    assert again.of(stream) == words and again.of(other) is None
+    # Of a stream that was cut otherwise nothing is known.
+    stream.clips.pop()
+    assert again.of(stream) is None
+
+
+def test_a_stream_is_heard_with_and_without_titles(study, streams, tmp_path, monkeypatch):
+    calls = []
+
+    class Ear:
+        def __init__(self, titles=()):
+            self.titles = titles
+
+        def expecting(self, titles):
+            return Ear(list(titles))
+
+        def __call__(self, samples):
+            calls.append(self.titles)
+            return [Word(0.7, 0.9, "red" if self.titles else "read")]
+
+    monkeypatch.setattr("retrieval_rice.stream.speech_models.load_transcriber", lambda *settings: Ear())
+    (stream, _), _ = streams
+    index = SimpleNamespace(titles=lambda live_id: [f"red mug of {live_id}"])
+    options = study.parse_arguments(
+        ["--model", "m", "--asr", "a", "--snr", "20", "--heard_dir", str(tmp_path / "kept")]
+    )
+    plain, told = study.heard(options, [stream], index, tmp_path)
+    assert (plain.name, told.name) == ("heard at 20 dB", "heard at 20 dB, titles expected")
+    assert plain.texts == [["read", ""]] and told.texts == [["red", ""]] and calls == [[], ["red mug of x"]]
+    assert plain.cpu_s_per_s_of_sound > 0
+    again, _ = study.heard(options, [stream], index, tmp_path)
+    assert again.texts == plain.texts and again.cpu_s_per_s_of_sound is None and len(calls) == 2
 
 
 def test_lines_carry_intervals_and_the_difference_to_no_text(study):
     results = [{"text": "none", "hits": np.array([0.0, 1, 0, 0])}, {"text": "true", "hits": np.array([1.0, 1, 1, 0])}]
     none, true = study.with_intervals(results, ["x", "x", "y", "y"])
     assert (none["R@1"], true["R@1"], true["over_none"]) == (0.25, 0.75, 0.5) and "over_none" not in none
+    assert true["kept"] == 1.0
     assert true["over_none_ci95"][0] <= 0.5 <= true["over_none_ci95"][1] and true["livestreams"] == 2
 
 

@@ -91,18 +91,18 @@ def test_another_number_of_frames_is_refused(load):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"clip_id": 3}, "'clip_id' is missing or no text"),
-        ({"split": None}, "'split' is missing or no text"),
+        ({"clip_id": 3}, "'clip_id' is missing or is not text"),
+        ({"split": None}, "'split' is missing or is not text"),
         ({"num_frames": "2"}, "'num_frames' is neither a whole number nor null"),
-        ({"boxes": [None]}, "are not three lists of one length"),
-        ({"frames": [0, 2]}, "2 in 'frames' is no number of one of the clip's frames"),
-        ({"frames": [0, True]}, "True in 'frames' is no number"),
+        ({"boxes": [None]}, "are not three lists of equal length"),
+        ({"frames": [0, 2]}, "2 in 'frames' is not the number of a frame of the clip"),
+        ({"frames": [0, True]}, "True in 'frames' is not the number"),
         ({"scores": [None, "high"]}, "the score 'high' is not a number"),
         ({"boxes": [None, [0, 0, 1]]}, "expected a box as four finite numbers"),
         ({"boxes": [None, [0.5, 0, 0.5, 1]]}, "the box of frame 1 has no area in the frame"),
         ({"boxes": [None, [0, 0, 9, 9]]}, "the box [0, 0, 9, 9] of frame 1 reaches out of the frame; write fractions"),
         ({"boxes": [None, [-0.06, 0, 1, 1]]}, "of frame 1 reaches out of the frame"),
-        ({"fingerprint": 7}, "'fingerprint' is neither a text nor null"),
+        ({"fingerprint": 7}, "'fingerprint' is neither text nor null"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, change, reason):
@@ -119,7 +119,7 @@ def test_other_files_are_refused(tmp_path):
         BoxFile(path)
     for content in ("", GOOD[0]):
         path.write_text(content)
-        with pytest.raises(ValueError, match="does not begin as a box file does"):
+        with pytest.raises(ValueError, match="does not begin like a box file"):
             BoxFile(path)
     path.write_text(HEADER + GOOD[0] + GOOD[0])
     with pytest.raises(ValueError, match="line 3: the clip 'a' of train appears twice"):
@@ -168,9 +168,7 @@ class TestFingerprint:
 
     def test_other_pictures_under_the_same_names_are_refused(self, file, rows, tmp_path):
         assert rows(tmp_path / "a", boxes_file=file)["boxes"][0] == [BOX, None]
-        words = (
-            "boxes.jsonl has boxes that were found in other pictures than those of the clip 'c0' of the test split; "
-        )
+        words = "boxes.jsonl has boxes of other pictures than those of the clip 'c0' of the test split; "
         with pytest.raises(ValueError, match=words + "name another box file, or remove this one and write it"):
             rows(make_shop(tmp_path / "b", 20), boxes_file=file)
 

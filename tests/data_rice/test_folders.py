@@ -152,7 +152,7 @@ def test_the_folder_may_be_a_link(fill, tmp_path):
 
 def test_a_data_sets_names_must_be_text(fill):
     root = fill("a.jpg", "._a.jpg", os.fsdecode(b"\xc8\xcb.jpg"))
-    with pytest.raises(ValueError, match=r"\\xc8\\xcb.jpg: the name is no UTF-8; rename"):
+    with pytest.raises(ValueError, match=r"\\xc8\\xcb.jpg: the name is not UTF-8; rename"):
         list_names(root)
 
 

@@ -235,7 +235,7 @@ def test_verify_expects_what_the_list_is_named_after(shop, fetch, capfd):
     fetch()
     capfd.readouterr()
     assert shop.verify(expect=None) == 0
-    assert "by the names of the training list: none" in capfd.readouterr().out
+    assert "by the file names of the training list: none" in capfd.readouterr().out
     tiny = shop.root / "annotations" / "training_videoinfo_tiny.txt"
     rows = tiny.read_text().splitlines(keepends=True)
     tiny.rename(tiny.with_name("training_videoinfo_750k.txt"))
@@ -344,7 +344,7 @@ def test_prepare(shop, fetch, tmp_path, capsys, file_format):
     missing.unlink()
     arguments[2] = str(tmp_path / "less")
     assert main(arguments) == 1
-    assert "dropped.jsonl lists what could not be read" in capsys.readouterr().out
+    assert "dropped.jsonl lists the unreadable media" in capsys.readouterr().out
 
 
 def test_as_a_program(shop):

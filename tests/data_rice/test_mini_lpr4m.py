@@ -156,14 +156,14 @@ def test_finished_folder_is_reused_and_another_is_refused(root):
 
 def test_foreign_or_broken_folders_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty and is no rendered mini LPR4M"):
+    with pytest.raises(ValueError, match="is not empty and is not a rendered mini LPR4M"):
         render_mini_lpr4m(tmp_path, **SIZES)
     with pytest.raises(ValueError, match="is a file"):
         render_mini_lpr4m(tmp_path / "notes.txt", **SIZES)
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "mini_lpr4m.json").write_text("{")
-    with pytest.raises(ValueError, match="is no manifest"):
+    with pytest.raises(ValueError, match="is not a manifest"):
         render_mini_lpr4m(broken, **SIZES)
 
 
@@ -194,7 +194,7 @@ def test_sizes_out_of_range_are_refused(tmp_path, name, value, message):
 
 
 def test_nothing_to_render_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="nothing to render"):
+    with pytest.raises(ValueError, match="are both 0"):
         render_mini_lpr4m(tmp_path / "mini", **{**SIZES, "num_train_lives": 0, "num_test_lives": 0})
 
 

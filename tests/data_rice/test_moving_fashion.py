@@ -425,7 +425,7 @@ class TestExtraction:
         monkeypatch.setattr(prepare, "_save_frame", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             self.extract(folder)
-        with pytest.raises(ValueError, match="no manifest.json, so they are not all there; finish them with"):
+        with pytest.raises(ValueError, match="no manifest.json, so they are not complete; finish with"):
             ExtractedFrames.read(str(folder.root / "frames"))
         monkeypatch.setattr(prepare, "_save_frame", save)
         self.extract(folder, workers=3)
@@ -449,15 +449,17 @@ class TestExtraction:
         self.extract(folder)
         whole = (folder.root / "videos/a.mp4").read_bytes()
         (folder.root / "videos/a.mp4").write_bytes(whole + b"0")
-        with pytest.raises(ValueError, match="are stale: videos/a.mp4 has .* bytes now and had .* then; run py"):
+        with pytest.raises(
+            ValueError, match="are outdated: videos/a.mp4 has .* bytes and had .* at the time of extraction; run py"
+        ):
             load("pairs")
         (folder.root / "videos/a.mp4").write_bytes(whole)
         (folder.root / "frames/videos/d.mp4/000005.jpg").unlink()
-        with pytest.raises(ValueError, match="are stale: videos/d.mp4 lacks frames"):
+        with pytest.raises(ValueError, match="are outdated: videos/d.mp4 lacks frames"):
             load("pairs")
         assert len(load("query", "test")) == 2
         folder.test["q2"] = {"video_paths": ["videos/g.mp4"], "img_path": "imgs/q0.jpg", "source": 1}
-        with pytest.raises(ValueError, match="are stale: videos/g.mp4 was not there when they were extracted"):
+        with pytest.raises(ValueError, match="are outdated: videos/g.mp4 did not exist at the time of extraction"):
             load("query", "test")
 
     def test_the_videos_may_be_gone_afterwards(self, folder, load):
@@ -470,7 +472,7 @@ class TestExtraction:
         (folder.root / "videos/a.mp4").rename(folder.root / "a.mp4")
         self.extract(folder)
         (folder.root / "a.mp4").rename(folder.root / "videos/a.mp4")
-        with pytest.raises(ValueError, match="videos/a.mp4 was missing when they were extracted and is there now"):
+        with pytest.raises(ValueError, match="videos/a.mp4 was missing at the time of extraction and exists now"):
             load("pairs")
 
     def test_command(self, folder, capsys):

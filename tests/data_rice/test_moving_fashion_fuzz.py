@@ -168,7 +168,7 @@ def run_manifest(root, max_examples: int) -> None:
         for video in frames.clips:
             for path in frames.paths(video):
                 assert os.path.normpath(path).startswith(str(folder) + os.sep)
-        with pytest.raises(ValueError, match="are stale: "):
+        with pytest.raises(ValueError, match="are outdated: "):
             frames.check(str(root), ["videos/a.mp4", "videos/b.mp4", "videos/c.mp4"])
 
     assert outcomes == {"refused", "read"}

@@ -256,8 +256,8 @@ class TestBuild:
     @pytest.mark.parametrize(
         ("kind", "message"),
         [
-            ("same_live", "The rows carry no live_id, which the same_live sampler needs; use the random one."),
-            ("class_balanced", "The rows carry no category"),
+            ("same_live", "The rows have no live_id, which the same_live sampler needs; use the random sampler."),
+            ("class_balanced", "The rows have no category"),
             ("biggest_first", "There is no sampler 'biggest_first'; choose random, same_live or class_balanced."),
         ],
     )

@@ -128,7 +128,7 @@ def test_problems_of_one_clip(shop, found, change, message, fast):
         ({"start": 3}, "0 <= start < end"),
         ({"start": -1, "end": 3}, "0 <= start < end"),
         ({"video": "w.mp4"}, "w.mp4: the video does not exist"),
-        ({"boxes": [[0, 0, 1, 1]], "start": 2, "end": 3}, "boxes belong to frames, and the clip is a video"),
+        ({"boxes": [[0, 0, 1, 1]], "start": 2, "end": 3}, "boxes belong to frames, but the clip is a video"),
     ],
 )
 @pytest.mark.parametrize("fast", [False, True])
@@ -265,7 +265,7 @@ def test_whole_numbers_are_ids_with_and_without_a_decimal_point(shop, found, tmp
 def test_a_folder_whose_name_is_no_text_is_refused_by_name(shop, tmp_path):
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xc8\xcb")
     shutil.move(shop.write(), folder)
-    with pytest.raises(ValueError, match=r"data_dir .*/\\xc8\\xcb: the name is no UTF-8, .*; rename the folder"):
+    with pytest.raises(ValueError, match=r"data_dir .*/\\xc8\\xcb: the name is not UTF-8, .*; rename the folder"):
         load_dataset_view(folder, "gallery", "test", cache_dir=tmp_path / "cache")
 
 
@@ -347,18 +347,17 @@ def test_missing_files_and_few_products(shop, found):
     shop.lines("clips_train.jsonl", shop.clips["train"][:3])
     lines = [str(problem) for problem in check_folder(str(shop.root)).problems]
     assert (
-        lines[0]
-        == "clips_train.jsonl: warning: its clips show 3 products; training contrasts products, so give it more"
+        lines[0] == "clips_train.jsonl: warning: its clips show 3 products; contrastive training needs more products"
     )
-    assert lines[1].startswith("clips_val.jsonl: warning: there is no such file: train with --eval_strategy no")
-    assert lines[2].startswith("clips_test.jsonl: warning: there is no such file")
+    assert lines[1].startswith("clips_val.jsonl: warning: the file does not exist: train with --eval_strategy no")
+    assert lines[2].startswith("clips_test.jsonl: warning: the file does not exist")
     shop.lines("clips_train.jsonl", shop.clips["train"][:1])
     assert "clips_train.jsonl: its clips show 1 products" in str(check_folder(str(shop.root)).problems[0])
     (shop.root / "gallery.jsonl").unlink()
     (shop.root / "clips_train.jsonl").unlink()
     lines = [str(problem) for problem in check_folder(str(shop.root)).problems]
-    assert len(lines) == 2 and "there is no such file; write one JSON object" in lines[0]
-    assert "there is none of clips_train.jsonl" in lines[1]
+    assert len(lines) == 2 and "the file does not exist; write one JSON object" in lines[0]
+    assert "none of clips_train.jsonl" in lines[1]
 
 
 def test_command(shop, capsys):
@@ -430,4 +429,4 @@ def test_check_and_loader_agree(shop, found, tmp_path, write_video, cut_after):
     processor = build_processor(train_tokenizer(["a red cup"] * 9, vocab_size=400), image_size=16, patch_size=8)
     _, readable, failures = RiceCollator(processor).collate_queries(list(rows))
     assert readable == [1, 2]
-    assert failures[0]["reason"] in lines[0] and "its picture ends at 2 s" in failures[1]["reason"]
+    assert failures[0]["reason"] in lines[0] and "its video ends at 2 s" in failures[1]["reason"]

@@ -165,10 +165,10 @@ def test_clips_without_product_and_media_that_are_missing_are_counted(shop, outp
     (root / "frames" / "test" / "0-1.png").unlink()
     assert main(["novel", str(root), str(output), "--field", "product_fold", "--value", "novel"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "products: 8, of which 2 are novel",
+        "products: 8, 2 of them novel",
         "clips_train.jsonl: 12 clips kept, 4 left out",
         "clips_val.jsonl: 6 clips kept, 2 left out",
-        "clips_test.jsonl: 4 clips kept, 12 left out (1 for naming no product)",
+        "clips_test.jsonl: 4 clips kept, 12 left out (1 of them name no product)",
         "media: 51 linked, 1 missing",
         "missing: frames/train/0-1.png",
     ]
@@ -189,12 +189,12 @@ FIELD = ["--field", "product_fold", "--value"]
     [
         ([*FIELD, "new"], "no clip of {shop} has product_fold 'new'; its values are 'base', 'novel'."),
         (["--field", "fold", "--value", "novel"], "clips_train.jsonl, line 1: the field 'fold' is absent; write it"),
-        (["--fraction", "0"], "fraction must lie between 0 and 1, both excluded, not be 0;"),
-        (["--fraction", "1"], "fraction must lie between 0 and 1, both excluded, not be 1;"),
-        (["--fraction", "nan"], "fraction must lie between 0 and 1, both excluded, not be nan;"),
+        (["--fraction", "0"], "fraction must lie between 0 and 1, both excluded, not 0;"),
+        (["--fraction", "1"], "fraction must lie between 0 and 1, both excluded, not 1;"),
+        (["--fraction", "nan"], "fraction must lie between 0 and 1, both excluded, not nan;"),
         (["--fraction", "0.99"], "clips_train.jsonl has no clip of a base product, with 8 of 8 products novel;"),
         (["--field", "product_fold"], "--field and --value belong together;"),
-        ([*FIELD, "novel", "--seed", "1"], "--fraction and --seed draw products, which --field names;"),
+        ([*FIELD, "novel", "--seed", "1"], "--fraction and --seed draw products, but --field selects them;"),
     ],
 )
 def test_bad_options(shop, output, capsys, options, message):

@@ -514,5 +514,5 @@ def test_streamed_lpr4m_in_workers(lpr4m, tmp_path):
 
 
 def test_streamed_rows_take_no_boxes_file(lpr4m, tmp_path):
-    with pytest.raises(ValueError, match="Rows that are streamed take no boxes_file"):
+    with pytest.raises(ValueError, match="Streamed rows do not support boxes_file"):
         open_dataset_view(lpr4m, "pairs", "train", cache_dir=tmp_path / "cache", boxes_file=tmp_path / "boxes.jsonl")

@@ -45,13 +45,15 @@ def test_texts_are_distinct_and_not_empty(shop):
 def test_the_folder_reads_every_text_back(shop, tmp_path, capsys):
     folder = tmp_path / "tokenizer"
     main(["--dataset", str(shop), "--output_dir", str(folder), "--vocab_size", "500", "--max_length", "32"])
-    assert "6 different texts of 4 of 4 rows" in capsys.readouterr().out
+    assert "6 different texts from 4 of 4 rows" in capsys.readouterr().out
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.model_max_length == 32 and (folder / "tokenizer.json").is_file()
     for text in (*TITLES, *ASR, "未登录的字 ☃ and words"):
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
         assert tokenizer.unk_token_id not in ids
+    # As a speech model writes it.
+    assert tokenizer("Blue mug.")["input_ids"] == tokenizer("blue mug")["input_ids"]
     # What nothing else is installed for reads it too.
     code = "import sys; from transformers import AutoTokenizer; sys.modules['sentencepiece'] = None; "
     code += f"print(AutoTokenizer.from_pretrained({str(folder)!r})('blue mug')['input_ids'])"
@@ -75,7 +77,7 @@ def test_coverage_counts_bytes_and_cut_texts(shop):
     [
         (["--dataset", "nowhere"], "'nowhere' is neither a data set"),
         (["--vocab_size", "10"], "vocab_size is 10; use at least 400"),
-        (["--max_rows", "-1"], "--max_rows -1 must be 0 or more"),
+        (["--max_rows", "-1"], "--max_rows must be at least 0, not -1"),
         (["--max_length", "2"], "model_max_length is 2; use at least 3"),
     ],
 )

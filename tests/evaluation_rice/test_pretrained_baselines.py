@@ -198,7 +198,7 @@ def test_the_wrong_models_are_refused(tmp_path):
     config = json.loads((tmp_path / "rice" / "config.json").read_text())
     config |= {"model_type": "vivit", "num_frames": 4}
     (tmp_path / "rice" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="only timesformer and videomae are known"):
+    with pytest.raises(ValueError, match="only timesformer and videomae are supported"):
         baselines.load_encoder(str(tmp_path / "rice"))
     with pytest.raises(OSError, match="HF_HUB_OFFLINE"):
         baselines.load_encoder("openai/clip-vit-base-patch32")

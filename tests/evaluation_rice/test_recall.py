@@ -127,9 +127,9 @@ def test_whole_numbers_and_texts_are_the_same_ids(ranking, wanted):
 
 @pytest.mark.parametrize("entry", [float("nan"), 2.0, None, True, b"2", np.float32(2)])
 def test_what_is_no_id_is_refused_by_name(entry):
-    with pytest.raises(ValueError, match=r"rankings\['q'\] holds .*: an id is a text or a whole number"):
+    with pytest.raises(ValueError, match=r"rankings\['q'\] holds .*: an id is a string or an integer"):
         recall_at_k({"q": ["1", entry]}, {"q": ["1"]}, (1,))
-    with pytest.raises(ValueError, match=r"relevant\['q'\] holds .*: an id is a text or a whole number"):
+    with pytest.raises(ValueError, match=r"relevant\['q'\] holds .*: an id is a string or an integer"):
         recall_at_k({"q": ["1"]}, {"q": [entry]}, (1,))
 
 

@@ -147,7 +147,7 @@ def test_fit_fusion_counts_unreadable_clips_as_misses(model, collator, shop):
     assert fitted.weights == FusionWeights(0.5) and [point["R@1"] for point in fitted.curve] == [0.8, 0.8]
     assert fitted.text_curve is None
     model.config.use_decoder = False
-    with pytest.raises(ValueError, match="no matching scores"):
+    with pytest.raises(ValueError, match="neither matching nor alignment scores"):
         fit_fusion(ModelRetriever(model, collator), task, queries, gallery, loading=loading)
 
 

@@ -60,7 +60,7 @@ def published(hub, tiny_checkpoint):
 
 def test_no_such_repository(hub, says):
     assert says("someone/nothing").startswith(
-        "there is no someone/nothing on the Hub that you may see: check the name"
+        "there is no someone/nothing on the Hub that you can access: check the name"
     )
 
 
@@ -73,7 +73,7 @@ def test_a_revoked_token(hub, says, published):
 def test_a_forbidden_model(hub, says, published):
     name = published("someone/forbidden")
     hub.failing_calls = {name: 403}
-    assert f"the access token may not do this with {name} (403)" in says(name)
+    assert f"the access token has no permission for this on {name} (403)" in says(name)
 
 
 def test_no_network(hub, says):

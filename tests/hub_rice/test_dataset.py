@@ -108,7 +108,7 @@ def test_refusals(hub, client, tiny_mini, tmp_path):
         return said.strip().splitlines()[-1]
 
     (tmp_path / "photographs").mkdir()
-    assert "has no mini_lpr4m.json: render it by" in says(tmp_path / "photographs")
+    assert "has no mini_lpr4m.json, and this command publishes rendered data only" in says(tmp_path / "photographs")
     hub.tokens = {"another"}
     assert "refuses the access token (401) for someone/not" in says(tiny_mini)
 
@@ -173,7 +173,7 @@ def test_what_a_published_folder_does_not_have_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match="has no train split of query; choose another split"):
         load_dataset_view(folder, "query", "train", cache_dir=tmp_path)
     for load in (load_dataset_view, open_dataset_view):
-        with pytest.raises(ValueError, match="was published with its rows made; leave out validation_fraction"):
+        with pytest.raises(ValueError, match="was published with fixed rows; leave out validation_fraction"):
             load(folder, "pairs", "train", validation_fraction=0.5)
 
 
@@ -226,7 +226,7 @@ def test_a_published_set_is_loaded_by_its_id(published, client, tiny_mini, tmp_p
     result = client(BY_ID, repo_id="someone/mini", parts=PARTS, cache=str(tmp_path / "cache"))
     assert result == [own, [lives[0] for lives in own], "live"]
     error, _, _ = client.attempt(BY_ID, repo_id="someone/nothing", parts=PARTS, cache=str(tmp_path / "cache"))
-    assert "'someone/nothing' is no folder here, and as a data set of the Hub it cannot be fetched" in error
+    assert "'someone/nothing' is not a local folder, and as a data set of the Hub it cannot be fetched" in error
 
 
 @pytest.mark.slow

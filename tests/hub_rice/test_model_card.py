@@ -164,10 +164,10 @@ def test_a_licence_that_is_no_identifier_is_refused():
 
 
 def test_gallery_scope_in_plain_words():
-    assert "compared only with the products that its own livestream sells" in model_card(RESULTS)
+    assert "compared only with the products of its own livestream" in model_card(RESULTS)
     whole = {**RESULTS, "protocol": {**RESULTS["protocol"], "gallery_scope": "all"}}
     text = model_card(whole)
-    assert "compared with every product image of the data set's gallery" in text and "own livestream sells" not in text
+    assert "compared with every product image of the data set's gallery" in text and "own livestream, not" not in text
 
 
 @pytest.fixture
@@ -293,7 +293,7 @@ def test_missing_entries_and_template_are_named(tmp_path):
         model_card(RESULTS, tmp_path / "gone.md")
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
     assert card_from_file(tmp_path / "results.json") == model_card(RESULTS)
-    for content, words in ((json.dumps(RESULTS)[:50], "no whole results file"), ("[]", "expected a JSON object")):
+    for content, words in ((json.dumps(RESULTS)[:50], "no complete results file"), ("[]", "expected a JSON object")):
         (tmp_path / "results.json").write_text(content)
         with pytest.raises(ValueError, match=words):
             read_results(tmp_path / "results.json")

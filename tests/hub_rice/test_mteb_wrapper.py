@@ -179,7 +179,7 @@ def fails(capsys, *arguments):
 def test_mistakes_get_one_sentence(checkpoint, tmp_path, capsys, monkeypatch):
     output = ["--output_dir", tmp_path / "out"]
     message = fails(capsys, checkpoint, *output, "--tasks", "MovingFashion")
-    assert "mteb has no such task" in message and len(message.splitlines()) == 1
+    assert "--tasks names a task that mteb does not have" in message and len(message.splitlines()) == 1
     assert "there is no checkpoint folder" in fails(capsys, tmp_path / "none", *output)
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
     assert "mteb needs torchcodec and FFmpeg's libraries" in fails(capsys, checkpoint, *output)

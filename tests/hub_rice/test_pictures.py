@@ -99,7 +99,7 @@ def test_the_file_beside_an_encoder_of_timm_is_read(follow):
 
 def test_what_an_encoder_does_not_say_is_told(follow):
     processor, assumed = follow()
-    assert "has no image processor: pictures are stretched to 64 x 64 pixels, and normalised as CLIP's." in assumed
+    assert "has no image processor: images are stretched to 64 x 64 pixels, and normalised as for CLIP." in assumed
     assert processor(images=[picture()])["pixel_values"].shape[-2:] == (64, 64)
 
 
@@ -115,14 +115,14 @@ def test_a_damaged_file_is_not_taken_for_none(follow, tmp_path, content):
 def test_pictures_have_the_shape_that_an_encoder_was_made_for(follow):
     shape = {"model_type": "vit", **TOKENS, "image_size": [32, 64]}
     processor, assumed = follow(shape)
-    assert "pictures are stretched to 32 x 64 pixels" in assumed
+    assert "images are stretched to 32 x 64 pixels" in assumed
     inputs = processor(images=[picture()], videos=[[picture()]])
     assert inputs["pixel_values"].shape[-2:] == inputs["pixel_values_videos"].shape[-2:] == (32, 64)
 
 
 def test_what_cannot_be_followed_is_told(follow):
     _, assumed = follow(files=transformers.MobileViTImageProcessor(**SIDE))
-    assert "MobileViTImageProcessor does something to pictures that this one does not" in assumed
+    assert "MobileViTImageProcessor has a step that RICE's processor does not reproduce" in assumed
 
 
 def test_another_side_keeps_the_proportions(follow):

@@ -144,7 +144,7 @@ def test_a_path_in_any_field_stays_at_home(hub, client, run_folder):
 def test_a_licence_is_named_where_the_data_s_is_unknown(hub, client, run_folder):
     arguments = json.loads((run_folder / "train_arguments.json").read_text())
     (run_folder / "train_arguments.json").write_text(json.dumps({**arguments, "dataset": "lpr4m"}))
-    assert "name the model's own by --license" in refusal(client, run_folder, "someone/unlicensed")
+    assert "give the model's licence by --license" in refusal(client, run_folder, "someone/unlicensed")
     assert "no identifier of the Hub" in refusal(client, run_folder, "someone/unlicensed", "--license", "My Own")
     assert ("models", "someone/unlicensed") not in hub.repos
     publish(client, run_folder, "someone/licensed", "--license", "cc-by-nc-4.0")
@@ -245,11 +245,11 @@ def test_refusals_of_the_hub(hub, client, run_folder):
     assert "refuses the access token (401)" in refusal(client, run_folder, "someone/revoked")
     hub.heal()
     hub.read_only = True
-    assert "may not do this with someone/read-only (403)" in refusal(client, run_folder, "someone/read-only")
+    assert "has no permission for this on someone/read-only (403)" in refusal(client, run_folder, "someone/read-only")
     hub.heal()
     hub.failing_calls = {"/commit/": 501}
-    assert "out of order (501)" in refusal(client, run_folder, "someone/broken")
-    assert "it must be like owner/name" in refusal(client, run_folder, "no/such/name")
+    assert "has an internal error (501)" in refusal(client, run_folder, "someone/broken")
+    assert "give one of the form owner/name" in refusal(client, run_folder, "no/such/name")
     error, _, said = client.attempt(NOWHERE + PUBLISH + BACK, arguments=["publish", run_folder, "someone/away"])
     client(BACK)
     assert error == "exit 2" and "the Hub cannot be reached for someone/away" in said
@@ -271,12 +271,12 @@ def test_refusals_of_the_folder(hub, client, run_folder, tmp_path):
 
     says(f"there is no folder {tmp_path / 'gone'}", folder=tmp_path / "gone")
     write_results(run_folder, model_sha256="0" * 64)
-    says("the results are of other weights")
+    says("the results belong to other weights")
     whole = (run_folder / "results.json").read_text()
     (run_folder / "results.json").write_text(json.dumps({"scores": {}}))
     says("results.json lacks protocol, num_queries")
     (run_folder / "results.json").write_text(whole[:100])
-    says("results.json is no whole results file")
+    says("results.json is no complete results file")
     (run_folder / "results.json").unlink()
     says("make it by `python eval_rice.py --model")
     config = json.loads((run_folder / "config.json").read_text())
@@ -290,7 +290,7 @@ def test_refusals_of_the_folder(hub, client, run_folder, tmp_path):
     vision = {**config["vision_config"], "model_type": "clip_of_2031"}
     with_config("saved by a newer transformers (99.1.0)", transformers_version="99.1.0", vision_config=vision)
     with_config("lacks auto_map in config.json", auto_map={})
-    with_config("weights of its model", projection_dim=64)
+    with_config("do not match its config.json", projection_dim=64)
     (run_folder / "config.json").write_text(json.dumps(config))
     (run_folder / "decoder_rice.py").rename(run_folder / "away.py")
     says("lacks decoder_rice.py", "--without_results")

@@ -43,7 +43,7 @@ def test_results_of_a_run_are_found(checkpoint, tmp_path, place):
 
 def test_results_must_be_of_these_weights(checkpoint):
     check_results({}, checkpoint)
-    with pytest.raises(ValueError, match="of other weights"):
+    with pytest.raises(ValueError, match="belong to other weights"):
         check_results({"model_sha256": "0" * 64}, checkpoint)
 
 

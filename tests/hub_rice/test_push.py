@@ -25,7 +25,7 @@ def test_a_pushed_model_has_its_layout_and_a_card_of_its_own(hub, client, tiny_c
     assert len(repo.branches["main"]) == 2 and LAYOUT | {"model.safetensors", "modeling_rice.py"} < set(files)
     card = ModelCard(files["README.md"].decode())
     assert f'AutoModel.from_pretrained("{name}", trust_remote_code=True)' in card.text
-    assert "no figure is claimed" in card.text and "automatically generated" not in card.text
+    assert "this card gives no figures" in card.text and "automatically generated" not in card.text
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-feature-extraction"
     assert "sentence-transformers" in card.data.tags and card.data.license is None
     assert "(https://arxiv.org/abs/2308.04912)" in card.text and "More Information Needed" not in card.text

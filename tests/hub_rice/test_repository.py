@@ -78,7 +78,7 @@ def test_a_token_in_any_text_is_refused_before_anything_is_sent():
     "error, kind, words",
     [
         (LocalTokenNotFoundError("x"), PermissionError, "hf auth login"),
-        (HFValidationError("x"), ValueError, "like owner/name"),
+        (HFValidationError("x"), ValueError, "of the form owner/name"),
     ],
 )
 def test_errors_become_one_sentence(error, kind, words):

@@ -82,7 +82,7 @@ def test_without_a_licence_it_ends_before_the_first_step(hub, train, tiny_mini, 
     (data / "mini_lpr4m.json").unlink()
     words = ["--hub_model_id", "someone/unlicensed", "--hub_strategy", "end", "--dataset", "lpr4m", "--data_dir", data]
     folder, error, said = train("unlicensed", *words)
-    assert error == "exit 2" and "name the model's by hub_license" in said.strip().splitlines()[-1]
+    assert error == "exit 2" and "set hub_license" in said.strip().splitlines()[-1]
     assert not (folder / "model.safetensors").exists() and ("models", "someone/unlicensed") not in hub.repos
     _, error, said = train("licensed", *words, "--hub_license", "cc-by-nc-4.0")
     assert error is None, f"{said}\n{error}"

@@ -76,7 +76,7 @@ def test_the_checkpoint_loads_and_ranks_by_what_its_pictures_say(encoder, shop, 
     output = tmp_path / "model"
     assert run(encoder, "--shop", shop, "--clips", shop, "--output", output) == 0
     said = capsys.readouterr().out
-    assert f"Statistics of 6 pictures of {shop} and 8 frames of {shop}." in said and "bytes an image" in said
+    assert f"Taking statistics from 6 pictures of {shop} and 8 frames of {shop}." in said and "bytes per image" in said
     model, processor = AutoModel.from_pretrained(output), AutoProcessor.from_pretrained(output)
     config = model.config
     assert not config.use_decoder and (config.ranking, config.alignment_weight) == ("fused", 1)
@@ -105,7 +105,10 @@ def test_labels_and_clips_beside_the_shop_change_nothing(encoder, shop, tmp_path
 
 def test_without_clips_nothing_is_centred_and_it_is_said(encoder, shop, tmp_path, capsys):
     run(encoder, "--shop", shop, "--output", tmp_path / "model")
-    assert "Embeddings are not centred, which takes two pictures and two frames of clips." in capsys.readouterr().out
+    assert (
+        "Embeddings are not centred, since this needs at least two pictures and two frames of clips."
+        in capsys.readouterr().out
+    )
     model = AutoModel.from_pretrained(tmp_path / "model")
     assert not model.alignment.image_mean.any() and model.alignment.patch_mean.any()
 
@@ -131,12 +134,15 @@ def test_unreadable_pictures_are_counted_and_named(encoder, shop, tmp_path, caps
     (shop / "f" / "1-1.png").unlink()
     run(encoder, "--shop", shop, "--clips", shop, "--output", tmp_path / "model")
     said = capsys.readouterr().out
-    assert "cannot be read: 1 of the shop's pictures (" in said and "2.png" in said
-    assert "cannot be read: 1 of the frames (" in said and "1-1.png: there is no such file" in said
+    assert "Left out 1 of the shop's pictures that cannot be read (" in said and "2.png" in said
+    assert "Left out 1 of the frames that cannot be read (" in said and "1-1.png: there is no such file" in said
     for path in (shop / "g").iterdir():
         path.write_bytes(b"no picture")
     sentence = refusal(capsys, encoder, "--shop", shop, "--output", tmp_path / "other")
-    assert "none of the pictures can be read, 6 in all; the first: " in sentence and not (tmp_path / "other").exists()
+    assert (
+        "none of the 6 pictures can be read; replace them (the first: " in sentence
+        and not (tmp_path / "other").exists()
+    )
 
 
 @pytest.fixture
@@ -207,7 +213,7 @@ def test_bad_input_is_told_in_one_sentence(encoder, shop, tmp_path, capsys, monk
         capsys, encoder, "--shop", shop, "--output", tmp_path / "in_use"
     )
     assert "has no clips_val.jsonl" in refusal(capsys, encoder, *with_shop, "--clips", shop, "--clips_split", "val")
-    assert "--clips_split belongs to --clips" in refusal(capsys, encoder, *with_shop, "--clips_split", "train")
+    assert "--clips_split needs --clips" in refusal(capsys, encoder, *with_shop, "--clips_split", "train")
     assert "--alignment_rank must be at least 1" in refusal(capsys, encoder, *with_shop, "--alignment_rank", 0)
     assert "--alignment_strength must be in 0..1" in refusal(capsys, encoder, *with_shop, "--alignment_strength", 2)
     assert "--max_pictures must be at least 1" in refusal(capsys, encoder, *with_shop, "--max_pictures", 0)

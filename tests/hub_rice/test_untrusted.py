@@ -152,7 +152,7 @@ def test_a_checkpoint_is_loaded_by_our_classes_or_refused(evil, change, monkeypa
         model, processor = load_model(folder, "cpu")
         assert type(model) is RiceModel and type(processor) is RiceProcessor
     else:
-        with pytest.raises(ValueError, match="code of its own|save it again|save it.") as refusal:
+        with pytest.raises(ValueError, match="Python code|save it again|save its processor") as refusal:
             load_model(folder, "cpu")
         assert "\n" not in str(refusal.value)
     assert not marker.exists()

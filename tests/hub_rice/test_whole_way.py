@@ -66,4 +66,4 @@ def test_train_evaluate_publish_and_evaluate_again(hub, run, tiny_mini, tmp_path
     data[-1] ^= 1
     weights.write_bytes(data)
     error, said = run("rice", "publish", folder, "someone/whole")
-    assert error == "exit 2" and "the results are of other weights" in said
+    assert error == "exit 2" and "the results belong to other weights" in said

@@ -82,7 +82,7 @@ def test_refuses_livestreams_that_do_not_fit(metric):
     for words, more in (
         ("give one per clip", {"live_ids": ["x"]}),
         ("needs live_ids", {"galleries": {"x": ["a"]}}),
-        ("no livestream 'y'", {"live_ids": ["x", "y"], "galleries": {"x": ["a"]}}),
+        ("lacks the livestream 'y'", {"live_ids": ["x", "y"], "galleries": {"x": ["a"]}}),
     ):
         with pytest.raises(ValueError, match=words):
             metric.compute(**given, **more)
@@ -176,7 +176,7 @@ def test_clips_are_added_one_by_one(metric):
     ("change", "words"),
     [
         ({"predictions": []}, "predictions has 0 clips and references 1|predictions is empty"),
-        ({"predictions": [], "references": []}, "predictions is empty: recall needs at least one clip"),
+        ({"predictions": [], "references": []}, "predictions is empty: give at least one clip"),
         ({"predictions": None}, "predictions is empty|must be a list"),
         ({"predictions": "a"}, "predictions must be a list with one list of ids per clip, not 'a'"),
         ({"predictions": {"q": ["a"]}}, "predictions must be a list with one list of ids per clip"),
@@ -184,7 +184,7 @@ def test_clips_are_added_one_by_one(metric):
         ({"predictions": [None]}, r"predictions\[0\] must be a list of image ids, not None"),
         ({"predictions": [{"a"}]}, r"predictions\[0\] must be a list of image ids"),
         ({"predictions": [[["a", 0.5]]]}, r"predictions\[0\] holds \['a', 0.5\]: give image ids alone"),
-        ({"predictions": [["a", float("nan")]]}, r"predictions\[0\] holds nan: an id is a text or a whole number"),
+        ({"predictions": [["a", float("nan")]]}, r"predictions\[0\] holds nan: an id is a string or an integer"),
         ({"predictions": np.array([[1.0, 2.0]])}, r"predictions\[0\] holds np.float64\(1.0\): an id is"),
         ({"predictions": [[True]]}, r"predictions\[0\] holds True"),
         ({"references": [None]}, r"references\[0\] must be a list of image ids, not None"),
@@ -197,8 +197,8 @@ def test_clips_are_added_one_by_one(metric):
         ({"live_ids": [7], "galleries": [["a"]]}, "galleries must map a livestream id to its image ids"),
         ({"live_ids": [7], "galleries": {7: "ab"}}, r"galleries\[7\] must be a list of image ids, not 'ab'"),
         ({"live_ids": [7], "galleries": {7: [1.0]}}, r"galleries\[7\] holds 1.0"),
-        ({"live_ids": [7], "galleries": {7: ["a"], "7": ["b"]}}, "galleries names livestream '7' twice"),
-        ({"live_ids": [7], "galleries": {8: ["a"]}}, "galleries has no livestream '7'"),
+        ({"live_ids": [7], "galleries": {7: ["a"], "7": ["b"]}}, "galleries has livestream '7' twice"),
+        ({"live_ids": [7], "galleries": {8: ["a"]}}, "galleries lacks the livestream '7'"),
         ({"ks": 5}, "ks must be a sequence"),
         ({"ks": "15"}, "ks must be a sequence"),
     ],

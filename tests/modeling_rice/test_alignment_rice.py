@@ -150,12 +150,12 @@ def test_patches_that_never_vary_give_finite_projections():
     assert torch.isfinite(whitening(torch.zeros(4, 4), 4, 1.0, 0.0)).all()
 
 
-def test_a_new_module_only_normalises():
+def test_a_new_module_normalises_patches_and_leaves_embeddings():
     alignment = RiceAlignment(patch_width=6, rank=64, embed_width=4)
     x, features = torch.randn(2, 3, 6), torch.randn(2, 4)
     torch.testing.assert_close(alignment.project(x), normalize(x, dim=-1))
     for is_clip in (False, True):
-        torch.testing.assert_close(alignment.center(features, is_clip), normalize(features, dim=-1))
+        assert torch.equal(alignment.center(features, is_clip), features)
 
 
 def view(*pictures):
@@ -185,14 +185,21 @@ def test_a_fit_centres_each_view_and_whitens_by_the_frames():
     torch.testing.assert_close(torch.cov(whitened.T, correction=0), torch.eye(6), atol=1e-4, rtol=0)
     for is_clip, seen in ((False, images), (True, frames)):
         features = torch.stack([f for _, f in seen])
-        expected = normalize(features - features.mean(dim=0), dim=-1)
-        torch.testing.assert_close(alignment.center(features, is_clip), expected)
+        torch.testing.assert_close(alignment.center(features, is_clip), features - features.mean(dim=0))
+
+
+def test_a_fit_may_leave_embeddings_as_they_are():
+    images, frames = pictures(5, shift=10.0), pictures(8, shift=-3.0)
+    alignment, _ = fitted(images, frames)
+    before = alignment.video_mean.clone()
+    assert alignment.fit(view(), view(*pictures(8, shift=1.0)), 1.0, 0.0, center=False) is None
+    assert torch.equal(alignment.video_mean, before) and before.any()
 
 
 def test_without_frames_patches_are_whitened_by_the_shop_and_nothing_is_centred():
     images = pictures(5, shift=10.0)
     alignment, said = fitted(images, [])
-    assert said == "Embeddings are not centred, which takes two pictures and two frames of clips."
+    assert said == "Embeddings are not centred, since this needs at least two pictures and two frames of clips."
     # Five pictures count for 5 of 5 + 8.
     patches_ = torch.cat([p for p, _ in images])
     mean = patches_.mean(dim=0) * 5 / 13
@@ -211,7 +218,7 @@ def test_one_picture_has_no_statistics():
     # A rotation: cosines are those of the encoder's own patches.
     ours, own = alignment.project(x).flatten(0, 1), normalize(x, dim=-1).flatten(0, 1)
     torch.testing.assert_close(ours @ ours.T, own @ own.T)
-    torch.testing.assert_close(alignment.center(x[..., :4], is_clip=True), normalize(x[..., :4], dim=-1))
+    assert torch.equal(alignment.center(x[..., :4], is_clip=True), x[..., :4])
 
 
 def test_a_fit_replaces_the_one_before():

@@ -95,7 +95,7 @@ def test_sizes_follow_the_encoder():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"decoder_num_heads": 7}, "width 512 .* is not a multiple of `decoder_num_heads=7`"),
+        ({"decoder_num_heads": 7}, "width 512 .* must be a multiple of `decoder_num_heads=7`"),
         ({"decoder_token_source": "raw", "decoder_num_heads": 10}, "width 768"),
         ({"decoder_num_heads": 0}, "`decoder_num_heads` must be at least 1, got 0"),
         ({"decoder_num_heads": 1}, "needs `decoder_num_heads >= 2`"),
@@ -110,7 +110,7 @@ def test_sizes_follow_the_encoder():
         ({"decoder_hidden_act": "quickgelu"}, "`decoder_hidden_act='quickgelu'`"),
         ({"decoder_dropout": 1.5}, "`decoder_dropout` must be in 0..1"),
         ({"matching_targets": "multi_positive"}, 'needs `matching_negatives="all"`'),
-        ({"learn_logit_scale": True, "logit_scale_max": 50.0}, "no lower than a learnt scale's"),
+        ({"learn_logit_scale": True, "logit_scale_max": 50.0}, "for a learnt scale, at least"),
         ({"logit_scale_max": 0.0}, "`logit_scale_max=0.0` must be above 0"),
         ({"fusion_weight": 0}, "`fusion_weight` must be above 0, got 0"),
         ({"alignment_weight": -1.0}, "`alignment_weight` must be 0 or more, got -1.0"),

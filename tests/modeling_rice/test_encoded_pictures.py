@@ -95,7 +95,7 @@ def test_rows_hold_what_the_model_uses(make):
 @pytest.mark.parametrize("width", [33, 32 + 32])
 def test_rows_of_another_model_are_refused(make, width):
     model = make("clip_no_decoder")
-    with pytest.raises(ValueError, match=f"have {width} numbers each, which are not those that this model keeps"):
+    with pytest.raises(ValueError, match=f"have {width} numbers each, which do not match the states of this model"):
         model.get_image_features(torch.zeros(2, width))
 
 

@@ -267,19 +267,19 @@ def test_grids_that_shrink_on_the_way_take_pictures_of_any_size():
 @pytest.mark.parametrize(
     "name, settings, reason",
     [
-        ("vit_mae", TOKENS, "leaves patches out at random"),
+        ("vit_mae", TOKENS, "drops patches at random"),
         ("timesformer", TOKENS, "not enough values to unpack"),
         (
             "bert",
             {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1},
-            "it takes input_ids, not pictures",
+            "it takes input_ids, not images",
         ),
         ("pvt", {**STAGES, "num_attention_heads": [1, 2, 5, 8]}, "hidden size .32. is not a multiple of the number"),
-        ("yolos", {**TOKENS, "image_size": [64, 64]}, "117 tokens are no grid of patches of a 64 x 64 picture"),
+        ("yolos", {**TOKENS, "image_size": [64, 64]}, "117 tokens are no grid of patches of a 64 x 64 image"),
         # Never built: it would take 27 GB.
-        ("llama", {}, "it takes input_ids, not pictures"),
-        ("pe_video_encoder", {}, "it takes pixel_values_videos, not pictures"),
-        ("clvp_encoder", {}, "it has no vision model of its own"),
+        ("llama", {}, "it takes input_ids, not images"),
+        ("pe_video_encoder", {}, "it takes pixel_values_videos, not images"),
+        ("clvp_encoder", {}, "transformers has no vision model for it"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_sentence(name, settings, reason):

@@ -197,7 +197,7 @@ def test_features_of_another_model_are_refused(make_model, make_batch):
     other_clips, other_gallery = encode(other, batch)
     for compare in (model.similarity, model.match):
         compare(clips, gallery)
-        with pytest.raises(ValueError, match="`gallery` was encoded by another model.* encode it anew"):
+        with pytest.raises(ValueError, match="`gallery` was encoded by another model.* encode it again"):
             compare(clips, other_gallery)
         with pytest.raises(ValueError, match="`clips` was encoded by another model"):
             compare(other_clips, gallery)

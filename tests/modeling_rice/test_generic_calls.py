@@ -65,7 +65,7 @@ def test_arguments_of_other_models_may_be_there_unset(make_model, make_batch):
     model.get_image_features(batch["pixel_values"], **UNSET)
     for name in ("output_attentions", "output_hidden_states"):
         for method in (model, model.get_image_features, model.get_video_features, model.get_text_features):
-            with pytest.raises(ValueError, match=f"`{name}` is not possible"):
+            with pytest.raises(ValueError, match=f"`{name}` is not supported"):
                 method(**batch, **{name: True})
     for wrong in ({"input_ids": torch.ones(5, 2)}, {"labels": torch.ones(5)}, {"colour": None}):
         with pytest.raises(TypeError, match=f"takes no argument '{next(iter(wrong))}'"):
@@ -100,9 +100,9 @@ def test_texts_of_a_model_without_a_score_of_texts(make_model, text_batch):
 def test_counts_are_whole_numbers_of_at_least_one(make_model, make_batch, count):
     model, batch = make_model(), make_batch()
     for encode in (model.encode_gallery, model.encode_clips):
-        with pytest.raises(ValueError, match="`batch_size` must be (at least 1|a whole number), got"):
+        with pytest.raises(ValueError, match="`batch_size` must be (at least 1|an integer), got"):
             encode(**batch, batch_size=count)
-    with pytest.raises(ValueError, match="`top_k` must be (at least 1|a whole number), got"):
+    with pytest.raises(ValueError, match="`top_k` must be (at least 1|an integer), got"):
         best_first(torch.zeros(3), count)
 
 
@@ -131,7 +131,7 @@ def test_candidates_in_any_sequence(tmp_path):
     assert len(list_candidates(np.stack([picture] * 3))) == 3
     with pytest.raises(ValueError, match="is a set, which has no order"):
         list_candidates(set(paths))
-    with pytest.raises(ValueError, match="is the folder .*; give a list of its pictures"):
+    with pytest.raises(ValueError, match="is the folder .*; give a list of its images"):
         list_candidates(tmp_path)
 
 
@@ -146,7 +146,7 @@ def test_what_is_no_tensor_or_has_another_shape_is_named(make_model, make_batch)
         (lambda: model.encode_pictures(images.tolist()), "`pixel_values` must be a tensor, got a list"),
         (lambda: model(images, clips, mask.numpy()), "`frame_mask` must be a tensor, got a ndarray"),
         (lambda: model.encode_clips(clips, mask.numpy()), "`frame_mask` must be a tensor, got a ndarray"),
-        (lambda: model.encode_clips(clips, mask[:2]), "`frame_mask` has 2 rows, but `pixel_values_videos` 5"),
+        (lambda: model.encode_clips(clips, mask[:2]), "`frame_mask` has 2 rows, but `pixel_values_videos` has 5"),
         (lambda: model.get_video_features(clips, patch_mask=[1]), "`patch_mask` must be a tensor, got a list"),
         (lambda: model.pool_frames(images), "`frames` is a Tensor; give what `encode_frames` returns"),
         (lambda: model.pool_frames(frames, [[True] * 5]), "`frame_mask` must be a tensor, got a list"),
@@ -167,13 +167,13 @@ def test_texts_that_do_not_fit_are_named(make_model, make_batch, text_batch):
     model, batch = make_model(text_config=tiny_text_config(), text_score_weight=0.5), make_batch()
     ids = text_batch["title_input_ids"]
     for call, message in (
-        (lambda: model(**batch, title_input_ids=ids), "There are 3 texts .* for 5 images or clips; give one for each"),
+        (lambda: model(**batch, title_input_ids=ids), "There are 3 texts .* for 5 images or clips; give one text"),
         (lambda: model(**batch, asr_input_ids=ids), "There are 3 texts .* for 5 images or clips"),
         (lambda: model.encode_gallery(batch["pixel_values"], title_input_ids=ids), "`title_input_ids` has 3 rows"),
         (lambda: model.get_text_features(ids.numpy()), "`input_ids` must be a tensor, got a ndarray"),
-        (lambda: model.get_text_features(ids[0]), r"`input_ids` must be \(n, L\) whole numbers, got shape \(3,\)"),
+        (lambda: model.get_text_features(ids[0]), r"`input_ids` must be \(n, L\) integers, got shape \(3,\)"),
         (lambda: model.get_text_features(ids[:, :0]), r"`input_ids` must be \(n, L\)"),
-        (lambda: model.get_text_features(ids.float()), "whole numbers, got shape .* of torch.float32"),
+        (lambda: model.get_text_features(ids.float()), "integers, got shape .* of torch.float32"),
         (lambda: model.get_text_features(ids, ids[:2]), r"`attention_mask` must have the shape of the ids, \(3, 3\)"),
     ):
         with pytest.raises(ValueError, match=message):

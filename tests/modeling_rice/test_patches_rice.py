@@ -111,13 +111,11 @@ class TestMaskPooling:
         assert all(p.grad.isfinite().all() for p in model.vision_model.parameters() if p.grad is not None)
 
     def test_without_it_a_mask_is_refused(self, clips):
-        with pytest.raises(ValueError, match="no attention mask reaches the layers of 'resnet'.*patch_mask_pooling"):
+        with pytest.raises(ValueError, match="the layers of 'resnet' take no attention mask.*patch_mask_pooling"):
             build().encode_clips(**clips)
 
     def test_needs_the_mean(self):
-        with pytest.raises(
-            ValueError, match="`patch_mask_pooling=True` changes the mean over patches; declare `vision_"
-        ):
+        with pytest.raises(ValueError, match="`patch_mask_pooling=True` changes the mean over patches; set `vision_"):
             build(VIT, vision_pooling="cls", patch_mask_pooling=True)
 
 

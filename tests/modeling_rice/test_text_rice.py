@@ -310,9 +310,12 @@ class TestLoss:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"text_config": TINY, "text_embed_dim": 6}, "`text_config` and `text_embed_dim` both say"),
-        ({"text_config": {"model_type": "t5"}}, "`text_config` is a 't5', which is no plain text encoder"),
-        ({"text_score_weight": 1.0}, "`text_score_weight` needs texts"),
+        ({"text_config": TINY, "text_embed_dim": 6}, "`text_config` and `text_embed_dim` exclude each other"),
+        (
+            {"text_config": {"model_type": "t5"}},
+            "`text_config` is a 't5', which is not a text encoder that RICE can use",
+        ),
+        ({"text_score_weight": 1.0}, "`text_score_weight` needs text features"),
         ({**TEXT, "text_score_weight": -1.0}, "`text_score_weight` must be 0 or more, got -1"),
         ({**TEXT, "fused_text_weight": -0.5}, "`fused_text_weight` must be 0 or more, got -0.5"),
         ({**TEXT, "text_logit_scale_init_value": 0}, "`text_logit_scale_init_value` must be above 0"),

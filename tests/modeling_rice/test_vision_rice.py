@@ -136,8 +136,8 @@ def test_the_global_feature_is_what_the_encoder_has(vision, pooling):
     [
         ({"vision_config": POOLFORMER, "vision_pooling": "cls"}, "'poolformer' has no class token; .*=\"mean\"`"),
         ({"vision_config": POOLFORMER, "vision_pooling": "pooler"}, "'poolformer' has no pooler; .*=\"mean\"`"),
-        ({"vision_config": SIGLIP, "vision_pooling": "cls"}, 'declare `vision_pooling="pooler" or "mean"`'),
-        ({"vision_config": {"model_type": "vit_mae"}}, "'vit_mae' cannot be RICE's encoder .it leaves patches out"),
+        ({"vision_config": SIGLIP, "vision_pooling": "cls"}, 'set `vision_pooling="pooler" or "mean"`'),
+        ({"vision_config": {"model_type": "vit_mae"}}, "'vit_mae' cannot be RICE's encoder .it drops patches"),
         ({"vision_config": {"model_type": "yolos"}}, "tokens are no grid of patches"),
         ({"vision_feature_layer": 13}, "`vision_feature_layer=13` is no hidden state .* has 0, 1, .*, 12"),
         ({"vision_feature_layer": -14}, "`vision_feature_layer=-14` is no hidden state"),

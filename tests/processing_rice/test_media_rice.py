@@ -160,7 +160,7 @@ class TestDepth:
     )
     def test_what_has_no_known_range_is_refused(self, values):
         for data in (Image.fromarray(values), encode(Image.fromarray(values), "TIFF")):
-            with pytest.raises(MediaError, match=r"not all in 0\.\.(1|65,535), so that white and black are not known"):
+            with pytest.raises(MediaError, match=r"not all in 0\.\.(1|65,535), so black and white are unknown"):
                 open_image(data)
 
     @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"])
@@ -231,7 +231,7 @@ class TestNumbers:
             (np.full((6, 5, 3), -0.5), "got floats from -0.5 to -0.5"),
             (np.zeros((6, 5, 4), np.uint8), r"must be \(H, W, 3\) or \(3, H, W\), got shape \(6, 5, 4\)"),
             (np.zeros((0, 5, 3), np.uint8), "got shape"),
-            (np.array(["a"]), "must be a picture, a path, or hold uint8"),
+            (np.array(["a"]), "must be an image, a path, or hold uint8"),
             (None, "got NoneType"),
         ],
     )

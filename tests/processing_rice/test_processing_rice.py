@@ -134,7 +134,7 @@ def test_arrays_can_be_returned(processor, make_picture):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({}, "Nothing to process"),
+        ({}, "There is nothing to process"),
         ({"images": "picture", "boxes": [[None]]}, "`boxes` belong to the frames of `videos`"),
         ({"images": "picture", "num_frame": 3}, "Unknown argument 'num_frame'"),
         ({"titles": ["a"], "colour": "red"}, "Unknown argument 'colour'"),

@@ -29,7 +29,7 @@ def test_frames_are_sampled_as_published(num_frames, max_frames, mode, expected)
         ((0, 4), "`num_frames` must be at least 1, got 0"),
         ((4, 0), "`max_frames` must be at least 1, got 0"),
         ((4, 4, "random"), "`mode` must be"),
-        ((9, 4.0), "`max_frames` must be a whole number, got 4.0"),
+        ((9, 4.0), "`max_frames` must be an integer, got 4.0"),
     ],
 )
 def test_sampling_refuses_what_makes_no_sense(arguments, message):

@@ -185,7 +185,7 @@ def test_axes_that_shapes_do_not_tell(processor, make_picture):
     assert torch.equal(last["pixel_values"], first["pixel_values"])
     assert torch.equal(last["pixel_values_videos"], first["pixel_values_videos"])
     assert not torch.equal(processor(images=[square])["pixel_values"], last["pixel_values"])
-    with pytest.raises(ValueError, match=r"Image 0 has shape \(24, 40, 3\), which `input_data_format`"):
+    with pytest.raises(ValueError, match=r"Image 0 has shape \(24, 40, 3\), which does not fit `input_data_format`"):
         processor(images=[make_picture()], input_data_format="channels_first")
 
 
@@ -229,20 +229,20 @@ def test_boxes_follow_the_size_of_the_call(processor, make_picture, settings, gr
         ({"videos": 1, "boxes": [[None]], "videos_kwargs": {"boxes": [[None]]}}, "`boxes` was given twice"),
         ({"images": 1, "size": 3, "images_kwargs": {"size": 4}}, "size was passed two times"),
         ({"images": 1, "data_format": "channels_last"}, '`data_format` must be "channels_first"'),
-        ({"images": 1, "do_convert_rgb": False}, "`do_convert_rgb=False` is not possible"),
-        ({"images": 1, "image_seq_length": 3}, "`image_seq_length` has no meaning here"),
+        ({"images": 1, "do_convert_rgb": False}, "`do_convert_rgb=False` is not supported"),
+        ({"images": 1, "image_seq_length": 3}, "`image_seq_length` has no effect"),
         ({"images": 1, "resample": 4}, r"`resample` must be one of 0 \(nearest\), .*, got 4"),
         ({"images": 1, "resample": 99}, "`resample` must be one of"),
-        ({"images": 1, "image_mean": [0.5, 0.5]}, "`image_mean` must be a number, or one for each of three colours"),
+        ({"images": 1, "image_mean": [0.5, 0.5]}, "`image_mean` must be one number, or one per colour channel"),
         ({"images": 1, "size": -3}, "`size` must be at least 1 pixel, got -3"),
         ({"images": 1, "size": 0}, "`size` must be at least 1 pixel, got 0"),
         ({"images": 1, "size": {"height": 0, "width": 3}}, "`size` must be at least 1 pixel"),
         ({"images": 1, "size": "a"}, "`size` must be of one of the types int, .*, got 'a'"),
         ({"images": 1, "do_resize": "no"}, "`do_resize` must be of one of the types bool, None, got 'no'"),
         ({"images": 1, "device": "toaster"}, "`device` must name a device of torch, got 'toaster'"),
-        ({"images": 1, "videos": 1, "fps": 2}, "`fps` is not possible"),
-        ({"images": 1, "videos": 1, "do_pad": True}, "`do_pad` is not possible"),
-        ({"videos": 1, "return_metadata": True}, "`return_metadata` is not possible"),
+        ({"images": 1, "videos": 1, "fps": 2}, "`fps` is not supported"),
+        ({"images": 1, "videos": 1, "do_pad": True}, "`do_pad` is not supported"),
+        ({"videos": 1, "return_metadata": True}, "`return_metadata` is not supported"),
         ({"titles": 1, "return_overflowing_tokens": True}, "`return_overflowing_tokens` has no meaning"),
         ({"images": 1, "image_std": 0.0}, "`image_std` must be finite and above 0, got 0.0"),
         ({"images": 1, "image_std": [0.5, float("nan"), 0.5]}, "`image_std` must be finite and above 0, got"),
@@ -254,7 +254,7 @@ def test_boxes_follow_the_size_of_the_call(processor, make_picture, settings, gr
         ({"images": 1, "size": {"longest_edge": 3}}, "`size` must be a number of pixels, or name"),
         ({"images": 1, "images_kwargs": 5}, "`images_kwargs` must be a dictionary of settings, got 5"),
         ({"images": 1, "common_kwargs": "size"}, "`common_kwargs` must be a dictionary of settings, got 'size'"),
-        ({"videos": 1, "fps": 0}, "`fps` is not possible"),
+        ({"videos": 1, "fps": 0}, "`fps` is not supported"),
         ({"videos": 1, "patch_size": 0}, "`patch_size` must be at least 1 pixel, got 0"),
         ({"videos": 1, "box_iou_threshold": 2}, "`box_iou_threshold` must be in 0..1, got 2"),
         ({"videos": 1, "box_iou_threshold": float("nan")}, "`box_iou_threshold` must be in 0..1, got nan"),
@@ -265,7 +265,7 @@ def test_boxes_follow_the_size_of_the_call(processor, make_picture, settings, gr
         ),
         ({"titles": 1, "max_length": 0, "add_special_tokens": False}, "`max_length` must be at least 1 tokens, got 0"),
         ({"titles": 1, "pad_to_multiple_of": 0}, "`pad_to_multiple_of` must be at least 1 tokens, got 0"),
-        ({"titles": 1, "truncation": "only_second"}, '`truncation="only_second"` cuts nothing'),
+        ({"titles": 1, "truncation": "only_second"}, '`truncation="only_second"` has no effect'),
         ({"titles": 1, "text_pair": "a"}, "`text_pair` has no meaning"),
         ({"titles": 1, "max_length": "a"}, "`max_length` must be of one of the types int, None, got 'a'"),
     ],
@@ -299,5 +299,5 @@ def test_settings_of_loading_act_on_everything(processor, make_picture, tmp_path
         assert inputs["title_input_ids"].shape == (1, 5)
     raw = AutoProcessor.from_pretrained(tmp_path, do_normalize=False, do_rescale=False)(**arguments)
     assert raw["pixel_values"].max() > 10 and raw["pixel_values_videos"].max() > 10
-    with pytest.raises(ValueError, match="`fps` is not possible"):
+    with pytest.raises(ValueError, match="`fps` is not supported"):
         AutoProcessor.from_pretrained(tmp_path, fps=2)(**arguments)

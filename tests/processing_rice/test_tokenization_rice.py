@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from processing_rice.tokenization_rice import train_sentencepiece, train_tokenizer, wrap_sentencepiece
+from processing_rice.tokenization_rice import fold_texts, train_sentencepiece, train_tokenizer, wrap_sentencepiece
 
 CHINESE = "这款连衣裙是今年的新款面料非常舒服大家可以看一下颜色有黑色白色红色尺码全主播身高一米六五穿的是码链接在一号"
 ENGLISH = "the new women dress is very soft and comfortable size large black white red link number one please".split()
@@ -142,7 +142,7 @@ def test_words_of_the_corpus_become_pieces(tokenizer):
     ("texts", "options", "error", "message"),
     [
         (["ok", None], {}, TypeError, r"texts\[1\] is a NoneType"),
-        ("one string", {}, TypeError, "pass a list of strings"),
+        ("single string", {}, TypeError, "pass a list of strings"),
         ([], {}, ValueError, "no visible character"),
         (["", " \n"], {}, ValueError, "no visible character"),
         (["ok", "\ud800"], {}, ValueError, r"texts\[1\] is not valid Unicode"),
@@ -159,3 +159,42 @@ def test_missing_sentencepiece_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(ImportError, match="pip install sentencepiece"):
         train_tokenizer(["ok"])
+
+
+@pytest.mark.parametrize(
+    "written, plain",
+    [
+        ("Red Mug.", "red mug"),
+        ("So pretty, right?! Red mug…", "so pretty right red mug"),
+        ("ＲＥＤ　ｍｕｇ！红色，马克杯。好、看", "red mug 红色 马克杯 好 看"),
+        ("T恤 T-Shirt", "t恤 t-shirt"),
+        ("1.5 L at 10:30, node.js", "1.5 l at 10:30 node.js"),
+        (" \u2581 RED \n mug ", "red mug"),
+    ],
+)
+def test_folded_texts_have_no_case_width_or_punctuation(written, plain):
+    texts = ["red mug so pretty right", "红色 马克杯 好 看 t恤", "node.js 10:30 1.5 l"] * 20
+    tokenizer = train_tokenizer(texts, vocab_size=450, fold=True)
+    assert tokenizer(written)["input_ids"] == tokenizer(plain)["input_ids"]
+    # Its pieces are those of the same texts without capitals.
+    assert tokenizer.get_vocab() == train_tokenizer(texts, vocab_size=450).get_vocab()
+    assert train_tokenizer([text.upper() + "!" for text in texts], vocab_size=450, fold=True).get_vocab() == (
+        tokenizer.get_vocab()
+    )
+
+
+def test_a_tokenizer_learns_to_fold_and_keeps_its_entries(tokenizer, tmp_path):
+    folding = fold_texts(tokenizer)
+    assert folding("Black DRESS, size 1.5!")["input_ids"] == tokenizer("black dress size 1.5")["input_ids"]
+    assert folding.get_vocab() == tokenizer.get_vocab()
+    # The one that was given reads as before, and the saved one folds.
+    assert tokenizer("Black")["input_ids"] != tokenizer("black")["input_ids"]
+    folding.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert dict(loaded("Black DRESS.")) == dict(folding("Black DRESS.")) == dict(tokenizer("black dress"))
+    assert loaded.model_max_length == tokenizer.model_max_length
+
+
+def test_punctuation_alone_is_no_text_to_learn_from():
+    with pytest.raises(ValueError, match="no visible character"):
+        train_tokenizer(["...", "？！"], fold=True)

@@ -251,7 +251,7 @@ class TestBoxWriting:
         with pytest.raises(ValueError, match="begun with detector='red', not 'blue'; name another file"):
             self.write(shop, cache, tmp_path / "boxes.jsonl", detector_name="blue")
         (tmp_path / "other.jsonl").write_text('{"clip_id": "a"}\n')
-        with pytest.raises(ValueError, match="does not begin as a box file does"):
+        with pytest.raises(ValueError, match="does not begin like a box file"):
             self.write(shop, cache, tmp_path / "other.jsonl")
 
     def test_videos(self, tmp_path):
@@ -368,7 +368,7 @@ class TestCommands:
         assert json.loads((tmp_path / "figures.json").read_text())["num_frames"] == 6
         assert "6 frames (test), 4 with the product" in capsys.readouterr().out
         main(["run", *data, "--splits", "test", "--output", str(tmp_path / "boxes.jsonl")])
-        assert "3 clips (0 were there already), 6 frames, " in capsys.readouterr().out
+        assert "3 clips (0 existed already), 6 frames, " in capsys.readouterr().out
         header = BoxFile(tmp_path / "boxes.jsonl").header
         assert header["detector"] == detector_dir and len(header["detector_sha256"]) == 64
 
@@ -381,7 +381,7 @@ class TestCommands:
         (tmp_path / "bad").mkdir()
         (tmp_path / "bad" / "config.json").write_text("{}")
         line = refusal(capsys, "eval", *data, "--detector", tmp_path / "bad")
-        assert "half-written checkpoint: model.safetensors is missing" in line
+        assert "incomplete checkpoint: model.safetensors is missing" in line
 
 
 @pytest.fixture(scope="module")
@@ -461,6 +461,9 @@ class TestEvaluation:
         assert "--boxes detector needs either --detector or --boxes_file" in sentence("clip", "--boxes", "detector")
         assert "--detector goes with --boxes detector, not with --boxes none" in sentence("clip", "--detector", "red")
         line = sentence("resnet", "--boxes", "ground_truth")
-        assert "takes no patch mask; evaluate with --boxes none, or train with --model.patch_mask_pooling true" in line
+        assert (
+            "does not support patch masks; evaluate with --boxes none, or train with --model.patch_mask_pooling true"
+            in line
+        )
         line = sentence("clip", "--boxes", "detector", "--boxes_file", tmp_path / "none.jsonl")
         assert "none.jsonl does not exist; write it with python -m retrieval_rice.detector run" in line

@@ -106,9 +106,9 @@ class TestOtherData:
         main(run_step(shops[0], cache, detector_dir, output))
         before = output.read_bytes()
         main(run_step(shops[0], cache, detector_dir, output))
-        assert "0 clips (4 were there already)" in capsys.readouterr().out
+        assert "0 clips (4 existed already)" in capsys.readouterr().out
         line = refusal(*run_step(shops[1], cache, detector_dir, output))
-        assert "found in other pictures than those of the clip 'c0' of the test split; name another box file" in line
+        assert "of other pictures than those of the clip 'c0' of the test split; name another box file" in line
         assert output.read_bytes() == before
 
     def test_files_of_former_versions_are_continued(self, shops, cache, detector_dir, tmp_path, capsys):
@@ -121,7 +121,7 @@ class TestOtherData:
         output.write_text("".join(json.dumps(entry) + "\n" for entry in (header, *lines[:2])))
         capsys.readouterr()
         main(run_step(shops[0], cache, detector_dir, output))
-        assert "2 clips (2 were there already)" in capsys.readouterr().out
+        assert "2 clips (2 existed already)" in capsys.readouterr().out
         assert len(BoxFile(output)) == 4
 
     def test_eval_rice_refuses_an_output_dir_of_another_shop(
@@ -134,7 +134,7 @@ class TestOtherData:
 
         eval_rice.main(arguments(shops[0]))
         line = refusal(*arguments(shops[1]), program=eval_rice.main)
-        assert "out/boxes.jsonl has boxes that were found in other pictures than those of the clip 'c0'" in line
+        assert "out/boxes.jsonl has boxes of other pictures than those of the clip 'c0'" in line
 
     def test_another_detector_of_the_same_folder(self, shops, cache, save_detector, tmp_path, refusal):
         folder = save_detector(tmp_path / "detector")
@@ -227,12 +227,12 @@ class TestOtherModels:
 class TestLabels:
     def test_a_detector_of_several_classes_needs_labels(self, yolos, shops, cache, refusal):
         line = refusal("eval", "--dataset", shops[0], "--detector", yolos, "--device", "cpu")
-        assert f"{yolos} knows 3 classes (person, cup, bag), and its best box may be of anything but" in line
+        assert f"{yolos} has 3 classes (person, cup, bag), so its best box may not show the product" in line
         assert f"fine-tune it (python -m retrieval_rice.detector train --model {yolos})" in line
         line = refusal(
             "eval", "--dataset", shops[0], "--detector", yolos, "--device", "cpu", "--labels", "cup", "mugg"
         )
-        assert "has no class 'mugg' (--labels): it knows 3 classes (person, cup, bag)." in line
+        assert "has no class 'mugg' (--labels): it has 3 classes (person, cup, bag)." in line
 
     def test_only_boxes_of_these_classes_are_kept(self, yolos):
         frames = [Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))]

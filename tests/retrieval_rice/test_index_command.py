@@ -223,7 +223,7 @@ def test_an_approximate_index_is_built_kept_and_dropped(shop, checkpoint, tmp_pa
         (("--approximate", "none"), None, False),
     ):
         assert run(*arguments, *options) == 0
-        assert ("of the 10 nearest are found" in capsys.readouterr().out) == built
+        assert ("of the 10 nearest, measured" in capsys.readouterr().out) == built
         assert GalleryIndex.load(tmp_path / "index", shop.model).approximate_kind == kind
 
 
@@ -267,7 +267,7 @@ def test_versions_are_listed_and_restored(shop, checkpoint, tmp_path, capsys):
     "prepare, words",
     [
         (lambda folder: None, "there is no folder"),
-        (lambda folder: folder.mkdir(), "has neither pictures nor the files of a data set"),
+        (lambda folder: folder.mkdir(), "holds neither pictures nor the files of a data set"),
     ],
 )
 def test_mistakes_end_with_one_sentence(checkpoint, tmp_path, capsys, prepare, words):

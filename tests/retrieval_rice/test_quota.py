@@ -122,7 +122,7 @@ def test_requests_without_or_of_too_great_length_are_refused_unread(folder):
         server = Server()
         server.go_on.set()
         gate = make_gate(server, folder, LIMITS)
-        assert await post(gate, None) == (411, "The length of what is sent must be given.")
+        assert await post(gate, None) == (411, "The request must give its length (Content-Length).")
         status, words = await post(gate, OVERHEAD + 1001)
         assert status == 413 and words.startswith("This is 1 MB, more than")
         assert (await post(gate, OVERHEAD + 1, "/gradio_api/queue/join"))[0] == 413

@@ -238,7 +238,7 @@ def test_a_clip_that_is_cut_short_is_used_as_far_as_it_goes(tmp_path, caplog):
     assert "cut short" in caplog.text and "of 50 frames" in caplog.text
     with pytest.raises(FileNotFoundError, match="There is no video file"):
         recogniser().recognise(tmp_path / "missing.mp4")
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is not a file"):
         recogniser().recognise("rtsp://shop/1")
 
 
@@ -281,7 +281,7 @@ def test_refusals():
         recogniser(boxes="guess")
     with pytest.raises(ValueError, match="belong together"):
         recogniser(boxes="detector")
-    with pytest.raises(ValueError, match="takes none"):
+    with pytest.raises(ValueError, match="does not use them"):
         recogniser().recognise([picture("red")], boxes=[None])
     with pytest.raises(ValueError, match="needs them"):
         recogniser(boxes="ground_truth").recognise([picture("red")])
@@ -347,7 +347,7 @@ def test_the_command_writes_table_lines_and_subtitles(shop, tmp_path, capsys):
     for pair in (files[:2], files[2:]):
         with pytest.raises(SystemExit):
             rice(path, *options(shop), *pair)
-        assert f"{pair[0]} {pair[1]} holds something already" in capsys.readouterr().err
+        assert f"{pair[0]} {pair[1]} is not empty" in capsys.readouterr().err
     cues = (tmp_path / "show.vtt").read_text()
     assert cues.startswith("WEBVTT\n\n00:00:00.000 --> ") and cues.count("-->") == 3 and "Cup, green (" in cues
 

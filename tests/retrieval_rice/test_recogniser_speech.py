@@ -251,11 +251,46 @@ def test_the_command_hears(shop, write_show, tones, tmp_path, capsys, monkeypatc
     files = ("--jsonl", tmp_path / "a.jsonl", "--vtt", tmp_path / "a.vtt")
     assert rice(shop, path, "--asr", "ear", "--language", "en", "--asr_after", "1", *files) == 0
     assert loaded == [("ear", "en", "cpu")]
-    assert "1 words heard" in capsys.readouterr().err
+    assert "1 words transcribed" in capsys.readouterr().err
     (line,) = map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())
     assert line["asr"] == "red" and (line["start_s"], line["end_s"]) == (0.0, 8.0)
     cues = (tmp_path / "a.vtt").read_text().split("\n\n")
     assert cues[1].endswith("%)") and cues[2].startswith("00:00:02.") and cues[2].endswith("\n(red)")
+
+
+class ToldEar(Ear):
+    """Says how many titles it expects."""
+
+    titles = ()
+
+    def expecting(self, titles):
+        ear = ToldEar()
+        ear.titles = list(titles)
+        return ear
+
+    def __call__(self, samples):
+        return [Word(0.0, 0.1, " ".join(self.titles) or "nothing")]
+
+
+@pytest.mark.parametrize(
+    "arguments, heard",
+    [((), "red mug blue mug"), (("--asr_hints", "titles"), "red mug blue mug"), (("--asr_hints", "none"), "nothing")],
+)
+def test_the_speech_model_expects_titles(shop, write_show, tones, tmp_path, capsys, monkeypatch, arguments, heard):
+    monkeypatch.setattr("retrieval_rice.stream.speech_models.load_transcriber", lambda *settings: ToldEar())
+    path = write_show("show.mkv", [GREY] * 4, tones((0.5, 4)))
+    assert rice(shop, path, "--asr", "ear", "--jsonl", tmp_path / "a.jsonl", *arguments) == 0
+    assert json.loads((tmp_path / "a.jsonl").read_text())["asr"] == heard
+    told = "the speech model gets the words of 2 titles of the shop as hints"
+    assert (told in capsys.readouterr().err) == (heard != "nothing")
+
+
+def test_hints_for_a_speech_model_that_takes_none(shop, write_show, capsys, monkeypatch):
+    monkeypatch.setattr("retrieval_rice.stream.speech_models.load_transcriber", lambda *settings: Ear())
+    path = write_show("bare.mkv", [GREY] * 2)
+    with pytest.raises(SystemExit) as end:
+        rice(shop, path, "--asr", "ear", "--asr_hints", "titles")
+    assert end.value.code == 2 and "--asr_hints titles needs a faster-whisper model" in capsys.readouterr().err
 
 
 def test_the_command_reads_subtitles(shop, write_show, tmp_path, capsys):
@@ -271,7 +306,7 @@ def test_no_sound_is_said_once_and_the_picture_goes_on(shop, write_show, tmp_pat
     for source in (write_show("bare.mkv", [GREY] * 5), tmp_path):
         assert rice(shop, source, "--asr", "ear") == 0
         captured = capsys.readouterr()
-        assert captured.err.count("has no sound; it is recognised by its pictures alone") == 1
+        assert captured.err.count("has no sound; only its pictures are used") == 1
         assert len(captured.out.strip().splitlines()) == 2
 
 
@@ -280,8 +315,11 @@ def test_no_sound_is_said_once_and_the_picture_goes_on(shop, write_show, tmp_pat
     [
         (["--asr", "nowhere/at/all"], "There is no folder nowhere/at/all with a speech model"),
         (["--subtitles", "nowhere.srt"], "There is no subtitle file nowhere.srt"),
-        (["--subtitles", "track"], "holds no subtitles in text"),
+        (["--subtitles", "track"], "holds no text subtitles"),
         (["--language", "en"], "--language belongs to --asr"),
+        (["--asr_hints", "none"], "--asr_hints belongs to --asr"),
+        (["--asr_hints", "prices"], "invalid choice: 'prices'"),
+        (["--subtitles", "track", "--asr_hints", "titles"], "--asr_hints belongs to --asr"),
         (["--asr_before", "3"], "--asr_before belongs to --asr or --subtitles"),
         (["--subtitles", "track", "--asr_after", "-1"], "--asr_after must be a number of seconds"),
         (["--subtitles", "track", "--language", "en"], "--language belongs to --asr"),

@@ -88,7 +88,7 @@ def test_clips_get_what_is_said_in_their_part(data, ears, capsys):
     assert (header["model"], header["language"]) == ("ear", "auto")
     assert line == {"split": "validation", "clip_id": "a", "asr": "at2", "language": "en", "before": ""}
     out = capsys.readouterr().out
-    assert "validation: 5 clips; 1 heard, 1 with ASR of their own, 2 without sound" in out
+    assert "validation: 5 clips; 1 transcribed, 1 with their own ASR, 2 without sound" in out
     assert "not read: e (" in out and "gone.mkv" in out
 
 
@@ -102,6 +102,52 @@ def test_the_same_command_goes_on(data, ears):
     write_rows(data, [rows[0] | {"asr": "by hand"}, *rows[1:]])
     transcribe(data)
     assert rows_of(data)[0]["asr"] == "by hand" and ears[-1].heard == 0
+
+
+class ToldEar(Ear):
+    """Hears which titles it expects."""
+
+    titles = ()
+
+    def expecting(self, titles):
+        ear = ToldEar(self.name, self.language or "auto")
+        ear.titles = titles
+        return ear
+
+    def __call__(self, samples):
+        return [Word(0.0, 0.1, "+".join(self.titles) or "nothing")]
+
+
+@pytest.fixture
+def told(data, monkeypatch):
+    """Clips of two livestreams with titles."""
+    monkeypatch.setattr("retrieval_rice.stream.speech_models.load_transcriber", ToldEar)
+    images = [("g", "x", "red mug"), ("h", "x", ""), ("i", "y", "blue mug")]
+    rows = [{"gallery_id": i, "live_id": live, "title": title, "image": f"{i}.jpg"} for i, live, title in images]
+    (data / "gallery.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    a, b = rows_of(data)[:2]
+    write_rows(
+        data, [a | {"live_id": "x"}, a | {"query_id": "b", "live_id": "y"}, b | {"query_id": "c", "live_id": "z"}]
+    )
+    return data
+
+
+def test_each_livestream_expects_its_own_titles(told):
+    transcribe(told)
+    assert [row["asr"] for row in rows_of(told)] == ["red mug+", "blue mug", "own"]
+    assert transcripts(told)[0]["hints"] == "titles"
+
+
+def test_transcripts_with_and_without_hints_are_not_mixed(told, capsys):
+    transcribe(told, "--asr_hints", "none")
+    assert rows_of(told)[0]["asr"] == "nothing" and transcripts(told)[0]["hints"] == "none"
+    with pytest.raises(SystemExit):
+        transcribe(told)
+    assert "the language auto and the hints none; give --overwrite" in capsys.readouterr().err
+    # A file of before there were hints goes on without them.
+    header, *lines = (told / "transcripts.jsonl").read_text().splitlines()
+    (told / "transcripts.jsonl").write_text("\n".join([header.replace(', "hints": "none"', ""), *lines]) + "\n")
+    assert transcribe(told, "--asr_hints", "none") == 0
 
 
 def test_what_was_heard_before_an_interruption_is_not_heard_again(data, ears, monkeypatch):
@@ -127,7 +173,10 @@ def test_another_model_only_in_its_place(data, ears, capsys, monkeypatch):
     transcribe(data)
     with pytest.raises(SystemExit) as end:
         transcribe(data, "--language", "en")
-    assert end.value.code == 2 and "was begun with the model ear and the language auto" in capsys.readouterr().err
+    assert (
+        end.value.code == 2
+        and "was begun with the model ear, the language auto and the hints none" in capsys.readouterr().err
+    )
     monkeypatch.setattr(Ear, "word", "on")
     transcribe(data, "--language", "en", "--overwrite")
     assert [row.get("asr") for row in rows_of(data)] == ["on2", "on1", None, None, None]
@@ -144,7 +193,10 @@ def test_another_model_only_in_its_place(data, ears, capsys, monkeypatch):
 
 
 def test_a_side_file_of_another_kind(data, ears, capsys):
-    for content, words in (("{}\n", "is no file of transcripts"), ('{"format": "rice transcripts"}\n{}\n', "line 2")):
+    for content, words in (
+        ("{}\n", "is not a file of transcripts"),
+        ('{"format": "rice transcripts"}\n{}\n', "line 2"),
+    ):
         (data / "transcripts.jsonl").write_text(content)
         with pytest.raises(SystemExit):
             transcribe(data, "--overwrite")
@@ -178,12 +230,25 @@ def test_lpr4m_by_clips_and_by_livestreams(tmp_path, ears, write_show, tones):
     assert file.read_text().splitlines()[1] == f"{clips[1]}\tat3"
 
 
+def test_lpr4m_expects_the_titles_of_a_livestream(tmp_path, monkeypatch, write_show, tones):
+    monkeypatch.setattr("retrieval_rice.stream.speech_models.load_transcriber", ToldEar)
+    file, clips = lpr4m(tmp_path)
+    notes = file.parent
+    (notes / "test_liveid_to_gallery.json").write_text(json.dumps({LIVE: ["p-0", "q-0"], "other": ["r-0"]}))
+    (notes / "test_image_title.txt").write_text("p-0\tred mug\nr-0\tcap\n")
+    (tmp_path / "sound").mkdir()
+    write_show(f"sound/{LIVE}.mkv", [GREY] * 15, tones((0.5, 15)))
+    transcribe(tmp_path, "--sound", tmp_path / "sound")
+    assert file.read_text().splitlines()[0] == f"{clips[0]}\tred mug+"
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (["--splits", "train"], "has no clips_train.jsonl"),
-        (["--sound", "nowhere"], "--sound nowhere is no folder"),
+        (["--sound", "nowhere"], "--sound nowhere is not a folder"),
         (["--language", "xx"], "does not know"),
+        (["--asr_hints", "all"], "invalid choice: 'all'"),
     ],
 )
 def test_refusals(data, capsys, monkeypatch, arguments, words):
@@ -202,7 +267,7 @@ def test_refusals_of_data(tmp_path, ears, capsys):
     lpr4m(tmp_path)
     for folder, arguments, words in (
         (tmp_path, [], "LPR4M has frames without sound"),
-        (tmp_path, ["--sound", tmp_path, "--splits", "train"], "--splits of LPR4M is test"),
+        (tmp_path, ["--sound", tmp_path, "--splits", "train"], "--splits of LPR4M must be test"),
         (tmp_path / "nowhere", [], "is neither a data set"),
     ):
         with pytest.raises(SystemExit):

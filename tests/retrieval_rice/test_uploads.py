@@ -125,7 +125,7 @@ def test_files_of_other_folders_are_neither_read_nor_deleted(folder, tmp_path):
     (folder / "link.png").symlink_to(secret)
     inside = picture(folder / "inside.png")
     for path in (secret, folder / "link.png", folder / ".." / "secret.png", tmp_path / "missing.png"):
-        assert refusal([path], folder) == "A file was not uploaded here or is gone by now; upload it again."
+        assert refusal([path], folder) == "A file was not uploaded here or was deleted meanwhile; upload it again."
     assert "not uploaded here" in refusal([inside, secret], folder)
     assert secret.is_file() and not (folder / "inside.png").exists()
 
@@ -147,9 +147,7 @@ def test_frames_of_a_longer_video_stay_few_and_evenly_spaced(folder, make_video,
 
 
 def test_a_video_that_is_too_long_or_has_large_frames_is_refused(folder, make_video):
-    assert (
-        refusal([make_video(30, 10)], folder, max_seconds=2) == "The video lasts 3 s, more than the 2 s that are read."
-    )
+    assert refusal([make_video(30, 10)], folder, max_seconds=2) == "The video lasts 3 s, more than the maximum of 2 s."
     assert "64 x 64 pixels" in refusal([make_video()], folder, max_pixels=1000)
 
 

@@ -31,7 +31,9 @@ def test_leaves_the_encoder_and_what_was_trained_on_it(command, words, encoder, 
     assert results(tmp_path / "run")["eval_fused_R@5"] > 0
 
 
-def test_goes_on_to_the_same_weights_after_an_interruption(command, words, monkeypatch, tmp_path):
+@pytest.mark.parametrize("changes", [[], ["--unfreeze_last_stage", "true"]])
+def test_goes_on_to_the_same_weights_after_an_interruption(command, words, changes, monkeypatch, tmp_path):
+    words = [*words, *changes]
     train_rice.main(command(tmp_path / "whole", *words))
     with monkeypatch.context() as patch:
         interrupt(patch, 4)
@@ -47,8 +49,15 @@ def test_workers_read_the_cache(command, words, tmp_path):
     assert_same_weights(tmp_path / "none", tmp_path / "two")
 
 
+def test_the_last_stage_of_an_encoder_is_trained_and_the_rest_left(command, words, encoder, tmp_path):
+    train_rice.main(command(tmp_path / "run", *words, "--unfreeze_last_stage", "true"))
+    trained = RiceModel.from_pretrained(tmp_path / "run").vision_model.state_dict()
+    for name, value in load_encoder(str(encoder)).state_dict().items():
+        assert (trained[name] == value).all() == ("layers.0." not in name and "post_layernorm" not in name), name
+
+
 def test_a_frozen_encoder_must_be_a_trained_one(refusal):
-    assert "name a pretrained one by --init_vision_from, which `rice encoder" in refusal(*CACHED)
+    assert "name a pretrained one with --init_vision_from, as `rice encoder" in refusal(*CACHED)
 
 
 def test_an_encoder_that_is_trained_is_refused(refusal, encoder):

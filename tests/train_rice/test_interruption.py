@@ -41,8 +41,8 @@ class TestInterruption:
             expected = disturbed / f"checkpoint-{int(newest.name.removeprefix('checkpoint-')) - save_steps}"
         with caplog.at_level(logging.INFO):
             train_rice.main(command(disturbed, *words))
-        assert f"Going on from {expected}." in caplog.text
-        assert (f"Passing over {newest}: it is half-written" in caplog.text) == bool(half_written)
+        assert f"Continuing from {expected}." in caplog.text
+        assert (f"Skipping {newest}: it is incomplete" in caplog.text) == bool(half_written)
         assert_same_weights(disturbed, tmp_path / "whole")
         for name, value in results(tmp_path / "whole").items():
             if "R@" in name or name == "eval_fusion_weight":
@@ -79,7 +79,7 @@ class TestInterruption:
         before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in copied.rglob("*") if path.is_file()}
         with caplog.at_level(logging.INFO):
             train_rice.main(command(copied))
-        assert f"The run in {copied} is finished, there is nothing to do." in caplog.text
+        assert f"The run in {copied} is finished; there is nothing to do." in caplog.text
         after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in copied.rglob("*") if path.is_file()}
         assert after == before
 
@@ -93,7 +93,7 @@ class TestInterruption:
         (copied / "checkpoint-4" / "optimizer.pt").unlink()
         asked = str(copied / "checkpoint-4")
         message = refusal("--resume_from_checkpoint", asked, output_dir=copied)
-        assert f"resume_from_checkpoint: {asked} is half-written or damaged (optimizer.pt is missing)" in message
+        assert f"resume_from_checkpoint: {asked} is incomplete or damaged (optimizer.pt is missing)" in message
 
 
 class TestDamage:
@@ -112,10 +112,10 @@ class TestDamage:
             (copied / "checkpoint-4" / name).write_bytes(content)
         with caplog.at_level(logging.INFO):
             train_rice.main(command(copied))
-        (warning,) = [text for text in caplog.messages if "Passing over" in text]
-        assert warning.startswith(f"Passing over {copied / 'checkpoint-4'}: it is half-written or damaged (")
+        (warning,) = [text for text in caplog.messages if "Skipping" in text]
+        assert warning.startswith(f"Skipping {copied / 'checkpoint-4'}: it is incomplete or damaged (")
         assert all(name in warning for name in names)
-        assert f"Going on from {copied / 'checkpoint-2'}." in caplog.messages
+        assert f"Continuing from {copied / 'checkpoint-2'}." in caplog.messages
         assert_same_weights(copied, finished)
 
     def test_best_checkpoint(self, refusal, copied):
@@ -129,7 +129,7 @@ class TestDamage:
         weights = best / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1])
         message = refusal(output_dir=copied)
-        assert f"its best checkpoint {best}, which is half-written or damaged (model.safetensors is cut" in message
+        assert f"its best checkpoint {best}, but it is incomplete or damaged (model.safetensors is cut" in message
 
 
 HOLD = """
@@ -190,7 +190,7 @@ class TestOneRunPerFolder:
         winner = 0 if both[0].returncode == 0 else 1
         assert both[winner].returncode == 0 and "Saved the model" in said[winner], said
         refused = f"in use by another training run (process id {both[winner].pid} on"
-        late = both[1 - winner].returncode == 0 and "is finished, there is nothing to do" in said[1 - winner]
+        late = both[1 - winner].returncode == 0 and "is finished; there is nothing to do" in said[1 - winner]
         assert late or (both[1 - winner].returncode == 2 and refused in said[1 - winner]), said
         assert_same_weights(tmp_path / "run", finished)
 

@@ -53,7 +53,7 @@ class TestProcesses:
         shutil.rmtree(folder / "checkpoint-4")
         for name in ("model.safetensors", "train_results.json"):
             (folder / name).unlink()
-        assert f"Going on from {folder / 'checkpoint-2'}." in run()
+        assert f"Continuing from {folder / 'checkpoint-2'}." in run()
         assert_same_weights(folder, undisturbed)
 
     @pytest.mark.slow

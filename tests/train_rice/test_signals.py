@@ -89,7 +89,9 @@ def test_ends_with_a_sentence(start, tmp_path, number, workers):
     wait_for(run / "checkpoint-2", processes)
     (said,) = end(processes, number, group=True)
     last = said.strip().splitlines()[-1]
-    assert last.startswith(f"train_rice.py: stopped by {number.name}; run the same command again to go on from {run}/")
+    assert last.startswith(
+        f"train_rice.py: stopped by {number.name}; run the same command again to continue from {run}/"
+    )
     assert not (run / "model.safetensors").exists()
 
 
@@ -132,7 +134,7 @@ def test_last_checkpoint_goes_on_to_the_same_weights(command, tmp_path, monkeypa
             train_rice.main(command(stopped, *words, "--save_on_signal", "true"))
     assert end.value.code == 143
     last = stopped / f"checkpoint-{checkpoint}"
-    said = f"stopped by SIGTERM; run the same command again to go on from {last}."
+    said = f"stopped by SIGTERM; run the same command again to continue from {last}."
     assert said in capsys.readouterr().err
     train_rice.main(command(stopped, *words))
     assert_same_weights(stopped, whole)
@@ -160,7 +162,7 @@ def test_validation_is_finished_when_its_workers_get_the_signal_too(command, tmp
         with pytest.raises(SystemExit) as end:
             train_rice.main(command(stopped, *words, "--save_on_signal", "true"))
     assert sent and end.value.code == 143
-    assert f"run the same command again to go on from {stopped}/checkpoint-2." in capsys.readouterr().err
+    assert f"run the same command again to continue from {stopped}/checkpoint-2." in capsys.readouterr().err
     train_rice.main(command(stopped, *words))
     assert_same_weights(stopped, whole)
 

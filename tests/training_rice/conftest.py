@@ -13,7 +13,10 @@ from data_rice.features import clip_row, gallery_features, pair_features, query_
 from modeling_rice import RiceConfig, RiceModel
 from processing_rice import build_processor, train_tokenizer
 from tests.training_rice.texts import WORDS
-from training_rice.arguments import RiceTrainingArguments
+from training_rice.arguments import DataArguments, RiceTrainingArguments
+from training_rice.feature_cache_encoding import cache_features
+from training_rice.setup import build_collators
+from training_rice.trainer import RiceTrainer
 
 CLIP_VISION = {
     "model_type": "clip_vision_model",
@@ -31,6 +34,8 @@ RESNET = {
     "depths": [1, 1],
     "layer_type": "basic",
 }
+
+PLAIN = {"num_frames": 2, "frame_sampling": "random", "train_num_frames": 1}
 
 
 @pytest.fixture
@@ -148,3 +153,42 @@ def text_pairs(pairs):
 def text_validation(validation):
     queries, gallery, scope = validation
     return _named(queries, "asr", [f"we sell {words}" for words in WORDS]), _named(gallery, "title", WORDS), scope
+
+
+@pytest.fixture
+def make_trainer(make_model, processor, pairs, validation, tmp_path):
+    """A function that builds a trainer of a frozen encoder, on a cache or on pictures."""
+
+    def make(settings=None, *, cached: bool, data=None, views=None, model=None, **overrides) -> RiceTrainer:
+        if cached:
+            overrides = {"cache_vision_features": True, "cached_precision": "fp32", **overrides}
+        run = {
+            "output_dir": str(tmp_path / "run"),
+            "use_cpu": True,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "per_device_train_batch_size": 6,
+            "learning_rate": 1e-2,
+            "max_steps": 4,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "freeze_vision": True,
+        }
+        training = RiceTrainingArguments(**{**run, **overrides})
+        data = DataArguments(cache_dir=str(tmp_path / "cache"), **{**PLAIN, **(data or {})})
+        rows, views = views or (pairs, validation)
+        model = model or make_model(settings)
+        collators = build_collators(data, processor, str(tmp_path / "failures.jsonl"))
+        if cached:
+            rows, views, *collators = cache_features(model, rows, views, tuple(collators), data, training)
+        return RiceTrainer(
+            model=model,
+            args=training,
+            train_dataset=rows,
+            eval_dataset=views,
+            data_collator=collators[0],
+            eval_collator=collators[1],
+            processing_class=processor,
+        )
+
+    return make

@@ -48,7 +48,7 @@ class TestCheckpoints:
         assert find_checkpoint(training) == whole
         (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         assert newest in warning
-        assert "half-written" in warning
+        assert "incomplete" in warning
         assert name.partition(".")[0] in warning or damage == "cut"
 
     def test_asked_for(self, training, write_checkpoint):
@@ -59,7 +59,7 @@ class TestCheckpoints:
         write_checkpoint(4)
         asked = write_checkpoint(6)
         cut(Path(asked) / "model.safetensors")
-        with pytest.raises(ValueError, match=f"{asked} is half-written .*choose an earlier one"):
+        with pytest.raises(ValueError, match=f"{asked} is incomplete .*choose an earlier one"):
             find_checkpoint(dataclasses.replace(training, resume_from_checkpoint=asked))
 
     def test_asked_for_and_missing(self, training):

@@ -9,59 +9,9 @@ from datasets import Dataset
 from data_rice.features import pair_features
 from modeling_rice import RiceModel
 from tests.data_rice.conftest import write_video  # noqa: F401
+from tests.training_rice.runs import run
 from tests.training_rice.texts import TEXT
-from training_rice.arguments import DataArguments, RiceTrainingArguments
-from training_rice.feature_cache_encoding import cache_features
-from training_rice.setup import build_collators
-from training_rice.trainer import RiceTrainer
-
-PLAIN = {"num_frames": 2, "frame_sampling": "random", "train_num_frames": 1}
-
-
-@pytest.fixture
-def make_trainer(make_model, processor, pairs, validation, tmp_path):
-    """A function that builds a trainer of a frozen encoder, on a cache or on pictures."""
-
-    def make(settings=None, *, cached: bool, data=None, views=None, model=None, **overrides) -> RiceTrainer:
-        if cached:
-            overrides = {"cache_vision_features": True, "cached_precision": "fp32", **overrides}
-        run = {
-            "output_dir": str(tmp_path / "run"),
-            "use_cpu": True,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "per_device_train_batch_size": 6,
-            "learning_rate": 1e-2,
-            "max_steps": 4,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "freeze_vision": True,
-        }
-        training = RiceTrainingArguments(**{**run, **overrides})
-        data = DataArguments(cache_dir=str(tmp_path / "cache"), **{**PLAIN, **(data or {})})
-        rows, views = views or (pairs, validation)
-        model = model or make_model(settings)
-        collators = build_collators(data, processor, str(tmp_path / "failures.jsonl"))
-        if cached:
-            rows, views, *collators = cache_features(model, rows, views, tuple(collators), data, training)
-        return RiceTrainer(
-            model=model,
-            args=training,
-            train_dataset=rows,
-            eval_dataset=views,
-            data_collator=collators[0],
-            eval_collator=collators[1],
-            processing_class=processor,
-        )
-
-    return make
-
-
-def run(trainer: RiceTrainer) -> tuple[list[float], dict[str, float], dict[str, torch.Tensor]]:
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    metrics = {name: value for name, value in trainer.evaluate().items() if "R@" in name}
-    return losses, metrics, trainer.model.state_dict()
+from training_rice.arguments import RiceTrainingArguments
 
 
 def boxed(pairs: Dataset) -> Dataset:
@@ -162,7 +112,7 @@ class TestPass:
         # 20 frames and 12 images to train on, 12 and 6 to validate on, and one to learn the size.
         assert sum(encoded) == 51
         # 16 patches and the global feature, of 32 numbers each.
-        assert f"Up to 50 pictures go through the encoder once; what it makes of them, {50 * 17 * 32 * 4:,} bytes" in (
+        assert f"Up to 50 pictures go through the encoder once; their encodings, {50 * 17 * 32 * 4:,} bytes" in (
             caplog.text
         )
         encoded.clear()
@@ -184,7 +134,7 @@ class TestPass:
         with caplog.at_level(logging.INFO):
             make_trainer(cached=True, model=model)
         assert sum(encoded) == 51
-        assert "was made with another encoder: the pictures of this run's clips are encoded anew" in caplog.text
+        assert "was made with another encoder: the pictures of this run's clips are encoded again" in caplog.text
 
     def test_goes_on_after_an_interruption(self, make_trainer, encoded, monkeypatch, tmp_path):
         monkeypatch.setattr("training_rice.feature_cache.ROWS_PER_BLOCK", 8)
@@ -267,11 +217,11 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "data, overrides, message",
         [
-            ({"streaming": True}, {}, "cache_vision_features: streaming reads rows when they are needed"),
-            ({"frame_sampling": "visible"}, {}, "frame_sampling visible asks for boxes"),
-            ({"use_boxes": True, "frames_without_box": "drop"}, {}, "frames_without_box drop looks at"),
+            ({"streaming": True}, {}, "cache_vision_features: streaming reads rows on demand"),
+            ({"frame_sampling": "visible"}, {}, "frame_sampling visible needs boxes"),
+            ({"use_boxes": True, "frames_without_box": "drop"}, {}, "frames_without_box drop depends on"),
             ({"augment_jitter": 0.2}, {}, "need several views of each: set cached_views"),
-            ({}, {"cached_views": 4}, "cached_views 4 asks for views that all look the same"),
+            ({}, {"cached_views": 4}, "cached_views 4 would give equal views"),
         ],
     )
     def test_name_what_does_not_go_together(self, make_trainer, data, overrides, message):

@@ -111,7 +111,7 @@ class TestWhatElseIsTaken:
 
     def test_projection_of_another_width_starts_at_random(self, build):
         model, text = build(projection_dim=8, use_decoder=False)
-        assert "clip: encoder. At random: projection." in text
+        assert "clip: encoder. Random: projection." in text
         assert model.visual_projection.weight.std() < 0.1
 
     def test_projection_of_an_encoder_alone(self, clip_vision_config, tmp_path):
@@ -144,12 +144,12 @@ class TestWhatElseIsTaken:
 
     def test_decoder_of_another_width_starts_at_random(self, build):
         model, text = build(projection_dim=32)
-        assert "At random: projection, decoder." in text
+        assert "Random: projection, decoder." in text
         assert model.decoder.self_layers[0].mlp.fc1.weight.std() < 0.1
 
     def test_decoder_with_more_blocks_than_the_encoder(self, build):
         assert (
-            "At random: projection, decoder."
+            "Random: projection, decoder."
             in build(decoder_token_source="raw", decoder_num_self_layers=3, projection_dim=8)[1]
         )
 

@@ -33,6 +33,9 @@ class TestSetup:
         processor = build_rice_processor(arguments, data, model.config, WORDS)
         assert len(processor.tokenizer) <= 450 and processor.tokenizer.model_max_length == 24
         check_text(data, model.config, processor.tokenizer)
+        # What a speech model writes is what was learned from.
+        said, heard = processor(asr=["red dress"]), processor(asr=["Red Dress!"])
+        assert said["asr_input_ids"].tolist() == heard["asr_input_ids"].tolist()
 
     def test_a_pretrained_one_brings_weights_and_tokenizer(self, model_settings, tmp_path):
         tokenizer = train_tokenizer(["other words"] * 9, vocab_size=400)
@@ -94,7 +97,7 @@ class TestSetup:
         with pytest.raises(ValueError, match="use_text needs a text encoder: set model.text_config"):
             check_text(DataArguments(use_text=True), make_model().config, processor.tokenizer)
         small = make_model(text_config=TEXT | {"vocab_size": 9}).config
-        with pytest.raises(ValueError, match=r"the tokenizer has \d+ entries, but the text encoder 9"):
+        with pytest.raises(ValueError, match=r"the tokenizer has \d+ entries, but the text encoder has 9"):
             check_text(DataArguments(use_text=True), small, processor.tokenizer)
         both = ModelArguments(model=model_settings | {"text_config": TEXT}, init_text_from=str(tmp_path))
         with pytest.raises(ValueError, match="init_text_from and model.text_config both name"):
@@ -196,5 +199,5 @@ class TestChunks:
 
     def test_the_score_level_term_is_refused(self, make_model, processor, text_pairs, tmp_path):
         batch = RiceCollator(processor, use_text=True)([text_pairs[i] for i in range(6)])
-        with pytest.raises(ValueError, match="grad_cache_chunk does not work with the score-level text term"):
+        with pytest.raises(ValueError, match="grad_cache_chunk does not support the score-level text term"):
             GradCache(2)(text_model(make_model), batch)

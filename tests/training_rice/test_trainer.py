@@ -306,7 +306,7 @@ class TestEvaluation:
 
     @pytest.mark.parametrize("name", ["eval_fused_R@1", "eval_loss", "R@1", "embedding_R@2"])
     def test_a_metric_that_is_not_measured_is_refused_at_the_start(self, make_trainer, make_model, name):
-        with pytest.raises(ValueError, match=f"metric_for_best_model {name} is not measured of this model: choose"):
+        with pytest.raises(ValueError, match=f"metric_for_best_model {name} is not measured for this model: choose"):
             make_trainer(model=make_model(use_decoder=False), validate=True, metric_for_best_model=name)
         make_trainer(validate=True, metric_for_best_model="matching_R@5")
 

@@ -109,7 +109,7 @@ def test_alpha_is_checked():
 
 def test_rows_without_livestreams(make_trainer, pairs):
     rows = pairs.map(lambda row: row | {"live_id": ""})
-    with pytest.raises(ValueError, match="carry no live_id, which the same_live sampler needs"):
+    with pytest.raises(ValueError, match="have no live_id, which the same_live sampler needs"):
         make_trainer(rows, batch_sampler="same_live").train()
 
 

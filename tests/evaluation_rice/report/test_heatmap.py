@@ -78,7 +78,7 @@ def test_equal_weights_have_no_heat():
 def test_models_that_reconstruct_nothing_are_refused():
     without = SimpleNamespace(reconstruction_maps=None, reconstruction_head=None)
     assert not has_maps(without) and not has_maps(object()) and has_maps(Reconstructing())
-    with pytest.raises(ValueError, match="reconstructs no patches"):
+    with pytest.raises(ValueError, match="no patch reconstruction"):
         pair_maps(without, {})
 
 

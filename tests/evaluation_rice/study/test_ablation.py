@@ -133,7 +133,10 @@ def test_without_time_the_cells_are_said_to_be_not_run(project, capsys):
     assert {cell["reason"] for cell in summary["not_run"]} >= {"not run: start of seed 3 is missing"}
     text = capsys.readouterr().out
     assert "| good/fused against plain/embedding | not run |" in text
-    assert "no ablation.png, as there is no result yet" in text and not (project.folder / "out/ablation.png").exists()
+    assert (
+        "no ablation.png, because there is no result yet" in text
+        and not (project.folder / "out/ablation.png").exists()
+    )
 
 
 def test_why_the_start_failed_is_told(project):
@@ -172,8 +175,8 @@ def test_arms_of_another_start_are_not_mixed(finished):
         finished(changed)
     assert stop.value.code == 1
     assert finished.summary()["arms"] == {} and finished.summary()["comparisons"][0].keys() == {"left", "right"}
-    assert "out/start/seed3 is of other settings: remove it" in finished.reasons()["start", 3]
-    both = "out/good/seed4 goes on from out/start/seed4, which is of other settings: remove both"
+    assert "out/start/seed3 has other settings: remove it" in finished.reasons()["start", 3]
+    both = "out/good/seed4 depends on out/start/seed4, which has other settings: remove both"
     assert both in finished.reasons()["good", 4]
 
     # The start alone is removed and trained anew: what the arms went on from is on record.
@@ -181,7 +184,7 @@ def test_arms_of_another_start_are_not_mixed(finished):
     with pytest.raises(SystemExit):
         finished(changed)
     assert finished.summary()["arms"] == {}
-    assert "out/good/seed4 went on from start of other settings: remove it" in finished.reasons()["good", 4]
+    assert "out/good/seed4 used start with other settings: remove it" in finished.reasons()["good", 4]
 
     shutil.rmtree(finished.folder / "out")
     assert finished(changed)["arms"] == former["arms"]
@@ -192,7 +195,7 @@ def test_an_evaluation_of_a_changed_model_is_not_mixed(finished):
     with pytest.raises(SystemExit):
         finished({**STUDY, "arms": arms})
     assert set(finished.summary()["arms"]) == {"good"}
-    assert "out/again/seed3 goes on from out/plain/seed3, which is of other settings" in finished.reasons()["again", 3]
+    assert "out/again/seed3 depends on out/plain/seed3, which has other settings" in finished.reasons()["again", 3]
     # Also told when this arm was not asked for.
     with pytest.raises(SystemExit):
         finished({**STUDY, "arms": arms}, "--arms", "good")
@@ -269,7 +272,7 @@ def test_seeds_of_an_arm_on_other_clips_are_not_averaged(finished):
         ("query_ranks.jsonl", None, "query_ranks.jsonl is missing: run eval_rice.py again."),
         ("query_ranks.jsonl", '{"query_id": "a", "embedding": 1}\n{"quer', "line 2: not valid JSON"),
         ("query_ranks.jsonl", '{"query_id": "a"}\n', "lacks the embedding of a clip"),
-        ("results.json", '{"protocol": [', "results.json is no whole results file"),
+        ("results.json", '{"protocol": [', "results.json is no complete results file"),
     ],
 )
 def test_a_cell_whose_results_cannot_be_read_is_told(finished, name, content, words):
@@ -308,27 +311,43 @@ def test_chosen_arms_bring_the_model_they_need(project):
     assert {cell["arm"] for cell in summary["not_run"]} == {"good"}
 
 
+def test_an_arm_may_have_some_of_the_seeds(project):
+    arms = STUDY["arms"] | {"good": {**STUDY["arms"]["good"], "seeds": [4]}}
+    arms |= {"better": {"model_of": "good", "eval": {"bonus": 1}}}
+    summary = project({**STUDY, "arms": arms})
+    assert list(summary["arms"]["plain"]["embedding"]["by_seed"]) == ["3", "4"]
+    assert list(summary["arms"]["good"]["embedding"]["by_seed"]) == ["4"]
+    # It has those of its model.
+    assert list(summary["arms"]["better"]["embedding"]["by_seed"]) == ["4"]
+    assert summary["comparisons"][0]["seeds"] == [4] and not summary["not_run"]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"arms": {"a": {"seeds": [5]}}}, "arm 'a' of study.yaml: the study has no seed 5, but 3, 4"),
+        (
+            {"arms": {"a": {"seeds": [3]}, "b": {"model_of": "a", "seeds": [4]}}},
+            "arm 'b' of study.yaml: arm 'a' has no seed 4, but 3",
+        ),
         ({"arm": {}}, "unknown key 'arm'"),
         ({"arms": {"a": {"trian": {}}}}, "arm 'a' of .* unknown key 'trian'"),
         ({"arms": {}}, "lacks 'arms'"),
-        ({"comparisons": [["good/best", "plain/fused"]]}, "'good/best' is no ARM/SCORE"),
+        ({"comparisons": [["good/best", "plain/fused"]]}, "'good/best' is not ARM/SCORE"),
         ({"comparisons": ["good"]}, "a comparison is"),
-        ({"seeds": ["one"]}, "study.yaml: seeds are whole numbers"),
-        ({"seeds": []}, "study.yaml: seeds are whole numbers"),
-        ({"seeds": 12}, "study.yaml: seeds are whole numbers"),
-        ({"seeds": [1, 1]}, "study.yaml: seeds are .* each once"),
+        ({"seeds": ["one"]}, "study.yaml: seeds must be at least one whole number"),
+        ({"seeds": []}, "study.yaml: seeds must be at least one whole number"),
+        ({"seeds": 12}, "study.yaml: seeds must be at least one whole number"),
+        ({"seeds": [1, 1]}, "study.yaml: seeds must be .* each once"),
         ({"max_minutes": "long"}, "study.yaml: max_minutes must be a number"),
         ({"max_minutes": -1}, "study.yaml: max_minutes must be a number"),
-        ({"recipe": ["a"]}, "study.yaml: recipe must be a text"),
+        ({"recipe": ["a"]}, "study.yaml: recipe must be text"),
         ({"arms": ["a"]}, "study.yaml: arms must be a mapping"),
         ({"arms": {"a": {"train": 3}}}, "arm 'a' of study.yaml: train must be a mapping"),
         ({"arms": {"a": {"eval": [3]}}}, "arm 'a' of study.yaml: eval must be a mapping"),
         ({"arms": {"a": {"train": {"b": [[1]]}}}}, "arm 'a' of study.yaml: train: b must be one value or a list"),
-        ({"arms": {"a": {"note": [3]}}}, "arm 'a' of study.yaml: note must be a text"),
-        ({"arms": {"a": {}, "b": {"model_of": ["a"]}}}, "arm 'b' of study.yaml: model_of must be a text"),
+        ({"arms": {"a": {"note": [3]}}}, "arm 'a' of study.yaml: note must be text"),
+        ({"arms": {"a": {}, "b": {"model_of": ["a"]}}}, "arm 'b' of study.yaml: model_of must be text"),
         ({"arms": {"start": {}}}, "arm 'start' of study.yaml: the name"),
         ({"arms": {"../a": {}}}, "arm '../a' of study.yaml: the name"),
         ({"arms": {"..": {}}}, "arm '..' of study.yaml: the name"),

@@ -134,7 +134,7 @@ def test_refusals(collator, shop):
     with pytest.raises(ValueError, match="no clip of this split has a true box"):
         measure(Looking(), collator, bare, shop.gallery)
     odd = SimpleNamespace(attention_maps=lambda **_: torch.ones(1, 4, 2, 3))
-    with pytest.raises(ValueError, match="3 patches are no square grid"):
+    with pytest.raises(ValueError, match="3 patches are not a square grid"):
         clip_shares(odd, collator, shop.queries[0], [shop.gallery[0]])
 
 
@@ -216,4 +216,4 @@ def test_the_command_refuses_a_model_without_decoder_in_one_sentence(command, ca
     with pytest.raises(SystemExit) as end:
         command(SimpleNamespace(config=SimpleNamespace(use_decoder=False), match=None))
     assert end.value.code == 2
-    assert capsys.readouterr().err.strip().endswith("attends to no clip: name one trained with it.")
+    assert capsys.readouterr().err.strip().endswith("no attention to clips: name a model trained with one.")

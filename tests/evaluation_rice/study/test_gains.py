@@ -127,13 +127,13 @@ def test_the_result_is_written_as_json(write, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["{one}", "{two}", "--score", "matching"], "has no score 'matching' of every clip, but embedding, fused"),
-        (["{one}", "{other}"], "unlike protocols: task_sha256 is 'abc' and 'another'"),
+        (["{one}", "{two}", "--score", "matching"], "lacks 'matching' scores of some clips; it has embedding, fused"),
+        (["{one}", "{other}"], "different protocols: task_sha256 is 'abc' and 'another'"),
         (["{one}", "nowhere"], "nowhere has no results.json: name the folder of an evaluation by eval_rice.py, or"),
         (["{one}", "{two}", "--output", "{one}"], "one is a folder: name a file in it."),
         (["{one}", "{two}", "--output", "{one}/results.json/x"], "results.json is a file: name another folder."),
         (["{one}", "X=nowhere"], "X=nowhere has no results.json"),
-        (["{renamed}", "{renamed}"], "has other clips than the evaluation: name the folder"),
+        (["{renamed}", "{renamed}"], "has other clips than the evaluation: name the evaluated folder"),
     ],
 )
 def test_refusals(write, capsys, arguments, words):

@@ -111,7 +111,7 @@ def test_a_score_that_some_seeds_lack_is_the_mean_of_the_others(write, tmp_path)
 )
 def test_unlike_protocols_are_refused(write, change, words):
     entries = [table.read_entry(write("one")), table.read_entry(write("two", **change))]
-    with pytest.raises(ValueError, match=f"one and .*two are of unlike protocols: {words}"):
+    with pytest.raises(ValueError, match=f"one and .*two have different protocols: {words}"):
         table.markdown(entries)
 
 
@@ -121,8 +121,8 @@ def test_unlike_protocols_are_refused(write, change, words):
         (None, "query_ranks.jsonl is missing: run eval_rice.py again."),
         ('{"query_id": "a", "embedding": 1', "query_ranks.jsonl, line 1: not valid JSON .*: run eval_rice.py again."),
         ('{"embedding": 1}', "query_ranks.jsonl, line 1: no query_id: run eval_rice.py again."),
-        ('{"query_id": "q0", "matching": 1}', "has no score 'embedding' of every clip, but matching: name one."),
-        ('{"query_id": "q0", "embedding": 1}', "query_ranks.jsonl is of other clips than"),
+        ('{"query_id": "q0", "matching": 1}', "lacks 'embedding' scores of some clips; it has matching: name one."),
+        ('{"query_id": "q0", "embedding": 1}', "query_ranks.jsonl has other clips than"),
     ],
 )
 def test_hits_that_cannot_be_read_are_named(write, tmp_path, capsys, content, words):
@@ -175,7 +175,7 @@ def test_the_command_writes_the_table_and_tells_mistakes(write, tmp_path, capsys
     (tmp_path / "cut" / "results.json").write_text('{"protocol": {')
     for arguments, words in (
         ([str(tmp_path / "gone")], "has no results.json"),
-        ([str(tmp_path / "cut")], "no whole results file"),
+        ([str(tmp_path / "cut")], "no complete results file"),
         ([f"Later={tmp_path / 'gone'}"], "there is no result yet"),
         ([folder, "--output", str(tmp_path)], f"--output {tmp_path} is a folder: name a file in it."),
         ([folder, "--output", f"{folder}/results.json/a/b.md"], f"as {folder}/results.json is a file: name another"),

@@ -115,9 +115,9 @@ def test_the_commands_take_them(exported, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--precision", "bf16"], "--precision bf16: --towers are there in fp32 and int8."),
+        (["--precision", "bf16"], "--precision bf16: --towers support fp32 and int8 only."),
         (["--device", "cuda"], "--device cuda: --towers run on the CPU"),
-        (["--detector", "somewhere"], "--detector: --towers take no boxes"),
+        (["--detector", "somewhere"], "--detector: --towers do not support boxes"),
     ],
 )
 def test_options_that_do_not_go_together(exported, capsys, options, words):
@@ -134,7 +134,7 @@ def test_boxes_are_refused(exported):
     folder, processor = exported
     model = with_towers(load(folder), folder / "onnx")
     clips = processor(videos=[pictures(folder)[:1]], boxes=[[[0.0, 0.0, 0.5, 0.5]]])
-    with pytest.raises(ValueError, match="takes no boxes"):
+    with pytest.raises(ValueError, match="cannot use boxes"):
         model.encode_clips(**clips)
 
 

@@ -173,6 +173,6 @@ def test_the_page_says_what_boxes_are_for(demo):
         page = build_demo(demo)
         return next(block for block in page.blocks.values() if getattr(block, "elem_id", None) == "boxes").label
 
-    assert label() == "boxes (where the model looks)"
+    assert label() == "boxes (the model uses only these parts)"
     demo.model = SimpleNamespace(config=SimpleNamespace(accepts_patch_mask=False))
-    assert label() == "boxes (only drawn: this model takes none)"
+    assert label() == "boxes (only drawn: this model does not use boxes)"

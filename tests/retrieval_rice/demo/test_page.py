@@ -145,7 +145,7 @@ def test_columns_of_lists_and_data_sets(demo):
 
 def test_the_page_shows_the_right_product_first(callbacks):
     state, answer, frames, ranking, table, said, pair, picture, heat, words = callbacks.example("y", "none", 0)
-    assert "<b>title 1</b>" in answer and "the right product: rank 1" in answer and "no calibrated" in answer
+    assert "<b>title 1</b>" in answer and "the right product: rank 1" in answer and "not calibrated" in answer
     assert len(frames) == 2 and ranking.value and len(table) == 5 and table[0][1] == "p1"
     assert ("title", "in the title") in said
     assert len(heat) == 2 and pair.title == "title 1" and "All patches" in words
@@ -182,7 +182,7 @@ def test_refusals_are_shown_as_one_escaped_sentence(callbacks):
 
     with pytest.raises(gradio.Error) as error:
         _told(callbacks.upload)(["<img>.png"], "x", "none", "")
-    assert error.value.message == "A file was not uploaded here or is gone by now; upload it again."
+    assert error.value.message == "A file was not uploaded here or was deleted meanwhile; upload it again."
 
     def refuse():
         raise ValueError("a <script>\nof two lines")
@@ -216,7 +216,7 @@ def test_no_product_is_an_answer(callbacks, demo):
     recognition = demo.recognise(demo.example("x", 0), "x")
     assert recognition.answer.no_product
     words = answer_words(recognition, True)
-    assert words.startswith('<div id="answer">Not sure, or no product of this shop') and "no calibrated" not in words
+    assert words.startswith('<div id="answer">Not sure, or no product of this shop') and "not calibrated" not in words
 
 
 def test_no_gradients_are_kept(demo):

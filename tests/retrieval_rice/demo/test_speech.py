@@ -56,6 +56,28 @@ def test_an_upload_is_heard(hearing_demo, upload):
     assert pieces[0] == ("2 s ", "time") and "".join(piece for piece, _ in pieces[1:]) == "title 3 "
 
 
+def test_an_upload_is_heard_with_the_titles_of_the_shop_that_is_chosen(hearing_demo, upload):
+    class Ear:
+        titles, language = (), None
+
+        def expecting(self, titles):
+            ear = Ear()
+            ear.titles = list(titles)
+            return ear
+
+        def __call__(self, samples):
+            words = [Word(0.0, 0.1, f" {self.language} {len(self.titles)}")]
+            self.language = "en"
+            return words
+
+    hearing_demo.transcriber = Ear()
+    # Each upload has a language of its own.
+    assert hearing_demo.upload(upload((0.5, 6)), "x").row["asr"] == "None 5"
+    assert hearing_demo.upload(upload((0.5, 6))).row["asr"] == "None 10"
+    hearing_demo.expects_titles = False
+    assert hearing_demo.upload(upload((0.5, 6)), "x").row["asr"] == "None 0"
+
+
 def test_typed_words_stand_in_the_place_of_heard_ones(hearing_demo, upload):
     recognition = hearing_demo.recognise(hearing_demo.upload(upload((0.5, 6))), "", asr="blue shoe")
     assert recognition.row["asr"] == "blue shoe" and recognition.clip.words == []
@@ -73,7 +95,7 @@ def test_silence_pictures_and_a_failing_ear_leave_the_picture_as_it_is(hearing_d
 
     hearing_demo.transcriber = failing
     clip = hearing_demo.upload(upload((0.5, 6)))
-    assert clip.row["asr"] == "" and "The sound could not be heard (out of memory)." in clip.note
+    assert clip.row["asr"] == "" and "The sound could not be transcribed (out of memory)." in clip.note
 
 
 def test_the_sound_that_is_read_is_bounded(upload, tmp_path):
@@ -86,7 +108,7 @@ def test_the_sound_that_is_read_is_bounded(upload, tmp_path):
 
 def test_captions_tell_the_rank_without_words(hearing_demo, upload):
     hits = hearing_demo.recognise(hearing_demo.upload(upload((0.5, 6))), "").answer.hits
-    assert caption(hits[0], 1, [], "4").endswith(" (without words: 4)")
+    assert caption(hits[0], 1, [], "4").endswith(" (without speech: 4)")
     assert "without" not in caption(hits[0], 1, [], "1") and "without" not in caption(hits[0], 1, [])
 
 
@@ -95,14 +117,15 @@ def test_the_page_shows_words_and_times(hearing_demo, upload):
     from retrieval_rice.demo.app import Callbacks
 
     _, answer, _, _, _, said, *_ = Callbacks(hearing_demo).upload(upload((0, 2), (0.5, 1), (0, 3)), "", "none", "")
-    assert said[0] == ("2 s ", "time") and "without the words" in answer
+    assert said[0] == ("2 s ", "time") and "without speech" in answer
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (["--language", "en"], "--language belongs to --asr"),
-        (["--asr", "base", "--space", "x"], "--asr is for a server"),
+        (["--asr_hints", "titles"], "--asr_hints belongs to --asr"),
+        (["--asr", "base", "--space", "x"], "--asr works with a server"),
     ],
 )
 def test_arguments_that_would_do_nothing_are_refused(capsys, arguments, words):

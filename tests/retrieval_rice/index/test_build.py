@@ -158,7 +158,7 @@ def test_the_index_answers_while_it_is_replaced(build, shop, encoded, tmp_path):
     encoded.stop_after = None
     index = GalleryIndex.load(tmp_path / "index", shop.model, shop.processor)
     assert len(index) == 10 and index._newest.rooms().snapshot.state.dtype == "float16"
-    with pytest.raises(ValueError, match="is being built anew"):
+    with pytest.raises(ValueError, match="is being built again"):
         index.add(shop.rows[:1])
     assert len(build(output_dir=tmp_path / "index", dtype="float32")) == 10
     index.refresh()

@@ -174,7 +174,7 @@ def test_a_calibration_is_read_as_it_was_written():
     assert Calibration.from_dict(values) == Calibration(2.0, -1.0, [2.0])
     for change in ({"presence_prior": None}, {"other": 1}):
         broken = {name: value for name, value in {**values, **change}.items() if value is not None or name == "rerank"}
-        with pytest.raises(ValueError, match="a calibration has the fields"):
+        with pytest.raises(ValueError, match="a calibration must have the fields"):
             Calibration.from_dict(broken)
 
 
@@ -246,5 +246,5 @@ def test_too_few_transcripts_are_told():
     clips = simulate(400, np.random.default_rng(0))
     fitted = fit_with_words(clips, louder(clips[:5], 5.0))
     assert fitted.said is None and fitted.of_clip(True) is fitted
-    assert fitted.report["said"].startswith("not calibrated apart: calibration needs at least 10 clips")
+    assert fitted.report["said"].startswith("not calibrated separately: calibration needs at least 10 clips")
     assert "said" not in fit_with_words(clips, []).report

@@ -119,6 +119,17 @@ def found_scores(hits, image_id):
     return next(hit.embedding_score for hit in hits if hit.image_id == image_id)
 
 
+def test_titles_of_a_livestream_and_of_all(shop, build, tmp_path):
+    index = build()
+    assert index.titles() == [f"title {i}" for i in range(10)]
+    assert index.titles("y") == [f"title {i}" for i in range(1, 10, 2)] and index.titles("z") == []
+    # A picture that could not be read is not searched, and its title is not expected.
+    index.add([{"image_id": "p1", "title": "", "image": shop.rows[1]["image"], "live_id": "y"}])
+    index.add([{"image_id": "gone", "title": "gone", "image": str(tmp_path / "gone.png"), "live_id": "y"}])
+    assert index.titles("y")[:2] == ["", "title 3"] and "gone" not in index.titles()
+    assert GalleryIndex(shop.model).titles() == []
+
+
 def test_pictures_that_cannot_be_added_are_returned(shop, build, tmp_path):
     index = build()
     failures = index.add([{"image_id": "gone", "image": str(tmp_path / "gone.jpg")}])
@@ -271,7 +282,7 @@ def test_calibrating_reads_rows(shop, build):
     report = index.calibrate(queries, progress=False, rerank=5, false_accept_rate=0.5)
     assert report["num_present"] == 24 and [failure["id"] for failure in report["unreadable"]] == ["broken"]
     assert (index.calibration.rerank, index.calibration.ranking) == (5, "matching")
-    with pytest.raises(ValueError, match="ranked by matching scores, and these are ranked by embedding scores; cal"):
+    with pytest.raises(ValueError, match="ranked by matching scores, but these are ranked by embedding scores; cal"):
         index.search(shop.clips(1), rerank=0)
     index.model.config.ranking = "embedding"
     with pytest.raises(ValueError, match="calibrate it again, or rank by matching scores"):

@@ -152,7 +152,7 @@ def test_an_index_of_another_model_is_refused(folder, make_index_model):
 
 def test_another_index_is_not_overwritten(folder, shop):
     index = GalleryIndex.build(shop.model, shop.processor, shop.rows[:3], progress=False)
-    with pytest.raises(FileExistsError, match="is there already"):
+    with pytest.raises(FileExistsError, match="exists already"):
         index.save(folder)
     index.save(folder, overwrite=True)
     assert len(load(folder, shop)) == 3
@@ -192,7 +192,7 @@ def test_a_full_disk_leaves_what_was_there(folder, shop):
         # The kernel then refuses to write on, as it does where there is no room.
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
         try:
-            with pytest.raises(OSError, match="could not be written .*what was there before is unchanged") as error:
+            with pytest.raises(OSError, match="could not be written .*its previous version is unchanged") as error:
                 step()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -260,7 +260,7 @@ def test_a_flipped_bit_of_an_encoding_is_noticed(saved, folder, shop, size):
     place = data.index(stored[:16].tobytes())
     data[place] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="is damaged: 1 of the rows .* such as 'p0'; run the same `rice index` again"):
+    with pytest.raises(ValueError, match="is damaged: 1 row.* such as 'p0'; run the same `rice index` again"):
         load(folder, shop, cache_bytes=size).search(shop.clips(0), rerank=None)
     # Only that one is encoded anew.
     encode, count = shop.model.encode_gallery, []
@@ -284,10 +284,10 @@ STATE = State("f" * 32, calibration=Calibration(1.0, 0.0, [1.0]))
         ({"calibration": {**dataclasses.asdict(STATE.calibration), "weights": []}}, "one or two numbers"),
         ({"calibration": {**dataclasses.asdict(STATE.calibration), "rerank": 2.5}}, "rerank must be a whole number"),
         ({"calibration": {**dataclasses.asdict(STATE.calibration), "false_accept_rate": 2}}, "false_accept_rate must"),
-        ({"calibration": {"temperature": 1.0}}, "a calibration has the fields"),
+        ({"calibration": {"temperature": 1.0}}, "a calibration must have the fields"),
         ({"calibration": math.nan}, "it holds NaN"),
-        ({"model_fingerprint": ...}, "it says"),
-        ({"complete": 1}, "of complete is of the wrong kind"),
+        ({"model_fingerprint": ...}, "its metadata has "),
+        ({"complete": 1}, "a value of the wrong kind for complete"),
         ({"format": 99}, "its format is 99"),
     ],
 )
@@ -297,7 +297,7 @@ def test_what_a_table_says_of_itself_is_checked(change, words):
     metadata = {b"rice": text, b"rice.crc32": str(zlib.crc32(text)).encode()}
     with pytest.raises(ValueError, match=words):
         State.from_metadata(metadata)
-    with pytest.raises(ValueError, match="does not fit its checksum"):
+    with pytest.raises(ValueError, match="does not match the checksum"):
         State.from_metadata({**metadata, b"rice": text + b" "})
 
 

@@ -85,11 +85,11 @@ def test_a_file_is_fetched_also_where_it_moved(server, tmp_path):
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("/large", "url holds more than the 0.02 MB that are read."),
-        ("/packed", "url holds packed data, which is not read; upload the clip."),
+        ("/large", "url holds more than the maximum of 0.02 MB."),
+        ("/packed", "url holds compressed data, which are not supported; upload the clip."),
         ("/missing", "url cannot be fetched: its server answers with status 404."),
         ("/inside", "url names a server that is not public; upload the clip."),
-        ("/file", "url must be http://... or https://..., without a user's name."),
+        ("/file", "url must be http://... or https://..., without a user name."),
         ("/round", "url is redirected more than 3 times."),
     ],
 )

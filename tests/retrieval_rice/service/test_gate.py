@@ -78,7 +78,7 @@ def test_more_requests_than_are_taken_are_told_to_come_again(make_service, monke
     while "rice_queue 2.0" not in served.client.get("/metrics").text:
         pass
     refused = served.client.post("/v1/recognise", files=frame_files(1))
-    assert refusal(refused, 503).startswith("2 requests are in work") and int(refused.headers["retry-after"]) > 0
+    assert refusal(refused, 503).startswith("2 requests are in progress") and int(refused.headers["retry-after"]) > 0
     # Whoever asks for no work is answered.
     assert served.client.get("/healthz").json() == {"alive": True}
     go_on.set()
@@ -122,26 +122,26 @@ def test_unknown_addresses_and_methods_get_a_sentence(make_service):
     assert refusal(client.get("/"), 404) == "There is no such address here; see /openapi.json."
     assert refusal(client.get("/docs"), 404)
     answer = client.get("/v1/recognise")
-    assert refusal(answer, 405) == "This address takes other methods." and answer.headers["allow"] == "POST"
+    assert refusal(answer, 405) == "This address needs another method." and answer.headers["allow"] == "POST"
     # Behind a proxy a redirection would lead to an address of the service's own, without TLS.
     assert refusal(client.post("/v1/recognise/", follow_redirects=False), 404)
     assert client.get("/healthz", params={"seen": "1"}).status_code == 200
     # The body of an unknown length is not read.
     answer = client.post("/v1/recognise", content=iter([b"x"]))
-    assert refusal(answer, 411) == "The length of what is sent must be given."
+    assert refusal(answer, 411) == "The request must give its length (Content-Length)."
     assert 'route="other",status="404"' in client.get("/metrics").text
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines in"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 allows other machines"),
         (["--source", "studio"], "--source studio: write NAME=ADDRESS"),
         (["--source", "a=x", "--source", "a=y"], "--source a=y: write NAME=ADDRESS"),
         (["--max_requests", "0"], "--max_requests must be at least 1"),
         (["--batch_ms", "-1"], "--batch_ms must be from 0"),
         (["--batch_ms", "nan"], "--batch_ms must be from 0"),
-        (["--precision", "int8"], "--precision int8 is that of exported models"),
+        (["--precision", "int8"], "--precision int8 needs an exported model"),
         ([], "there is no checkpoint folder"),
     ],
 )

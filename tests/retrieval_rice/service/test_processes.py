@@ -142,7 +142,7 @@ def test_a_signal_ends_it_when_requests_are_answered(start):
     asking.join()
     assert [answer.status_code for answer in answers] == [200]
     output, errors = service.process.communicate(timeout=60)
-    assert service.process.returncode == 0 and output.endswith("the service has ended\n"), errors
+    assert service.process.returncode == 0 and output.endswith("the service has stopped\n"), errors
     assert "Traceback" not in errors
 
 

@@ -124,7 +124,11 @@ def test_what_was_said_is_refused_by_a_model_that_reads_nothing(make_service):
     [
         ({}, 422, "Send one of clip, frames and url."),
         ({"files": [*frame_files(1), ("clip", ("a.mp4", b"x"))]}, 422, "Send one of clip, frames and url."),
-        ({"data": {"url": "http://example.com/a.mp4"}}, 403, "url: this service fetches nothing; upload the clip."),
+        (
+            {"data": {"url": "http://example.com/a.mp4"}},
+            403,
+            "url: this service does not fetch addresses; upload the clip.",
+        ),
         ({"files": frame_files(1), "data": {"live_id": "z"}}, 404, "The index has no images of livestream 'z'."),
         ({"files": frame_files(1), "data": {"top_k": "0"}}, 422, "top_k: Input should be greater than or equal to 1."),
         ({"files": frame_files(1), "data": {"top_k": "all"}}, 422, "top_k: Input should be a valid integer"),
@@ -139,11 +143,19 @@ def test_what_was_said_is_refused_by_a_model_that_reads_nothing(make_service):
         ({"content": b"{}", "headers": {"content-type": "application/json"}}, 422, "The body must be a form"),
         ({"content": b"{}"}, 422, "The body must be a form (multipart/form-data), and say so"),
         ({"data": {"clip": "no file"}}, 422, "clip: send it as a file, with a file's name."),
-        ({"files": frame_files(1), "data": {"topk": 1}}, 422, "'topk' is no field of the form here, which takes clip"),
-        ({"files": [*frame_files(1), ("video", ("a", b"x"))]}, 422, "'video' is no field of the form here"),
-        ({"files": frame_files(1), "params": {"top_k": 1}}, 422, "'top_k' is no field of the query here, which takes"),
-        ({"files": frame_files(1), "data": {"top_k": [1, 2]}}, 422, "top_k: it is there 2 times; send it once."),
-        ({"files": [("clip", ("a", b"x"))] * 2}, 422, "clip: it is there 2 times; send it once."),
+        (
+            {"files": frame_files(1), "data": {"topk": 1}},
+            422,
+            "'topk' is not a field of the form here, which takes clip",
+        ),
+        ({"files": [*frame_files(1), ("video", ("a", b"x"))]}, 422, "'video' is not a field of the form here"),
+        (
+            {"files": frame_files(1), "params": {"top_k": 1}},
+            422,
+            "'top_k' is not a field of the query here, which takes",
+        ),
+        ({"files": frame_files(1), "data": {"top_k": [1, 2]}}, 422, "top_k: it occurs 2 times; send it once."),
+        ({"files": [("clip", ("a", b"x"))] * 2}, 422, "clip: it occurs 2 times; send it once."),
         ({"files": frame_files(1), "data": {"live_id": ""}}, 422, "live_id: it is empty; fill it in, or leave"),
         ({"files": frame_files(1), "data": {"top_k": ""}}, 422, "top_k: it is empty; fill it in, or leave it out."),
     ],
@@ -182,7 +194,7 @@ def test_a_failure_of_the_service_tells_nothing_of_it(make_service, monkeypatch)
 
     monkeypatch.setattr(served.recogniser.model, "encode_frames", fail)
     answer = served.client.post("/v1/recognise", files=frame_files(1))
-    assert refusal(answer, 500) == "The service failed; its log tells more."
+    assert refusal(answer, 500) == "The service failed; see its log."
     monkeypatch.undo()
     assert served.client.post("/v1/recognise", files=frame_files(1)).status_code == 200
 

@@ -71,9 +71,9 @@ def test_a_source_goes_by_its_name_alone(make_service, show):
     stream_id = served.client.post("/v1/streams", data={"source": "studio"}).json()["stream_id"]
     assert events(served.client, stream_id)[-1][2]["error"] is None and show.exists()
     words = refusal(served.client.post("/v1/streams", data={"source": str(show)}), 404)
-    assert words == "source: this service knows none of this name."
+    assert words == "source: this service has no source of this name."
     words = refusal(served.client.post("/v1/streams", data={"source": "gone"}), 502)
-    assert words == "The source does not answer; the log of the service tells more."
+    assert words == "The source does not answer; see the log of the service."
 
 
 def test_mistakes_get_a_sentence(make_service, show):
@@ -83,9 +83,11 @@ def test_mistakes_get_a_sentence(make_service, show):
     assert refusal(post("/v1/streams", files=clip, data={"live_id": "z"}), 404).endswith("livestream 'z'.")
     assert refusal(post("/v1/streams", files=clip, data={"hop_s": 5}), 422).startswith("hop_s: ")
     assert refusal(post("/v1/streams", files=clip, data={"window_s": "nan"}), 422).startswith("window_s: ")
-    assert refusal(post("/v1/streams", files=clip, data={"window": 2}), 422).startswith("'window' is no field of ")
+    assert refusal(post("/v1/streams", files=clip, data={"window": 2}), 422).startswith("'window' is not a field of ")
     assert refusal(post("/v1/streams"), 422) == "Send one of clip, url and source."
-    assert refusal(post("/v1/streams", files={"clip": ("a", b"#EXTM3U\n")}), 422).startswith("The stream is no video")
+    assert refusal(post("/v1/streams", files={"clip": ("a", b"#EXTM3U\n")}), 422).startswith(
+        "The stream is not a video"
+    )
     cut = show.read_bytes()[:300]
     assert refusal(post("/v1/streams", files={"clip": ("a", cut)}), 422).startswith("The video ")
     served.service.limits = UploadLimits(max_pixels=4000)
@@ -123,7 +125,7 @@ def test_streams_end_when_they_are_told_to_and_are_few(make_service, monkeypatch
     served = make_service(sources={"studio": "rtsp://studio"}, max_streams=1)
     first = served.client.post("/v1/streams", data={"source": "studio"}).json()["stream_id"]
     answer = served.client.post("/v1/streams", data={"source": "studio"})
-    assert refusal(answer, 503).startswith("1 streams are followed") and int(answer.headers["retry-after"]) > 0
+    assert refusal(answer, 503).startswith("1 streams are running") and int(answer.headers["retry-after"]) > 0
     assert "rice_streams 1.0" in served.client.get("/metrics").text
     time.sleep(0.3)
     assert served.client.delete(f"/v1/streams/{first}").status_code == 200
@@ -141,8 +143,8 @@ def test_what_a_stream_cannot_read_is_told(make_service, monkeypatch):
 
     monkeypatch.setattr(work, "open_stream", lambda *_: Slow())
     for failure, words in (
-        (ValueError("/a/path"), "the video cannot be read any further."),
-        (RuntimeError("/a/path"), "an error of the service, which its log tells."),
+        (ValueError("/a/path"), "the rest of the video cannot be read."),
+        (RuntimeError("/a/path"), "an error of the service; see its log."),
     ):
 
         def fail(self, *_, failure=failure, **__):

@@ -147,7 +147,7 @@ def test_time_goes_on_where_recordings_were_joined(tmp_path):
     assert times(frames) == [round(0.4 * i, 1) for i in range(10)]
     assert stream.duration_s is None and not stream.live
     assert stream.counts.leaps == 1 and stream.counts.available == 40
-    assert len(notices) == 1 and "joined.ts leap by -1.9 s at 1.9 s; times go on from there" in notices[0]
+    assert len(notices) == 1 and "joined.ts jump by -1.9 s at 1.9 s; times go on from there" in notices[0]
 
 
 def test_a_playlist_is_followed_and_its_clock_runs_through(tmp_path, monkeypatch):

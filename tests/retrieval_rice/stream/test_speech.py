@@ -145,7 +145,7 @@ def test_but_not_for_ever(monkeypatch):
     tool = Hearing(Slow(stops_at=2), waits=True, notify=notices.append)
     tool.start()
     assert tool.text(0, 2) == "0 1" and tool.text(2, 4) == ""
-    assert "got no further" in notices[0]
+    assert "made no progress" in notices[0]
 
 
 def test_a_source_that_fails_is_told_and_the_rest_goes_without_words():
@@ -155,7 +155,7 @@ def test_a_source_that_fails_is_told_and_the_rest_goes_without_words():
 
     tool, notices = hearing(source())
     assert tool.text(0, 5) == "one" and tool.text(5, 9) == ""
-    assert notices == ["what is said is not known from here on: the model is broken"]
+    assert notices == ["speech is not available from here on: the model is broken"]
 
 
 class Failing:
@@ -179,7 +179,7 @@ def test_no_failure_of_a_source_reaches_the_picture():
     assert tool.text(0, 5) == "one" and tool.text(5, 9) == ""
     tool.stop()
     assert notices == [
-        "how far the words are known cannot be told, and nothing waits for them: no clock",
+        "the progress of the words is unknown, so windows do not wait for them: no clock",
         "the source of words could not be stopped: no brake",
     ]
 
@@ -191,7 +191,7 @@ def test_a_failure_without_words_is_told(error, words):
         raise error
 
     tool, notices = hearing(source())
-    assert tool.text(0, 5) == "one" and notices == [f"what is said is not known from here on: {words}"]
+    assert tool.text(0, 5) == "one" and notices == [f"speech is not available from here on: {words}"]
 
 
 def test_words_of_segments():

