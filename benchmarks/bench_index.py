@@ -2,10 +2,10 @@
 
     python benchmarks/bench_index.py [--photographs 300] [--pixels 960] [--threads 2]
 
-One JSON line per side, each measured in a fresh process, from the files to the finished index or tensor; loading the
-model and exporting are not timed. All sides get the same JPEG files and, but for int8, the same random weights of
-ViT-B/32. `transformers` is `CLIPImageProcessor` and `CLIPVisionModelWithProjection` in batches of pictures opened by
-PIL. CPU time, that of the workers included, is what can be compared on a machine that does other things too.
+One JSON line per side, each measured in a fresh process, from the files to the finished index or tensor; imports,
+loading the model and exporting are not timed. All sides get the same JPEG files and, but for int8, the same random
+weights of ViT-B/32. `transformers` is `CLIPImageProcessor` and `CLIPVisionModelWithProjection` in batches of pictures
+opened by PIL. CPU time, that of the workers included, is what can be compared on a machine that does other things too.
 `rice index` reads, checks and digests every file, and writes a table that is searched afterwards.
 """
 
@@ -104,8 +104,10 @@ def run_transformers(options: argparse.Namespace, files: list[Path], side: str) 
 def run_rice(options: argparse.Namespace, files: list[Path], side: str) -> list[float]:
     """Wall-clock and CPU seconds of `rice index`."""
     from retrieval_rice.index import GalleryIndex
+    from retrieval_rice.index.table import lancedb
     from retrieval_rice.options import load_encoder
 
+    lancedb()
     is_exported = side in ("rice onnx fp32", "rice int8")
     chosen = argparse.Namespace(
         model=options.folder / "model",

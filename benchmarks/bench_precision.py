@@ -4,6 +4,7 @@
 
 One JSON line per precision: recall by the model's own ranking, the share of clips whose first image is that of fp32,
 the mean share of fp32's first ten images among the first ten, and seconds. All sides get the same pixels. With
+`--decode fast` all but the first read large JPEGs at reduced scale, as `rice index` does in these precisions. With
 `--towers`, what `rice export --int8` wrote, also "onnx" (fp32) and "int8".
 """
 
@@ -36,6 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--towers", help="folder that `rice export MODEL DIR --int8` wrote")
     add("--precisions", nargs="+", choices=(*PRECISIONS, "onnx", "int8"), help="default: fp32, what auto means here, "
         "and of --towers onnx and int8")  # fmt: skip
+    add("--decode", choices=("exact", "fast"), default="exact", help="of all sides but the first")
     add("--batch_size", type=int, default=16)
     add("--num_workers", type=int, default=0)
     add("--cache_dir", help="folder for the cached tables of the data set")
@@ -69,10 +71,11 @@ def main(arguments: list[str] | None = None) -> None:
     scope = gallery_scope(options.dataset, options.data_dir)
     expected = None
     # What the others are compared with comes first.
-    for precision in dict.fromkeys(["fp32", *options.precisions]):
+    sides = [("fp32", "exact"), *((precision, options.decode) for precision in options.precisions)]
+    for precision, decode in dict.fromkeys(sides):
         model, processor = load(options, precision)
         reads_text = getattr(model.config, "text_config", None) is not None
-        retriever = ModelRetriever(model, RiceCollator(processor, use_text=reads_text))
+        retriever = ModelRetriever(model, RiceCollator(processor, use_text=reads_text, decode=decode))
         kind = default_ranking(model.config)
         start = time.perf_counter()
         rankings, _ = retrieve(
@@ -92,6 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
         row = {
             "benchmark": "precision",
             "precision": precision,
+            "decode": decode,
             "ranking": kind,
             **{name: value for name, value in rankings[kind].recall().items() if name.startswith("R@")},
             "same_first_image": sum(expected[name][0] == found[name][0] for name in clips) / max(1, len(clips)),

@@ -4,7 +4,7 @@ clip, and vice versa. This is the late interaction (MaxSim) of ColBERT and ColPa
 patches of an encoder.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 # Bytes of cosines held at a time: what stays in a core's cache, and what keeps a GPU busy.
 _MEMORY = {"cpu": 2**20, "cuda": 2**30}
+# Images whose maxima become scores together, at least: a step for each would cost more than its maxima.
+_IMAGES_TOGETHER = 32
 # Pictures of a shop that count as much as knowing nothing. Frames need no such care: a few of them show the
 # backgrounds that all have in common.
 _SHOP_PRIOR = 8
@@ -322,20 +324,30 @@ def _align_clip(image_patches: Tensor, patches: Tensor, mask: Tensor, max_memory
     # One piece of memory for all products: new pages would cost as much as the maxima.
     products = patches.new_empty(min(num_images, len(image_patches)) * image_patches.shape[1], len(patches))
     scores = []
-    for images in image_patches.split(num_images):
-        cosines = products[: images[..., 0].numel()]
-        torch.mm(images.to(patches.dtype).flatten(0, 1), patches.T, out=cosines)
-        cosines = cosines.unflatten(0, images.shape[:2])
-        frame_scores = _largest(cosines, dim=1) @ weights
-        scores.append(_largest(cosines, dim=2).mean(dim=1) + frame_scores.amax(dim=1))
+    for images in image_patches.split(max(num_images, _IMAGES_TOGETHER)):
+        of_images, of_clip = _best_cosines(images.to(patches.dtype).split(num_images), patches, products)
+        scores.append(of_images.mean(dim=1) + (of_clip @ weights).amax(dim=1))
     return torch.cat(scores)
 
 
-def _largest(cosines: Tensor, dim: int) -> Tensor:
-    """`amax` in float32. A CPU compares whole numbers several times as fast, and bits order numbers from 0 upwards."""
-    if cosines.device.type == "cpu" and cosines.itemsize < 8:
-        largest = cosines.view(torch.int32 if cosines.itemsize == 4 else torch.int16).amax(dim)
-        # Otherwise there was none from 0 upwards somewhere.
-        if not (largest < 0).any():
-            return largest.view(cosines.dtype).float()
-    return cosines.amax(dim).float()
+def _best_cosines(images: Sequence[Tensor], patches: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Parts of the images `(n_i, P, R)`, a clip's patches `(Q, R)` and room for the cosines of the largest part ->
+    float32 maxima `(n, P)` over the clip's patches and `(n, Q)` over the image's.
+    """
+    dtype = patches.dtype
+    # A CPU compares whole numbers several times as fast, and bits order numbers from 0 upwards.
+    is_bits = patches.device.type == "cpu" and patches.itemsize < 8
+    kinds = [torch.int32 if patches.itemsize == 4 else torch.int16] if is_bits else []
+    for kind in (*kinds, dtype):
+        maxima = []
+        for part in images:
+            cosines = products[: part[..., 0].numel()]
+            torch.mm(part.flatten(0, 1), patches.T, out=cosines)
+            cosines = cosines.view(kind).unflatten(0, part.shape[:2])
+            maxima.append((cosines.amax(dim=2), cosines.amax(dim=1)))
+        found = [torch.cat(each) for each in zip(*maxima)]
+        # Where a whole number is negative, there was no cosine from 0 upwards.
+        if kind == dtype or not any((each < 0).any() for each in found):
+            break
+    return found[0].view(dtype).float(), found[1].view(dtype).float()

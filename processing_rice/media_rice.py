@@ -145,6 +145,7 @@ def open_image(
     source: str | os.PathLike | bytes | Image.Image | Mapping[str, Any],
     name: str | None = None,
     target: tuple[float, float] | None = None,
+    copy: bool = True,
 ) -> Image.Image:
     """
     A picture as an upright RGB picture of 8 bits. The format of a file is told by its content.
@@ -159,6 +160,7 @@ def open_image(
         target: Height and width in pixels that the picture is to be reduced to. A JPEG is then decoded at 1/2, 1/4
             or 1/8 of its size where that leaves `REDUCTION_MARGIN` times as much; a fraction of the work, and not
             quite what decoding it whole gives. By default, and in other formats, the whole picture is decoded.
+        copy: Copy a PIL picture that is upright RGB already; without, it is returned itself, and not to be changed.
 
     Raises:
         MediaError: when it is missing (`MissingMediaError`), empty, no picture, damaged, larger than `MAX_PIXELS`, or
@@ -166,11 +168,12 @@ def open_image(
     """
     if isinstance(source, Image.Image):
         with _named(name or getattr(source, "filename", "") or "<picture>"):
-            return _upright_rgb(source, in_place=False)
+            image = _upright_rgb(source)
+            return image.copy() if copy and image is source else image
     with _opened(source, name) as image:
         if target is not None and image.format in ("JPEG", "MPO"):
             _reduce_scale(image, target)
-        return _upright_rgb(image, in_place=True)
+        return _upright_rgb(image)
 
 
 class ImageHeader(NamedTuple):
@@ -250,14 +253,12 @@ def _reduce_scale(image: Image.Image, target: tuple[float, float]) -> None:
     image.draft(None, (width, height))
 
 
-def _upright_rgb(image: Image.Image, in_place: bool) -> Image.Image:
+def _upright_rgb(image: Image.Image) -> Image.Image:
     check_pixels(*image.size)
     image.load()
-    if in_place:
-        ImageOps.exif_transpose(image, in_place=True)
-    else:
-        image = ImageOps.exif_transpose(image)
-    return _to_rgb(image)
+    # What is upright would be copied all the same.
+    is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return _to_rgb(ImageOps.exif_transpose(image) if is_turned else image)
 
 
 def check_pixels(width: int, height: int, max_pixels: int | None = None) -> None:
@@ -327,7 +328,7 @@ def picture_tensor(
         ValueError: for numbers of another type, range or shape.
     """
     if is_file_source(picture):
-        return tvF.pil_to_tensor(open_image(picture))
+        return tvF.pil_to_tensor(open_image(picture, copy=False))
     try:
         # Arrays may have negative strides or be read-only; tensors cannot.
         values = torch.as_tensor(

@@ -188,6 +188,9 @@ class RiceProcessor(ProcessorMixin):
         return self._process_pictures(pictures, settings)
 
     def _process_pictures(self, pictures: list, settings: dict[str, Any]) -> BatchFeature:
+        if getattr(self.image_processor, "backend", None) == "torchvision":
+            # They are RGB by now, and converting would copy them.
+            settings = {**settings, "do_convert_rgb": False}
         is_float = [not isinstance(picture, Image.Image) and picture.is_floating_point() for picture in pictures]
         if not any(is_float):
             return on_device(self.image_processor(pictures, **settings), settings.get("device"))
@@ -276,7 +279,7 @@ def _load_picture(image: Any, index: int, any_range: bool, layout: str | None) -
         return picture_tensor(image, f"Image {index}", any_range, layout)
     if isinstance(image, str) and image.startswith(("http://", "https://", "data:")) and not os.path.exists(image):
         return open_image(_download(image), name=image[:200])
-    return open_image(image)
+    return open_image(image, copy=False)
 
 
 def _download(address: str) -> bytes:

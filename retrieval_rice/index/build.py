@@ -18,7 +18,7 @@ from data_rice.collator import RiceCollator, failure_words
 from data_rice.parsing import id_text
 from data_rice.paths import path_to_text
 from evaluation_rice.retrieval import Loading, ModelRetriever
-from hub_rice.precision import PRECISIONS, precision_of
+from hub_rice.precision import INT8, PRECISIONS, precision_of
 from processing_rice import MediaError, is_missing, open_image, read_text
 from processing_rice.media_rice import path_of, read_media
 
@@ -27,6 +27,8 @@ from .table import State
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
+# Precisions in which a picture's encoding is rounded by more than reading it at reduced scale changes it.
+_REDUCED = (PRECISIONS["bf16"], PRECISIONS["fp16"], INT8)
 
 
 @dataclass
@@ -218,7 +220,8 @@ def _picture_bytes(picture: Any) -> bytes:
 @dataclass
 class ShopEncoder:
     """
-    Encodes shop images with a model.
+    Encodes shop images with a model. Where it computes in bf16, fp16 or int8, large JPEGs are decoded at reduced scale
+    (`decode="fast"` of `RiceCollator`); in fp32 all are read as in evaluation.
 
     Args:
         model: A model in eval mode.
@@ -242,7 +245,8 @@ class ShopEncoder:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
         use_text = getattr(self.model.config, "text_config", None) is not None
-        self.collator = RiceCollator(self.processor, use_text=use_text)
+        decode = "fast" if self.precision in _REDUCED else "exact"
+        self.collator = RiceCollator(self.processor, use_text=use_text, decode=decode)
 
     @property
     def precision(self) -> str:

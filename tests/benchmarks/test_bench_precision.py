@@ -21,6 +21,9 @@ def test_single_precision_agrees_with_itself_and_halves_nearly(monkeypatch, caps
     for name in ("bf16", "fp16"):
         assert rows[name]["clips"] == rows["fp32"]["clips"] > 0
         assert 0.5 < rows[name]["same_first_ten"] <= 1.0 and 0 <= rows[name]["R@1"] <= 1.0
+    bench_precision.main([*where, "--precisions", "fp32", "--decode", "fast"])
+    rows = list(map(json.loads, capsys.readouterr().out.splitlines()))
+    assert [(row["precision"], row["decode"]) for row in rows] == [("fp32", "exact"), ("fp32", "fast")]
     with pytest.raises(SystemExit):
         bench_precision.main([*where, "--precisions", "int8"])
     assert "need --towers" in capsys.readouterr().err

@@ -73,6 +73,16 @@ def test_the_best_of_unlike_patches_may_be_below_zero(kind):
     assert align_patches(image, clip.to(kind)).item() == -0.5 - 0.75
 
 
+@pytest.mark.parametrize("max_memory", [None, 1, 2000])
+def test_one_image_of_many_is_unlike_every_frame(max_memory):
+    """Its cosines are all below zero, those of the images before and after it are not."""
+    images, clips = patches(40, 6, 5), patches(2, 3, 9, 5).abs()
+    images[35] = -images[35].abs()
+    expected = plain_alignment(images, clips, torch.ones(2, 3, 9, dtype=torch.bool))
+    assert expected[:, 35].lt(0).all() and expected.gt(0).any()
+    torch.testing.assert_close(align_patches(images, clips, max_memory=max_memory), expected, atol=1e-5, rtol=0)
+
+
 def test_a_patch_that_is_not_a_number_shows_in_the_score():
     clip = patches(1, 2, 9, 5)
     clip[0, 0, 0] = float("nan")

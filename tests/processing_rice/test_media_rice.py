@@ -70,6 +70,15 @@ class TestExact:
         # Turned a quarter clockwise, its upper half is on the right.
         assert image.getpixel((width - 3, height // 2))[0] > 200 and image.getpixel((2, height // 2))[2] > 200
 
+    def test_an_open_picture_is_its_owners(self):
+        picture = textured(9, 5)
+        opened = open_image(picture)
+        opened.thumbnail((3, 3))
+        assert picture.size == (9, 5) and open_image(picture, copy=False) is picture
+        picture.getexif()[0x0112] = 6
+        assert open_image(picture).size == open_image(picture, copy=False).size == (5, 9)
+        assert picture.size == (9, 5) and picture.getexif()[0x0112] == 6
+
     def test_the_picture_outlives_its_bytes(self):
         image = open_image(entry(encode(textured(64, 48))))
         assert image.copy().resize((8, 8)).size == (8, 8)

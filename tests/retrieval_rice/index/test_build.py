@@ -9,9 +9,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 from datasets import Dataset
 from PIL import Image
 
+from data_rice.collator import RiceCollator
+from hub_rice.precision import in_precision
 from retrieval_rice.index import GalleryIndex
 from retrieval_rice.index.table import ShopTable
 
@@ -409,3 +412,27 @@ def test_opened_pictures_of_every_mode_and_one_that_cannot_be_read(build, shop):
     assert [(failure["id"], "not all in 0..1" in failure["reason"]) for failure in index.skipped] == [
         ("unknown", True)
     ]
+
+
+@pytest.mark.parametrize("kind, decode", [("fp32", "exact"), ("bf16", "fast"), ("fp16", "fast")])
+def test_large_pictures_are_read_as_exactly_as_the_model_computes(make_index_model, index_processor, kind, decode):
+    """Detail of single pixels: decoding at reduced scale averages it, which shows in the pixels."""
+    noise = np.random.default_rng(0).integers(0, 256, (400, 300, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "JPEG")
+    rows = [{"image_id": "a", "image": {"path": None, "bytes": buffer.getvalue()}, "title": ""}]
+    model = in_precision(make_index_model(), kind)
+    pixels = {
+        name: RiceCollator(index_processor, decode=name).collate_gallery(rows)[0]["pixel_values"]
+        for name in ("exact", "fast")
+    }
+    assert (pixels["fast"] - pixels["exact"]).abs().max() > 0.05
+    seen = []
+    encode = model.encode_gallery
+    model.encode_gallery = lambda pixel_values, **inputs: (seen.append(pixel_values), encode(pixel_values, **inputs))[
+        1
+    ]
+    GalleryIndex.build(model, index_processor, rows, progress=False)
+    assert any(torch.equal(each, pixels[decode]) for each in seen)
+    other = pixels["exact" if decode == "fast" else "fast"]
+    assert not any(torch.equal(each, other) for each in seen)
