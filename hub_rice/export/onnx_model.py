@@ -53,6 +53,8 @@ def open_session(file: str | os.PathLike):
         raise ValueError("exported models need onnxruntime: pip install 'rice-retrieval[onnx]'.") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Threads that spin while they wait take the cores from the processes that decode the next batch.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"])
     except Exception as error:
