@@ -20,6 +20,7 @@ def training_patches(trainer) -> torch.Tensor:
     rows = trainer.train_dataset.to_list()
     inputs, _, _ = trainer.data_collator.collate_queries(rows)
     inputs = normalize_pixels(inputs, trainer.processing_class)
+    trainer.model.eval()
     with torch.no_grad():
         output = trainer.model.vision_model(
             inputs["pixel_values_videos"][inputs["frame_mask"]], output_hidden_states=True
