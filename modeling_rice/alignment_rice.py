@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Bytes of cosines held at a time: what stays in a core's cache, and what keeps a GPU busy.
+# Bytes of cosines held at a time: what fits into the cache of a CPU core, and what keeps a GPU busy.
 _MEMORY = {"cpu": 2**20, "cuda": 2**30}
-# Images whose maxima become scores together, at least: a step for each would cost more than its maxima.
+# Minimum number of images whose scores are computed together; one by one would cost more than the maxima.
 _IMAGES_TOGETHER = 32
-# Pictures of a shop that count as much as knowing nothing. Frames need no such care: a few of them show the
-# backgrounds that all have in common.
+# Weight, in pictures, of the prior "no statistics" against a shop's pictures. Frames need no prior: a few of them
+# already show the backgrounds that all have in common.
 _SHOP_PRIOR = 8
 
 
@@ -310,7 +310,7 @@ def align_patches(
 
 
 def _align_clip(image_patches: Tensor, patches: Tensor, mask: Tensor, max_memory: int | None) -> Tensor:
-    """One clip `(T, Q, R)` with its mask `(T, Q)` -> `(n,)`."""
+    """Scores `(n,)` of one clip `(T, Q, R)` with its mask `(T, Q)`."""
     lengths = mask.sum(dim=1)
     frames = torch.arange(len(mask), device=mask.device)[lengths > 0]
     if not len(frames) or not len(image_patches):
@@ -321,7 +321,7 @@ def _align_clip(image_patches: Tensor, patches: Tensor, mask: Tensor, max_memory
     patches = patches[mask]
     max_memory = max_memory or _MEMORY.get(patches.device.type, _MEMORY["cuda"])
     num_images = max(1, max_memory // (image_patches.shape[1] * len(patches) * patches.itemsize))
-    # One piece of memory for all products: new pages would cost as much as the maxima.
+    # One buffer for all products, since allocating new pages would cost as much as the maxima.
     products = patches.new_empty(min(num_images, len(image_patches)) * image_patches.shape[1], len(patches))
     scores = []
     for images in image_patches.split(max(num_images, _IMAGES_TOGETHER)):
@@ -332,11 +332,15 @@ def _align_clip(image_patches: Tensor, patches: Tensor, mask: Tensor, max_memory
 
 def _best_cosines(images: Sequence[Tensor], patches: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
     """
-    Parts of the images `(n_i, P, R)`, a clip's patches `(Q, R)` and room for the cosines of the largest part ->
-    float32 maxima `(n, P)` over the clip's patches and `(n, Q)` over the image's.
+    Maximum cosines, float32: `(n, P)` over the clip's patches, and `(n, Q)` over each image's patches.
+
+    Args:
+        images: The images' patches in parts `(n_i, P, R)`.
+        patches (`(Q, R)`): The clip's patches.
+        products: Buffer for the cosines of the largest part.
     """
     dtype = patches.dtype
-    # A CPU compares whole numbers several times as fast, and bits order numbers from 0 upwards.
+    # A CPU compares integers several times as fast, and the bits of floats >= 0 have the same order.
     is_bits = patches.device.type == "cpu" and patches.itemsize < 8
     kinds = [torch.int32 if patches.itemsize == 4 else torch.int16] if is_bits else []
     for kind in (*kinds, dtype):
@@ -347,7 +351,7 @@ def _best_cosines(images: Sequence[Tensor], patches: Tensor, products: Tensor) -
             cosines = cosines.view(kind).unflatten(0, part.shape[:2])
             maxima.append((cosines.amax(dim=2), cosines.amax(dim=1)))
         found = [torch.cat(each) for each in zip(*maxima)]
-        # Where a whole number is negative, there was no cosine from 0 upwards.
+        # A negative maximum means that no cosine was >= 0; the order of the bits is then reversed, so floats are used.
         if kind == dtype or not any((each < 0).any() for each in found):
             break
     return found[0].view(dtype).float(), found[1].view(dtype).float()

@@ -148,23 +148,25 @@ def open_image(
     copy: bool = True,
 ) -> Image.Image:
     """
-    A picture as an upright RGB picture of 8 bits. The format of a file is told by its content.
+    Reads an image as an upright 8-bit RGB image. The format of a file is detected by its content.
 
-    Orientation (EXIF, XMP) is applied; what is transparent is laid over white; 16 bits are divided by 65,535 and
-    floats taken as 0..1; every other colour mode is converted as PIL does it.
+    Orientation (EXIF, XMP) is applied. Transparent images are laid over white. 16-bit values are scaled from
+    0..65,535, and floats from 0..1. Other colour modes are converted as in PIL.
 
     Args:
-        source: Path, a member of a tar file (see [`tar_member_path`]), encoded bytes, a PIL picture, or `{"path",
-            "bytes"}` of `datasets`.
-        name: What an error calls it; by default the path.
-        target: Height and width in pixels that the picture is to be reduced to. A JPEG is then decoded at 1/2, 1/4
-            or 1/8 of its size where that leaves `REDUCTION_MARGIN` times as much; a fraction of the work, and not
-            quite what decoding it whole gives. By default, and in other formats, the whole picture is decoded.
-        copy: Copy a PIL picture that is upright RGB already; without, it is returned itself, and not to be changed.
+        source: Path, member of a tar file (see [`tar_member_path`]), encoded bytes, PIL image, or `{"path", "bytes"}`
+            of `datasets`.
+        name: Name for error messages; by default the path.
+        target: Height and width in pixels that the image will be resized to. A JPEG is then decoded at 1/2, 1/4 or 1/8
+            of its size if that leaves at least `REDUCTION_MARGIN` times the target. This is much faster, but the
+            pixels differ slightly from those of full decoding. By default, and in other formats, the full image is
+            decoded.
+        copy: Whether to copy a PIL image that is upright RGB already. `False` returns the image itself; do not change
+            it.
 
     Raises:
-        MediaError: when it is missing (`MissingMediaError`), empty, no picture, damaged, larger than `MAX_PIXELS`, or
-            holds floats outside of 0..1.
+        MediaError: if it is missing (`MissingMediaError`), empty, no image, damaged, larger than `MAX_PIXELS`, or has
+            floats outside 0..1.
     """
     if isinstance(source, Image.Image):
         with _named(name or getattr(source, "filename", "") or "<picture>"):
@@ -256,7 +258,7 @@ def _reduce_scale(image: Image.Image, target: tuple[float, float]) -> None:
 def _upright_rgb(image: Image.Image) -> Image.Image:
     check_pixels(*image.size)
     image.load()
-    # What is upright would be copied all the same.
+    # `exif_transpose` would copy an image that is already upright.
     is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
     return _to_rgb(ImageOps.exif_transpose(image) if is_turned else image)
 

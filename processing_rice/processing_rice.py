@@ -189,7 +189,7 @@ class RiceProcessor(ProcessorMixin):
 
     def _process_pictures(self, pictures: list, settings: dict[str, Any]) -> BatchFeature:
         if getattr(self.image_processor, "backend", None) == "torchvision":
-            # They are RGB by now, and converting would copy them.
+            # They are RGB already; converting would copy them.
             settings = {**settings, "do_convert_rgb": False}
         is_float = [not isinstance(picture, Image.Image) and picture.is_floating_point() for picture in pictures]
         if not any(is_float):
