@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -290,11 +289,7 @@ class ShopEncoder:
             encodings are not finite become failures.
         """
         loader = DataLoader(images, self.batch_size, shuffle=False, num_workers=self.num_workers, collate_fn=reader)
-        with warnings.catch_warnings():
-            # Workers are forked, but do not use the table.
-            warnings.filterwarnings("ignore", message="lancedb fork support", category=RuntimeWarning)
-            iterator = iter(loader)
-        for batch in iterator:
+        for batch in loader:
             features = self._encode(batch.inputs) if batch.paths else None
             if features is not None:
                 finite = finite_rows(features)

@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -116,6 +117,8 @@ def lancedb():
         import lancedb
     except ImportError as error:
         raise ValueError("an index needs LanceDB: pip install 'rice-retrieval[index]', or lancedb.") from error
+    # Loader workers are forked, but do not use a table.
+    warnings.filterwarnings("ignore", message="lancedb fork support", category=RuntimeWarning)
     return lancedb
 
 

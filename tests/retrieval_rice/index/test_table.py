@@ -6,6 +6,8 @@ import math
 import random
 import resource
 import shutil
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -313,3 +315,18 @@ def test_embeddings_that_are_no_numbers_are_refused(shop):
     features.embeds[0, 0] = np.nan
     with pytest.raises(ValueError, match="not finite"):
         index.put([{"image_id": "x"}], features)
+
+
+def test_forked_workers_print_no_warning(folder):
+    # The library warns in the forked process, which this test's process cannot record.
+    code = f"""
+import os
+from retrieval_rice.index.table import ShopTable
+assert ShopTable({str(folder)!r}).versions()
+child = os.fork()
+if not child:
+    os._exit(0)  # as a loader's worker does
+os.waitpid(child, 0)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert "fork" not in ended.stderr
