@@ -244,8 +244,15 @@ class RiceTrainer(ResumableTrainer, NegativesTrainer, PublishingTrainer):
     def fit_alignment(self) -> None:
         """Fits the statistics of a model's alignment again, if it has one; validation does this too."""
         model: Any = self.accelerator.unwrap_model(self.model)
-        if model.alignment is not None:
-            fit_alignment(model, self.train_dataset, self.data_collator, self._loading())
+        if model.alignment is None:
+            return
+        if not isinstance(self.data_collator, RiceCollator):
+            logger.warning_once(
+                "The statistics of the alignment stay as they are, because the data collator is no RiceCollator; "
+                "call model.fit_alignment(images, frames) with your own batches."
+            )
+            return
+        fit_alignment(model, self.train_dataset, self.data_collator, self._loading())
 
     def _loading(self) -> Loading:
         """Settings for reading rows outside of training steps."""

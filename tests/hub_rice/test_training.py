@@ -60,7 +60,7 @@ def test_a_failing_hub_costs_no_training(hub, train, client):
     folder, error, said = train("failing", "--hub_model_id", "someone/failing")
     sentence = said.strip().splitlines()[-1]
     assert error == "exit 2" and sentence.startswith("train_rice.py: error: the finished run in")
-    assert f"Then: rice publish {folder} someone/failing" in sentence
+    assert f"Afterwards run: rice publish {folder} someone/failing" in sentence
     assert (folder / "train_results.json").is_file() and (folder / "model.safetensors").is_file()
     hub.heal()
     command = ["publish", folder, "someone/failing", "--without_results"]

@@ -115,7 +115,7 @@ def test_too_many_and_too_large_files_are_refused(folder):
     paths = [picture(folder / f"{i}.png") for i in range(3)]
     assert "at most 2 pictures" in refusal(paths, folder, max_files=2)
     assert list(folder.iterdir()) == []
-    assert "more than the 0.0001 MB" in refusal([picture(folder / "a.png")], folder, max_bytes=100)
+    assert "more than the maximum of 0.0001 MB" in refusal([picture(folder / "a.png")], folder, max_bytes=100)
     assert "Nothing was uploaded" in refusal([], folder)
 
 

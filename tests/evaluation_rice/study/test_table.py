@@ -178,7 +178,7 @@ def test_the_command_writes_the_table_and_tells_mistakes(write, tmp_path, capsys
         ([str(tmp_path / "cut")], "no complete results file"),
         ([f"Later={tmp_path / 'gone'}"], "there is no result yet"),
         ([folder, "--output", str(tmp_path)], f"--output {tmp_path} is a folder: name a file in it."),
-        ([folder, "--output", f"{folder}/results.json/a/b.md"], f"as {folder}/results.json is a file: name another"),
+        ([folder, "--output", f"{folder}/results.json/a/b.md"], f"{folder}/results.json is a file: name another"),
     ):
         with pytest.raises(SystemExit) as stop:
             table.main(arguments)

@@ -193,7 +193,7 @@ def test_packing_leaves_padding_out_and_unpacking_puts_it_back():
 
 
 def test_boxes_are_refused(exported, inputs):
-    with pytest.raises(ValueError, match="cannot use boxes"):
+    with pytest.raises(ValueError, match="takes no boxes"):
         OnnxRice(exported[2] / "onnx").encode_clips(**inputs[1], patch_mask=torch.ones(3, 3, 4, dtype=torch.bool))
 
 

@@ -141,7 +141,7 @@ def test_what_was_said_is_refused_by_a_model_that_reads_nothing(make_service):
         ({"files": {"clip": ("a.m3u8", b"#EXTM3U\n#EXTINF:2,\nfile:///etc/passwd\n")}}, 422, "file 1 is neither"),
         ({"content": b"--x", "headers": {"content-type": "multipart/form-data"}}, 400, "Missing boundary"),
         ({"content": b"{}", "headers": {"content-type": "application/json"}}, 422, "The body must be a form"),
-        ({"content": b"{}"}, 422, "The body must be a form (multipart/form-data), and say so"),
+        ({"content": b"{}"}, 422, "The body must be a form (multipart/form-data), and its content-type must say so"),
         ({"data": {"clip": "no file"}}, 422, "clip: send it as a file, with a file's name."),
         (
             {"files": frame_files(1), "data": {"topk": 1}},
@@ -181,7 +181,7 @@ def test_bounds_are_those_of_the_limits(make_service, make_video):
     Image.new("RGB", (200, 100)).save(large, format="PNG")
     assert "200 x 100 pixels" in refusal(send(files=[("frames", ("a.png", large.getvalue()))]), 413)
     assert "lasts 1 s" in refusal(send(files={"clip": ("a.mp4", make_video(1).read_bytes())}), 413)
-    assert "more than the 0.04 MB" in refusal(send(files={"clip": ("a", bytes(50_000))}), 413)
+    assert "more than the maximum of 0.04 MB" in refusal(send(files={"clip": ("a", bytes(50_000))}), 413)
     # More than may arrive at all is not even read.
     assert refusal(send(files={"clip": ("a", bytes(1_100_000))}), 413).startswith("This is 1 MB")
 

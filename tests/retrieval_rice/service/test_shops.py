@@ -95,7 +95,7 @@ def test_mistakes_get_a_sentence_and_change_nothing(make_service):
               client.delete("/v1/shops/x/images", params={"image_id": "p0", "id": "p2"})),
         (422, "image_ids: one is longer than 2000", put(client, "z", (1,), image_ids=["a" * 3000])),
         (422, "live_id: String should have at most 200", put(client, "z" * 300, (1,), image_ids=["a"])),
-        (413, "3 pictures are more than the 2", put(client, "z", (1, 2, 3), image_ids=["a", "b", "c"])),
+        (413, "3 pictures are more than the maximum of 2", put(client, "z", (1, 2, 3), image_ids=["a", "b", "c"])),
         (422, "a is neither a picture", client.put("/v1/shops/z/images", files={"images": ("a", b"x")},
                                                    data={"image_ids": "a"})),
         (413, "a has 200 x 100 pixels", client.put("/v1/shops/z/images", files={"images": ("a", large.getvalue())},
