@@ -384,4 +384,5 @@ def test_the_command_runs(tmp_path):
         timeout=120,
     )
     assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1] == f"error: There is no checkpoint file {tmp_path / 'no.pth'}; give the path of one."
+    expected = f"error: There is no checkpoint file {tmp_path / 'no.pth'}; give the path of one."
+    assert result.stderr.strip().splitlines()[-1] == expected
