@@ -242,9 +242,13 @@ def readable_formats() -> tuple[str, ...]:
     return tuple(format for format in FORMATS if format in Image.OPEN)
 
 
+def _orientation(image: Image.Image) -> int:
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
 def _lies_on_its_side(image: Image.Image) -> bool:
     # For TIFF, PIL already returns the upright size.
-    return image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return image.format != "TIFF" and _orientation(image) >= 5
 
 
 def _reduce_scale(image: Image.Image, target: tuple[float, float]) -> None:
@@ -259,8 +263,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     check_pixels(*image.size)
     image.load()
     # `exif_transpose` would copy an image that is already upright.
-    is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    return _to_rgb(ImageOps.exif_transpose(image) if is_turned else image)
+    return _to_rgb(image if _orientation(image) == 1 else ImageOps.exif_transpose(image))
 
 
 def check_pixels(width: int, height: int, max_pixels: int | None = None) -> None:

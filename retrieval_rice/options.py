@@ -36,6 +36,13 @@ def add_hints(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--asr_hints", choices=HINTS, help=help_text)
 
 
+def check_asr(options: argparse.Namespace) -> None:
+    """Raises `ValueError` for settings of the speech model without `--asr`."""
+    for name in ("language", "asr_hints"):
+        if options.asr is None and getattr(options, name) is not None:
+            raise ValueError(f"--{name} belongs to --asr; give both, or leave it out.")
+
+
 def load_encoder(options: argparse.Namespace, auto: str = AUTO) -> tuple[Any, Any]:
     """
     Model and processor for `--model`, `--device`, `--precision` and `--towers`; prints the precision.

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from .options import add_hints, add_precision_and_towers, load_encoder, open_index
+from .options import add_hints, add_precision_and_towers, check_asr, load_encoder, open_index
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,9 +123,7 @@ def run(options: argparse.Namespace) -> None:
 
 def check_words(options: argparse.Namespace, recogniser) -> None:
     """Raises `ValueError` for speech arguments that would have no effect, or are out of range."""
-    for name in ("language", "asr_hints"):
-        if options.asr is None and getattr(options, name) is not None:
-            raise ValueError(f"--{name} belongs to --asr; give both, or leave it out.")
+    check_asr(options)
     for name in ("asr_before", "asr_after"):
         seconds = getattr(options, name)
         if seconds is None:

@@ -9,7 +9,7 @@ import argparse
 import signal
 from pathlib import Path
 
-from ..options import add_hints, add_precision_and_towers, load_encoder, open_index, port
+from ..options import add_hints, add_precision_and_towers, check_asr, load_encoder, open_index, port
 
 DEFAULT_MODEL = "runs/demo/model"
 
@@ -45,9 +45,7 @@ def run(options: argparse.Namespace) -> None:
         ValueError: Gradio is not installed, or an argument cannot be used.
         OSError: the port is in use.
     """
-    for name in ("language", "asr_hints"):
-        if options.asr is None and getattr(options, name) is not None:
-            raise ValueError(f"--{name} belongs to --asr; give both, or leave it out.")
+    check_asr(options)
     if options.space is not None and options.asr is not None:
         raise ValueError("--asr works with a server only, not with --space; leave it out.")
     if options.space is not None:
