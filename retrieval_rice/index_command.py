@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data_dir", help="folder of mini_lpr4m, if it is not data/mini_lpr4m")
     add("--cache_dir", help="folder for the cached tables of the data set")
     add("--dtype", default="float16", choices=("float16", "float32"), help="type of encodings (default: %(default)s)")
-    add("--batch_size", type=int, default=64, help="pictures per batch (default: %(default)s)")
-    add("--num_workers", type=int, default=min(2, os.cpu_count() or 1), help="processes that decode pictures")
+    add("--batch_size", type=int, help="pictures per batch (default: 16 on a CPU, else 64)")
+    add("--num_workers", type=int, help="processes that decode pictures (default: one per four cores; with a GPU, 2)")
     add("--commit_every", type=int, default=2048, help="pictures per commit; limits memory and loss by interruption")
     add_precision_and_towers(parser)
     add("--device", help="such as cpu or cuda; default: cuda if available")
@@ -106,6 +106,10 @@ def _build(options: argparse.Namespace, rows, left_out: str | None) -> None:
     from .index.table import ShopTable
 
     model, processor = load_encoder(options, auto=_precision_there(options.output))
+    if options.num_workers is None:
+        # On a CPU the cores that encode are those that decode.
+        cores = os.cpu_count() or 1
+        options.num_workers = cores // 4 if model.device.type == "cpu" else min(2, cores)
     if options.boxes_file is not None and not model.config.accepts_patch_mask:
         raise ValueError(f"--boxes_file: the encoder of {options.model} supports no patch mask; leave it out.")
     is_first = process_group()[0] == 0

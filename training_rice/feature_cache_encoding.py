@@ -16,6 +16,7 @@ from torch import Tensor
 from data_rice.collator import Failure, RiceCollator
 from data_rice.decoding import normalize_pixels
 from evaluation_rice.retrieval import Loading
+from hub_rice.cores import map_on_cores
 from modeling_rice import RiceModel
 from modeling_rice.encoders_rice import ORIGIN_FIELDS
 
@@ -219,19 +220,20 @@ class _Encoder:
         numbers = [row for block in blocks for row in cache.rows_of(block)]
         loading = Loading(_ROWS, self.training.dataloader_num_workers, quiet=self.training.disable_tqdm)
         title = f"encoding {part.kind}" + (f", view {view + 1} of {cache.num_views}" if cache.num_views > 1 else "")
-        waiting, encoded, done = deque(blocks), {}, 0
-        for loaded, inputs, failures in loading.batches(part.rows, numbers, partial(part.load, view), title):
-            asked = numbers[done : done + _ROWS]
-            done += len(asked)
-            encoded |= self._encode_rows(part, asked, loaded, inputs, failures)
+        asked = (numbers[start : start + _ROWS] for start in range(0, len(numbers), _ROWS))
+        read = zip(asked, loading.batches(part.rows, numbers, partial(part.load, view), title))
+        waiting, encoded = deque(blocks), {}
+        for rows in map_on_cores(partial(self._encode_rows, part), read, self.training.device):
+            encoded |= rows
             while waiting and cache.rows_of(waiting[0])[-1] in encoded:
                 block = waiting.popleft()
                 cache.write(view, block, [encoded.pop(row) for row in cache.rows_of(block)])
 
     def _encode_rows(
-        self, part: CachedPart, asked: list[int], loaded: list[int], inputs: dict[str, Tensor], failures: list[Failure]
+        self, part: CachedPart, read: tuple[list[int], tuple[list[int], dict[str, Tensor], list[Failure]]]
     ) -> dict[int, CachedRow]:
-        """Row number -> cached row; `loaded` are the rows with pictures in `inputs`."""
+        """Row number -> cached row, for the numbers of a batch's rows and what `Loading.batches` yields for them."""
+        asked, (loaded, inputs, failures) = read
         names = dict(zip(asked, part.rows[asked][part.id_column], strict=True))
         failed = {row: [failure for failure in failures if failure["id"] == names[row]] for row in asked}
         result = {row: CachedRow(self._no_picture(part), None, failed[row]) for row in asked if row not in loaded}

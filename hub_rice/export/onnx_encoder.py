@@ -9,7 +9,7 @@ from torch import Tensor
 from modeling_rice import RiceModel
 from modeling_rice.vision_rice import EncoderStates
 
-from .onnx_model import open_session, read_description
+from .onnx_model import Session, read_description
 
 
 class EncodedByOnnx(RiceModel):
@@ -22,7 +22,7 @@ class EncodedByOnnx(RiceModel):
     """
 
     precision: str
-    _session: object
+    _session: Session
 
     def _encoder_output(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> EncoderStates:
         if patch_mask is not None:
@@ -30,7 +30,7 @@ class EncodedByOnnx(RiceModel):
                 "An exported encoder takes no boxes (`patch_mask`); leave them out, or use the torch model."
             )
         feed = {"pixel_values": pixel_values.float().contiguous().numpy()}
-        features, patches, *last = map(torch.from_numpy, self._session.run(None, feed))
+        features, patches, *last = map(torch.from_numpy, self._session.run(feed))
         return EncoderStates(features, patches, last[0] if last else patches)
 
 
@@ -59,7 +59,7 @@ def with_towers(model: RiceModel, folder: str | os.PathLike, int8: bool = False)
     if name is None or not (folder / name).is_file():
         wanted = "encoder in int8" if int8 else "encoder"
         raise FileNotFoundError(f"{folder} has no {wanted}: export again{' with --int8' if int8 else ''} to have it.")
-    session = open_session(folder / name)
+    session = Session(folder / name)
     model.__class__ = EncodedByOnnx
     model._session, model.precision = session, "int8" if int8 else "fp32"
     # Quantised weights give other encodings.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,26 +41,51 @@ def read_description(folder: Path) -> dict:
     return about
 
 
-def open_session(file: str | os.PathLike):
+class Session:
     """
-    Opens a graph on the CPU, with the number of threads of torch.
+    A graph on the CPU. It is run by as many threads as torch has in the calling thread.
+
+    Args:
+        file: The graph.
 
     Raises:
         ValueError: if onnxruntime is not installed, or the file is damaged.
     """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise ValueError("exported models need onnxruntime: pip install 'rice-retrieval[onnx]'.") from None
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # Threads that spin while they wait take the cores from the processes that decode the next batch.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        return onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"])
-    except Exception as error:
-        # The errors of onnxruntime have no common base class.
-        raise ValueError(f"{file} cannot be read ({' '.join(str(error).split())[:200]}); export again.") from error
+
+    def __init__(self, file: str | os.PathLike):
+        self.file = file
+        self._lock = threading.Lock()
+        self._by_threads = {}
+        self.inputs, self.outputs = (
+            [item.name for item in items] for items in (self._session().get_inputs(), self._session().get_outputs())
+        )
+
+    def run(self, feed: dict) -> list:
+        """Outputs of the graph as arrays, for the arrays of its inputs by name."""
+        return self._session().run(None, feed)
+
+    def _session(self):
+        threads = torch.get_num_threads()
+        with self._lock:
+            if threads not in self._by_threads:
+                self._by_threads[threads] = self._open(threads)
+            return self._by_threads[threads]
+
+    def _open(self, threads: int):
+        try:
+            import onnxruntime
+        except ImportError:
+            raise ValueError("exported models need onnxruntime: pip install 'rice-retrieval[onnx]'.") from None
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        # Threads that spin while they wait take the cores from the processes that decode the next batch.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            return onnxruntime.InferenceSession(str(self.file), options, ["CPUExecutionProvider"])
+        except Exception as error:
+            # The errors of onnxruntime have no common base class.
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{self.file} cannot be read ({reason}); export again.") from error
 
 
 class OnnxRice:
@@ -93,7 +119,7 @@ class OnnxRice:
                 raise FileNotFoundError(
                     f"{folder} has no {wanted}: export again{' with --int8' if int8 else ''} to have them."
                 )
-            self.sessions[name] = open_session(file)
+            self.sessions[name] = Session(file)
         # Exports of older versions have no such entry.
         settings = self.about.get("config", {})
         self.config = SimpleNamespace(use_decoder="pairs" in self.sessions, **settings)
@@ -107,13 +133,11 @@ class OnnxRice:
     def run(self, name: str, *inputs: Tensor) -> list[Tensor]:
         """Runs one part (`image`, `video`, `pairs`) with its inputs in order."""
         session = self.sessions[name]
-        names = [item.name for item in session.get_inputs()]
-        feed = {key: value.contiguous().numpy() for key, value in zip(names, inputs, strict=True)}
-        return [torch.from_numpy(output) for output in session.run(None, feed)]
+        feed = {key: value.contiguous().numpy() for key, value in zip(session.inputs, inputs, strict=True)}
+        return [torch.from_numpy(output) for output in session.run(feed)]
 
     def _fields(self, name: str, *inputs: Tensor) -> dict[str, Tensor]:
-        names = [item.name for item in self.sessions[name].get_outputs()]
-        return dict(zip(names, self.run(name, *inputs), strict=True))
+        return dict(zip(self.sessions[name].outputs, self.run(name, *inputs), strict=True))
 
     def encode_gallery(self, pixel_values: Tensor, batch_size: int = 64, **kwargs) -> RiceGallery:
         """As `RiceModel.encode_gallery`, but titles are ignored."""

@@ -17,6 +17,7 @@ from data_rice.collator import RiceCollator, failure_words
 from data_rice.parsing import id_text
 from data_rice.paths import path_to_text
 from evaluation_rice.retrieval import Loading, ModelRetriever
+from hub_rice.cores import map_on_cores
 from hub_rice.precision import INT8, PRECISIONS, precision_of
 from processing_rice import MediaError, is_missing, open_image, read_text
 from processing_rice.media_rice import path_of, read_media
@@ -225,7 +226,7 @@ class ShopEncoder:
     Args:
         model: A model in eval mode.
         processor: The processor saved with the model.
-        batch_size: Images per batch.
+        batch_size: Images per batch; by default 16 on a CPU, where every core encodes a batch of its own, else 64.
         num_workers: Number of processes that decode.
         progress: Show a progress bar.
         dtype: Type of the stored encodings: "float16" halves storage, and changes a cosine by less than 0.001.
@@ -233,7 +234,7 @@ class ShopEncoder:
 
     model: Any
     processor: Any
-    batch_size: int = 64
+    batch_size: int | None = None
     num_workers: int = 0
     progress: bool = True
     dtype: str = "float16"
@@ -241,6 +242,8 @@ class ShopEncoder:
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        if self.batch_size is None:
+            self.batch_size = 16 if self.model.device.type == "cpu" else 64
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
         use_text = getattr(self.model.config, "text_config", None) is not None
@@ -275,6 +278,9 @@ class ShopEncoder:
         inputs = self.collator.collate_gallery([{"image_id": "", "image": grey, "title": ""}])[0]
         return self._encode(inputs)
 
+    def _encode_batch(self, batch: Batch) -> tuple[Batch, Any]:
+        return batch, self._encode(batch.inputs) if batch.paths else None
+
     def _encode(self, inputs: dict) -> Any:
         inputs = {k: v.to(self.model.device) if hasattr(v, "to") else v for k, v in inputs.items()}
         return self.model.encode_gallery(**inputs).to("cpu", DTYPES[self.dtype])
@@ -289,8 +295,7 @@ class ShopEncoder:
             encodings are not finite become failures.
         """
         loader = DataLoader(images, self.batch_size, shuffle=False, num_workers=self.num_workers, collate_fn=reader)
-        for batch in loader:
-            features = self._encode(batch.inputs) if batch.paths else None
+        for batch, features in map_on_cores(self._encode_batch, loader, self.model.device):
             if features is not None:
                 finite = finite_rows(features)
                 for image_id, good in zip(list(batch.paths), finite.tolist()):

@@ -129,7 +129,7 @@ class GalleryIndex:
         processor: Any,
         shop_rows: Sequence[dict],
         *,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         output_dir: str | os.PathLike | None = None,
         num_workers: int = 0,
         progress: bool = True,
@@ -153,7 +153,7 @@ class GalleryIndex:
             shop_rows: Gallery rows with `image_id`, `image` (a path, a PIL image or `{"path", "bytes"}`) and optional
                 `live_id`, `title` and `product_id`, as dicts or a table (pandas, Arrow, `datasets`). An id is text or
                 a whole number. Rows with the same id are one image in several livestreams.
-            batch_size: Images per batch.
+            batch_size: Images per batch; by default 16 on a CPU, where every core encodes a batch of its own, else 64.
             output_dir: The index's folder or URI; by default it is built in memory.
             num_workers: Number of processes that decode.
             progress: Show a progress bar.
@@ -297,14 +297,14 @@ class GalleryIndex:
         """The titles of a livestream's images, by default of all, in the order of the gallery; "" for none."""
         return [] if self._newest.is_empty() else self._newest.rooms().column("title", scopes_of(live_id, 1)[0])
 
-    def add(self, rows: Sequence[dict], batch_size: int = 64) -> list[dict]:
+    def add(self, rows: Sequence[dict], batch_size: int | None = None) -> list[dict]:
         """
         Encodes more images, in one new version. An existing image is encoded again; it keeps its position, and its
         livestreams in addition to the new ones.
 
         Args:
             rows: As `shop_rows` of `build`.
-            batch_size: Images per batch.
+            batch_size: As for `build`.
 
         Returns:
             The unreadable images with `id`, `file` and `reason`; `skipped` lists the new ones among them.
