@@ -1,6 +1,7 @@
 """Batches of clips: clips that arrive within a few milliseconds are encoded together."""
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,10 +10,13 @@ from typing import Any
 
 import torch
 
+from hub_rice.cores import map_on_cores
+
 from ..index import Answer
 from ..recogniser import Recogniser
 
-_FRAMES_AT_ONCE = 64
+# On a CPU few, so that intermediate results stay in its caches.
+_FRAMES_AT_ONCE, _FRAMES_PER_CORE = 64, 16
 
 
 @dataclass
@@ -140,7 +144,10 @@ def encode(recogniser: Recogniser, clips: Sequence[Clip]) -> Any:
     """`RiceClips` with one row per clip, equal to `model.encode_clips` of the processor's outputs for each clip."""
     model, counts = recogniser.model, [len(clip.frames) for clip in clips]
     frames = torch.stack([frame for clip in clips for frame in clip.frames]).to(model.device)
-    parts = [model.encode_frames(part) for part in frames.split(_FRAMES_AT_ONCE)]
+    size = _FRAMES_AT_ONCE
+    if model.device.type == "cpu":
+        size = min(_FRAMES_PER_CORE, math.ceil(len(frames) / torch.get_num_threads()))
+    parts = list(map_on_cores(model.encode_frames, frames.split(size), model.device))
     mask = torch.arange(max(counts))[None] < torch.tensor(counts)[:, None]
     text = {}
     if any(clip.asr for clip in clips):
