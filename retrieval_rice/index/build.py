@@ -258,14 +258,15 @@ class ShopEncoder:
 
     def settings(self) -> dict:
         """Everything that affects an encoding besides the picture and the model."""
-        part = self.processor.image_processor.to_dict()
-        processor = hashlib.blake2b(json.dumps(part, sort_keys=True, default=str).encode(), digest_size=12)
-        return {
-            "processor": processor.hexdigest(),
+        settings = {
+            "processor": _digest(self.processor.image_processor.to_dict()),
             "dtype": self.dtype,
             "precision": self.precision,
             "use_text": self.collator.use_text,
         }
+        if self.collator.use_text:
+            settings["tokenizer"] = _digest(_tokenizer_settings(self.processor.tokenizer))
+        return settings
 
     def state(self, **values) -> State:
         """State of a table that this encoder fills."""
@@ -305,6 +306,18 @@ class ShopEncoder:
                         batch.failures[image_id] = {"id": image_id, "file": file, "reason": reason}
                 features = features if finite.all() else features[finite]
             yield batch, features if batch.paths else None
+
+
+def _digest(settings: dict) -> str:
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()
+
+
+def _tokenizer_settings(tokenizer: Any) -> dict:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer.get_vocab()
+    # Every call sets its own padding and truncation.
+    return {name: part for name, part in json.loads(backend.to_str()).items() if name not in ("padding", "truncation")}
 
 
 def state_of(model: Any, **values) -> State:

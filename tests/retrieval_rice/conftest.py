@@ -42,6 +42,13 @@ def index_processor():
 
 
 @pytest.fixture
+def text_config():
+    """A small text encoder for `make_index_model`, which reads the tokens of `index_processor`."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return {"vocab_size": 400, "max_position_embeddings": 64} | sizes
+
+
+@pytest.fixture
 def make_index_model():
     """A function that builds a small model in eval mode, large enough in its weights to tell pictures apart."""
 

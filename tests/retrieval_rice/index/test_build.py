@@ -1,5 +1,6 @@
 """Building an index: interrupted and continued, shared among processes, with pictures that cannot be read."""
 
+import copy
 import io
 import os
 import struct
@@ -15,6 +16,7 @@ from PIL import Image
 
 from data_rice.collator import RiceCollator
 from hub_rice.precision import in_precision
+from processing_rice.tokenization_rice import fold_texts
 from retrieval_rice.index import GalleryIndex
 from retrieval_rice.index.table import ShopTable
 
@@ -148,6 +150,16 @@ def test_another_models_encodings_are_not_mixed(build, shop, make_index_model, t
     assert len(index) == 10 and index._newest.rooms().snapshot.state.dtype == options.get("dtype", "float16")
     # Who has the old model goes on in the version that was its own.
     assert (len(old), old.version) == (10, index.version if change == "dtype" else before)
+
+
+def test_titles_read_by_another_tokenizer_are_not_mixed(build, shop, make_index_model, text_config, tmp_path):
+    shop.model = make_index_model(text_config=text_config)
+    build(output_dir=tmp_path / "index")
+    assert len(build(output_dir=tmp_path / "index")) == 10
+    shop.processor = copy.copy(shop.processor)
+    shop.processor.tokenizer = fold_texts(shop.processor.tokenizer)
+    with pytest.raises(FileExistsError, match=r"with other settings \(tokenizer\)"):
+        build(output_dir=tmp_path / "index")
 
 
 def test_the_index_answers_while_it_is_replaced(build, shop, encoded, tmp_path):

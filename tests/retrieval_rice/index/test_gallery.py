@@ -295,13 +295,9 @@ def test_calibrating_reads_rows(shop, build):
     assert Calibration.from_dict(values).ranking is None
 
 
-TEXT = {"vocab_size": 400, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-TEXT |= {"intermediate_size": 16, "max_position_embeddings": 64}
-
-
 @pytest.mark.parametrize("text_weight", [None, 0.0, 4.0])
 def test_scores_are_those_of_the_evaluation_with_text(
-    shop, make_index_model, make_shop_rows, demo_queries, text_weight
+    shop, make_index_model, make_shop_rows, demo_queries, text_config, text_weight
 ):
     """Also those of a clip without ASR and of images without a title."""
     from datasets import Dataset
@@ -310,7 +306,8 @@ def test_scores_are_those_of_the_evaluation_with_text(
     from evaluation_rice.protocol import RetrievalTask
     from evaluation_rice.retrieval import Loading, ModelRetriever, retrieve
 
-    model = make_index_model(text_config=TEXT, text_score_weight=0.5, fusion_weight=0.7, fused_text_weight=text_weight)
+    weights = {"text_score_weight": 0.5, "fusion_weight": 0.7, "fused_text_weight": text_weight}
+    model = make_index_model(text_config=text_config, **weights)
     weights = FusionWeights.of(model.config)
     rows = [{**row, "title": "" if i in (3, 4) else row["title"]} for i, row in enumerate(make_shop_rows(folder="t"))]
     queries = [{**row, "asr": "" if i in (2, 3) else row["asr"]} for i, row in enumerate(demo_queries)]
