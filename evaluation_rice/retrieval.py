@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from data_rice.collator import failure_words
+from hub_rice.cores import map_on_cores
 from modeling_rice.scoring_rice import PARTS, FusionWeights, fuse, model_scores, pair_kinds, with_fused
 
 from .fusion import (
@@ -30,6 +31,8 @@ from .recall import DEFAULT_KS
 
 GALLERY_CHUNK = 2048
 """Number of gallery images scored at once against a batch of clips; limits the memory of matching."""
+PICTURES_AT_ONCE = 16
+"""Number of pictures that one thread encodes at once on a CPU; few stay in its caches."""
 _NOTHING = torch.zeros(0)
 
 
@@ -91,16 +94,32 @@ class ModelRetriever:
         return {name: value.to(self.device) if hasattr(value, "to") else value for name, value in inputs.items()}
 
     def encode_gallery(self, inputs):
-        return self.model.encode_gallery(**self._to_device(inputs))
+        return self._encode(self.model.encode_gallery, self._to_device(inputs))
 
     def encode_clips(self, inputs):
-        return self.model.encode_clips(**self._to_device(inputs))
+        return self._encode(self.model.encode_clips, self._to_device(inputs))
+
+    def _encode(self, encode, inputs):
+        parts = list(map_on_cores(lambda part: encode(**part), _parts(inputs, self.device), self.device))
+        return self.cat(parts) if len(parts) > 1 else parts[0]
 
     def cat(self, parts):
         return type(parts[0]).cat(parts)
 
     def scores(self, clips, gallery):
         return {kind: values.cpu() for kind, values in model_scores(self.model, clips, gallery, self.kinds).items()}
+
+
+def _parts(inputs: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
+    """Inputs of a batch, on a CPU with several threads in parts of a few pictures."""
+    # Processes that share one model must call it equally often.
+    is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if device.type != "cpu" or torch.get_num_threads() == 1 or is_shared:
+        return [inputs]
+    rows = len(next(iter(inputs.values())))
+    frames = inputs["frame_mask"].shape[1] if "frame_mask" in inputs else 1
+    size = max(1, PICTURES_AT_ONCE // frames)
+    return [{name: value[i : i + size] for name, value in inputs.items()} for i in range(0, rows, size)]
 
 
 @dataclass(frozen=True)

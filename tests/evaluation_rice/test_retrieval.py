@@ -280,3 +280,42 @@ def test_alignment_is_a_third_score_where_validation_says_so(shop):
     rankings, fitted = rank_scores(task, swapped)
     assert fitted.weights.alignment_weight == 0 and rankings["fused"].recall()["R@1"] == 1.0
     assert fitted.edges() == []
+
+
+@pytest.mark.parametrize("kind", ["gallery", "clips"])
+def test_a_batch_encoded_in_parts_on_several_cores_is_that_of_one_call(monkeypatch, kind):
+    from transformers import CLIPVisionConfig
+
+    from modeling_rice import RiceConfig, RiceModel
+    from processing_rice import build_processor, train_tokenizer
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(image_size=16, patch_size=8, **sizes)
+    text = sizes | {"vocab_size": 400, "max_position_embeddings": 64}
+    config = RiceConfig(vision_config=vision, projection_dim=8, decoder_num_heads=2, text_config=text)
+    model, processor = RiceModel(config).eval(), build_processor(train_tokenizer(["a red mug"] * 20, 400), 16, 8, 3)
+    pictures = list(torch.randint(0, 256, (7, 3, 16, 16), dtype=torch.uint8))
+    words = ["a red mug", "", "mug", "red", "", "a", "red mug"]
+    if kind == "gallery":
+        inputs = dict(processor(images=pictures, titles=words))
+    else:
+        # Clips of one to three frames.
+        inputs = dict(processor(videos=[pictures[i : i + 1 + i % 3] for i in range(7)], asr=words))
+    calls = []
+    encode = getattr(model, f"encode_{kind}")
+    monkeypatch.setattr(model, f"encode_{kind}", lambda **part: calls.append(part) or encode(**part))
+    monkeypatch.setattr(retrieval, "PICTURES_AT_ONCE", 6)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with torch.no_grad():
+            found = getattr(ModelRetriever(model, None), f"encode_{kind}")(inputs)
+            expected = encode(**inputs)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(calls) == (2 if kind == "gallery" else 4)
+    for name in expected.fields:
+        left, right = getattr(found, name), getattr(expected, name)
+        assert (left is None) == (right is None)
+        if left is not None:
+            torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
