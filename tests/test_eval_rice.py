@@ -185,7 +185,7 @@ def test_a_weight_at_an_end_of_its_grid_is_told(model_dir, shop, tmp_path, capsy
 
 
 def test_intervals_resample_shops_where_there_are_several(model_dir, shop, tmp_path, capsys):
-    rule = "percentile bootstrap over clips, since no two shops are told apart (10000 resamples, seed 0)"
+    rule = "percentile bootstrap over clips, since the data has no separate shops (10000 resamples, seed 0)"
     assert run(model_dir, shop, tmp_path / "one")["protocol"]["interval"] == rule
     for name, key in (("gallery", "gallery_id"), ("clips_test", "gt_gallery_ids"), ("clips_val", "gt_gallery_ids")):
         rows = [json.loads(line) for line in (shop / f"{name}.jsonl").read_text().splitlines()]

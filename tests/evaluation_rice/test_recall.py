@@ -225,7 +225,7 @@ def test_the_rule_is_told():
     assert interval_words(["a", "b", "a"]).startswith(
         "percentile bootstrap over 2 shops, then over the clips of each ("
     )
-    assert interval_words(["", ""]).startswith("percentile bootstrap over clips, since no two shops are told apart (")
+    assert interval_words(["", ""]).startswith("percentile bootstrap over clips, since the data has no separate shops")
     assert "as if they were independent" in interval_words(None)
     assert all("10000 resamples, seed 0" in interval_words(shops) for shops in (None, ["a"], ["a", "b"]))
     with pytest.raises(ValueError, match="groups has 2 entries for 3 queries"):

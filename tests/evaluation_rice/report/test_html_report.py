@@ -157,7 +157,7 @@ def test_results_of_a_model_without_decoder_speed_or_groups(evaluate):
     evaluation.results["protocol"]["rank_by"] = "embedding"
     page = html_report(evaluation)
     parse(page)
-    assert "Fusion of" not in page and "Where it works" not in page and "<h2>Speed" not in page
+    assert "Fusion of" not in page and "Recall by attribute" not in page and "<h2>Speed" not in page
     assert "Every clip and image could be read" in page and "R@1 by embedding score" in page
 
 

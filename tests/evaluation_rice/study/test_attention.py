@@ -201,7 +201,7 @@ def test_the_command_prints_a_table_and_writes_json(command, capsys):
     result = command(Looking())
     assert result["summary"]["num_clips"] == 5 and result["split"] == "test"
     text = capsys.readouterr().out
-    row = next(line for line in text.splitlines() if line.startswith("| attention that the score is made of, inside"))
+    row = next(line for line in text.splitlines() if line.startswith("| attention of the class token, inside"))
     assert row.split(" | ")[1:] == [
         "25.0",
         "100.0 (100.0 to 100.0)",
@@ -209,7 +209,7 @@ def test_the_command_prints_a_table_and_writes_json(command, capsys):
         "+75.0 (+75.0 to +75.0)",
         "+75.0 (+75.0 to +75.0) |",
     ]
-    assert "left out: 10.0 % of that attention" in text and "percentile bootstrap over 2 shops" in text
+    assert "not counted: 10.0 % of the attention" in text and "percentile bootstrap over 2 shops" in text
 
 
 def test_the_command_refuses_a_model_without_decoder_in_one_sentence(command, capsys):
