@@ -198,5 +198,5 @@ def test_published_recipes(recipe, tmp_path):
     assert training.output_dir == str(tmp_path)
 
 
-def test_there_are_recipes():
+def test_packaged_recipes_exist():
     assert RECIPES
