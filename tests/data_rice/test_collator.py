@@ -350,7 +350,7 @@ def test_a_collator_can_be_pickled_for_workers(processor, make_row):
     assert collator([make_row("a")])["pixel_values"].shape == (1, 3, 32, 32)
 
 
-class TestWays:
+class TestDecodeModes:
     """`decode` and `pixels`: the same frames, near or equal pixels."""
 
     @pytest.fixture

@@ -87,7 +87,7 @@ class TestRun:
             assert torch.equal(trained[name], value), name
 
 
-class TestWhatARunShows:
+class TestRunOutput:
     @pytest.mark.parametrize("workers", ["0", pytest.param("1", marks=pytest.mark.slow)])
     def test_profile(self, command, tmp_path, caplog, workers):
         """Parts add up to the step, and nothing is left behind."""

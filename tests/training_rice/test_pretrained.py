@@ -72,7 +72,7 @@ def assert_same_block(block, layer, output_projection: bool = True) -> None:
         assert torch.equal(ours.bias, theirs.bias)
 
 
-class TestWhatElseIsTaken:
+class TestOtherParts:
     @pytest.fixture
     def clip(self, tmp_path):
         """Encoder of width 32 with three layers; text tower and projection of width 16."""
