@@ -1,4 +1,4 @@
-"""What `pip install` brings: the list of packages is whole, and the wheel works where no checkout is."""
+"""The installed package: the list of packages is complete, and the wheel works without a checkout."""
 
 import configparser
 import os

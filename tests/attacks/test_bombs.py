@@ -1,4 +1,4 @@
-"""Small files that claim, or unpack to, very much: refused soon, in a sentence, and without the memory."""
+"""Small files that claim, or unpack to, a very large size: refused quickly, in one sentence, without the memory."""
 
 import json
 import resource

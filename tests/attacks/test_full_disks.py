@@ -1,4 +1,4 @@
-"""A disk that is full at any moment, by a limit on the size of files: one sentence, and what was there is whole."""
+"""A full disk at any moment, simulated by a limit on file size: one sentence, and existing files stay complete."""
 
 import json
 import resource

@@ -1,4 +1,4 @@
-"""Kills at any moment: training goes on to the same weights, and what was written or acknowledged is there."""
+"""Kills at any moment: training continues to the same weights, and committed or acknowledged data is kept."""
 
 import os
 import random

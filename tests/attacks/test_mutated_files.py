@@ -1,4 +1,4 @@
-"""Damaged files at every door: a sentence or what the file says, no traceback, nothing silently wrong."""
+"""Damaged files of every kind: one sentence or the content of the file, no traceback, no silent error."""
 
 import logging
 import shutil

@@ -1,4 +1,4 @@
-"""What a precision costs is told against fp32 itself. Nothing here is timed."""
+"""The effect of a precision is measured against fp32. Nothing here is timed."""
 
 import json
 from pathlib import Path

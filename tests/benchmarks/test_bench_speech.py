@@ -1,4 +1,4 @@
-"""The study of hearing: its measures by hand, its streams, and the lines that it prints."""
+"""The speech study: its measures worked out by hand, its streams, and the lines that it prints."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""ASR that is replaced: by what, and that every run replaces it alike."""
+"""Replaced ASR: its source, and that every run replaces it equally."""
 
 import pytest
 from datasets import Dataset

@@ -1,4 +1,4 @@
-"""Rows to batches: shapes, what is done about unreadable files, and that nothing is lost on the way."""
+"""Rows to batches: shapes, unreadable files, and that no row is lost."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Paths of lists that were written elsewhere, and paths whose names are no text."""
+"""Paths in lists from other systems, and paths that are not valid UTF-8."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""The novel-product protocol: who stays in which split, folders that load, and the sentence a bad call gets."""
+"""The novel-product protocol: the products of each split, folders that load, and error messages."""
 
 import errno
 import json

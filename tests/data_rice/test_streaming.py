@@ -1,4 +1,4 @@
-"""Rows read when they are asked for: the same as in the table, dealt out once, and found again after a stop."""
+"""Rows that are read on request: equal to the table, each once, and resumed after a stop."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Pictures of shops and frames of clips without labels: what is read, what is left out, and what is said."""
+"""Pictures of shops and frames of clips without labels: what is read, left out and reported."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Versions and fingerprints of checkpoint folders. Damaged ones are tested with the commands that meet them."""
+"""Versions and fingerprints of checkpoint folders. Damaged folders are tested with the commands that read them."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The mini LPR4M goes to the Hub and comes back the same, with a card that was counted and not typed."""
+"""The mini LPR4M is published and loaded back unchanged, with a card whose numbers were counted."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""`rice encoder`: a package's weights become a folder that the Auto classes load, or one sentence says why not."""
+"""`rice encoder`: the weights of a package form a folder that the Auto classes load, or an error in one sentence."""
 
 import argparse
 import dataclasses

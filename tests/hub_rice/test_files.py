@@ -1,4 +1,4 @@
-"""A new folder is whole or not there."""
+"""A new folder is complete or absent."""
 
 import errno
 

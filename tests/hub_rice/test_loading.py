@@ -1,4 +1,4 @@
-"""What was published loads in a process that has never seen this project, from the server, offline, and re-saved."""
+"""A published model loads in a process without this project: from the server, offline, and saved again."""
 
 import json
 import re

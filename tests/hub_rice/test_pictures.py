@@ -1,4 +1,4 @@
-"""Pictures come out as the encoder's own image processor makes them, as images and as frames."""
+"""Pictures equal those of the encoder's own image processor, as images and as frames."""
 
 import json
 

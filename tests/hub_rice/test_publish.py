@@ -1,4 +1,4 @@
-"""`rice publish` with the real client against the local Hub: what arrives, what does not, and what is said."""
+"""`rice publish` with the real client against the local Hub: what is published, what is not, and its messages."""
 
 import json
 import os

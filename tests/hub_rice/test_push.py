@@ -1,4 +1,4 @@
-"""`push_to_hub` of transformers, which knows nothing of cards and layouts, with the real client."""
+"""`push_to_hub` of transformers, with the real client: it adds the layout and a short card."""
 
 import pytest
 from huggingface_hub import ModelCard

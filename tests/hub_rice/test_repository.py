@@ -1,4 +1,4 @@
-"""What of a folder is published, and what is made of the Hub's answers, without a Hub."""
+"""Which files of a folder are published, and how answers of the Hub are handled, without a Hub."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""results.json read back, and as others may see it."""
+"""results.json: read back, and reduced to the fields that may be published."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Settings of a stranger's model: what is refused, by which name, before anything is built."""
+"""Settings of an untrusted model: refused by name before anything is built."""
 
 import json
 import shutil

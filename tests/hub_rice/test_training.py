@@ -1,4 +1,4 @@
-"""Training that publishes: at saves and at the end, what belongs on the Hub and nothing else."""
+"""Training that publishes: at saves and at the end, and only the files of a published model."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""A model folder with code of its own: no command runs it, and none asks whether it may."""
+"""A model folder with its own code: no command runs it, and none asks whether to run it."""
 
 import ast
 import json

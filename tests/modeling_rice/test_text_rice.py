@@ -1,4 +1,4 @@
-"""Titles and ASR: what they change, and that a text that is not there changes nothing."""
+"""Titles and ASR: their effect, and that a missing text has none."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What comes of an encoder's output: which global feature, which layer's patches, and what a frozen encoder leaves."""
+"""Use of an encoder's output: the global feature, the layer of the patches, and frozen encoders."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Pictures of every kind look the same by every door; what is refused, with which sentence."""
+"""Pictures of every kind look the same through every entry point; error messages for all others."""
 
 import io
 import os

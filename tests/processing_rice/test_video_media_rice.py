@@ -1,4 +1,4 @@
-"""What a video file shows, and when: as a player, whatever the container, and without decoding more than is needed."""
+"""Frames and times of a video file: those of a player, in every container, without needless decoding."""
 
 import os
 import random

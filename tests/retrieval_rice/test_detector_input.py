@@ -1,4 +1,4 @@
-"""What the detector's commands refuse: other data, other devices, missing packages, models that are no detectors."""
+"""What the detector's commands refuse: other data, other devices, missing packages, models that are not detectors."""
 
 import json
 import sys

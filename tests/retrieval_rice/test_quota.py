@@ -1,4 +1,4 @@
-"""What all visitors together may leave on the demo's disk."""
+"""The limit on the disk space of all visitors of the demo together."""
 
 import asyncio
 import os

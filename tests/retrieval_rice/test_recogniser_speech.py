@@ -1,4 +1,4 @@
-"""What is said in a stream reaches the model window by window, and never harms what the picture shows."""
+"""Speech in a stream reaches the model window by window, and never affects recognition from the pictures."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Transcripts of a data set: written into its rows, known by model and language, and gone on with."""
+"""Transcripts of a data set: written into its rows, recorded with model and language, and continued."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Runs that break off and go on."""
+"""Runs that are interrupted and continued."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: one sentence, the status of the signal, and with --save_on_signal a checkpoint to go on from."""
+"""Ctrl-C and SIGTERM: one sentence, the status of the signal, and a last checkpoint with --save_on_signal."""
 
 import contextlib
 import json

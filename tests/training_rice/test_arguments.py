@@ -1,4 +1,4 @@
-"""Recipes, command line and what wins; every mistake exits with status 2 and one sentence."""
+"""Recipes and command line: precedence, and one sentence with status 2 for every mistake."""
 
 from pathlib import Path
 

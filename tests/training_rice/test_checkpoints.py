@@ -1,4 +1,4 @@
-"""Training checkpoints: written whole or not at all, told apart from broken ones, found again."""
+"""Training checkpoints: written completely or not at all, damaged ones detected, the newest found."""
 
 import dataclasses
 import os

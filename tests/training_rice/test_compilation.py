@@ -1,4 +1,4 @@
-"""`torch_compile` of the training arguments: what is compiled, what a run leaves, and what is refused."""
+"""`torch_compile` of the training arguments: what is compiled, saved and refused."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Blocks of encoded pictures: whole or not there, and named after what they depend on."""
+"""Blocks of encoded pictures: complete or absent, and named by everything that they depend on."""
 
 import errno
 import pickle

@@ -1,4 +1,4 @@
-"""Training on what a frozen encoder has left equals training on pictures, whatever stands behind the encoder."""
+"""Training on cached features of a frozen encoder equals training on pictures, with every other part of the model."""
 
 import logging
 

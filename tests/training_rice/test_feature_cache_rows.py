@@ -1,4 +1,4 @@
-"""What names the pictures of a run, and how they look in each view."""
+"""The key of the pictures of a run, and how pictures change in each view."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What a run shows besides its losses."""
+"""What a run logs besides its losses."""
 
 import pytest
 import torch

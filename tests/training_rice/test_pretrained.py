@@ -1,4 +1,4 @@
-"""A model that starts from a pretrained encoder: what is taken over, and what is said about the rest."""
+"""A model that starts from a pretrained encoder: which weights are used, and what is reported about the rest."""
 
 import logging
 

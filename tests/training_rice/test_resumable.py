@@ -1,4 +1,4 @@
-"""Runs that are killed and go on: the same weights to the bit, from whole checkpoints only."""
+"""Killed and continued runs: the same weights bit for bit, from complete checkpoints only."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Models to start from, checkpoints to go on from, and the record of a run's arguments."""
+"""Models to start from, checkpoints to continue from, and the record of a run's arguments."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Validation that processes share: each query and gallery once, and the figures of one process."""
+"""Validation shared among processes: each query and gallery once, with the figures of one process."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Boxes in the demo: which there are, where they are drawn, and that they tell the model where to look."""
+"""Boxes in the demo: which are offered, where they are drawn, and their effect on the model."""
 
 from types import SimpleNamespace
 

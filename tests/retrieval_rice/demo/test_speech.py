@@ -1,4 +1,4 @@
-"""Uploads that are heard: their words, when they were said, and what they did to the ranking."""
+"""Transcribed uploads: their words with times, and the effect on the ranking."""
 
 import numpy as np
 import pytest

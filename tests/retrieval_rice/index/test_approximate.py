@@ -1,4 +1,4 @@
-"""Approximate search finds what exact search finds, also after images came and went."""
+"""Approximate search finds what exact search finds, also after images were added and removed."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Kills at any moment, writers and readers at the same time: nothing that was written is lost, and nothing is half."""
+"""Kills at any moment, and concurrent writers and readers: no committed data is lost, and no change is half done."""
 
 import multiprocessing
 import os

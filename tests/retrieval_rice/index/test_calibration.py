@@ -1,4 +1,4 @@
-"""Scores to probabilities, against values worked out by hand and scores of a known law."""
+"""Scores to probabilities, against values worked out by hand and scores of a known distribution."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Searching an index: the same as scoring the whole shop, in its order, and after images came and went."""
+"""Searching an index: the same as scoring the whole shop, in its order, and after images were added and removed."""
 
 import dataclasses
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""An index in a folder: whole at any moment, of one model, and told apart from what was damaged."""
+"""An index in a folder: complete at any moment, of one model, with damage detected."""
 
 import dataclasses
 import json

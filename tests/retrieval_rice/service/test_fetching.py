@@ -1,4 +1,4 @@
-"""Clips by their address: public web servers only."""
+"""Clips by URL: public web servers only."""
 
 import asyncio
 import socket

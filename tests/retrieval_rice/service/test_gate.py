@@ -1,4 +1,4 @@
-"""Tokens, and bounds on what arrives at once."""
+"""Tokens, and limits on simultaneous requests."""
 
 import threading
 

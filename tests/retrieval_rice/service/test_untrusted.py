@@ -1,4 +1,4 @@
-"""Whatever is sent, the answer is an answer or one sentence, and never a failure of the service."""
+"""Any request gets an answer or an error of one sentence, and never an internal error."""
 
 import io
 from urllib.parse import quote

@@ -1,4 +1,4 @@
-"""One clock for all sources: arrival where nothing else tells the time, stamps elsewhere, leaps bridged and told."""
+"""One clock for all sources: time stamps if they are valid, else the time of arrival; jumps are reported."""
 
 import io
 import os

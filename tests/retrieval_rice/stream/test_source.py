@@ -1,4 +1,4 @@
-"""Reading frames: files of every kind of damage, folders, and live sources that break off or are too fast."""
+"""Reading frames: damaged files, folders, and live sources that disconnect or are too fast."""
 
 import os
 import threading
@@ -147,7 +147,7 @@ def test_time_continues_in_joined_recordings(tmp_path):
     assert times(frames) == [round(0.4 * i, 1) for i in range(10)]
     assert stream.duration_s is None and not stream.live
     assert stream.counts.leaps == 1 and stream.counts.available == 40
-    assert len(notices) == 1 and "joined.ts jump by -1.9 s at 1.9 s; times go on from there" in notices[0]
+    assert len(notices) == 1 and "joined.ts jump by -1.9 s at 1.9 s; times continue from there" in notices[0]
 
 
 def test_a_playlist_is_followed_with_one_clock(tmp_path, monkeypatch):

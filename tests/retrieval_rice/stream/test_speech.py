@@ -1,4 +1,4 @@
-"""Words around windows: what is known, what comes late, what never comes, and who waits for whom."""
+"""Words around windows: known, late and missing words, and which side waits."""
 
 import math
 import threading

@@ -1,4 +1,4 @@
-"""Subtitles in every dress, a container's own track, and captions as JSON lines."""
+"""Subtitles in every format and encoding, a container's own track, and captions as JSON lines."""
 
 import os
 import threading

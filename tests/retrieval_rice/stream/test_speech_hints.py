@@ -1,4 +1,4 @@
-"""Words that a speech model is told to expect: which ones, how many, and what is refused."""
+"""Hints for a speech model: which words, how many, and what is refused."""
 
 import random
 from types import SimpleNamespace

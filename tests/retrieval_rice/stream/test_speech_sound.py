@@ -1,4 +1,4 @@
-"""Sound of files and live sources: its times, its damage, and how it is cut."""
+"""Sound of files and live sources: times, damage, and chunks."""
 
 import threading
 from fractions import Fraction

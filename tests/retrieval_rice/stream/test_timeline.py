@@ -1,4 +1,4 @@
-"""From answers to segments: hand-worked time lines, and what is written of them."""
+"""From answers to segments: time lines worked out by hand, and the output files."""
 
 import json
 import tracemalloc
