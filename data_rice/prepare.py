@@ -262,7 +262,7 @@ def _card(manifest: dict) -> str:
     ]
     lines += [
         "",
-        "`dropped.jsonl` lists the media that could not be read. Whoever publishes this folder needs the right",
+        "`dropped.jsonl` lists the media that could not be read. To publish this folder you need the right",
     ]
     return "\n".join([*lines, "to publish the pictures.", ""])
 

@@ -50,7 +50,7 @@ class StreamingView(IterableDataset):
         ...     if number == 10:
         ...         state = view.state_dict(batches=number)
         ...         break
-        >>> view.load_state_dict(state)  # the loader goes on with the eleventh batch
+        >>> view.load_state_dict(state)  # the loader continues with the eleventh batch
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Takes docs/demo.png and docs/report.png anew, of what `make demo` and `eval_rice.py --report` left in runs/demo.
+"""Makes docs/demo.png and docs/report.png again, from what `make demo` and `eval_rice.py --report` wrote to runs/demo.
 
 Needs playwright, a chromium and a font with Chinese characters (Debian: chromium, fonts-noto-cjk). Look at the
 pictures before committing them: whole texts, the right product first, and the figures of the README.

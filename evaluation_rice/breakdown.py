@@ -13,6 +13,7 @@ from data_rice import open_dataset_view
 from data_rice.commands import one_line
 from data_rice.files import replacing
 from data_rice.lazy_rows import ParquetRows
+from hub_rice.tables import ATTRIBUTES
 from hub_rice.training_record import trained_on
 
 from .protocol import HEAD_TAIL_RULE, head_categories
@@ -99,7 +100,7 @@ def draw_breakdown(path: str | os.PathLike, by: Mapping[str, Mapping[str, Mappin
     panels = figure.subplots(len(shown), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     for axes, (column, groups) in zip(panels, shown.items(), strict=True):
         _draw_groups(axes, groups)
-        axes.set_title(column.replace("_", " "), loc="left", fontsize="small")
+        axes.set_title(ATTRIBUTES.get(column, column), loc="left", fontsize="small")
     panels[0].legend(loc="best", fontsize="x-small")
     panels[-1].set_xlabel("R@1 in percent, with 95 % intervals")
     with replacing(path) as temporary:

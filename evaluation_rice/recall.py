@@ -198,7 +198,7 @@ def interval_words(groups: Sequence[str] | None) -> str:
         )
     shops = len(set(groups))
     if shops < 2:
-        return f"percentile bootstrap over clips, since no two shops are told apart ({resamples})"
+        return f"percentile bootstrap over clips, since the data has no separate shops ({resamples})"
     return f"percentile bootstrap over {shops} shops, then over the clips of each ({resamples})"
 
 

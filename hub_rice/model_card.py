@@ -17,7 +17,7 @@ from data_rice.files import write_atomically
 from modeling_rice.layout_rice import PIPELINE_TAG, TAGS
 
 from .results import NEEDED, complete, dataset_name, read_results
-from .tables import TITLES, markdown_table, percent
+from .tables import ATTRIBUTES, TITLES, markdown_table, percent
 from .training_record import read_training_record
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
@@ -106,7 +106,7 @@ def _evaluations(results: Mapping) -> list[EvalResult]:
 def breakdown_page(results: Mapping) -> str | None:
     """A page with R@1 by attribute of the clips; `None` if the clips have no attributes."""
     groups = complete(results)["by"]
-    tables = [f"## By {name.replace('_', ' ')}\n\n{breakdown_table(group)}" for name, group in groups.items()]
+    tables = [f"## By {ATTRIBUTES.get(name, name)}\n\n{breakdown_table(group)}" for name, group in groups.items()]
     if not tables:
         return None
     where = f"{results['num_queries']} clips of {dataset_name(results)}, split {results['protocol']['split']}"

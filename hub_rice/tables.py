@@ -12,6 +12,15 @@ TITLES = {
     "pixels_8x8": "8 x 8 pixels",
     "color_histogram_in_box": "colour histogram in the box",
 }
+ATTRIBUTES = {
+    "category": "category",
+    "head_tail": "head and tail categories",
+    "product_scale": "product scale",
+    "visible_duration": "visible duration",
+    "product_number": "number of products",
+    "source": "source",
+}
+"""Titles of the attributes of clips, by their names in `by` of results.json."""
 
 
 def percent(value: float) -> str:

@@ -61,7 +61,7 @@ def refusal(capsys, shop, output, *arguments):
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_a_descriptor_leaves_what_a_model_leaves(shop, tmp_path, capsys):
+def test_a_descriptor_writes_the_same_files_as_a_model(shop, tmp_path, capsys):
     results = run(shop, tmp_path / "out", "--baseline", "color_histogram")
     files = {path.name for path in (tmp_path / "out").iterdir()}
     wanted = {"README.md", "breakdown.png", "matches.png", "query_ranks.jsonl", "rankings.jsonl", "results.json"}
@@ -75,7 +75,7 @@ def test_a_descriptor_leaves_what_a_model_leaves(shop, tmp_path, capsys):
     assert "colour histogram" in printed and "RICE" not in printed
 
 
-def test_its_figures_are_those_beside_a_model(shop, tmp_path):
+def test_its_figures_equal_those_beside_a_model(shop, tmp_path):
     alone = run(shop, tmp_path / "a", "--baseline", "color_histogram")["scores"]["embedding"]
     beside = run(shop, tmp_path / "b", "--baseline", "pixels_8x8")["baselines"]["color_histogram"]
     assert alone == beside
@@ -88,7 +88,7 @@ def test_any_folder_is_a_baseline(shop, swin, tmp_path):
     assert again["scores"] == results["scores"] and again["baseline"] == results["baseline"]
 
 
-def test_head_and_tail_are_told_by_the_training_rows(shop, tmp_path):
+def test_head_and_tail_follow_the_training_rows(shop, tmp_path):
     """Of 4 rows, g has 2, which is half: r and b are the tail, y was never seen."""
     results = run(shop, tmp_path / "out", "--baseline", "color_histogram")
     groups = results["by"]["head_tail"]

@@ -125,7 +125,7 @@ def test_the_same_command_gives_the_same_figures(model_dir, shop, tmp_path):
     assert (tmp_path / "a" / "matches.png").read_bytes() == (tmp_path / "b" / "matches.png").read_bytes()
 
 
-def test_precision_is_single_unless_told_and_stands_in_the_results(model_dir, shop, tmp_path, capsys):
+def test_precision_is_single_by_default_and_recorded(model_dir, shop, tmp_path, capsys):
     single = run(model_dir, shop, tmp_path / "single")
     half = run(model_dir, shop, tmp_path / "half", "--precision", "bf16")
     assert (single["protocol"]["precision"], half["protocol"]["precision"]) == ("fp32", "bf16")
@@ -147,7 +147,7 @@ def test_a_damaged_frame_is_listed_and_the_clip_is_scored_without_it(model_dir, 
     assert "test-3-1.png" in capsys.readouterr().out
 
 
-def test_a_clip_of_which_nothing_can_be_read_is_a_listed_miss(model_dir, shop, tmp_path):
+def test_an_unreadable_clip_is_a_listed_miss(model_dir, shop, tmp_path):
     frames = list((shop / "images").glob("test-3-*.png"))
     for path in frames:
         path.write_bytes(b"\x89PNG no image")
@@ -160,14 +160,14 @@ def test_a_clip_of_which_nothing_can_be_read_is_a_listed_miss(model_dir, shop, t
     assert {failure["file"] for failure in results["failures"]} == {str(path) for path in frames}
 
 
-def test_the_checkpoints_own_fusion_weight_goes_first(model_dir, shop, tmp_path):
+def test_the_checkpoints_own_fusion_weight_is_used_first(model_dir, shop, tmp_path):
     config = json.loads((model_dir / "config.json").read_text())
     (model_dir / "config.json").write_text(json.dumps({**config, "fusion_weight": 0.35}))
     results = run(model_dir, shop, tmp_path / "out")
     assert results["fusion_weight"] == 0.35 and results["protocol"]["fusion"]["source"] == "checkpoint"
 
 
-def test_without_a_validation_split_the_weight_is_one_and_said_so(model_dir, shop, tmp_path, capsys):
+def test_without_a_validation_split_the_weight_is_one_and_reported(model_dir, shop, tmp_path, capsys):
     (shop / "clips_val.jsonl").unlink()
     results = run(model_dir, shop, tmp_path / "out")
     assert results["fusion_weight"] == 1.0 and results["protocol"]["fusion"]["source"] == "default"
@@ -175,7 +175,7 @@ def test_without_a_validation_split_the_weight_is_one_and_said_so(model_dir, sho
 
 
 @pytest.mark.parametrize(("weight", "at_edge"), [(50.0, True), (0.35, False)])
-def test_a_weight_at_an_end_of_its_grid_is_told(model_dir, shop, tmp_path, capsys, weight, at_edge):
+def test_a_weight_at_an_end_of_its_grid_is_reported(model_dir, shop, tmp_path, capsys, weight, at_edge):
     give_weights(model_dir, fusion_weight=weight)
     fusion = run(model_dir, shop, tmp_path / "out", "--baselines")["protocol"]["fusion"]
     words = "the fusion weight 50 lies at the upper end of its grid (0.01 to 50): a better one may lie beyond"
@@ -184,8 +184,8 @@ def test_a_weight_at_an_end_of_its_grid_is_told(model_dir, shop, tmp_path, capsy
     assert (words in (tmp_path / "out" / "README.md").read_text()) is at_edge
 
 
-def test_intervals_resample_shops_where_there_are_several(model_dir, shop, tmp_path, capsys):
-    rule = "percentile bootstrap over clips, since no two shops are told apart (10000 resamples, seed 0)"
+def test_intervals_resample_several_shops(model_dir, shop, tmp_path, capsys):
+    rule = "percentile bootstrap over clips, since the data has no separate shops (10000 resamples, seed 0)"
     assert run(model_dir, shop, tmp_path / "one")["protocol"]["interval"] == rule
     for name, key in (("gallery", "gallery_id"), ("clips_test", "gt_gallery_ids"), ("clips_val", "gt_gallery_ids")):
         rows = [json.loads(line) for line in (shop / f"{name}.jsonl").read_text().splitlines()]
@@ -242,7 +242,7 @@ class TestFusedText:
             write_lines(shop / f"clips_{split}.jsonl", rows)
         return shop
 
-    def test_the_checkpoints_pair_is_used_and_told(self, text_model_dir, said, tmp_path, capsys):
+    def test_the_checkpoints_weights_are_used_and_reported(self, text_model_dir, said, tmp_path, capsys):
         give_weights(text_model_dir, fusion_weight=0.35, fused_text_weight=40.0)
         results = run(text_model_dir, said, tmp_path / "out", "--baselines", "--report")
         fusion = results["protocol"]["fusion"]
@@ -268,7 +268,7 @@ class TestFusedText:
         run(text_model_dir, said, tmp_path / "new", "--baselines")
         assert (tmp_path / "new" / "rankings.jsonl").read_text() != rankings
 
-    def test_silence_and_no_text_are_the_same(self, text_model_dir, said, tmp_path):
+    def test_a_clip_without_asr_scores_as_without_text(self, text_model_dir, said, tmp_path):
         """With the score-level term alone, a clip without ASR has the ranking of an evaluation without text."""
         from modeling_rice import RiceConfig, RiceModel
 
@@ -286,7 +286,7 @@ class TestFusedText:
         assert fused["none"] == fused["off"] != fused["own"]
         assert all(fused["own"][f"test-{i}"] == fused["off"][f"test-{i}"] for i in (1, 3, 5, 7))
 
-    def test_both_are_fitted_where_the_checkpoint_has_none_and_on_demand(self, text_model_dir, said, tmp_path):
+    def test_both_weights_are_fitted_if_missing_or_on_request(self, text_model_dir, said, tmp_path):
         results = run(text_model_dir, said, tmp_path / "auto", "--baselines")
         fusion = results["protocol"]["fusion"]
         assert fusion["source"] == "validation" and fusion["text_weight"] == results["fused_text_weight"] >= 0
@@ -295,7 +295,7 @@ class TestFusedText:
         again = run(text_model_dir, said, tmp_path / "fit", "--baselines", "--fusion_weight", "fit")
         assert again["protocol"]["fusion"] == fusion and again["scores"] == results["scores"]
 
-    def test_another_folder_may_hold_the_validation_split(self, text_model_dir, said, tmp_path, capsys):
+    def test_the_validation_split_may_be_in_another_folder(self, text_model_dir, said, tmp_path, capsys):
         other = shutil.copytree(said, tmp_path / "other")
         (said / "clips_val.jsonl").unlink()
         fit = ("--data_dir", said, "--baselines", "--fusion_weight", "fit")
@@ -347,11 +347,11 @@ class TestAsr:
         assert scores["own"]["test-2"] == scores["none"]["test-2"] == scores["shuffled"]["test-2"]
         assert scores["wrong"] != scores["own"] and scores["wrong"] != scores["none"]
 
-    def test_is_told_on_the_page(self, text_model_dir, said, tmp_path):
+    def test_is_named_in_the_report(self, text_model_dir, said, tmp_path):
         run(text_model_dir, said, tmp_path / "out", "--asr", "wrong", "--report", "--baselines")
         assert "the ASR of a clip of another product" in (tmp_path / "out" / "report.html").read_text()
 
-    def test_is_no_matter_for_a_model_without_text(self, model_dir, shop, tmp_path, capsys):
+    def test_is_refused_for_a_model_without_text(self, model_dir, shop, tmp_path, capsys):
         line = refusal(capsys, model_dir, shop, tmp_path / "out", "--asr", "wrong")
         assert f"--asr wrong needs a model that reads text, which {model_dir} does not: leave it out." in line
         assert "asr" not in run(model_dir, shop, tmp_path / "out", "--baselines")["protocol"]
@@ -451,7 +451,7 @@ def test_a_report_is_written_on_request(model_dir, shop, tmp_path):
     assert "was reconstructed from" in page and "no heat map" not in page
 
 
-def test_head_and_tail_are_told_by_what_the_model_was_trained_on(model_dir, shop, tmp_path):
+def test_head_and_tail_follow_the_data_of_the_models_run(model_dir, shop, tmp_path):
     """The evaluated shop trains on the first product alone; the model's own on three rows of the second and others."""
     own = shutil.copytree(shop, tmp_path / "own")
     names = list(COLOURS)

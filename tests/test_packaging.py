@@ -1,4 +1,4 @@
-"""What `pip install` brings: the list of packages is whole, and the wheel works where no checkout is."""
+"""The installed package: the list of packages is complete, and the wheel works without a checkout."""
 
 import configparser
 import os
@@ -43,7 +43,7 @@ def folders(settings) -> dict[str, Path]:
     return {name: folder(name) for name in entries(settings["options"]["packages"])}
 
 
-def test_the_list_of_packages_is_whole(settings):
+def test_the_list_of_packages_is_complete(settings):
     here = set(find_namespace_packages(REPOSITORY, include=[*ROOMS, *(f"{room}.*" for room in ROOMS)]))
     others = {"model_cards", "training_rice.recipes", "evaluation_rice.metrics.livestream_recall"}
     assert set(folders(settings)) == here | others, "packages in setup.cfg"
@@ -97,7 +97,7 @@ def installed(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_wheel_trains_and_evaluates_where_no_checkout_is(installed):
+def test_the_wheel_trains_and_evaluates_without_a_checkout(installed):
     where = "import rice_cli, train_rice, eval_rice, training_rice; print(rice_cli.__file__, training_rice.__file__)"
     status, said = installed("-c", where)
     assert status == 0 and said.count(str(installed.site)) == 2

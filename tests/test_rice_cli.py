@@ -116,7 +116,7 @@ def test_conversion_refuses_in_one_sentence(newer_weights, tmp_path, capsys):
     assert not (tmp_path / "rice").exists()
 
 
-def test_an_output_folder_in_use_is_left_alone(newer_weights, tmp_path, capsys):
+def test_an_output_folder_in_use_is_not_changed(newer_weights, tmp_path, capsys):
     save_file(newer_weights, tmp_path / "official.safetensors")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")

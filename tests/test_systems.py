@@ -1,4 +1,4 @@
-"""Where a system lacks the modules of Unix: everything is imported, and what needs file locks says so."""
+"""Systems without the modules of Unix: everything can be imported, and functions that need file locks say so."""
 
 import subprocess
 import sys

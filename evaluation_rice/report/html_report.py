@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from data_rice.files import write_atomically
 from hub_rice.model_card import gallery_words, scope_words
 from hub_rice.results import dataset_name
-from hub_rice.tables import TITLES, table_cells
+from hub_rice.tables import ATTRIBUTES, TITLES, table_cells
 from processing_rice import open_image
 
 from ..frames import clip_frames
@@ -29,15 +29,6 @@ FRAMES = 5
 SHOWN = 5
 EXAMPLES = 6
 FAILURES = 50
-
-ATTRIBUTES = {
-    "category": "category",
-    "head_tail": "head and tail of the training categories",
-    "product_scale": "scale of the product in the frames",
-    "visible_duration": "time for which the product is visible",
-    "product_number": "number of products in the clip",
-    "source": "source",
-}
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; max-width: 1180px;
@@ -108,8 +99,8 @@ def by_livestream(task: RetrievalTask, rankings: Mapping[str, Rankings]) -> dict
 
 def choose_examples(task: RetrievalTask, ranked: Rankings, count: int = EXAMPLES) -> tuple[list[int], list[int]]:
     """
-    The best queries: hits with the widest lead over the first wrong image among the five best. The worst queries:
-    those with the right image at the lowest rank or absent, then with the widest lead of the wrong image. Equal
+    The best queries: hits with the largest margin over the first wrong image among the five best. The worst queries:
+    those with the right image at the lowest rank or absent, then with the largest margin of the wrong image. Equal
     queries stay in file order.
 
     Returns:
@@ -189,10 +180,10 @@ def _groups(evaluation: Evaluation) -> str:
     if not plots:
         return ""
     words = (
-        f"R@1 in percent by {kind} score, and the number of clips; whiskers are 95 % intervals, Wilson's where none "
-        "or all of the clips are right."
+        f"R@1 in percent by {kind} score, and the number of clips. Whiskers are 95 % intervals, Wilson's if all clips "
+        "of a group are hits or all are misses."
     )
-    return _section("Where it works", _note(words), f'<div class="plots">{"".join(plots)}</div>')
+    return _section("Recall by attribute of the clips", _note(words), f'<div class="plots">{"".join(plots)}</div>')
 
 
 def _livestreams(evaluation: Evaluation) -> str:
@@ -267,8 +258,8 @@ def _heat(evaluation: Evaluation, query: dict, image: str | None, words: str) ->
 
 def _examples(evaluation: Evaluation, count: int) -> str:
     best, worst = choose_examples(evaluation.task, evaluation.rankings[evaluation.shown], count)
-    lead = "The clips that were right with the widest lead over a wrong image"
-    deep = "The clips with the right image deepest in the ranking, or not in it; frames are spread over the clip"
+    lead = "Hits with the largest margin over a wrong image"
+    deep = "Clips whose right image has the lowest rank or is not ranked; frames are evenly spaced"
     return _section(
         f"The {len(best)} best clips", _note(f"{lead}."), *(_query(evaluation, i) for i in best)
     ) + _section(f"The {len(worst)} worst clips", _note(f"{deep}."), *(_query(evaluation, i) for i in worst))
@@ -336,7 +327,8 @@ def _protocol(results: Mapping) -> str:
         if tie["share"] > 0:
             random = 100 * tie["R@1_ties_at_random"]
             sentences.append(
-                f"{100 * tie['share']:.1f} % are tied by {kind} score; R@1 with ties in random order: {random:.1f}."
+                f"{100 * tie['share']:.1f} % of the clips are tied by {kind} score; R@1 with ties in random order: "
+                f"{random:.1f}."
             )
     unreachable = protocol["queries_without_relevant_in_gallery"]
     if unreachable:

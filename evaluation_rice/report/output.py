@@ -55,8 +55,8 @@ def print_report(results: Mapping, output: Path, report: bool) -> None:
     _print_fusion(results)
     for kind, tie in results["ties"].items():
         if tie["share"] > 0:
-            random = 100 * tie["R@1_ties_at_random"]
-            print(f"{100 * tie['share']:.1f} % of the clips are tied by {kind}; R@1 in random order: {random:.1f}")
+            share, random = 100 * tie["share"], 100 * tie["R@1_ties_at_random"]
+            print(f"{share:.1f} % of the clips are tied by {kind}; R@1 with ties in random order: {random:.1f}")
     unreachable = protocol["queries_without_relevant_in_gallery"]
     if unreachable:
         print(f"{unreachable} clips have no relevant image in their gallery; they are misses for any method")
@@ -75,7 +75,7 @@ def _print_fusion(results: Mapping) -> None:
         if results[name] is not None:
             print(f"{name.replace('_', ' ')} {results[name]:g}: {fusion['source_words']}")
     if fusion["text_weight"] is not None:
-        source = "fitted after it" if fusion["source"] == "validation" else "the checkpoint's own"
+        source = "fitted after the fusion weight" if fusion["source"] == "validation" else "the checkpoint's own"
         print(f"text weight in the fused score {fusion['text_weight']:g}: {source}")
     for words in fusion["edge_words"]:
         print(words)

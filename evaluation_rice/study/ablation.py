@@ -297,7 +297,7 @@ def to_markdown(study: Study, summary: Mapping) -> str:
     if rules:
         lines += ["", f"Intervals, 95 %: {'; '.join(dict.fromkeys(rules))}."]
     if summary["not_run"]:
-        lines += ["", "Cells without a result:", ""]
+        lines += ["", "Runs without a result:", ""]
         lines += [f"- {cell['arm']}, seed {cell['seed']}: {cell['reason']}" for cell in summary["not_run"]]
     return "\n".join(lines) + "\n"
 

@@ -29,14 +29,14 @@ from ..recall import bootstrap_interval, interval_words
 from ..report.heatmap import Region, reconstructs, seen_region
 
 MAPS = {
-    "score": "attention that the score is made of",
+    "score": "attention of the class token",
     "patches": "attention of the image's patches",
     "reconstruction": "reconstruction weights",
 }
 SHARES = {
     "in_boxes": "inside the boxes",
     "on_frames": "on frames with a box",
-    "in_boxes_of_frames": "inside the boxes, of what is on those frames",
+    "in_boxes_of_frames": "inside the boxes, as part of the share on those frames",
 }
 
 
@@ -198,7 +198,7 @@ def _mean(numbers: np.ndarray, shops: np.ndarray) -> dict[str, Any]:
 def format_summary(summary: Mapping[str, Any]) -> str:
     """The summary as a Markdown table, in percent, differences in points."""
     columns = ("uniform", "right", "wrong", "right_minus_uniform", "right_minus_wrong")
-    lines = ["| | even | right image (95 %) | wrong image (95 %) | right - even | right - wrong |"]
+    lines = ["| | uniform | right image (95 %) | wrong image (95 %) | right - uniform | right - wrong |"]
     lines.append("|---|---:|---:|---:|---:|---:|")
     for name, share in ((name, share) for name in MAPS if name in summary for share in SHARES):
         cells = [_cell(summary[name][share][column], column) for column in columns]
@@ -265,7 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
     summary = result["summary"]
     print(f"\n{summary['num_clips']} clips of {options.dataset} ({options.split}); percent and points\n")
     print(format_summary(summary))
-    print(f"\nleft out: {percent(summary['not_on_patches']['mean'])} % of that attention, to class tokens and text")
+    print(f"\nnot counted: {percent(summary['not_on_patches']['mean'])} % of the attention, on class tokens and text")
     print(f"intervals: {summary['interval']}")
     if result["failures"]:
         first = result["failures"][0]

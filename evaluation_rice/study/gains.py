@@ -17,7 +17,7 @@ import numpy as np
 
 from data_rice.commands import mistakes_end, print_anywhere
 from hub_rice.files import check_output, write_output
-from hub_rice.tables import percent
+from hub_rice.tables import ATTRIBUTES, percent
 
 from .paired import paired_difference, verdict
 from .table import check_alike, read_folder, read_hits
@@ -154,8 +154,9 @@ def format_gains(result: Mapping[str, Any]) -> str:
     lines.append("|---|---|---:|---:|---:|---:|---|")
     for row in result["groups"]:
         low, high = row["ci95"]
+        attribute = ATTRIBUTES.get(row["column"], row["column"])
         lines.append(
-            f"| {row['column'].replace('_', ' ')} | {row['group']} | {row['num_queries']} | {percent(row['left'])} | "
+            f"| {attribute} | {row['group']} | {row['num_queries']} | {percent(row['left'])} | "
             f"{percent(row['right'])} | {100 * row['difference']:+.1f} | {100 * low:+.1f} to {100 * high:+.1f} |"
         )
     total, answers, count = result["all"], result["answers"], len(result["groups"])
@@ -164,8 +165,8 @@ def format_gains(result: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"all: {100 * total['difference']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}), "
-        f"{len(total['seeds'])} seed(s); {clear} of {count} intervals exclude 0; {count / 20:.0f} would by chance if "
-        f"nothing differed",
+        f"{len(total['seeds'])} seed(s); {clear} of {count} intervals exclude 0; about {count / 20:.0f} would by "
+        f"chance without any difference",
         f"intervals: {total['interval']}",
         f"answers: both right {answers['both']}, only left {answers['left_only']}, only right "
         f"{answers['right_only']}, neither {answers['neither']}",

@@ -19,7 +19,7 @@ from data_rice.commands import mistakes_end, print_anywhere
 from hub_rice.files import check_output, write_output
 from hub_rice.model_card import breakdown_table, gallery_words
 from hub_rice.results import dataset_name, read_results
-from hub_rice.tables import TITLES, markdown_table, percent, shown_scores
+from hub_rice.tables import ATTRIBUTES, TITLES, markdown_table, percent, shown_scores
 from modeling_rice.scoring_rice import KINDS
 
 from ..pretrained_baselines import FAMILIES
@@ -288,7 +288,7 @@ def baseline_page(results: Mapping) -> str:
         markdown_table(shown_scores(results)),
     ]
     for column, groups in results["by"].items():
-        lines += ["", f"## By {column.replace('_', ' ')}", "", breakdown_table(groups)]
+        lines += ["", f"## By {ATTRIBUTES.get(column, column)}", "", breakdown_table(groups)]
     return "\n".join([*lines, "", "Command:", "", "```", results["command"], "```"]) + "\n"
 
 

@@ -405,8 +405,8 @@ class VideoStream:
         self.counts.leaps += 1
         self._tell_at_times(
             "leaps",
-            f"the time stamps of {self.source} jump by {leap_s:+.1f} s at {self.clock.last_s:.1f} s; times go on from "
-            f"there",
+            f"the time stamps of {self.source} jump by {leap_s:+.1f} s at {self.clock.last_s:.1f} s; times continue "
+            f"from there",
         )
 
     def _tell_at_times(self, kind: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""What the attacks need of other folders' fixtures, and the count of what they tried."""
+"""Fixtures of the attack tests, and the count of what they tried."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Children that are killed, or run out of disk, while they tell how far they are."""
+"""Child processes that are killed or run out of disk while they report their progress."""
 
 import hashlib
 import runpy

@@ -1,4 +1,4 @@
-"""Files that were damaged, or that a stranger wrote: each is refused in one sentence, or read as what it says."""
+"""Files that were damaged or written by an attacker: each is refused in one sentence, or read with its content."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Every door through which files come into the project, with whole files to damage."""
+"""Every way in which files come into the project, with undamaged files to damage."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Small files that claim, or unpack to, very much: refused soon, in a sentence, and without the memory."""
+"""Small files that claim, or unpack to, a very large size: refused quickly, in one sentence, without the memory."""
 
 import json
 import resource
@@ -116,7 +116,7 @@ BOMBS = {
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("bomb", list(BOMBS))
-def test_a_bomb_is_refused_soon(bomb, tmp_path, count):
+def test_a_decompression_bomb_is_refused_quickly(bomb, tmp_path, count):
     name, data, read = BOMBS[bomb]
     (tmp_path / name).write_bytes(data() if callable(data) else data)
     before_kb, start_s = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()

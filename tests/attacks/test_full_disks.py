@@ -1,4 +1,4 @@
-"""A disk that is full at any moment, by a limit on the size of files: one sentence, and what was there is whole."""
+"""A full disk at any moment, simulated by a limit on file size: one sentence, and existing files stay complete."""
 
 import json
 import resource
@@ -41,7 +41,7 @@ def said_by(function, *arguments) -> str | None:
 
 
 @pytest.mark.slow
-def test_an_index_is_as_it_was(tmp_path, count):
+def test_a_full_disk_leaves_the_index_unchanged(tmp_path, count):
     folder = tmp_path / "index"
     index_attacks.new_index(folder)
     told = 0
@@ -61,7 +61,7 @@ def test_an_index_is_as_it_was(tmp_path, count):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, 1, 4096, 40_000])
-def test_a_file_is_the_old_one_or_the_new_one(tmp_path, count, limit):
+def test_a_full_disk_leaves_the_old_or_the_new_file(tmp_path, count, limit):
     path = tmp_path / "results.json"
     path.write_text("{}")
     said = said_by(write, path, limit)

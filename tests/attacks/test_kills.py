@@ -1,4 +1,4 @@
-"""Kills at any moment: training goes on to the same weights, and what was written or acknowledged is there."""
+"""Kills at any moment: training continues to the same weights, and committed or acknowledged data is kept."""
 
 import os
 import random
@@ -35,7 +35,7 @@ def serve(pipe, arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [14])
-def test_training_goes_on_to_the_same_weights(command, finished, tmp_path, count, kills):
+def test_killed_training_continues_to_the_same_weights(command, finished, tmp_path, count, kills):
     rng, survived, runs = random.Random(0), 0, 0
     while survived < kills:
         folder = tmp_path / f"run {runs}"
@@ -64,7 +64,7 @@ def test_training_goes_on_to_the_same_weights(command, finished, tmp_path, count
 
 
 @pytest.mark.slow
-def test_an_index_keeps_what_was_written(shop, tmp_path, count):
+def test_a_killed_index_keeps_committed_images(shop, tmp_path, count):
     rng = random.Random(1)
     assert len(index_attacks.survive_adding(tmp_path / "added", 12, rng)) > 12
     index_attacks.survive_compacting(tmp_path / "compacted", 12, rng)
@@ -74,7 +74,7 @@ def test_an_index_keeps_what_was_written(shop, tmp_path, count):
 
 
 @pytest.mark.slow
-def test_a_service_keeps_what_it_acknowledged(shop, make_index_model, tmp_path, count):
+def test_a_killed_service_keeps_acknowledged_changes(shop, make_index_model, tmp_path, count):
     httpx = pytest.importorskip("httpx", reason="needs the extra serve")
     pytest.importorskip("fastapi", reason="needs the extra serve")
     from retrieval_rice.index import GalleryIndex
@@ -139,7 +139,7 @@ result = pid
 
 
 @pytest.mark.slow
-def test_publishing_is_whole_or_has_not_happened(hub, client, tiny_checkpoint, count):
+def test_killed_publishing_uploads_all_files_or_none(hub, client, tiny_checkpoint, count):
     """Kills after each request that the Hub was sent."""
     before = contents(tiny_checkpoint)
     words = ["publish", str(tiny_checkpoint), "--without_results", "--license", "apache-2.0"]

@@ -1,4 +1,4 @@
-"""Damaged files at every door: a sentence or what the file says, no traceback, nothing silently wrong."""
+"""Damaged files of every kind: one sentence or the content of the file, no traceback, no silent error."""
 
 import logging
 import shutil
@@ -45,7 +45,7 @@ def attack_in_children(door: str, folder: Path, checkpoint: Path, number: int) -
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("door", "share"), _DOORS)
-def test_damaged_files_are_refused_or_read_as_they_are(door, share, tiny_checkpoint, tmp_path, count, caplog):
+def test_damaged_files_are_refused_or_read(door, share, tiny_checkpoint, tmp_path, count, caplog):
     caplog.set_level(logging.CRITICAL)
     make, number = READERS[door]
     wanted, crashes = round(share * number), 0

@@ -10,7 +10,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("losses", ["icl", "icl_pmd_pfr"])
-def test_one_row_per_way(monkeypatch, capsys, losses):
+def test_one_row_per_variant(monkeypatch, capsys, losses):
     pytest.importorskip("timm")
     monkeypatch.syspath_prepend(str(FOLDER))
     import bench_feature_cache

@@ -1,4 +1,4 @@
-"""What a precision costs is told against fp32 itself. Nothing here is timed."""
+"""The effect of a precision is measured against fp32. Nothing here is timed."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-def test_single_precision_agrees_with_itself_and_halves_nearly(monkeypatch, capsys, tiny_model_and_mini):
+def test_single_precision_agrees_exactly_and_half_precision_nearly(monkeypatch, capsys, tiny_model_and_mini):
     monkeypatch.syspath_prepend(str(FOLDER))
     import bench_precision
 

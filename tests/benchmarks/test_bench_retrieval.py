@@ -36,7 +36,7 @@ def rows_of(bench, capsys, *steps):
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_searching_and_matching(bench, capsys):
+def test_rows_of_search_and_matching(bench, capsys):
     plain, exact, streamed, top, shop = rows_of(bench, capsys, "torch", "exact", "streamed", "match_top", "match_shop")
     assert plain["ms"] > 0 and exact["ms"] > 0 and streamed["ms"] > 0
     assert exact["recall@10"] == 1 and streamed["recall@10"] == 1 and exact["rows"] == 500
@@ -55,12 +55,12 @@ def test_approximate_search(bench, capsys):
     assert row["index_mb"] > 0 and row["build_seconds"] >= 0
 
 
-def test_frames_to_answer(bench, capsys):
+def test_rows_from_frames_to_answer(bench, capsys):
     (row,) = rows_of(bench, capsys, "end_to_end")
     assert row["ms_batch_1"] > 0 and row["ms_batch_32"] > 0
 
 
-def test_writing_and_load(bench, capsys):
+def test_rows_of_writing_and_load(bench, capsys):
     write, load = rows_of(bench, capsys, "write", "load")
     assert write["found_by_another_reader_ms"] >= write["put_ms"] > 0
     assert load["failures"] == [] and load["searches_per_second"] > 0

@@ -1,4 +1,4 @@
-"""The study of hearing: its measures by hand, its streams, and the lines that it prints."""
+"""The speech study: its measures worked out by hand, its streams, and the lines that it prints."""
 
 import sys
 from pathlib import Path
@@ -69,7 +69,7 @@ def streams(study, monkeypatch, tmp_path):
     return study.build_streams(rows, 2, 10, tmp_path), spoken
 
 
-def test_clips_are_laid_out_one_after_the_other(streams):
+def test_clips_follow_each_other_in_time(streams):
     (first, second), spoken = streams
     assert [clip.row["asr"] for clip in first.clips] == ["red mug", "blue shoe"]
     assert [(clip.start_s, clip.said_s, clip.end_s) for clip in first.clips] == [(0.0, 0.6, 8.0), (8.0, 8.6, 16.0)]
@@ -78,7 +78,7 @@ def test_clips_are_laid_out_one_after_the_other(streams):
     assert voices["red mug"] == voices["blue shoe"] != voices["a" * 100] and "b" not in voices
 
 
-def test_a_stream_has_its_pictures_and_its_words_in_their_places(study, streams, tmp_path):
+def test_a_stream_has_pictures_and_words_at_their_times(study, streams, tmp_path):
     from retrieval_rice.stream.source import open_source, open_stream
     from retrieval_rice.stream.speech_sound import FileSound
 
@@ -94,19 +94,19 @@ def test_a_stream_has_its_pictures_and_its_words_in_their_places(study, streams,
     assert power[2] == pytest.approx(power[0], rel=0.2)
 
 
-def test_true_words_and_what_is_heard_of_a_clip(study, streams):
+def test_true_and_transcribed_words_of_a_clip(study, streams):
     (stream, _), _ = streams
     words = study.true_words(stream, [clip.row["asr"] for clip in stream.clips])
     assert words[:2] == [Word(0.6, pytest.approx(0.95), "red"), Word(pytest.approx(0.95), pytest.approx(1.3), "mug")]
     assert [study.text_of(clip, words) for clip in stream.clips] == ["red mug", "blue shoe"]
 
 
-def test_a_text_that_is_not_there_has_no_words(study, streams):
+def test_a_missing_text_has_no_words(study, streams):
     (stream, _), _ = streams
     assert study.true_words(stream, ["", "shoe"]) == [Word(8.6, pytest.approx(9.5), "shoe")]
 
 
-def test_words_of_names_that_were_heard(study):
+def test_name_words_in_a_transcript(study):
     names = study.name_words()
     assert {"red", "zigzag", "two", "tone", "mug", "bolt"} <= names and "guys" not in names
     said, heard = ["a red red mug", "look", "blue cap"], ["red mud a", "red", "blue cap cap"]
@@ -114,7 +114,7 @@ def test_words_of_names_that_were_heard(study):
     assert study.as_sentence("red mug") == "Red mug."
 
 
-def test_what_was_heard_is_kept(study, streams, tmp_path):
+def test_transcripts_are_cached(study, streams, tmp_path):
     (stream, other), _ = streams
     words = [Word(0.6, 0.9, "red"), Word(0.9, 1.3, "杯")]
     study.Heard(tmp_path / "heard", "20dB-none.jsonl").add(stream, words)
@@ -125,7 +125,7 @@ def test_what_was_heard_is_kept(study, streams, tmp_path):
     assert again.of(stream) is None
 
 
-def test_a_stream_is_heard_with_and_without_titles(study, streams, tmp_path, monkeypatch):
+def test_a_stream_is_transcribed_with_and_without_titles(study, streams, tmp_path, monkeypatch):
     calls = []
 
     class Ear:
@@ -153,7 +153,7 @@ def test_a_stream_is_heard_with_and_without_titles(study, streams, tmp_path, mon
     assert again.texts == plain.texts and again.cpu_s_per_s_of_sound is None and len(calls) == 2
 
 
-def test_lines_carry_intervals_and_the_difference_to_no_text(study):
+def test_lines_have_intervals_and_the_difference_to_no_text(study):
     results = [{"text": "none", "hits": np.array([0.0, 1, 0, 0])}, {"text": "true", "hits": np.array([1.0, 1, 1, 0])}]
     none, true = study.with_intervals(results, ["x", "x", "y", "y"])
     assert (none["R@1"], true["R@1"], true["over_none"]) == (0.25, 0.75, 0.5) and "over_none" not in none
@@ -161,7 +161,7 @@ def test_lines_carry_intervals_and_the_difference_to_no_text(study):
     assert true["over_none_ci95"][0] <= 0.5 <= true["over_none_ci95"][1] and true["livestreams"] == 2
 
 
-def test_what_was_said_is_what_recognition_garbled(study, tmp_path):
+def test_the_spoken_text_is_the_source_of_the_noisy_asr(study, tmp_path):
     from data_rice.mini_lpr4m.writer import render_mini_lpr4m
 
     sizes = {"num_train_lives": 0, "num_test_lives": 2, "products_per_live": 6, "num_frames": 1, "image_size": 32}

@@ -31,7 +31,7 @@ def batch():
     return bench_train_step.make_batch(options, side=32)
 
 
-def test_padding_is_as_asked(batch):
+def test_padding_has_the_requested_share(batch):
     assert batch["frame_mask"].sum() == 24 - round(0.22 * 24) and batch["frame_mask"][:, 0].all()
     assert not batch["pixel_values_videos"][~batch["frame_mask"]].any()
 

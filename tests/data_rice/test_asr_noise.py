@@ -1,4 +1,4 @@
-"""ASR that is replaced: by what, and that every run replaces it alike."""
+"""Replaced ASR: its source, and that every run replaces it equally."""
 
 import pytest
 from datasets import Dataset
@@ -29,13 +29,13 @@ def queries():
     )
 
 
-def test_wrong_is_said_of_another_product_of_the_shop_or_else_of_another_shop(queries):
+def test_wrong_asr_is_of_another_product_of_the_shop_or_else_of_another_shop(queries):
     texts = wrong_asr(queries)
     assert texts[:2] == ["a hat", "a hat"] and texts[2] in ("red mug", "the mug")
     assert texts[3] in ("red mug", "the mug", "a hat")
 
 
-def test_wrong_passes_over_clips_without_asr_and_gives_nothing_where_nothing_else_is_said():
+def test_wrong_asr_skips_clips_without_asr_and_is_empty_if_no_other_product_has_asr():
     queries = make_queries([("a", "mug", "red mug"), ("a", "hat", " "), ("b", "shoe", "shoe"), ("a", "", "")])
     assert wrong_asr(queries)[0] == "shoe" and wrong_asr(queries)[2] == "red mug"
     # A clip of an unknown product, without ASR of its own, gets one like the others.
@@ -49,7 +49,7 @@ def test_clips_that_share_an_answer_show_the_same_product():
     assert wrong_asr(queries)[:2] == ["a hat", "a hat"]
 
 
-def test_which_clip_it_is_depends_on_the_clip():
+def test_the_chosen_clip_depends_on_the_clip_id():
     queries = make_queries([("a", f"p{i}", f"text {i}") for i in range(40)])
     texts = wrong_asr(queries)
     assert texts == wrong_asr(queries) and len(set(texts)) > 15
@@ -67,7 +67,7 @@ def test_shuffled_keeps_words_or_characters():
     assert shuffled_asr("c0", "") == "" and shuffled_asr("c0", " 好 ") == "好"
 
 
-def test_every_other_column_stays(queries):
+def test_other_columns_are_unchanged(queries):
     changed = [with_asr(queries, mode) for mode in ("none", "shuffled", "wrong")]
     for replaced in (*changed, with_noisy_asr(queries, 0.5)):
         assert replaced.features == queries.features and replaced.column_names == queries.column_names
@@ -82,7 +82,7 @@ def test_every_other_column_stays(queries):
         with_asr(queries, "louder")
 
 
-def test_noisy_rows_are_as_many_as_asked_half_of_them_empty():
+def test_the_requested_share_of_rows_is_noisy_and_half_of_these_empty():
     queries = make_queries([("a", f"p{i}", f"text {i}") for i in range(600)])
     own, wrong = list(queries["asr"]), wrong_asr(queries)
 

@@ -26,7 +26,7 @@ def red_box(pixels):
     return [columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height]
 
 
-def test_switched_off_it_changes_nothing():
+def test_without_augmentation_nothing_changes():
     image, box = picture_with_square()
     frames, boxes = ClipAugmentation(**OFF).draw().apply([image], [box])
     assert torch.equal(frames[0], image)
@@ -85,14 +85,14 @@ def test_a_box_that_is_cropped_away_becomes_none():
     assert boxes == [None, [0.0, 0.0, 0.25, 1.0], None]
 
 
-def test_boxes_are_moved_by_whole_pixels_as_the_picture_is():
+def test_boxes_and_pictures_move_by_whole_pixels():
     frames = [torch.zeros(3, 10, 10, dtype=torch.uint8), torch.zeros(3, 100, 100, dtype=torch.uint8)]
     cropped, boxes = ClipChange(crop=(0.33, 0.0, 1.0, 1.0)).apply(frames, [[0.5, 0.0, 1.0, 1.0]] * 2)
     assert [frame.shape[2] for frame in cropped] == [7, 67]
     assert boxes[0][0] == pytest.approx((5 - 3) / 7) and boxes[1][0] == pytest.approx((50 - 33) / 67)
 
 
-def test_every_frame_of_a_clip_gets_the_same_change():
+def test_every_frame_of_a_clip_is_changed_equally():
     image, box = picture_with_square()
     change = ClipAugmentation(crop_scale=(0.4, 0.8), jitter=0.5).draw()
     frames, boxes = change.apply([image] * 4, [box, None, box, None])
@@ -127,7 +127,7 @@ def test_background_becomes_one_colour_outside_the_box_only():
 
 
 class TestFrameDrop:
-    def test_each_frame_with_its_probability_and_one_is_kept(self):
+    def test_frames_drop_with_the_given_probability_and_one_is_kept(self):
         augmentation, frames = ClipAugmentation(frame_drop=0.3), list(range(10, 20))
         draws = [augmentation.drop_frames(frames) for _ in range(2000)]
         assert all(draw == sorted(set(draw)) and set(draw) <= set(frames) for draw in draws)
@@ -135,7 +135,7 @@ class TestFrameDrop:
         shares = [np.mean([frame in draw for draw in draws]) for frame in frames]
         assert np.abs(np.array(shares) - 0.7).max() < 0.05
 
-    def test_when_all_would_go_any_may_stay(self):
+    def test_if_all_frames_would_drop_a_random_one_stays(self):
         draws = [ClipAugmentation(frame_drop=1.0).drop_frames([3, 5, 8]) for _ in range(300)]
         assert all(len(draw) == 1 for draw in draws)
         assert all(0.2 < np.mean([draw == [frame] for draw in draws]) < 0.5 for frame in (3, 5, 8))

@@ -47,7 +47,7 @@ GOOD = [
 ]
 
 
-def test_boxes_replace_the_rows_own_and_nothing_else(load, shop, tmp_path):
+def test_boxes_of_the_file_replace_those_of_the_rows(load, shop, tmp_path):
     rows = load(GOOD)
     plain = load_dataset_view(shop, "pairs", "train", cache_dir=tmp_path / "cache")
     assert rows["boxes"][:] == [[None, BOX], [[0, 0, 0.5, 1]]]
@@ -57,20 +57,20 @@ def test_boxes_replace_the_rows_own_and_nothing_else(load, shop, tmp_path):
     assert count_boxes(rows) == {"boxes": 2, "frames": 3} and count_boxes(plain) == {"boxes": 1, "frames": 3}
 
 
-def test_clips_of_one_name_in_two_splits_have_their_own_boxes(load):
+def test_clips_with_equal_names_in_two_splits_keep_their_boxes(load):
     assert load(GOOD, "query", "test")["boxes"][:] == [[[0, 0, 0.5, 0.5]]]
 
 
-def test_detection_rows_are_of_the_files_boxes(load):
+def test_detection_rows_use_the_boxes_of_the_file(load):
     rows = load(GOOD, "detection")
     assert rows["frame_id"][:] == ["a-0001", "b-0000"] and rows["boxes"][0] == [BOX]
 
 
-def test_gallery_rows_stay_as_they_are(load):
+def test_gallery_rows_are_unchanged(load):
     assert load([], "gallery")["image_id"][:] == ["mug"]
 
 
-def test_a_changed_file_is_read_anew(load):
+def test_a_changed_file_is_read_again(load):
     assert load(GOOD)["boxes"][1] == [[0, 0, 0.5, 1]]
     changed = [*GOOD[:1], box_line("train", "b", 1, [0], [[0, 0, 0.125, 0.125]], [0.5])]
     assert load(changed)["boxes"][1] == [[0, 0, 0.125, 0.125]]
@@ -126,7 +126,7 @@ def test_other_files_are_refused(tmp_path):
         BoxFile(path)
 
 
-def test_videos_number_the_frames_that_have_boxes(tmp_path):
+def test_frames_with_boxes_of_a_video_are_numbered(tmp_path):
     path = tmp_path / "boxes.jsonl"
     path.write_text(HEADER + box_line("test", "v", None, [8, 3, 5], [BOX, [0, 0, 1, 1], None], [0.5, 0.5, None]))
     assert BoxFile(path).columns("test", "v", None) == ([[0, 0, 1, 1], BOX], [3, 8])
@@ -177,11 +177,11 @@ class TestFingerprint:
         with pytest.raises(ValueError, match="other pictures than those of the clip 'c2'"):
             rows(tmp_path / "a", boxes_file=file)
 
-    def test_frames_that_were_not_looked_at_do_not_count(self, file, rows, tmp_path):
+    def test_frames_that_detection_did_not_read_are_not_compared(self, file, rows, tmp_path):
         Image.new("RGB", (8, 8), "white").save(tmp_path / "a" / "c2-1.png")
         assert len(rows(tmp_path / "a", boxes_file=file)) == 3
 
-    def test_a_copy_a_moved_folder_and_other_names_are_the_same_data(self, file, rows, tmp_path):
+    def test_copies_moved_folders_and_renamed_files_are_the_same_data(self, file, rows, tmp_path):
         copy = tmp_path / "elsewhere" / "copy"
         shutil.copytree(tmp_path / "a", copy)
         moved = (tmp_path / "a").rename(tmp_path / "moved")
@@ -192,19 +192,19 @@ class TestFingerprint:
         (copy / "c0-0.png").rename(copy / "renamed.png")
         assert rows(copy, boxes_file=file)["boxes"][0] == [BOX, None]
 
-    def test_pictures_in_the_row_count_as_those_in_files(self, rows, tmp_path):
+    def test_pictures_in_rows_equal_those_in_files(self, rows, tmp_path):
         row = rows(make_shop(tmp_path / "a", 10))[0]
         held = row | {"frames": [{"path": None, "bytes": open(entry["path"], "rb").read()} for entry in row["frames"]]}
         assert clip_fingerprint(row, [0, 1]) == clip_fingerprint(held, [0, 1]) != clip_fingerprint(held, [0])
         assert clip_fingerprint(held, [1, 0]) != clip_fingerprint(held, [0, 1])
 
-    def test_what_cannot_be_read_is_not_compared(self, file, rows, tmp_path):
+    def test_unreadable_files_are_not_compared(self, file, rows, tmp_path):
         (tmp_path / "a" / "c1-0.png").unlink()
         assert len(rows(tmp_path / "a", boxes_file=file)) == 3
         row = rows(tmp_path / "a")[1]
         assert clip_fingerprint(row, [0]) is None and clip_fingerprint(row, []) is None
 
-    def test_videos_by_their_ends_and_time_range(self, tmp_path):
+    def test_videos_are_compared_by_their_ends_and_time_range(self, tmp_path):
         path = tmp_path / "v.mp4"
         path.write_bytes(bytes(200_000))
         row = {"video": str(path), "frames": [], "start": 0.5, "end": 2.0}
@@ -214,7 +214,7 @@ class TestFingerprint:
             path.write_bytes(other)
             assert clip_fingerprint(row, []) != first
 
-    def test_of_many_clips_a_part_is_read(self, rows, tmp_path, monkeypatch):
+    def test_only_some_of_many_clips_are_compared(self, rows, tmp_path, monkeypatch):
         from data_rice import box_files
 
         table = rows(make_shop(tmp_path / "many", 10, count=130))

@@ -1,4 +1,4 @@
-"""Rows to batches: shapes, what is done about unreadable files, and that nothing is lost on the way."""
+"""Rows to batches: shapes, unreadable files, and that no row is lost."""
 
 import json
 import logging
@@ -89,7 +89,7 @@ def test_a_training_batch(processor, make_row):
     assert batch["product_ids"].dtype == torch.int64 and len(set(batch["product_ids"].tolist())) == 3
 
 
-def test_boxes_and_text_come_on_request(processor, make_row):
+def test_boxes_and_text_are_optional(processor, make_row):
     row = make_row("a", num_frames=3, boxes=[[0.0, 0.0, 0.25, 0.25], None, [0.5, 0.5, 1.0, 1.0]])
     batch = RiceCollator(processor, use_boxes=True, use_text=True)([row, make_row("b")])
     mask = batch["patch_mask"]
@@ -105,9 +105,7 @@ def test_product_ids_are_the_same_everywhere_and_fit_int64():
     assert all(0 <= product_id_hash(str(i)) < 2**63 for i in range(1000))
 
 
-def test_an_unreadable_frame_is_left_out_where_there_is_no_other(
-    processor, make_row, broken, absent, tmp_path, caplog
-):
+def test_an_unreadable_frame_without_replacement_is_left_out(processor, make_row, broken, absent, tmp_path, caplog):
     row = make_row("a", num_frames=4, boxes=[[0, 0, 0.25, 0.25], None, None, [0.75, 0.75, 1, 1]])
     row["frames"][1], row["frames"][2] = broken, absent
     collator = RiceCollator(processor, use_boxes=True, failure_log=tmp_path / "failures.jsonl")
@@ -179,7 +177,7 @@ def test_the_failure_log_lists_each_failure_once(processor, make_row, broken, tm
     assert [json.loads(line) for line in log.read_text().splitlines()[:1]] == read_failure_log(log)
 
 
-def test_failures_are_counted_by_what_became_of_them():
+def test_failures_are_counted_by_outcome():
     outcomes = [("a", "1", "replaced"), ("a", "2", "replaced"), ("b", "3", "left out"), ("c", "4", "skipped")]
     outcomes += [("c", "5", "skipped"), ("d", "4", "skipped"), ("e", "", "skipped"), ("a", "1", "left out")]
     failures = [{"id": row_id, "file": file, "reason": "r", "outcome": outcome} for row_id, file, outcome in outcomes]
@@ -209,7 +207,7 @@ def test_queries_for_evaluation(processor, make_row, broken):
     assert all(set(failure) == {"id", "file", "reason", "outcome"} for failure in failures)
 
 
-def test_of_a_clip_without_a_readable_frame_the_chosen_ones_are_listed(processor, make_row, tmp_path):
+def test_a_clip_without_a_readable_frame_lists_its_chosen_frames(processor, make_row, tmp_path):
     absent = [{"path": str(tmp_path / f"absent-{i}.jpg"), "bytes": None} for i in range(9)]
     _, readable, failures = RiceCollator(processor).collate_queries([make_row("a", num_frames=9, frames=absent)])
     assert readable == []
@@ -316,7 +314,7 @@ def test_sampling_and_number_of_frames_can_be_set(processor, make_row):
     assert longer["frame_mask"].shape == (1, 20) and longer["frame_mask"].sum() == 9
 
 
-def test_the_modes_of_sample_frame_indices_reach_through(processor, make_row):
+def test_sampling_modes_reach_sample_frame_indices(processor, make_row):
     """Official training loses the end of a clip at random."""
     row, seen = make_row("a", num_frames=9), set()
     for seed in range(12):
@@ -347,12 +345,12 @@ def test_images_may_be_bytes(processor, make_row, tmp_path):
         open_image({"path": None, "bytes": b"torn"})
 
 
-def test_workers_can_be_sent_a_collator(processor, make_row):
+def test_a_collator_can_be_pickled_for_workers(processor, make_row):
     collator = pickle.loads(pickle.dumps(RiceCollator(processor, use_boxes=True)))
     assert collator([make_row("a")])["pixel_values"].shape == (1, 3, 32, 32)
 
 
-class TestWays:
+class TestDecodeModes:
     """`decode` and `pixels`: the same frames, near or equal pixels."""
 
     @pytest.fixture
@@ -440,7 +438,7 @@ class TestAugmentation:
         assert len(places) > 5
 
     @pytest.mark.parametrize("decode", ["exact", "fast"])
-    def test_what_is_drawn_for_a_pair_does_not_depend_on_what_others_hold(self, processor, make_row, broken, decode):
+    def test_the_draws_of_a_pair_do_not_depend_on_other_pairs(self, processor, make_row, broken, decode):
         augmentation = ClipAugmentation(frame_drop=0.3)
         collator = RiceCollator(processor, sampling="random", augmentation=augmentation, decode=decode)
         good, other = make_row("a", num_frames=9), make_row("b", num_frames=9, level=120)
@@ -457,7 +455,7 @@ class TestAugmentation:
         inputs, _, _ = collator.collate_queries([make_row("a")])
         assert grey_levels(inputs["pixel_values_videos"]) == [[10, 20, 30]]
 
-    def test_a_crop_is_not_blown_up_from_a_reduced_picture(self, processor, make_row, tmp_path, monkeypatch):
+    def test_a_crop_is_not_enlarged_from_a_reduced_picture(self, processor, make_row, tmp_path, monkeypatch):
         """32 of 160 pixels are a fifth; the picture is decoded at a quarter of its size, a crop of a third is not."""
         Image.new("RGB", (160, 160)).save(tmp_path / "large.jpg")
         large = {"path": str(tmp_path / "large.jpg"), "bytes": None}
@@ -486,7 +484,7 @@ class TestNoisyAsr:
     def read(processor, batch) -> list[str]:
         return processor.tokenizer.batch_decode(batch["asr_input_ids"], skip_special_tokens=True)
 
-    def test_is_missing_or_another_products(self, processor, rows):
+    def test_noisy_asr_is_empty_or_of_another_product(self, processor, rows):
         collator = RiceCollator(processor, use_text=True, asr_noise=1.0)
         others = [{"a green dress"}, {"a green dress"}, {"a red cup", "a blue cup"}]
         seen = [set(), set(), set()]
@@ -499,7 +497,7 @@ class TestNoisyAsr:
         assert seen == [texts | {""} for texts in others]
         assert rows[0]["asr"] == "a red cup"
 
-    def test_comes_as_often_as_asked_and_the_same_again(self, processor, rows):
+    def test_noise_has_the_requested_rate_and_is_reproducible(self, processor, rows):
         collator, own = RiceCollator(processor, use_text=True, asr_noise=0.3), [row["asr"] for row in rows]
         read, flags = [], 0
         for _ in range(2):
@@ -511,19 +509,19 @@ class TestNoisyAsr:
         assert read[0] == read[1] and 60 < len(changed) < 120
         assert flags == sum(text != "" for text in changed) and 0.35 < flags / len(changed) < 0.65
 
-    def test_of_one_product_there_is_no_other(self, processor, rows):
+    def test_a_single_product_has_no_wrong_asr(self, processor, rows):
         collator = RiceCollator(processor, use_text=True, asr_noise=1.0)
         for _ in range(5):
             batch = collator(rows[:2])
             assert not batch["asr_is_noise"].any() and self.read(processor, batch) == ["", ""]
 
     @pytest.mark.parametrize("settings", [{}, {"use_text": True}, {"asr_noise": 1.0}])
-    def test_draws_nothing_without_it_or_without_text(self, processor, rows, settings):
+    def test_without_noise_or_text_nothing_is_drawn(self, processor, rows, settings):
         state = torch.get_rng_state()
         batch = RiceCollator(processor, **settings)(rows)
         assert "asr_is_noise" not in batch and torch.equal(torch.get_rng_state(), state)
 
-    def test_pictures_are_drawn_as_without_it(self, processor, rows):
+    def test_asr_noise_does_not_change_pictures(self, processor, rows):
         augmentation = ClipAugmentation(crop_scale=(0.5, 0.9), flip=0.5, jitter=0.2)
         settings = {"augmentation": augmentation, "sampling": "random", "use_text": True}
         batches = []
@@ -538,6 +536,6 @@ class TestNoisyAsr:
         assert self.read(processor, inputs) == [row["asr"] for row in rows]
 
     @pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan")])
-    def test_a_rate_that_is_none_is_refused(self, processor, rate):
+    def test_an_invalid_rate_is_refused(self, processor, rate):
         with pytest.raises(ValueError, match="`asr_noise` must lie in 0..1, got"):
             RiceCollator(processor, asr_noise=rate)

@@ -18,7 +18,7 @@ def test_a_mistake_ends_with_one_sentence_and_status_2(capsys):
         assert end.value.code == 2 and capsys.readouterr().err == "tool: error: no such split\n"
 
 
-def test_what_is_no_mistake_of_the_users_is_shown_in_full():
+def test_errors_of_the_program_show_their_traceback():
     parser = argparse.ArgumentParser()
     with pytest.raises(RuntimeError), mistakes_end(parser):
         raise RuntimeError("a defect")
@@ -26,7 +26,7 @@ def test_what_is_no_mistake_of_the_users_is_shown_in_full():
         raise RuntimeError("told")
 
 
-def test_messages_are_shown_and_requests_of_the_hubs_client_are_not(capfd):
+def test_messages_are_shown_but_not_requests_of_the_hub_client(capfd):
     code = "import logging\nfrom data_rice.commands import log_plainly\nlog_plainly()\n"
     code += "logging.getLogger('httpx').info('HTTP Request: HEAD')\nlogging.getLogger('httpx').warning('refused')\n"
     code += "logging.getLogger('rice').info('step 1')\n"

@@ -76,7 +76,7 @@ class TestNormalisation:
         assert not result["pixel_values_videos"][0, 1].any(), "padded frames stay zero"
         assert result["product_ids"] is product_ids and inputs["pixel_values_videos"].dtype == torch.uint8
 
-    def test_floats_are_handed_through(self, processor):
+    def test_floats_pass_unchanged(self, processor):
         inputs = {"pixel_values": torch.rand(2, 3, 16, 16)}
         assert normalize_pixels(inputs, processor)["pixel_values"] is inputs["pixel_values"]
 
@@ -103,10 +103,10 @@ class TestReplacement:
         assert list(frames) == list(frames.values())
         return list(frames), [(number, outcome) for number, _, outcome in failures], opened
 
-    def test_readable_frames_are_all_that_is_opened(self):
+    def test_only_the_chosen_frames_are_opened_if_readable(self):
         assert self.read(9, [0, 4, 8], {1, 2}) == ([0, 4, 8], [], [0, 4, 8])
 
-    def test_the_nearest_other_frame_takes_the_place(self):
+    def test_an_unreadable_frame_is_replaced_by_the_nearest(self):
         assert self.read(9, [0, 4, 8], {4})[:2] == ([0, 3, 8], [(4, "replaced")])
         assert self.read(9, [0, 4, 8], {3, 4})[:2] == ([0, 5, 8], [(4, "replaced"), (3, "replaced")])
         assert self.read(9, [0, 4, 8], {8})[:2] == ([0, 4, 7], [(8, "replaced")])

@@ -34,6 +34,6 @@ def test_every_frame_with_a_box_is_a_row(shop, tmp_path):
     assert set(rows["split"]) == {"train"}
 
 
-def test_no_boxes_is_said(shop, tmp_path):
+def test_missing_boxes_are_reported(shop, tmp_path):
     with pytest.raises(ValueError, match="has no frame with a box in the test split of pairs; add boxes"):
         load_dataset_view(shop, "detection", "test", cache_dir=tmp_path / "cache")

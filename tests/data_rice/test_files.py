@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are complete or absent."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ import pytest
 from data_rice.files import replacing, write_atomically
 
 
-def test_a_text_replaces_the_former_one(tmp_path):
+def test_a_text_replaces_the_previous_one(tmp_path):
     for text in ("one", "商品 two"):
         write_atomically(tmp_path / "a.json", text)
         assert (tmp_path / "a.json").read_text(encoding="utf-8") == text
@@ -17,7 +17,7 @@ def test_a_text_replaces_the_former_one(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
-def test_after_a_failure_the_former_file_is_there_and_nothing_else(tmp_path, error):
+def test_after_a_failure_only_the_previous_file_exists(tmp_path, error):
     write_atomically(tmp_path / "a.json", "one")
     with pytest.raises(type(error)) as raised:
         with replacing(tmp_path / "a.json") as temporary:
@@ -28,7 +28,7 @@ def test_after_a_failure_the_former_file_is_there_and_nothing_else(tmp_path, err
         assert str(raised.value) == f"[Errno {errno.ENOSPC}] No space left on device: '{tmp_path / 'a.json'}'"
 
 
-def test_an_interruption_of_the_last_step_leaves_the_former_file(tmp_path, monkeypatch):
+def test_an_interruption_of_the_last_step_leaves_the_previous_file(tmp_path, monkeypatch):
     write_atomically(tmp_path / "a.json", "one")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -37,7 +37,7 @@ def test_an_interruption_of_the_last_step_leaves_the_former_file(tmp_path, monke
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_permissions_follow_the_umask_whoever_writes(tmp_path, mask):
+def test_permissions_follow_the_umask(tmp_path, mask):
     former = os.umask(mask)
     try:
         with replacing(tmp_path / "a.bin") as temporary:
@@ -55,6 +55,6 @@ def test_a_missing_folder_is_named(tmp_path):
     assert error.value.filename == str(tmp_path / "gone" / "a.json")
 
 
-def test_a_writer_that_goes_by_the_suffix_sees_it(tmp_path):
+def test_the_temporary_file_keeps_the_suffix(tmp_path):
     with replacing(tmp_path / "a.parquet") as temporary:
         assert temporary.suffix == ".parquet" and temporary.parent == tmp_path

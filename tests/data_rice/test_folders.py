@@ -67,7 +67,7 @@ def test_any_two_names_can_be_compared():
     + [(suffix, "TIFF") for suffix in (".tif", ".TIFF")]
     + [(suffix, "PPM") for suffix in (".ppm", ".pgm", ".pbm", ".pnm")],
 )
-def test_what_is_listed_can_be_decoded(tmp_path, suffix, file_format):
+def test_listed_formats_can_be_decoded(tmp_path, suffix, file_format):
     from processing_rice import open_image
 
     mode = {".pgm": "L", ".pbm": "1"}.get(suffix, "RGB")
@@ -85,7 +85,7 @@ SYSTEM_ENTRIES = [
 
 
 @pytest.mark.parametrize("name", SYSTEM_ENTRIES)
-def test_system_entries_are_no_products_wherever_they_lie(fill, name):
+def test_system_entries_are_left_out_in_any_folder(fill, name):
     root = fill("mug.jpg", "sub/lamp.jpg", name, f"sub/{name}")
     listing = list_pictures(root, below=True)
     assert found(root, below=True) == ["mug.jpg", "sub/lamp.jpg"]
@@ -93,17 +93,17 @@ def test_system_entries_are_no_products_wherever_they_lie(fill, name):
     assert listing.left_out == {folders.SYSTEM: [first, f"sub/{first}"]} and first in listing.note()
 
 
-def test_names_that_only_look_like_the_systems_are_pictures(fill):
+def test_names_similar_to_system_entries_are_pictures(fill):
     names = ["#1.jpg", "$5 mug.jpg", "@home/mug.jpg", "_mug.jpg", "a.b/~mug.jpg", "thumbs.db.jpg"]
     assert sorted(found(fill(*names), below=True)) == sorted(names)
 
 
-def test_a_root_may_be_hidden_itself(fill):
+def test_the_root_itself_may_be_hidden(fill):
     root = fill(".cache/shop/mug.jpg") / ".cache"
     assert found(root, below=True) == ["shop/mug.jpg"]
 
 
-def test_what_is_left_out_is_counted_and_named(fill):
+def test_left_out_entries_are_counted_and_named(fill):
     root = fill("p2.jpg", "p10.jpg", ".DS_Store", *(f"n{i}.txt" for i in (1, 2, 10, 3)), "deep/p.jpg", "noSuffix")
     assert found(root) == ["p2.jpg", "p10.jpg"]
     assert list_pictures(root).note() == (
@@ -113,7 +113,7 @@ def test_what_is_left_out_is_counted_and_named(fill):
     assert list_pictures(root / "deep").note() == ""
 
 
-def test_folders_and_pipes_are_no_pictures_whatever_their_suffix(fill):
+def test_folders_and_pipes_with_a_picture_suffix_are_left_out(fill):
     root = fill("folder.jpg/mug.png", "p.jpg")
     os.mkfifo(root / "pipe.jpg")
     assert found(root, below=True) == ["folder.jpg/mug.png", "p.jpg"]
@@ -157,7 +157,7 @@ def test_a_data_sets_names_must_be_text(fill):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "gbk", "utf-8"])
-def test_any_text_is_printed_on_any_terminal_and_json_stays_json(monkeypatch, encoding):
+def test_any_text_can_be_printed_and_json_stays_valid(monkeypatch, encoding):
     import json
 
     value = {"title": "é 人 😀 \udcc8 \x85"}

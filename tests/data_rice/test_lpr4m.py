@@ -172,7 +172,7 @@ def test_gallery_holds_main_images_in_the_published_order(tree, load):
     assert load("query", "test", gallery_images="all")[0]["relevant"] == [f"{_uuid(1500)}-1", f"{_uuid(1500)}-0"]
 
 
-def test_gallery_main_file_wins(tree, load):
+def test_gallery_main_file_overrides_the_names(tree, load):
     _fill(tree)
     listed = tree.root / "annotations" / "gallery_main.txt"
     listed.write_text(f"{_uuid(20)}/{_uuid(1500)}-1.jpg\n{_uuid(1501)}-0\n{_uuid(1502)}-0\n")

@@ -153,7 +153,7 @@ def test_manifest_is_what_sha256sum_reads(shop, fetch):
         assert hashlib.sha256((shop.root / name).read_bytes()).hexdigest() == digest
 
 
-def test_interrupted_fetch_goes_on(shop, fetch, capfd, monkeypatch):
+def test_interrupted_fetch_continues(shop, fetch, capfd, monkeypatch):
     monkeypatch.setenv("STOP_AT", "1")
     assert fetch() == 2
     assert "img2dataset ended with status 3" in capfd.readouterr().err
@@ -214,7 +214,7 @@ def test_verify_reads_the_tree_and_its_links(shop, tmp_path, capfd):
     assert "leads out of" in shop.listed()[0]["reason"] and len(shop.listed()) == 1
 
 
-def test_counts_decide_too(shop, fetch, tmp_path, capfd):
+def test_wrong_counts_fail_the_verification(shop, fetch, tmp_path, capfd):
     fetch()
     expected = {"training clips": 4, "training frames": 12, "training boxes": 12, "test boxes": 2, "livestreams": 2}
     path = tmp_path / "expected.json"
@@ -231,7 +231,7 @@ def test_counts_decide_too(shop, fetch, tmp_path, capfd):
     assert summary["whole"] is False and summary["counts"]["training clips"] == 4
 
 
-def test_verify_expects_what_the_list_is_named_after(shop, fetch, capfd):
+def test_verify_expects_the_counts_of_the_named_list(shop, fetch, capfd):
     fetch()
     capfd.readouterr()
     assert shop.verify(expect=None) == 0
@@ -289,7 +289,7 @@ def test_mistakes_get_one_sentence(shop, tmp_path, capsys, arguments, message):
     assert message in error and "\n" not in error and "Traceback" not in error
 
 
-def test_fetch_refuses_to_go_on_with_other_shards(shop, fetch, capsys):
+def test_fetch_refuses_to_continue_with_other_shards(shop, fetch, capsys):
     assert fetch() == 0
     assert fetch("--shard_size", "4") == 2
     assert "was begun with another shard_size" in capsys.readouterr().err
@@ -316,7 +316,7 @@ def test_fetch_says_how_to_get_img2dataset(shop, capsys, monkeypatch, tmp_path):
     assert not (shop.root / "img2dataset").exists()
 
 
-def test_fetch_command_keeps_sizes_when_asked():
+def test_fetch_command_can_keep_sizes():
     command = fetch_command("img2dataset", "list.txt", "out", short_side=0)
     assert "--resize_mode=no" in command and not any("image_size" in argument for argument in command)
 

@@ -167,7 +167,7 @@ def test_detection_rows(root, load):
     assert every["boxes"][1] == [] and every["frame_id"][1] == FRAMES[2][0]
 
 
-def test_new_shards_are_seen(root, load):
+def test_new_shards_are_indexed(root, load):
     shards = Shards(root / "img2dataset" / "a", "webdataset")
     shards.write(0, {FRAMES[0][0]: jpeg()})
     assert not any("tar#" in entry["path"] for entry in load("pairs", "train")[1]["frames"])
@@ -219,7 +219,7 @@ def test_links_out_of_the_data_folder_are_refused(root, load, tmp_path):
         load("pairs", "train")
 
 
-def test_a_disk_linked_in_as_a_whole_is_no_escape(root, load, tmp_path):
+def test_a_training_folder_may_be_a_link_to_another_disk(root, load, tmp_path):
     disk = tmp_path / "disk"
     (disk / CLIPS[0]).mkdir(parents=True)
     for frame in FRAMES[0]:
@@ -258,7 +258,7 @@ changes = st.lists(st.tuples(st.integers(0, 10**6), st.binary(min_size=1, max_si
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(changes, st.data())
-def test_damaged_shards_are_told_not_trusted(tmp_path, changes, data):
+def test_damaged_shards_are_reported_and_not_used(tmp_path, changes, data):
     """Whatever bytes a shard holds, it is refused, or left out and reported, or its ids lead to bytes inside it."""
     output_format = data.draw(st.sampled_from(["webdataset", "files"]))
     shards = Shards(tmp_path / uuid.uuid4().hex, output_format, parquet=data.draw(st.booleans()))
@@ -286,7 +286,7 @@ def test_damaged_shards_are_told_not_trusted(tmp_path, changes, data):
             assert os.path.isfile(os.path.join(path, name))
 
 
-def test_index_forgets_what_is_gone(tmp_path):
+def test_removed_shards_leave_the_index(tmp_path):
     shards = Shards(tmp_path / "a", "files")
     shards.write(0, {"x": jpeg(), "y": jpeg()})
     index = MediaIndex(str(tmp_path / "index" / "media.sqlite"))

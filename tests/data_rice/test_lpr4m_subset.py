@@ -27,7 +27,7 @@ def test_water_filling_by_hand(counts, budget, kept):
     assert water_filling(counts, budget) == kept
 
 
-def test_water_filling_spends_the_budget_and_thins_only_the_largest():
+def test_water_filling_uses_the_budget_and_reduces_only_the_largest():
     generator = random.Random(0)
     for _ in range(300):
         counts = {f"c{i}": generator.randint(0, 40) for i in range(generator.randint(1, 12))}
@@ -60,7 +60,7 @@ def test_subset_is_exact_and_depends_on_ids_and_seed_only():
     assert all(larger.keeps(*row) for row in kept)
 
 
-def test_builder_thins_the_training_split_and_says_what(tmp_path, caplog):
+def test_builder_reduces_the_training_split_and_records_it(tmp_path, caplog):
     annotations = tmp_path / "lpr4m" / "annotations"
     annotations.mkdir(parents=True)
     live = "0-0-0-0-{}"

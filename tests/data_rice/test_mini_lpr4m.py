@@ -198,7 +198,7 @@ def test_nothing_to_render_is_refused(tmp_path):
         render_mini_lpr4m(tmp_path / "mini", **{**SIZES, "num_train_lives": 0, "num_test_lives": 0})
 
 
-def test_products_of_a_room_differ_by_more_than_colour():
+def test_products_of_a_shop_differ_by_more_than_colour():
     for index in range(3):
         products = draw_room(0, "test", index, 50).products
         assert len({product.product_id for product in products}) == 50
@@ -208,7 +208,7 @@ def test_products_of_a_room_differ_by_more_than_colour():
     assert len(draw_room(0, "test", 0, MAX_PRODUCTS).products) == MAX_PRODUCTS
 
 
-def test_a_single_product_makes_a_room(tmp_path):
+def test_a_shop_may_have_a_single_product(tmp_path):
     sizes = {**SIZES, "products_per_live": 1, "num_frames": 1, "num_train_lives": 0, "num_test_lives": 1}
     assert len(_json(render_mini_lpr4m(tmp_path / "mini", **sizes), "test_videoid_to_gtimage")) == 1
 

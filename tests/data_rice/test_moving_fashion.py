@@ -88,7 +88,7 @@ def grey(picture) -> float:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
-def test_lists_of_another_system_name_the_same_files(folder, tmp_path, encoding):
+def test_lists_with_windows_paths_name_the_same_files(folder, tmp_path, encoding):
     """Backslashes, the other form of an accent, and tracklets that name their video so."""
     (folder.root / "videos/a.mp4").rename(folder.root / unicodedata.normalize("NFD", "videos/é.mp4"))
     box = [0.1, 0.1, 0.5, 0.5]
@@ -136,7 +136,7 @@ def test_queries_and_gallery(folder, load):
     assert by_name["clip_id"][:] == rows["clip_id"][:]
 
 
-def test_validation_holds_out_products_with_all_that_shows_them(folder, load, problems):
+def test_validation_holds_out_products_with_all_their_videos(folder, load, problems):
     ids = {"p0", "p1", "p2"}
     for fraction in (0.1, 0.4):
         train, queries = (
@@ -159,7 +159,7 @@ def test_validation_holds_out_products_with_all_that_shows_them(folder, load, pr
         load("query", "validation")
 
 
-def test_a_video_that_also_shows_a_held_out_product_is_not_trained_on(folder, load, problems):
+def test_videos_of_held_out_products_are_not_in_training(folder, load, problems):
     held = next(iter(layout.choose_products(["p0", "p1", "p2"], 1)))
     other = next(name for name in ("p1", "p2") if name != held)
     folder.train[other]["video_paths"] = [folder.train[held]["video_paths"][0]]
@@ -255,7 +255,9 @@ def test_both_numbers_of_hard_clips_are_known(folder, load):
         ({"videos/z.mp4": []}, "'videos/z.mp4', which is not in video_paths"),
     ],
 )
-def test_unknown_tracklets_cost_the_boxes_and_not_the_build(folder, load, problems, capsys, tracklets, message):
+def test_unknown_tracklets_lose_their_boxes_but_do_not_stop_the_build(
+    folder, load, problems, capsys, tracklets, message
+):
     folder.train["p0"]["tracklets"] = tracklets
     folder.train["p1"]["tracklets"] = {"3": [0, 0, 0.5, 0.5]}
     rows = load("pairs")
@@ -267,7 +269,7 @@ def test_unknown_tracklets_cost_the_boxes_and_not_the_build(folder, load, proble
 
 
 @pytest.mark.parametrize("boxes", [[[0, 0, 65, 60]], [[0, 0, 1, 1], [0, 0, 60, 40]]])
-def test_tracklets_that_do_not_fit_the_video_cost_its_boxes(folder, load, problems, boxes):
+def test_tracklets_that_do_not_fit_the_video_lose_their_boxes(folder, load, problems, boxes):
     folder.train["p0"]["tracklets"] = [boxes, [[0, 0, 60, 40]]]
     rows = load("pairs")
     assert rows["box_frames"][:2] == [[], [0]] and len(rows) == 5
@@ -334,7 +336,7 @@ class TestExtraction:
     def tree(root):
         return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
-    def test_frames_of_a_second_each(self, folder):
+    def test_one_frame_per_second_is_extracted(self, folder):
         extracted = self.extract(folder)
         clip = extracted.clips["videos/a.mp4"]
         assert clip.frames == (0, 5, 10, 15) and (clip.fps, clip.width, clip.height) == (5, 64, 48)
@@ -360,7 +362,7 @@ class TestExtraction:
         times = [0.0, 1.0, 2.0, *(3 + i / 10 for i in range(10))]
         assert FrameSettings(fps=2).choose(times, 4.0) == [0, 1, 2, 3, 8]
 
-    def test_the_builder_uses_them_and_their_boxes(self, folder, load):
+    def test_the_builder_uses_extracted_frames_and_their_boxes(self, folder, load):
         folder.train["p1"]["tracklets"] = {"5": [16, 0, 48, 24], "6": [0, 0, 64, 48], "15": [0, 0, 32, 48]}
         self.extract(folder)
         row = load("pairs")[2]
@@ -397,7 +399,7 @@ class TestExtraction:
         assert problems("query", "test") == [("q1#0", "kept as misses: the video cannot be decoded")]
         assert load("query", "test")[1]["frames"] == []
 
-    def test_a_video_that_is_cut_short_keeps_the_frames_before(self, folder, problems, cut_after):
+    def test_a_truncated_video_keeps_its_first_frames(self, folder, problems, cut_after):
         cut_after(folder.write_video(folder.root / "videos/a.mp4", movflags="faststart"), 10)
         extracted = self.extract(folder)
         assert extracted.problems == {"videos/a.mp4": CUT_SHORT} and extracted.clips["videos/a.mp4"].frames == (0, 5)
@@ -407,7 +409,7 @@ class TestExtraction:
         assert self.tree(folder.root / "frames") == before
 
     @pytest.mark.parametrize("stop_at", [1, 3, 5])
-    def test_interrupted_and_run_again_it_leaves_the_same(self, folder, monkeypatch, stop_at):
+    def test_an_interrupted_extraction_ends_with_the_same_files(self, folder, monkeypatch, stop_at):
         from data_rice.moving_fashion import prepare
 
         (folder.root / "videos/b.mp4").write_bytes(b"torn")
@@ -462,13 +464,13 @@ class TestExtraction:
         with pytest.raises(ValueError, match="are outdated: videos/g.mp4 did not exist at the time of extraction"):
             load("query", "test")
 
-    def test_the_videos_may_be_gone_afterwards(self, folder, load):
+    def test_the_videos_can_be_deleted_after_extraction(self, folder, load):
         extracted = self.extract(folder)
         shutil.rmtree(folder.root / "videos")
         assert [len(row["frames"]) for row in load("pairs")] == [4] * 5
         assert self.extract(folder).clips == extracted.clips
 
-    def test_a_video_that_was_missing_and_is_there_now(self, folder, load):
+    def test_a_video_that_was_added_later_is_extracted(self, folder, load):
         (folder.root / "videos/a.mp4").rename(folder.root / "a.mp4")
         self.extract(folder)
         (folder.root / "a.mp4").rename(folder.root / "videos/a.mp4")

@@ -32,7 +32,7 @@ ENCODINGS = {
 
 
 @pytest.mark.parametrize("saved", ENCODINGS)
-def test_a_list_is_read_however_it_was_saved(tmp_path, saved):
+def test_a_list_is_read_in_any_encoding(tmp_path, saved):
     path = tmp_path / "gallery.jsonl"
     path.write_bytes(ENCODINGS[saved])
     rows = list(parsing.read_json_lines(path))
@@ -41,7 +41,7 @@ def test_a_list_is_read_however_it_was_saved(tmp_path, saved):
 
 
 @pytest.mark.parametrize("saved", ["utf-8-sig", "utf-16", "utf-32", *NO_MARK])
-def test_a_json_file_is_read_however_it_was_saved(tmp_path, saved):
+def test_a_json_file_is_read_in_any_encoding(tmp_path, saved):
     path = tmp_path / "train.json"
     path.write_bytes(json.dumps({"é": ["人"]}, ensure_ascii=False, indent=1).encode(saved))
     assert parsing.read_json_object(path) == {"é": ["人"]}
@@ -57,7 +57,7 @@ def test_a_json_file_is_read_however_it_was_saved(tmp_path, saved):
         (codecs.BOM_UTF16_LE + "{}\n".encode("utf-16-le")[:-1], "line 1: not UTF-16 .*; save the file as UTF-8"),
     ],
 )
-def test_what_cannot_be_read_is_named_with_its_line(tmp_path, data, message):
+def test_unreadable_text_is_named_with_its_line(tmp_path, data, message):
     path = tmp_path / "gallery.jsonl"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=f"gallery.jsonl, {message}"):
@@ -122,6 +122,6 @@ def test_ids_are_text_or_whole_numbers(value, text):
         ("a\ud83d", "half of a surrogate pair"),
     ],
 )
-def test_what_is_no_id_is_refused(value, words):
+def test_invalid_ids_are_refused(value, words):
     with pytest.raises(ValueError, match=words):
         parsing.id_text(value)

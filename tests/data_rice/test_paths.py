@@ -1,4 +1,4 @@
-"""Paths of lists that were written elsewhere, and paths whose names are no text."""
+"""Paths in lists from other systems, and paths that are not valid UTF-8."""
 
 import os
 import random
@@ -40,14 +40,14 @@ def nfd(text: str) -> str:
         ("Å.jpg", "\u212b.jpg"),
     ],
 )
-def test_what_was_written_elsewhere_is_found(make, tmp_path, on_disk, in_list):
+def test_paths_of_other_systems_are_found(make, tmp_path, on_disk, in_list):
     path = make(on_disk)
     make("other/" + on_disk)
     found = MediaRoot(str(tmp_path)).path(in_list, "image path")
     assert os.path.samefile(found, path)
 
 
-def test_the_name_as_it_is_written_comes_first(make, tmp_path):
+def test_the_name_as_written_is_tried_first(make, tmp_path):
     literal, composed, decomposed = make("a\\b.jpg"), make("é.jpg"), make(nfd("é.jpg"))
     make("a/b.jpg")
     media = MediaRoot(str(tmp_path))
@@ -55,7 +55,7 @@ def test_the_name_as_it_is_written_comes_first(make, tmp_path):
     assert [media.path(name, "path") for name in ("é.jpg", nfd("é.jpg"))] == [composed, decomposed]
 
 
-def test_what_is_nowhere_keeps_its_name_and_what_is_near_is_known(make, tmp_path):
+def test_a_missing_file_keeps_its_name_and_similar_names_are_suggested(make, tmp_path):
     make("Gallery/P0.JPG")
     media = MediaRoot(str(tmp_path))
     path = media.path("gallery\\p0.jpg", "path")
@@ -63,7 +63,7 @@ def test_what_is_nowhere_keeps_its_name_and_what_is_near_is_known(make, tmp_path
     assert media.near(str(tmp_path / "gallery/p1.jpg")) is None
 
 
-def test_a_respelt_path_may_not_lead_out_through_a_link(make, tmp_path):
+def test_a_corrected_path_may_not_leave_the_folder_through_a_link(make, tmp_path):
     make("elsewhere/a.jpg")
     (tmp_path / "shop").mkdir()
     (tmp_path / "shop" / nfd("é")).symlink_to("../elsewhere")
@@ -71,7 +71,7 @@ def test_a_respelt_path_may_not_lead_out_through_a_link(make, tmp_path):
         MediaRoot(str(tmp_path / "shop")).path("é\\a.jpg", "image path")
 
 
-def test_a_folder_is_listed_once_for_all_that_is_missing(make, tmp_path, monkeypatch):
+def test_a_folder_is_listed_once_for_all_missing_files(make, tmp_path, monkeypatch):
     make("gallery/a.jpg")
     listed = []
     listdir = os.listdir
@@ -95,13 +95,13 @@ def test_a_folder_is_listed_once_for_all_that_is_missing(make, tmp_path, monkeyp
         (rb"\x5c.jpg", r"\x5cx5c.jpg"),
     ],
 )
-def test_a_path_that_is_no_text_has_one(name, text):
+def test_a_path_that_is_not_utf8_has_a_text_form(name, text):
     path = os.fsdecode(name)
     assert path_to_text(path) == text and text_to_path(text) == path
     text.encode("utf-8")
 
 
-def test_no_two_paths_have_one_text():
+def test_different_paths_have_different_text_forms():
     parts = [b"\\", b"x", b"c8", b"5c", b"\xc8", b"\xcb", b"/", "é".encode()]
     paths = {os.fsdecode(b"".join(random.choices(parts, k=random.randint(1, 6)))) for _ in range(3000)}
     assert len({path_to_text(path) for path in paths}) == len(paths)

@@ -163,7 +163,7 @@ def test_several_processes_write_the_same_bytes(prepare):
     assert _hashes(one) == _hashes(two)
 
 
-def test_losses_are_replaced_counted_and_listed(prepare, tmp_path):
+def test_unreadable_pictures_are_replaced_counted_and_listed(prepare, tmp_path):
     media = tmp_path / "media"
     (media / "0-1.jpg").write_bytes(b"no picture")  # chosen; 0-2 takes its place
     (media / "1-0.jpg").write_bytes((media / "1-0.jpg").read_bytes()[:200])  # a query and a pair
@@ -190,7 +190,7 @@ def test_losses_are_replaced_counted_and_listed(prepare, tmp_path):
     assert lost[-1]["reason"] == "there is no such file" and "cannot be decoded" in lost[0]["reason"]
 
 
-def test_a_query_without_frames_stays(prepare, tmp_path):
+def test_a_query_without_frames_is_kept(prepare, tmp_path):
     for frame in range(5):
         (tmp_path / "media" / f"1-{frame}.jpg").unlink()
     folder, _ = prepare()
@@ -262,7 +262,7 @@ def test_reduce_picture(tmp_path):
 
 
 @pytest.mark.parametrize("file_format", ["parquet", "tar"])
-def test_damaged_shard_is_named_and_made_again(prepare, tmp_path, file_format):
+def test_damaged_shard_is_named_and_written_again(prepare, tmp_path, file_format):
     folder, _ = prepare(file_format=file_format)
     path = Path(shard_files(folder, "pairs", "train")[1])
     path.write_bytes(path.read_bytes()[:3000])

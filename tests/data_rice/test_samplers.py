@@ -75,7 +75,7 @@ class TestSameLive:
             for batch in batches_of(sampler, epoch):
                 assert sorted(Counter(sampler.live_ids[batch].tolist()).values()) == [4, 4]
 
-    def test_no_product_twice_where_it_can_be_avoided(self):
+    def test_a_product_repeats_only_if_unavoidable(self):
         sampler = SameLiveSampler(*shop([5, 7, 3, 9, 6, 2, 8], 4), batch_size=8)
         for epoch in range(5):
             assert repeats(sampler, batches_of(sampler, epoch)) == 0
@@ -86,7 +86,7 @@ class TestSameLive:
         sampler = SameLiveSampler(lives, products, batch_size=4)
         assert repeats(sampler, batches_of(sampler)) == 0
 
-    def test_where_it_cannot_be_avoided_every_row_still_comes_once(self):
+    def test_with_unavoidable_repeats_every_row_still_comes_once(self):
         sampler = SameLiveSampler(np.zeros(20, int), np.array([0] * 18 + [1, 2]), batch_size=5)
         batches = batches_of(sampler)
         assert sorted(batches.ravel().tolist()) == list(range(20))
@@ -101,7 +101,7 @@ class TestSameLive:
         chance = np.random.default_rng(0).permutation(1200)[: 37 * 32].reshape(-1, 32)
         assert neighbours(batches_of(sampler)) > 5 * neighbours(chance)
 
-    def test_the_remainder_is_stated_and_changes(self):
+    def test_the_remainder_is_printed_and_changes_per_epoch(self):
         sampler = SameLiveSampler(*shop([5, 6, 7], 2), batch_size=8)
         assert len(sampler) == 32
         left_out = [set(range(36)) - set(batches_of(sampler, epoch).ravel().tolist()) for epoch in range(6)]
@@ -183,7 +183,7 @@ class TestClassBalanced:
 
 
 class TestBlocks:
-    def test_positions_are_entered_anywhere(self):
+    def test_the_order_can_start_at_any_position(self):
         starts = np.array([0, 5, 5, 12, 13, 30, 41])
         whole = BlockOrder(starts, 2, seed=3, epoch=1).rows(0, 41).tolist()
         assert sorted(whole) == list(range(41))

@@ -1,4 +1,4 @@
-"""shop_clips builder on small folders written by a fixture, and on the real photographs where they are at hand."""
+"""shop_clips builder on small folders written by a fixture, and on the real photographs if available."""
 
 import copy
 import json

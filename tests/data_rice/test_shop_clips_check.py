@@ -156,12 +156,12 @@ def test_problems_of_one_gallery_row(shop, found, change, message):
     assert len(lines) == 1 and lines[0].startswith("gallery.jsonl:10: ") and message in lines[0]
 
 
-def test_several_problems_of_one_row_are_all_told(shop, found):
+def test_all_problems_of_one_row_are_reported(shop, found):
     shop.clips["train"][0] |= {"gt_gallery_ids": 3, "boxes": 4, "asr": [], "query_id": None}
     assert len(found()) == 4 and all(line.startswith("clips_train.jsonl:1: ") for line in found())
 
 
-def test_every_damaged_line_is_told(shop, found):
+def test_every_damaged_line_is_reported(shop, found):
     shop.write()
     shop.clips["val"][1:4] = ['{"query_id": "x', "[1, 2]", '{"query_id": "a", "query_id": "b"}']
     shop.clips["val"][5] = '{"query_id": NaN}'
@@ -195,7 +195,7 @@ def respelt(rows, change):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-be", "utf-8-sig"])
 @pytest.mark.parametrize("written", [lambda path: path.replace("/", "\\"), nfc, lambda path: "./" + nfd(path)])
-def test_lists_that_were_written_elsewhere(shop, tmp_path, encoding, written):
+def test_lists_of_other_systems(shop, tmp_path, encoding, written):
     """Backslashes, the other form of accents, another encoding: check and builder find the same files."""
     (shop.root / "gallery").rename(shop.root / nfd("vitrine-é"))
     (shop.root / "v.mp4").rename(shop.root / nfd("ガラス.mp4"))
@@ -220,7 +220,7 @@ def test_lists_that_were_written_elsewhere(shop, tmp_path, encoding, written):
     assert [problem for problem in problems if problem.level == "error"] == []
 
 
-def test_a_name_in_other_capitals_is_told(shop, found):
+def test_a_name_in_other_capitals_is_reported(shop, found):
     shop.gallery[2]["image"] = "Gallery\\G2.png"
     shop.gallery[3]["image"] = "gallery/h3.png"
     assert found() == [
@@ -229,7 +229,7 @@ def test_a_name_in_other_capitals_is_told(shop, found):
     ]
 
 
-def test_a_list_in_a_local_encoding_is_told_with_its_lines(shop, found):
+def test_a_list_in_a_local_encoding_is_reported_with_its_lines(shop, found):
     shop.write()
     path = shop.root / "clips_val.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -239,7 +239,7 @@ def test_a_list_in_a_local_encoding_is_told_with_its_lines(shop, found):
     assert str(problem).startswith("clips_val.jsonl:4: the line is not UTF-8") and "save the file as" in str(problem)
 
 
-def test_damaged_utf_16_is_told(shop):
+def test_damaged_utf_16_is_reported(shop):
     shop.write()
     (shop.root / "clips_val.jsonl").write_bytes(b"\xff\xfe{\0\x00\xd8{\0")
     problems = [str(problem) for problem in check_folder(str(shop.root)).problems]
@@ -262,14 +262,14 @@ def test_whole_numbers_are_ids_with_and_without_a_decimal_point(shop, found, tmp
     assert problem.startswith("clips_val.jsonl:1: query_id is 1.5, neither text nor a whole number")
 
 
-def test_a_folder_whose_name_is_no_text_is_refused_by_name(shop, tmp_path):
+def test_a_folder_whose_name_is_not_utf8_is_refused_by_name(shop, tmp_path):
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xc8\xcb")
     shutil.move(shop.write(), folder)
     with pytest.raises(ValueError, match=r"data_dir .*/\\xc8\\xcb: the name is not UTF-8, .*; rename the folder"):
         load_dataset_view(folder, "gallery", "test", cache_dir=tmp_path / "cache")
 
 
-def test_unknown_keys_are_warned_of_with_the_nearest_name(shop, found):
+def test_unknown_keys_give_a_warning_with_the_nearest_name(shop, found):
     for row in shop.clips["val"]:
         row["gt_galery_ids"] = row["gt_gallery_ids"]
         row["department"] = "x"
@@ -282,7 +282,7 @@ def test_unknown_keys_are_warned_of_with_the_nearest_name(shop, found):
     ]
 
 
-def test_damaged_media_are_told_once_where_they_are_named_first(shop, found):
+def test_damaged_media_are_reported_once_at_their_first_mention(shop, found):
     whole = (shop.root / "frames/val-3-0.png").read_bytes()
     (shop.root / "frames/val-3-0.png").write_bytes(whole[:40])
     (shop.root / "gallery/g2.png").write_bytes(b"")
@@ -385,7 +385,7 @@ def test_it_runs_as_a_module_without_a_warning(shop):
     assert done.stderr == "" and json.loads(done.stdout)["ok"]
 
 
-def test_any_problem_is_printed_on_a_terminal_of_ascii(shop):
+def test_any_problem_can_be_printed_on_an_ascii_terminal(shop):
     shop.gallery[0]["图"] = 1
     command = [sys.executable, "-m", "data_rice.shop_clips", "check", shop.write(), "--json", "--fast"]
     done = subprocess.run(command, capture_output=True, check=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})

@@ -1,4 +1,4 @@
-"""The novel-product protocol: who stays in which split, folders that load, and the sentence a bad call gets."""
+"""The novel-product protocol: the products of each split, folders that load, and error messages."""
 
 import errno
 import json
@@ -91,7 +91,7 @@ def test_the_written_folder_loads_and_train_and_test_share_no_product(shop, outp
     assert check_folder(str(output)).ok
 
 
-def test_media_are_the_files_of_the_shop_and_only_those_that_are_named(shop, output):
+def test_media_are_hard_links_to_the_named_files_of_the_shop(shop, output):
     selected = by_field(shop, output)
     written = {path.relative_to(output).as_posix() for path in output.rglob("*.png")}
     assert written == set(selected.media) and len(written) == NUM_PRODUCTS + 2 * (12 + 6 + 4)
@@ -206,14 +206,14 @@ def test_bad_options(shop, output, capsys, options, message):
     assert not output.parent.exists()
 
 
-def test_an_output_that_exists_is_left_alone(shop, output):
+def test_an_existing_output_is_left_unchanged(shop, output):
     output.mkdir(parents=True)
     with pytest.raises(FileExistsError, match="novel already exists; remove it or choose another folder"):
         by_field(shop, output)
     assert list(output.iterdir()) == []
 
 
-def test_a_split_without_a_clip_left(shop, output):
+def test_a_split_that_would_be_empty(shop, output):
     shop.clips["test"] = [row for row in shop.clips["test"] if row["product_fold"] == "base"]
     with pytest.raises(
         ValueError, match="clips_test.jsonl has no clip of a novel product, with 2 of 8 products novel"
@@ -224,7 +224,7 @@ def test_a_split_without_a_clip_left(shop, output):
         by_field(shop, output)
 
 
-def test_clips_of_one_product_that_disagree(shop, output):
+def test_clips_of_one_product_with_different_values(shop, output):
     shop.clips["test"][1]["product_fold"] = "base"
     message = (
         "clips_test.jsonl, line 2: product_fold 'base' contradicts clips_train.jsonl, line 2, .* product \\(g1\\)"
@@ -236,7 +236,7 @@ def test_clips_of_one_product_that_disagree(shop, output):
         by_field(shop, output)
 
 
-def test_a_filesystem_that_cannot_link_leaves_nothing_behind(shop, output, monkeypatch):
+def test_a_filesystem_without_links_leaves_no_files(shop, output, monkeypatch):
     def refuse(*arguments):
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
@@ -248,7 +248,7 @@ def test_a_filesystem_that_cannot_link_leaves_nothing_behind(shop, output, monke
     assert list(output.parent.iterdir()) == []
 
 
-def test_a_medium_that_has_the_name_of_a_written_file_does_not_reach_the_shop(shop, output):
+def test_a_media_file_named_like_a_list_does_not_change_the_shop(shop, output):
     root = shop.write()
     shop.clips["train"][0]["frames"] = ["clips_test.jsonl"]
     shop.lines("clips_train.jsonl", shop.clips["train"])

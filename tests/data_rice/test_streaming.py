@@ -1,4 +1,4 @@
-"""Rows read when they are asked for: the same as in the table, dealt out once, and found again after a stop."""
+"""Rows that are read on request: equal to the table, each once, and resumed after a stop."""
 
 import json
 import logging
@@ -228,7 +228,7 @@ class TestLineIndex:
             (1, "[", "line 2: expected a list of quoted strings"),
         ],
     )
-    def test_what_decides_the_split_is_checked_when_the_list_is_opened(self, tmp_path, column, value, message):
+    def test_fields_that_decide_the_split_are_checked_when_the_list_is_opened(self, tmp_path, column, value, message):
         rows = [training_row(0, n, n) for n in range(3)]
         rows[1][column] = value
         write_lists(tmp_path, rows)
@@ -282,7 +282,7 @@ class TestLineIndex:
             build_line_index([str(path)], lambda: stop, tmp_path / "cache")
         assert not list((tmp_path / "cache" / "line_index").iterdir())
 
-    def test_pickled_rows_are_opened_anew(self, lpr4m, tmp_path):
+    def test_pickled_rows_are_opened_again(self, lpr4m, tmp_path):
         rows = open_dataset_view(lpr4m, "pairs", "train", cache_dir=tmp_path / "cache")
         assert pickle.loads(pickle.dumps(rows)).__getitems__([5, 1]) == rows.__getitems__([5, 1])
 
@@ -303,7 +303,7 @@ class TestParquet:
         assert rows.shard_starts.tolist() == [0, 5, 10, 15, 20, 25, 30, 32]
         assert ids(rows.__getitems__([31, 0, 24, 25])) == ["1-6", "0-0", "0-24", "1-0"]
 
-    def test_an_epoch_reads_each_group_once_and_keeps_few(self, files, monkeypatch):
+    def test_an_epoch_reads_each_row_group_once_and_caches_few(self, files, monkeypatch):
         rows = ParquetRows(files, memory=3 * 8000)
         assert 1 < rows.shards_per_block < 7
         reads = []
@@ -362,7 +362,7 @@ class TestSharing:
         assert "19 rows left out" in views[0].describe()
 
     @pytest.mark.parametrize("workers", [0, 3])
-    def test_without_dropping_every_row_comes(self, numbers, workers):
+    def test_without_drop_last_every_row_comes(self, numbers, workers):
         views = [StreamingView(numbers, 10, 0, 2, index, drop_last=False) for index in range(2)]
         shares = [batches(view, workers) for view in views]
         assert sorted(row for share in shares for batch in share for row in batch) == list(range(1003))
@@ -386,7 +386,7 @@ class TestSharing:
         view.set_epoch(0)
         assert batches(view, 1) == first
 
-    def test_workers_that_outlive_an_epoch_hear_of_the_next(self, numbers):
+    def test_persistent_workers_get_the_next_epoch(self, numbers):
         view = StreamingView(numbers, 16)
         lasting = loader(view, 2, persistent_workers=True)
         assert list(lasting) == batches(view)
@@ -470,7 +470,7 @@ class TestResuming:
         with pytest.raises(ValueError, match="within a batch, which several loader workers cannot share"):
             batches(again, 2)
 
-    def test_the_next_epoch_begins_at_its_beginning(self, numbers):
+    def test_the_next_epoch_starts_at_its_first_row(self, numbers):
         view = StreamingView(numbers, 10)
         view.load_state_dict(view.state_dict(batches=90))
         assert len(batches(view)) == 10
@@ -513,6 +513,6 @@ def test_streamed_lpr4m_in_workers(lpr4m, tmp_path):
     assert all(row == by_id[row["clip_id"]] for row in rows)
 
 
-def test_streamed_rows_take_no_boxes_file(lpr4m, tmp_path):
+def test_streamed_rows_refuse_a_boxes_file(lpr4m, tmp_path):
     with pytest.raises(ValueError, match="Streamed rows do not support boxes_file"):
         open_dataset_view(lpr4m, "pairs", "train", cache_dir=tmp_path / "cache", boxes_file=tmp_path / "boxes.jsonl")

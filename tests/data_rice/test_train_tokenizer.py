@@ -42,7 +42,7 @@ def test_texts_are_distinct_and_not_empty(shop):
     assert (read, total) == (2, 4) and set(texts) == {TITLES[0], ASR[0]}
 
 
-def test_the_folder_reads_every_text_back(shop, tmp_path, capsys):
+def test_the_saved_tokenizer_decodes_every_text(shop, tmp_path, capsys):
     folder = tmp_path / "tokenizer"
     main(["--dataset", str(shop), "--output_dir", str(folder), "--vocab_size", "500", "--max_length", "32"])
     assert "6 different texts from 4 of 4 rows" in capsys.readouterr().out

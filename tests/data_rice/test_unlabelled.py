@@ -1,4 +1,4 @@
-"""Pictures of shops and frames of clips without labels: what is read, what is left out, and what is said."""
+"""Pictures of shops and frames of clips without labels: what is read, left out and reported."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def paths(rows):
     return [os.path.basename(frame["path"]) for row in rows for frame in row["frames"]]
 
 
-def test_of_a_shop_only_the_gallery_is_read(save):
+def test_only_the_gallery_of_a_shop_is_read(save):
     folder = save("g/a.jpg", "g/b.jpg", "frames/f.jpg")
     write(folder, "gallery.jsonl", [{"gallery_id": name, "image": f"g/{name}.jpg"} for name in "ab"])
     (folder / "clips_train.jsonl").write_text("not JSON\n")
@@ -43,7 +43,7 @@ def test_of_a_shop_only_the_gallery_is_read(save):
     assert [row["image_id"] for row in shop.rows] == ["a", "b"] and shop.words == "2 pictures"
 
 
-def test_a_folder_of_pictures_is_a_shop_with_those_below(save):
+def test_a_folder_of_pictures_is_a_shop_with_its_subfolders(save):
     folder = save("a.jpg", "more/b.png")
     (folder / "notes.txt").write_text("x")
     shop = shop_pictures(folder, 100)
@@ -64,7 +64,7 @@ def test_frames_of_clips_are_read_and_their_labels_are_not(save):
     assert clips.words == "3 frames and at most 32 frames of each of 1 video"
 
 
-def test_the_wanted_split_must_be_there_and_others_need_not(save):
+def test_only_the_requested_split_must_exist(save):
     folder = write(save("0.jpg"), "clips_val.jsonl", [{"frames": ["0.jpg"]}])
     assert paths(clip_frames(folder, "validation", 9).rows) == ["0.jpg"]
     with pytest.raises(FileNotFoundError, match="no clips_train.jsonl; it has clips_val.jsonl, which --clips_split"):
@@ -117,7 +117,7 @@ def test_frames_are_read_as_the_collator_takes_them(save, write_video):
     assert [os.path.basename(failure["file"]) for failure in failures] == ["7.jpg"]
 
 
-def test_of_many_an_evenly_spread_part_is_taken(save):
+def test_many_pictures_are_sampled_evenly(save):
     folder = save(*(f"{i:02}.jpg" for i in range(40)))
     clips = clip_frames(folder, "train", 10)
     assert paths(clips.rows) == [f"{i:02}.jpg" for i in range(0, 40, 4)]
@@ -128,7 +128,7 @@ def test_of_many_an_evenly_spread_part_is_taken(save):
         assert len(kept) == min(total, limit) and (np.diff(kept) > 0).all() and kept.max() < total
 
 
-def test_what_is_not_there_is_said(tmp_path, save):
+def test_missing_folders_are_refused(tmp_path, save):
     folder = save("0.jpg")
     for read, name in ((lambda path: shop_pictures(path, 9), "shop"), (lambda p: clip_frames(p, "train", 9), "clips")):
         with pytest.raises(FileNotFoundError, match=f"--{name} .*nowhere does not exist; name a folder"):

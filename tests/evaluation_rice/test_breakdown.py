@@ -19,7 +19,7 @@ from evaluation_rice.protocol import Rankings, RetrievalTask, breakdown, head_ca
         ({}, set()),
     ],
 )
-def test_head_is_as_few_categories_as_hold_half_of_the_rows(rows, head):
+def test_head_is_the_fewest_categories_with_half_of_the_rows(rows, head):
     assert head_categories(rows) == head
 
 
@@ -34,7 +34,7 @@ def hits(shop, first):
     return ranked.complete()
 
 
-def test_head_and_tail_stand_beside_the_categories(shop):
+def test_head_and_tail_are_an_attribute_of_the_breakdown(shop):
     """Clips a, c, e are hats and b, d of no category; a and b hit."""
     groups = breakdown(shop.queries, {"embedding": hits(shop, 2)}, {"hat": 5, "shoe": 9})
     assert set(groups["head_tail"]) == {"tail", "unknown"}
@@ -79,7 +79,7 @@ def test_training_rows_are_counted_by_category(tmp_path):
         train_rows_by_category(str(tmp_path))
 
 
-def test_the_fingerprint_tells_other_queries_and_galleries(shop):
+def test_the_fingerprint_differs_for_other_queries_and_galleries(shop):
     task = RetrievalTask.from_datasets(shop.queries, shop.gallery, "live")
     same = RetrievalTask.from_datasets(shop.queries.select([4, 3, 2, 1, 0]), shop.gallery, "live")
     assert task.fingerprint() == same.fingerprint()

@@ -65,7 +65,7 @@ def test_fit_breaks_ties_by_reciprocal_rank_then_by_the_smaller_weight():
     assert fit_fusion_weight(embedding, matching, [[2]], (0.1, 5.0))[0] == 5.0
 
 
-def test_the_grid_reaches_beyond_what_matching_needs():
+def test_the_grid_covers_weights_beyond_the_best_for_matching():
     # z-scores of three images, the relevant one first: it wins by matching where that weighs more than 6.
     embedding, matching = np.array([0.0, 1.0, 0.0]), np.array([1.0, 0.9, 0.0])
     weight, curve = fit_fusion_weight([z_scores(embedding)], [matching], [[0]])
@@ -83,11 +83,11 @@ def test_the_grid_reaches_beyond_what_matching_needs():
         (30.0, None),
     ],
 )
-def test_a_weight_at_an_end_of_its_grid_is_told(weight, words):
+def test_a_weight_at_an_end_of_its_grid_is_reported(weight, words):
     assert edge_words("fusion weight", weight, DEFAULT_WEIGHTS) == words
 
 
-def test_leaving_the_text_out_is_no_end_of_the_grid():
+def test_a_text_weight_of_zero_is_not_an_end_of_the_grid():
     assert edge_words("text weight", 0.0, FUSED_TEXT_WEIGHTS) is None
     assert "upper end" in edge_words("text weight", 50.0, FUSED_TEXT_WEIGHTS)
 
@@ -119,7 +119,7 @@ def test_the_fit_recovers_the_weight_of_the_text(known):
 
 
 @pytest.mark.parametrize(("harmed", "expected"), [(1, 1.0), (12, 2.0)])
-def test_text_gets_no_more_weight_than_validation_shows_it_to_deserve(harmed, expected):
+def test_the_text_weight_is_the_smallest_within_one_standard_error(harmed, expected):
     """Of 100 queries 50 need weight 1 and `harmed` more need weight 2: at 2 the error of R@1 is about 5 queries."""
     needs = [0.5] * 50 + [1.5] * harmed + [None] * (50 - harmed)
     fused = [np.array([0.0, need or 1.0]) for need in needs]

@@ -107,7 +107,7 @@ def test_a_clip_is_the_mean_of_its_frames_features(encoder):
 
 
 @pytest.mark.parametrize("name", ["timesformer", "videomae"])
-def test_an_image_is_a_clip_that_stands_still(name, encoder):
+def test_an_image_becomes_a_clip_of_identical_frames(name, encoder):
     retriever = encoder(name)
     assert retriever.num_frames == 4
     image = retriever.encode_gallery(retriever._prepare([[picture(0)]]))
@@ -130,7 +130,7 @@ def test_frames_are_repeated_in_time_order():
     assert baselines.spread(16, 4) == [0, 4, 8, 12]
 
 
-def test_boxes_cut_the_frames(encoder, shop):
+def test_frames_are_cropped_to_boxes(encoder, shop):
     cut, whole = encoder("clip", use_boxes=True), encoder("clip")
     row = shop.queries[0]
     assert [frame.size for frame in cut._frames(row, [])] == [(12, 16)]

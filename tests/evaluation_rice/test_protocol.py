@@ -30,7 +30,7 @@ def test_all_scope_counts_a_repeated_image_once(shop):
     assert task.num_duplicate_rows == 1
 
 
-def test_refuses_what_cannot_be_evaluated(shop):
+def test_refuses_views_that_cannot_be_evaluated(shop):
     with pytest.raises(ValueError, match="gallery is empty"):
         RetrievalTask.from_datasets(shop.queries, shop.gallery.select([]), "all")
     with pytest.raises(ValueError, match="no rows"):
@@ -73,7 +73,7 @@ def test_only_a_tie_of_the_best_relevant_image_counts(task):
     assert ranked.tie_summary() == {"share": 0.2, "R@1_ties_at_random": pytest.approx((1 + 0 + 0.5) / 5)}
 
 
-def test_scores_that_are_not_finite_never_win(task):
+def test_scores_that_are_not_finite_are_not_ranked(task):
     ranked = Rankings(task)
     ranked.add(0, np.array([np.nan, 0.1, 0.2, np.inf]))
     ranked.add(2, np.full(4, np.nan))
@@ -113,7 +113,7 @@ def test_figures_of_groups_are_those_of_their_queries(task):
         assert figures == {**expected, "R@1_ci95": interval}
 
 
-def test_shops_are_known_whatever_is_searched(shop):
+def test_shops_are_known_in_both_scopes(shop):
     assert RetrievalTask.from_datasets(shop.queries, shop.gallery, "all").shops == ["x", "y", "x", "y", "x"]
     assert RetrievalTask.from_datasets(shop.queries.remove_columns("live_id"), shop.gallery, "all").shops == [""] * 5
 

@@ -89,7 +89,7 @@ def test_counts_positions_misses_and_several_relevant():
         ([["a"]], {"q": ["a"]}, (1,), "rankings must map"),
     ],
 )
-def test_refuses_what_would_count_wrongly(rankings, relevant, ks, words):
+def test_refuses_input_that_would_be_counted_wrongly(rankings, relevant, ks, words):
     with pytest.raises(ValueError, match=words) as error:
         recall_at_k(rankings, relevant, ks)
     assert "\n" not in str(error.value)
@@ -126,19 +126,19 @@ def test_whole_numbers_and_texts_are_the_same_ids(ranking, wanted):
 
 
 @pytest.mark.parametrize("entry", [float("nan"), 2.0, None, True, b"2", np.float32(2)])
-def test_what_is_no_id_is_refused_by_name(entry):
+def test_invalid_ids_are_refused_by_name(entry):
     with pytest.raises(ValueError, match=r"rankings\['q'\] holds .*: an id is a string or an integer"):
         recall_at_k({"q": ["1", entry]}, {"q": ["1"]}, (1,))
     with pytest.raises(ValueError, match=r"relevant\['q'\] holds .*: an id is a string or an integer"):
         recall_at_k({"q": ["1"]}, {"q": [entry]}, (1,))
 
 
-def test_a_ranking_has_an_order():
+def test_a_ranking_without_order_is_refused():
     with pytest.raises(ValueError, match=r"rankings\['q'\] must be a list of image ids, not {'a'}"):
         recall_at_k({"q": {"a"}}, {"q": ["a"]}, (1,))
 
 
-def test_an_installed_package_brings_the_metric(monkeypatch, tmp_path):
+def test_an_installed_package_contains_the_metric(monkeypatch, tmp_path):
     assert metric_path() == REPOSITORY / "metrics" / "livestream_recall"
     installed = shutil.copytree(metric_path(), tmp_path / "evaluation_rice" / "metrics" / "livestream_recall")
     monkeypatch.setattr(recall, "__file__", str(tmp_path / "evaluation_rice" / "recall.py"))
@@ -221,18 +221,18 @@ def test_one_shop_or_a_shop_for_each_clip_resamples_clips():
     assert low < many.mean() < high
 
 
-def test_the_rule_is_told():
+def test_the_rule_is_named():
     assert interval_words(["a", "b", "a"]).startswith(
         "percentile bootstrap over 2 shops, then over the clips of each ("
     )
-    assert interval_words(["", ""]).startswith("percentile bootstrap over clips, since no two shops are told apart (")
+    assert interval_words(["", ""]).startswith("percentile bootstrap over clips, since the data has no separate shops")
     assert "as if they were independent" in interval_words(None)
     assert all("10000 resamples, seed 0" in interval_words(shops) for shops in (None, ["a"], ["a", "b"]))
     with pytest.raises(ValueError, match="groups has 2 entries for 3 queries"):
         bootstrap_interval([1, 0, 1], ["a", "b"])
 
 
-def test_hits_that_are_all_alike_keep_a_width():
+def test_all_hits_or_all_misses_have_wilsons_interval():
     assert hit_interval([1.0] * 5, ["a", "a", "b", "b", "b"]) == list(wilson_interval(1.0, 5))
     assert hit_interval([0.0] * 5) == list(wilson_interval(0.0, 5))
     assert hit_interval([1.0, 0.0, 1.0], ["a", "a", "b"]) == bootstrap_interval([1.0, 0.0, 1.0], ["a", "a", "b"])

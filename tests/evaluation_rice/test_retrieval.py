@@ -34,7 +34,7 @@ def test_ranks_the_own_gallery_and_encodes_each_image_once(model, collator, shop
 
 
 @pytest.mark.parametrize("scope", ["live", "all"])
-def test_batches_workers_and_chunks_change_nothing(model, collator, shop, scope, monkeypatch):
+def test_batches_workers_and_chunks_do_not_change_scores(model, collator, shop, scope, monkeypatch):
     plain, _ = run(model, collator, shop, scope, batch_size=100)
     monkeypatch.setattr(retrieval, "GALLERY_CHUNK", 2)
     chunked, _ = run(model, collator, shop, scope, batch_size=1, num_workers=2)
@@ -64,9 +64,7 @@ def test_an_unreadable_clip_is_a_listed_miss(model, collator, shop):
 
 
 @pytest.mark.parametrize(("outcome", "found"), [("replaced", 4), ("left out", 4), ("skipped", 0), (None, 0)])
-def test_a_damaged_frame_is_listed_and_makes_a_miss_where_nothing_took_its_place(
-    model, collator, shop, outcome, found
-):
+def test_a_damaged_frame_is_listed_and_a_clip_without_other_frames_is_a_miss(model, collator, shop, outcome, found):
     class Forgiving(type(collator)):
         def collate_queries(self, rows):
             inputs, loaded, _ = super().collate_queries(rows)
@@ -86,7 +84,7 @@ def test_an_unreadable_image_cannot_be_retrieved(model, collator, shop):
     assert rankings["matching"].recall()["R@10"] == pytest.approx(4 / 5)
 
 
-def test_a_shared_image_is_read_from_the_livestream_where_it_is_whole(model, collator, shop):
+def test_a_shared_image_is_read_from_a_livestream_with_an_undamaged_copy(model, collator, shop):
     (shop.folder / "x" / "shared.png").unlink()
     rankings, failures = run(model, collator, shop)
     assert rankings["matching"].rankings["c"][0] == "shared"
@@ -107,7 +105,7 @@ def test_all_clips_unreadable_is_all_misses(model, collator, shop):
     assert len(failures) == 5 and rankings["embedding"].recall()["R@1"] == 0.0
 
 
-def test_nan_scores_are_listed_and_never_win(model, collator, shop):
+def test_nan_scores_are_listed_and_not_ranked(model, collator, shop):
     plain = model.match
 
     def match(clips, gallery):
@@ -187,7 +185,7 @@ def test_a_clip_without_asr_is_ranked_as_without_text(model, collator, shop):
     assert none["fused"].top_scores == plain["fused"].top_scores
 
 
-def test_matching_keeps_the_weight_that_it_has_without_text(shop):
+def test_the_matching_weight_is_that_without_text(shop):
     """Where text puts nearly every embedding right, a weight fitted with it would leave the silent clip to itself."""
     task = RetrievalTask.from_datasets(shop.queries, shop.gallery, "live")
     scores = {}
@@ -216,7 +214,7 @@ def test_matching_keeps_the_weight_that_it_has_without_text(shop):
     assert with_text < without <= plain.weights.fusion_weight
 
 
-def test_the_weight_of_the_text_is_fitted_given_that_of_matching(shop):
+def test_the_text_weight_is_fitted_after_that_of_matching(shop):
     task = RetrievalTask.from_datasets(shop.queries, shop.gallery, "live")
     scores = {}
     for query in range(5):
@@ -260,7 +258,7 @@ def test_the_models_own_weight_of_alignment_is_kept_while_matching_is_fitted(sho
     assert fitted is None and set(rankings) == {"embedding", "alignment", "fused"}
 
 
-def test_alignment_is_a_third_score_where_validation_says_so(shop):
+def test_alignment_is_a_third_score_with_a_fitted_weight(shop):
     """Of two scores one knows the answer and one misleads: the weight is high for the one, and 0 for the other."""
     task = RetrievalTask.from_datasets(shop.queries, shop.gallery, "live")
     scores = {}

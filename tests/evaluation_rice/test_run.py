@@ -4,7 +4,7 @@ from data_rice.box_files import FORMAT, box_line
 from evaluation_rice.run import describe_boxes
 
 
-def test_the_origin_of_boxes_names_the_products_looked_for(shop, tmp_path):
+def test_the_origin_of_boxes_names_the_detected_classes(shop, tmp_path):
     origin = {"detector": "red", "detector_sha256": "abc", "threshold": 0.3, "labels": ["mug"], "frames_per_clip": 2}
     path = tmp_path / "boxes.jsonl"
     lines = [json.dumps({**FORMAT, "dataset": "shop", **origin}) + "\n"]

@@ -1,4 +1,4 @@
-"""A small Hub on this machine that the real client talks to, and processes with that client to run code in."""
+"""A small Hub on this machine for the real client, and processes with that client to run code in."""
 
 import base64
 import hashlib

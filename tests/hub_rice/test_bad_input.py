@@ -1,4 +1,4 @@
-"""What eval_rice.py and train_rice.py say when a model is to come from the Hub and does not."""
+"""Error messages of eval_rice.py and train_rice.py if a model cannot be fetched from the Hub."""
 
 import json
 

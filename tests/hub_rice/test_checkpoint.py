@@ -1,4 +1,4 @@
-"""Versions and fingerprints of checkpoint folders. Damaged ones are tested with the commands that meet them."""
+"""Versions and fingerprints of checkpoint folders. Damaged folders are tested with the commands that read them."""
 
 import json
 import shutil
@@ -19,11 +19,11 @@ def write_config(folder, **settings):
 @pytest.mark.parametrize(
     "version, newer", [("99.0.0", True), ("4.0.0", False), (None, False), ("no version", False), (7, False)]
 )
-def test_saved_by_newer(tmp_path, version, newer):
+def test_saved_by_a_newer_version(tmp_path, version, newer):
     assert saved_by_newer(write_config(tmp_path, transformers_version=version)) == (version if newer else None)
 
 
-def test_saved_by_newer_of_what_is_not_there(tmp_path):
+def test_saved_by_newer_without_a_readable_config(tmp_path):
     assert saved_by_newer(tmp_path / "gone") is None and saved_by_newer("someone/not-cached") is None
     (tmp_path / "config.json").write_text("{cut")
     assert saved_by_newer(tmp_path) is None
@@ -70,7 +70,7 @@ def test_a_damaged_index_is_named(tmp_path, content):
         check_checkpoint(tmp_path)
 
 
-def test_a_flipped_bit_is_told(tiny_checkpoint, tmp_path):
+def test_a_flipped_bit_is_detected(tiny_checkpoint, tmp_path):
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
     check_hashes(folder)
     load_model(folder, "cpu")

@@ -1,4 +1,4 @@
-"""The mini LPR4M goes to the Hub and comes back the same, with a card that was counted and not typed."""
+"""The mini LPR4M is published and loaded back unchanged, with a card whose numbers were counted."""
 
 import io
 import json
@@ -70,19 +70,19 @@ def published(running_hub, client, tiny_mini, tmp_path_factory):
     return client(COMPARE, **arguments), running_hub.files("someone/mini", "datasets")
 
 
-def test_rows_come_back_the_same(published, running_hub):
+def test_published_rows_equal_the_rendered_ones(published, running_hub):
     counts, files = published
     assert counts["query/test"] == 5 and counts["pairs/train"] == 30 and counts["gallery/train"] == 15
     assert running_hub.repos["datasets", "someone/mini"].private
     assert {name.partition("/")[0] for name in files if name.endswith(".parquet")} == {"query", "gallery", "pairs"}
 
 
-def test_no_path_of_this_machine_goes_along(published, tiny_mini):
+def test_no_local_path_is_published(published, tiny_mini):
     everything = b"\n".join(published[1].values())
     assert str(tiny_mini.parent).encode() not in everything and b"hf_Secret" not in everything
 
 
-def test_card_tells_what_was_counted(published):
+def test_card_shows_the_counted_rows(published):
     counts, files = published
     card = DatasetCard(files["README.md"].decode())
     assert card.data.license == "apache-2.0" and card.data.pretty_name == "Mini LPR4M"
@@ -169,7 +169,7 @@ def test_a_downloaded_folder_gives_the_rows_of_the_builder(folder, tiny_mini, tm
     assert len(boxes[0]) > 0 and boxes[0][0] in boxes[1]
 
 
-def test_what_a_published_folder_does_not_have_is_named(folder, tmp_path):
+def test_missing_parts_of_a_published_folder_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match="has no train split of query; choose another split"):
         load_dataset_view(folder, "query", "train", cache_dir=tmp_path)
     for load in (load_dataset_view, open_dataset_view):
@@ -177,7 +177,7 @@ def test_what_a_published_folder_does_not_have_is_named(folder, tmp_path):
             load(folder, "pairs", "train", validation_fraction=0.5)
 
 
-def test_rows_of_every_origin_fit_collator_and_processor(folder, tiny_mini, tmp_path):
+def test_rows_of_every_source_fit_collator_and_processor(folder, tiny_mini, tmp_path):
     """As the builder, the published set and `datasets` give them, and with pixels in place of files."""
     import datasets
     import numpy as np

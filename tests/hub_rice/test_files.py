@@ -1,4 +1,4 @@
-"""A new folder is whole or not there."""
+"""A new folder is complete or absent."""
 
 import errno
 
@@ -26,7 +26,7 @@ def test_a_new_folder_appears_as_a_whole(tmp_path, exists):
         (ValueError("bad value"), "^bad value$"),
     ],
 )
-def test_what_failed_leaves_nothing(tmp_path, raised, expected):
+def test_a_failure_leaves_no_files(tmp_path, raised, expected):
     with pytest.raises((OSError, ValueError), match=expected):
         with new_folder(tmp_path / "new") as folder:
             (folder / "half.txt").write_text("half")

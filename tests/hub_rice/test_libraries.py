@@ -150,7 +150,7 @@ def test_sentence_transformers_embeds_video_files(own, embedder, video_files):
     assert_equal(embedder.encode(video_files), embed_clips(own, video_files))
 
 
-def test_padding_would_be_noticed(own, frames):
+def test_padding_would_change_the_embedding(own, frames):
     """The mean over padded frames too is another embedding, so the tests above can fail."""
     inputs = own[1](videos=frames)
     counted = own[0].get_video_features(inputs["pixel_values_videos"]).pooler_output
@@ -222,7 +222,7 @@ def test_the_pipeline_takes_many_clips(own, retrieve, pictures, frames, batch_si
     assert len(one) == 1 and [a["score"] for a in one[0]] == pytest.approx(sorted(expected[1][2])[::-1], abs=1e-6)
 
 
-def test_the_pipeline_lets_the_decoder_score_the_nearest_only(own, retrieve, pictures, frames):
+def test_the_decoder_of_the_pipeline_scores_the_nearest_only(own, retrieve, pictures, frames):
     by_cosine = [a["index"] for a in retrieve(frames[0], candidates=pictures, rank_by="embedding")]
     answers = retrieve(frames[0], candidates=pictures, top_k=2, rerank=2)
     assert {answer["index"] for answer in answers} == set(by_cosine[:2])
@@ -272,9 +272,7 @@ def test_a_gallery_of_another_model_is_refused(retrieve, pictures, frames, own):
         retrieve(frames[0], candidates=gallery)
 
 
-def test_both_work_from_the_server_where_the_project_cannot_be_imported(
-    hub, fresh_process, tiny_checkpoint, own, pictures, tmp_path
-):
+def test_both_load_from_the_hub_without_the_project(hub, fresh_process, tiny_checkpoint, own, pictures, tmp_path):
     from safetensors.torch import load_file
 
     files = publication(tiny_checkpoint, "someone/libraries", license="apache-2.0")

@@ -1,4 +1,4 @@
-"""What was published loads in a process that has never seen this project, from the server, offline, and re-saved."""
+"""A published model loads in a process without this project: from the server, offline, and saved again."""
 
 import json
 import re
@@ -121,11 +121,11 @@ def test_examples_of_the_card_print_scores_and_a_ranking(loaded):
     assert scores.count(".") == 2 and sorted(re.findall(r"\d", ranking)) == ["0", "1"]
 
 
-def test_offline_means_offline(loaded):
+def test_offline_loading_sends_no_request(loaded):
     assert not loaded[1]
 
 
-def test_a_saved_copy_refers_to_no_other_repository(loaded):
+def test_a_saved_copy_does_not_refer_to_the_repository(loaded):
     saved = loaded[0] / "saved"
     names = {path.name for path in saved.iterdir()}
     for file in ("config.json", "processor_config.json"):

@@ -68,7 +68,7 @@ def test_card_metadata_holds_a_model_index():
     assert {result.dataset_type for result in data.eval_results} == {"mini_lpr4m"}
 
 
-def test_metadata_tells_protocol_and_data_set_without_paths():
+def test_metadata_names_protocol_and_data_set_without_paths():
     data = ModelCard(model_card({**RESULTS, "dataset": "/home/me/data/mini_lpr4m"})).data
     assert data.datasets is None
     assert {result.dataset_type for result in data.eval_results} == {"mini_lpr4m"}
@@ -112,7 +112,7 @@ def test_the_best_score_comes_first():
     assert list(best_first({"a": {"R@1": 0.5}, "b": {"R@1": 0.5}})) == ["a", "b"]
 
 
-def test_training_comes_before_what_is_long(run_dir, tmp_path):
+def test_training_comes_before_the_long_parts(run_dir, tmp_path):
     (tmp_path / "matches.png").write_bytes(b"picture")
     write_model_card(tmp_path, RESULTS, run_dir=run_dir)
     text, page = ((tmp_path / name).read_text() for name in ("README.md", "breakdown.md"))
@@ -139,7 +139,7 @@ def test_training_comes_before_what_is_long(run_dir, tmp_path):
         ("shop_clips", "/gone", None, None),
     ],
 )
-def test_the_licence_is_that_of_the_training_data_or_nobody_s(tmp_path, dataset, data_dir, readme, expected):
+def test_the_licence_is_that_of_the_training_data_or_absent(tmp_path, dataset, data_dir, readme, expected):
     folder = tmp_path / "data"
     folder.mkdir()
     if readme is not None:
@@ -158,7 +158,7 @@ def test_a_rendered_folder_has_the_licence_of_the_renderer(tiny_mini):
     assert data_license(str(tiny_mini), None) == data_license("lpr4m", str(tiny_mini)) == "apache-2.0"
 
 
-def test_a_licence_that_is_no_identifier_is_refused():
+def test_an_invalid_licence_identifier_is_refused():
     with pytest.raises(ValueError, match="the license 'Apache 2.0' is no identifier of the Hub"):
         model_card(RESULTS, license="Apache 2.0")
 
@@ -211,7 +211,7 @@ def test_training_recipe_comes_from_the_runs_own_record(run_dir):
     assert "Cost: 1.5 minutes of training." in text and "CO2" not in text
 
 
-def test_the_recipe_of_a_card_is_one_that_training_takes(run_dir, tmp_path):
+def test_the_recipe_of_a_card_is_accepted_by_training(run_dir, tmp_path):
     text = model_card(RESULTS, run_dir=run_dir)
     (tmp_path / "recipe.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
     model, data, training = parse_arguments([str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run")])
@@ -238,7 +238,7 @@ def test_the_recipe_of_a_card_repeats_the_run(tmp_path):
     assert second["learning_rate"] == 0.25 and second["freeze"] == ["vision_model"]
 
 
-def test_emissions_are_claimed_when_they_were_logged(run_dir):
+def test_emissions_are_shown_only_if_logged(run_dir):
     (run_dir / "emissions.csv").write_text("timestamp,emissions,gpu_model\nt0,9.0,X\nt1,0.00125,H200\n")
     text = model_card(RESULTS, run_dir=run_dir)
     assert "1.25 g of CO2 equivalent" in text
@@ -248,7 +248,7 @@ def test_emissions_are_claimed_when_they_were_logged(run_dir):
         model_card(RESULTS, run_dir=run_dir)
 
 
-def test_card_without_results_claims_nothing(run_dir):
+def test_card_without_results_shows_no_figures(run_dir):
     text = model_card(None, model_id="someone/fresh", run_dir=run_dir)
     assert "Not evaluated yet" in text and "| RICE," not in text and ModelCard(text).data.eval_results is None
     assert "learning_rate: 0.002" in text and "{{" not in text and "encode_gallery" in text
@@ -258,7 +258,7 @@ def test_card_without_results_claims_nothing(run_dir):
         model_card(None)
 
 
-def test_published_figures_stand_apart():
+def test_published_figures_have_their_own_table():
     results, published = model_card(RESULTS).split("## Published figures")
     for _, values in PUBLISHED:
         for value in values.values():
@@ -274,7 +274,7 @@ def test_card_of_a_model_without_decoder():
     assert "z(matching)" not in text and "matching decoder" not in text and "get_video_features" in text
 
 
-def test_card_tells_what_an_alignment_is_and_how_it_is_fused(tmp_path):
+def test_card_explains_the_alignment_and_its_fusion(tmp_path):
     results = {**copy.deepcopy(RESULTS), "alignment_weight": 1.0}
     assert "z(embedding) + 0.4 x z(matching) + 1 x z(alignment), z-scores" in model_card(results)
     results["scores"]["alignment"], results["fusion_weight"] = results["scores"]["embedding"], None
@@ -301,7 +301,7 @@ def test_missing_entries_and_template_are_named(tmp_path):
         read_results(tmp_path / "gone.json")
 
 
-def test_card_tells_how_text_is_fused():
+def test_card_explains_how_text_is_fused():
     text = model_card({**RESULTS, "fused_text_weight": 12.5})
     assert "z(visual) + 0.4 x z(matching) + 12.5 x text" in text and "z(embedding)" not in text
     assert "the weight was fitted on the validation split (9 clips)" in text

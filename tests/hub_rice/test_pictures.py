@@ -1,4 +1,4 @@
-"""Pictures come out as the encoder's own image processor makes them, as images and as frames."""
+"""Pictures equal those of the encoder's own image processor, as images and as frames."""
 
 import json
 
@@ -74,7 +74,7 @@ def test_images_and_frames_are_those_of_the_image_processor(follow, name):
 
 
 @pytest.mark.parametrize("mode", ["center", "squash"])
-def test_a_network_of_timm_says_it_in_its_config(follow, mode):
+def test_a_timm_network_states_its_pictures_in_its_config(follow, mode):
     pytest.importorskip("timm")
     told = {"input_size": [3, 64, 64], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "crop_pct": 0.875}
     told |= {"crop_mode": mode, "interpolation": "bilinear"}
@@ -88,7 +88,7 @@ def test_a_network_of_timm_says_it_in_its_config(follow, mode):
         assert part.do_center_crop and part.crop_size["height"] == 64 and int(part.resample) == Image.BILINEAR
 
 
-def test_the_file_beside_an_encoder_of_timm_is_read(follow):
+def test_the_picture_settings_beside_a_timm_encoder_are_read(follow):
     pytest.importorskip("timm")
     vision = {"model_type": "timm_wrapper", "architecture": "tf_efficientnet_lite0"}
     theirs = transformers.CLIPImageProcessor(**SIDE, image_mean=[0.1] * 3, image_std=[0.2] * 3)
@@ -97,14 +97,14 @@ def test_the_file_beside_an_encoder_of_timm_is_read(follow):
     assert list(part.image_mean) == [0.1] * 3 and part.crop_size["height"] == 64
 
 
-def test_what_an_encoder_does_not_say_is_told(follow):
+def test_missing_picture_settings_are_reported(follow):
     processor, assumed = follow()
     assert "has no image processor: images are stretched to 64 x 64 pixels, and normalised as for CLIP." in assumed
     assert processor(images=[picture()])["pixel_values"].shape[-2:] == (64, 64)
 
 
 @pytest.mark.parametrize("content", ['{"size": ', "[1]", '{"size": "x"}', '{"size": {"height": -3, "width": 4}}'])
-def test_a_damaged_file_is_not_taken_for_none(follow, tmp_path, content):
+def test_a_damaged_file_is_not_ignored(follow, tmp_path, content):
     """transformers says the same of a file that is damaged as of one that is missing."""
     content = content.replace('{"size', '{"image_processor_type": "ViTImageProcessor", "size')
     (tmp_path / "preprocessor_config.json").write_text(content)
@@ -120,12 +120,12 @@ def test_pictures_have_the_shape_that_an_encoder_was_made_for(follow):
     assert inputs["pixel_values"].shape[-2:] == inputs["pixel_values_videos"].shape[-2:] == (32, 64)
 
 
-def test_what_cannot_be_followed_is_told(follow):
+def test_unsupported_picture_settings_are_reported(follow):
     _, assumed = follow(files=transformers.MobileViTImageProcessor(**SIDE))
     assert "MobileViTImageProcessor has a step that RICE's processor does not reproduce" in assumed
 
 
-def test_another_side_keeps_the_proportions(follow):
+def test_another_size_keeps_the_aspect_ratio(follow):
     vision = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
     theirs = transformers.BitImageProcessor(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224})
     processor, assumed = follow(vision, 112, theirs, use_decoder=False)
@@ -154,7 +154,7 @@ def test_boxes_follow_the_crop(follow):
     assert mask[2].all() and mask[3].all()
 
 
-def test_the_rule_is_saved_with_the_processor(follow, tmp_path):
+def test_picture_settings_are_saved_with_the_processor(follow, tmp_path):
     processor, _ = follow(files=transformers.ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.875))
     processor.save_pretrained(tmp_path / "saved")
     loaded = type(processor).from_pretrained(tmp_path / "saved")

@@ -26,7 +26,7 @@ FLAGS = "flags\t\t: fpu avx2 avx512f {}\n"
         (None, False),
     ],
 )
-def test_auto_is_bf16_where_the_processor_computes_in_it(monkeypatch, lines, computes):
+def test_auto_is_bf16_if_the_cpu_supports_it(monkeypatch, lines, computes):
     def read_text(self):
         assert str(self) == "/proc/cpuinfo"
         if lines is None:
@@ -54,7 +54,7 @@ def test_auto_on_a_gpu_asks_the_gpu(monkeypatch):
     computes_bf16.cache_clear()
 
 
-def test_the_argument_knows_no_other_name(capsys):
+def test_other_precisions_are_refused(capsys):
     parser = argparse.ArgumentParser()
     add_precision(parser)
     assert parser.parse_args([]).precision == "auto"
@@ -80,7 +80,7 @@ def convolutional():
     return model.eval()
 
 
-def test_folded_batch_norms_compute_the_same_under_the_same_name(convolutional):
+def test_folded_batch_norms_keep_outputs_and_fingerprint(convolutional):
     pictures = torch.randn(3, 3, 64, 64)
     expected, name = convolutional.encode_gallery(pictures), convolutional.fingerprint()
     count = sum(isinstance(module, torch.nn.BatchNorm2d) for module in convolutional.modules())
@@ -91,7 +91,7 @@ def test_folded_batch_norms_compute_the_same_under_the_same_name(convolutional):
     assert convolutional.fingerprint() == found.model_fingerprint == name
 
 
-def test_norms_that_do_not_follow_what_they_are_registered_behind_stay(convolutional):
+def test_norms_that_do_not_follow_their_convolution_are_not_folded(convolutional):
     # Registered behind each other, and called the other way round.
     for module in convolutional.modules():
         if hasattr(module, "convolution") and hasattr(module, "normalization"):
@@ -104,14 +104,14 @@ def test_norms_that_do_not_follow_what_they_are_registered_behind_stay(convoluti
     torch.testing.assert_close(convolutional.encode_gallery(pictures).embeds, expected, atol=1e-5, rtol=0)
 
 
-def test_an_encoder_without_batch_norms_stays_as_it_is(tiny_checkpoint):
+def test_an_encoder_without_batch_norms_is_unchanged(tiny_checkpoint):
     model = RiceModel.from_pretrained(tiny_checkpoint)
     before = copy.deepcopy(model.state_dict())
     assert speed_up(model) == 0 and model._settled is None
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_model_keeps_its_name_and_nearly_its_encodings_in_half_precision(convolutional):
+def test_half_precision_keeps_the_fingerprint_and_nearly_the_encodings(convolutional):
     pictures = torch.randn(3, 3, 64, 64)
     expected = convolutional.encode_gallery(pictures)
     for name, limit in (("bf16", 0.05), ("fp16", 0.01), ("fp32", 0.0)):

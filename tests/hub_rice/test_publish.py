@@ -1,4 +1,4 @@
-"""`rice publish` with the real client against the local Hub: what arrives, what does not, and what is said."""
+"""`rice publish` with the real client against the local Hub: what is published, what is not, and its messages."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def refusal(client, *arguments) -> str:
     return lines[0]
 
 
-def test_what_arrives_and_what_stays_at_home(hub, client, run_folder):
+def test_only_listed_files_are_published(hub, client, run_folder):
     publish(client, run_folder, "someone/complete")
     files = hub.files("someone/complete")
     assert files.keys() >= {
@@ -123,7 +123,7 @@ def plant(value, path: str):
     return path if isinstance(value, str) else value
 
 
-def test_a_path_in_any_field_stays_at_home(hub, client, run_folder):
+def test_a_local_path_in_any_field_is_not_published(hub, client, run_folder):
     """Every field of the records that are only shown; what a model is loaded from has no such fields."""
     path = "/srv/secret lab/data"
     for name in ("results.json", "train_arguments.json", "train_results.json"):
@@ -141,7 +141,7 @@ def test_a_path_in_any_field_stays_at_home(hub, client, run_folder):
     assert json.loads(files["results.json"])["scores"] == RESULTS["scores"]
 
 
-def test_a_licence_is_named_where_the_data_s_is_unknown(hub, client, run_folder):
+def test_a_licence_is_required_if_that_of_the_data_is_unknown(hub, client, run_folder):
     arguments = json.loads((run_folder / "train_arguments.json").read_text())
     (run_folder / "train_arguments.json").write_text(json.dumps({**arguments, "dataset": "lpr4m"}))
     assert "give the model's licence by --license" in refusal(client, run_folder, "someone/unlicensed")
@@ -151,20 +151,20 @@ def test_a_licence_is_named_where_the_data_s_is_unknown(hub, client, run_folder)
     assert b"license: cc-by-nc-4.0" in hub.files("someone/licensed")["README.md"]
 
 
-def test_the_picture_may_stay_at_home(hub, client, run_folder):
+def test_the_picture_can_be_left_out(hub, client, run_folder):
     publish(client, run_folder, "someone/blind", "--without_picture")
     files = hub.files("someone/blind")
     assert "matches.png" not in files and b"matches.png" not in files["README.md"]
 
 
-def test_results_are_of_the_model_whatever_else_lies_there(hub, client, run_folder):
+def test_other_safetensors_files_are_not_published(hub, client, run_folder):
     write_results(run_folder, model_sha256=weights_fingerprint(run_folder))
     (run_folder / "gallery.safetensors").write_bytes(b"another shop")
     publish(client, run_folder, "someone/shop")
     assert "gallery.safetensors" not in hub.files("someone/shop")
 
 
-def test_private_unless_asked_and_never_changed(hub, client, run_folder):
+def test_a_repository_is_private_by_default_and_keeps_its_visibility(hub, client, run_folder):
     publish(client, run_folder, "someone/closed")
     assert hub.repos["models", "someone/closed"].private
     publish(client, run_folder, "someone/open", "--public")
@@ -173,7 +173,7 @@ def test_private_unless_asked_and_never_changed(hub, client, run_folder):
     assert "stays private" in said and hub.repos["models", "someone/closed"].private
 
 
-def test_the_token_is_in_no_file_and_no_log(hub, client, run_folder):
+def test_the_token_appears_in_no_file_or_log(hub, client, run_folder):
     from_environment = client("import os\nresult = os.environ['HF_TOKEN']")
     assert from_environment in hub.tokens
     publish(client, run_folder, "someone/quiet")
@@ -218,7 +218,7 @@ def shard(folder) -> int:
     return len(list(folder.glob("model-*.safetensors")))
 
 
-def test_an_interrupted_upload_goes_on(hub, client, run_folder):
+def test_an_interrupted_upload_continues(hub, client, run_folder):
     count = shard(run_folder)
     assert count > 2
     hub.allowed_uploads = 1
@@ -233,7 +233,7 @@ def test_an_interrupted_upload_goes_on(hub, client, run_folder):
     assert len([name for name in hub.files("someone/resumed") if name.startswith("model-")]) == count
 
 
-def test_a_dropped_connection_is_taken_up_again(hub, client, run_folder):
+def test_a_dropped_connection_is_retried(hub, client, run_folder):
     shard(run_folder)
     hub.dropped_uploads = 1
     publish(client, run_folder, "someone/dropped")
@@ -302,7 +302,7 @@ def test_refusals_of_the_folder(hub, client, run_folder, tmp_path):
     assert ("models", "someone/refused") not in hub.repos
 
 
-def test_without_results_no_figure_is_claimed(hub, client, run_folder):
+def test_without_results_the_card_has_no_figures(hub, client, run_folder):
     (run_folder / "results.json").unlink()
     publish(client, run_folder, "someone/unmeasured", "--without_results")
     files = hub.files("someone/unmeasured")

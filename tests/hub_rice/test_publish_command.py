@@ -1,4 +1,4 @@
-"""Where `rice publish` looks for a model and its results. What it sends is tested in tests/hub."""
+"""Where `rice publish` looks for a model and its results. tests/hub_rice/test_publish.py tests the upload."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""`push_to_hub` of transformers, which knows nothing of cards and layouts, with the real client."""
+"""`push_to_hub` of transformers, with the real client: it adds the layout and a short card."""
 
 import pytest
 from huggingface_hub import ModelCard
@@ -16,7 +16,7 @@ LAYOUT = {"modules.json", "sentence_bert_config.json", "config_sentence_transfor
 
 
 @pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
-def test_a_pushed_model_has_its_layout_and_a_card_of_its_own(hub, client, tiny_checkpoint, tmp_path, way):
+def test_a_pushed_model_has_its_layout_and_a_short_card(hub, client, tiny_checkpoint, tmp_path, way):
     name = f"someone/pushed-by-{way.replace('_', '-')}"
     folder = None if way == "push_to_hub" else str(tmp_path / "model")
     client(PUSH, checkpoint=str(tiny_checkpoint), folder=folder, name=name)
@@ -31,7 +31,7 @@ def test_a_pushed_model_has_its_layout_and_a_card_of_its_own(hub, client, tiny_c
     assert "(https://arxiv.org/abs/2308.04912)" in card.text and "More Information Needed" not in card.text
 
 
-def test_a_card_that_somebody_wrote_is_kept(hub, client, tiny_checkpoint):
+def test_an_existing_card_is_kept(hub, client, tiny_checkpoint):
     hub.add("someone/described", {"README.md": b"---\nlicense: mit\n---\n# Mine\n"})
     client(PUSH, checkpoint=str(tiny_checkpoint), folder=None, name="someone/described")
     assert hub.files("someone/described")["README.md"].startswith(b"---\nlicense: mit")

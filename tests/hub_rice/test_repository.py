@@ -1,4 +1,4 @@
-"""What of a folder is published, and what is made of the Hub's answers, without a Hub."""
+"""Which files of a folder are published, and how answers of the Hub are handled, without a Hub."""
 
 import json
 import shutil
@@ -44,11 +44,11 @@ def test_published(path):
     ]
     + ["data/config.json", "sub/onnx/image.onnx"],
 )
-def test_stays_at_home(path):
+def test_is_not_published(path):
     assert not is_published(path)
 
 
-def test_of_the_weights_those_go_that_the_model_is_loaded_from(tiny_checkpoint, tmp_path):
+def test_only_the_weights_that_the_model_loads_are_published(tiny_checkpoint, tmp_path):
     """One file, beside what a sharded save left; shards; and one shard, which an index names."""
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
 

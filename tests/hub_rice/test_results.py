@@ -1,4 +1,4 @@
-"""results.json read back, and as others may see it."""
+"""results.json: read back, and reduced to the fields that may be published."""
 
 import copy
 import json
@@ -84,7 +84,7 @@ def write(tmp_path, results):
     return tmp_path / "results.json"
 
 
-def test_known_fields_come_back_and_others_do_not(tmp_path):
+def test_only_known_fields_are_kept(tmp_path):
     results = read_results(write(tmp_path, {**RESULTS, "notes": "/home/me"}))
     expected = copy.deepcopy(RESULTS)
     del expected["head_tail"]["data_dir"], expected["protocol"]["detector"]["file"]
@@ -92,7 +92,7 @@ def test_known_fields_come_back_and_others_do_not(tmp_path):
     assert set(FIELDS) == set(RESULTS)
 
 
-def test_paths_go_and_figures_stay():
+def test_paths_are_removed_and_figures_kept():
     portable = portable_results(RESULTS, "me/rice")
     assert "/home" not in json.dumps(portable) and portable["scores"] == RESULTS["scores"]
     assert portable["model"] == "me/rice" and portable["dataset"] == "my shop"
@@ -113,7 +113,7 @@ def texts(value, path=()):
 
 @pytest.mark.parametrize("root", ROOTS)
 @pytest.mark.parametrize("words", ["{}", "made of {}", "made of '{}', which is there"])
-def test_a_path_in_any_field_does_not_go_out(root, words):
+def test_a_local_path_in_any_field_is_removed(root, words):
     for place in texts(RESULTS):
         results = copy.deepcopy(RESULTS)
         parent = results
@@ -183,7 +183,7 @@ def test_a_field_of_another_kind_is_named(tmp_path, change, words):
     assert str(file) in str(error.value) and words in str(error.value)
 
 
-def test_a_part_of_the_fields_may_be_enough(tmp_path):
+def test_only_some_fields_are_required(tmp_path):
     assert read_results(write(tmp_path, {"protocol": {"task_sha256": "a"}}), ["protocol"]) == {
         "protocol": {"task_sha256": "a"}
     }

@@ -1,4 +1,4 @@
-"""Settings of a stranger's model: what is refused, by which name, before anything is built."""
+"""Settings of an untrusted model: refused by name before anything is built."""
 
 import json
 import shutil
@@ -94,7 +94,7 @@ def test_a_processor_that_cannot_be_used_is_refused(folder, fields, words):
     assert "\n" not in str(error.value)
 
 
-def test_whole_numbers_pass_where_fractions_are_meant(folder):
+def test_whole_numbers_are_accepted_as_fractions(folder):
     change(
         folder / "processor_config.json", image_processor__image_std=[1, 1, 1], image_processor__image_mean=[0, 0, 0]
     )

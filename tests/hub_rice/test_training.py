@@ -1,4 +1,4 @@
-"""Training that publishes: at saves and at the end, what belongs on the Hub and nothing else."""
+"""Training that publishes: at saves and at the end, and only the files of a published model."""
 
 import shutil
 
@@ -55,7 +55,7 @@ def test_only_at_the_end_and_public_when_asked(hub, train):
     assert not repo.private and len(repo.branches["main"]) == 2
 
 
-def test_a_failing_hub_costs_no_training(hub, train, client):
+def test_a_failing_upload_does_not_stop_training(hub, train, client):
     hub.failing_calls = {"/commit/": 501}
     folder, error, said = train("failing", "--hub_model_id", "someone/failing")
     sentence = said.strip().splitlines()[-1]

@@ -72,7 +72,7 @@ def refusal(capsys, *words) -> str:
     return sentence
 
 
-def test_the_checkpoint_loads_and_ranks_by_what_its_pictures_say(encoder, shop, tmp_path, capsys):
+def test_the_checkpoint_loads_and_ranks_by_its_statistics(encoder, shop, tmp_path, capsys):
     output = tmp_path / "model"
     assert run(encoder, "--shop", shop, "--clips", shop, "--output", output) == 0
     said = capsys.readouterr().out
@@ -94,7 +94,7 @@ def test_the_checkpoint_loads_and_ranks_by_what_its_pictures_say(encoder, shop, 
     assert str(tmp_path) not in (output / "README.md").read_text()
 
 
-def test_labels_and_clips_beside_the_shop_change_nothing(encoder, shop, tmp_path):
+def test_labels_and_clips_in_the_shop_folder_are_not_read(encoder, shop, tmp_path):
     run(encoder, "--shop", shop, "--output", tmp_path / "one")
     for name in ("clips_train.jsonl", "clips_test.jsonl"):
         (shop / name).write_text("no JSON\n")
@@ -103,7 +103,7 @@ def test_labels_and_clips_beside_the_shop_change_nothing(encoder, shop, tmp_path
     assert one.fingerprint() == two.fingerprint()
 
 
-def test_without_clips_nothing_is_centred_and_it_is_said(encoder, shop, tmp_path, capsys):
+def test_without_clips_nothing_is_centred_and_a_notice_says_so(encoder, shop, tmp_path, capsys):
     run(encoder, "--shop", shop, "--output", tmp_path / "model")
     assert (
         "Embeddings are not centred, since this needs at least two pictures and two frames of clips."
@@ -172,7 +172,7 @@ def test_a_trained_checkpoint_gets_an_alignment(trained, shop, tmp_path):
 
 
 @pytest.mark.parametrize("setting", [("--alignment_rank", 4), ("--vision_feature_layer", 0)])
-def test_statistics_of_a_checkpoint_take_another_shape(encoder, shop, tmp_path, setting):
+def test_statistics_of_a_checkpoint_may_change_their_shape(encoder, shop, tmp_path, setting):
     run(encoder, "--shop", shop, "--output", tmp_path / "first")
     run(tmp_path / "first", "--shop", shop, "--output", tmp_path / "second", *setting)
     run(encoder, "--shop", shop, "--output", tmp_path / "at_once", *setting)
@@ -182,7 +182,7 @@ def test_statistics_of_a_checkpoint_take_another_shape(encoder, shop, tmp_path, 
         torch.testing.assert_close(value, models[1][name])
 
 
-def test_the_shops_own_pictures_are_no_frames(encoder, shop, tmp_path, capsys):
+def test_the_pictures_of_the_shop_are_not_used_as_frames(encoder, shop, tmp_path, capsys):
     pictures = shop / "g"
     sentence = refusal(capsys, encoder, "--shop", pictures, "--clips", pictures, "--output", tmp_path / "m")
     assert "holds no frame of a clip" in sentence and "6 entries were left out" in sentence
@@ -200,7 +200,7 @@ def test_a_class_token_is_the_global_feature(shop, tmp_path):
     assert config.feature_pooling == "cls" and config.projection_dim == 32 and config.accepts_patch_mask
 
 
-def test_bad_input_is_told_in_one_sentence(encoder, shop, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_refused_in_one_sentence(encoder, shop, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     output = tmp_path / "model"
     with_shop = ("--shop", shop, "--output", output)

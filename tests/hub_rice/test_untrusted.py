@@ -1,4 +1,4 @@
-"""A model folder with code of its own: no command runs it, and none asks whether it may."""
+"""A model folder with its own code: no command runs it, and none asks whether to run it."""
 
 import ast
 import json
@@ -158,7 +158,7 @@ def test_a_checkpoint_is_loaded_by_our_classes_or_refused(evil, change, monkeypa
     assert not marker.exists()
 
 
-def test_every_auto_class_is_told_whom_to_trust():
+def test_every_auto_class_gets_trust_remote_code():
     """A call that says nothing asks on standard input, and runs what it is told to."""
     silent = []
     for path in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*_rice/**/*.py")]:
@@ -183,7 +183,7 @@ def test_no_command_runs_or_asks_for_the_code_of_a_folder(evil, change, client, 
     assert not any(asked or ran for _, asked, ran in ended.values()), ended
 
 
-def test_the_marker_is_left_when_the_code_is_trusted(evil, client):
+def test_trusted_code_is_run(evil, client):
     """The attack works: the same folder, loaded by transformers with the question answered."""
     folder, marker = evil
     unknown_classes(folder)
@@ -192,7 +192,7 @@ def test_the_marker_is_left_when_the_code_is_trusted(evil, client):
     assert marker.exists()
 
 
-def test_trust_is_given_for_a_baseline_by_name(evil, client, tiny_mini, tmp_path):
+def test_a_baseline_can_be_trusted_by_an_option(evil, client, tiny_mini, tmp_path):
     folder, marker = evil
     unknown_classes(folder)
     words = [*commands(folder, tiny_mini, tmp_path / "out")["baseline"], "--trust_remote_code"]

@@ -1,4 +1,4 @@
-"""Train, evaluate, publish, and evaluate what was published: the figures stay those of the published weights."""
+"""Train, evaluate, publish, and evaluate the published model: the figures stay the same."""
 
 import json
 

@@ -203,7 +203,7 @@ def test_clips_are_added_one_by_one(metric):
         ({"ks": "15"}, "ks must be a sequence"),
     ],
 )
-def test_what_would_count_wrongly_is_refused_in_one_sentence(metric, change, words):
+def test_input_that_would_be_counted_wrongly_is_refused_in_one_sentence(metric, change, words):
     with pytest.raises(ValueError, match=words) as error:
         metric.compute(**{"predictions": [["a"]], "references": [["a"]], **change})
     assert "\n" not in str(error.value)

@@ -127,7 +127,7 @@ def test_frames_are_shared_between_clips(make_aligned):
     torch.testing.assert_close(model.align(clips, gallery), model.align(model.encode_clips(videos), gallery))
 
 
-def test_statistics_are_part_of_the_checkpoint_and_of_its_name(make_aligned, make_batch, tmp_path):
+def test_statistics_are_part_of_checkpoint_and_fingerprint(make_aligned, make_batch, tmp_path):
     model, batch = make_aligned(), make_batch()
     model.save_pretrained(tmp_path)
     loaded = RiceModel.from_pretrained(tmp_path)
@@ -168,7 +168,7 @@ def test_training_computes_no_patches_and_has_a_gradient(make_aligned, make_batc
     assert frames.patches is None and not any(b.requires_grad for b in model.alignment.buffers())
 
 
-def test_maps_are_what_the_score_takes_its_maxima_of(make_aligned, make_batch):
+def test_maps_are_the_similarities_whose_maxima_form_the_score(make_aligned, make_batch):
     model, batch = make_aligned(), make_batch(patch_mask=True)
     clips, gallery = encoded(model, batch)
     maps = model.alignment_maps(**batch)
@@ -195,7 +195,7 @@ def test_settings_out_of_their_range_are_refused(make_config, settings, sentence
         make_config(**settings)
 
 
-def test_what_has_no_patches_is_refused(make_model, make_aligned, make_batch):
+def test_encoders_without_patches_are_refused(make_model, make_aligned, make_batch):
     batch, plain, aligned = make_batch(), make_model(use_decoder=False), make_aligned()
     with pytest.raises(ValueError, match="has no alignment .* rank by `similarity`"):
         plain.align(*encoded(plain, batch))

@@ -83,7 +83,7 @@ def test_one_image_of_many_is_unlike_every_frame(max_memory):
     torch.testing.assert_close(align_patches(images, clips, max_memory=max_memory), expected, atol=1e-5, rtol=0)
 
 
-def test_a_patch_that_is_not_a_number_shows_in_the_score():
+def test_a_nan_patch_gives_a_nan_score():
     clip = patches(1, 2, 9, 5)
     clip[0, 0, 0] = float("nan")
     assert align_patches(patches(3, 6, 5), clip).isnan().all()
@@ -150,7 +150,7 @@ def test_patches_that_never_vary_give_finite_projections():
     assert torch.isfinite(whitening(torch.zeros(4, 4), 4, 1.0, 0.0)).all()
 
 
-def test_a_new_module_normalises_patches_and_leaves_embeddings():
+def test_a_new_module_normalises_patches_and_keeps_embeddings():
     alignment = RiceAlignment(patch_width=6, rank=64, embed_width=4)
     x, features = torch.randn(2, 3, 6), torch.randn(2, 4)
     torch.testing.assert_close(alignment.project(x), normalize(x, dim=-1))
@@ -188,7 +188,7 @@ def test_a_fit_centres_each_view_and_whitens_by_the_frames():
         torch.testing.assert_close(alignment.center(features, is_clip), features - features.mean(dim=0))
 
 
-def test_a_fit_may_leave_embeddings_as_they_are():
+def test_a_fit_may_keep_embeddings_unchanged():
     images, frames = pictures(5, shift=10.0), pictures(8, shift=-3.0)
     alignment, _ = fitted(images, frames)
     before = alignment.video_mean.clone()
@@ -221,7 +221,7 @@ def test_one_picture_has_no_statistics():
     assert torch.equal(alignment.center(x[..., :4], is_clip=True), x[..., :4])
 
 
-def test_a_fit_replaces_the_one_before():
+def test_a_fit_replaces_the_previous_one():
     alignment, _ = fitted(pictures(5, shift=10.0), pictures(5, shift=3.0))
     one = view(*pictures(1, shift=1.0))
     alignment.fit(one, view(), 1.0, 0.0)
@@ -240,7 +240,7 @@ def test_numbers_that_are_not_finite_are_refused():
         fitted(broken, pictures(3, shift=1.0))
 
 
-def test_statistics_travel_with_the_weights():
+def test_statistics_are_saved_with_the_weights():
     alignment, _ = fitted(pictures(5, shift=10.0), pictures(5, shift=3.0))
     other = RiceAlignment(patch_width=6, rank=6, embed_width=4)
     other.load_state_dict(alignment.state_dict())

@@ -54,7 +54,7 @@ def test_padded_frames_and_masked_patches_get_no_attention(make_model, make_batc
     assert (maps[~real] == 0).all() and (maps[real] > 0).all() and (maps.sum(dim=(2, 3)) < 1).all()
 
 
-def test_text_tokens_take_attention_and_no_place(make_model, make_batch):
+def test_text_tokens_get_attention_but_are_not_in_the_maps(make_model, make_batch):
     model, batch = make_model(text_embed_dim=6), make_batch(3, text_dim=6)
     spoken = model.attention_maps(**batch)
     silent = model.attention_maps(**{**batch, "asr_embeds": torch.zeros_like(batch["asr_embeds"])})
@@ -62,7 +62,7 @@ def test_text_tokens_take_attention_and_no_place(make_model, make_batch):
     assert (spoken.sum(dim=(2, 3)) < silent.sum(dim=(2, 3))).all()
 
 
-def test_refuses_what_has_no_maps(make_model, make_batch):
+def test_refuses_models_without_maps(make_model, make_batch):
     batch = make_batch(2)
     with pytest.raises(ValueError, match="no matching decoder, so it has no attention maps"):
         make_model(use_decoder=False, use_reconstruction=False).attention_maps(**batch)

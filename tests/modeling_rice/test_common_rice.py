@@ -128,7 +128,7 @@ def test_recomputed_activations_change_no_gradient(make_model, make_batch, varia
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_by_any_door(make_model, make_batch, variant, dtype, tmp_path):
+def test_half_precision_by_every_way_of_loading(make_model, make_batch, variant, dtype, tmp_path):
     model, batch = make_model(**variant), make_batch()
     model.save_pretrained(tmp_path)
     loaded = RiceModel.from_pretrained(tmp_path, dtype=dtype)

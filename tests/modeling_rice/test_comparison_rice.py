@@ -54,7 +54,7 @@ def test_many_images_are_encoded_in_parts_with_their_titles(make_model, make_bat
     torch.testing.assert_close(gallery.embeds[125:], model.encode_gallery(pixels).embeds, atol=1e-5, rtol=0)
 
 
-def test_candidates_that_cannot_be_ranked_are_refused(encoded, tmp_path):
+def test_invalid_candidates_are_refused(encoded, tmp_path):
     model, batch, gallery, _ = encoded
     with pytest.raises(ValueError, match="`candidates` is empty"):
         encode_candidates(model, Processor(), [])
@@ -88,7 +88,7 @@ def test_rank_follows_the_config_unless_told_otherwise(make_model, make_batch, s
         assert [entry["corpus_id"] for entry in ranked] == expected.argsort(descending=True).tolist()
 
 
-def test_rank_refuses_a_score_that_is_not_there(make_model, make_batch):
+def test_rank_refuses_a_score_that_the_model_lacks(make_model, make_batch):
     model, batch = make_model(use_decoder=False), make_batch()
     with pytest.raises(ValueError, match="no matching decoder"):
         model.rank(

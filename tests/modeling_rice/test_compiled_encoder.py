@@ -92,7 +92,7 @@ def test_encodings(make_pair, make_batch, variant):
     assert found.model_fingerprint == expected.model_fingerprint
 
 
-def test_names_and_files_stay_as_they_are(make_pair, tmp_path):
+def test_names_and_files_are_unchanged(make_pair, tmp_path):
     plain, compiled = make_pair()
     assert list(compiled.state_dict()) == list(plain.state_dict())
     compiled.save_pretrained(tmp_path)

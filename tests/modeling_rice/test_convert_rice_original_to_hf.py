@@ -171,7 +171,7 @@ def test_text_projections_are_recognised():
         ("mmf", ("transformer.heads.", "transformer.transformer."), {"use_decoder": False}),
     ],
 )
-def test_a_wholly_absent_part_is_switched_off(layout, prefixes, absent):
+def test_a_part_without_keys_is_switched_off(layout, prefixes, absent):
     model = convert_original_checkpoint(without(CHECKPOINTS[layout](), *prefixes))
     for name, value in absent.items():
         assert getattr(model.config, name) is value
@@ -244,7 +244,7 @@ def test_an_encoder_without_blocks_is_an_error():
         ("mmf", "image_encoder.model.transformer.resblocks.0.attn.gate"),
     ],
 )
-def test_keys_nobody_asked_for_are_listed(layout, extra):
+def test_unexpected_keys_are_listed(layout, extra):
     checkpoint = CHECKPOINTS[layout]() | {extra: torch.zeros(1), "another.key": torch.zeros(1)}
     with pytest.raises(ValueError, match=r"holds unknown 2 key\(s\)") as error:
         convert_original_checkpoint(checkpoint)
@@ -254,7 +254,7 @@ def test_keys_nobody_asked_for_are_listed(layout, extra):
 @pytest.mark.parametrize(
     "prefixes", [("cross.", "similarity_dense."), ("cross.", "similarity_dense.", "recons_weights.")]
 )
-def test_parts_that_need_the_decoder_do_not_come_without_it(prefixes):
+def test_parts_that_need_the_decoder_are_refused_without_it(prefixes):
     with pytest.raises(ValueError, match="recons|reconstruction|title|fc_"):
         convert_original_checkpoint(without(clip4clip_checkpoint(text=True), *prefixes))
 
@@ -300,7 +300,7 @@ def test_damaged_checkpoints_get_one_sentence(layout, changes, words):
     assert "\n" not in str(error.value)
 
 
-def test_a_gap_before_the_first_block_is_no_shallower_decoder():
+def test_a_missing_first_block_is_an_error():
     checkpoint = clip4clip_checkpoint()
     blocks = {key: value for key, value in checkpoint.items() if key.startswith("cross.transformer.resblocks.0.")}
     renamed = {key.replace("resblocks.0.", "resblocks.1."): value for key, value in blocks.items()}

@@ -296,7 +296,7 @@ def test_reconstruction_gradients_equal_the_plain_procedure(make_model, make_bat
     assert "decoder.head.score.weight" not in fast
 
 
-def test_missing_negatives_shrink_the_choice_instead_of_repeating_a_product(make_model, make_batch):
+def test_with_few_negatives_no_product_is_repeated(make_model, make_batch):
     model = make_model(dtype=DOUBLE, num_hard_negatives=3)
     batch = make_batch(5, dtype=DOUBLE, product_ids=[1, 1, 1, 2, 3])
     output = model(**batch)
@@ -306,7 +306,7 @@ def test_missing_negatives_shrink_the_choice_instead_of_repeating_a_product(make
 
 
 @pytest.mark.parametrize("preset", ["clip4clip", "mmf"])
-def test_match_equals_forward_and_chunks_change_nothing(make_model, make_batch, preset):
+def test_match_equals_forward_with_any_chunk_size(make_model, make_batch, preset):
     model = make_model(preset, text_embed_dim=6)
     batch = make_batch(7, frames=4, patch_mask=preset == "clip4clip", text_dim=6)
     gallery = model.encode_gallery(batch["pixel_values"], batch["title_embeds"], batch_size=3)
@@ -322,7 +322,7 @@ def test_match_equals_forward_and_chunks_change_nothing(make_model, make_batch, 
     torch.testing.assert_close(model.match(clips[2:3], gallery[[5, 1]]), scores[2:3, [5, 1]], rtol=1e-5, atol=1e-6)
 
 
-def test_match_works_in_pieces_as_small_as_the_memory_asks(make_model, make_batch):
+def test_match_uses_chunks_that_fit_into_memory(make_model, make_batch):
     model, batch = make_model(), make_batch(6)
     gallery = model.encode_gallery(batch["pixel_values"])
     clips = model.encode_clips(batch["pixel_values_videos"], batch["frame_mask"])
@@ -502,7 +502,7 @@ def test_one_head_can_be_averaged_but_not_mixed(make_model, make_batch):
 
 
 @pytest.mark.parametrize("heads", [2, 4, 6, 8, 12, 16, 32])
-def test_reconstruction_starts_near_the_mean_over_heads_with_channels_apart(make_config, heads):
+def test_reconstruction_starts_near_the_mean_over_heads_with_different_channels(make_config, heads):
     config = make_config(projection_dim=96, decoder_num_heads=heads)
 
     def build(seed):

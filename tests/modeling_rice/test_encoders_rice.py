@@ -181,7 +181,7 @@ def test_networks_of_timm(architecture, tmp_path):
 
 
 @pytest.mark.slow
-def test_stages_are_as_wide_as_they_are_whatever_the_order_of_the_output():
+def test_the_width_of_a_stage_does_not_depend_on_the_axis_order():
     pytest.importorskip("timm")
     layout = find_layout(AutoConfig.for_model("timm_wrapper", architecture="swin_tiny_patch4_window7_224"))
     assert layout.patches.order == "channels_last" and layout.hidden[-1].order == "channels_first"
@@ -189,7 +189,7 @@ def test_stages_are_as_wide_as_they_are_whatever_the_order_of_the_output():
     assert layout.fine_layer == 2
 
 
-def test_a_timm_network_tells_its_stages_and_its_pictures():
+def test_stages_and_picture_sizes_of_a_timm_network():
     pytest.importorskip("timm")
     settings = {"input_size": [3, 64, 64], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     config = AutoConfig.for_model("timm_wrapper", architecture="tf_efficientnet_lite0", pretrained_cfg=settings)
@@ -206,13 +206,13 @@ def test_a_timm_network_tells_its_stages_and_its_pictures():
     assert layout.fine_layer == 3
 
 
-def test_an_encoder_of_one_grid_is_matched_at_its_end():
+def test_an_encoder_with_one_grid_uses_its_last_layer():
     layout = find_layout(AutoConfig.for_model("clip_vision_model", **TOKENS))
     assert len(layout.hidden) == 3 and layout.hidden[-1] == layout.patches and layout.fine_layer == 2
     assert layout.has_class_token and layout.image_mean is None
 
 
-def test_pictures_that_are_wider_than_high():
+def test_pictures_wider_than_high():
     layout = find_layout(AutoConfig.for_model("vitdet", **{**TOKENS, "image_size": [32, 64]}))
     assert layout.image_size == (32, 64) and layout.patches.grid == (2, 4)
 
@@ -228,7 +228,7 @@ def test_siglip2_sees_patches_in_the_order_of_its_own_processor():
     assert inputs["spatial_shapes"].tolist() == [[2, 3]]
 
 
-def test_finding_out_does_not_change_the_config():
+def test_probing_does_not_change_the_config():
     config = AutoConfig.for_model("clip_vision_model", **TOKENS)
     before = copy.deepcopy(config.to_dict())
     find_layout(config)
@@ -247,7 +247,7 @@ def test_finding_out_does_not_change_the_config():
         ("vit", TOKENS, False),
     ],
 )
-def test_who_leaves_the_final_norm_out_of_the_last_hidden_state(name, settings, skips):
+def test_encoders_whose_last_hidden_state_lacks_the_final_norm(name, settings, skips):
     assert find_layout(AutoConfig.for_model(name, **settings)).skips_final_norm == skips
 
 
@@ -259,7 +259,7 @@ def test_layers_are_counted_from_either_end():
         layout.at(4)
 
 
-def test_grids_that_shrink_on_the_way_take_pictures_of_any_size():
+def test_encoders_of_stages_take_pictures_of_any_size():
     sizes = {name: find_layout(AutoConfig.for_model(name, **FAST[name][0])).takes_one_size for name in FAST}
     assert [name for name, one_size in sizes.items() if not one_size] == ["swin", "resnet", "dinov3_convnext"]
 
@@ -282,7 +282,7 @@ def test_grids_that_shrink_on_the_way_take_pictures_of_any_size():
         ("clvp_encoder", {}, "transformers has no vision model for it"),
     ],
 )
-def test_what_cannot_work_is_refused_in_one_sentence(name, settings, reason):
+def test_unsupported_encoders_are_refused_in_one_sentence(name, settings, reason):
     if name == "pe_video_encoder":
         pytest.importorskip("timm")
     sentence = rf"^The vision model '{name}' cannot be RICE's encoder \(.*{reason}.*\); choose another\.$"
@@ -295,7 +295,7 @@ def test_what_cannot_work_is_refused_in_one_sentence(name, settings, reason):
             RiceConfig(vision_config=config)
 
 
-def test_an_encoder_that_the_meta_device_does_not_do_is_found_out_there_too():
+def test_an_encoder_without_meta_support_is_probed_on_the_meta_device_too():
     """As from_pretrained does, which builds its model on the meta device."""
     encoders_rice._find_layout.cache_clear()
     settings, (width, *_), _ = SLOW["lw_detr_vit"]
@@ -303,7 +303,7 @@ def test_an_encoder_that_the_meta_device_does_not_do_is_found_out_there_too():
         assert find_layout(AutoConfig.for_model("lw_detr_vit", **settings)).patches.width == width
 
 
-def test_where_weights_come_from_is_nothing_to_find_out():
+def test_the_origin_of_weights_does_not_affect_probing():
     config = AutoConfig.for_model("clip_vision_model", **TOKENS)
     layout = find_layout(config)
     config.dtype, config.architectures, config.name_or_path = "bfloat16", ["CLIPVisionModel"], "folder"

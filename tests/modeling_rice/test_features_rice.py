@@ -69,7 +69,7 @@ def test_clips_of_unequal_length_are_padded_and_masked():
     assert not joined.mask[:2, 3:].any() and torch.equal(joined.mask[:2, :3], short.mask)
 
 
-def test_padded_clips_match_as_before(make_model, make_batch):
+def test_padding_does_not_change_matching(make_model, make_batch):
     model, batch = make_model(), make_batch(4)
     shop = model.encode_gallery(batch["pixel_values"])
     one = model.encode_clips(batch["pixel_values_videos"][:1, :1])
@@ -79,7 +79,7 @@ def test_padded_clips_match_as_before(make_model, make_batch):
     torch.testing.assert_close(together[1:], model.match(three, shop), rtol=1e-4, atol=1e-5)
 
 
-def test_what_does_not_belong_together_is_not_joined():
+def test_encodings_that_do_not_fit_together_are_not_joined():
     with pytest.raises(ValueError, match="at least one part"):
         RiceGallery.cat([])
     with pytest.raises(ValueError, match="hold different fields"):
@@ -88,14 +88,14 @@ def test_what_does_not_belong_together_is_not_joined():
         RiceGallery.cat([gallery(width=4), gallery(width=3)])
 
 
-def test_without_decoder_there_are_embeddings_only(tmp_path):
+def test_without_decoder_features_hold_embeddings_only(tmp_path):
     features = RiceGallery(embeds=torch.randn(3, 4))
     assert features.states is None and features[:2].states is None and len(features[:2]) == 2
     features.save(tmp_path / "shop.safetensors")
     assert RiceGallery.load(tmp_path / "shop.safetensors").states is None
 
 
-def test_half_precision_halves_the_numbers_and_spares_the_mask():
+def test_half_precision_converts_numbers_but_not_the_mask():
     features = clips()
     half = features.to(torch.float16)
     assert half.keys.dtype == half.embeds.dtype == torch.float16 and half.mask.dtype == torch.bool
@@ -121,7 +121,7 @@ def test_half_precision_storage_still_matches(make_model, make_batch):
 
 @pytest.mark.parametrize("make", [gallery, clips])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_files_keep_every_bit(tmp_path, make, dtype):
+def test_files_round_trip_bit_for_bit(tmp_path, make, dtype):
     features = make().to(dtype)[:2]
     features.save(tmp_path / "features.safetensors")
     loaded = type(features).load(tmp_path / "features.safetensors")
@@ -155,12 +155,12 @@ def test_unknown_fields_are_refused():
         RiceGallery(embed=torch.zeros(1, 2))
 
 
-def test_repr_tells_the_shapes():
+def test_repr_shows_the_shapes():
     assert repr(gallery(2)) == "RiceGallery(embeds=(2, 4), states=(2, 6), text_embeds=(2, 3), patches=(2, 9, 2))"
 
 
 @pytest.mark.parametrize("make", [gallery, clips])
-def test_the_models_name_follows_rows_devices_and_files(make, tmp_path):
+def test_the_fingerprint_is_kept_by_rows_devices_and_files(make, tmp_path):
     features = make()
     features.model_fingerprint = "ab12"
     path = tmp_path / "features.safetensors"

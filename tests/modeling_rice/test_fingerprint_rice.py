@@ -18,7 +18,7 @@ def encode(model, batch):
     return clips, model.encode_gallery(batch["pixel_values"])
 
 
-def test_a_copy_has_the_same_name(make_model, tmp_path):
+def test_a_copy_has_the_same_fingerprint(make_model, tmp_path):
     model = make_model()
     name = model.fingerprint()
     assert len(name) == 32 and int(name, 16) >= 0
@@ -31,7 +31,7 @@ def test_a_copy_has_the_same_name(make_model, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_copy_in_half_precision_takes_what_the_model_encoded(make_model, make_batch, tmp_path, dtype):
+def test_a_half_precision_copy_accepts_encodings_of_the_model(make_model, make_batch, tmp_path, dtype):
     model, batch = make_model(), make_batch()
     _, gallery = encode(model, batch)
     model.save_pretrained(tmp_path)
@@ -47,7 +47,7 @@ def test_a_copy_in_half_precision_takes_what_the_model_encoded(make_model, make_
             half.match(encode(half, batch)[0], gallery)
 
 
-def test_states_are_compared_by_either_half_of_their_names():
+def test_states_are_compared_by_either_half_of_the_fingerprint():
     one, halves = "0123456789abcdef" * 2, ("0123456789abcdef", "fedcba9876543210")
     assert same_state(one, one) and same_state(None, one) and same_state(one, None)
     assert same_state(one, halves[0] + halves[1]) and same_state(one, halves[1] + halves[0])
@@ -122,7 +122,7 @@ def test_adapters_that_are_active_switched_off_and_merged_are_different_states(m
     assert active_clips.model_fingerprint == active
 
 
-def test_only_adapters_in_use_count(make_model):
+def test_only_active_adapters_count(make_model):
     model, layer = adapted(make_model())
     first = model.fingerprint()
     layer.add("second")
@@ -148,7 +148,7 @@ def test_only_adapters_in_use_count(make_model):
         {"use_reconstruction": False, "fusion_weight": 0.5, "fused_text_weight": 3.0},
     ],
 )
-def test_settings_of_training_do_not_change_the_name(make_model, settings):
+def test_training_settings_do_not_change_the_fingerprint(make_model, settings):
     model = make_model()
     other = make_model(**settings)
     other.load_state_dict(model.state_dict(), strict=False)
@@ -158,14 +158,14 @@ def test_settings_of_training_do_not_change_the_name(make_model, settings):
 @pytest.mark.parametrize(
     "settings", [{"normalize_frames": False}, {"decoder_hidden_act": "relu"}, {"decoder_normalize_key_value": False}]
 )
-def test_settings_of_the_encoding_change_the_name(make_model, settings):
+def test_encoding_settings_change_the_fingerprint(make_model, settings):
     model, other = make_model(), make_model(**settings)
     other.load_state_dict(model.state_dict(), strict=False)
     assert other.fingerprint() != model.fingerprint()
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_every_training_step_changes_the_name(make_model, make_batch, fused):
+def test_every_training_step_changes_the_fingerprint(make_model, make_batch, fused):
     """Between evaluations too; fused optimisers write past what torch counts."""
     model = make_model(decoder_dropout=0.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=fused)
@@ -178,7 +178,7 @@ def test_every_training_step_changes_the_name(make_model, make_batch, fused):
     assert len(set(names)) == 4
 
 
-def test_loading_other_weights_changes_the_name(make_model):
+def test_loading_other_weights_changes_the_fingerprint(make_model):
     model = make_model()
     name, state = model.fingerprint(), {n: t.clone() for n, t in model.state_dict().items()}
     with torch.no_grad():
@@ -221,7 +221,7 @@ def test_features_from_before_a_training_step_are_refused(make_model, make_batch
     assert scores.shape == (5, 5)
 
 
-def test_offloaded_weights_have_no_name(make_model, make_batch):
+def test_offloaded_weights_have_no_fingerprint(make_model, make_batch):
     model, batch = make_model(), make_batch()
     clips, gallery = encode(model, batch)
     offloaded = make_model()
@@ -267,14 +267,14 @@ def test_training_mode_is_allowed_where_it_changes_nothing(make_model, make_batc
         assert torch.equal(actual.embeds, other.embeds)
 
 
-def test_lists_that_were_tuples_before_they_were_saved_are_the_same(tmp_path):
+def test_tuples_saved_as_lists_have_the_same_fingerprint(tmp_path):
     vision = {"model_type": "vitdet", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = RiceModel(RiceConfig(vision_config=vision, use_decoder=False)).eval()
     model.save_pretrained(tmp_path)
     assert RiceModel.from_pretrained(tmp_path).fingerprint() == model.fingerprint()
 
 
-def test_a_settled_model_keeps_its_name_in_any_precision(make_model, make_batch):
+def test_a_settled_model_keeps_its_fingerprint_in_any_precision(make_model, make_batch):
     model, batch = make_model(), make_batch()
     name = model.fingerprint()
     in_halves = [copy.deepcopy(model).to(dtype) for dtype in (torch.bfloat16, torch.float16)]

@@ -112,7 +112,7 @@ def test_frames_are_stored_and_sliced_as_other_encodings(make_model, make_batch,
     assert again.model_fingerprint == model.fingerprint() and torch.equal(again.features, frames.features[2:5])
 
 
-def test_frames_that_make_no_clips_are_refused(make_model, make_batch):
+def test_frames_that_do_not_form_clips_are_refused(make_model, make_batch):
     model, other, batch = make_model(), make_model(normalize_frames=False), make_batch(2)
     with torch.no_grad():
         frames = model.encode_frames(batch["pixel_values_videos"].flatten(0, 1))

@@ -46,7 +46,7 @@ def test_images_and_clips_alone_give_their_embeddings(make_model, make_batch):
         model(product_ids=torch.arange(5))
 
 
-def test_a_tuple_holds_what_is_there_in_order(make_model, make_batch):
+def test_a_tuple_holds_the_set_outputs_in_order(make_model, make_batch):
     model, batch = make_model(), make_batch()
     whole = model(**batch, return_dict=True)
     values = model(**batch, return_dict=False)
@@ -59,7 +59,7 @@ def test_a_tuple_holds_what_is_there_in_order(make_model, make_batch):
     assert type(model(**batch)) is tuple
 
 
-def test_arguments_of_other_models_may_be_there_unset(make_model, make_batch):
+def test_unset_arguments_of_other_models_are_accepted(make_model, make_batch):
     model, batch = make_model(), make_batch()
     assert torch.equal(model(**batch, **UNSET).loss, model(**batch).loss)
     model.get_image_features(batch["pixel_values"], **UNSET)
@@ -87,7 +87,7 @@ def test_texts_alone_give_their_embeddings(make_model, text_batch):
         model.get_text_features(**text_batch, **spoken)
 
 
-def test_texts_of_a_model_without_a_score_of_texts(make_model, text_batch):
+def test_texts_of_a_model_without_text_score(make_model, text_batch):
     model = make_model(text_config=tiny_text_config())
     features = model.encode_text("title", None, *text_batch.values()).features
     titles = model.get_text_features(**text_batch).pooler_output
@@ -106,7 +106,7 @@ def test_counts_are_whole_numbers_of_at_least_one(make_model, make_batch, count)
         best_first(torch.zeros(3), count)
 
 
-def test_what_is_no_encoding_is_named(make_model, make_batch):
+def test_arguments_that_are_not_encodings_are_named(make_model, make_batch):
     model, batch = make_model(), make_batch()
     gallery, clips = model.encode_gallery(**batch), model.encode_clips(**batch)
     with pytest.raises(ValueError, match="`clips` is a NoneType; give what `encode_clips`"):
@@ -135,7 +135,7 @@ def test_candidates_in_any_sequence(tmp_path):
         list_candidates(tmp_path)
 
 
-def test_what_is_no_tensor_or_has_another_shape_is_named(make_model, make_batch):
+def test_arguments_of_wrong_type_or_shape_are_named(make_model, make_batch):
     model, batch = make_model(), make_batch()
     images, clips, mask = (batch[name] for name in ("pixel_values", "pixel_values_videos", "frame_mask"))
     frames = model.encode_frames(images)

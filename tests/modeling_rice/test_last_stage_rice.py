@@ -48,7 +48,7 @@ def test_more_families(name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_has_none_is_refused(name):
+def test_encoders_without_a_last_stage_are_refused(name):
     with pytest.raises(ValueError, match=f"The last stage of the vision model '{name}'.*{REFUSED[name]}"):
         find_last_stage(*build(name, SLOW[name][0]))
 
@@ -59,7 +59,7 @@ def test_networks_of_timm(name):
     check(*build("timm_wrapper", {"architecture": name, "num_classes": 0}))
 
 
-def test_it_is_the_last_block_or_stage_and_what_follows():
+def test_the_last_stage_includes_the_layers_after_it():
     stage = find_last_stage(*build("vit", SLOW["vit"][0]))
     assert (stage.layer, stage.entry) == (1, "layers.1")
     assert stage.owns("layernorm.weight") and stage.owns("layers.1") and not stage.owns("layers.10.weight")
@@ -68,11 +68,11 @@ def test_it_is_the_last_block_or_stage_and_what_follows():
     assert stage.entering == PatchLayout(32, (14, 14), 0, "channels_first")
 
 
-def test_positions_that_all_pictures_share_are_kept():
+def test_shared_position_embeddings_are_kept():
     assert len(check(*build("dinov3_vit", SLOW["dinov3_vit"][0])).constants) == 2
 
 
-def test_what_depends_on_more_than_the_states_is_refused():
+def test_stages_that_need_more_than_the_states_are_refused():
     """A block that is told of the picture, beside its patches."""
     encoder, layout = build("vit", SLOW["vit"][0])
 
@@ -106,7 +106,7 @@ def test_pictures_of_another_size():
         stage.run(encoder, entered[0][:, :7], layout)
 
 
-def test_the_encoder_is_left_as_it_was():
+def test_the_encoder_is_left_unchanged():
     encoder, layout = build("vit", SLOW["vit"][0])
     encoder.train()
     hooks = sum(len(module._forward_pre_hooks) for module in encoder.modules())

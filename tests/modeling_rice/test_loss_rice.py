@@ -49,7 +49,7 @@ def test_ignored_pairs_get_no_gradient():
     assert (logits.grad[[0, 1, 1, 2], [1, 0, 2, 1]] > 0).all()
 
 
-def test_false_negative_mask_spares_the_own_column_only():
+def test_false_negative_mask_excludes_only_the_own_column():
     mask = false_negative_mask(torch.tensor([5, 6]), torch.tensor([5, 5, 5, 6]), row_offset=2)
     assert mask.tolist() == [[True, True, False, False], [False, False, False, False]]
 
@@ -222,7 +222,7 @@ class TestMemory:
                 expected = expected - logits.log_softmax(0)[:3].mean() / 2
         torch.testing.assert_close(loss, expected)
 
-    def test_no_gradient_reaches_the_past(self):
+    def test_past_pairs_get_no_gradient(self):
         images, clips, *past = self.embeds()
         leaves = [tensor.clone().requires_grad_() for tensor in (images, clips)]
         contrastive_loss(*leaves, 5.0, PRODUCTS, memory=Memory(*past, [1, 2, 3])).backward()

@@ -294,7 +294,7 @@ def test_a_batch_too_small_for_hard_negatives_is_refused(make_model, make_batch)
     assert make_model(matching_negatives="all")(**make_batch(3)).loss.isfinite()
 
 
-def test_one_product_twice_is_no_negative_of_itself(make_model, make_batch):
+def test_pairs_of_one_product_are_not_negatives(make_model, make_batch):
     model = make_model(matching_negatives="all", use_reconstruction=False)
     batch = make_batch(4)
     for name in ("pixel_values", "pixel_values_videos", "frame_mask"):
@@ -582,7 +582,7 @@ def test_misspelt_arguments_are_refused(make_model, make_batch):
             method(**inputs, patch_masks=None, text=["a cup"])
 
 
-def test_a_whole_batch_may_be_handed_to_each_encoder(make_model, make_batch):
+def test_each_encode_method_accepts_a_whole_batch(make_model, make_batch):
     model, batch = make_model(), make_batch(patch_mask=True, product_ids=[0, 1, 2, 3, 4])
     ids = torch.ones(5, 3, dtype=torch.long)
     batch |= {f"{kind}_{name}": ids for kind in ("title", "asr") for name in ("input_ids", "attention_mask")}

@@ -66,7 +66,7 @@ def test_mining_may_choose_the_same_product_under_diagonal_targets_only(make_mod
     assert chosen["masked"] == {0, 4}
 
 
-def test_the_bias_is_learnt_saved_and_not_there_without_the_sigmoid_loss(make_model, make_batch, tmp_path):
+def test_the_bias_exists_only_with_the_sigmoid_loss_and_is_learnt_and_saved(make_model, make_batch, tmp_path):
     model = make_model(use_decoder=False, contrastive_loss="sigmoid", logit_bias_init_value=-4.0)
     with torch.no_grad():
         model.logit_bias.fill_(-4.5)
@@ -77,7 +77,7 @@ def test_the_bias_is_learnt_saved_and_not_there_without_the_sigmoid_loss(make_mo
     assert make_model().logit_bias is None and "logit_bias" not in make_model().state_dict()
 
 
-def test_a_learnt_temperature_is_brought_back_and_keeps_its_gradient(make_model, make_batch):
+def test_a_learnt_temperature_is_clamped_and_keeps_its_gradient(make_model, make_batch):
     model = make_model(use_decoder=False, learn_logit_scale=True, logit_scale_init_value=10.0, logit_scale_max=20.0)
     with torch.no_grad():
         model.logit_scale.fill_(math.log(30.0))
@@ -92,7 +92,7 @@ def test_a_learnt_temperature_is_brought_back_and_keeps_its_gradient(make_model,
 
 
 @pytest.mark.parametrize("settings", [{"learn_logit_scale": True, "logit_scale_max": None}, {}])
-def test_without_a_bound_or_a_learnt_temperature_nothing_is_brought_back(make_model, settings):
+def test_without_a_bound_or_a_learnt_temperature_nothing_is_clamped(make_model, settings):
     model = make_model(logit_scale_init_value=300.0, **settings)
     model.bound_logit_scale()
     assert model.logit_scale.exp().item() == pytest.approx(300.0)

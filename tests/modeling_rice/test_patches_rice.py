@@ -38,7 +38,7 @@ def clips():
 
 
 class TestResizing:
-    def test_a_mask_of_the_grid_stays_as_it_is(self):
+    def test_a_mask_of_the_grid_is_unchanged(self):
         mask = torch.rand(2, 3, 16) > 0.5
         assert torch.equal(resize_patch_mask(mask, 16), mask.float())
 
@@ -77,7 +77,7 @@ class TestMaskPooling:
             torch.testing.assert_close(encoded.embeds[row], expected)
 
     @pytest.mark.parametrize("mask_size", [16, 4, 64])
-    def test_the_decoder_sees_what_is_kept(self, clips, mask_size):
+    def test_the_decoder_sees_kept_patches_only(self, clips, mask_size):
         model = build(patch_mask_pooling=True)
         clips["patch_mask"] = resize_patch_mask(clips["patch_mask"], mask_size) > 0
         mask = model.encode_clips(**clips).mask.unflatten(1, (3, 17))

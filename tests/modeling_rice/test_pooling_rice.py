@@ -36,7 +36,7 @@ def features():
 
 @pytest.mark.parametrize("scale", [0.0, 4.0])
 @pytest.mark.parametrize("name", NAMES)
-def test_padding_has_no_influence_whatever_it_holds(make_pooling, features, name, scale):
+def test_the_content_of_padding_has_no_influence(make_pooling, features, name, scale):
     pooling = make_pooling(name, frame_consensus_scale=scale)
     expected = pooling(features, MASK)
     for garbage in (0.0, 1e9, float("nan"), float("inf")):
@@ -56,21 +56,21 @@ def test_no_gradient_reaches_padding_and_every_real_frame_has_one(make_pooling, 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_order_matters_to_those_that_know_time(make_pooling, features, name):
+def test_order_matters_only_to_lstm_and_transformer_pooling(make_pooling, features, name):
     pooling, mask = make_pooling(name, frame_consensus_scale=2.0), torch.ones(3, 4, dtype=torch.bool)
     difference = (pooling(features, mask) - pooling(features[:, [2, 0, 3, 1]], mask)).abs().max()
     assert (difference > 1e-3) if name in ("lstm", "transformer") else (difference < 1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_padding_may_stand_anywhere(make_pooling, features, name):
+def test_padding_may_be_at_any_position(make_pooling, features, name):
     pooling = make_pooling(name)
     scattered = torch.tensor([[True, False, True, True]])
     kept = pooling(features[:1, [0, 2, 3]], torch.ones(1, 3, dtype=torch.bool))
     torch.testing.assert_close(pooling(features[:1], scattered), kept)
 
 
-def test_a_single_frame_is_itself_under_weights(make_pooling, features):
+def test_a_weighted_single_frame_is_unchanged(make_pooling, features):
     for name in ("mean", "attention"):
         pooled = make_pooling(name, frame_consensus_scale=3.0)(features, MASK)
         torch.testing.assert_close(pooled[1], features[1, 0])
@@ -112,7 +112,7 @@ def test_times_differ_at_any_length():
 
 
 @pytest.mark.parametrize("name", LEARNT)
-def test_a_checkpoint_trained_with_the_mean_goes_on_with_another(make_model, make_batch, tmp_path, name):
+def test_a_checkpoint_trained_with_the_mean_continues_with_another_pooling(make_model, make_batch, tmp_path, name):
     model, batch = make_model(), make_batch()
     model.save_pretrained(tmp_path)
     other = build_model(ModelArguments(model_name_or_path=str(tmp_path), model={"temporal_pooling": name})).eval()
@@ -126,7 +126,7 @@ def test_a_checkpoint_trained_with_the_mean_goes_on_with_another(make_model, mak
 
 
 @pytest.mark.parametrize("name", LEARNT)
-def test_a_saved_pooling_comes_back_and_may_be_replaced(make_model, make_batch, tmp_path, name):
+def test_a_saved_pooling_is_restored_and_may_be_replaced(make_model, make_batch, tmp_path, name):
     model, batch = make_model(temporal_pooling=name), make_batch()
     model.save_pretrained(tmp_path)
     loaded = RiceModel.from_pretrained(tmp_path).eval()

@@ -27,14 +27,14 @@ def test_padded_frames_and_masked_patches_have_no_weight(make_model, make_batch)
     assert (shown[~real] == 0).all() and (shown[real] > 0).any()
 
 
-def test_a_pair_alone_has_the_maps_that_it_has_in_a_batch(make_model, make_batch):
+def test_maps_of_a_pair_do_not_depend_on_its_batch(make_model, make_batch):
     model, batch = make_model(), make_batch(3)
     together = model.reconstruction_maps(**batch)
     alone = model.reconstruction_maps(**{name: value[1:2] for name, value in batch.items()})
     torch.testing.assert_close(alone[0], together[1])
 
 
-def test_refuses_what_has_no_maps(make_model, make_batch):
+def test_refuses_models_without_maps(make_model, make_batch):
     batch = make_batch(2)
     with pytest.raises(ValueError, match="no reconstruction head"):
         make_model(use_reconstruction=False).reconstruction_maps(**batch)

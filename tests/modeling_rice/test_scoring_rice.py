@@ -48,14 +48,14 @@ def test_z_scores_equal_a_plain_loop_over_rows(dtype):
     assert not actual[0, :2].any()
 
 
-def test_a_spread_by_rounding_alone_is_none():
+def test_a_spread_from_rounding_counts_as_none():
     row = torch.full((5,), 0.1, dtype=torch.float64)
     row[0] += 1e-17 + 1.4e-17
     assert not z_scores(row).any() and not z_scores(torch.full((7,), 0.3)).any()
     assert z_scores(torch.tensor([1e-30, 2e-30, 6e-30], dtype=torch.float64)).std(correction=0) == pytest.approx(1)
 
 
-def test_a_gallery_of_no_images_has_no_z_scores():
+def test_an_empty_gallery_has_no_z_scores():
     assert z_scores(torch.zeros(3, 0)).shape == (3, 0)
 
 
@@ -70,7 +70,7 @@ def assert_scores(actual, expected):
     np.testing.assert_allclose(actual, expected, atol=1e-9)
 
 
-def test_each_score_that_is_there_and_has_a_weight_is_added():
+def test_every_weighted_score_of_the_model_is_added():
     scores = {"embedding": VISUAL, "matching": MATCHING, "alignment": ALIGNMENT}
     assert_scores(fuse(scores, FusionWeights(0.5)), [-1.5, 0.5, 1.5, -0.5])
     assert_scores(fuse(scores, FusionWeights(0.5, 2.0)), [-3.5, 2.5, -0.5, 1.5])
@@ -82,7 +82,7 @@ def test_each_score_that_is_there_and_has_a_weight_is_added():
 
 
 @pytest.mark.parametrize("cosines", [[0.1, 0.3], [0.3, 0.1]])
-def test_of_two_images_the_embedding_decides_where_scores_cancel(cosines):
+def test_the_embedding_decides_if_scores_of_two_images_cancel(cosines):
     scores = {"embedding": torch.tensor(cosines), "alignment": torch.tensor(cosines[::-1]) * 3.7}
     fused = fuse(scores, FusionWeights(alignment_weight=1.0))
     assert fused.argmax() == scores["embedding"].argmax() and fused.abs().max() < 1e-6
@@ -90,7 +90,7 @@ def test_of_two_images_the_embedding_decides_where_scores_cancel(cosines):
     assert fused.float().argmax() == fused.argmax()
 
 
-def test_text_is_added_as_it_is_and_counts_once():
+def test_text_is_added_unscaled_and_counts_once():
     text = torch.tensor([0.0, 0.0, 0.0, 0.4], dtype=torch.float64)
     scores = {"embedding": VISUAL + 0.5 * text, "visual": VISUAL, "text": text, "matching": MATCHING}
     assert_scores(fuse(scores, FusionWeights(0.5, fused_text_weight=5.0)), [-1.5, 0.5, 1.5, 1.5])
@@ -111,7 +111,7 @@ def test_without_asr_the_fused_score_is_that_of_no_text():
     assert torch.equal(fuse(silent, weights), fuse(bare, weights))
 
 
-def test_a_score_that_is_not_finite_stays_out():
+def test_a_score_that_is_not_finite_is_left_out():
     scores = {"embedding": torch.tensor([0.1, NAN, 0.5, 0.2]), "matching": torch.tensor([1.0, 9.0, 2.0, INF])}
     assert fuse(scores, FusionWeights(1.0)).isfinite().tolist() == [True, False, True, False]
     scores |= {"visual": VISUAL, "text": torch.tensor([0.0, NAN, 0.0, 0.0]), "matching": MATCHING}
@@ -119,7 +119,7 @@ def test_a_score_that_is_not_finite_stays_out():
     assert spoken.isnan().tolist() == [False, True, False, False]
 
 
-def test_flat_matching_leaves_the_order_to_the_embedding():
+def test_equal_matching_scores_leave_the_order_to_the_embedding():
     scores = {"embedding": torch.tensor([0.3, 0.9, 0.1]), "matching": torch.full((3,), 7.0)}
     assert best_first(fuse(scores, FusionWeights(5.0))) == [1, 0, 2]
 
@@ -158,7 +158,7 @@ def test_weights_are_those_of_the_scores_that_a_model_has(make_config):
         ({"ranking": "embedding"}, "embedding"),
     ],
 )
-def test_the_default_ranking_is_the_configs_or_follows_from_what_there_is(make_config, settings, expected):
+def test_the_default_ranking_is_that_of_the_config_or_follows_from_the_scores(make_config, settings, expected):
     assert default_ranking(make_config(**settings)) == expected
 
 
@@ -174,7 +174,7 @@ class Aligned:
         return -clips @ gallery.T
 
 
-def test_a_further_score_is_found_by_its_weight_and_method():
+def test_an_additional_score_is_found_by_its_weight_and_method():
     model, clips, gallery = Aligned(), torch.eye(2), torch.tensor([[1.0, 0.0], [0.5, 0.2], [0.0, 1.0]])
     assert pair_kinds(model) == ["alignment"] and model_scores(model, clips, gallery).keys() == {
         "embedding",
@@ -252,7 +252,7 @@ def test_scores_that_a_model_does_not_have_are_refused(make_model, make_batch, e
             ranked_scores(blind, videos, images, kind)
 
 
-def test_best_first_keeps_the_order_of_ties_and_drops_what_was_not_scored():
+def test_best_first_keeps_the_order_of_ties_and_drops_unscored_images():
     scores = torch.tensor([1.0, 3.0, NAN, 1.0, -INF, INF, 2.0])
     assert best_first(scores) == [1, 6, 0, 3] and best_first(scores, 2) == [1, 6]
     with pytest.raises(ValueError, match="`top_k` must be at least 1, got 0"):

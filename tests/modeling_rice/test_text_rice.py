@@ -1,4 +1,4 @@
-"""Titles and ASR: what they change, and that a text that is not there changes nothing."""
+"""Titles and ASR: their effect, and that a missing text has none."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ class TestEncoder:
         with pytest.raises(ValueError, match="The texts have 13 tokens, but the text encoder 12 positions"):
             model.encode_gallery(batch["pixel_values"], title_input_ids=ids)
 
-    def test_the_text_side_of_a_model_of_both_is_taken(self, make_config):
+    def test_the_text_side_of_a_two_tower_model_is_used(self, make_config):
         config = make_config(text_config={"model_type": "clip", "text_config": {"hidden_size": 24}})
         assert config.text_config.model_type == "clip_text_model" and config.text_width == 24
 
@@ -114,7 +114,7 @@ class TestMissing:
         assert output.text_loss == 0
         torch.testing.assert_close(output.loss, expected.loss)
 
-    def test_a_missing_text_concerns_its_own_row_only(self, make_model, make_text_batch):
+    def test_a_missing_text_affects_only_its_row(self, make_model, make_text_batch):
         model = make_model(dtype=DOUBLE, **TEXT)
         whole = encode(model, make_text_batch(dtype=DOUBLE))
         some = encode(model, make_text_batch(dtype=DOUBLE, no_title=(1,), no_asr=(3,)))
@@ -128,7 +128,7 @@ class TestMissing:
             assert (with_some[:, 1] - with_all[:, 1]).abs().max() > 1e-4
         assert (model.text_similarity(*some)[3] == 0).all() and (model.text_similarity(*some)[:, 1] == 0).all()
 
-    def test_what_stands_behind_a_mask_does_not_matter(self, make_model, make_text_batch):
+    def test_masked_tokens_have_no_influence(self, make_model, make_text_batch):
         model, batch = make_model(dtype=DOUBLE, **TEXT), make_text_batch(dtype=DOUBLE, no_asr=(2,))
         other = dict(batch)
         for kind in ("title", "asr"):
@@ -145,7 +145,7 @@ class TestMissing:
             touched = states.grad.abs().sum(dim=(1, 2)) > 0
             assert touched.tolist() == [row != missing for row in range(5)]
 
-    def test_precomputed_vectors_of_zero_are_no_text(self, make_model, make_batch):
+    def test_zero_vectors_count_as_missing_text(self, make_model, make_batch):
         model = make_model(dtype=DOUBLE, text_embed_dim=6, text_score_weight=0.5)
         batch = make_batch(dtype=DOUBLE, text_dim=6)
         empty = batch | {name: torch.zeros_like(batch[name]) for name in ("title_embeds", "asr_embeds")}
@@ -175,7 +175,7 @@ class TestScore:
         assert clips.text_embeds is None and model.text_similarity(clips, gallery) is None
         torch.testing.assert_close(model.similarity(clips, gallery), clips.embeds @ gallery.embeds.T)
 
-    def test_token_and_score_can_be_had_apart(self, make_model, make_text_batch):
+    def test_token_and_score_can_be_used_separately(self, make_model, make_text_batch):
         batch = make_text_batch()
         token = make_model(text_config=TINY)
         assert token.text_projection is None and encode(token, batch)[0].text_embeds is None
@@ -210,7 +210,7 @@ class TestScore:
         assert torch.equal(loaded.similarity(*encode(loaded, batch)), model.similarity(clips, gallery))
         assert loaded.fingerprint() == model.fingerprint() == gallery.model_fingerprint
 
-    def test_the_weight_is_no_part_of_the_fingerprint_and_the_encoder_is(self, make_model):
+    def test_the_fingerprint_includes_the_text_encoder_but_not_the_weight(self, make_model):
         model = make_model(**TEXT)
         before = model.fingerprint()
         assert make_model(text_config=TINY, text_score_weight=2.0).fingerprint() == before
@@ -218,7 +218,7 @@ class TestScore:
             model.text_model.model.embeddings.word_embeddings.weight.mul_(2)
         assert model.fingerprint() != before
 
-    def test_negatives_are_mined_by_what_is_seen_and_said(self, make_model, make_text_batch):
+    def test_negatives_are_mined_by_image_and_text(self, make_model, make_text_batch):
         batch = make_text_batch(dtype=DOUBLE)
         for weight in (0.0, 0.5, 100.0):
             model = make_model(dtype=DOUBLE, text_config=TINY, text_score_weight=weight, num_hard_negatives=2)
@@ -266,9 +266,7 @@ class TestLoss:
         blocks = [text_contrastive_loss(titles, asr, 7.0, products, slice(i, i + 1), targets) for i in range(5)]
         torch.testing.assert_close(torch.stack(blocks).mean(), expected)
 
-    def test_takes_asr_that_is_noise_as_missing_and_the_rest_of_the_model_takes_it_as_it_is(
-        self, make_model, make_text_batch
-    ):
+    def test_noisy_asr_is_missing_for_the_text_loss_but_not_for_the_other_losses(self, make_model, make_text_batch):
         settings = {"contrastive_targets": "multi_positive", "matching_negatives": "all", **TEXT}
         model, batch = make_model(dtype=DOUBLE, **settings), make_text_batch(dtype=DOUBLE, product_ids=PRODUCTS)
         noise = torch.tensor([False, True, False, True, False])
@@ -285,7 +283,7 @@ class TestLoss:
         blocks = [model.text_loss(texts, batch["product_ids"], slice(i, i + 1), noise) for i in range(5)]
         torch.testing.assert_close(torch.stack(blocks).mean(), noisy.text_loss)
 
-    def test_training_it_makes_said_and_written_agree(self, make_model, make_text_batch):
+    def test_training_aligns_asr_and_title(self, make_model, make_text_batch):
         model, batch = make_model(**TEXT).train(), make_text_batch()
         optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if n.startswith("text")], lr=0.01)
         losses = []

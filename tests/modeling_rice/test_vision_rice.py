@@ -1,4 +1,4 @@
-"""What comes of an encoder's output: which global feature, which layer's patches, and what a frozen encoder leaves."""
+"""Use of an encoder's output: the global feature, the layer of the patches, and frozen encoders."""
 
 import pytest
 import torch
@@ -125,7 +125,7 @@ def test_a_frozen_encoder_runs_once(make_model, make_batch, settings):
     [(None, "cls"), (SIGLIP, "pooler"), (SWIN, "pooler"), (POOLFORMER, "mean")],
     ids=["clip", "siglip", "swin", "poolformer"],
 )
-def test_the_global_feature_is_what_the_encoder_has(vision, pooling):
+def test_the_global_feature_is_that_of_the_encoder(vision, pooling):
     config = RiceConfig(vision_config=vision)
     assert config.vision_pooling is None and config.feature_pooling == pooling
     assert config.to_dict()["vision_pooling"] is None
@@ -143,7 +143,7 @@ def test_the_global_feature_is_what_the_encoder_has(vision, pooling):
         ({"vision_feature_layer": -14}, "`vision_feature_layer=-14` is no hidden state"),
     ],
 )
-def test_what_the_encoder_does_not_give_is_refused_at_construction(settings, message):
+def test_missing_encoder_outputs_are_refused_at_construction(settings, message):
     with pytest.raises(ValueError, match=message) as caught:
         RiceConfig(**settings)
     assert str(caught.value).count(". ") == 0
@@ -157,7 +157,7 @@ def test_positions_are_those_of_the_patches_that_the_decoder_sees():
         assert model.decoder.position_embedding.weight.shape == (1 + patches, 16)
 
 
-def test_pictures_of_another_size_where_the_encoder_takes_them(make_model):
+def test_pictures_of_another_size_if_the_encoder_accepts_them(make_model):
     model = make_model(vision_config=SWIN, decoder_position_embeddings=False)
     assert model.get_image_features(torch.rand(1, 3, 48, 48)).last_hidden_state.shape[1] == 1 + 9
     with pytest.raises(ValueError, match=r"are \(48, 48\) pixels, but the encoder takes \(32, 32\)"):
@@ -165,7 +165,7 @@ def test_pictures_of_another_size_where_the_encoder_takes_them(make_model):
 
 
 @pytest.mark.parametrize("choice", ["sdpa", "eager", None])
-def test_an_encoder_attends_as_it_can(tmp_path, choice):
+def test_an_encoder_uses_a_supported_attention_back_end(tmp_path, choice):
     settings = {"projection_dim": 16, "decoder_num_heads": 4}
     RiceModel(RiceConfig(vision_config=POOLFORMER, **settings)).save_pretrained(tmp_path)
     model = RiceModel.from_pretrained(tmp_path, **({} if choice is None else {"attn_implementation": choice}))
@@ -179,7 +179,7 @@ def test_an_encoder_attends_as_it_can(tmp_path, choice):
 
 
 @pytest.mark.parametrize("vision", [None, POOLFORMER])
-def test_activations_are_recomputed_where_the_encoder_can(make_model, make_batch, vision):
+def test_activations_are_recomputed_if_the_encoder_supports_it(make_model, make_batch, vision):
     model = make_model(**({} if vision is None else {"vision_config": vision})).train()
     assert model.supports_gradient_checkpointing == (vision is None)
     if vision is not None:
@@ -198,7 +198,7 @@ def test_activations_are_recomputed_where_the_encoder_can(make_model, make_batch
     assert counts[1] == 2 * counts[0]
 
 
-def test_a_network_of_timm_recomputes_by_its_own_switch():
+def test_a_timm_network_uses_its_own_checkpointing():
     pytest.importorskip("timm")
     settings = {"input_size": [3, 64, 64]}
     vision = {"model_type": "timm_wrapper", "architecture": "tf_efficientnet_lite0", "pretrained_cfg": settings}

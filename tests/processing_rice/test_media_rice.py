@@ -1,4 +1,4 @@
-"""Pictures of every kind look the same by every door; what is refused, with which sentence."""
+"""Pictures of every kind look the same through every entry point; error messages for all others."""
 
 import io
 import os
@@ -46,7 +46,7 @@ class TestExact:
         for each in entries:
             assert np.array_equal(open_image(each), picture)
 
-    def test_the_content_tells_the_format(self, tmp_path):
+    def test_the_format_is_recognised_by_content(self, tmp_path):
         picture = textured(30, 20)
         path = tmp_path / "really_a_png.jpg"
         path.write_bytes(encode(picture, "PNG"))
@@ -59,7 +59,7 @@ class TestExact:
         assert image.mode == "RGB" and image.size == (9, 5)
 
     @pytest.mark.parametrize("target", [None, (10, 20)])
-    def test_pictures_come_upright(self, target):
+    def test_pictures_are_turned_upright(self, target):
         stored = Image.new("RGB", (100, 60), "blue")
         stored.paste("red", (0, 0, 100, 30))
         exif = Image.Exif()
@@ -70,7 +70,7 @@ class TestExact:
         # Turned a quarter clockwise, its upper half is on the right.
         assert image.getpixel((width - 3, height // 2))[0] > 200 and image.getpixel((2, height // 2))[2] > 200
 
-    def test_an_open_picture_is_its_owners(self):
+    def test_an_open_picture_is_not_changed(self):
         picture = textured(9, 5)
         opened = open_image(picture)
         opened.thumbnail((3, 3))
@@ -138,7 +138,7 @@ class TestDepth:
 
     @pytest.mark.parametrize("dtype", ["<u2", ">u2", "<i4"])
     @pytest.mark.parametrize("highest", [65535, 257 * 100])
-    def test_sixteen_bits_are_divided_by_their_range_and_not_the_pictures_own(self, dtype, highest):
+    def test_sixteen_bits_are_divided_by_the_full_range(self, dtype, highest):
         values = (257 * self.LEVELS).clip(0, highest)
         stored = Image.fromarray(values.astype(dtype))
         for data in (stored, encode(stored, "TIFF")):
@@ -158,7 +158,7 @@ class TestDepth:
     @pytest.mark.parametrize(
         "values", [np.float32([[0, 255]]), np.float32([[0, np.nan]]), np.float32([[-0.5, 1]]), np.int32([[0, 70000]])]
     )
-    def test_what_has_no_known_range_is_refused(self, values):
+    def test_pictures_without_a_known_range_are_refused(self, values):
         for data in (Image.fromarray(values), encode(Image.fromarray(values), "TIFF")):
             with pytest.raises(MediaError, match=r"not all in 0\.\.(1|65,535), so black and white are unknown"):
                 open_image(data)
@@ -183,7 +183,7 @@ class TestOrientation:
 
     @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
     @pytest.mark.parametrize("orientation", TURNS)
-    def test_by_every_door(self, file_format, orientation, tmp_path):
+    def test_by_every_entry_point(self, file_format, orientation, tmp_path):
         stored = np.zeros((32, 64, 3), np.uint8)
         stored[:16, :32] = 255
         upright = self.TURNS[orientation](stored)
@@ -235,12 +235,12 @@ class TestNumbers:
             (None, "got NoneType"),
         ],
     )
-    def test_what_is_no_picture_gets_one_sentence(self, values, message):
+    def test_arrays_that_are_not_pictures_get_one_sentence(self, values, message):
         with pytest.raises(ValueError, match=f"^Image 3 .*({message})") as error:
             picture_tensor(values, "Image 3")
         assert "\n" not in str(error.value)
 
-    def test_floats_of_any_range_for_who_does_not_rescale(self):
+    def test_floats_of_any_range_without_rescaling(self):
         assert picture_tensor(self.PICTURE.astype(np.float64), any_range=True).max() > 100
 
 
@@ -267,7 +267,7 @@ class TestReducedScale:
     def test_other_formats_are_decoded_whole(self):
         assert open_image(entry(encode(Image.new("RGB", (540, 960)), "PNG")), target=(64, 64)).size == (540, 960)
 
-    def test_a_picture_on_its_side(self):
+    def test_a_rotated_picture(self):
         exif = Image.Exif()
         exif[0x0112] = 8
         data = encode(Image.new("RGB", (1200, 540)), exif=exif)
@@ -319,7 +319,7 @@ class TestDamaged:
             open_image(closed)
 
     @pytest.mark.parametrize("file_format", ["ICO", "JPEG2000", "PCX"])
-    def test_formats_that_are_not_read_whatever_their_name(self, file_format, tmp_path):
+    def test_unsupported_formats_are_refused_under_any_name(self, file_format, tmp_path):
         Image.new("RGB", (16, 16)).save(tmp_path / "picture.png", format=file_format)
         with pytest.raises(MediaError, match="it is none of JPEG, PNG, WEBP"):
             open_image(tmp_path / "picture.png")
@@ -331,7 +331,7 @@ class TestDamaged:
             open_image(entry(data[: len(data) // 2]), target=target)
 
     @pytest.mark.parametrize("data", [b"", b"torn", b"\xff\xd8\xff\xe0 torn", b"<svg></svg>", b"%!PS-Adobe EPSF\n"])
-    def test_what_is_no_picture(self, data):
+    def test_files_that_are_not_pictures(self, data):
         with pytest.raises(MediaError, match="cannot be decoded"):
             open_image(entry(data))
 
@@ -343,7 +343,7 @@ class TestDamaged:
         with pytest.raises(MediaError, match="entry with the keys 'path', 'bytes' has neither bytes nor a path"):
             open_image({"path": None, "bytes": None})
 
-    def test_pipes_and_devices_are_not_waited_for(self, tmp_path):
+    def test_pipes_and_devices_are_refused_without_waiting(self, tmp_path):
         os.mkfifo(tmp_path / "pipe")
         for path in (tmp_path / "pipe", "/dev/zero"):
             for read in (open_image, read_video):

@@ -63,7 +63,7 @@ def test_images_in_any_form(processor, make_picture, tmp_path):
     assert processor(images=[path, picture])["pixel_values"].shape[0] == 2
 
 
-def test_texts_are_tokenised_apart(processor, tokenizer):
+def test_titles_and_asr_are_tokenised_separately(processor, tokenizer):
     inputs = processor(text="a cup", titles="a red cup", asr=["a green dress", None])
     assert inputs["input_ids"].tolist() == [tokenizer("a cup")["input_ids"]]
     assert inputs["title_input_ids"].tolist() == [tokenizer("a red cup")["input_ids"]]
@@ -84,7 +84,7 @@ def test_asr_longer_than_the_limit_keeps_its_middle(processor, tokenizer):
 
 
 @pytest.mark.parametrize("blank", ["", " \n", None])
-def test_a_blank_text_is_masked_whole(processor, blank):
+def test_a_blank_text_is_fully_masked(processor, blank):
     for kind in ("titles", "asr"):
         for return_tensors in ("pt", "np", None):
             inputs = processor(**{kind: ["a red cup", blank]}, return_tensors=return_tensors)
@@ -116,7 +116,7 @@ def test_calls_of_generic_code(processor, make_picture):
     assert processor(text=["a cup"], **nested)["input_ids"].shape[0] == 1
 
 
-def test_settings_reach_their_part(processor, make_picture):
+def test_settings_reach_their_processor(processor, make_picture):
     clip = [make_picture(seed=i) for i in range(6)]
     flat = processor(videos=[clip], num_frames=2)
     nested = processor(videos=[clip], videos_kwargs={"num_frames": 2})
@@ -218,7 +218,7 @@ torch.save(processor(images=[picture])["pixel_values"], sys.argv[3])
 """
 
 
-def test_pillow_resizing_travels_with_the_folder(make_picture, processor, tmp_path):
+def test_pillow_resizing_is_saved_in_the_folder(make_picture, processor, tmp_path):
     """Into a process where this project is not importable."""
     exact = build_processor(processor.tokenizer, image_size=32, patch_size=8, resize_backend="pillow")
     folder, picture, result = tmp_path / "saved", tmp_path / "picture.png", tmp_path / "pixels.pt"
@@ -260,7 +260,7 @@ def test_picture_files_are_read_upright_and_named_in_errors(make_picture, proces
         open_image(b"no picture", name="3/cup")
 
 
-def test_pictures_of_a_list_are_judged_by_themselves(processor, make_picture):
+def test_pictures_of_a_list_are_checked_one_by_one(processor, make_picture):
     picture = make_picture()
     expected = processor(images=[picture])["pixel_values"]
     for images in ([picture, picture / 255, Image.fromarray(picture)], [(picture / 255).astype(np.float32), picture]):
@@ -313,7 +313,7 @@ def test_files_in_any_form_and_pictures_that_were_opened(processor, make_picture
         ([None], "Image 0 must"),
     ],
 )
-def test_what_names_no_picture(processor, images, message):
+def test_arguments_that_name_no_picture(processor, images, message):
     with pytest.raises(ValueError, match=message) as error:
         processor(images=images)
     assert "\n" not in str(error.value)
@@ -344,6 +344,6 @@ def test_images_in_any_sequence(processor, make_picture, tmp_path):
     ],
     ids=str,
 )
-def test_what_holds_nothing_is_named(processor, arguments, message):
+def test_empty_arguments_are_named(processor, arguments, message):
     with pytest.raises(ValueError, match=message):
         processor(**arguments)

@@ -32,7 +32,7 @@ def test_frames_are_sampled_as_published(num_frames, max_frames, mode, expected)
         ((9, 4.0), "`max_frames` must be an integer, got 4.0"),
     ],
 )
-def test_sampling_refuses_what_makes_no_sense(arguments, message):
+def test_sampling_refuses_invalid_numbers(arguments, message):
     with pytest.raises(ValueError, match=message):
         sample_frame_indices(*arguments)
 

@@ -55,7 +55,7 @@ def as_array(values):
 @pytest.mark.parametrize(
     "image_class, processor_class", [(CLIPImageProcessor, CLIPProcessor), (SiglipImageProcessor, SiglipProcessor)]
 )
-def test_images_as_other_processors_have_them(tokenizer, picture, image_class, processor_class, settings):
+def test_images_like_other_image_processors(tokenizer, picture, image_class, processor_class, settings):
     image_processor = image_class(size=SQUARE, do_center_crop=False, default_to_square=True)
     ours = RiceProcessor(image_processor, RiceVideoProcessor(size=SQUARE, num_frames=4), tokenizer)
     theirs = processor_class(image_processor, tokenizer)
@@ -68,7 +68,7 @@ def test_images_as_other_processors_have_them(tokenizer, picture, image_class, p
 
 
 @pytest.mark.parametrize("settings", [*PICTURE_SETTINGS, {"num_frames": 2}], ids=str)
-def test_clips_as_another_video_processor_has_them(tokenizer, make_picture, settings):
+def test_clips_like_another_video_processor(tokenizer, make_picture, settings):
     ours = RiceVideoProcessor(size=SQUARE, num_frames=3)
     theirs = LlavaOnevisionVideoProcessor(
         size=SQUARE,
@@ -95,7 +95,7 @@ def test_clips_as_another_video_processor_has_them(tokenizer, make_picture, sett
 
 @pytest.mark.parametrize("settings", PICTURE_SETTINGS, ids=str)
 @pytest.mark.parametrize("backend", ["torchvision", "pillow"])
-def test_images_and_clips_of_one_call_obey_alike(tokenizer, picture, backend, settings):
+def test_one_setting_applies_to_images_and_clips(tokenizer, picture, backend, settings):
     processor = build_processor(tokenizer, image_size=32, patch_size=8, resize_backend=backend)
     both = processor(images=[picture], videos=[[picture, picture]], **settings)
     images, frames = as_array(both["pixel_values"]), as_array(both["pixel_values_videos"])[0]
@@ -129,7 +129,7 @@ def test_images_and_clips_of_one_call_obey_alike(tokenizer, picture, backend, se
     ],
     ids=str,
 )
-def test_texts_as_another_processor_has_them(processor, settings):
+def test_texts_like_another_processor(processor, settings):
     texts = ["a red cup", "buy this blue cup " * 3]
     theirs = CLIPProcessor(processor.image_processor, processor.tokenizer)
     expected = dict(theirs(text=texts, **({"padding": True, "truncation": True, "return_tensors": "pt"} | settings)))
@@ -143,7 +143,7 @@ def test_texts_as_another_processor_has_them(processor, settings):
                 assert type(ours[prefix + name]) is type(values) and np.array_equal(ours[prefix + name], values)
 
 
-def test_asr_is_whole_where_it_is_not_to_be_cut(processor, tokenizer):
+def test_asr_is_complete_without_truncation(processor, tokenizer):
     spoken = "buy this blue cup " * 60
     for truncation in (False, "do_not_truncate"):
         ids = processor(asr=[spoken], truncation=truncation)["asr_input_ids"]
@@ -168,7 +168,7 @@ def test_common_settings_act_on_everything(processor, make_picture):
 
 
 @pytest.mark.parametrize("backend", ["torchvision", "pillow"])
-def test_what_comes_out_is_on_the_device(tokenizer, make_picture, backend):
+def test_outputs_are_on_the_device(tokenizer, make_picture, backend):
     processor = build_processor(tokenizer, image_size=32, patch_size=8, resize_backend=backend)
     arguments = {"images": [make_picture(), make_picture() / 255], "videos": [[make_picture()]], "boxes": [[None]]}
     inputs = processor(**arguments, device="meta")
@@ -178,7 +178,7 @@ def test_what_comes_out_is_on_the_device(tokenizer, make_picture, backend):
     assert alone["pixel_values"].device.type == "meta"
 
 
-def test_axes_that_shapes_do_not_tell(processor, make_picture):
+def test_ambiguous_channel_axes(processor, make_picture):
     square = make_picture(3, 40)
     last = processor(images=[square], videos=[[square]], input_data_format="channels_last")
     first = processor(images=[square.transpose(2, 0, 1)], videos=[[square.transpose(2, 0, 1)]])
@@ -278,7 +278,7 @@ def test_settings_without_effect_are_refused_by_name(processor, make_picture, se
         processor(**arguments)
 
 
-def test_types_of_settings_are_told_in_one_sentence(processor, make_picture):
+def test_wrong_types_of_settings_are_refused_in_one_sentence(processor, make_picture):
     with pytest.raises(ValueError) as error:
         processor(images=[make_picture()], size=3.5)
     assert str(error.value) == (

@@ -68,7 +68,7 @@ def test_halves_of_surrogate_pairs_are_joined_or_replaced(text, clean):
 
 
 @pytest.mark.parametrize("value", [3, 2.5, True, b"a", ["a"], {"a": 1}, np.int64(3), np.bytes_(b"a"), torch.ones(1)])
-def test_what_is_no_text_is_refused_by_its_entry(value):
+def test_entries_that_are_not_texts_are_refused(value):
     with pytest.raises(ValueError, match=f"^Entry 1 of `asr` is a {type(value).__name__} .*; give text, or None"):
         read_texts(["a", value], "asr")
 
@@ -87,7 +87,7 @@ def test_what_is_no_text_is_refused_by_its_entry(value):
     ],
     ids=lambda values: type(values).__name__,
 )
-def test_what_is_no_column_is_refused(values):
+def test_values_that_are_not_columns_are_refused(values):
     with pytest.raises(ValueError, match="^`titles` is a .*; give a text, or a list of texts in order"):
         read_texts(values, "titles")
 

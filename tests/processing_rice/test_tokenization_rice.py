@@ -183,7 +183,7 @@ def test_folded_texts_have_no_case_width_or_punctuation(written, plain):
     )
 
 
-def test_a_tokenizer_learns_to_fold_and_keeps_its_entries(tokenizer, tmp_path):
+def test_a_tokenizer_can_be_made_to_fold_with_the_same_vocabulary(tokenizer, tmp_path):
     folding = fold_texts(tokenizer)
     assert folding("Black DRESS, size 1.5!")["input_ids"] == tokenizer("black dress size 1.5")["input_ids"]
     assert folding.get_vocab() == tokenizer.get_vocab()
@@ -195,6 +195,6 @@ def test_a_tokenizer_learns_to_fold_and_keeps_its_entries(tokenizer, tmp_path):
     assert loaded.model_max_length == tokenizer.model_max_length
 
 
-def test_punctuation_alone_is_no_text_to_learn_from():
+def test_texts_of_punctuation_only_are_not_training_texts():
     with pytest.raises(ValueError, match="no visible character"):
         train_tokenizer(["...", "？！"], fold=True)

@@ -1,4 +1,4 @@
-"""What a video file shows, and when: as a player, whatever the container, and without decoding more than is needed."""
+"""Frames and times of a video file: those of a player, in every container, without needless decoding."""
 
 import os
 import random
@@ -135,7 +135,7 @@ class TestTimes:
         "name, codec, b_frames",
         [("a.ts", "libx264", 2), ("a.mkv", "libx264", 2), ("a.webm", "libvpx", 0), ("a.mpg", "mpeg2video", 2)],
     )
-    def test_time_goes_on_where_recordings_were_joined(self, write, name, codec, b_frames):
+    def test_time_continues_in_joined_recordings(self, write, name, codec, b_frames):
         rate = 25 if name.endswith("mpg") else 5
         path = write(name, codec=codec, b_frames=b_frames, rate=rate)
         path.write_bytes(2 * path.read_bytes())
@@ -144,14 +144,14 @@ class TestTimes:
         reader._TABLES.tables.clear()
         assert shown({"path": path, "start": 58 / rate, "end": 62 / rate})[0] == [58, 59, 0, 1]
 
-    def test_a_clock_that_leaps_in_a_transport_stream_is_bridged_and_a_pause_in_a_file_is_not(self, write):
+    def test_clock_jumps_of_transport_streams_are_removed_but_pauses_of_files_are_not(self, write):
         first, second = write("a.ts", frames=20), write("b.ts", frames=20, stamps=range(50_000, 50_020))
         first.write_bytes(first.read_bytes() + second.read_bytes())
         assert shown(first)[1] == [round(i / 5, 3) for i in range(40)]
         stamps = [*range(10), *range(100, 110)]
         assert shown(write("pause.mp4", frames=20, stamps=stamps))[1] == [round(i / 5, 3) for i in stamps]
 
-    def test_a_recording_that_says_neither_rate_nor_length(self, write, tmp_path):
+    def test_a_recording_without_rate_and_length(self, write, tmp_path):
         """As browsers record: Matroska as a live stream, without a default duration."""
         stamps = [0, 61, 111, 154, 254, 301]
         path = write("live.webm", 6, "libvpx", 1000, stamps, b_frames=0, options={"live": "1"})
@@ -185,7 +185,7 @@ class TestTimes:
 class TestPictures:
     @pytest.mark.parametrize("turned", range(4))
     @pytest.mark.parametrize("mirrored", [False, True])
-    def test_frames_come_upright(self, write, turned, mirrored):
+    def test_frames_are_turned_upright(self, write, turned, mirrored):
         upright = np.zeros((48, 64, 3), np.uint8)
         upright[:24, :32], upright[24:, :32] = (250, 250, 250), (200, 30, 30)
         # Stored so that the matrix, which turns counter-clockwise and then mirrors, brings it back.
@@ -214,7 +214,7 @@ class TestPictures:
         np.testing.assert_allclose(frames.mean(axis=(1, 2, 3)), [80, 80, 160, 160], atol=3)
         assert [frame.size for frame in sample_video(first, 4).values()] == [(64, 48)] * 2 + [(96, 64)] * 2
 
-    def test_what_is_transparent_is_white(self, tmp_path):
+    def test_transparent_parts_become_white(self, tmp_path):
         frames = [Image.new("RGBA", (16, 16), (0, 200, 0, 0)) for _ in range(2)]
         for i, frame in enumerate(frames):
             frame.paste((200, 0, 0, 255), (4 * i, 0, 4 * i + 4, 16))
@@ -244,7 +244,7 @@ class TestSeeking:
         assert len(packets) < 300
 
     @pytest.mark.parametrize("name, codec", [("a.mp4", "libx264"), ("a.ts", "libx264"), ("a.avi", "mpeg4")])
-    def test_chosen_frames_equal_those_of_a_whole_walk(self, write, name, codec):
+    def test_chosen_frames_equal_those_of_reading_everything(self, write, name, codec):
         path = write(name, codec=codec)
         with av.open(str(path)) as container:
             plain = [np.asarray(frame.to_image()) for frame in container.decode(video=0)]
@@ -254,7 +254,7 @@ class TestSeeking:
             frames = read_video(path, 5, lambda total, limit, numbers=numbers: numbers)
             assert np.array_equal(frames, np.stack([plain[i] for i in numbers]))
 
-    def test_a_reader_can_be_asked_again_and_in_any_order(self, write):
+    def test_a_reader_can_be_used_again_in_any_order(self, write):
         with VideoReader(write("a.mp4")) as video:
             for numbers in ([40, 41], [5], [59, 0], [0]):
                 assert [frame.number for frame in video.frames(numbers)] == sorted(numbers)
@@ -263,7 +263,7 @@ class TestSeeking:
             with pytest.raises(ValueError, match=r"Frames 3 to 60 of .*a\.mp4 were requested, but it has 60 frames"):
                 next(video.frames([3, 60]))
 
-    def test_a_file_that_changed_is_read_anew(self, write):
+    def test_a_file_that_changed_is_read_again(self, write):
         path = write("a.ts", 30)
         assert len(shown(path)[0]) == 30
         assert len(shown(write("a.ts", 20))[0]) == 20
@@ -271,7 +271,7 @@ class TestSeeking:
 
 
 class TestDamage:
-    def test_a_file_that_is_cut_short_is_read_as_far_as_it_goes(self, write):
+    def test_a_truncated_file_is_read_up_to_the_cut(self, write):
         path = write("a.mp4", options={"movflags": "faststart"})
         with av.open(str(path)) as container:
             packets = [packet for packet in container.demux(video=0) if packet.size]
@@ -293,7 +293,7 @@ class TestDamage:
 
 
 class TestRefusals:
-    def test_covers_are_no_video(self, write, tmp_path):
+    def test_covers_are_not_videos(self, write, tmp_path):
         path = tmp_path / "podcast.m4a"
         with av.open(str(path), "w", format="mp4") as container:
             sound = container.add_stream("aac", rate=8000, layout="mono")
@@ -349,7 +349,7 @@ class TestRefusals:
             ({"path": "a.mp4", "end": float("nan")}, "`end` of the video a.mp4 must be a number of seconds, got nan"),
         ],
     )
-    def test_what_names_no_video(self, source, message):
+    def test_arguments_that_name_no_video(self, source, message):
         with pytest.raises(MediaError, match=message):
             read_video(source)
 
@@ -387,7 +387,7 @@ def test_any_name_the_system_allows(write, monkeypatch, tmp_path, name):
     assert len(read_video(name)) == 4
 
 
-def test_a_name_that_is_no_text(write, tmp_path):
+def test_a_name_that_is_not_utf8(write, tmp_path):
     path = os.fsencode(tmp_path) + b"/\xe8\xb1\xff.mp4"
     os.rename(write("plain.mp4", 4), path)
     assert len(read_video(os.fsdecode(path))) == 4

@@ -57,7 +57,7 @@ def test_boxes_of_another_shape_are_refused(boxes):
         (([[0, 0, 4, 4]], (32, 16), 24), "fit into the image of 32 x 16 pixels, got 24"),
     ],
 )
-def test_patch_masks_without_meaning_are_refused(arguments, message):
+def test_invalid_patch_masks_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         boxes_to_patch_mask(*arguments)
 
@@ -77,7 +77,7 @@ def test_patch_masks_without_meaning_are_refused(arguments, message):
         ([[0, 0, 1, 1], [0, 0, 0, 0]], "has no area in the frame"),
     ],
 )
-def test_boxes_without_meaning_name_clip_and_frame(video_processor, make_picture, box, message):
+def test_invalid_boxes_are_refused_with_clip_and_frame(video_processor, make_picture, box, message):
     clips = [[make_picture()], [make_picture()] * 3]
     with pytest.raises(ValueError, match=f"^Clip 1, frame 2: the box .*{message}") as error:
         video_processor(clips, boxes=[[None], [None, [0, 0, 1, 1], box]])
@@ -435,7 +435,7 @@ def test_boxes_in_an_oblong_picture_mask_its_own_grid(make_picture):
     assert inputs["patch_mask"][0, 0].tolist() == [True, False, False, False] * 2
 
 
-def test_the_processor_drops_frames_where_asked_to(make_picture):
+def test_the_processor_can_drop_frames(make_picture):
     processor = RiceVideoProcessor(size={"height": 16, "width": 16}, patch_size=8, num_frames=4)
     clips = [[make_picture(seed=i) for i in range(4)]] * 40
     whole = processor(clips[:1])["pixel_values_videos"][0]
@@ -448,7 +448,7 @@ def test_the_processor_drops_frames_where_asked_to(make_picture):
     assert kept["frame_mask"].all(), "frames that were chosen before stay"
 
 
-def test_boxes_in_arrays_and_what_is_no_list_of_boxes(make_picture):
+def test_boxes_in_arrays_and_invalid_lists_of_boxes(make_picture):
     processor = RiceVideoProcessor(size={"height": 32, "width": 32}, patch_size=8)
     clips, boxes = [[make_picture(), make_picture()]] * 2, np.full((2, 2, 4), [0, 0, 0.5, 0.5])
     expected = processor(clips, boxes=boxes.tolist(), return_tensors="pt")["patch_mask"]

@@ -83,7 +83,7 @@ def test_confidences_are_fitted_on_the_alignment(aligned, index_processor, make_
     assert 0 <= answer.confidence <= 1 and answer.hits[0].alignment_score is not None
 
 
-def test_a_stream_shares_frames_and_scores_as_a_clip(aligned, index_processor, pictures):
+def test_a_stream_shares_frames_and_scores_like_a_clip(aligned, index_processor, pictures):
     rows, shop = pictures
     index = GalleryIndex.build(aligned, index_processor, rows, progress=False)
     recogniser = Recogniser(aligned, index_processor, index)

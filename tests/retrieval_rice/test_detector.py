@@ -95,7 +95,7 @@ def refusal(capsys, *arguments):
 
 
 class TestProductDetector:
-    def test_answers_as_for_each_frame_alone(self, detector_dir):
+    def test_a_batch_gives_the_answers_of_single_frames(self, detector_dir):
         detector = ProductDetector.from_pretrained(detector_dir, "cpu")
         frames = [Image.new("RGB", size, (i, 0, 0)) for i, size in enumerate([(40, 32), (20, 20), (40, 32), (20, 20)])]
         together = detector.predict(frames, batch_size=2)
@@ -215,7 +215,7 @@ class TestBoxWriting:
         options = {"splits": ["train", "test"], "detector_name": "red", "cache_dir": cache} | options
         return write_boxes(detector or RedFinder(), path, dataset=str(shop), **options)
 
-    def test_gives_the_boxes_that_were_drawn(self, shop, cache, tmp_path):
+    def test_a_perfect_detector_writes_the_drawn_boxes(self, shop, cache, tmp_path):
         path = tmp_path / "boxes.jsonl"
         counts = self.write(shop, cache, path)
         assert counts == {"clips": 9, "frames": 18, "boxes": 13, "unreadable": 0, "earlier": 0}
@@ -229,7 +229,7 @@ class TestBoxWriting:
                 for box, other in zip(ours, theirs):
                     assert box is None or box == pytest.approx(other, abs=1e-4)
 
-    def test_goes_on_where_it_was_interrupted(self, shop, cache, tmp_path):
+    def test_continues_after_an_interruption(self, shop, cache, tmp_path):
         whole, torn = tmp_path / "whole.jsonl", tmp_path / "torn.jsonl"
         self.write(shop, cache, whole)
         data = whole.read_bytes()
@@ -296,7 +296,7 @@ def trained(shop, cache, tmp_path_factory):
 
 
 class TestTraining:
-    def test_leaves_a_detector_with_its_threshold(self, trained):
+    def test_saves_a_detector_with_its_threshold(self, trained):
         record = json.loads((trained / "detector.json").read_text())
         detector = ProductDetector.from_pretrained(str(trained), "cpu")
         assert record["finished"] and record["validation"]["num_frames"] == 6
@@ -327,7 +327,7 @@ class TestTraining:
         for (name, weight), other in zip(models[0].named_parameters(), models[1].parameters()):
             torch.testing.assert_close(weight, other, msg=name)
 
-    def test_a_finished_run_is_left_alone_and_others_are_refused(self, trained, shop, cache, monkeypatch):
+    def test_a_finished_run_is_kept_and_other_settings_are_refused(self, trained, shop, cache, monkeypatch):
         monkeypatch.setattr(training, "load_frames", lambda *args, **kwargs: pytest.fail("trained again"))
         record = train(DetectorSettings(str(shop), **SETTINGS), trained, cache_dir=cache)
         assert record["finished"]

@@ -1,4 +1,4 @@
-"""What the detector's commands refuse: other data, other devices, missing packages, models that are no detectors."""
+"""What the detector's commands refuse: other data, other devices, missing packages, models that are not detectors."""
 
 import json
 import sys
@@ -111,7 +111,7 @@ class TestOtherData:
         assert "of other pictures than those of the clip 'c0' of the test split; name another box file" in line
         assert output.read_bytes() == before
 
-    def test_files_of_former_versions_are_continued(self, shops, cache, detector_dir, tmp_path, capsys):
+    def test_files_of_earlier_versions_are_continued(self, shops, cache, detector_dir, tmp_path, capsys):
         output = tmp_path / "boxes.jsonl"
         main(run_step(shops[0], cache, detector_dir, output))
         header, *lines = map(json.loads, output.read_text().splitlines())
@@ -160,7 +160,7 @@ class TestDevices:
         assert "--device cuda cannot be used (" in refusal("eval", *data, "--detector", detector_dir)
         assert "--device cuda cannot be used (" in refusal("train", *data, "--output_dir", tmp_path / "out")
 
-    def test_training_elsewhere_than_where_trainer_runs(self, shops, cache, tmp_path, refusal):
+    def test_training_on_another_device_than_the_trainer(self, shops, cache, tmp_path, refusal):
         data = ["--dataset", shops[0], "--cache_dir", cache, "--output_dir", tmp_path / "out"]
         line = refusal("train", *data, "--device", "meta")
         assert "--device meta cannot be used: training runs on " in line and "CUDA_VISIBLE_DEVICES" in line
@@ -170,20 +170,22 @@ class TestPackages:
     TRAIN = ("--max_steps", 1, "--batch_size", 2, "--image_size", 32, "--device", "cpu")
 
     @pytest.mark.parametrize("package, module", [("scipy", "scipy.optimize"), ("pycocotools", "pycocotools.coco")])
-    def test_are_asked_for_before_training(self, shops, cache, tmp_path, refusal, monkeypatch, package, module):
+    def test_missing_packages_are_named_before_training(
+        self, shops, cache, tmp_path, refusal, monkeypatch, package, module
+    ):
         monkeypatch.setitem(sys.modules, module, None)
         monkeypatch.setattr(training, "load_frames", lambda *args, **kwargs: pytest.fail("began to train"))
         arguments = ["train", "--dataset", shops[0], "--cache_dir", cache, "--output_dir", tmp_path / "out"]
         line = refusal(*arguments, *self.TRAIN)
         assert f"needs {package}; install it: pip install {package}, or -e '.[detector]'." in line
 
-    def test_evaluation_asks_before_it_detects(self, shops, cache, monkeypatch):
+    def test_missing_packages_are_named_before_detection(self, shops, cache, monkeypatch):
         monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
         rows = load_frames(str(shops[0]), "test", cache_dir=str(cache))
         with pytest.raises(ValueError, match="needs pycocotools"):
             evaluate(None, rows)
 
-    def test_the_model_outlives_a_failed_validation(self, shops, cache, tmp_path, monkeypatch):
+    def test_the_model_is_saved_before_a_failed_validation(self, shops, cache, tmp_path, monkeypatch):
         def fail(*args, **kwargs):
             raise OSError("the disk is gone")
 
@@ -205,7 +207,7 @@ class TestPackages:
 
 
 class TestOtherModels:
-    def test_models_that_are_no_detectors(self, shops, cache, rice, tmp_path, refusal, monkeypatch):
+    def test_models_that_are_not_detectors(self, shops, cache, rice, tmp_path, refusal, monkeypatch):
         monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked for leave to run code"))
         config = CLIPConfig(text_config=SHARED | {"vocab_size": 30}, vision_config=SHARED | {"image_size": 32})
         CLIPModel(config).save_pretrained(tmp_path / "clip")

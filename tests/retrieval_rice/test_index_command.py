@@ -53,7 +53,7 @@ def test_a_shop_with_clips_is_indexed_and_calibrated(shop, checkpoint, tmp_path,
     assert index.search(shop.clips(3))[0].hits[0].title == "mug"
 
 
-def test_another_decision_is_fitted_anew_and_the_same_one_kept(shop, checkpoint, tmp_path, capsys):
+def test_a_changed_decision_rule_is_fitted_again_and_the_same_one_kept(shop, checkpoint, tmp_path, capsys):
     write_shop(shop, tmp_path / "shop")
     output = tmp_path / "index"
     arguments = (tmp_path / "shop", "--model", checkpoint, "--output", output, "--cache_dir", tmp_path / "cache")
@@ -70,7 +70,7 @@ def test_another_decision_is_fitted_anew_and_the_same_one_kept(shop, checkpoint,
     assert GalleryIndex.load(output, shop.model).calibration.presence_prior == 0.7
 
 
-def test_confidences_may_be_those_of_a_detectors_boxes(shop, checkpoint, tmp_path, capsys):
+def test_confidences_can_be_calibrated_with_a_detectors_boxes(shop, checkpoint, tmp_path, capsys):
     write_shop(shop, tmp_path / "shop")
     lines = [{"format": "rice-boxes", "version": 1, "dataset": "shop_clips"}]
     lines += [
@@ -104,7 +104,7 @@ def test_confidences_may_be_those_of_a_detectors_boxes(shop, checkpoint, tmp_pat
         (("--presence_prior", "0.5", "--calibrate", "none"), "leave out --calibrate none"),
     ],
 )
-def test_a_bad_decision_ends_before_anything_is_encoded(checkpoint, tmp_path, capsys, options, words):
+def test_a_bad_decision_rule_is_refused_before_encoding(checkpoint, tmp_path, capsys, options, words):
     with pytest.raises(SystemExit) as end:
         run(tmp_path, "--model", checkpoint, "--output", tmp_path / "index", *options)
     message = capsys.readouterr().err.strip()
@@ -126,7 +126,7 @@ def test_a_folder_of_pictures_is_a_shop(shop, checkpoint, tmp_path, capsys):
     assert sorted(GalleryIndex.load(output, shop.model).image_ids()) == ["p0.png", "p1.png", "p2.png"]
 
 
-def test_the_kinds_of_pictures_that_are_decoded_make_a_shop(shop, checkpoint, tmp_path, capsys):
+def test_every_decoded_picture_format_is_indexed(shop, checkpoint, tmp_path, capsys):
     folder = tmp_path / "plain"
     folder.mkdir()
     kinds = {"10.avif": "AVIF", "9.gif": "GIF", "2.TIF": "TIFF", "1.jfif": "JPEG"}
@@ -138,7 +138,7 @@ def test_the_kinds_of_pictures_that_are_decoded_make_a_shop(shop, checkpoint, tm
     assert ids == ["1.jfif", "2.TIF", "9.gif", "10.avif"]
 
 
-def test_folders_of_the_system_hold_no_products_and_are_told(shop, checkpoint, tmp_path, capsys):
+def test_system_folders_are_left_out_and_reported(shop, checkpoint, tmp_path, capsys):
     shop.make_rows(2, "plain")
     for folder in ("@eaDir/p0.png", ".ipynb_checkpoints", "deep/__MACOSX"):
         (tmp_path / "plain" / folder).mkdir(parents=True)
@@ -149,7 +149,7 @@ def test_folders_of_the_system_hold_no_products_and_are_told(shop, checkpoint, t
     assert "3 entries were left out: .ipynb_checkpoints, @eaDir, deep/__MACOSX (hidden or made by the system)" in text
 
 
-def test_a_name_that_is_no_text_is_indexed_and_its_picture_found(shop, checkpoint, tmp_path, capsys):
+def test_a_name_that_is_not_utf8_is_indexed_and_found(shop, checkpoint, tmp_path, capsys):
     rows = shop.make_rows(2, "plain")
     name = os.fsencode(tmp_path / "plain") + "/人参_1.png".encode("gbk")
     os.rename(rows[0]["image"]["path"], name)
@@ -177,7 +177,7 @@ def test_links_out_of_the_shop_are_refused_by_name(shop, checkpoint, tmp_path, c
     assert "plain/more.png is a link that leads out of" in capsys.readouterr().err
 
 
-def test_the_command_ends_well_on_a_terminal_of_ascii(shop, checkpoint, tmp_path):
+def test_the_command_works_on_an_ascii_terminal(shop, checkpoint, tmp_path):
     shop.make_rows(1, "plain")
     (tmp_path / "plain" / "笔记.txt").write_text("x")
     command = [sys.executable, "rice_cli.py", "index", tmp_path / "plain", "--model", checkpoint]
@@ -227,7 +227,7 @@ def test_an_approximate_index_is_built_kept_and_dropped(shop, checkpoint, tmp_pa
         assert GalleryIndex.load(tmp_path / "index", shop.model).approximate_kind == kind
 
 
-def test_a_dry_run_tells_and_writes_nothing(shop, checkpoint, tmp_path, capsys):
+def test_a_dry_run_reports_and_writes_nothing(shop, checkpoint, tmp_path, capsys):
     shop.make_rows(5, "plain")
     arguments = (tmp_path / "plain", "--model", checkpoint, "--output", tmp_path / "index")
     assert run(*arguments, "--dry_run") == 0
@@ -298,7 +298,7 @@ def precision_of_index(folder) -> str:
     return ShopTable(str(folder)).snapshot().state.precision
 
 
-def test_an_index_keeps_its_precision_and_is_searched_in_any(shop, checkpoint, tmp_path, capsys, monkeypatch):
+def test_an_index_keeps_its_precision_and_can_be_searched_in_any(shop, checkpoint, tmp_path, capsys, monkeypatch):
     import hub_rice.precision
 
     shop.make_rows(10)

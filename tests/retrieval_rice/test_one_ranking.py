@@ -1,4 +1,4 @@
-"""One checkpoint ranks a shop in one order, through whichever door."""
+"""One checkpoint ranks a shop in one order through every entry point."""
 
 import pytest
 from datasets import Dataset

@@ -1,4 +1,4 @@
-"""What all visitors together may leave on the demo's disk."""
+"""The limit on the disk space of all visitors of the demo together."""
 
 import asyncio
 import os
@@ -31,7 +31,7 @@ def put(path, size: int, age: float = 0.0):
     return path
 
 
-def test_the_oldest_files_make_room(folder):
+def test_the_oldest_files_are_deleted_first(folder):
     quota = FolderQuota(folder, 1000, 3600)
     files = [put(folder / name, 300, age) for name, age in (("a/1", 20), ("2", 30), ("b/c/3", 10))]
     assert quota.make_room(100) and all(file.exists() for file in files)
@@ -41,7 +41,7 @@ def test_the_oldest_files_make_room(folder):
     assert not quota.make_room(1001)
 
 
-def test_old_files_go_also_where_there_is_room(folder):
+def test_expired_files_are_deleted_even_with_free_space(folder):
     quota = FolderQuota(folder, 1000, 60)
     old, young = put(folder / "a/old", 10, 61), put(folder / "a/young", 10, 50)
     empty = folder / "empty"
@@ -52,7 +52,7 @@ def test_old_files_go_also_where_there_is_room(folder):
     assert not old.exists() and young.exists() and not empty.exists() and (folder / "new").exists()
 
 
-def test_what_was_there_at_the_beginning_stays_and_counts(folder):
+def test_existing_files_stay_and_count(folder):
     example = put(folder / "x/example", 600, 9999)
     quota = FolderQuota(folder, 1000, 60)
     upload = put(folder / "x/upload", 300)
@@ -69,7 +69,7 @@ def test_nothing_outside_of_the_folder_is_touched(folder, tmp_path):
     assert secret.exists() and not list(folder.iterdir())
 
 
-def test_a_folder_that_is_gone_is_no_error(tmp_path):
+def test_a_missing_folder_is_not_an_error(tmp_path):
     assert FolderQuota(tmp_path / "gone", 100, 60).make_room(100)
 
 
@@ -117,7 +117,7 @@ async def post(
     return sent[0]["status"], sent[1]["body"].decode()
 
 
-def test_requests_without_or_of_too_great_length_are_refused_unread(folder):
+def test_requests_without_length_or_too_long_are_refused_unread(folder):
     async def scenario():
         server = Server()
         server.go_on.set()
@@ -135,7 +135,7 @@ def test_requests_without_or_of_too_great_length_are_refused_unread(folder):
     asyncio.run(scenario())
 
 
-def test_what_is_claimed_takes_no_room(folder):
+def test_the_announced_size_reserves_no_space(folder):
     async def scenario():
         gate = make_gate(Server(folder), folder, LIMITS)
         other = put(folder / "other", OVERHEAD, 20)
@@ -152,7 +152,7 @@ def test_what_is_claimed_takes_no_room(folder):
 
 
 @pytest.mark.parametrize("has_quota", [True, False])
-def test_uploads_that_arrive_together_share_the_room(folder, has_quota):
+def test_simultaneous_uploads_share_the_space(folder, has_quota):
     limits = UploadLimits(max_bytes=4 * OVERHEAD, max_total_bytes=6 * OVERHEAD, arriving_seconds=5)
 
     async def scenario():
@@ -171,7 +171,7 @@ def test_uploads_that_arrive_together_share_the_room(folder, has_quota):
     asyncio.run(scenario())
 
 
-def test_an_upload_makes_room_and_so_does_a_click(folder):
+def test_an_upload_or_a_click_deletes_old_files(folder):
     async def scenario():
         server = Server()
         server.go_on.set()
@@ -186,7 +186,7 @@ def test_an_upload_makes_room_and_so_does_a_click(folder):
     asyncio.run(scenario())
 
 
-def test_a_slow_upload_ends_and_frees_its_room(folder):
+def test_a_slow_upload_ends_and_frees_its_space(folder):
     async def scenario():
         gate = make_gate(Server(), folder, replace(LIMITS, arriving_seconds=0.05))
         status, words = await post(gate, OVERHEAD, parts=None)
@@ -196,7 +196,7 @@ def test_a_slow_upload_ends_and_frees_its_room(folder):
     asyncio.run(scenario())
 
 
-def test_errors_of_the_server_are_its_own(folder):
+def test_errors_of_the_server_are_not_hidden(folder):
     async def fail(scope, receive, send):
         raise TimeoutError("of the server")
 
@@ -206,7 +206,7 @@ def test_errors_of_the_server_are_its_own(folder):
     assert gate.arrived == 0
 
 
-def test_a_folder_that_a_killed_process_left_goes_at_the_next_start(tmp_path, monkeypatch):
+def test_the_folder_of_a_killed_process_is_deleted_at_the_next_start(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code = (
         "import os, tempfile; from retrieval_rice.quota import temporary_folder; tempfile.tempdir = os.environ['AT']\n"
@@ -228,7 +228,7 @@ def test_a_folder_that_a_killed_process_left_goes_at_the_next_start(tmp_path, mo
         assert not (tmp_path / "own-making").exists() and (tmp_path / "other").exists()
 
 
-def test_a_served_page_bounds_what_is_sent_to_it(demo):
+def test_a_served_page_limits_uploads(demo):
     pytest.importorskip("gradio", reason="needs gradio")
     httpx = pytest.importorskip("httpx", reason="needs httpx, as gradio does")
     from retrieval_rice.demo.app import serve, upload_folder

@@ -146,13 +146,13 @@ def test_the_time_line_of_a_video_is_exactly_right(tmp_path):
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, 7), (3, 3), (0, 0)])
-def test_as_many_images_are_scored_as_is_said(given, used):
+def test_the_number_of_scored_images_can_be_set(given, used):
     tool = recogniser(rerank=given)
     tool.recognise([picture("red")])
     assert tool.index.searches == [(None, 10, used)]
 
 
-def test_a_folder_is_a_stream_too(tmp_path):
+def test_a_folder_can_be_streamed(tmp_path):
     for i, colour in enumerate(["red"] * 6 + ["blue"] * 6):
         picture(colour).save(tmp_path / f"{i}.png")
     assert spans(recogniser().stream(tmp_path, hysteresis=EXACT)) == [(0, 6, "red"), (6, 12, "blue")]
@@ -164,7 +164,7 @@ def test_every_frame_is_encoded_once():
     assert sum(tool.model.calls) == 50
 
 
-def test_segments_come_while_the_stream_goes_on():
+def test_segments_are_given_during_the_stream():
     taken, started = [], []
 
     def source():
@@ -189,7 +189,7 @@ def test_one_frame_and_no_frame(tmp_path):
     assert list(recogniser().stream([])) == []
 
 
-def test_a_long_pause_is_nobodys():
+def test_a_long_pause_belongs_to_no_segment():
     frames = frames_of(("red", 6)) + [Frame(f.time_s + 100, f.picture) for f in frames_of(("red", 6))]
     assert spans(recogniser().stream(frames, hysteresis=EXACT)) == [(0, 6, "red"), (100, 106, "red")]
 
@@ -230,7 +230,7 @@ def test_recognise_pictures_files_and_folders(tmp_path):
     assert tool.model.calls[-1] == 10
 
 
-def test_a_clip_that_is_cut_short_is_used_as_far_as_it_goes(tmp_path, caplog):
+def test_a_truncated_clip_is_used_up_to_the_cut(tmp_path, caplog):
     path = write_video(tmp_path / "clip.mp4", ("green", 5), options={"movflags": "faststart"})
     data = path.read_bytes()
     path.write_bytes(data[: -len(data) // 4])
@@ -261,7 +261,7 @@ def test_boxes_from_truth_or_detector():
     assert spans(tool.stream(stream, hysteresis=EXACT)) == [(0, 8, "blue")]
 
 
-def test_frames_in_which_nothing_was_found_can_be_left_out_of_windows():
+def test_frames_without_a_detection_can_be_left_out_of_windows():
     """Three of four frames are a blue room without a product; all of them stay where nothing was ever found."""
 
     class Detector:
@@ -432,7 +432,7 @@ def test_a_lost_camera_is_an_error_after_everything_is_written(shop, tmp_path, c
     assert json.loads(line)["product_id"] == "green"
 
 
-def test_ctrl_c_writes_what_is_known(shop, tmp_path, capsys, monkeypatch):
+def test_ctrl_c_writes_the_known_segments(shop, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("retrieval_rice.stream.source.open_source", Camera(interrupt_after=200))
     before = signal.getsignal(signal.SIGINT)
     assert rice("camera:0", *options(shop), "--vtt", tmp_path / "out.vtt") == 0
@@ -442,7 +442,7 @@ def test_ctrl_c_writes_what_is_known(shop, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "out.vtt").read_text().count("Cup, green") == 1
 
 
-def test_eval_hands_everything_on(capsys):
+def test_eval_takes_the_options_of_the_script(capsys):
     with pytest.raises(SystemExit) as end:
         main(["eval", "--help"])
     text = capsys.readouterr().out
@@ -453,7 +453,7 @@ def test_eval_hands_everything_on(capsys):
     assert end.value.code == 2 and message.startswith("rice eval: error: ") and "nowhere/at/all" in message
 
 
-def test_outputs_of_a_run_that_failed_can_be_used_by_the_next(tmp_path):
+def test_outputs_of_a_failed_run_can_be_used_again(tmp_path):
     from retrieval_rice.recognise_command import outputs
 
     cues = tmp_path / "show.vtt"

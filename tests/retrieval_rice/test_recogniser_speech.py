@@ -1,4 +1,4 @@
-"""What is said in a stream reaches the model window by window, and never harms what the picture shows."""
+"""Speech in a stream reaches the model window by window, and never affects recognition from the pictures."""
 
 import json
 import time
@@ -91,7 +91,7 @@ def run(speech, source=None, **settings):
     return list(tool.stream(frames() if source is None else source, speech=speech, **settings)), tool.model.said
 
 
-def test_windows_are_given_the_words_around_them():
+def test_windows_get_the_words_around_them():
     segments, said = run([(9.5, 10.0, "red"), (10.5, 11.0, "mug")], asr_before_s=2.0, asr_after_s=1.0)
     # A window is 4 s long; words end at 10 and 11, and count up to two seconds later.
     assert said[:5] == [""] * 5 and said[5] == "red" and said[6] == "red mug" and said[12] == "red mug"
@@ -100,7 +100,7 @@ def test_windows_are_given_the_words_around_them():
     assert [[word.text for word in segment.said] for segment in segments][1] == ["red", "mug"]
 
 
-def test_a_protocol_of_words_or_triples():
+def test_sources_give_words_or_triples():
     triples = run([(3.0, 4.0, "blue")])
     assert run(iter([Word(3.0, 4.0, "blue")])) == triples
     assert run(Hearing([(3.0, 4.0, "blue")])) == triples
@@ -122,7 +122,7 @@ def broken():
     [[], [(float("nan"), 1, "red"), "red", (0, 1), (0, 1, "")], broken(), forever(), [(1e9, 1e9, "red")]],
     ids=["silence", "no words", "broken", "never comes", "after the end"],
 )
-def test_the_picture_is_unharmed(speech):
+def test_words_do_not_affect_the_picture(speech):
     source = frames(COLOURS["blue"], 6) + [
         Frame(6.0 + i, frame.picture) for i, frame in enumerate(frames(COLOURS["red"], 6))
     ]
@@ -146,7 +146,7 @@ def test_without_speech_there_are_no_words():
         ({"speech": [], "asr_before_s": float("nan")}, "`asr_before_s` must be a number"),
     ],
 )
-def test_what_does_not_work_is_refused(settings, words):
+def test_invalid_sources_of_words_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         recogniser().stream(frames(), **settings)
     tool = recogniser()
@@ -173,7 +173,7 @@ class Ear:
         return [Word(middle, middle + 0.1, " red")]
 
 
-def test_sound_of_a_file_is_heard_before_its_windows_are_scored(write_show, tones):
+def test_sound_of_a_file_is_transcribed_before_its_windows_are_scored(write_show, tones):
     path = write_show("show.mkv", [GREY] * 60, tones((0, 40), (0.5, 1), (0, 19)))
     stream = VideoStream(path, 1.0)
     heard = listen(stream, Ear(delay_s=0.1))
@@ -184,7 +184,7 @@ def test_sound_of_a_file_is_heard_before_its_windows_are_scored(write_show, tone
     assert said[0] == pytest.approx(38.5, abs=1) and said[1] == pytest.approx(43.5, abs=1)
 
 
-def test_sound_of_a_live_source_is_heard_while_it_is_read(write_show, tones, monkeypatch):
+def test_sound_of_a_live_source_is_transcribed_while_reading(write_show, tones, monkeypatch):
     path = write_show("show.ts", [GREY] * 30, tones((0, 10), (0.5, 1), (0, 19)), codec="mp2")
     monkeypatch.setattr("retrieval_rice.stream.source.is_address", lambda source: True)
     monkeypatch.setattr("retrieval_rice.stream.source._is_recording", lambda container: False)
@@ -242,7 +242,7 @@ def rice(shop, source, *arguments, model="model", index="index"):
     return main(["recognise", str(source), *map(str, [*given, *arguments])])
 
 
-def test_the_command_hears(shop, write_show, tones, tmp_path, capsys, monkeypatch):
+def test_the_command_transcribes_sound(shop, write_show, tones, tmp_path, capsys, monkeypatch):
     loaded = []
     monkeypatch.setattr(
         "retrieval_rice.stream.speech_models.load_transcriber", lambda *settings: loaded.append(settings) or Ear()
@@ -276,7 +276,9 @@ class ToldEar(Ear):
     "arguments, heard",
     [((), "red mug blue mug"), (("--asr_hints", "titles"), "red mug blue mug"), (("--asr_hints", "none"), "nothing")],
 )
-def test_the_speech_model_expects_titles(shop, write_show, tones, tmp_path, capsys, monkeypatch, arguments, heard):
+def test_the_speech_model_gets_titles_as_hints(
+    shop, write_show, tones, tmp_path, capsys, monkeypatch, arguments, heard
+):
     monkeypatch.setattr("retrieval_rice.stream.speech_models.load_transcriber", lambda *settings: ToldEar())
     path = write_show("show.mkv", [GREY] * 4, tones((0.5, 4)))
     assert rice(shop, path, "--asr", "ear", "--jsonl", tmp_path / "a.jsonl", *arguments) == 0
@@ -285,7 +287,7 @@ def test_the_speech_model_expects_titles(shop, write_show, tones, tmp_path, caps
     assert (told in capsys.readouterr().err) == (heard != "nothing")
 
 
-def test_hints_for_a_speech_model_that_takes_none(shop, write_show, capsys, monkeypatch):
+def test_hints_for_a_speech_model_without_hints(shop, write_show, capsys, monkeypatch):
     monkeypatch.setattr("retrieval_rice.stream.speech_models.load_transcriber", lambda *settings: Ear())
     path = write_show("bare.mkv", [GREY] * 2)
     with pytest.raises(SystemExit) as end:
@@ -300,7 +302,7 @@ def test_the_command_reads_subtitles(shop, write_show, tmp_path, capsys):
     assert "1 words read" in capsys.readouterr().err
 
 
-def test_no_sound_is_said_once_and_the_picture_goes_on(shop, write_show, tmp_path, capsys, monkeypatch):
+def test_missing_sound_is_reported_once_and_the_picture_continues(shop, write_show, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("retrieval_rice.stream.speech_models.load_transcriber", lambda *settings: Ear())
     Image.new("RGB", (32, 32)).save(tmp_path / "1.png")
     for source in (write_show("bare.mkv", [GREY] * 5), tmp_path):
@@ -342,7 +344,7 @@ def test_a_model_that_reads_no_text_is_refused(shop, write_show, capsys):
         assert f"{arguments[0]} needs a model that reads text" in capsys.readouterr().err
 
 
-def test_windows_with_words_score_like_clips_with_asr(shop):
+def test_windows_with_words_are_scored_like_clips_with_asr(shop):
     """Of the real model: the pooled window with its words equals the clip that is encoded with them."""
     model = RiceModel.from_pretrained(shop / "model").eval()
     processor = build_processor(train_tokenizer(["red mug", "blue mug"] * 20, vocab_size=400), 32, 8, 4)

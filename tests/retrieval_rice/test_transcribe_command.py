@@ -1,4 +1,4 @@
-"""Transcripts of a data set: written into its rows, known by model and language, and gone on with."""
+"""Transcripts of a data set: written into its rows, recorded with model and language, and continued."""
 
 import json
 
@@ -79,7 +79,7 @@ def transcribe(folder, *arguments):
     return main(["transcribe", str(folder), "--asr", "ear", *map(str, arguments)])
 
 
-def test_clips_get_what_is_said_in_their_part(data, ears, capsys):
+def test_clips_get_the_words_of_their_time_range(data, ears, capsys):
     before = rows_of(data)
     assert transcribe(data) == 0
     # From second 2 of its own on; ASR that was there stays.
@@ -92,7 +92,7 @@ def test_clips_get_what_is_said_in_their_part(data, ears, capsys):
     assert "not read: e (" in out and "gone.mkv" in out
 
 
-def test_the_same_command_goes_on(data, ears):
+def test_the_same_command_continues(data, ears):
     transcribe(data)
     (data / "transcripts.jsonl").open("a").write('{"split": "valid')
     transcribe(data)
@@ -132,7 +132,7 @@ def told(data, monkeypatch):
     return data
 
 
-def test_each_livestream_expects_its_own_titles(told):
+def test_each_livestream_uses_its_titles_as_hints(told):
     transcribe(told)
     assert [row["asr"] for row in rows_of(told)] == ["red mug+", "blue mug", "own"]
     assert transcripts(told)[0]["hints"] == "titles"
@@ -150,7 +150,7 @@ def test_transcripts_with_and_without_hints_are_not_mixed(told, capsys):
     assert transcribe(told, "--asr_hints", "none") == 0
 
 
-def test_what_was_heard_before_an_interruption_is_not_heard_again(data, ears, monkeypatch):
+def test_finished_transcripts_are_not_repeated_after_an_interruption(data, ears, monkeypatch):
     rows = rows_of(data)
     write_rows(data, [rows[0], {**rows[1], "asr": ""}])
     calls = Ear.__call__
@@ -169,7 +169,7 @@ def test_what_was_heard_before_an_interruption_is_not_heard_again(data, ears, mo
     assert [row["asr"] for row in rows_of(data)] == ["at2", "at1"] and ears[-1].heard == 1
 
 
-def test_another_model_only_in_its_place(data, ears, capsys, monkeypatch):
+def test_another_model_needs_overwrite(data, ears, capsys, monkeypatch):
     transcribe(data)
     with pytest.raises(SystemExit) as end:
         transcribe(data, "--language", "en")
@@ -230,7 +230,7 @@ def test_lpr4m_by_clips_and_by_livestreams(tmp_path, ears, write_show, tones):
     assert file.read_text().splitlines()[1] == f"{clips[1]}\tat3"
 
 
-def test_lpr4m_expects_the_titles_of_a_livestream(tmp_path, monkeypatch, write_show, tones):
+def test_lpr4m_uses_the_titles_of_a_livestream_as_hints(tmp_path, monkeypatch, write_show, tones):
     monkeypatch.setattr("retrieval_rice.stream.speech_models.load_transcriber", ToldEar)
     file, clips = lpr4m(tmp_path)
     notes = file.parent

@@ -68,7 +68,7 @@ def png_claiming(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-def test_pictures_come_in_the_order_of_their_names_and_are_deleted(folder):
+def test_pictures_are_in_order_of_their_names_and_deleted(folder):
     shades = {"①.png": 220, "frame10.png": 200, "frame2.png": 100, "frame1.png": 50, "١.png": 20}
     paths = [picture(folder / name, (shade, shade, shade)) for name, shade in shades.items()]
     upload = read_upload(paths, folder)
@@ -77,12 +77,12 @@ def test_pictures_come_in_the_order_of_their_names_and_are_deleted(folder):
     assert upload.note == "" and list(folder.iterdir()) == []
 
 
-def test_large_pictures_are_kept_small(folder):
+def test_large_pictures_are_reduced(folder):
     upload = read_upload([picture(folder / "wide.jpg", size=(2000, 1000))], folder)
     assert Image.open(io.BytesIO(upload.frames[0])).size == (640, 320)
 
 
-def test_a_wrong_extension_does_not_matter_and_a_wrong_content_does(folder):
+def test_content_decides_and_not_the_extension(folder):
     Image.new("RGB", (8, 8), RED).save(folder / "really_jpeg.png", format="JPEG")
     assert len(read_upload([str(folder / "really_jpeg.png")], folder).frames) == 1
     (folder / "text.jpg").write_text("hello")
@@ -151,7 +151,7 @@ def test_a_video_that_is_too_long_or_has_large_frames_is_refused(folder, make_vi
     assert "64 x 64 pixels" in refusal([make_video()], folder, max_pixels=1000)
 
 
-def test_a_truncated_video_gives_its_first_frames_or_a_sentence(folder, make_video):
+def test_a_truncated_video_gives_its_first_frames_or_an_error(folder, make_video):
     av = pytest.importorskip("av")
     path = make_video(40, 10)
     # A fragmented file can be read as far as it goes; this one keeps its index at the end.
@@ -168,7 +168,7 @@ def test_a_truncated_video_gives_its_first_frames_or_a_sentence(folder, make_vid
     assert 1 <= len(read_upload([str(stream_file)], folder).frames) < 20
 
 
-def test_a_play_list_is_not_followed(folder, make_video, tmp_path):
+def test_a_playlist_is_not_followed(folder, make_video, tmp_path):
     target = tmp_path / "elsewhere.mp4"
     make_video().rename(target)
     for text in (f"ffconcat version 1.0\nfile {target}\n", f"#EXTM3U\n#EXTINF:2,\n{target}\n#EXT-X-ENDLIST\n"):
@@ -210,7 +210,7 @@ def decoded(monkeypatch):
     return counts
 
 
-def test_decoding_is_bounded_for_a_video_of_many_frames(folder, make_video, decoded):
+def test_decoding_is_limited_for_a_video_of_many_frames(folder, make_video, decoded):
     """Ten seconds of 240 frames: every twelfth frame is a key frame, or the first one alone."""
     pixels = 64 * 64
     upload = read_upload([str(make_video(2400, 240))], folder, UploadLimits(max_decoded_pixels=250 * pixels))
@@ -228,7 +228,7 @@ def test_decoding_is_bounded_for_a_video_of_many_frames(folder, make_video, deco
     assert upload.note == "" and len(upload.frames) == 30
 
 
-def test_reading_is_bounded_in_time(folder, make_video):
+def test_reading_time_is_limited(folder, make_video):
     assert "took longer than 0 s" in refusal([make_video()], folder, reading_seconds=0)
     assert "took longer than 0 s" in refusal([picture(folder / "a.png")], folder, reading_seconds=0)
 
@@ -244,6 +244,6 @@ def test_reading_is_bounded_in_time(folder, make_video):
         (b"", None),
     ],
 )
-def test_the_first_bytes_tell_the_kind(tmp_path, start, kind):
+def test_the_first_bytes_decide_the_kind(tmp_path, start, kind):
     (tmp_path / "file").write_bytes(start)
     assert video_format(tmp_path / "file") == kind

@@ -1,4 +1,4 @@
-"""A training run of a few dozen clips, and what it leaves, for the tests of the training command."""
+"""A training run of a few dozen clips and its output files, for the tests of the training command."""
 
 import json
 import socket

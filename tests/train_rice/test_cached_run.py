@@ -23,7 +23,7 @@ def words(encoder):
     return ["--init_vision_from", str(encoder), *CACHED]
 
 
-def test_leaves_the_encoder_and_what_was_trained_on_it(command, words, encoder, tmp_path):
+def test_saves_the_encoder_and_the_trained_parts(command, words, encoder, tmp_path):
     train_rice.main(command(tmp_path / "run", *words))
     model = RiceModel.from_pretrained(tmp_path / "run")
     for name, value in load_encoder(str(encoder)).state_dict().items():
@@ -32,7 +32,7 @@ def test_leaves_the_encoder_and_what_was_trained_on_it(command, words, encoder, 
 
 
 @pytest.mark.parametrize("changes", [[], ["--unfreeze_last_stage", "true"]])
-def test_goes_on_to_the_same_weights_after_an_interruption(command, words, changes, monkeypatch, tmp_path):
+def test_continues_to_the_same_weights_after_an_interruption(command, words, changes, monkeypatch, tmp_path):
     words = [*words, *changes]
     train_rice.main(command(tmp_path / "whole", *words))
     with monkeypatch.context() as patch:
@@ -49,7 +49,7 @@ def test_workers_read_the_cache(command, words, tmp_path):
     assert_same_weights(tmp_path / "none", tmp_path / "two")
 
 
-def test_the_last_stage_of_an_encoder_is_trained_and_the_rest_left(command, words, encoder, tmp_path):
+def test_only_the_last_stage_of_the_encoder_is_trained(command, words, encoder, tmp_path):
     train_rice.main(command(tmp_path / "run", *words, "--unfreeze_last_stage", "true"))
     trained = RiceModel.from_pretrained(tmp_path / "run").vision_model.state_dict()
     for name, value in load_encoder(str(encoder)).state_dict().items():

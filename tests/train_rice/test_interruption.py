@@ -1,4 +1,4 @@
-"""Runs that break off and go on."""
+"""Runs that are interrupted and continued."""
 
 import json
 import logging
@@ -75,7 +75,7 @@ class TestInterruption:
         assert not (copied / "checkpoint-5").exists()
         assert results(copied)["eval_fused_R@1"] == results(finished)["eval_fused_R@1"]
 
-    def test_finished_run_stays_as_it_is(self, command, copied, caplog):
+    def test_finished_run_is_not_changed(self, command, copied, caplog):
         before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in copied.rglob("*") if path.is_file()}
         with caplog.at_level(logging.INFO):
             train_rice.main(command(copied))
@@ -159,7 +159,7 @@ class TestOneRunPerFolder:
         assert not (tmp_path / "run" / "train_arguments.json").exists()
 
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-    def test_dead_holder_is_in_nobodys_way(self, holder, tmp_path, number):
+    def test_a_lock_of_a_dead_process_is_released(self, holder, tmp_path, number):
         holder.send_signal(number)
         holder.wait()
         assert str(holder.pid) in (tmp_path / "run" / ".lock").read_text()

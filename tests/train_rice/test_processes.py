@@ -27,7 +27,7 @@ def two(launch, tmp_path_factory):
 
 
 class TestProcesses:
-    def test_two_work_together(self, two):
+    def test_two_processes_train_together(self, two):
         folder, text, _ = two
         assert "2 process(es) x batch 4: negatives per query = 7" in text
         # Once: the second process leaves the talking to the first.
@@ -47,7 +47,7 @@ class TestProcesses:
             for name in ("loss", "contrastive_loss", "matching_loss", "reconstruction_loss", "grad_norm"):
                 assert a[name] == pytest.approx(b[name], rel=tolerance, abs=1e-6), (a["epoch"], name)
 
-    def test_two_go_on(self, two, tmp_path):
+    def test_two_processes_continue(self, two, tmp_path):
         folder, _, run = two
         undisturbed = shutil.copytree(folder, tmp_path / "undisturbed")
         shutil.rmtree(folder / "checkpoint-4")

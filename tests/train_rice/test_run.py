@@ -21,7 +21,7 @@ from training_rice.arguments import parse_arguments
 
 
 class TestRun:
-    def test_what_it_leaves(self, finished):
+    def test_output_files_of_a_run(self, finished):
         assert {path.name for path in finished.iterdir()} >= {
             "config.json",
             "model.safetensors",
@@ -61,7 +61,7 @@ class TestRun:
         assert report["num_queries"] == 5
         assert report["fusion_weight"] == results(finished)["eval_fusion_weight"]
 
-    def test_goes_on_from_a_model(self, finished, command, tmp_path):
+    def test_continues_from_a_model(self, finished, command, tmp_path):
         words = ["--model_name_or_path", str(finished), "--learning_rate", "0", "--max_steps", "2"]
         train_rice.main(command(tmp_path / "next", *words, "--model", "{matching_negatives: all}"))
         assert_same_weights(tmp_path / "next", finished)
@@ -87,7 +87,7 @@ class TestRun:
             assert torch.equal(trained[name], value), name
 
 
-class TestWhatARunShows:
+class TestRunOutput:
     @pytest.mark.parametrize("workers", ["0", pytest.param("1", marks=pytest.mark.slow)])
     def test_profile(self, command, tmp_path, caplog, workers):
         """Parts add up to the step, and nothing is left behind."""
@@ -270,7 +270,7 @@ class TestBadInput:
         message = refusal("--model_name_or_path", str(tmp_path / "nowhere"))
         assert f"there is no checkpoint folder {tmp_path / 'nowhere'}" in message
 
-    def test_model_that_cannot_be(self, refusal):
+    def test_impossible_model(self, refusal):
         assert "decoder_num_heads=5" in refusal("--model.decoder_num_heads", "5")
         assert "projection_dim" in refusal("--model.projection_dim", "wide")
 

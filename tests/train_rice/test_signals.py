@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: one sentence, the status of the signal, and with --save_on_signal a checkpoint to go on from."""
+"""Ctrl-C and SIGTERM: one sentence, the status of the signal, and a last checkpoint with --save_on_signal."""
 
 import contextlib
 import json
@@ -124,7 +124,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("step", "words", "checkpoint"), CASES)
-def test_last_checkpoint_goes_on_to_the_same_weights(command, tmp_path, monkeypatch, capsys, step, words, checkpoint):
+def test_last_checkpoint_continues_to_the_same_weights(
+    command, tmp_path, monkeypatch, capsys, step, words, checkpoint
+):
     words = ["--max_steps", "7", "--model.decoder_dropout", "0.1", "--ema_decay", "0.9", *TEXT, *words]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train_rice.main(command(whole, *words))
@@ -175,7 +177,7 @@ def test_second_signal_does_not_wait(command, tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-2"}
 
 
-def test_handlers_are_put_back(command, tmp_path):
+def test_handlers_are_restored(command, tmp_path):
     before = [signal.getsignal(number) for number in STATUS]
     with pytest.raises(SystemExit):
         train_rice.main(command(tmp_path / "run", "--learning_rat", "1"))

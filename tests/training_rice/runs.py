@@ -1,4 +1,4 @@
-"""What a trainer of the tests comes to."""
+"""Results of the tests' trainers."""
 
 import torch
 

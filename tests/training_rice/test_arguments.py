@@ -1,4 +1,4 @@
-"""Recipes, command line and what wins; every mistake exits with status 2 and one sentence."""
+"""Recipes and command line: precedence, and one sentence with status 2 for every mistake."""
 
 from pathlib import Path
 
@@ -198,5 +198,5 @@ def test_published_recipes(recipe, tmp_path):
     assert training.output_dir == str(tmp_path)
 
 
-def test_there_are_recipes():
+def test_packaged_recipes_exist():
     assert RECIPES

@@ -1,4 +1,4 @@
-"""Training checkpoints: written whole or not at all, told apart from broken ones, found again."""
+"""Training checkpoints: written completely or not at all, damaged ones detected, the newest found."""
 
 import dataclasses
 import os
@@ -41,7 +41,7 @@ class TestCheckpoints:
         ["model.safetensors", "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json"],
     )
     @pytest.mark.parametrize("damage", ["missing", "cut"])
-    def test_half_written_is_passed_over(self, training, write_checkpoint, caplog, name, damage):
+    def test_half_written_is_skipped(self, training, write_checkpoint, caplog, name, damage):
         whole, newest = write_checkpoint(4), write_checkpoint(6)
         path = Path(newest) / name
         path.unlink() if damage == "missing" else cut(path)
@@ -77,7 +77,7 @@ class TestCheckpoints:
         assert why_broken(older, 2) is None
 
     @pytest.mark.parametrize("asked", ["False", "false", False])
-    def test_anew(self, training, write_checkpoint, asked, tmp_path):
+    def test_start_again(self, training, write_checkpoint, asked, tmp_path):
         anew = dataclasses.replace(training, resume_from_checkpoint=asked)
         assert find_checkpoint(anew) is None
         write_checkpoint(4)
@@ -114,7 +114,7 @@ class TestFiles:
         (path / "model").write_bytes(b"x" * size)
         return publish(path, folder)
 
-    def test_published_in_place_of_another(self, tmp_path):
+    def test_replaces_another_checkpoint(self, tmp_path):
         self.write(tmp_path, 4)
         assert self.write(tmp_path, 4, size=20) == tmp_path / "checkpoint-4"
         assert (tmp_path / "checkpoint-4" / "model").stat().st_size == 20
@@ -130,7 +130,7 @@ class TestFiles:
         rotate(tmp_path, None, None)
         assert len(list(tmp_path.glob("checkpoint-*"))) == 3
 
-    def test_rotation_of_a_run_that_went_back(self, tmp_path):
+    def test_rotation_keeps_the_checkpoint_written_last(self, tmp_path):
         """The newest is the one that was written last, not the one with the highest step."""
         for age, step in enumerate((4, 8, 5)):
             os.utime(self.write(tmp_path, step), (age, age))

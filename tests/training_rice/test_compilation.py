@@ -1,4 +1,4 @@
-"""`torch_compile` of the training arguments: what is compiled, what a run leaves, and what is refused."""
+"""`torch_compile` of the training arguments: what is compiled, saved and refused."""
 
 import re
 
@@ -65,7 +65,7 @@ def test_with_other_arguments(make_trainer, arguments):
     assert losses(make_trainer(torch_compile_backend="eager", **arguments)) == pytest.approx(plain, rel=1e-5)
 
 
-def test_checkpoints_and_going_on(make_trainer, tmp_path):
+def test_checkpoints_and_continuing(make_trainer, tmp_path):
     every = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3, "torch_compile_backend": "eager"}
     whole = make_trainer("whole", max_steps=2, **every)
     whole.train()

@@ -1,4 +1,4 @@
-"""Blocks of encoded pictures: whole or not there, and named after what they depend on."""
+"""Blocks of encoded pictures: complete or absent, and named by everything that they depend on."""
 
 import errno
 import pickle
@@ -53,7 +53,7 @@ class TestBlocks:
             cache.read(0, 0)
 
     @pytest.mark.parametrize("change", ["other", "fewer", "unlisted"])
-    def test_what_is_no_block_of_these_rows_is_missing(self, tmp_path, change):
+    def test_a_block_that_does_not_fit_its_rows_counts_as_missing(self, tmp_path, change):
         """Another file under its name, a block with fewer pictures than its rows have, one without their failures."""
         make(tmp_path).write(0, 0, [row(1), row(2)])
         file = next(tmp_path.glob("clips-*/view-*.pt"))
@@ -68,14 +68,14 @@ class TestBlocks:
         assert make(tmp_path).missing(0) == [0, 1]
 
     @pytest.mark.parametrize("kept", [0, 10, 0.5, 0.99])
-    def test_a_cut_block_is_missing(self, tmp_path, kept):
+    def test_a_truncated_block_counts_as_missing(self, tmp_path, kept):
         make(tmp_path).write(0, 0, [row(1), row(2)])
         file = next(tmp_path.glob("clips-*/view-*.pt"))
         content = file.read_bytes()
         file.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
         assert make(tmp_path).missing(0) == [0, 1]
 
-    def test_a_full_disk_leaves_nothing_and_is_told(self, tmp_path, monkeypatch):
+    def test_a_full_disk_leaves_no_block_and_is_reported(self, tmp_path, monkeypatch):
         cache = make(tmp_path)
         before = set(cache.folder.iterdir())
 

@@ -1,4 +1,4 @@
-"""Training on what a frozen encoder has left equals training on pictures, whatever stands behind the encoder."""
+"""Training on cached features of a frozen encoder equals training on pictures, with every other part of the model."""
 
 import logging
 
@@ -45,7 +45,7 @@ class TestEqualsTrainingOnPictures:
             torch.testing.assert_close(cached[2][name], value, atol=1e-5, rtol=1e-5, msg=name)
 
     @pytest.mark.parametrize("changes", [{"use_decoder": False}, {}, {"patch_saliency": "learned"}])
-    def test_batch_norms_stay_as_they_are(self, make_trainer, resnet_settings, changes):
+    def test_batch_norms_keep_their_statistics(self, make_trainer, resnet_settings, changes):
         settings = resnet_settings | changes
         plain, cached = (run(make_trainer(settings, cached=cached)) for cached in (False, True))
         assert cached[0] == pytest.approx(plain[0], abs=1e-5)
@@ -136,7 +136,7 @@ class TestPass:
         assert sum(encoded) == 51
         assert "was made with another encoder: the pictures of this run's clips are encoded again" in caplog.text
 
-    def test_goes_on_after_an_interruption(self, make_trainer, encoded, monkeypatch, tmp_path):
+    def test_continues_after_an_interruption(self, make_trainer, encoded, monkeypatch, tmp_path):
         monkeypatch.setattr("training_rice.feature_cache.ROWS_PER_BLOCK", 8)
         make_trainer(cached=True)
         first, *_ = sorted(tmp_path.glob("cache/rice_features/clips-*/view-0-block-000001.pt"))
@@ -146,7 +146,7 @@ class TestPass:
         # The last four clips have seven frames, and one picture tells the size.
         assert sum(encoded) == 8
 
-    def test_a_small_disk_is_refused_beforehand(self, make_trainer, encoded, monkeypatch):
+    def test_a_small_disk_is_refused_before_encoding(self, make_trainer, encoded, monkeypatch):
         usage = type("Usage", (), {"free": 1000})
         monkeypatch.setattr("training_rice.feature_cache_encoding.shutil.disk_usage", lambda path: usage)
         with pytest.raises(ValueError, match="needs 108,800 bytes, and .*rice_features has 1,000 free; make room"):
@@ -187,7 +187,7 @@ class TestPass:
 class TestViews:
     data = {"augment_crop": 0.5, "augment_flip": 0.5}
 
-    def test_are_drawn_anew_at_each_step_and_alike_in_each_run(self, make_trainer):
+    def test_are_drawn_at_each_step_and_equal_in_each_run(self, make_trainer):
         batches = []
         for _ in range(2):
             trainer = make_trainer(cached=True, data=self.data, cached_views=3)
@@ -224,7 +224,7 @@ class TestRefusals:
             ({}, {"cached_views": 4}, "cached_views 4 would give equal views"),
         ],
     )
-    def test_name_what_does_not_go_together(self, make_trainer, data, overrides, message):
+    def test_name_settings_that_exclude_each_other(self, make_trainer, data, overrides, message):
         with pytest.raises(ValueError, match=message):
             make_trainer(cached=True, data=data, **overrides)
 

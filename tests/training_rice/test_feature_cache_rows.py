@@ -1,4 +1,4 @@
-"""What names the pictures of a run, and how they look in each view."""
+"""The key of the pictures of a run, and how pictures change in each view."""
 
 import os
 
@@ -48,7 +48,7 @@ class TestRowsName:
         assert rows_name(clips(file), processor) == rows_name(moved, processor)
         assert rows_name(clips(file), processor, use_boxes=True) != rows_name(moved, processor, use_boxes=True)
 
-    def test_a_missing_file_has_a_name_too(self, tmp_path, processor):
+    def test_a_missing_file_is_part_of_the_name(self, tmp_path, processor):
         assert rows_name(clips(tmp_path / "gone.png"), processor) != rows_name(clips(tmp_path / "other"), processor)
 
 

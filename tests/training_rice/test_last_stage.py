@@ -79,7 +79,7 @@ def test_the_checkpoint_is_an_ordinary_one(make_trainer, settings_of, tmp_path):
     assert loaded.last_stage is None and loaded.fingerprint() == trainer.model.fingerprint()
 
 
-def test_dropout_of_the_last_stage_is_at_work_and_that_of_others_is_not(make_trainer, model_settings):
+def test_only_dropout_of_the_last_stage_is_active(make_trainer, model_settings):
     vision = {**CLIP_VISION, "num_hidden_layers": 2, "attention_dropout": 0.5}
     trainer = make_trainer(model_settings | {"vision_config": vision}, cached=False, **STAGE)
     trainer.model.train()
@@ -101,7 +101,7 @@ class TestCache:
     def folder(self, trainer):
         return trainer.data_collator.clips.folder
 
-    def test_is_shared_by_all_that_stands_on_the_same_frozen_stages(self, make_trainer, make_model, settings_of):
+    def test_is_shared_by_runs_with_the_same_frozen_stages(self, make_trainer, make_model, settings_of):
         folder = self.folder(make_trainer(settings_of["resnet"], cached=True, **STAGE))
         assert self.folder(make_trainer(settings_of["resnet, aligned"], cached=True, **STAGE)) == folder
         model = make_model(settings_of["resnet"])

@@ -23,14 +23,14 @@ def test_oldest_is_replaced_first():
     assert queue.video_embeds[:, 0].tolist() == [-6, -2, -3, -4, -5]
 
 
-def test_of_a_larger_batch_the_last_pairs_stay():
+def test_the_last_pairs_of_a_larger_batch_are_kept():
     queue = MemoryQueue(3, 3)
     queue.push(rows(1, 2, 3, 4, 5), rows(1, 2, 3, 4, 5), torch.arange(5))
     assert sorted(queue.product_ids.tolist()) == [2, 3, 4]
     assert queue.image_embeds[:, 0].tolist() == [3, 4, 5]
 
 
-def test_what_is_not_finite_stays_out():
+def test_pairs_that_are_not_finite_are_left_out():
     queue = MemoryQueue(4, 3)
     images = rows(1, 2, 3)
     images[1, 2] = torch.nan
@@ -39,7 +39,7 @@ def test_what_is_not_finite_stays_out():
     assert queue.image_embeds.isfinite().all() and queue.video_embeds.isfinite().all()
 
 
-def test_what_is_pushed_later_does_not_change_it():
+def test_pushed_tensors_are_copied():
     queue, images = MemoryQueue(2, 3), rows(1, 2)
     queue.push(images, images, torch.tensor([1, 2]))
     images.zero_()

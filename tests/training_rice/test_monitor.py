@@ -1,4 +1,4 @@
-"""What a run shows besides its losses."""
+"""What a run logs besides its losses."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ class TestPartTimer:
         timer.leave()
         assert timer.seconds == dict.fromkeys(PARTS, 0.0) | {"losses": 3.0, "encoder": 3.0}
 
-    def test_left_after_an_error(self):
+    def test_timer_ends_after_an_error(self):
         timer = PartTimer(torch.device("cpu"))
 
         def fail():

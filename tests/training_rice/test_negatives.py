@@ -133,7 +133,7 @@ class TestChunks:
         icl = make_trainer(tmp_path, {"use_decoder": False}, grad_cache_chunk=3).describe()
         assert "for pairs" not in icl
 
-    def test_batch_norms_are_warned_of(self, tmp_path):
+    def test_batch_norms_give_a_warning(self, tmp_path):
         vision = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
         settings = {"vision_config": vision | {"layer_type": "basic"}, "vision_pooling": "mean", "use_decoder": False}
         assert "batch norms use chunks of 3" in make_trainer(tmp_path, settings, grad_cache_chunk=3).describe()
@@ -153,7 +153,7 @@ class TestChunks:
 
 
 class TestMemory:
-    def test_restored_to_the_bit(self, tmp_path):
+    def test_restored_bit_for_bit(self, tmp_path):
         options = {"memory_queue_size": 12, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
         whole, expected, _ = trained(tmp_path / "whole", max_steps=4, **options)
         trained(tmp_path / "parts", max_steps=2, **options)
@@ -252,7 +252,7 @@ def test_two_processes_equal_one(processes, tmp_path, name):
             torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
 
 
-def test_exchanged_bytes_are_told_and_counted(processes):
+def test_exchanged_bytes_are_logged_and_counted(processes):
     from modeling_rice import RiceConfig
     from training_rice.gather import exchanged_bytes
 

@@ -85,7 +85,7 @@ class TestAverage:
             assert model.weight.item() == pytest.approx(expected, rel=1e-6)
         assert model.weight.item() == 8.0
 
-    def test_own_weights_come_back_after_an_error(self, make_model):
+    def test_own_weights_are_restored_after_an_error(self, make_model):
         model = make_model()
         average = AveragedWeights(model, 0.9)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A model that starts from a pretrained encoder: what is taken over, and what is said about the rest."""
+"""A model that starts from a pretrained encoder: which weights are used, and what is reported about the rest."""
 
 import logging
 
@@ -45,7 +45,7 @@ class TestEncoder:
         assert {value.dtype for value in model.parameters()} == {torch.float32}
         model(torch.zeros(4, 3, 32, 32), torch.zeros(4, 1, 3, 32, 32)).loss.backward()
 
-    def test_batch_norms_come_along(self, resnet_settings, tmp_path):
+    def test_batch_norms_are_copied(self, resnet_settings, tmp_path):
         vision = {name: value for name, value in resnet_settings["vision_config"].items() if name != "model_type"}
         encoder = ResNetModel(ResNetConfig(**vision))
         encoder(torch.randn(2, 3, 32, 32))
@@ -72,7 +72,7 @@ def assert_same_block(block, layer, output_projection: bool = True) -> None:
         assert torch.equal(ours.bias, theirs.bias)
 
 
-class TestWhatElseIsTaken:
+class TestOtherParts:
     @pytest.fixture
     def clip(self, tmp_path):
         """Encoder of width 32 with three layers; text tower and projection of width 16."""
@@ -153,12 +153,12 @@ class TestWhatElseIsTaken:
             in build(decoder_token_source="raw", decoder_num_self_layers=3, projection_dim=8)[1]
         )
 
-    def test_other_vision_config_is_told(self, build):
+    def test_another_vision_config_is_reported(self, build):
         model, text = build(vision_config={"model_type": "resnet"}, use_decoder=False)
         assert "(clip_vision_model) replaces the recipe's vision_config (resnet), which differs in model_type." in text
         assert model.config.vision_config.hidden_size == 32
 
-    def test_same_vision_config_is_not(self, build):
+    def test_same_vision_config_is_not_reported(self, build):
         assert "replaces" not in build(vision_config={"hidden_size": 32, "patch_size": 8})[1]
 
 

@@ -129,7 +129,7 @@ def test_recorded_steps_are_reproduced(reference_dir):
         assert error < TOLERANCE, f"{name}: {error:.1e} of the maximum"
 
 
-def test_adamw_goes_elsewhere(reference_dir):
+def test_adamw_gives_other_weights(reference_dir):
     """Why there is a class of its own: under the same settings AdamW's bias correction changes the way."""
     folder = reference_dir
     model = replay(folder, torch.optim.AdamW)[0]

@@ -19,7 +19,7 @@ def rows(*numbers: int) -> list[dict]:
     return [{"clip_id": f"clip{number}", "image_id": f"image{number}"} for number in numbers]
 
 
-def test_seeded_leaves_no_trace():
+def test_seeded_restores_the_generators():
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state(), torch.initial_seed()
     with seeded(5):
         first = draw()
@@ -50,7 +50,7 @@ def _draw(rows):
     return draw()
 
 
-def test_workers_hear_of_the_epoch():
+def test_workers_get_the_epoch():
     """Also those that live on from epoch to epoch."""
     collator = SeededCollator(_draw, seed=1)
     data = rows(1, 2, 3, 4)
@@ -78,7 +78,7 @@ def test_epochs_are_counted():
     assert heard == [2, 3, 4, 0]
 
 
-def test_sampler_below_the_dealing_hears_of_the_epoch():
+def test_the_inner_sampler_gets_the_epoch():
     sampler = Sampler(range(8))
     dealt = BatchSamplerShard(BatchSampler(sampler, 2, drop_last=True), num_processes=2, process_index=1)
     for loader in (

@@ -1,4 +1,4 @@
-"""Runs that are killed and go on: the same weights to the bit, from whole checkpoints only."""
+"""Killed and continued runs: the same weights bit for bit, from complete checkpoints only."""
 
 import json
 import os
@@ -192,7 +192,7 @@ class TestKilled:
         assert killed(run, "killed", count_and_die)
         assert torch.equal(run("killed", count).stateful["counter"].rows, whole)
 
-    def test_without_the_seeds_of_the_data_it_differs(self, run, tmp_path, monkeypatch):
+    def test_without_data_seeds_the_weights_differ(self, run, tmp_path, monkeypatch):
         """The tests above would notice."""
         from training_rice import randomness
 
@@ -234,7 +234,7 @@ class TestFitted:
             assert json.loads((other / "config.json").read_text()) == config
             assert config["text_score_weight"] != 0.37 and config["fusion_weight"] > 0
 
-    def test_the_best_checkpoint_brings_its_own(self, run, reads, tmp_path, monkeypatch):
+    def test_the_best_checkpoint_restores_its_fitted_weights(self, run, reads, tmp_path, monkeypatch):
         fitted = iter([(0.5, 2.0), (0.9, 3.0), (0.3, 4.0), (0.2, 5.0)])
 
         def validate(self, prefix):
@@ -245,7 +245,7 @@ class TestFitted:
         trainer = run("run", **reads | {"load_best_model_at_end": True, "eval_steps": 2})
         assert trainer.model.config.text_score_weight == 3.0
 
-    def test_without_them_it_differs(self, run, reads, tmp_path, monkeypatch):
+    def test_without_fitted_weights_it_differs(self, run, reads, tmp_path, monkeypatch):
         """The tests above would notice."""
         monkeypatch.setattr(RiceTrainer, "fitted_fields", ())
         run("whole", **reads)
@@ -254,7 +254,7 @@ class TestFitted:
         with pytest.raises(AssertionError):
             assert_same_weights(tmp_path / "killed", tmp_path / "whole")
 
-    def test_validation_before_the_first_step_is_not_made_again(self, run, reads):
+    def test_validation_before_the_first_step_is_not_repeated(self, run, reads):
         reads |= {"eval_on_start": True, "eval_steps": 100}
         assert killed(run, "killed", in_step(6), **reads)
         history = run("killed", **reads).state.log_history
@@ -312,7 +312,7 @@ def poison(*steps: int):
 
 
 class TestNotFinite:
-    def test_update_is_left_out(self, run, resnet_settings, tmp_path):
+    def test_update_is_skipped(self, run, resnet_settings, tmp_path):
         """Weights, averages and batch norms stay as they were before the step, and the count is logged."""
         options = {"settings": resnet_settings, "save_steps": 1, "save_total_limit": None, "ema_decay": 0.9}
         options |= {"weight_decay": 0.1, "max_steps": 4}
@@ -341,7 +341,7 @@ class TestNotFinite:
         assert f"the last good checkpoint is {checkpoint}:" in str(error.value)
         assert checkpoints.why_broken(checkpoint) is None
 
-    def test_count_goes_on_after_an_interruption(self, run, tmp_path):
+    def test_count_continues_after_an_interruption(self, run, tmp_path):
         def change(trainer):
             poison(1, 2, 3)(trainer)
             in_step(6)(trainer)
@@ -350,7 +350,7 @@ class TestNotFinite:
         with pytest.raises(FloatingPointError, match="5 steps in a row, up to step 6"):
             run("bad", poison(0, 1), max_nonfinite_steps=5)
 
-    def test_infinite_gradient_of_a_scaled_loss_is_the_scalers_business(self, make_model):
+    def test_infinite_gradient_of_a_scaled_loss_is_left_to_the_scaler(self, make_model):
         guard = UpdateGuard(make_model(), 10, lambda: None)
         guard.begin()
         guard.see(torch.tensor(1.0))

@@ -1,4 +1,4 @@
-"""Models to start from, checkpoints to go on from, and the record of a run's arguments."""
+"""Models to start from, checkpoints to continue from, and the record of a run's arguments."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def saved(make_model, processor, tmp_path):
     return folder
 
 
-def test_missing_test_files_come_with_the_hint_to_train_without_validation(training, tmp_path):
+def test_missing_test_files_suggest_training_without_validation(training, tmp_path):
     annotations = tmp_path / "lpr4m" / "annotations"
     annotations.mkdir(parents=True)
     rows = ("\t".join((f"0-0-0-0-0-{i}-{i + 1}", f"['f{i}']", "[]", f"image{i}", *[""] * 7)) for i in range(16))
@@ -98,7 +98,7 @@ def cut(path) -> None:
 
 
 class TestProcesses:
-    def test_several_that_do_not_see_each_other(self, training, monkeypatch):
+    def test_several_unconnected_processes(self, training, monkeypatch):
         check_processes(training)
         monkeypatch.setenv("WORLD_SIZE", "2")
         with pytest.raises(ValueError, match="2 processes were started, but this one sees 1; .*ACCELERATE_USE_CPU"):
@@ -147,7 +147,7 @@ class TestModel:
         for name, value in without.state_dict().items():
             assert torch.equal(grown.state_dict()[name], value)
 
-    def test_what_a_checkpoint_ranks_by_is_chosen_anew(self, make_model, tmp_path):
+    def test_the_ranking_of_a_checkpoint_is_chosen_again(self, make_model, tmp_path):
         model = make_model(fusion_weight=0.5, ranking="fused")
         model.save_pretrained(tmp_path / "fused")
         for changes in ({"use_decoder": False}, {"fusion_weight": None}, {}):
@@ -176,7 +176,7 @@ class TestModel:
         with pytest.raises(FileNotFoundError, match="nothing"):
             build_model(ModelArguments(model_name_or_path=str(tmp_path / "nothing"), model={}))
 
-    def test_cut_checkpoint(self, saved):
+    def test_truncated_checkpoint(self, saved):
         cut(saved / "model.safetensors")
         with pytest.raises(ValueError, match="model.safetensors is cut short"):
             build_model(ModelArguments(model_name_or_path=str(saved), model={}))
@@ -209,7 +209,7 @@ class TestAttention:
         assert model.config._attn_implementation == expected
         assert model.vision_model.config._attn_implementation == expected
 
-    def test_an_encoder_without_sdpa_attends_as_it_can(self, resnet_settings):
+    def test_an_encoder_without_sdpa_uses_a_supported_back_end(self, resnet_settings):
         model = RiceModel(RiceConfig(**resnet_settings))
         training = SimpleNamespace(bf16=False, device=torch.device("cpu"))
         for name in ("eager", "sdpa"):
@@ -217,7 +217,7 @@ class TestAttention:
             configs = model.config, model.vision_model.config
             assert [config._attn_implementation for config in configs] == [name, "eager"]
 
-    def test_activations_are_recomputed_where_the_encoder_can(self, make_model, resnet_settings):
+    def test_activations_are_recomputed_if_the_encoder_supports_it(self, make_model, resnet_settings):
         asked = SimpleNamespace(activation_checkpointing=True, gradient_checkpointing=False)
         check_recomputation(make_model(), asked)
         model = RiceModel(RiceConfig(**resnet_settings))
@@ -271,7 +271,7 @@ class TestRecord:
         with pytest.raises(ValueError, match="learning_rate=5e-05, not 1.0"):
             self.record(dataclasses.replace(training, learning_rate=1.0), True, {"projection_dim": 8})
 
-    def test_what_json_has_no_word_for(self, training, tmp_path):
+    def test_values_without_a_json_form(self, training, tmp_path):
         self.record(dataclasses.replace(training, max_grad_norm=float("inf")), False)
         text = (tmp_path / "run" / "train_arguments.json").read_text()
         assert json.loads(text, parse_constant=pytest.fail)["max_grad_norm"] == "Infinity"
@@ -285,7 +285,7 @@ class TestRecord:
         moved = dataclasses.replace(training, output_dir=str(tmp_path / "moved"), logging_steps=3, disable_tqdm=True)
         self.record(moved, True)
 
-    def test_new_run_forgets_former_results(self, training, tmp_path):
+    def test_new_run_removes_previous_results(self, training, tmp_path):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / RESULTS_FILE).write_text("{}")
         self.record(training, False)

@@ -25,7 +25,7 @@ def text_model(make_model, **settings):
 
 
 class TestSetup:
-    def test_a_new_encoder_has_the_vocabulary_of_the_tokenizer_to_come(self, model_settings):
+    def test_a_new_encoder_has_the_vocabulary_of_the_new_tokenizer(self, model_settings):
         arguments = ModelArguments(model=model_settings | {"text_config": TEXT | {"max_position_embeddings": 24}})
         data = DataArguments(vocab_size=450, use_text=True, text_length=30)
         model = build_model(arguments, data)
@@ -37,7 +37,7 @@ class TestSetup:
         said, heard = processor(asr=["red dress"]), processor(asr=["Red Dress!"])
         assert said["asr_input_ids"].tolist() == heard["asr_input_ids"].tolist()
 
-    def test_a_pretrained_one_brings_weights_and_tokenizer(self, model_settings, tmp_path):
+    def test_a_pretrained_text_encoder_includes_its_tokenizer(self, model_settings, tmp_path):
         tokenizer = train_tokenizer(["other words"] * 9, vocab_size=400)
         source = BertModel(BertConfig(vocab_size=400, **TEXT))
         source.save_pretrained(tmp_path)
@@ -59,7 +59,7 @@ class TestSetup:
         assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(tmp_path).get_vocab()
         assert tokenizer.model_max_length == 10
 
-    def test_a_tokenizer_that_is_not_there_is_refused(self, model_settings, tmp_path):
+    def test_a_missing_tokenizer_is_refused(self, model_settings, tmp_path):
         BertConfig(vocab_size=400, **TEXT).save_pretrained(tmp_path / "bert")
         (tmp_path / "empty").mkdir()
         config = build_model(ModelArguments(model=model_settings)).config
@@ -78,7 +78,7 @@ class TestSetup:
                     )
                 assert "\n" not in str(error.value)
 
-    def test_a_checkpoint_without_text_goes_on_with_it_and_back(self, make_model, tmp_path):
+    def test_a_checkpoint_can_gain_and_lose_text(self, make_model, tmp_path):
         # A decoder with positions has one more with a title.
         make_model(decoder_position_embeddings=False).save_pretrained(tmp_path / "plain")
         section = {"text_config": TEXT, "text_score_weight": 1.0}
@@ -139,7 +139,7 @@ def test_the_loss_falls_is_logged_and_the_weight_is_fitted(
     assert "eval_fused_text_weight" not in bare and model.config.fused_text_weight is None
 
 
-def test_a_run_with_noisy_asr_goes_on_as_if_it_had_not_been_stopped(make_model, processor, text_pairs, tmp_path):
+def test_a_run_with_noisy_asr_continues_to_the_same_losses(make_model, processor, text_pairs, tmp_path):
 
     def train(folder: str, workers: int = 0, **settings) -> list[float]:
         args = RiceTrainingArguments(
@@ -158,7 +158,7 @@ def test_a_run_with_noisy_asr_goes_on_as_if_it_had_not_been_stopped(make_model, 
     assert again == whole
 
 
-def test_text_scores_apart_are_added_with_the_best_weight(make_model, processor, text_validation):
+def test_separate_text_scores_are_added_with_the_best_weight(make_model, processor, text_validation):
     queries, gallery, scope = text_validation
     task = RetrievalTask.from_datasets(queries, gallery, scope)
     scores = {

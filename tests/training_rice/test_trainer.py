@@ -144,7 +144,7 @@ class TestDescription:
         assert "1 process(es) x batch 4: negatives per query = 3" in text
         assert "warning" not in text
 
-    def test_accumulation_is_no_larger_batch(self, make_trainer):
+    def test_accumulation_does_not_enlarge_the_batch(self, make_trainer):
         text = make_trainer(gradient_accumulation_steps=4).describe()
         assert "negatives per query = 3" in text
         assert "warning: 4 accumulated steps average gradients and add no negatives" in text
@@ -178,7 +178,7 @@ class TestOptimizer:
     def test_without_it_one_rate(self, make_trainer):
         assert {group["lr"] for group in make_trainer().create_optimizer().param_groups} == {5e-5}
 
-    def test_frozen_encoder_does_not_move(self, make_trainer, resnet_settings):
+    def test_frozen_encoder_is_unchanged(self, make_trainer, resnet_settings):
         """Its batch norms neither, which would need no gradient to move."""
         trainer = make_trainer(resnet_settings, freeze_vision=True, vision_learning_rate=1.0, learning_rate=1e-2)
         before = copy_of(trainer.model)
@@ -188,7 +188,7 @@ class TestOptimizer:
         assert "visual_projection.weight" in moved
         assert any(name.startswith("decoder.") for name in moved)
 
-    def test_unfrozen_encoder_moves(self, make_trainer, resnet_settings):
+    def test_unfrozen_encoder_is_trained(self, make_trainer, resnet_settings):
         trainer = make_trainer(resnet_settings, learning_rate=1e-2)
         before = copy_of(trainer.model)
         trainer.train()

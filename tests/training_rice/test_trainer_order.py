@@ -1,4 +1,4 @@
-"""Which rows the trainer sees in which step: with each sampler, streamed or not, and going on after a stop."""
+"""Which rows the trainer sees in which step: with each sampler, streamed or not, and after a restart."""
 
 import pytest
 from datasets import Dataset

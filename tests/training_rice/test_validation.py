@@ -1,4 +1,4 @@
-"""Validation that processes share: each query and gallery once, and the figures of one process."""
+"""Validation shared among processes: each query and gallery once, with the figures of one process."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def rooms(validation):
 
 @pytest.mark.parametrize("scope", ["live", "all"])
 @pytest.mark.parametrize("world_size", [2, 3, 7])
-def test_parts_make_the_whole(make_model, processor, rooms, scope, world_size):
+def test_parts_equal_the_whole(make_model, processor, rooms, scope, world_size):
     queries, gallery = rooms
     task = RetrievalTask.from_datasets(queries, gallery, scope)
     retriever = ModelRetriever(make_model(), RiceCollator(processor))
@@ -69,7 +69,7 @@ def test_one_process(make_model, processor, rooms):
     assert len(failures) == len(expected_failures) == 1
 
 
-def test_problem_of_another_process(make_model, processor, rooms, monkeypatch):
+def test_error_of_another_process(make_model, processor, rooms, monkeypatch):
     """Everybody stops with the sentence of the one that cannot go on."""
     queries, gallery = rooms
     task = RetrievalTask.from_datasets(queries, gallery, "live")
@@ -118,7 +118,7 @@ def test_recall_is_computed_by_the_main_process_alone(make_model, processor, roo
         validate_together(*arguments)
 
 
-def test_nobody_waits_for_a_main_process_that_fails(make_model, processor, rooms, two_processes, monkeypatch):
+def test_processes_do_not_wait_for_a_failed_main_process(make_model, processor, rooms, two_processes, monkeypatch):
     queries, gallery = rooms
     task = RetrievalTask.from_datasets(queries, gallery, "live")
     sent = []

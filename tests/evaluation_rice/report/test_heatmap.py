@@ -61,7 +61,7 @@ def test_heat_of_an_alignment_is_that_of_the_best_match():
     np.testing.assert_allclose(maps.heat((0, 0)), [[[0, 1], [1, 1]], [[1, 1], [1, 1]]])
 
 
-def test_of_a_short_side_the_region_follows_the_pictures_shape():
+def test_the_region_of_a_short_side_follows_the_shape_of_the_picture():
     crop = SimpleNamespace(
         do_center_crop=True, crop_size={"width": 224, "height": 224}, size=SizeDict(shortest_edge=224)
     )
@@ -75,14 +75,14 @@ def test_equal_weights_have_no_heat():
     assert PairMaps(np.full((1, 1, 2, 1, 1), 0.3)).heat().tolist() == [[[0.0]], [[0.0]]]
 
 
-def test_models_that_reconstruct_nothing_are_refused():
+def test_models_without_maps_are_refused():
     without = SimpleNamespace(reconstruction_maps=None, reconstruction_head=None)
     assert not has_maps(without) and not has_maps(object()) and has_maps(Reconstructing())
     with pytest.raises(ValueError, match="no patch reconstruction"):
         pair_maps(without, {})
 
 
-def test_patches_that_are_no_square_are_refused():
+def test_patches_that_do_not_form_a_square_are_refused():
     odd = SimpleNamespace(reconstruction_maps=lambda: torch.zeros(1, 6, 2, 6))
     with pytest.raises(ValueError, match="6 patches are not a square grid"):
         pair_maps(odd, {})
@@ -100,7 +100,7 @@ def test_rows_become_pictures_under_heat(collator, shop):
     assert bright[-1, -1] == bright.max() > bright[0, 0]
 
 
-def test_frames_that_were_left_out_have_no_heat(shop):
+def test_frames_that_the_model_did_not_use_have_no_heat(shop):
     query = dict(shop.queries[0])
     frames = len(query["frames"])
     query["boxes"] = [None] * (frames - 1) + [[0.0, 0.0, 1.0, 1.0]]

@@ -83,7 +83,7 @@ def rows_of(table: ElementTree.Element) -> list[list[str]]:
     return [["".join(cell.itertext()) for cell in row] for row in table.iter("tr")]
 
 
-def test_page_is_well_formed_and_holds_everything_itself(evaluate, tmp_path):
+def test_page_is_well_formed_and_needs_no_other_file(evaluate, tmp_path):
     write_html_report(tmp_path, evaluate())
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     root = parse(page)
@@ -95,7 +95,7 @@ def test_page_is_well_formed_and_holds_everything_itself(evaluate, tmp_path):
     assert [meta.get("content") for meta in root.iter("meta")][1].startswith("default-src 'none'")
 
 
-def test_figures_are_those_of_the_results(evaluate):
+def test_figures_equal_those_of_the_results(evaluate):
     evaluation = evaluate()
     results = json.loads(json.dumps(evaluation.results))
     root = parse(html_report(evaluation))
@@ -135,7 +135,7 @@ def test_marks_the_right_image_and_shows_heat_of_the_pair(evaluate):
     assert "bright: much" in "".join(root.itertext())
 
 
-def test_a_clip_without_heat_says_why(evaluate):
+def test_a_clip_without_heat_map_shows_the_reason(evaluate):
     def heat(query, image):
         raise ValueError("the frame is damaged")
 
@@ -157,7 +157,7 @@ def test_results_of_a_model_without_decoder_speed_or_groups(evaluate):
     evaluation.results["protocol"]["rank_by"] = "embedding"
     page = html_report(evaluation)
     parse(page)
-    assert "Fusion of" not in page and "Where it works" not in page and "<h2>Speed" not in page
+    assert "Fusion of" not in page and "Recall by attribute" not in page and "<h2>Speed" not in page
     assert "Every clip and image could be read" in page and "R@1 by embedding score" in page
 
 

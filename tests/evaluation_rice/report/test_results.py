@@ -50,7 +50,7 @@ def test_results_hold_no_nan(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rows_are_a_fixed_mix():
+def test_rows_are_evenly_spaced_hits_and_misses():
     assert choose_rows(list(range(0, 100)), list(range(100, 200)), 4) == ([25, 75], [125, 175])
     assert choose_rows([1], list(range(100, 200)), 4) == ([1], [116, 150, 183])
     assert choose_rows([1, 2], [], 10) == ([1, 2], [])

@@ -100,7 +100,7 @@ def calls(folder):
     return (folder / "calls.txt").read_text().splitlines()
 
 
-def test_every_arm_goes_on_from_the_start_of_its_seed(project):
+def test_every_arm_continues_from_the_start_of_its_seed(project):
     summary = project(STUDY)
     start = json.loads((project.folder / "out/start/seed4/model/model.json").read_text())
     assert start["--max_steps"] == "5" and start["--model.use_decoder"] == "false" and start["--seed"] == "4"
@@ -115,7 +115,7 @@ def test_every_arm_goes_on_from_the_start_of_its_seed(project):
     assert summary["not_run"] == []
 
 
-def test_what_is_finished_is_not_run_again(finished):
+def test_finished_cells_are_not_run_again(finished):
     first = finished.summary()
     before = calls(finished.folder)
     assert finished(STUDY) == first
@@ -126,7 +126,7 @@ def test_what_is_finished_is_not_run_again(finished):
     assert calls(finished.folder)[len(before) :] == ["train out/good/seed3/model", "eval out/good/seed3/eval"]
 
 
-def test_without_time_the_cells_are_said_to_be_not_run(project, capsys):
+def test_cells_beyond_the_time_limit_are_listed_as_not_run(project, capsys):
     summary = project({**STUDY, "render": {"data": {"no_such_argument": 1}}}, "--max_minutes", "0")
     assert not (project.folder / "calls.txt").exists() and not (project.folder / "out/render.log").exists()
     assert [cell["arm"] for cell in summary["not_run"]][::2] == ["start", "plain", "good", "again"]
@@ -139,7 +139,7 @@ def test_without_time_the_cells_are_said_to_be_not_run(project, capsys):
     )
 
 
-def test_why_the_start_failed_is_told(project):
+def test_a_failed_start_is_reported_with_its_reason(project):
     with pytest.raises(SystemExit) as stop:
         project({**STUDY, "start": {"skill": "broken"}})
     assert stop.value.code == 1
@@ -148,7 +148,7 @@ def test_why_the_start_failed_is_told(project):
     assert reasons["plain", 4] == "not run: start of seed 4 is missing"
 
 
-def test_a_failing_cell_is_told_and_the_others_go_on(project, capsys):
+def test_a_failing_cell_is_reported_and_the_others_run(project, capsys):
     arms = {**STUDY["arms"], "bad": {"train": {"skill": "broken"}}}
     with pytest.raises(SystemExit) as stop:
         project({**STUDY, "arms": arms})
@@ -202,7 +202,7 @@ def test_an_evaluation_of_a_changed_model_is_not_mixed(finished):
     assert "out/plain/seed3" in finished.reasons()["again", 3]
 
 
-def test_records_of_former_versions_count(finished):
+def test_records_of_earlier_versions_are_read(finished):
     former = finished.summary()
     for record in (finished.folder / "out").glob("*/seed*/cell.json"):
         content = json.loads(record.read_text())
@@ -246,7 +246,7 @@ TEN = [f"q{i}" for i in range(10)]
         (TEN, None, "+80.0"),
     ],
 )
-def test_only_the_same_questions_are_compared(finished, capsys, ids, task, shown):
+def test_only_results_on_the_same_queries_are_compared(finished, capsys, ids, task, shown):
     for seed in (3, 4):
         answer(finished, "good", seed, ids, task)
     summary = finished(STUDY)
@@ -275,7 +275,7 @@ def test_seeds_of_an_arm_on_other_clips_are_not_averaged(finished):
         ("results.json", '{"protocol": [', "results.json is no complete results file"),
     ],
 )
-def test_a_cell_whose_results_cannot_be_read_is_told(finished, name, content, words):
+def test_a_cell_with_unreadable_results_is_reported(finished, name, content, words):
     path = finished.folder / "out/good/seed3/eval" / name
     path.write_text(content) if content else path.unlink()
     with pytest.raises(SystemExit) as stop:
@@ -305,7 +305,7 @@ def test_an_output_that_cannot_be_a_folder(project, capsys, output):
     assert stop.value.code == 2 and f"--output_dir {output}: file is a file" in capsys.readouterr().err
 
 
-def test_chosen_arms_bring_the_model_they_need(project):
+def test_chosen_arms_include_the_arm_whose_model_they_use(project):
     summary = project(STUDY, "--arms", "again", "--jobs", "2")
     assert set(summary["arms"]) == {"plain", "again"}
     assert {cell["arm"] for cell in summary["not_run"]} == {"good"}
@@ -382,7 +382,7 @@ def test_without_matplotlib_there_is_no_picture(finished, monkeypatch, capsys):
     assert not (finished.folder / "out/ablation.png").exists()
 
 
-def test_it_wants_the_scripts(tmp_path, monkeypatch, capsys):
+def test_a_folder_without_the_scripts_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "s.yaml").write_text("recipe: r\narms: {a: }\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):

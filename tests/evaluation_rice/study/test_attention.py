@@ -56,7 +56,7 @@ def test_cover_of_a_patch_is_the_part_of_it_that_lies_in_the_box():
 
 
 @pytest.mark.parametrize("side", [1, 3, 7])
-def test_even_attention_is_inside_a_box_by_its_area(side):
+def test_uniform_attention_inside_a_box_equals_its_area(side):
     box = (0.13, 0.2, 0.57, 0.95)
     cover = np.stack([box_cover(box, side), box_cover(None, side)])
     shares = box_shares(np.ones((1, 2, side**2)), cover)
@@ -64,7 +64,7 @@ def test_even_attention_is_inside_a_box_by_its_area(side):
     assert shares["on_frames"] == pytest.approx(0.5) and shares["in_boxes_of_frames"] == pytest.approx(0.33)
 
 
-def test_shares_are_the_mean_over_rows_whatever_their_sums():
+def test_shares_are_the_mean_over_normalised_rows():
     cover = np.zeros((2, 4))
     cover[0, 0] = 0.5
     weights = np.zeros((3, 2, 4))
@@ -117,7 +117,7 @@ def test_clips_are_evenly_spaced_among_those_with_boxes(collator, shop):
     assert [clip["clip_id"] for clip in chosen] == ["c", "e"]
 
 
-def test_what_cannot_be_measured_is_listed(collator, shop):
+def test_clips_that_cannot_be_measured_are_listed(collator, shop):
     (shop.folder / "y" / "y1.png").write_bytes(b"no image")
     result = measure(Looking(), collator, shop.queries, shop.gallery, quiet=True)
     assert result["failures"][0]["id"] == "b" and "y1.png" in result["failures"][0]["reason"]
@@ -138,7 +138,7 @@ def test_refusals(collator, shop):
         clip_shares(odd, collator, shop.queries[0], [shop.gallery[0]])
 
 
-def test_intervals_are_over_shops_where_there_are_several():
+def test_intervals_are_over_several_shops():
     shares = dict.fromkeys(attention.SHARES, 0.5)
     clips = [
         {"live_id": live, "uniform": shares, "score": [dict.fromkeys(attention.SHARES, value), shares]}
@@ -186,12 +186,12 @@ def command(collator, shop, tmp_path, monkeypatch):
     return call
 
 
-def test_the_cache_is_where_it_is_told_to_be(command):
+def test_the_cache_folder_can_be_chosen(command):
     command(Looking(), "--cache_dir", "elsewhere")
     assert command.caches == ["elsewhere", "elsewhere"]
 
 
-def test_an_output_that_cannot_be_written_is_told_before_the_work(command, tmp_path, capsys):
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(command, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         command(None, "--output", str(tmp_path))
     assert end.value.code == 2 and f"--output {tmp_path} is a folder" in capsys.readouterr().err
@@ -201,7 +201,7 @@ def test_the_command_prints_a_table_and_writes_json(command, capsys):
     result = command(Looking())
     assert result["summary"]["num_clips"] == 5 and result["split"] == "test"
     text = capsys.readouterr().out
-    row = next(line for line in text.splitlines() if line.startswith("| attention that the score is made of, inside"))
+    row = next(line for line in text.splitlines() if line.startswith("| attention of the class token, inside"))
     assert row.split(" | ")[1:] == [
         "25.0",
         "100.0 (100.0 to 100.0)",
@@ -209,7 +209,7 @@ def test_the_command_prints_a_table_and_writes_json(command, capsys):
         "+75.0 (+75.0 to +75.0)",
         "+75.0 (+75.0 to +75.0) |",
     ]
-    assert "left out: 10.0 % of that attention" in text and "percentile bootstrap over 2 shops" in text
+    assert "not counted: 10.0 % of the attention" in text and "percentile bootstrap over 2 shops" in text
 
 
 def test_the_command_refuses_a_model_without_decoder_in_one_sentence(command, capsys):

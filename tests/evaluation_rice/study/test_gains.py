@@ -68,7 +68,7 @@ def test_groups_of_several_shops_resample_shops():
     assert intervals == {"a": [0.0, 1.0], "b": [0.0, 0.0], "c": [1.0, 1.0]}
 
 
-def test_clips_that_one_side_alone_gets_right():
+def test_clips_that_only_one_side_gets_right():
     ids = ["a", "b", "c", "d", "e"]
     left = {0: np.array([1.0, 1, 1, 0, 0]), 1: np.array([0.0, 1, 0, 0, 0])}
     right = {0: np.array([0.0, 0, 0, 1, 0]), 1: np.array([0.0, 0, 1, 1, 0])}

@@ -71,7 +71,7 @@ def test_no_difference():
         ({0: np.ones(3), 1: np.ones(2)}, {0: np.ones(3), 1: np.ones(2)}, "different numbers of queries"),
     ],
 )
-def test_unlike_runs_are_refused(left, right, words):
+def test_runs_over_different_queries_are_refused(left, right, words):
     with pytest.raises(ValueError, match=words):
         paired_difference(left, right)
 
@@ -91,7 +91,7 @@ def test_ranks_are_in_order_of_the_ids(tmp_path):
     ("lives", "shops"),
     [(['"x"', '"y"'], ["y", "x"]), (["7", '"y"'], ["y", "7"]), (['""', '""'], ["", ""]), (["null", '"y"'], None)],
 )
-def test_the_shops_come_with_the_ranks(tmp_path, lives, shops):
+def test_ranks_include_their_shops(tmp_path, lives, shops):
     rows = [f'{{"query_id": "{query}", "live_id": {live}, "fused": 3}}' for query, live in zip("ba", lives)]
     (tmp_path / "query_ranks.jsonl").write_text("\n".join(rows))
     ranks = read_ranks(tmp_path)
@@ -106,7 +106,7 @@ def test_the_shops_come_with_the_ranks(tmp_path, lives, shops):
         ("[]", "line 1: expected a JSON object"),
     ],
 )
-def test_ranks_that_are_damaged(tmp_path, content, words):
+def test_damaged_ranks_are_refused(tmp_path, content, words):
     (tmp_path / "query_ranks.jsonl").write_text(content)
     with pytest.raises(ValueError, match=f"query_ranks.jsonl.*{words}.*: run eval_rice.py again"):
         read_ranks(tmp_path)

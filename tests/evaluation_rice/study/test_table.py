@@ -66,7 +66,7 @@ def test_seeds_of_an_arm_are_one_row_with_an_interval_over_queries(write, tmp_pa
     assert row["seeds"] == "2"
 
 
-def test_the_interval_goes_by_shops_and_says_so(write, tmp_path):
+def test_the_interval_resamples_shops_and_says_so(write, tmp_path):
     """Shop "a" has all hits and shop "b" none."""
     for arm, lives in (("new", "aabb"), ("old", None)):
         write(f"{arm}/seed0/eval", (1, 1, 0, 0), lives=lives)
@@ -109,7 +109,7 @@ def test_a_score_that_some_seeds_lack_is_the_mean_of_the_others(write, tmp_path)
         ({"task_sha256": "another rendering"}, "task_sha256 is 'abc'"),
     ],
 )
-def test_unlike_protocols_are_refused(write, change, words):
+def test_different_protocols_are_refused(write, change, words):
     entries = [table.read_entry(write("one")), table.read_entry(write("two", **change))]
     with pytest.raises(ValueError, match=f"one and .*two have different protocols: {words}"):
         table.markdown(entries)
@@ -143,7 +143,7 @@ def test_boxes_and_frames_may_differ_and_are_shown(write):
     assert cells(text, "RICE (two)")["frames"] == "10"
 
 
-def test_asr_is_shown_where_it_is_not_always_the_clips_own(write):
+def test_the_asr_column_is_shown_if_a_result_changed_the_asr(write):
     one, two = (table.read_entry(write(name, asr="own")) for name in ("one", "two"))
     assert "ASR" not in cells(table.markdown([one, two]), "RICE (one)")
     text = table.markdown([one, table.read_entry(write("wrong", asr="wrong")), table.read_entry(write("unread"))])
@@ -151,7 +151,7 @@ def test_asr_is_shown_where_it_is_not_always_the_clips_own(write):
     assert shown == ["own", "wrong", ""]
 
 
-def test_published_models_are_not_run_until_they_are(write):
+def test_published_models_without_a_result_are_listed_as_not_run(write):
     clip = {"name": "clip", "model": "openai/clip-vit-base-patch32"}
     before = table.markdown([table.read_entry(write("demo"))])
     assert "| clip (openai/clip-vit-base-patch32), frozen | not run |" in before
@@ -166,7 +166,7 @@ def test_results_without_times_leave_the_cells_empty(write):
     assert cells(text, "RICE (old)")["ms per clip"] == "" and "Times:" not in text
 
 
-def test_the_command_writes_the_table_and_tells_mistakes(write, tmp_path, capsys):
+def test_the_command_writes_the_table_and_reports_mistakes(write, tmp_path, capsys):
     folder = write("demo")
     table.main([folder, f"Next={tmp_path / 'next'}", "--output", str(tmp_path / "tables" / "all.md"), "--only_run"])
     assert (tmp_path / "tables" / "all.md").read_text().strip() == capsys.readouterr().out.strip()

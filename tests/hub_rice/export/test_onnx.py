@@ -197,7 +197,7 @@ def test_boxes_are_refused(exported, inputs):
         OnnxRice(exported[2] / "onnx").encode_clips(**inputs[1], patch_mask=torch.ones(3, 3, 4, dtype=torch.bool))
 
 
-def test_publishing_takes_the_files_of_these_weights_only(exported, tmp_path):
+def test_publishing_includes_only_the_export_of_these_weights(exported, tmp_path):
     model, processor, folder, _ = exported
     names = published_files(folder).keys()
     assert {"onnx/image.onnx", "onnx/pairs_int8.onnx", "onnx/onnx.json"} < names
@@ -221,7 +221,7 @@ def test_a_graph_that_differs_is_refused(exported, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [None, "{}"])
-def test_export_refuses_what_is_no_checkpoint(content, tmp_path, capsys):
+def test_export_refuses_folders_that_are_not_checkpoints(content, tmp_path, capsys):
     folder = tmp_path / "model"
     if content is not None:
         folder.mkdir()

@@ -61,7 +61,7 @@ def pictures(folder) -> list[str]:
     return sorted(map(str, (folder / "pictures").iterdir()))
 
 
-def test_encodings_scores_and_name_are_those_of_torch(exported):
+def test_encodings_scores_and_fingerprint_are_those_of_torch(exported):
     folder, processor = exported
     plain, model = load(folder), with_towers(load(folder), folder / "onnx")
     assert precision_of(model) == "fp32" and model.fingerprint() == plain.fingerprint()
@@ -78,7 +78,7 @@ def test_encodings_scores_and_name_are_those_of_torch(exported):
     torch.testing.assert_close(model.similarity(expected[0], found[1]), plain.similarity(*expected), atol=1e-4, rtol=0)
 
 
-def test_the_quantised_one_is_another_model(exported):
+def test_the_quantised_encoder_has_its_own_fingerprint(exported):
     folder, processor = exported
     plain, model = load(folder), with_towers(load(folder), folder / "onnx", int8=True)
     assert precision_of(model) == "int8" and model.fingerprint() == f"{plain.fingerprint()}-int8"
@@ -89,7 +89,7 @@ def test_the_quantised_one_is_another_model(exported):
         plain.similarity(plain.encode_clips(**processor(videos=[pictures(folder)[:1]])), found)
 
 
-def test_the_commands_take_them(exported, tmp_path, capsys):
+def test_the_commands_accept_exported_encoders(exported, tmp_path, capsys):
     folder, _ = exported
     towers = ["--model", str(folder / "model"), "--towers", str(folder / "onnx")]
     indexes = {}

@@ -1,4 +1,4 @@
-"""Boxes in the demo: which there are, where they are drawn, and that they tell the model where to look."""
+"""Boxes in the demo: which are offered, where they are drawn, and their effect on the model."""
 
 from types import SimpleNamespace
 
@@ -72,7 +72,7 @@ def test_answers_are_those_of_a_recogniser(detecting, boxes, name):
     np.testing.assert_allclose([s for _, s in scores(found.answer)], [s for _, s in scores(expected)], atol=1e-5)
 
 
-def test_boxes_change_what_the_model_looks_at(detecting):
+def test_boxes_change_scores_and_maps(detecting):
     clip = detecting.example("x", 1)
     answers = [scores(detecting.recognise(clip, "x", boxes=boxes).answer) for boxes in detecting.boxes]
     assert answers[0] != answers[1] != answers[2] != answers[0]
@@ -120,14 +120,14 @@ def test_boxes_find_their_frames_in_a_video(detecting, tmp_path):
     assert detecting.recognise(clip, "x", boxes="detector").row["box_frames"] == [0, 3]
 
 
-def test_a_clip_without_frames_is_told(detecting):
+def test_a_clip_without_frames_is_reported(detecting):
     clip = detecting.example("x", 0)
     clip.row = {**clip.row, "frames": [], "boxes": None}
     with pytest.raises(ValueError, match="The clip cannot be read"):
         detecting.recognise(clip, "x", boxes="detector")
 
 
-def test_boxes_are_only_drawn_where_the_model_takes_none(demo, index_processor):
+def test_boxes_are_only_drawn_if_the_model_takes_none(demo, index_processor):
     vision = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"])
     sizes = {"projection_dim": 16, "decoder_num_heads": 4, "decoder_position_embeddings": False}
     config = RiceConfig(vision_config=vision, vision_pooling="mean", **sizes)
@@ -150,7 +150,7 @@ def callbacks(detecting):
     return Callbacks(detecting)
 
 
-def test_other_boxes_rank_the_clip_of_the_page_again(callbacks, save_frames):
+def test_choosing_other_boxes_ranks_the_clip_again(callbacks, save_frames):
     state = callbacks.upload(save_frames(6), "", "none", "look at title 6")[0]
     again, answer, *_ = callbacks.boxes(state, "detector")
     assert again.boxes == "detector" and again.row["boxes"] == [None, RIGHT_HALF]
@@ -160,12 +160,12 @@ def test_other_boxes_rank_the_clip_of_the_page_again(callbacks, save_frames):
     assert "detected" not in callbacks.boxes(again, "none")[1]
 
 
-def test_before_a_clip_is_chosen_nothing_changes(callbacks):
+def test_without_a_clip_the_choice_of_boxes_changes_nothing(callbacks):
     gradio = pytest.importorskip("gradio")
     assert callbacks.boxes(None, "true") == gradio.skip()
 
 
-def test_the_page_says_what_boxes_are_for(demo):
+def test_the_page_explains_the_boxes(demo):
     pytest.importorskip("gradio", reason="needs gradio")
     from retrieval_rice.demo.app import build_demo
 

@@ -63,7 +63,7 @@ def test_a_data_set_gives_examples_and_shop(shop_folder):
     assert demo.pair(recognition, 0).title == "title 3"
 
 
-def test_an_index_is_searched_as_it_is(shop_folder, demo, tmp_path):
+def test_an_index_is_searched_without_rebuilding(shop_folder, demo, tmp_path):
     shop, model = shop_folder
     demo.index.save(tmp_path / "index")
     loaded = load_demo(options("--model", model, "--shop", tmp_path / "index", "--dataset", shop))
@@ -96,7 +96,7 @@ def test_a_folder_of_pictures_is_a_shop_without_examples(shop_folder, tmp_path, 
     assert [hit.title for hit in hits] == ["product 2", "product 1"]
 
 
-def test_mistakes_are_told_in_one_sentence(shop_folder, tmp_path, capsys, monkeypatch):
+def test_mistakes_are_reported_in_one_sentence(shop_folder, tmp_path, capsys, monkeypatch):
     shop, model = shop_folder
     assert "no_model" in refusal(capsys, "--model", tmp_path / "no_model", "--dataset", shop)
     assert "no_detector" in refusal(
@@ -119,7 +119,7 @@ def test_requirements_of_a_space_are_those_of_the_project():
     assert set(REQUIREMENTS) == {*required, *extra} - {"gradio"}
 
 
-def test_a_space_takes_its_detector_along(shop_folder, tmp_path):
+def test_a_space_includes_its_detector(shop_folder, tmp_path):
     pytest.importorskip("gradio", reason="needs gradio")
     shop, model = shop_folder
     arguments = ["demo", "--model", model, "--dataset", shop, "--space_examples", 1]
@@ -129,7 +129,7 @@ def test_a_space_takes_its_detector_along(shop_folder, tmp_path):
     assert '"--detector", "detector"]' in (tmp_path / "space" / "app.py").read_text()
 
 
-def test_a_space_stands_alone(shop_folder, tmp_path, capsys):
+def test_a_space_runs_without_the_project(shop_folder, tmp_path, capsys):
     pytest.importorskip("gradio", reason="needs gradio")
     shop, model = shop_folder
     space = tmp_path / "space"

@@ -36,7 +36,7 @@ def test_the_whole_index_can_be_searched(demo):
     assert len(recognition.answer.hits) == 10 and recognition.answer.hits[0].image_id == "p2"
 
 
-def test_an_upload_is_ranked_and_gone(demo, save_frames):
+def test_an_upload_is_ranked_and_deleted(demo, save_frames):
     from pathlib import Path
 
     clip = demo.upload(save_frames(3))
@@ -62,7 +62,7 @@ def demo_frames(demo, number):
     return [Image.open(io.BytesIO(frame["bytes"])) for frame in row["frames"]]
 
 
-def test_a_box_too_small_to_draw_in_is_no_error():
+def test_a_tiny_box_is_not_an_error():
     draw_box(Image.new("RGB", (40, 40)), [0.5, 0.5, 0.51, 0.51])
 
 
@@ -77,7 +77,7 @@ def test_heat_follows_the_chosen_patch(demo):
     assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(whole, one))
 
 
-def test_what_does_not_exist_gets_a_sentence(demo):
+def test_a_missing_clip_or_image_gets_a_sentence(demo):
     recognition = demo.recognise(demo.example("x", 0), "x")
     for place in (-1, 99):
         with pytest.raises(ValueError, match="no such product"):
@@ -157,7 +157,7 @@ def test_the_page_shows_the_right_product_first(callbacks):
     assert len(callbacks.shop("x")) == 5
 
 
-def test_a_ranking_stands_without_heat(callbacks, demo):
+def test_a_ranking_works_without_heat_maps(callbacks, demo):
     demo.gallery[1]["image"] = {"path": "gone.png", "bytes": None}
     _, answer, _, _, table, _, pair, _, heat, words = callbacks.example("y", "none", 0)
     assert table[0][1] == "p1" and "title 1" in answer
@@ -192,7 +192,7 @@ def test_refusals_are_shown_as_one_escaped_sentence(callbacks):
     assert error.value.message == "a &lt;script&gt; of two lines"
 
 
-def test_titles_cannot_bring_markup(callbacks, demo):
+def test_titles_are_escaped(callbacks, demo):
     from retrieval_rice.demo.app import answer_words
 
     recognition = demo.recognise(demo.example("x", 0), "x")

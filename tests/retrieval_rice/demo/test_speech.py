@@ -1,4 +1,4 @@
-"""Uploads that are heard: their words, when they were said, and what they did to the ranking."""
+"""Transcribed uploads: their words with times, and the effect on the ranking."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def upload(write_show, tones):
     return make
 
 
-def test_an_upload_is_heard(hearing_demo, upload):
+def test_an_upload_is_transcribed(hearing_demo, upload):
     clip = hearing_demo.upload(upload((0, 2), (0.5, 1), (0, 3)))
     assert clip.row["asr"] == "title 3"
     assert clip.words[0].start_s == pytest.approx(2.0, abs=0.1)
@@ -56,7 +56,7 @@ def test_an_upload_is_heard(hearing_demo, upload):
     assert pieces[0] == ("2 s ", "time") and "".join(piece for piece, _ in pieces[1:]) == "title 3 "
 
 
-def test_an_upload_is_heard_with_the_titles_of_the_shop_that_is_chosen(hearing_demo, upload):
+def test_an_upload_is_transcribed_with_the_titles_of_the_chosen_shop(hearing_demo, upload):
     class Ear:
         titles, language = (), None
 
@@ -78,14 +78,14 @@ def test_an_upload_is_heard_with_the_titles_of_the_shop_that_is_chosen(hearing_d
     assert hearing_demo.upload(upload((0.5, 6)), "x").row["asr"] == "None 0"
 
 
-def test_typed_words_stand_in_the_place_of_heard_ones(hearing_demo, upload):
+def test_typed_words_replace_transcribed_ones(hearing_demo, upload):
     recognition = hearing_demo.recognise(hearing_demo.upload(upload((0.5, 6))), "", asr="blue shoe")
     assert recognition.row["asr"] == "blue shoe" and recognition.clip.words == []
     assert "".join(piece for piece, _ in said_pieces(recognition)) == "blue shoe"
     assert recognition.silent
 
 
-def test_silence_pictures_and_a_failing_ear_leave_the_picture_as_it_is(hearing_demo, upload, save_frames):
+def test_without_words_the_ranking_is_that_of_the_picture(hearing_demo, upload, save_frames):
     for make in (lambda: upload((0, 6)), upload, lambda: save_frames(3)):
         clip = hearing_demo.upload(make())
         assert clip.row["asr"] == "" and hearing_demo.recognise(clip, "").silent == []
@@ -98,7 +98,7 @@ def test_silence_pictures_and_a_failing_ear_leave_the_picture_as_it_is(hearing_d
     assert clip.row["asr"] == "" and "The sound could not be transcribed (out of memory)." in clip.note
 
 
-def test_the_sound_that_is_read_is_bounded(upload, tmp_path):
+def test_the_transcribed_sound_is_limited(upload, tmp_path):
     (tmp_path / "uploads").mkdir()
     limits = UploadLimits(max_sound_seconds=2.0)
     read = read_upload(upload((0.5, 6)), tmp_path / "uploads", limits, with_sound=True)
@@ -106,7 +106,7 @@ def test_the_sound_that_is_read_is_bounded(upload, tmp_path):
     assert read_upload(upload((0.5, 6)), tmp_path / "uploads", limits).sound == []
 
 
-def test_captions_tell_the_rank_without_words(hearing_demo, upload):
+def test_captions_show_the_rank_without_words(hearing_demo, upload):
     hits = hearing_demo.recognise(hearing_demo.upload(upload((0.5, 6))), "").answer.hits
     assert caption(hits[0], 1, [], "4").endswith(" (without speech: 4)")
     assert "without" not in caption(hits[0], 1, [], "1") and "without" not in caption(hits[0], 1, [])
@@ -128,7 +128,7 @@ def test_the_page_shows_words_and_times(hearing_demo, upload):
         (["--asr", "base", "--space", "x"], "--asr works with a server"),
     ],
 )
-def test_arguments_that_would_do_nothing_are_refused(capsys, arguments, words):
+def test_arguments_without_effect_are_refused(capsys, arguments, words):
     with pytest.raises(SystemExit) as end:
         main(["demo", *arguments])
     assert end.value.code == 2 and words in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Approximate search finds what exact search finds, also after images came and went."""
+"""Approximate search finds what exact search finds, also after images were added and removed."""
 
 from types import SimpleNamespace
 
@@ -59,7 +59,7 @@ SETTINGS = [("hnsw", {}), ("ivfpq", {"code_bytes": 4, "lists": 8, "probes": 6, "
 
 
 @pytest.mark.parametrize("kind, settings", SETTINGS)
-def test_what_is_found_is_what_exact_search_finds(index, clips, kind, settings):
+def test_approximate_search_finds_the_exact_results(index, clips, kind, settings):
     exact = ids(index.search(clips, rerank=0))
     assert index.approximate(kind, **settings) > 0.95
     found = index.search(clips, rerank=0)
@@ -72,7 +72,7 @@ def test_what_is_found_is_what_exact_search_finds(index, clips, kind, settings):
 
 
 @pytest.mark.parametrize("kind, settings", SETTINGS)
-def test_images_that_come_and_go_are_followed(index, clips, kind, settings):
+def test_added_and_removed_images_are_searched_correctly(index, clips, kind, settings):
     index.approximate(kind, **settings)
     gone = [answer.hits[0].image_id for answer in index.search(clips)]
     assert index.remove(list(dict.fromkeys(gone))) == []
@@ -94,7 +94,7 @@ def test_livestreams_are_searched_exactly(index, clips, monkeypatch):
     assert ids(index.search(clips, live_id="x", rerank=0)) == expected
 
 
-def test_equal_images_are_given_in_the_order_of_the_gallery(index, clips):
+def test_equal_images_keep_the_order_of_the_gallery(index, clips):
     put(index, clips.embeds[:1].repeat(3, 1), prefix="same")
     put(index, clips.embeds[:1], prefix="same")
     index.approximate("hnsw")
@@ -130,6 +130,6 @@ def test_mistakes_get_one_sentence(index, kind, settings, words):
         index.approximate(kind, **settings)
 
 
-def test_an_empty_index_has_nothing_to_approximate(model):
+def test_an_empty_index_cannot_be_approximate(model):
     with pytest.raises(ValueError, match="has no images"):
         GalleryIndex(model).approximate()

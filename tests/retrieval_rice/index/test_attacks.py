@@ -1,4 +1,4 @@
-"""Kills at any moment, writers and readers at the same time: nothing that was written is lost, and nothing is half."""
+"""Kills at any moment, and concurrent writers and readers: no committed data is lost, and no change is half done."""
 
 import multiprocessing
 import os
@@ -170,7 +170,7 @@ def write_some(pipe, folder, name, count):
     pipe.send("done")
 
 
-def test_two_writers_lose_nothing_of_each_other(tmp_path):
+def test_two_writers_keep_each_others_changes(tmp_path):
     index = new_index(tmp_path / "index")
     children = [start(write_some, tmp_path / "index", name, 8) for name in "ab"]
     index.compact()
@@ -215,7 +215,7 @@ def read_until_none(index, pipe):
                 latest = max(latest, time.time() - written)
 
 
-def test_a_reader_sees_whole_changes_while_another_writes(tmp_path):
+def test_a_reader_sees_only_complete_changes(tmp_path):
     index = new_index(tmp_path / "index")
     child, pipe = start(write_pairs, tmp_path / "index", 2.0)
     assert pipe.recv() == "begun"

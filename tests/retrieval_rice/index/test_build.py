@@ -64,7 +64,7 @@ def assert_same(folder, other):
         np.testing.assert_allclose(encodings[name], numbers[name], atol=2e-3)
 
 
-def test_an_interrupted_build_goes_on(build, shop, encoded, tmp_path):
+def test_an_interrupted_build_continues(build, shop, encoded, tmp_path):
     build(output_dir=tmp_path / "whole")
     encoded.count, encoded.stop_after = 0, 7
     with pytest.raises(KeyboardInterrupt):
@@ -96,7 +96,7 @@ def test_only_pictures_that_changed_are_encoded(build, shop, encoded, tmp_path):
     assert_same(tmp_path / "index", tmp_path / "fresh")
 
 
-def test_a_shop_that_lost_gained_and_renamed_images(build, shop, encoded, tmp_path):
+def test_a_shop_with_removed_added_and_renamed_images(build, shop, encoded, tmp_path):
     rows = shop.make_rows(14)
     build(rows[:10], tmp_path / "index")
     new = [rows[12], *rows[3:8], {**rows[8], "title": "another", "live_id": "z"}, rows[13], rows[9], rows[0]]
@@ -113,7 +113,7 @@ def test_a_shop_that_lost_gained_and_renamed_images(build, shop, encoded, tmp_pa
         assert [hit.image_id for hit in one.hits] == [hit.image_id for hit in other.hits]
 
 
-def test_images_that_come_last_leave_the_others_as_they_are(build, shop, tmp_path):
+def test_images_added_at_the_end_do_not_change_the_others(build, shop, tmp_path):
     rows = shop.make_rows(14)
     build(rows[:10], tmp_path / "index")
     before = {row["image_id"]: row["position"] for row in rows_of(tmp_path / "index")[0]}
@@ -123,7 +123,7 @@ def test_images_that_come_last_leave_the_others_as_they_are(build, shop, tmp_pat
     assert [after[f"p{i}"] for i in range(10, 14)] == [10, 11, 12, 13]
 
 
-def test_most_of_an_index_is_not_deleted_by_mistake(build, shop, tmp_path):
+def test_removing_most_images_needs_overwrite(build, shop, tmp_path):
     build(output_dir=tmp_path / "index")
     with pytest.raises(FileExistsError, match="holds another shop: 6 of its 10 images .*--overwrite"):
         build(shop.rows[:4], tmp_path / "index")
@@ -177,7 +177,7 @@ def test_the_index_answers_while_it_is_replaced(build, shop, encoded, tmp_path):
     assert index._newest.rooms().snapshot.state.dtype == "float32"
 
 
-def test_processes_that_know_nothing_of_each_other_share_a_shop(build, shop, encoded, tmp_path):
+def test_independent_processes_share_a_build(build, shop, encoded, tmp_path):
     whole = build(output_dir=tmp_path / "whole")
     encoded.count = 0
     assert build(output_dir=tmp_path / "index", process_index=1, num_processes=2) is None
@@ -225,7 +225,7 @@ def test_bad_pictures_are_listed_and_left_out(build, shop, tmp_path, caplog):
     assert GalleryIndex.load(tmp_path / "index", shop.model).skipped == index.skipped
 
 
-def test_the_content_tells_the_format(build, shop, tmp_path):
+def test_the_format_is_recognised_by_content(build, shop, tmp_path):
     with open(shop.rows[0]["image"]["path"], "rb") as file:
         (tmp_path / "p.jpg").write_bytes(file.read())
     index = build([{"image_id": "p.jpg", "image": str(tmp_path / "p.jpg")}, shop.rows[0]])
@@ -240,7 +240,7 @@ def test_large_photographs_are_read(build, tmp_path):
     assert len(index) == 1 and index.skipped == []
 
 
-def test_another_livestreams_copy_is_read_where_the_first_is_damaged(build, shop, tmp_path):
+def test_a_damaged_image_is_read_from_another_livestream(build, shop, tmp_path):
     damaged = {**shop.rows[0], "live_id": "z", "image": str(tmp_path / "gone.png")}
     index = build([damaged, *shop.rows])
     assert index.skipped == [] and len(index) == 10
@@ -248,7 +248,7 @@ def test_another_livestreams_copy_is_read_where_the_first_is_damaged(build, shop
     assert record["live_ids"] == ["z", "x"] and record["image"] == shop.rows[0]["image"]["path"]
 
 
-def test_a_shop_of_nothing_but_bad_pictures(build, tmp_path):
+def test_a_shop_of_unreadable_pictures_only(build, tmp_path):
     rows = [{"image_id": str(i), "image": str(tmp_path / f"{i}.png")} for i in range(4)]
     with pytest.raises(ValueError, match="not one of the 4 images could be read; the first: .*no such file"):
         build(rows)
@@ -348,13 +348,13 @@ def test_rows_of_any_table_give_one_index(build, shop, of_table):
     assert index.remove([3, "5", 99]) == ["99"] and len(index) == 8
 
 
-def test_titles_of_a_table_reach_the_model_clean(build, shop):
+def test_titles_of_a_table_are_cleaned(build, shop):
     shop.rows[0]["title"], shop.rows[1]["title"] = "a\ud83d", float("nan")
     records = build().records(["p0", "p1"])
     assert (records["p0"]["title"], records["p1"]["title"]) == ("a\ufffd", "")
 
 
-def test_a_path_that_is_no_text_is_stored_as_one(build, shop, tmp_path):
+def test_a_path_that_is_not_utf8_is_stored_as_text(build, shop, tmp_path):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/\xc8\xcb.png")
     os.rename(shop.rows[0]["image"]["path"], path)
     shop.rows[0]["image"] = path
@@ -379,7 +379,7 @@ def test_a_bad_query_row_is_named_before_anything_is_encoded(build, shop, demo_q
         index.calibrate(demo_queries, progress=False)
 
 
-def test_queries_of_a_table_calibrate_alike(build, shop, demo_queries):
+def test_queries_of_a_table_calibrate_equally(build, shop, demo_queries):
     rows = [{**row, "image_id": i, "product_id": None, "live_id": i % 2} for i, row in enumerate(shop.rows)]
     index = build(rows)
     plain = [{**query, "relevant": [str(i)], "live_id": str(i % 2)} for i, query in enumerate(demo_queries)]
@@ -427,7 +427,7 @@ def test_opened_pictures_of_every_mode_and_one_that_cannot_be_read(build, shop):
 
 
 @pytest.mark.parametrize("kind, decode", [("fp32", "exact"), ("bf16", "fast"), ("fp16", "fast")])
-def test_large_pictures_are_read_as_exactly_as_the_model_computes(make_index_model, index_processor, kind, decode):
+def test_large_pictures_are_decoded_by_precision(make_index_model, index_processor, kind, decode):
     """Detail of single pixels: decoding at reduced scale averages it, which shows in the pixels."""
     noise = np.random.default_rng(0).integers(0, 256, (400, 300, 3), dtype=np.uint8)
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Scores to probabilities, against values worked out by hand and scores of a known law."""
+"""Scores to probabilities, against values worked out by hand and scores of a known distribution."""
 
 import math
 
@@ -83,7 +83,7 @@ def answers(fitted, clips):
 
 # Clips in use come in another mix than those of the fit, in any direction.
 @pytest.mark.parametrize("fitted_on, prior", [(0.5, 0.5), (0.5, 0.9), (0.3, 0.9), (0.5, 0.2)])
-def test_a_known_law_is_found_and_holds_on_other_clips(fitted_on, prior):
+def test_a_known_distribution_is_fitted_and_holds_on_other_clips(fitted_on, prior):
     rng = np.random.default_rng(0)
     fitted = fit_calibration(simulate(2000, rng, fitted_on), presence_prior=prior, false_accept_rate=0.1)
     assert fitted.temperature == pytest.approx(0.5, rel=0.15)
@@ -111,7 +111,7 @@ def test_the_prior_moves_the_bias_by_its_log_odds():
     assert both.report["num_present"] == 2 * present and both.report["num_absent"] == 400 - present
 
 
-def test_by_default_is_answered_what_is_likelier_right_than_wrong():
+def test_by_default_answers_more_likely_right_than_wrong_are_given():
     rng = np.random.default_rng(0)
     clips = simulate(1000, rng)
     fitted, strict = fit_calibration(clips), fit_calibration(clips, false_accept_rate=0.05)
@@ -169,7 +169,7 @@ def test_a_calibration_that_answers_nothing_is_refused():
         fit_calibration(clips, presence_prior=0.5)
 
 
-def test_a_calibration_is_read_as_it_was_written():
+def test_a_calibration_round_trips():
     values = Calibration(temperature=2.0, bias=-1.0, weights=[2.0]).to_dict()
     assert Calibration.from_dict(values) == Calibration(2.0, -1.0, [2.0])
     for change in ({"presence_prior": None}, {"other": 1}):
@@ -194,7 +194,7 @@ def test_a_calibration_is_read_as_it_was_written():
         ({"rerank": -1}, "rerank must be at least 0"),
     ],
 )
-def test_numbers_of_a_calibration_are_checked(change, words):
+def test_stored_calibration_numbers_are_checked(change, words):
     with pytest.raises(ValueError, match=words):
         Calibration(**{"temperature": 1.0, "bias": 0.0, "weights": [1.0], **change})
 
@@ -242,7 +242,7 @@ def test_clips_with_words_have_a_calibration_of_their_own():
     assert Calibration.from_dict(old) == alone and alone.of_clip(True) is alone
 
 
-def test_too_few_transcripts_are_told():
+def test_too_few_transcripts_are_reported():
     clips = simulate(400, np.random.default_rng(0))
     fitted = fit_with_words(clips, louder(clips[:5], 5.0))
     assert fitted.said is None and fitted.of_clip(True) is fitted

@@ -1,4 +1,4 @@
-"""Searching an index: the same as scoring the whole shop, in its order, and after images came and went."""
+"""Searching an index: the same as scoring the whole shop, in its order, and after images were added and removed."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -57,7 +57,7 @@ def test_only_the_nearest_are_matched(shop, build):
     assert plain.hits[0].matching_score is None and plain.hits[0].score == plain.hits[0].embedding_score
 
 
-def test_half_precision_moves_scores_by_little(shop, build):
+def test_half_precision_changes_scores_little(shop, build):
     clips = shop.clips(0, 1, 2)
     full, half = build(dtype="float32").search(clips, rerank=None), build().search(clips, rerank=None)
     for one, other in zip(full, half):
@@ -103,7 +103,7 @@ def test_added_and_removed_images_give_the_index_of_the_changed_shop(shop, build
     assert len(index) == 0 and index.search(clips)[0].hits == []
 
 
-def test_an_image_that_is_added_again_is_replaced_and_keeps_its_livestreams(shop, build):
+def test_an_image_added_again_is_replaced_and_keeps_its_livestreams(shop, build):
     index = build()
     newer = {**shop.rows[0], "live_id": "z", "title": "new title", "image": shop.rows[5]["image"]}
     assert index.add([newer]) == [] and len(index) == 10
@@ -219,7 +219,7 @@ def cosine_index(images):
     return index
 
 
-def test_confidences_are_fitted_and_tell_what_is_not_in_the_shop():
+def test_confidences_are_fitted_and_low_for_missing_products():
     normalize = torch.nn.functional.normalize
     images = normalize(torch.randn(60, 32), dim=1)
     index, clips = cosine_index(images), RiceClips(embeds=normalize(images + 0.1 * torch.randn(60, 32), dim=1))
@@ -242,7 +242,7 @@ def test_confidences_are_fitted_and_tell_what_is_not_in_the_shop():
     assert np.mean([answer.confidence for answer in gone]) < 0.3
 
 
-def test_a_product_that_is_not_among_the_candidates_is_in_the_shop_all_the_same():
+def test_a_product_outside_the_candidates_still_counts_as_present():
     # Each clip lies at another image than its own, so that one candidate is never enough.
     images = torch.eye(40)
     index, clips = cosine_index(images), RiceClips(embeds=images.roll(1, dims=0))

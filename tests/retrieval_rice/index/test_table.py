@@ -1,4 +1,4 @@
-"""An index in a folder: whole at any moment, of one model, and told apart from what was damaged."""
+"""An index in a folder: complete at any moment, of one model, with damage detected."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def files(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_loaded_index_answers_as_the_saved_one(saved, folder, shop, tmp_path):
+def test_a_loaded_index_gives_the_same_answers(saved, folder, shop, tmp_path):
     clips = shop.clips(1, 2)
     # An untrained decoder is never sure.
     saved.calibrate(shop.clips(*range(10), *range(10)), [[f"p{i % 10}"] for i in range(20)], false_accept_rate=0.5)
@@ -61,7 +61,7 @@ def test_a_loaded_index_answers_as_the_saved_one(saved, folder, shop, tmp_path):
     assert again.version == version
 
 
-def test_encodings_of_any_kind_come_back_bit_for_bit(tmp_path):
+def test_encodings_of_any_kind_round_trip_bit_for_bit(tmp_path):
     @dataclasses.dataclass(repr=False, eq=False)
     class Gallery(RiceGallery):
         patches: torch.Tensor | None = None
@@ -91,7 +91,7 @@ def test_encodings_of_any_kind_come_back_bit_for_bit(tmp_path):
     assert bad["embeds"] is None and bad["patches"] is None and bad["live_ids"] == ["x"]
 
 
-def test_an_older_version_comes_back_with_its_calibration(folder, shop):
+def test_an_older_version_is_restored_with_its_calibration(folder, shop):
     index = load(folder, shop)
     clips = shop.clips(1, 2)
     weights = [1.0, 1.0] if index.search(clips)[0].hits[0].matching_score is not None else [1.0]
@@ -128,7 +128,7 @@ def test_changes_of_two_writers_are_kept(folder, shop):
     assert names == ["p0", *(f"p{i}" for i in range(3, 10)), "a", "b"]
 
 
-def test_rooms_in_memory_are_bounded(folder, shop):
+def test_the_cache_of_shops_is_bounded(folder, shop):
     index = load(folder, shop, cache_bytes=20_000)
     clip = shop.clips(1)
     expected = [hit.image_id for hit in index.search(clip, live_id="x", rerank=None)[0].hits]
@@ -175,7 +175,7 @@ def test_a_folder_without_an_index(shop, tmp_path):
         load(tmp_path, shop)
 
 
-def test_a_full_disk_leaves_what_was_there(folder, shop):
+def test_a_full_disk_leaves_the_index_unchanged(folder, shop):
     index = load(folder, shop)
     before, clips = files(folder), shop.clips(1)
     answer = hits(index, clips)
@@ -245,17 +245,17 @@ def attack(saved, folder, shop, count, seed=0):
     return noticed
 
 
-def test_what_is_damaged_is_told_and_mended_as_advised(saved, folder, shop):
+def test_a_damage_is_reported_and_repaired_as_advised(saved, folder, shop):
     assert attack(saved, folder, shop, 6) > 0
 
 
 @pytest.mark.slow
-def test_many_damages_are_told_and_mended_as_advised(saved, folder, shop):
+def test_many_damages_are_reported_and_repaired_as_advised(saved, folder, shop):
     assert attack(saved, folder, shop, 150, seed=1) > 20
 
 
 @pytest.mark.parametrize("size", [2**30, 0])
-def test_a_flipped_bit_of_an_encoding_is_noticed(saved, folder, shop, size):
+def test_a_flipped_bit_of_an_encoding_is_detected(saved, folder, shop, size):
     (path,) = folder.glob("images.lance/data/*.lance")
     stored = saved._newest.rooms().snapshot.read()["embeds"].combine_chunks().flatten().to_numpy()
     data = bytearray(path.read_bytes())
@@ -293,7 +293,7 @@ STATE = State("f" * 32, calibration=Calibration(1.0, 0.0, [1.0]))
         ({"format": 99}, "its format is 99"),
     ],
 )
-def test_what_a_table_says_of_itself_is_checked(change, words):
+def test_metadata_of_a_table_is_checked(change, words):
     values = json.loads(STATE.to_metadata()[b"rice"]) | change
     text = json.dumps({name: value for name, value in values.items() if value is not ...}).encode()
     metadata = {b"rice": text, b"rice.crc32": str(zlib.crc32(text)).encode()}
@@ -303,13 +303,13 @@ def test_what_a_table_says_of_itself_is_checked(change, words):
         State.from_metadata({**metadata, b"rice": text + b" "})
 
 
-def test_no_number_that_is_none_is_written():
+def test_numbers_that_are_not_finite_are_not_written():
     with pytest.raises(ValueError, match="not JSON compliant"):
         State(None, approximate={"recall@10": math.inf}).to_metadata()
     assert State.from_metadata(STATE.to_metadata()) == STATE
 
 
-def test_embeddings_that_are_no_numbers_are_refused(shop):
+def test_embeddings_that_are_not_finite_are_refused(shop):
     index = GalleryIndex.build(shop.model, shop.processor, shop.rows, progress=False)
     features = index._newest.rooms().search(shop.clips(0), [None], 1)[0].features
     features.embeds[0, 0] = np.nan

@@ -1,4 +1,4 @@
-"""Clips by their address: public web servers only."""
+"""Clips by URL: public web servers only."""
 
 import asyncio
 import socket
@@ -77,7 +77,7 @@ def test_public_addresses(address, public):
     assert is_public(address) == public
 
 
-def test_a_file_is_fetched_also_where_it_moved(server, tmp_path):
+def test_a_redirected_file_is_fetched(server, tmp_path):
     assert fetch(f"{server}/picture", tmp_path / "a") == PICTURE
     assert fetch(f"{server}/there", tmp_path / "b") == PICTURE
 
@@ -93,7 +93,7 @@ def test_a_file_is_fetched_also_where_it_moved(server, tmp_path):
         ("/round", "url is redirected more than 3 times."),
     ],
 )
-def test_what_is_not_fetched(server, tmp_path, path, words):
+def test_files_that_are_not_fetched(server, tmp_path, path, words):
     assert fetch(server + path, tmp_path / "a") == words
 
 
@@ -102,11 +102,11 @@ def test_what_is_not_fetched(server, tmp_path, path, words):
     ["file:///etc/passwd", "ftp://example.com/a", "gopher://example.com", "//example.com", "a.mp4", "", "http://",
      "http://user:secret@example.com/a", "http:///a", "http://[::1", "http://a\nb/", "rtsp://camera"],
 )  # fmt: skip
-def test_addresses_that_are_none(tmp_path, url):
+def test_invalid_addresses(tmp_path, url):
     assert fetch(url, tmp_path / "a").startswith("url ")
 
 
-def test_private_servers_are_not_asked_under_any_name(server, tmp_path, monkeypatch):
+def test_private_servers_are_not_contacted_under_any_name(server, tmp_path, monkeypatch):
     port = server.rpartition(":")[2]
     for host in ("127.0.0.1", "localhost", "2130706433", "0x7f.1", "[::ffff:127.0.0.1]", "0"):
         assert not isinstance(fetch(f"http://{host}:{port}/picture", tmp_path / "a", is_public), bytes)
@@ -121,7 +121,7 @@ def test_private_servers_are_not_asked_under_any_name(server, tmp_path, monkeypa
     assert Handler.hosts == []
 
 
-def test_the_address_that_was_checked_is_the_one_that_is_asked(server, tmp_path, monkeypatch):
+def test_the_checked_address_is_the_one_contacted(server, tmp_path, monkeypatch):
     port, looked_up = server.rpartition(":")[2], []
     getaddrinfo = asyncio.BaseEventLoop.getaddrinfo
 

@@ -1,4 +1,4 @@
-"""Tokens, and bounds on what arrives at once."""
+"""Tokens, and limits on simultaneous requests."""
 
 import threading
 
@@ -18,7 +18,7 @@ SECRET = "a-secret-of-some-length"
     [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
      ("192.168.0.7", False), ("shop.example", False), ("", False)],
 )  # fmt: skip
-def test_other_machines_are_let_in_with_a_token_alone(monkeypatch, host, alone):
+def test_other_machines_need_a_token(monkeypatch, host, alone):
     assert is_loopback(host) == alone
     monkeypatch.delenv("RICE_TOKEN", raising=False)
     if alone:
@@ -31,7 +31,7 @@ def test_other_machines_are_let_in_with_a_token_alone(monkeypatch, host, alone):
 
 
 @pytest.mark.parametrize("token", ["", "fifteen-letters", "a secret with some spaces", "ein-schlüssel-mit-ü-drin"])
-def test_a_token_that_is_none_is_refused(monkeypatch, token):
+def test_an_invalid_token_is_refused(monkeypatch, token):
     monkeypatch.setenv("RICE_TOKEN", token)
     with pytest.raises(ValueError, match="at least 16 characters"):
         read_token("127.0.0.1")
@@ -56,7 +56,7 @@ def test_requests_need_the_token(make_service):
     assert 'rice_requests_total{route="other",status="401"}' in client.get("/metrics", headers=headers).text
 
 
-def test_more_requests_than_are_taken_are_told_to_come_again(make_service, monkeypatch):
+def test_excess_requests_are_told_to_retry(make_service, monkeypatch):
     served = make_service(max_requests=2)
     encode, inside, go_on = served.recogniser.model.encode_frames, threading.Semaphore(0), threading.Event()
 
@@ -88,7 +88,7 @@ def test_more_requests_than_are_taken_are_told_to_come_again(make_service, monke
     assert served.client.post("/v1/recognise", files=frame_files(1)).status_code == 200
 
 
-def test_who_sends_nothing_gives_the_place_to_others(make_service, monkeypatch):
+def test_an_idle_connection_frees_its_place(make_service, monkeypatch):
     import asyncio
 
     from retrieval_rice.service import gate
@@ -145,7 +145,7 @@ def test_unknown_addresses_and_methods_get_a_sentence(make_service):
         ([], "there is no checkpoint folder"),
     ],
 )
-def test_mistakes_of_the_command_end_it_with_a_sentence(monkeypatch, capsys, tmp_path, options, words):
+def test_mistakes_end_the_command_with_a_sentence(monkeypatch, capsys, tmp_path, options, words):
     monkeypatch.delenv("RICE_TOKEN", raising=False)
     with pytest.raises(SystemExit) as ended:
         main(["serve", "--shop", str(tmp_path / "i"), "--model", str(tmp_path / "m"), *options])

@@ -90,7 +90,7 @@ def best(client: httpx.Client, number: int) -> str:
     return answer.json()["hits"][0]["image_id"]
 
 
-def test_what_one_replica_writes_the_other_finds_while_the_table_is_compacted(start, shop_files):
+def test_replicas_see_each_others_writes_during_compaction(start, shop_files):
     first, second = start(), start()
     failures, rounds, over = [], [], threading.Event()
 
@@ -130,7 +130,7 @@ def test_what_one_replica_writes_the_other_finds_while_the_table_is_compacted(st
     assert failures == [] and len(rounds) > 5
 
 
-def test_a_signal_ends_it_when_requests_are_answered(start):
+def test_a_signal_ends_the_service_after_open_requests(start):
     service = start("--batch_ms", "1500")
     answers = []
     asking = threading.Thread(
@@ -146,7 +146,7 @@ def test_a_signal_ends_it_when_requests_are_answered(start):
     assert "Traceback" not in errors
 
 
-def test_a_token_lets_other_machines_in(start):
+def test_a_token_admits_other_machines(start):
     secret = "a-secret-of-some-length"
     service = start("--host", "0.0.0.0", environment={"RICE_TOKEN": secret})
     assert service.client.post("/v1/recognise", files=frame_files(2)).status_code == 401

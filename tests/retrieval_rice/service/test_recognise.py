@@ -55,7 +55,7 @@ def make_video(tmp_path):
     return make
 
 
-def test_frames_are_answered_as_by_the_recogniser(make_service):
+def test_frames_get_the_answer_of_the_recogniser(make_service):
     served = make_service()
     for number, live_id, top_k in ((3, None, 10), (4, "x", 2)):
         data = {"top_k": top_k} | ({"live_id": live_id} if live_id else {})
@@ -74,14 +74,14 @@ def test_frames_keep_the_order_in_which_they_are_sent_and_too_many_are_sampled(m
     assert_same(served.client.post("/v1/recognise", files=files).json(), served.recogniser.recognise(pictures))
 
 
-def test_a_video_is_answered_as_by_the_recogniser(make_service, make_video):
+def test_a_video_gets_the_answer_of_the_recogniser(make_service, make_video):
     served = make_service()
     for path in (make_video(6), make_video(7, frames=1)):
         answer = served.client.post("/v1/recognise", files={"clip": ("any name", path.read_bytes())})
         assert_same(answer.json(), served.recogniser.recognise(path))
 
 
-def test_clips_of_one_batch_are_answered_as_alone(make_service):
+def test_clips_of_one_batch_are_answered_as_single_clips(make_service):
     served = make_service(wait_s=0.3)
     numbers = (1, 2, 3, 4, 5)
     lives = {1: None, 2: "x", 3: "y", 4: None, 5: None}
@@ -103,7 +103,7 @@ def test_clips_of_one_batch_are_answered_as_alone(make_service):
     assert "rice_batch_clips_sum 25.0" in text and "rice_batch_clips_count 5.0" in text
 
 
-def test_what_was_said_counts_for_a_model_that_reads_it(make_service):
+def test_asr_counts_for_a_model_that_reads_text(make_service):
     settings = {"fusion_weight": 0.7, "fused_text_weight": 4.0, "text_config": TEXT, "text_score_weight": 0.5}
     served = make_service(model_settings=settings)
     pictures, answers = [draw(3), draw(3).rotate(5)], []
@@ -114,7 +114,7 @@ def test_what_was_said_counts_for_a_model_that_reads_it(make_service):
     assert answers[0] != answers[1]
 
 
-def test_what_was_said_is_refused_by_a_model_that_reads_nothing(make_service):
+def test_asr_is_refused_for_a_model_without_text(make_service):
     words = refusal(make_service().client.post("/v1/recognise", files=frame_files(3), data={"asr": "mug"}), 422)
     assert words == "asr: this model reads no text; leave it out."
 
@@ -186,7 +186,7 @@ def test_bounds_are_those_of_the_limits(make_service, make_video):
     assert refusal(send(files={"clip": ("a", bytes(1_100_000))}), 413).startswith("This is 1 MB")
 
 
-def test_a_failure_of_the_service_tells_nothing_of_it(make_service, monkeypatch):
+def test_an_internal_error_reveals_no_details(make_service, monkeypatch):
     served = make_service()
 
     def fail(*_, **__):
@@ -199,7 +199,7 @@ def test_a_failure_of_the_service_tells_nothing_of_it(make_service, monkeypatch)
     assert served.client.post("/v1/recognise", files=frame_files(1)).status_code == 200
 
 
-def test_nothing_is_left_on_the_disk(make_service, make_video):
+def test_no_file_is_left_on_the_disk(make_service, make_video):
     from pathlib import Path
 
     served = make_service()
@@ -210,7 +210,7 @@ def test_nothing_is_left_on_the_disk(make_service, make_video):
     assert list(Path(served.service.folder).rglob("*")) == before
 
 
-def test_the_description_is_whole_and_says_nothing_of_the_server(make_service):
+def test_the_description_is_complete_and_reveals_no_server_details(make_service):
     description = make_service().client.get("/openapi.json").json()
     assert set(description["paths"]) == {
         "/v1/recognise", "/v1/streams", "/v1/streams/{stream_id}", "/v1/streams/{stream_id}/events",

@@ -23,7 +23,7 @@ def best(client, number: int, **data) -> dict:
     return client.post("/v1/recognise", files=frame_files(number), data=data).json()["hits"][0]
 
 
-def test_images_are_found_once_they_are_written(make_service):
+def test_images_are_found_after_writing(make_service):
     served = make_service()
     answer = put(served.client, "z", (30, 31), image_ids=["a", "b"], titles=["cup", "jug"], product_ids=["A", "B"])
     assert answer.status_code == 200
@@ -108,7 +108,7 @@ def test_mistakes_get_a_sentence_and_change_nothing(make_service):
     assert served.index.version == version
 
 
-def test_other_replicas_see_it_in_the_metrics(make_service):
+def test_changes_of_other_replicas_appear_in_the_metrics(make_service):
     served = make_service()
     put(served.client, "z", (30,), image_ids=["a"])
     text = served.client.get("/metrics").text
@@ -117,7 +117,7 @@ def test_other_replicas_see_it_in_the_metrics(make_service):
     assert ready == {"ready": True, "images": 11, "version": served.index.version, "precision": "fp32"}
 
 
-def test_an_index_that_is_gone_is_not_ready(make_service, monkeypatch):
+def test_an_unreadable_index_is_not_ready(make_service, monkeypatch):
     served = make_service()
 
     def fail(self):

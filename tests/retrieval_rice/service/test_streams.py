@@ -66,7 +66,7 @@ def test_one_livestream_is_searched(make_service, show):
     assert {data["live_id"] for kind, _, data in found if kind == "segment"} == {"y"}
 
 
-def test_a_source_goes_by_its_name_alone(make_service, show):
+def test_a_source_is_named_in_the_configuration_only(make_service, show):
     served = make_service(sources={"studio": str(show), "gone": str(show) + "-gone"})
     stream_id = served.client.post("/v1/streams", data={"source": "studio"}).json()["stream_id"]
     assert events(served.client, stream_id)[-1][2]["error"] is None and show.exists()
@@ -117,7 +117,7 @@ class Slow:
         self.stopped = True
 
 
-def test_streams_end_when_they_are_told_to_and_are_few(make_service, monkeypatch):
+def test_streams_can_be_stopped_and_are_limited(make_service, monkeypatch):
     import retrieval_rice.service.work as work
 
     opened = []
@@ -138,7 +138,7 @@ def test_streams_end_when_they_are_told_to_and_are_few(make_service, monkeypatch
     assert refusal(served.client.get("/readyz"), 503) == "The service is stopping."
 
 
-def test_what_a_stream_cannot_read_is_told(make_service, monkeypatch):
+def test_errors_of_a_stream_are_reported(make_service, monkeypatch):
     import retrieval_rice.service.work as work
 
     monkeypatch.setattr(work, "open_stream", lambda *_: Slow())
@@ -170,7 +170,7 @@ def test_memory_of_a_long_stream_is_bounded(make_service, monkeypatch):
     assert one.lines == segments[2:] and one.count == 5
 
 
-def test_ended_streams_are_forgotten(make_service, monkeypatch):
+def test_ended_streams_are_removed(make_service, monkeypatch):
     import retrieval_rice.service.streams as streams
 
     monkeypatch.setattr(streams, "KEPT", 2)

@@ -1,4 +1,4 @@
-"""Whatever is sent, the answer is an answer or one sentence, and never a failure of the service."""
+"""Any request gets an answer or an error of one sentence, and never an internal error."""
 
 import io
 from urllib.parse import quote
@@ -63,12 +63,12 @@ def test_ids_and_titles_of_any_kind(make_service):
 
 
 @pytest.mark.parametrize("number", ["1e3", "٣", "9" * 5000, "-1", "NaN", "true", "0x10", "1.5"])
-def test_numbers_that_are_none(make_service, number):
+def test_invalid_numbers(make_service, number):
     answer = make_service().client.post("/v1/recognise", files=frame_files(1), data={"top_k": number})
     assert refusal(answer, 422).startswith("top_k: ")
 
 
-def test_bodies_that_are_no_forms(make_service):
+def test_bodies_that_are_not_forms(make_service):
     client = make_service().client
     part = b"--x\r\nContent-Disposition: form-data; name="
     bodies = (

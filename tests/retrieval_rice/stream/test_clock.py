@@ -1,4 +1,4 @@
-"""One clock for all sources: arrival where nothing else tells the time, stamps elsewhere, leaps bridged and told."""
+"""One clock for all sources: time stamps if they are valid, else the time of arrival; jumps are reported."""
 
 import io
 import os
@@ -82,7 +82,7 @@ def packets_of(wall, clock, *waits):
     return [(number, round(clock.time_of(None), 3)) for number in clock.arriving(come())]
 
 
-def test_what_came_while_a_source_was_opened_came_evenly():
+def test_frames_received_while_opening_are_spaced_evenly():
     clock, wall, _, _ = clock_of(container("h264", 0x80))
     clock.opening()
     wall.time_s += 2.0
@@ -91,7 +91,7 @@ def test_what_came_while_a_source_was_opened_came_evenly():
     assert packets_of(wall, clock, 0.0, 0.01, 0.01, 0.0, 0.5, 0.5) == list(enumerate([0.0, 0.5, 1.0, 1.5, 2.52, 3.02]))
 
 
-def test_packets_before_a_break_are_not_lost():
+def test_packets_before_a_disconnection_are_not_lost():
     clock, _, _, _ = clock_of(container("h264", 0x80))
 
     def breaks():
@@ -104,7 +104,7 @@ def test_packets_before_a_break_are_not_lost():
         next(packets)
 
 
-def test_frames_that_a_decoder_holds_back_have_the_times_of_their_packets():
+def test_delayed_decoder_frames_have_the_times_of_their_packets():
     clock, wall, _, _ = clock_of(container("h264", 0x80))
     packets = clock.arriving(iter([]))
     assert list(packets) == []
@@ -129,26 +129,26 @@ def test_a_live_source_with_time_stamps_counts_by_them():
 
 
 @pytest.mark.parametrize("stamp_s, told_leap", [(3.0, -97.1), (5000.0, 4899.9), (130.0, 29.9)])
-def test_live_stamps_that_leap_go_on_by_the_time_that_passed(stamp_s, told_leap):
+def test_live_time_stamps_that_jump_continue_by_elapsed_time(stamp_s, told_leap):
     clock, wall, _, leaps = clock_of(container("hls", 0x200))
     stamps = [(100.0, 0), (100.1, 0.1), (stamp_s, 0.7), (stamp_s + 0.1, 0.1)]
     assert run(clock, wall, *stamps) == [0.0, 0.1, 0.8, 0.9]
     assert leaps == pytest.approx([told_leap])
 
 
-def test_live_stamps_that_leap_with_the_time_are_believed():
+def test_live_time_stamps_that_jump_with_elapsed_time_are_used():
     clock, wall, _, leaps = clock_of(container("rtsp"))
     assert run(clock, wall, (0.0, 0), (40.0, 40.0), (40.1, 0.1)) == [0.0, 40.0, 40.1] and not leaps
 
 
-def test_a_server_that_sends_ahead_of_time_leaves_no_gap_at_a_leap():
+def test_a_server_that_sends_early_leaves_no_gap_at_a_jump():
     """The first 12 s of a live playlist come at once, and the segment behind an advertisement when it is due."""
     clock, wall, _, leaps = clock_of(container("hls", 0x200))
     run(clock, wall, *((float(i), 0) for i in range(13)))
     assert run(clock, wall, (7.0, 6.0), (8.0, 0)) == [13.0, 14.0] and leaps == [-5.0]
 
 
-def test_live_frames_without_stamps_among_others():
+def test_live_frames_partly_without_time_stamps():
     clock, wall, _, leaps = clock_of(container("rtsp"))
     assert run(clock, wall, (5.0, 0), (5.1, 0.1), (None, 0.1), (None, 0.5), (5.8, 0.1)) == [0, 0.1, 0.2, 0.7, 0.8]
     # What a decoder gives up at a break comes at once, and is no more than a second.
@@ -156,20 +156,20 @@ def test_live_frames_without_stamps_among_others():
     assert times[0] > 0.8 and 1.7 < times[-1] <= 1.9 and not leaps
 
 
-def test_live_stamps_that_stand_still_are_none():
+def test_constant_live_time_stamps_count_as_missing():
     clock, wall, _, leaps = clock_of(container("rtsp"))
     times = run(clock, wall, *[(0.0, 0.2)] * 30)
     assert times[-1] == pytest.approx(29 * 0.2) and not leaps
 
 
 @pytest.mark.parametrize("wait_s, step_s", [(0.2, 0.04), (0.01, 0.5)])
-def test_live_stamps_at_another_pace_than_time_are_told(wait_s, step_s):
+def test_live_time_stamps_at_another_speed_are_reported(wait_s, step_s):
     clock, wall, told, _ = clock_of(container("mpegts", 0x200))
     run(clock, wall, *((i * step_s, wait_s) for i in range(200)))
     assert len(told) == 1 and "has time stamps, which are used, of" in told[0]
 
 
-def test_a_source_that_is_opened_again_goes_on():
+def test_a_reopened_source_continues_its_time():
     wall = Wall()
     clock, _, _, leaps = clock_of(container("rtsp"), wall=wall)
     run(clock, wall, (50.0, 0), (50.1, 0.1))
@@ -193,7 +193,7 @@ def test_a_source_that_is_opened_again_goes_on():
         [0.0, 0.04, 0.08, -50.0, -49.96, -49.92],
     ],
 )
-def test_stamps_of_a_file_that_are_not_sound(stamps):
+def test_invalid_time_stamps_of_a_file(stamps):
     clock, wall, _, _ = clock_of(container("matroska"), is_file=True, is_live=False)
     assert run(clock, wall, *((stamp_s, 0) for stamp_s in stamps)) == [0.0, 0.04, 0.08, 0.12, 0.16, 0.2]
 
@@ -248,7 +248,7 @@ def camera():
 
 
 @pytest.mark.parametrize("rate, seconds", [(5, 3.0), (250, 1.5)])
-def test_an_mjpeg_camera_shows_as_many_seconds_as_pass(camera, rate, seconds):
+def test_times_of_an_mjpeg_camera_are_elapsed_seconds(camera, rate, seconds):
     notices = []
     stream = open_stream(camera(rate, seconds), 2.5, notify=notices.append, max_reconnects=0)
     assert stream.live
@@ -279,7 +279,7 @@ def encoded(form, codec, count, **options):
 RAW_H264 = ("h264", "libx264", 30)
 
 
-def test_a_raw_stream_over_a_socket_shows_as_many_seconds_as_pass():
+def test_times_of_a_raw_socket_stream_are_elapsed_seconds():
     parts = encoded(*RAW_H264, tune="zerolatency")
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -363,7 +363,7 @@ def write_stamped(path, stamps):
         ([40 * i for i in range(50)], 0),
     ],
 )
-def test_a_file_whose_stamps_are_not_sound_shows_its_frames_all_the_same(tmp_path, stamps, leaps):
+def test_a_file_with_invalid_time_stamps_still_shows_its_frames(tmp_path, stamps, leaps):
     stream = open_stream(write_stamped(tmp_path / "show.flv", stamps), 25.0)
     frames = list(stream)
     assert len(frames) == stream.counts.available == 50

@@ -1,4 +1,4 @@
-"""Reading frames: files of every kind of damage, folders, and live sources that break off or are too fast."""
+"""Reading frames: damaged files, folders, and live sources that disconnect or are too fast."""
 
 import os
 import threading
@@ -68,7 +68,7 @@ def test_a_file_is_sampled_on_a_grid(tmp_path):
     assert len(read(path, fps=100.0)[1]) == 30
 
 
-def test_a_file_waits_and_loses_nothing(tmp_path):
+def test_a_file_waits_for_recognition_and_loses_no_frame(tmp_path):
     path = write_video(tmp_path / "clip.mp4", [(0, 0, 0)] * 30)
     stream = VideoStream(path, 10.0, queue_size=2)
     taken = []
@@ -83,7 +83,7 @@ def test_one_frame(tmp_path):
     assert times(frames) == [0.0] and notices == []
 
 
-def test_what_is_no_video(tmp_path):
+def test_sources_that_are_not_video(tmp_path):
     with pytest.raises(FileNotFoundError, match="no video file or folder"):
         open_stream(tmp_path / "missing.mp4")
     (tmp_path / "text.mp4").write_text("this is no video")
@@ -103,7 +103,7 @@ def test_what_is_no_video(tmp_path):
         open_stream(tmp_path / "text.mp4", fps=0)
 
 
-def test_a_truncated_file_is_used_as_far_as_it_goes(tmp_path):
+def test_a_truncated_file_is_used_up_to_the_cut(tmp_path):
     path = noise_video(tmp_path / "clip.mp4", 60, movflags="faststart")
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
@@ -141,16 +141,16 @@ def join(path, *parts):
     return path
 
 
-def test_time_goes_on_where_recordings_were_joined(tmp_path):
+def test_time_continues_in_joined_recordings(tmp_path):
     part = write_video(tmp_path / "part.ts", [(200, 30, 30)] * 20)
     stream, frames, notices = read(join(tmp_path / "joined.ts", part, part), fps=2.5)
     assert times(frames) == [round(0.4 * i, 1) for i in range(10)]
     assert stream.duration_s is None and not stream.live
     assert stream.counts.leaps == 1 and stream.counts.available == 40
-    assert len(notices) == 1 and "joined.ts jump by -1.9 s at 1.9 s; times go on from there" in notices[0]
+    assert len(notices) == 1 and "joined.ts jump by -1.9 s at 1.9 s; times continue from there" in notices[0]
 
 
-def test_a_playlist_is_followed_and_its_clock_runs_through(tmp_path, monkeypatch):
+def test_a_playlist_is_followed_with_one_clock(tmp_path, monkeypatch):
     part = write_video(tmp_path / "0.ts", [(200, 30, 30)] * 20)
     join(tmp_path / "1.ts", part)
     lines = ["#EXTM3U", "#EXT-X-TARGETDURATION:2", "#EXTINF:2,", "0.ts", "#EXTINF:2,", "1.ts", "#EXT-X-ENDLIST", ""]
@@ -160,7 +160,7 @@ def test_a_playlist_is_followed_and_its_clock_runs_through(tmp_path, monkeypatch
     assert times(frames) == [round(0.4 * i, 1) for i in range(10)]
 
 
-def test_any_name_and_times_of_a_player(tmp_path, monkeypatch):
+def test_any_file_name_with_the_times_of_a_player(tmp_path, monkeypatch):
     """The picture starts a second after the sound."""
     path = tmp_path / "camera:0"
     with av.open(str(path.with_suffix(".mkv")), "w") as container:
@@ -186,7 +186,7 @@ def save_pictures(folder, *names):
         Image.new("RGB", (8, 8), (i, i, i)).save(folder / name)
 
 
-def test_a_folder_goes_by_number(tmp_path):
+def test_a_folder_is_read_in_natural_order(tmp_path):
     save_pictures(tmp_path, "frame-2.png", "frame-10.png", "frame-1.png")
     (tmp_path / "notes.txt").write_text("no picture")
     stream, frames, _ = read(tmp_path)
@@ -200,13 +200,13 @@ def test_a_folder_goes_by_number(tmp_path):
     "in_order",
     [("①2.png", "②2.png", "③2.png"), ("x¹.png", "x².png", "x³.png"), ("f２.png", "f10.png"), ("٣.png", "١٠.png")],
 )
-def test_a_folder_goes_by_numbers_of_any_script(tmp_path, in_order):
+def test_a_folder_with_numbers_of_any_script_is_read_in_natural_order(tmp_path, in_order):
     save_pictures(tmp_path, *in_order[::-1])
     shades = [frame.picture.getpixel((0, 0))[0] for frame in read(tmp_path)[1]]
     assert shades == list(range(len(in_order)))[::-1]
 
 
-def test_what_a_folder_holds_besides_is_told_at_the_end(tmp_path):
+def test_other_files_of_a_folder_are_reported_at_the_end(tmp_path):
     save_pictures(tmp_path, "1.png", "2.PNG", "._1.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "3.jfif", format="JPEG")
     (tmp_path / "sub").mkdir()
@@ -216,7 +216,7 @@ def test_what_a_folder_holds_besides_is_told_at_the_end(tmp_path):
     assert "3 entries were left out: ._1.png (hidden or made by the system); notes.txt (no suffix" in notices[0]
 
 
-def test_a_frame_whose_name_is_no_text_is_read_or_named(tmp_path):
+def test_a_frame_whose_name_is_not_utf8_is_read_or_named(tmp_path):
     folder = os.fsencode(tmp_path)
     save_pictures(tmp_path, "1.png")
     os.rename(folder + b"/1.png", folder + b"/\xc8\xcb.png")
@@ -311,7 +311,7 @@ def test_a_lost_stream_is_opened_again():
     assert stream.error == "rtsp://shop/1 did not come back after 3 attempts (rtsp://shop/1 does not answer)"
 
 
-def test_attempts_count_anew_after_a_frame():
+def test_attempts_count_from_zero_after_a_frame():
     refused = ValueError("refused")
     content = [[0.0, LOST], refused, refused, [0.0, LOST], refused, refused, [0.0, LOST]]
     source, stream, _ = live(content)
@@ -325,7 +325,7 @@ def test_a_stream_that_opens_without_frames_is_given_up():
     assert source.opened == 4 and "after 3 attempts" in stream.error
 
 
-def test_pauses_grow():
+def test_pauses_between_attempts_grow():
     source, stream, notices = live([[0.0]], backoff_s=0.02)
     started = time.monotonic()
     list(stream)
@@ -333,12 +333,12 @@ def test_pauses_grow():
     assert [notice.split("again in ")[1].split(" s ")[0] for notice in notices] == ["0.02", "0.04", "0.08"]
 
 
-def test_a_live_stream_that_became_a_recording_has_ended():
+def test_a_live_stream_that_became_a_recording_ends():
     source, stream, _ = live([[0.0, 0.1], (60_000_000, [0.0, 0.1, 0.2])])
     assert len(list(stream)) == 2 and stream.error is None and stream.counts.reconnects == 0
 
 
-def test_time_stamps_that_leap_begin_anew():
+def test_time_stamps_that_jump_start_again():
     _, stream, _ = live([[0.0, 0.1, 5000.0, 5000.1, 3.0, 3.1]], max_reconnects=0)
     stamps = [frame.time_s for frame in stream]
     assert len(stamps) == 6 and stamps == sorted(stamps) and stamps[-1] < 5

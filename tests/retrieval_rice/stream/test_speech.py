@@ -1,4 +1,4 @@
-"""Words around windows: what is known, what comes late, what never comes, and who waits for whom."""
+"""Words around windows: known, late and missing words, and which side waits."""
 
 import math
 import threading
@@ -20,7 +20,7 @@ def words(*parts):
     return [Word(*part) for part in parts]
 
 
-def test_a_window_is_given_the_words_around_it():
+def test_a_window_gets_the_words_around_it():
     tool, notices = hearing([(0, 1, "zero"), (4, 5, "four"), (4.5, 6, "and"), (9, 10, "nine")])
     assert tool.text(0, 3) == "zero"
     # What begins where the window ends is not in it.
@@ -31,12 +31,12 @@ def test_a_window_is_given_the_words_around_it():
     assert (tool.counts.words, tool.counts.late, tool.counts.lost, notices) == (4, 0, 0, [])
 
 
-def test_words_in_any_order_are_said_in_the_order_of_time():
+def test_words_are_sorted_by_time():
     tool, _ = hearing([(3, 4, "mug"), (1, 2, "a"), (2, 3, "red"), (2.5, 2, "backward")])
     assert tool.text(0, 5) == "a red backward mug"
 
 
-def test_what_is_no_word_is_left_out_and_counted():
+def test_invalid_words_are_left_out_and_counted():
     bad = [(math.nan, 1, "x"), (0, math.inf, "x"), (0, 1, " "), (0, 1, None), ("a", 1, "x"), "abc", (0, 1), 7, None]
     assert [word_of(value) for value in bad] == [None] * len(bad)
     assert word_of(("1", 2, " two \n lines ")) == Word(1.0, 2.0, "two lines")
@@ -81,7 +81,7 @@ class Later:
             self.changed.notify_all()
 
 
-def test_late_words_are_scored_with_the_next_window_once_and_told():
+def test_late_words_are_scored_once_with_the_next_window_and_reported():
     source = Later()
     tool, notices = hearing(source)
     assert tool.text(0, 4, now_s=4) == ""
@@ -101,7 +101,7 @@ def test_late_words_are_scored_with_the_next_window_once_and_told():
     tool.stop()
 
 
-def test_what_was_said_while_the_picture_paused_belongs_to_no_window():
+def test_words_during_a_pause_of_the_picture_belong_to_no_window():
     tool, _ = hearing([(20, 21, "meanwhile"), (100, 101, "now")])
     assert tool.text(0, 6, first_s=0) == ""
     assert tool.text(96, 106, first_s=96) == "now" and tool.counts.late == 0
@@ -133,13 +133,13 @@ class Slow:
         self.heard_s = math.inf
 
 
-def test_a_file_waits_for_what_tells_how_far_it_is():
+def test_a_file_waits_for_a_source_of_words_that_reports_its_position():
     tool = Hearing(Slow(), waits=True)
     tool.start()
     assert [tool.text(start, start + 2) for start in (0, 2, 4, 6)] == ["0 1", "2 3", "4 5", ""]
 
 
-def test_but_not_for_ever(monkeypatch):
+def test_waiting_for_words_has_a_limit(monkeypatch):
     monkeypatch.setattr("retrieval_rice.stream.speech._LONGEST_WAIT_S", 0.2)
     notices = []
     tool = Hearing(Slow(stops_at=2), waits=True, notify=notices.append)
@@ -148,7 +148,7 @@ def test_but_not_for_ever(monkeypatch):
     assert "made no progress" in notices[0]
 
 
-def test_a_source_that_fails_is_told_and_the_rest_goes_without_words():
+def test_a_failing_source_of_words_is_reported_and_the_rest_has_no_words():
     def source():
         yield (0, 1, "one")
         raise RuntimeError("the model\nis broken")
@@ -172,7 +172,7 @@ class Failing:
         raise RuntimeError("no brake")
 
 
-def test_no_failure_of_a_source_reaches_the_picture():
+def test_a_failing_source_of_words_does_not_affect_the_picture():
     notices = []
     tool = Hearing(Failing(), waits=True, notify=notices.append)
     tool.start()
@@ -185,7 +185,7 @@ def test_no_failure_of_a_source_reaches_the_picture():
 
 
 @pytest.mark.parametrize("error, words", [(RuntimeError(), "RuntimeError"), (SystemExit(3), "3")])
-def test_a_failure_without_words_is_told(error, words):
+def test_a_failure_without_message_is_reported(error, words):
     def source():
         yield (0, 1, "one")
         raise error

@@ -1,4 +1,4 @@
-"""Subtitles in every dress, a container's own track, and captions as JSON lines."""
+"""Subtitles in every format and encoding, a container's own track, and captions as JSON lines."""
 
 import os
 import threading
@@ -62,7 +62,7 @@ def test_a_cue_that_ends_before_it_starts_lasts_until_the_next(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-def test_encodings_that_tell_themselves(tmp_path, encoding):
+def test_encodings_recognised_by_their_bytes(tmp_path, encoding):
     text = SRT.replace("two", "红色杯子 für")
     found, notices = read(write(tmp_path / "a.srt", text, encoding))
     assert found[2].text == "红色杯子 für lines" and notices == []
@@ -76,7 +76,7 @@ def test_encodings_that_tell_themselves(tmp_path, encoding):
         ("cp1252", "la tasse préférée – 5 €", "Windows-1252"),
     ],
 )
-def test_encodings_that_have_to_be_guessed_are_told(tmp_path, encoding, said, name):
+def test_guessed_encodings_are_reported(tmp_path, encoding, said, name):
     found, notices = read(write(tmp_path / "a.srt", SRT.replace("two", said), encoding))
     assert found[2].text == f"{said} lines" and len(found) == 4
     assert notices == [f"{tmp_path / 'a.srt'} is not in UTF-8 or UTF-16; it is read as {name}"]
@@ -94,7 +94,7 @@ def test_webvtt(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"nothing of the kind\n", bytes(range(256)) * 8, b"#EXTM3U\n#EXTINF:1,\nx.ts\n"]
 )
-def test_what_holds_no_subtitles(tmp_path, content):
+def test_files_without_subtitles(tmp_path, content):
     (tmp_path / "a.srt").write_bytes(content)
     with pytest.raises(ValueError, match="a.srt holds no subtitles"):
         Subtitles(tmp_path / "a.srt")
@@ -163,7 +163,7 @@ def test_a_named_pipe_and_a_file_of_json_lines(tmp_path):
         ("null", "expected a JSON object, found a NoneType"),
     ],
 )
-def test_json_lines_that_are_none(tmp_path, line, words):
+def test_invalid_json_lines(tmp_path, line, words):
     path, notices = tmp_path / "a.JSONL", []
     path.write_text(line + '\n{"start_s": 1, "end_s": 2, "text": "mug"}\n')
     assert captions(str(path), "x", notices.append) == [Word(1.0, 2.0, "mug")]

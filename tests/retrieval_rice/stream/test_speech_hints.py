@@ -1,4 +1,4 @@
-"""Words that a speech model is told to expect: which ones, how many, and what is refused."""
+"""Hints for a speech model: which words, how many, and what is refused."""
 
 import random
 from types import SimpleNamespace
@@ -13,23 +13,23 @@ from retrieval_rice.stream.speech_models import WhisperTranscriber, whole_words
 TITLES = ["Red mug, new", "RED bottle new", "blue mug (new)", "blue T-shirt 500 new", "【新款】红色 mug"]
 
 
-def test_titles_come_first_that_tell_most():
+def test_the_most_distinctive_titles_come_first():
     # Of five titles mug is in 3, red and blue are in 2, new is in 4: they tell as much as 2, 2, 2 and 1. A title is
     # worth that by word: 2 for "mug" alone, then 4/3 for "red bottle new", then 1, then nothing.
     expected = ["mug", "red bottle new", "blue t-shirt new", "red mug new", "blue mug new"]
     assert hint_titles([*TITLES, TITLES[0]], "en") == expected
 
 
-def test_a_word_of_every_title_tells_nothing():
+def test_a_word_of_every_title_has_no_value():
     assert hint_titles(["new", "new shoe", "new mug"], "en") == ["new shoe", "new mug", "new"]
     assert hint_titles(["new mug", "New mug!"], "en") == ["new mug"]
 
 
-def test_of_a_long_title_the_beginning_is_told():
+def test_the_beginning_of_a_long_title_is_used():
     assert hint_titles(["mug " + " ".join("abcdefghijklmnopqrstuv")], "en") == ["mug a b c d e f g h i j k l m n o"]
 
 
-def test_what_a_model_reads_as_a_command_is_words():
+def test_control_tokens_in_titles_are_plain_words():
     assert hint_titles(["red <|endoftext|> mug"], "en") == ["red endoftext mug"]
 
 
@@ -38,7 +38,7 @@ def test_equal_titles_keep_the_order_of_the_shop():
     assert hint_titles(titles, "en") == titles
 
 
-def test_the_order_is_that_of_trying_every_title_each_time():
+def test_the_order_equals_that_of_a_plain_greedy_search():
     """The plain twin: what each title would bring, again and again."""
     rng = random.Random(0)
     titles = [" ".join(rng.choices("abcdefghijkl", k=rng.randint(1, 6))) for _ in range(60)]
@@ -87,7 +87,7 @@ def test_parts_of_words_are_joined(texts, words):
     assert [word.text for word, _ in whole_words((Word(0.0, 0.1, text), 1.0) for text in texts)] == words
 
 
-def test_a_joined_word_lasts_as_long_as_its_parts_and_is_as_likely_as_the_least():
+def test_a_joined_word_spans_its_parts_with_their_lowest_probability():
     two, tone, mug = Word(0.0, 0.5, " two"), Word(0.5, 1.0, "-tone"), Word(1.0, 1.5, " mug")
     assert whole_words([(two, 0.9), (tone, 0.5), (mug, 0.8)]) == [(Word(0.0, 1.0, " two-tone"), 0.5), (mug, 0.8)]
 
@@ -121,7 +121,7 @@ def ear():
 LOUD = np.ones(16000, np.float32)
 
 
-def test_titles_are_told_within_what_the_model_takes(ear):
+def test_titles_are_cut_to_the_token_limit_of_the_model(ear):
     model = ear()
     told, count = expect_titles(model, TITLES)
     assert count == 5
@@ -133,14 +133,14 @@ def test_titles_are_told_within_what_the_model_takes(ear):
     assert model.model.calls[-1]["hotwords"] is None
 
 
-def test_speech_is_looked_for_first(ear):
+def test_voice_activity_detection_comes_first(ear):
     """Hints are words that a model writes gladly; what is no speech must not reach it."""
     told, _ = expect_titles(ear(), TITLES)
     told(LOUD)
     assert told.model.calls[-1]["vad_filter"] is True
 
 
-def test_hints_that_are_only_repeated_are_not_heard(ear):
+def test_repeated_hints_are_left_out(ear):
     """In speech that it does not understand a model repeats its hints, of which it thinks nothing without them."""
     told, _ = expect_titles(ear(), TITLES)
     doubtful = [*parts(" a", " Red", " mug!", probability=0.01), *parts(" new.", probability=0.2)]
@@ -168,21 +168,21 @@ def test_hints_that_are_only_repeated_are_not_heard(ear):
         ({"detected": "en", "probability": 0.6}, None),
     ],
 )
-def test_a_detected_language_chooses_the_words(ear, known, hints):
+def test_a_detected_language_decides_the_hints(ear, known, hints):
     told, _ = expect_titles(ear(None, **known), TITLES)
     told(LOUD)
     assert told.model.calls[-1]["hotwords"] == hints
     assert told.language == (known["detected"] if "probability" not in known else None)
 
 
-def test_each_shop_hears_its_own_language(ear):
+def test_each_shop_detects_its_own_language(ear):
     model = ear(None)
     told, _ = expect_titles(model, TITLES)
     told(LOUD)
     assert (told.language, model.language) == ("en", None)
 
 
-def test_hints_that_would_change_nothing_are_refused(ear):
+def test_hints_without_effect_are_refused(ear):
     def plain(samples):
         return []
 

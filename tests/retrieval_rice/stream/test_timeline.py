@@ -1,4 +1,4 @@
-"""From answers to segments: hand-worked time lines, and what is written of them."""
+"""From answers to segments: time lines worked out by hand, and the output files."""
 
 import json
 import tracemalloc
@@ -60,7 +60,7 @@ def test_mean_confidence_and_alternatives_of_a_segment():
     assert second.confidence == pytest.approx(0.9)
 
 
-def test_a_blip_changes_nothing():
+def test_a_single_wrong_window_changes_nothing():
     assert spans(run([A] * 4 + [B] + [A] * 4)) == [(0.0, 12.0, "a")]
     assert spans(run([A] * 4 + [NOTHING] + [A] * 4)) == [(0.0, 12.0, "a")]
     # With patience 1 and no smoothing it does.
@@ -68,7 +68,7 @@ def test_a_blip_changes_nothing():
     assert spans(run([A] * 4 + [B] + [A] * 4, quick)) == [(0.0, 5.5, "a"), (5.5, 6.5, "b"), (6.5, 12.0, "a")]
 
 
-def test_a_lead_below_the_margin_is_no_switch():
+def test_a_lead_below_the_margin_does_not_switch():
     close = [answer(a=0.46, b=0.54)] * 20
     assert spans(run([A] * 4 + close, Hysteresis(margin=0.1))) == [(0.0, 27.0, "a")]
     assert [s.hit.product_id for s in run([A] * 4 + close, Hysteresis(margin=0.05))] == ["a", "b"]
@@ -92,7 +92,7 @@ def test_no_product_between_two_thresholds():
     assert gone[1].confidence == pytest.approx(0.89) and gone[1].alternatives[0].product_id == "a"
 
 
-def test_a_segment_is_told_as_soon_as_it_is_certain():
+def test_a_segment_is_reported_as_soon_as_it_is_certain():
     timeline = Timeline(Hysteresis(patience=2, smoothing=1.0))
     told = [bool(timeline.add(i + 2.0, item)) for i, item in enumerate([A] * 4 + [B] * 3)]
     assert told == [False] * 5 + [True, False]
@@ -113,7 +113,7 @@ def test_a_switch_just_before_the_end():
     assert spans(run([A] * 6 + [B, A])) == [(0.0, 11.0, "a")]
 
 
-def test_stretches_are_apart():
+def test_stretches_are_independent():
     timeline = Timeline()
     timeline.start(0.0)
     for i in range(4):
@@ -161,7 +161,7 @@ def test_memory_does_not_grow_with_time():
         ({"smoothing": 0.0}, "above 0"),
     ],
 )
-def test_rules_that_cannot_work(settings, words):
+def test_invalid_rules_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         Hysteresis(**settings)
 
@@ -184,7 +184,7 @@ def test_clock(seconds, digits, text):
     assert clock(seconds, digits) == text
 
 
-def test_what_is_written():
+def test_output_files():
     segment = Segment(1.5, 63.25, hit("p1", title="Cup <red> & blue\n--> \x1b[31mnow"), 0.876, [hit("p2", 0.1)])
     assert vtt_cue(segment) == ("00:00:01.500 --> 00:01:03.250\nCup &lt;red&gt; &amp; blue --&gt; [31mnow (88%)\n\n")
     row = table_row(segment)
@@ -198,7 +198,7 @@ def test_what_is_written():
     ]
 
 
-def test_what_is_written_without_a_product():
+def test_output_files_without_a_product():
     segment = Segment(0.0, 2.0, None, 0.9)
     assert vtt_cue(segment) == ""
     assert "(no product)" in table_row(segment)

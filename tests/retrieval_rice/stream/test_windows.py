@@ -66,7 +66,7 @@ def test_uneven_times_lose_no_frame():
     assert ends == sorted(ends)
 
 
-def test_a_window_comes_as_soon_as_it_is_complete():
+def test_a_window_is_given_as_soon_as_it_is_complete():
     taken = []
 
     def source():
