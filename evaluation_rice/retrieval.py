@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from data_rice.collator import failure_words
-from hub_rice.cores import map_on_cores
+from hub_rice.cores import PICTURES_PER_CORE, map_on_cores
 from modeling_rice.scoring_rice import PARTS, FusionWeights, fuse, model_scores, pair_kinds, with_fused
 
 from .fusion import (
@@ -31,8 +31,6 @@ from .recall import DEFAULT_KS
 
 GALLERY_CHUNK = 2048
 """Number of gallery images scored at once against a batch of clips; limits the memory of matching."""
-PICTURES_AT_ONCE = 16
-"""Number of pictures that one thread encodes at once on a CPU; few stay in its caches."""
 _NOTHING = torch.zeros(0)
 
 
@@ -118,7 +116,7 @@ def _parts(inputs: dict[str, Any], device: torch.device) -> list[dict[str, Any]]
         return [inputs]
     rows = len(next(iter(inputs.values())))
     frames = inputs["frame_mask"].shape[1] if "frame_mask" in inputs else 1
-    size = max(1, PICTURES_AT_ONCE // frames)
+    size = max(1, PICTURES_PER_CORE // frames)
     return [{name: value[i : i + size] for name, value in inputs.items()} for i in range(0, rows, size)]
 
 

@@ -3,9 +3,13 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
 from typing import Any
 
 import torch
+
+PICTURES_PER_CORE = 16
+"""Number of pictures that a thread encodes at once on a CPU: few, so that intermediate results stay in its caches."""
 
 
 def _use_one_thread() -> None:
@@ -18,7 +22,8 @@ def map_on_cores(work: Callable[[Any], Any], items: Iterable, device: torch.devi
     """
     Yields `work(item)` for each item, in order. On a CPU, as many items are worked on at once as torch has threads,
     each by one thread. That is faster than one item in all threads, because small operations do not gain from more
-    threads, and because the caller reads the next items meanwhile. On another device it is `map`.
+    threads, and because the caller reads the next items meanwhile. On another device, and for a single item, which has
+    all threads, it is `map`.
 
     Args:
         work: Safe to call from several threads, such as encoding by a model in eval mode. It runs with the caller's
@@ -37,11 +42,17 @@ def map_on_cores(work: Callable[[Any], Any], items: Iterable, device: torch.devi
         with torch.set_grad_enabled(has_gradients):
             return work(item)
 
+    items = iter(items)
     pool = ThreadPoolExecutor(threads, "encoding", initializer=_use_one_thread)
     waiting: deque = deque()
     try:
         torch.set_num_threads(1)
-        for item in items:
+        first = list(islice(items, 2))
+        if len(first) == 1:
+            torch.set_num_threads(threads)
+            yield work(first[0])
+            return
+        for item in chain(first, items):
             waiting.append(pool.submit(run, item))
             if len(waiting) > threads:
                 # The caller has all threads for what it does with a result.

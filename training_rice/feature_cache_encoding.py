@@ -221,7 +221,7 @@ class _Encoder:
         loading = Loading(_ROWS, self.training.dataloader_num_workers, quiet=self.training.disable_tqdm)
         title = f"encoding {part.kind}" + (f", view {view + 1} of {cache.num_views}" if cache.num_views > 1 else "")
         asked = (numbers[start : start + _ROWS] for start in range(0, len(numbers), _ROWS))
-        read = zip(asked, loading.batches(part.rows, numbers, partial(part.load, view), title))
+        read = zip(asked, loading.batches(part.rows, numbers, partial(part.load, view), title), strict=True)
         waiting, encoded = deque(blocks), {}
         for rows in map_on_cores(partial(self._encode_rows, part), read, self.training.device):
             encoded |= rows

@@ -56,9 +56,9 @@ class Session:
         self.file = file
         self._lock = threading.Lock()
         self._by_threads = {}
-        self.inputs, self.outputs = (
-            [item.name for item in items] for items in (self._session().get_inputs(), self._session().get_outputs())
-        )
+        session = self._session()
+        self.inputs = [item.name for item in session.get_inputs()]
+        self.outputs = [item.name for item in session.get_outputs()]
 
     def run(self, feed: dict) -> list:
         """Outputs of the graph as arrays, for the arrays of its inputs by name."""
@@ -78,7 +78,7 @@ class Session:
             raise ValueError("exported models need onnxruntime: pip install 'rice-retrieval[onnx]'.") from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        # Threads that spin while they wait take the cores from the processes that decode the next batch.
+        # Threads that spin while they wait take the cores from those that read the next batch.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             return onnxruntime.InferenceSession(str(self.file), options, ["CPUExecutionProvider"])

@@ -17,7 +17,7 @@ from data_rice.collator import RiceCollator, failure_words
 from data_rice.parsing import id_text
 from data_rice.paths import path_to_text
 from evaluation_rice.retrieval import Loading, ModelRetriever
-from hub_rice.cores import map_on_cores
+from hub_rice.cores import PICTURES_PER_CORE, map_on_cores
 from hub_rice.precision import INT8, PRECISIONS, precision_of
 from processing_rice import MediaError, is_missing, open_image, read_text
 from processing_rice.media_rice import path_of, read_media
@@ -243,7 +243,7 @@ class ShopEncoder:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         if self.batch_size is None:
-            self.batch_size = 16 if self.model.device.type == "cpu" else 64
+            self.batch_size = PICTURES_PER_CORE if self.model.device.type == "cpu" else 64
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
         use_text = getattr(self.model.config, "text_config", None) is not None

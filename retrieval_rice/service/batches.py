@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-from hub_rice.cores import map_on_cores
+from hub_rice.cores import PICTURES_PER_CORE, map_on_cores
 
 from ..index import Answer
 from ..recogniser import Recogniser
 
-# On a CPU few, so that intermediate results stay in its caches.
-_FRAMES_AT_ONCE, _FRAMES_PER_CORE = 64, 16
+_FRAMES_AT_ONCE = 64
 
 
 @dataclass
@@ -146,7 +145,7 @@ def encode(recogniser: Recogniser, clips: Sequence[Clip]) -> Any:
     frames = torch.stack([frame for clip in clips for frame in clip.frames]).to(model.device)
     size = _FRAMES_AT_ONCE
     if model.device.type == "cpu":
-        size = min(_FRAMES_PER_CORE, math.ceil(len(frames) / torch.get_num_threads()))
+        size = min(PICTURES_PER_CORE, math.ceil(len(frames) / torch.get_num_threads()))
     parts = list(map_on_cores(model.encode_frames, frames.split(size), model.device))
     mask = torch.arange(max(counts))[None] < torch.tensor(counts)[:, None]
     text = {}

@@ -302,7 +302,7 @@ def test_a_batch_encoded_in_parts_on_several_cores_is_that_of_one_call(monkeypat
     calls = []
     encode = getattr(model, f"encode_{kind}")
     monkeypatch.setattr(model, f"encode_{kind}", lambda **part: calls.append(part) or encode(**part))
-    monkeypatch.setattr(retrieval, "PICTURES_AT_ONCE", 6)
+    monkeypatch.setattr(retrieval, "PICTURES_PER_CORE", 6)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

@@ -70,3 +70,8 @@ def test_error_of_an_item_reaches_the_caller(three_threads):
 def test_one_thread_or_another_device_works_in_the_calling_thread(one_thread, threads, device):
     torch.set_num_threads(threads)
     assert set(map_on_cores(lambda item: threading.get_ident(), range(4), device)) == {threading.get_ident()}
+
+
+def test_a_single_item_has_all_threads(three_threads):
+    found = list(map_on_cores(lambda item: (torch.get_num_threads(), threading.get_ident()), ["item"]))
+    assert found == [(3, threading.get_ident())] and list(map_on_cores(str, [])) == []
