@@ -435,14 +435,10 @@ def rank_scores(
     task: RetrievalTask,
     scores: dict[int, dict[str, torch.Tensor]],
     ks=DEFAULT_KS,
-    own: FusionWeights = FusionWeights(),
 ) -> tuple[dict[str, Rankings], FittedFusion | None]:
-    """The result of `validate` from the scores of all queries (`all_scores`).
-
-    An `alignment_weight` of `own` is kept and not fitted.
-    """
-    fitted = _fit(task, scores, own) if _to_fit(scores, own) else None
-    weights = own if fitted is None else fitted.weights
+    """The result of `validate` from the scores of all queries (`all_scores`)."""
+    fitted = _fit(task, scores) if _to_fit(scores) else None
+    weights = FusionWeights() if fitted is None else fitted.weights
     rankings: dict[str, Rankings] = {"embedding": Rankings(task, ks)}
     for query, values in scores.items():
         for kind, row in with_fused(values, weights).items():
@@ -488,15 +484,12 @@ def all_scores(
 _FITTED = {"alignment": ("alignment_weight", ALIGNMENT_WEIGHTS), "matching": ("fusion_weight", DEFAULT_WEIGHTS)}
 
 
-def _to_fit(scores: dict[int, dict[str, torch.Tensor]], own: FusionWeights) -> list[str]:
-    kept = ["alignment"] * (own.alignment_weight is not None)
-    return [kind for kind in _FITTED if kind not in kept and any(kind in values for values in scores.values())]
+def _to_fit(scores: dict[int, dict[str, torch.Tensor]]) -> list[str]:
+    return [kind for kind in _FITTED if any(kind in values for values in scores.values())]
 
 
-def _fit(
-    task: RetrievalTask, scores: dict[int, dict[str, torch.Tensor]], own: FusionWeights = FusionWeights(), **options
-) -> FittedFusion:
-    kinds = _to_fit(scores, own)
+def _fit(task: RetrievalTask, scores: dict[int, dict[str, torch.Tensor]], **options) -> FittedFusion:
+    kinds = _to_fit(scores)
     if not kinds:
         raise ValueError("the model has neither matching nor alignment scores, so there is no fusion weight to fit.")
     rows = [scores.get(i, {}) for i in range(len(task.query_ids))]
@@ -505,7 +498,7 @@ def _fit(
     relevant = [task.relevant_positions(i) if len(values[kinds[0]]) else [] for i, values in enumerate(rows)]
     # Without text, see `fit_fusion`.
     silent = [{**values, "embedding": values.get("visual", values["embedding"])} for values in rows]
-    weights, curves = FusionWeights(alignment_weight=own.alignment_weight), {}
+    weights, curves = FusionWeights(), {}
     for kind in kinds:
         name, grid = _FITTED[kind]
         others = [fuse(values, weights) for values in silent]

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .features_rice import require_pairs
+
 # Bytes of cosines held at a time: what fits into the cache of a CPU core, and what keeps a GPU busy.
 _MEMORY = {"cpu": 2**20, "cuda": 2**30}
 # Minimum number of images whose scores are computed together; one by one would cost more than the maxima.
@@ -178,8 +180,7 @@ class RiceAlignmentSide:
         """
         if self.alignment is None:
             raise ValueError("This model has no alignment, so it has no maps of it; make one with `rice init`.")
-        if len(pixel_values) != len(pixel_values_videos):
-            raise ValueError(f"There are {len(pixel_values)} images and {len(pixel_values_videos)} clips; give pairs.")
+        require_pairs(pixel_values, pixel_values_videos)
         gallery = self.encode_gallery(pixel_values)
         clips = self.encode_clips(pixel_values_videos, **batch)
         cosines = torch.einsum("bpr,btqr->bptq", gallery.patches.float(), clips.patches.float())

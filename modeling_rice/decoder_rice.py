@@ -139,24 +139,31 @@ class RiceDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
 
+class RiceCosineScore(nn.Linear):
+    """
+    Cosine of states `(..., d)` with the weight `(1, d)`. It has its own class because only a call of a module fetches
+    offloaded weights.
+    """
+
+    def forward(self, states: Tensor) -> Tensor:
+        return nn.functional.normalize(states, dim=-1) @ nn.functional.normalize(self.weight, dim=-1).T
+
+
 class RiceMatchingHead(nn.Module):
     """Class-token state -> score: norm, linear layer, activation, then a linear or a cosine score."""
 
     def __init__(self, config: RiceConfig):
         super().__init__()
         width = config.decoder_hidden_size
-        self.cosine = config.matching_score == "cosine"
         self.layer_norm = nn.LayerNorm(width, eps=config.decoder_layer_norm_eps)
         self.dense = nn.Linear(width, width, bias=config.pooler_bias)
         self.activation = ACT2FN[config.pooler_act]
-        self.score = nn.Linear(width, 1, bias=not self.cosine)
+        is_cosine = config.matching_score == "cosine"
+        self.score = RiceCosineScore(width, 1, bias=False) if is_cosine else nn.Linear(width, 1)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        pooled = self.activation(self.dense(self.layer_norm(hidden_states)))
-        if self.cosine:
-            pooled = nn.functional.normalize(pooled, dim=-1)
-            return (pooled @ nn.functional.normalize(self.score.weight, dim=-1).T).squeeze(-1)
-        return self.score(pooled).squeeze(-1)
+        """States `(..., d)` -> scores `(...)`."""
+        return self.score(self.activation(self.dense(self.layer_norm(hidden_states)))).squeeze(-1)
 
 
 class RiceDecoder(nn.Module):

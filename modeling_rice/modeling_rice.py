@@ -1,5 +1,6 @@
 """RICE (ICCV 2023): recognises which product a livestream clip presents, by retrieval from the shop's images."""
 
+import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ from .configuration_rice import RiceConfig
 from .decoder_rice import RiceDecoder, RiceHeadMixing, RiceReconstructionHead
 from .encoders_rice import build_encoder
 from .features_rice import PLAIN_TEXT_KEYS, RiceClips, RiceFrames, RiceGallery, refuse_unknown, require_tensor
-from .fingerprint_rice import RiceIdentity
+from .fingerprint_rice import RiceIdentity, require_encodings
 from .layout_rice import write_card, write_layout
-from .loss_rice import cosines
+from .loss_rice import at_least_single, cosines
 from .objective_rice import ClipTokens, ImageTokens, RiceObjective
-from .patches_rice import RicePatchSaliency, RiceSaliencyScore, resize_patch_mask
+from .patches_rice import RicePatchSaliency, RiceSaliencyScore, check_patch_mask, resize_patch_mask
 from .pooling_rice import POOLINGS, RiceZeroLinear
 from .scoring_rice import check_count
 from .text_rice import EncodedText, RiceTextEncoder, RiceTextSide
@@ -190,6 +191,12 @@ class RiceModel(
         if type(self.vision_model)._set_gradient_checkpointing is not PreTrainedModel._set_gradient_checkpointing:
             self.vision_model._set_gradient_checkpointing(enable, *args, **kwargs)
 
+    @property
+    def device(self) -> torch.device:
+        """The device that inputs are moved to. Offloaded weights are on the meta device until they are used."""
+        tensors = itertools.chain(self.parameters(), self.buffers())
+        return next((tensor.device for tensor in tensors if not tensor.is_meta), super().device)
+
     def get_input_embeddings(self) -> nn.Module:
         """The input embeddings of the vision encoder, which adapter libraries ask for."""
         return self.vision_model.get_input_embeddings()
@@ -197,7 +204,7 @@ class RiceModel(
     def _embed_images(self, pixel_values: Tensor) -> ImageTokens:
         states = self._encoder_output(pixel_values)
         tokens, features = self._from_states(states)
-        embeds = nn.functional.normalize(self._centred(_at_least_single(features), is_clip=False), dim=-1)
+        embeds = nn.functional.normalize(self._centred(at_least_single(features), is_clip=False), dim=-1)
         return ImageTokens(tokens, embeds, patches=self._aligned(states.patches))
 
     def encode_frames(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> RiceFrames:
@@ -212,8 +219,7 @@ class RiceModel(
         Raises:
             ValueError: for wrong shapes, or a mask that the encoder does not support.
         """
-        if patch_mask is not None:
-            patch_mask = patch_mask.bool()
+        patch_mask = check_patch_mask(pixel_values, patch_mask)
         states = self._encoder_output(pixel_values, patch_mask)
         tokens, features = self._from_states(states, patch_mask, is_clip=True)
         token_mask, aligned = None, self._aligned(states.patches)
@@ -225,7 +231,7 @@ class RiceModel(
         # Training does not compare fingerprints, and a graph that is being compiled has no weights to read.
         name = None if self.training or torch.compiler.is_compiling() else self.fingerprint()
         shown = None if aligned is None else patch_mask
-        return RiceFrames(tokens, _at_least_single(features), token_mask, aligned, shown, model_fingerprint=name)
+        return RiceFrames(tokens, at_least_single(features), token_mask, aligned, shown, model_fingerprint=name)
 
     def pool_frames(
         self,
@@ -247,8 +253,7 @@ class RiceModel(
         Raises:
             ValueError: for a mask of the wrong size, a clip without a real frame, or frames of another model.
         """
-        if not isinstance(frames, RiceFrames):
-            raise ValueError(f"`frames` is a {type(frames).__name__}; give what `encode_frames` returns.")
+        require_encodings(frames=frames)
         if frame_mask is None:
             frame_mask = torch.ones(1, len(frames), dtype=torch.bool, device=frames.features.device)
         frame_mask = require_tensor("frame_mask", frame_mask).bool()
@@ -318,10 +323,12 @@ class RiceModel(
             raise ValueError(
                 f"`frame_mask` must be (B, T) = {tuple(videos.shape[:2])}, got shape {tuple(frame_mask.shape)}."
             )
-        if patch_mask is not None and require_tensor("patch_mask", patch_mask).shape[:2] != videos.shape[:2]:
+        if patch_mask is not None and (
+            require_tensor("patch_mask", patch_mask).dim() != 3 or patch_mask.shape[:2] != videos.shape[:2]
+        ):
             raise ValueError(
-                f"`patch_mask` must start with (B, T) = {tuple(videos.shape[:2])}, "
-                f"got shape {tuple(patch_mask.shape)}."
+                f"`patch_mask` must be (B, T, P) with (B, T) = {tuple(videos.shape[:2])}, got shape "
+                f"{tuple(patch_mask.shape)}."
             )
         frame_mask = frame_mask.bool()
         _refuse_empty(frame_mask)
@@ -510,7 +517,7 @@ class RiceModel(
             self.add_losses(output, images, clips, product_ids, asr_is_noise)
         elif self.decoder is not None:
             scores = self.decoder.score_pairs(images.states[:, 0], clips.keys, clips.values, clips.mask)
-            output.matching_logits = self.config.matching_scale * scores
+            output.matching_logits = self.config.matching_scale * at_least_single(scores)
         return output
 
     def _forward_alone(
@@ -519,12 +526,12 @@ class RiceModel(
         if videos is None and (frame_mask is not None or patch_mask is not None):
             raise ValueError("`frame_mask` and `patch_mask` belong to `pixel_values_videos`, which was not given.")
         if images is not None:
-            embeds = self.get_image_features(images, **text).pooler_output
+            embeds = self.get_image_features(images, return_dict=True, **text).pooler_output
             return RiceOutput(image_embeds=embeds, pooler_output=embeds)
         if videos is not None:
-            embeds = self.get_video_features(videos, frame_mask, patch_mask, **text).pooler_output
+            embeds = self.get_video_features(videos, frame_mask, patch_mask, return_dict=True, **text).pooler_output
             return RiceOutput(video_embeds=embeds, pooler_output=embeds)
-        embeds = self.get_text_features(**text).pooler_output
+        embeds = self.get_text_features(return_dict=True, **text).pooler_output
         return RiceOutput(text_embeds=embeds, pooler_output=embeds)
 
     def image_tokens(
@@ -582,10 +589,6 @@ def _refuse_other_count(kind: str, pictures: ImageTokens | ClipTokens) -> None:
             f"There are {len(pictures.text.features)} texts (`{kind}_embeds` or `{kind}_input_ids`) for "
             f"{len(pictures.embeds)} images or clips; give one text for each."
         )
-
-
-def _at_least_single(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 RiceModel.register_for_auto_class("AutoModel")

@@ -14,7 +14,7 @@ from evaluation_rice.retrieval import (
     rank_scores,
     retrieve,
 )
-from modeling_rice.scoring_rice import FusionWeights, fuse, z_scores
+from modeling_rice.scoring_rice import FusionWeights, z_scores
 
 
 def run(model, collator, shop, scope="live", batch_size=2, num_workers=0, **options):
@@ -233,29 +233,6 @@ def test_the_text_weight_is_fitted_after_that_of_matching(shop):
     assert all(share < 3 / 5 for weight, share in hits.items() if weight < fitted.weights.fused_text_weight)
     assert embedding_weight is not None and set(rankings) == {"embedding", "matching", "fused"}
     assert joined[3].keys() == {"embedding"} and joined[0]["visual"].max() == 1.0
-
-
-def test_the_models_own_weight_of_alignment_is_kept_while_matching_is_fitted(shop):
-    task = RetrievalTask.from_datasets(shop.queries, shop.gallery, "live")
-    generator = torch.Generator().manual_seed(0)
-    scores = {
-        query: {
-            kind: torch.randn(len(task.gallery_of(query)), generator=generator)
-            for kind in ("embedding", "matching", "alignment")
-        }
-        for query in range(5)
-    }
-    rankings, fitted = rank_scores(task, scores, own=FusionWeights(3.0, 2.0))
-    assert fitted.weights.alignment_weight == 2.0 and set(rankings) == {"embedding", "matching", "alignment", "fused"}
-    hits = {}
-    for weight in (point["weight"] for point in fitted.curve):
-        fused = {query: fuse(values, FusionWeights(weight, 2.0)) for query, values in scores.items()}
-        hits[weight] = np.mean([int(row.argmax()) in task.relevant_positions(query) for query, row in fused.items()])
-    assert {point["weight"]: point["R@1"] for point in fitted.curve} == hits
-    assert rankings["fused"].recall()["R@1"] == hits[fitted.weights.fusion_weight]
-    without = {query: {"embedding": v["embedding"], "alignment": v["alignment"]} for query, v in scores.items()}
-    rankings, fitted = rank_scores(task, without, own=FusionWeights(None, 2.0))
-    assert fitted is None and set(rankings) == {"embedding", "alignment", "fused"}
 
 
 def test_alignment_is_a_third_score_with_a_fitted_weight(shop):

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
+from modeling_rice import comparison_rice
 from modeling_rice.comparison_rice import encode_candidates
 from modeling_rice.scoring_rice import ranked_scores
 
@@ -62,6 +63,16 @@ def test_invalid_candidates_are_refused(encoded, tmp_path):
         encode_candidates(model, Processor(), list(batch["pixel_values"]), ["a", "b"])
     with pytest.raises(FileNotFoundError, match="no feature file"):
         encode_candidates(model, Processor(), str(tmp_path / "none.safetensors"))
+
+
+def test_encodings_on_other_devices_are_moved_to_the_model(make_model, make_batch, monkeypatch):
+    """The meta device stands for a GPU; it has no autocast."""
+    monkeypatch.setattr(comparison_rice, "cosines", lambda rows, columns: rows @ columns.T)
+    model, batch = make_model(text_embed_dim=4, text_score_weight=0.5), make_batch(text_dim=4)
+    gallery, clips = model.encode_gallery(**batch), model.encode_clips(**batch)
+    model.to("meta")
+    assert model.similarity(clips, gallery.to("meta")).is_meta
+    assert model.text_similarity(clips, gallery).is_meta
 
 
 def test_rank_lists_images_as_a_cross_encoder_does(encoded):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling_rice import RiceModel
-from modeling_rice.pooling_rice import POOLINGS, consensus, masked_mean, time_positions
+from modeling_rice.pooling_rice import POOLINGS, consensus, time_positions, weighted_mean
 from training_rice.arguments import ModelArguments
 from training_rice.setup import build_model
 
@@ -76,11 +76,22 @@ def test_a_weighted_single_frame_is_unchanged(make_pooling, features):
         torch.testing.assert_close(pooled[1], features[1, 0])
 
 
+def test_a_weighted_mean():
+    states = torch.tensor([[[1.0], [2.0], [5.0]]])
+    assert weighted_mean(states, torch.tensor([[0.5, 0.0, 0.25]])).item() == pytest.approx((0.5 + 1.25) / 0.75)
+    assert weighted_mean(states, torch.zeros(1, 3)).item() == 0
+    # 256 patches of a large activation: their sum is beyond half precision, their mean is not.
+    large = torch.full((1, 256, 1), 1000.0, dtype=torch.float16)
+    for weights in (torch.ones(1, 256), torch.full((1, 256), 1e-7)):
+        mean = weighted_mean(large, weights)
+        assert mean.dtype == torch.float16 and mean.item() == 1000
+
+
 def test_the_mean_is_that_of_the_published_model(make_pooling, features):
     weights = MASK[..., None].double()
     published = (features * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
     assert torch.equal(make_pooling("mean")(features, MASK), published)
-    assert torch.equal(masked_mean(features, MASK), published)
+    assert torch.equal(weighted_mean(features, MASK), published)
     assert not list(make_pooling("mean").parameters())
 
 
