@@ -168,6 +168,10 @@ class RiceComparison:
         Raises:
             ValueError: as `match`; for a score that the model does not have; for inputs that `processor` refuses.
         """
+        if titles is not None and _read_gallery(images) is not None:
+            raise ValueError(
+                "`titles` belong to shop images, and a gallery was given, which has its own; leave them out."
+            )
         gallery = encode_candidates(self, processor, images, titles)
         clips = self.encode_clips(**processor(videos=[clip], asr=None if asr is None else [asr]))
         scores, _ = ranked_scores(self, clips, gallery, rank_by)
@@ -197,12 +201,9 @@ def encode_candidates(model, processor, candidates, titles: list[str] | None = N
         ValueError: no candidates, another number of titles than candidates, an image or gallery that cannot be read.
         FileNotFoundError: a missing file.
     """
-    if hasattr(candidates, "embeds"):
-        gallery = candidates
-    elif isinstance(candidates, (str, os.PathLike)) and os.fspath(candidates).endswith(".safetensors"):
-        gallery = RiceGallery.load(candidates)
-    else:
-        gallery, candidates = None, list_candidates(candidates)
+    gallery = _read_gallery(candidates)
+    if gallery is None:
+        candidates = list_candidates(candidates)
     count = len(candidates if gallery is None else gallery)
     if count == 0:
         raise ValueError("`candidates` is empty; give at least one shop image.")
@@ -219,6 +220,14 @@ def encode_candidates(model, processor, candidates, titles: list[str] | None = N
         inputs = processor(images=candidates[rows], titles=None if titles is None else titles[rows])
         parts.append(model.encode_gallery(**inputs.to(model.device)))
     return type(parts[0]).cat(parts)
+
+
+def _read_gallery(candidates) -> RiceGallery | None:
+    """The gallery that was given, or that of a path; `None` for images."""
+    if hasattr(candidates, "embeds"):
+        return candidates
+    is_path = isinstance(candidates, (str, os.PathLike)) and os.fspath(candidates).endswith(".safetensors")
+    return RiceGallery.load(candidates) if is_path else None
 
 
 def list_candidates(candidates) -> list:

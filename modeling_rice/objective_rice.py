@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .features_rice import RiceClips, RiceGallery, require_pairs, require_tensor
+from .features_rice import RiceClips, RiceGallery, refuse_unknown, require_pairs, require_tensor
 from .loss_rice import (
     Memory,
     at_least_single,
@@ -318,6 +318,7 @@ class RiceObjective:
             1 only with `reconstruction_softmax`.
 
         Raises:
+            TypeError: for an argument that is no key of a batch.
             ValueError: if the model has no reconstruction head, if images and clips differ in number, or in training
                 mode if that changes the maps.
         """
@@ -351,6 +352,7 @@ class RiceObjective:
             patches. The rest up to a sum of 1 is attention to the class tokens of frames and to an ASR token.
 
         Raises:
+            TypeError: for an argument that is no key of a batch.
             ValueError: if the model has no decoder, if images and clips differ in number, or in training mode if that
                 changes the maps.
         """
@@ -369,6 +371,7 @@ class RiceObjective:
         self, method: str, pixel_values: Tensor, pixel_values_videos: Tensor, batch: dict
     ) -> tuple[ImageTokens, ClipTokens]:
         """Encodes pairs of images and clips on the model's device, for the named method."""
+        refuse_unknown(method, batch)
         self.require_eval_mode(method)
         require_pairs(pixel_values, pixel_values_videos)
         batch = {"pixel_values": pixel_values, "pixel_values_videos": pixel_values_videos, **batch}

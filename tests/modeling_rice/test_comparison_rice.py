@@ -85,6 +85,8 @@ def test_rank_lists_images_as_a_cross_encoder_does(encoded):
     assert [entry["corpus_id"] for entry in model.rank(clip, gallery, 2, processor=Processor())] == [
         entry["corpus_id"] for entry in ranked[:2]
     ]
+    with pytest.raises(ValueError, match="`titles` belong to shop images, and a gallery was given"):
+        model.rank(clip, gallery, processor=Processor(), titles=["a"] * len(gallery))
 
 
 @pytest.mark.parametrize("settings", [{"use_decoder": False}, {"fusion_weight": 0.7}, {"ranking": "embedding"}])
