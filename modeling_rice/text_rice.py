@@ -87,12 +87,11 @@ class RiceTextEncoder(nn.Module):
 
 def _max_length(model: nn.Module) -> int | None:
     """Maximum number of tokens of a text encoder's input, `None` if it has no limit."""
-    longest = getattr(model.config, "max_position_embeddings", None)
     for name, module in model.named_modules():
         # RoBERTa and its relatives count positions from the padding index.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return longest - module.padding_idx - 1
-    return longest
+            return module.num_embeddings - module.padding_idx - 1
+    return getattr(model.config, "max_position_embeddings", None)
 
 
 class RiceTextSide:
