@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .features_rice import require_pairs
+from .loss_rice import l2_normalize
 
 # Bytes of cosines held at a time: what fits into the cache of a CPU core, and what keeps a GPU busy.
 _MEMORY = {"cpu": 2**20, "cuda": 2**30}
@@ -104,7 +105,7 @@ class RiceAlignment(nn.Module):
         """Patches `(..., C)` of either view -> `(..., R)`, whitened and L2-normalised."""
         # The scales of the axes differ too much for half precision.
         patches, mean, projection = (t.float() for t in (patches, self.patch_mean, self.patch_projection))
-        return nn.functional.normalize((patches - mean) @ projection, dim=-1)
+        return l2_normalize((patches - mean) @ projection)
 
     def center(self, features: Tensor, is_clip: bool) -> Tensor:
         """Global features `(..., D)` of one view minus the mean of the view."""

@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_rice import RiceConfig
+from .loss_rice import cosines, l2_normalize
 
 
 def eager_attention_forward(
@@ -141,12 +142,12 @@ class RiceDecoderLayer(GradientCheckpointingLayer):
 
 class RiceCosineScore(nn.Linear):
     """
-    Cosine of states `(..., d)` with the weight `(1, d)`. It has its own class because only a call of a module fetches
-    offloaded weights.
+    Cosine `(..., 1)` of states `(..., d)` with the weight `(1, d)`. It has its own class because only a call of a
+    module fetches offloaded weights.
     """
 
     def forward(self, states: Tensor) -> Tensor:
-        return nn.functional.normalize(states, dim=-1) @ nn.functional.normalize(self.weight, dim=-1).T
+        return cosines(l2_normalize(states), l2_normalize(self.weight))
 
 
 class RiceMatchingHead(nn.Module):

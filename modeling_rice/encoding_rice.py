@@ -9,7 +9,7 @@ from transformers.utils import can_return_tuple
 
 from .features_rice import RiceClips, RiceFrames, RiceGallery, refuse_unknown, require_tensor
 from .fingerprint_rice import require_encodings
-from .loss_rice import at_least_single
+from .loss_rice import at_least_single, l2_normalize
 from .objective_rice import ClipTokens, ImageTokens
 from .patches_rice import check_patch_mask, resize_patch_mask
 from .scoring_rice import check_count
@@ -37,7 +37,7 @@ class RiceEncoding:
     def _embed_images(self, pixel_values: Tensor) -> ImageTokens:
         states = self._encoder_output(pixel_values)
         tokens, features = self._from_states(states)
-        embeds = nn.functional.normalize(self._centred(at_least_single(features), is_clip=False), dim=-1)
+        embeds = l2_normalize(self._centred(at_least_single(features), is_clip=False))
         return ImageTokens(tokens, embeds, patches=self._aligned(states.patches))
 
     def encode_frames(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> RiceFrames:
@@ -106,8 +106,8 @@ class RiceEncoding:
         """Frame features `(c, T, D)` and mask `(c, T)`, as in `pool_frames` -> L2-normalised embeddings `(c, D)`."""
         features = self._centred(features, is_clip=True)
         if self.config.normalize_frames:
-            features = nn.functional.normalize(features, dim=-1)
-        return nn.functional.normalize(self.temporal_pooling(features, frame_mask), dim=-1)
+            features = l2_normalize(features)
+        return l2_normalize(self.temporal_pooling(features, frame_mask))
 
     def _lay_out(self, frames: RiceFrames, frame_mask: Tensor) -> ClipTokens:
         """Arranges frames as `(c, T)`; see `pool_frames`."""

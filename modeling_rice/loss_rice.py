@@ -32,6 +32,11 @@ def at_least_single(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def l2_normalize(vectors: Tensor) -> Tensor:
+    """Vectors `(..., D)` L2-normalised in at least single precision; in float16 a zero vector would become NaN."""
+    return nn.functional.normalize(at_least_single(vectors), dim=-1)
+
+
 def cosines(rows: Tensor, columns: Tensor) -> Tensor:
     """Cosines of normalised rows, never autocast: at a scale of 100, half precision would create ties."""
     with torch.autocast(rows.device.type, enabled=False):

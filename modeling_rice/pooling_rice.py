@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_rice import RiceConfig
-from .loss_rice import at_least_single
+from .loss_rice import at_least_single, l2_normalize
 
 
 def weighted_mean(states: Tensor, weights: Tensor) -> Tensor:
@@ -24,9 +24,9 @@ def weighted_mean(states: Tensor, weights: Tensor) -> Tensor:
 
 def consensus(features: Tensor, mask: Tensor) -> Tensor:
     """Cosine `(B, T)` of each frame with the mean direction of its clip's real frames."""
-    directions = nn.functional.normalize(features, dim=-1)
-    common = nn.functional.normalize(weighted_mean(directions, mask), dim=-1)
-    return (directions @ common[..., None]).squeeze(-1)
+    directions = l2_normalize(features)
+    common = l2_normalize(weighted_mean(directions, mask))
+    return (directions @ common[..., None]).squeeze(-1).to(features.dtype)
 
 
 class RiceZeroLinear(nn.Linear):

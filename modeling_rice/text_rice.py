@@ -16,7 +16,7 @@ from transformers.utils import can_return_tuple
 from .configuration_rice import RiceConfig
 from .encoders_rice import encoder_class, use_what_it_has
 from .features_rice import refuse_unknown, require_tensor
-from .loss_rice import Targets, at_least_single, cosines, pair_masks
+from .loss_rice import Targets, cosines, l2_normalize, pair_masks
 from .pooling_rice import weighted_mean
 
 
@@ -144,7 +144,7 @@ class RiceTextSide:
                 embeds = self.text_projection(features.to(self.text_projection.weight.dtype))
             # Also from a higher precision, so that titles and ASR have the same.
             embeds = embeds.to(torch.promote_types(self.visual_projection.weight.dtype, torch.float32))
-            embeds = nn.functional.normalize(embeds, dim=-1).masked_fill(~present[:, None], 0.0)
+            embeds = l2_normalize(embeds).masked_fill(~present[:, None], 0.0)
         return EncodedText(features, present, embeds)
 
     @can_return_tuple
@@ -193,9 +193,7 @@ class RiceTextSide:
             raise ValueError(
                 "The model has no text encoder (`text_config` is None), so it encodes no texts; leave them out."
             )
-        embeds = encoded.embeds
-        if embeds is None:
-            embeds = nn.functional.normalize(at_least_single(encoded.features), dim=-1)
+        embeds = l2_normalize(encoded.features) if encoded.embeds is None else encoded.embeds
         return BaseModelOutputWithPooling(pooler_output=embeds)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:

@@ -367,6 +367,14 @@ def test_dropout_acts_in_training_only(make_model, make_batch):
     assert not torch.equal(model(**batch).matching_logits, model(**batch).matching_logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_cosine_with_a_state_of_zeros_is_zero(make_model, dtype):
+    head = make_model("mmf", dtype=dtype).decoder.head
+    with torch.no_grad():
+        head.dense.weight.zero_()
+    assert head(torch.randn(3, 32, dtype=dtype)).tolist() == [0, 0, 0]
+
+
 def test_eager_and_sdpa_agree(make_model, make_batch):
     model, batch = make_model(dtype=DOUBLE), make_batch(4, dtype=DOUBLE, patch_mask=True)
     sdpa = model(**batch)

@@ -149,6 +149,15 @@ def test_a_saved_pooling_is_restored_and_may_be_replaced(make_model, make_batch,
     torch.testing.assert_close(other(**batch).video_embeds, mean(**batch).video_embeds)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_padded_frames_do_not_spread_nan_in_half_precision(make_model, make_batch, dtype):
+    batch = make_batch()
+    settings = {"temporal_pooling": "attention", "frame_consensus_scale": 4.0}
+    embeds = make_model(**settings, dtype=dtype)(**batch, return_loss=False).video_embeds
+    expected = make_model(**settings)(**batch, return_loss=False).video_embeds
+    assert ((embeds * expected).sum(dim=1) > 0.99).all()
+
+
 def test_a_half_precision_model_pools_too(make_model, make_batch):
     for name in NAMES:
         model = make_model(temporal_pooling=name).to(torch.bfloat16)
