@@ -209,7 +209,7 @@ class RiceEncoding:
         self,
         pixel_values: Tensor,
         title_embeds: Tensor | None = None,
-        batch_size: int = 64,
+        batch_size: int | None = 64,
         title_input_ids: Tensor | None = None,
         title_attention_mask: Tensor | None = None,
         **kwargs,
@@ -220,7 +220,7 @@ class RiceEncoding:
         Args:
             pixel_values (`(n, 3, H, W)`): Preprocessed images; moved to the model's device batch by batch.
             title_embeds (`(n, text_embed_dim)`, *optional*): Precomputed title vectors, zero where there is no title.
-            batch_size: Images encoded at a time.
+            batch_size: Images encoded at a time; `None` for all.
             title_input_ids, title_attention_mask (`(n, L)`, *optional*): Titles for the text encoder; a model without
                 text encoder ignores them.
             kwargs: Other entries of a batch (of clips), which are ignored.
@@ -248,7 +248,7 @@ class RiceEncoding:
         frame_mask: Tensor | None = None,
         patch_mask: Tensor | None = None,
         asr_embeds: Tensor | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = 16,
         asr_input_ids: Tensor | None = None,
         asr_attention_mask: Tensor | None = None,
         **kwargs,
@@ -272,7 +272,7 @@ class RiceEncoding:
         parts = [self.clip_tokens(**batch).kept(model) for batch in self._batches(batch_size, clip)]
         return RiceClips.cat(parts)
 
-    def _batches(self, batch_size: int, inputs: dict[str, Tensor | None]):
+    def _batches(self, batch_size: int | None, inputs: dict[str, Tensor | None]):
         """Batches of inputs that belong together, the pixels first, on the model's device."""
         pixels, *others = inputs
         count = len(require_tensor(pixels, inputs[pixels]))
@@ -284,6 +284,7 @@ class RiceEncoding:
                     f"`{name}` has {len(inputs[name])} rows, but `{pixels}` has {count}; give one row for each."
                 )
         check_count("batch_size", batch_size)
+        batch_size = batch_size or count
         for start in range(0, count, batch_size):
             rows = slice(start, start + batch_size)
             yield {name: None if tensor is None else tensor[rows].to(self.device) for name, tensor in inputs.items()}
