@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_rice import RiceConfig
-from .loss_rice import cosines, l2_normalize
+from .loss_rice import at_least_single, l2_normalize
 
 
 def eager_attention_forward(
@@ -140,14 +140,25 @@ class RiceDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
 
-class RiceCosineScore(nn.Linear):
+class RiceMatchingScore(nn.Linear):
     """
-    Cosine `(..., 1)` of states `(..., d)` with the weight `(1, d)`. It has its own class because only a call of a
-    module fetches offloaded weights.
+    States `(..., d)` -> scores `(..., 1)`: a linear layer, or the cosine with its weight, in at least single precision.
+
+    Args:
+        width: Width d of the states.
+        is_cosine: Whether scores are cosines; these have no bias.
     """
 
+    def __init__(self, width: int, is_cosine: bool):
+        super().__init__(width, 1, bias=not is_cosine)
+        self.is_cosine = is_cosine
+
     def forward(self, states: Tensor) -> Tensor:
-        return cosines(l2_normalize(states), l2_normalize(self.weight))
+        precise = l2_normalize if self.is_cosine else at_least_single
+        bias = None if self.bias is None else at_least_single(self.bias)
+        # Never autocast: at a scale of 100, half precision would create ties.
+        with torch.autocast(states.device.type, enabled=False):
+            return nn.functional.linear(precise(states), precise(self.weight), bias)
 
 
 class RiceMatchingHead(nn.Module):
@@ -159,8 +170,7 @@ class RiceMatchingHead(nn.Module):
         self.layer_norm = nn.LayerNorm(width, eps=config.decoder_layer_norm_eps)
         self.dense = nn.Linear(width, width, bias=config.pooler_bias)
         self.activation = ACT2FN[config.pooler_act]
-        is_cosine = config.matching_score == "cosine"
-        self.score = RiceCosineScore(width, 1, bias=False) if is_cosine else nn.Linear(width, 1)
+        self.score = RiceMatchingScore(width, config.matching_score == "cosine")
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """States `(..., d)` -> scores `(...)`."""

@@ -20,7 +20,7 @@ from .encoding_rice import RiceEncoding
 from .features_rice import PLAIN_TEXT_KEYS, refuse_unknown
 from .fingerprint_rice import RiceIdentity
 from .layout_rice import write_card, write_layout
-from .loss_rice import at_least_single, cosines
+from .loss_rice import cosines
 from .objective_rice import RiceObjective
 from .patches_rice import RicePatchSaliency, RiceSaliencyScore
 from .pooling_rice import POOLINGS, RiceZeroLinear
@@ -263,7 +263,7 @@ class RiceModel(
             self.add_losses(output, images, clips, product_ids, asr_is_noise)
         elif self.decoder is not None:
             scores = self.decoder.score_pairs(images.states[:, 0], clips.keys, clips.values, clips.mask)
-            output.matching_logits = self.config.matching_scale * at_least_single(scores)
+            output.matching_logits = self.config.matching_scale * scores
         return output
 
     def _forward_alone(

@@ -11,7 +11,6 @@ from torch import Tensor
 from .features_rice import RiceClips, RiceGallery, refuse_unknown, require_pairs, require_tensor
 from .loss_rice import (
     Memory,
-    at_least_single,
     contrastive_loss,
     cosines,
     false_negative_mask,
@@ -268,7 +267,7 @@ class RiceObjective:
             The loss, unweighted, and its logits as in [`RiceOutput`]: those of these rows' clips with their images,
             `(r, r)`, or with mined negatives `(r, 1 + num_hard_negatives)`.
         """
-        by_image, by_clip = (self.config.matching_scale * at_least_single(scores) for scores in (by_image, by_clip))
+        by_image, by_clip = self.config.matching_scale * by_image, self.config.matching_scale * by_clip
         if mined is not None:
             logits = mined_logits(by_image, *mined)
             return mined_loss(logits), logits
