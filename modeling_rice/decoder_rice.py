@@ -142,7 +142,7 @@ class RiceDecoderLayer(GradientCheckpointingLayer):
 
 class RiceMatchingScore(nn.Linear):
     """
-    States `(..., d)` -> scores `(..., 1)`: a linear layer, or the cosine with its weight, in at least single precision.
+    States `(..., d)` -> scores `(..., 1)` in at least single precision: a linear layer, or the cosine with its weight.
 
     Args:
         width: Width d of the states.
