@@ -39,7 +39,7 @@ def check_checkpoint(path: str | os.PathLike, made_by: str = "train_rice.py") ->
             raise FileNotFoundError(f"there is no checkpoint folder {path}: train one with {made_by}.")
         return
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{path} is no checkpoint, since it has no config.json: name another folder.")
+        raise FileNotFoundError(f"{path} is not a checkpoint, because it has no config.json: name another folder.")
     try:
         read_json_object(folder / "config.json")
         files = weight_files(folder)

@@ -105,7 +105,7 @@ def read_results(results_file: str | os.PathLike, needed: Iterable[str] = NEEDED
     try:
         results = read_json_object(path)
     except ValueError as error:
-        raise ValueError(f"{path} is no complete results file ({error}): run eval_rice.py again.") from error
+        raise ValueError(f"{path} is not a complete results file ({error}): run eval_rice.py again.") from error
     missing = [name for name in needed if results.get(name) is None]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: run eval_rice.py again.")

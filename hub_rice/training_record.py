@@ -148,7 +148,7 @@ def _read(path: Path) -> dict:
     try:
         content = read_json_object(path)
     except ValueError as error:
-        raise ValueError(f"{path} is no complete JSON file ({error}): train again, or remove it.") from error
+        raise ValueError(f"{path} is not a complete JSON file ({error}): train again, or remove it.") from error
     for name, (kind, words) in _KINDS.items():
         value = content.get(name)
         fits = is_number(value) if kind is float else isinstance(value, kind) and value is not True
@@ -184,7 +184,7 @@ def _emissions(path: Path) -> dict | None:
         found = {"emissions": round(1000 * float(last["emissions"]), 3), "source": "codecarbon"}
     except (IndexError, KeyError, ValueError) as error:
         raise ValueError(
-            f"{path} is no emissions file of codecarbon: remove it, or let codecarbon write it."
+            f"{path} is not an emissions file of codecarbon: remove it, or let codecarbon write it."
         ) from error
     return found | {"training_type": "training"} | ({"hardware_used": without_paths(gpu)} if gpu else {})
 

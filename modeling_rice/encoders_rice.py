@@ -67,7 +67,7 @@ class PatchLayout:
         rows = round(math.sqrt(max(count, 0) * self.grid[0] / self.grid[1]))
         columns = round(rows * self.grid[1] / self.grid[0])
         if rows < 1 or rows * columns != count:
-            raise ValueError(f"{num_tokens} tokens are no grid of patches with the aspect ratio of {self.grid}.")
+            raise ValueError(f"{num_tokens} tokens are not a grid of patches with the aspect ratio of {self.grid}.")
         return rows, columns
 
     def states(self, tokens: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class EncoderLayout:
         if chosen is None:
             grids = [str(number) for number, patches in enumerate(self.hidden) if patches]
             raise ValueError(
-                f"`vision_feature_layer={layer}` is no hidden state with a grid of patches; the encoder has "
+                f"`vision_feature_layer={layer}` is not a hidden state with a grid of patches; the encoder has "
                 f"{', '.join(grids) or 'none'}."
             )
         return chosen
@@ -358,7 +358,7 @@ def _grid(num_tokens: int, encoder: nn.Module, size: tuple[int, int]) -> tuple[t
         columns = round(rows * size[1] / size[0])
         if rows and rows * columns == num_tokens - prefix:
             return (rows, columns), prefix
-    raise ValueError(f"its {num_tokens} tokens are no grid of patches of a {size[0]} x {size[1]} image")
+    raise ValueError(f"its {num_tokens} tokens are not a grid of patches of a {size[0]} x {size[1]} image")
 
 
 def _refusal(config: PreTrainedConfig, reason: Exception | str) -> str:

@@ -87,7 +87,7 @@ def check_is_file(path: str | os.PathLike) -> None:
         OSError: for a pipe or a device, which might never end.
     """
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise OSError("it is no file")
+        raise OSError("it is not a file")
 
 
 def read_media(entry: Mapping[str, Any]) -> bytes:
