@@ -9,6 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 from packaging.version import InvalidVersion, Version
 from safetensors import SafetensorError, safe_open
 
+from data_rice.commands import one_line
 from data_rice.parsing import file_sha256, read_json_object
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -44,9 +45,8 @@ def check_checkpoint(path: str | os.PathLike, made_by: str = "train_rice.py") ->
         read_json_object(folder / "config.json")
         files = weight_files(folder)
     except ValueError as error:
-        raise ValueError(
-            f"{path} is an incomplete checkpoint: its JSON cannot be read ({error}), so save it again."
-        ) from error
+        reason = one_line(error).rstrip(".")
+        raise ValueError(f"{path} is an incomplete checkpoint: save it again ({reason}).") from error
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{path} is an incomplete checkpoint: {file.name} is missing, so save it again.")

@@ -294,8 +294,11 @@ def test_missing_entries_and_template_are_named(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
     assert card_from_file(tmp_path / "results.json") == model_card(RESULTS)
     for content, words in (
-        (json.dumps(RESULTS)[:50], "not a complete results file"),
-        ("[]", "expected a JSON object"),
+        (
+            json.dumps(RESULTS)[:50],
+            r"is not a complete results file: run eval_rice.py again \(.*; restore the file\)\.$",
+        ),
+        ("[]", r"expected a JSON object, found a list; restore the file\)\.$"),
     ):
         (tmp_path / "results.json").write_text(content)
         with pytest.raises(ValueError, match=words):

@@ -145,7 +145,9 @@ def test_a_licence_is_required_if_that_of_the_data_is_unknown(hub, client, run_f
     arguments = json.loads((run_folder / "train_arguments.json").read_text())
     (run_folder / "train_arguments.json").write_text(json.dumps({**arguments, "dataset": "lpr4m"}))
     assert "give the model's licence with --license" in refusal(client, run_folder, "someone/unlicensed")
-    assert "no identifier of the Hub" in refusal(client, run_folder, "someone/unlicensed", "--license", "My Own")
+    assert "not a licence identifier of the Hub" in refusal(
+        client, run_folder, "someone/unlicensed", "--license", "My Own"
+    )
     assert ("models", "someone/unlicensed") not in hub.repos
     publish(client, run_folder, "someone/licensed", "--license", "cc-by-nc-4.0")
     assert b"license: cc-by-nc-4.0" in hub.files("someone/licensed")["README.md"]
