@@ -21,7 +21,7 @@ def may_be_hub_id(path: str) -> bool:
 
 
 def check_checkpoint(path: str | os.PathLike, made_by: str = "train_rice.py") -> None:
-    """Refuses a folder that is no complete checkpoint. A Hub id that is no local folder passes.
+    """Refuses a folder that is not a complete checkpoint. A Hub id that is not a local folder passes.
 
     Args:
         path: Folder, or id of a published model.
@@ -117,7 +117,7 @@ def saved_by_newer(path: str | os.PathLike) -> str | None:
 
 
 def weights_fingerprint(path: str | os.PathLike) -> str | None:
-    """SHA-256 over the hashes of a folder's `weight_files`; `None` if `path` is no folder or has no weights."""
+    """SHA-256 over the hashes of a folder's `weight_files`; `None` if `path` is not a folder or has no weights."""
     files = weight_files(path) if os.path.isdir(path) else []
     if not files or not all(file.is_file() for file in files):
         return None

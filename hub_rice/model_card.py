@@ -151,7 +151,7 @@ def model_card(
     Raises:
         FileNotFoundError: if there is no template.
         ValueError: if `results` lacks an entry that the card shows, if both `results` and `model_id` are missing, or
-            if the licence is no identifier.
+            if the licence is not an identifier.
     """
     if not Path(template).is_file():
         raise FileNotFoundError(f"there is no card template {template}: restore it or name another one.")

@@ -209,7 +209,7 @@ def upload(
         background: Return a `Future` of the commit immediately; files may be moved or removed meanwhile.
 
     Raises:
-        ValueError: if a file holds an access token, or `repo_id` is no valid name.
+        ValueError: if a file holds an access token, or `repo_id` is not a valid name.
         PermissionError, FileNotFoundError, ConnectionError: for errors of the Hub, as `hub_errors`.
     """
     _check_secrets(files, token)

@@ -61,7 +61,7 @@ class PatchLayout:
         Rows and columns of `num_tokens` tokens of an image of any size with the native aspect ratio.
 
         Raises:
-            ValueError: if the tokens are no such grid.
+            ValueError: if the tokens are not such a grid.
         """
         count = num_tokens - self.num_prefix_tokens
         rows = round(math.sqrt(max(count, 0) * self.grid[0] / self.grid[1]))
@@ -86,8 +86,8 @@ class EncoderLayout:
     Attributes:
         image_size: Native height and width of its input images, in pixels.
         patches: Layout of its output.
-        hidden: Layout of each hidden state, `None` for one that is no grid of patches; empty if the encoder returns no
-            hidden states.
+        hidden: Layout of each hidden state, `None` for one that is not a grid of patches; empty if the encoder returns
+            no hidden states.
         pooler_width: Width of its own global feature, `None` if it has none.
         has_class_token: Whether its first token is a global feature.
         skips_final_norm: Whether its output has not passed its `post_layernorm`, as in CLIP.
