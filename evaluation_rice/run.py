@@ -120,7 +120,8 @@ def _rank_by(options: argparse.Namespace, model) -> str:
     kinds = pair_kinds(model)
     if options.rank_by not in ("embedding", *kinds, *["fused"][: len(kinds)]):
         needs = {"matching": "a matching decoder", "alignment": "an alignment"}
-        needed, name = needs.get(options.rank_by, " or ".join(needs.values())), options.model or options.baseline
+        needed = needs.get(options.rank_by, " or ".join(needs.values()))
+        name = options.model or options.baseline
         raise ValueError(f"--rank_by {options.rank_by} needs {needed}, which {name} does not have; leave it out.")
     return options.rank_by
 

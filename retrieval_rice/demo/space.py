@@ -75,7 +75,7 @@ def write_space(
     """
     folder, model = Path(folder), Path(model)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} already exists and is not empty; name a new or empty folder for the Space.")
+        raise FileExistsError(f"{folder} already exists; name a new or empty folder for the Space.")
     checkpoints = {"model": model} if detector is None else {"model": model, "detector": Path(detector)}
     for path in checkpoints.values():
         if not (path / "config.json").is_file():

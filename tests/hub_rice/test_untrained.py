@@ -209,7 +209,7 @@ def test_bad_input_is_refused_in_one_sentence(encoder, shop, tmp_path, capsys, m
     assert "there is no encoder folder nowhere: write one with `rice encoder" in refusal(capsys, "nowhere", *with_shop)
     (tmp_path / "in_use").mkdir()
     (tmp_path / "in_use" / "file").write_text("x")
-    assert "already exists and is not empty; name a new" in refusal(
+    assert "already exists; name a new or empty folder" in refusal(
         capsys, encoder, "--shop", shop, "--output", tmp_path / "in_use"
     )
     assert "has no clips_val.jsonl" in refusal(capsys, encoder, *with_shop, "--clips", shop, "--clips_split", "val")
