@@ -54,7 +54,7 @@ class RiceComparison:
         the model has no score-level text term, or if clips or gallery were encoded without text.
 
         Raises:
-            ValueError: for arguments that are no such encodings.
+            ValueError: for arguments that are not such encodings.
         """
         require_encodings(clips=clips, gallery=gallery)
         if clips.text_embeds is None or gallery.text_embeds is None:

@@ -432,7 +432,7 @@ class RiceConfig(PreTrainedConfig):
         for name in ("decoder_hidden_act", "pooler_act"):
             if getattr(self, name) not in ACT2FN:
                 raise ValueError(
-                    f"`{name}={getattr(self, name)!r}` is no activation of transformers; choose one such as 'gelu'."
+                    f"`{name}={getattr(self, name)!r}` is not an activation of transformers; use one such as 'gelu'."
                 )
         if self.temporal_pooling == "transformer" and self.projection_dim % self.decoder_num_heads:
             raise ValueError(

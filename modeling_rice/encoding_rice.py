@@ -177,7 +177,7 @@ class RiceEncoding:
             `pooler_output` `(n, D)`, L2-normalised; `last_hidden_state` `(n, 1 + P, d)`, global token first.
 
         Raises:
-            TypeError: for an argument that is no key of a batch.
+            TypeError: for an argument that is not a key of a batch.
         """
         refuse_unknown("get_image_features", kwargs)
         encoded = self._embed_images(pixel_values)
@@ -197,7 +197,7 @@ class RiceEncoding:
             `pooler_output` `(B, D)`, L2-normalised; `last_hidden_state` `(B, T, 1 + P, d)`, zero at padded frames.
 
         Raises:
-            TypeError: for an argument that is no key of a batch.
+            TypeError: for an argument that is not a key of a batch.
             ValueError: for wrong shapes.
         """
         refuse_unknown("get_video_features", kwargs)
@@ -226,7 +226,7 @@ class RiceEncoding:
             kwargs: Other entries of a batch (of clips), which are ignored.
 
         Raises:
-            TypeError: for an argument that is no key of a batch.
+            TypeError: for an argument that is not a key of a batch.
             ValueError: for an empty batch, or in training mode if that changes encodings.
         """
         refuse_unknown("encode_gallery", kwargs)

@@ -119,7 +119,7 @@ class RiceIdentity(nn.Module):
 
 
 def require_encodings(**encodings: Any) -> None:
-    """Raises `ValueError` for a `gallery`, `clips` or `frames` that are no encodings of that kind."""
+    """Raises `ValueError` for a `gallery`, `clips` or `frames` that are not encodings of that kind."""
     for name, features in encodings.items():
         # By a field, since the classes of remote code are others than those of the package.
         if not hasattr(features, _OWN_FIELDS[name]):

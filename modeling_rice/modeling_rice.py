@@ -240,7 +240,7 @@ class RiceModel(
                 returns a tuple.
 
         Raises:
-            TypeError: for an argument that is no key of a batch.
+            TypeError: for an argument that is not a key of a batch.
             ValueError: for wrong shapes, a batch too small to mine negatives from, a request for hidden states or
                 attentions (which are not returned), or if there is nothing to encode.
         """

@@ -317,7 +317,7 @@ class RiceObjective:
             1 only with `reconstruction_softmax`.
 
         Raises:
-            TypeError: for an argument that is no key of a batch.
+            TypeError: for an argument that is not a key of a batch.
             ValueError: if the model has no reconstruction head, if images and clips differ in number, or in training
                 mode if that changes the maps.
         """
@@ -351,7 +351,7 @@ class RiceObjective:
             patches. The rest up to a sum of 1 is attention to the class tokens of frames and to an ASR token.
 
         Raises:
-            TypeError: for an argument that is no key of a batch.
+            TypeError: for an argument that is not a key of a batch.
             ValueError: if the model has no decoder, if images and clips differ in number, or in training mode if that
                 changes the maps.
         """

@@ -61,7 +61,7 @@ def check_patch_mask(pixel_values: Tensor, patch_mask: Tensor | None) -> Tensor 
     The patch mask `(n, P)` of `n` images or frames as bool.
 
     Raises:
-        ValueError: for a mask that is no tensor, or has another number of rows or axes.
+        ValueError: for a mask that is not a tensor, or has another number of rows or axes.
     """
     if patch_mask is None:
         return None

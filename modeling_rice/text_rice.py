@@ -60,7 +60,7 @@ class RiceTextEncoder(nn.Module):
             Features `(n, W)`, and `(n,)` bool, `False` for missing texts.
 
         Raises:
-            ValueError: for values that are no ids, a mask of another shape, or texts longer than the encoder supports.
+            ValueError: for values other than ids, a mask of another shape, or texts longer than the encoder supports.
         """
         ids = require_tensor("input_ids", input_ids)
         if ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
@@ -119,7 +119,7 @@ class RiceTextSide:
             The encoded texts, or `None` if there are no texts or no text encoder.
 
         Raises:
-            ValueError: for vectors given to a model without text, and for vectors that are no `(n, text_width)`.
+            ValueError: for vectors given to a model without text, and for vectors that are not `(n, text_width)`.
         """
         width = self.config.text_width
         if vectors is not None:
@@ -173,7 +173,7 @@ class RiceTextSide:
             score-level text term if the model has one, otherwise the encoder's pooled states.
 
         Raises:
-            TypeError: for an argument that is no key of a batch.
+            TypeError: for an argument that is not a key of a batch.
             ValueError: if nothing is given, or more than one kind, or if the model has no text encoder.
         """
         refuse_unknown("get_text_features", kwargs)

@@ -62,7 +62,7 @@ def test_outputs_equal_those_of_the_original_network(tmp_path, capsys):
 def test_every_encoder_of_the_table_loads(name):
     pytest.importorskip("timm")
     pytest.importorskip(encoders.ENCODERS[name].package.replace("-", "_"))
-    model = encoders.load_encoder(name)
+    model = encoders.load_packaged_encoder(name)
     assert not model.training and model.dtype == torch.float32
     size = encoders.build_image_processor(name).crop_size
     with torch.no_grad():
@@ -111,4 +111,4 @@ def test_unknown_names_and_folders_in_use_are_refused(tmp_path):
     assert "there is no encoder 'resnet'; choose one of efficientnet_lite0, " in message
     (tmp_path / "note.txt").write_text("mine")
     message = refusal(NAME, tmp_path)
-    assert f"{tmp_path} is in use" in message and (tmp_path / "note.txt").read_text() == "mine"
+    assert f"{tmp_path} already exists; name" in message and (tmp_path / "note.txt").read_text() == "mine"
