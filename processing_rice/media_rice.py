@@ -18,6 +18,8 @@ import torch
 import torchvision.transforms.v2.functional as tvF
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from .color_rice import to_srgb
+
 # The formats of shops and livestreams. Some other formats of PIL run external programs or read other files.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")
 
@@ -151,7 +153,8 @@ def open_image(
     Reads an image as an upright 8-bit RGB image. The format of a file is detected by its content.
 
     Orientation (EXIF, XMP) is applied. Transparent images are laid over white. 16-bit values are scaled from
-    0..65,535, and floats from 0..1. Other colour modes are converted as in PIL.
+    0..65,535, and floats from 0..1. Colours are converted to sRGB by the colour profile, or the gamma of a PNG. Other
+    colour modes are converted as in PIL.
 
     Args:
         source: Path, member of a tar file (see [`tar_member_path`]), encoded bytes, PIL image, or `{"path", "bytes"}`
@@ -231,8 +234,9 @@ def _named(name: str):
         raise media_error("image", name, f"cannot be decoded (it is none of {kinds}, or damaged)") from error
     # PIL's readers raise many kinds of errors for damaged bytes.
     except Exception as error:
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        raise media_error("image", name, f"cannot be decoded ({kind}{error})") from error
+        kind = "" if type(error) is ValueError else type(error).__name__
+        reason = ": ".join(filter(None, (kind, str(error))))
+        raise media_error("image", name, f"cannot be decoded ({reason})") from error
 
 
 @cache
@@ -243,12 +247,15 @@ def readable_formats() -> tuple[str, ...]:
 
 
 def _orientation(image: Image.Image) -> int:
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
+    """1 to 8; a value of another kind means nothing."""
+    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return int(value) if value in range(1, 9) else 1
 
 
 def _lies_on_its_side(image: Image.Image) -> bool:
-    # For TIFF, PIL already returns the upright size.
-    return image.format != "TIFF" and _orientation(image) >= 5
+    # PIL returns the upright size of a TIFF with this tag before its pixels are turned.
+    is_upright = image.format == "TIFF" and ExifTags.Base.Orientation in image.tag_v2
+    return not is_upright and _orientation(image) >= 5
 
 
 def _reduce_scale(image: Image.Image, target: tuple[float, float]) -> None:
@@ -261,9 +268,31 @@ def _reduce_scale(image: Image.Image, target: tuple[float, float]) -> None:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     check_pixels(*image.size)
+    _rescale_transparent_level(image)
     image.load()
+    if image.format == "GIF":
+        image = _clear_around_first_frame(image)
     # `exif_transpose` would copy an image that is already upright.
     return _to_rgb(image if _orientation(image) == 1 else ImageOps.exif_transpose(image))
+
+
+def _rescale_transparent_level(image: Image.Image) -> None:
+    """Scales the transparent grey level of a PNG of 2 or 4 bits to 8 bits, as PIL will scale its pixels."""
+    transparent = image.info.get("transparency")
+    is_stored = image.format == "PNG" and image.mode == "L" and isinstance(transparent, int) and image.tile
+    scale = {"L;2": 85, "L;4": 17}.get(image.tile[0].args) if is_stored else None
+    if scale is not None:
+        image.info["transparency"] = transparent * scale
+
+
+def _clear_around_first_frame(image: Image.Image) -> Image.Image:
+    """A GIF whose first frame is smaller than the whole, which PIL fills with colour 0, is transparent around it."""
+    box = getattr(image, "dispose_extent", None)
+    if box in (None, (0, 0, *image.size)) or image.tell() or image.has_transparency_data:
+        return image
+    cleared = Image.new("RGBA", image.size)
+    cleared.paste(image.convert("RGB").crop(box), box)
+    return cleared
 
 
 def check_pixels(width: int, height: int, max_pixels: int | None = None) -> None:
@@ -274,15 +303,16 @@ def check_pixels(width: int, height: int, max_pixels: int | None = None) -> None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    info = image.info
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return _from_16_bits(image)
-    if image.mode == "F":
-        values = np.asarray(image)
-        if not in_unit_range(torch.from_numpy(values.copy())):
-            raise ValueError("its floats are not all in 0..1, so black and white are unknown")
-        return Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8)).convert("RGB")
-    if image.mode == "La":
-        image = image.convert("LA")
+        image = _from_16_bits(image)
+    elif image.mode == "F":
+        image = _from_floats(image)
+    elif image.has_transparency_data:
+        image = _with_alpha(image)
+    elif image.mode == "P":
+        image = image.convert("RGB")
+    image = to_srgb(image, info)
     return flatten(image) if image.has_transparency_data else image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -290,22 +320,53 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("its integers are not all in 0..65,535, so black and white are unknown")
+    if _is_signed_16(image):
+        raise ValueError("its 16-bit integers are signed, so black and white are unknown")
     # Rounded to the nearest of 256 levels.
     levels = ((values * 255 + 32767) // 65535).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         levels[values == transparent] = 255
-    return Image.fromarray(levels).convert("RGB")
+    return Image.fromarray(255 - levels if _is_white_zero(image) else levels)
 
 
-def flatten(image: Image.Image) -> Image.Image:
-    """An image with transparency as RGB over white; the colour of transparent pixels is ignored."""
+def _from_floats(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if not in_unit_range(torch.from_numpy(values.copy())):
+        raise ValueError("its floats are not all in 0..1, so black and white are unknown")
+    levels = (values.clip(0, 1) * 255).round().astype(np.uint8)
+    return Image.fromarray(255 - levels if _is_white_zero(image) else levels)
+
+
+def _is_white_zero(image: Image.Image) -> bool:
+    """Whether 0 is white in a TIFF; PIL considers it only in 8 bits."""
+    return _tiff_tag(image, ExifTags.Base.PhotometricInterpretation) == 0
+
+
+def _is_signed_16(image: Image.Image) -> bool:
+    tags = (ExifTags.Base.SampleFormat, ExifTags.Base.BitsPerSample)
+    return [_tiff_tag(image, tag) for tag in tags] == [2, 16]
+
+
+def _tiff_tag(image: Image.Image, tag: int) -> int | None:
+    value = getattr(image, "tag_v2", {}).get(tag)
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _with_alpha(image: Image.Image) -> Image.Image:
+    """An image with transparency as LA or RGBA."""
     transparent = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:
         # PIL reduces 16-bit pixels to their upper eight bits, but not the colour that marks transparent pixels.
         image = image.copy()
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
-    image = image.convert("RGBA")
+    mode = "LA" if image.mode in ("1", "L", "LA", "La") else "RGBA"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """An image with transparency as RGB over white; the colour of transparent pixels is ignored."""
+    image = _with_alpha(image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 

@@ -27,6 +27,7 @@ from .video_container_rice import (
     Clock,
     clock_leaps,
     decoded_frames,
+    decoder_of,
     frame_picture,
     import_av,
     open_container,
@@ -64,7 +65,7 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
         first = next(decoded_frames(container.demux(stream), stream, lambda: None, lambda reason: None), None)
         if first is None:
             raise media_error("video", path, "cannot be decoded (not one of its frames)")
-        size = frame_picture(first, stream).size
+        size = frame_picture(first, stream, printable(path)).size
         if _lists_frames(container, stream) and container.duration:
             return VideoInfo(*size, container.duration / 1e6)
     with VideoReader(path) as video:
@@ -280,7 +281,8 @@ class VideoReader:
             )
         walk = self._count_to if self._table.is_decoded else self._jump_to
         for place, frame in walk([self._first + number for number in wanted]):
-            yield VideoFrame(place - self._first, self._table.times[place], frame_picture(frame, self._stream))
+            picture = frame_picture(frame, self._stream, self.name)
+            yield VideoFrame(place - self._first, self._table.times[place], picture)
 
     def affordable(self, numbers: Iterable[int], max_pixels: int) -> list[int]:
         """
@@ -316,6 +318,7 @@ class VideoReader:
         self.close()
         self._container = open_container(self.path)
         self._stream = video_stream(self._container, self.name, self.max_pixels)
+        self._decoder = decoder_of(self._stream)
         self._position = None
 
     def _packets(self) -> Iterator:
@@ -412,7 +415,7 @@ class VideoReader:
 
     def _choose_range(self) -> tuple[int, int]:
         times, start, end = self._table.times, self.start or 0.0, self.end
-        first = max(0, bisect_right(times, start + _ROUNDING_S) - 1)
+        first = max(0, bisect_right(times, start + _ROUNDING_S) - 1) if start > 0 else 0
         last = len(times) if end is None else bisect_left(times, end - _ROUNDING_S)
         if first < last and start < self._table.end_s - _ROUNDING_S and (end is None or start < end):
             return first, last
@@ -484,13 +487,13 @@ class VideoReader:
             number = position
         # The decoder still holds reordered frames.
         yield from self._decode_packet(None)
-        self._stream.codec_context.flush_buffers()
+        self._decoder.flush_buffers()
         self._position = number + 1
 
     def _decode_packet(self, packet) -> list:
         self.num_decoded += packet is not None
         try:
-            return self._stream.decode(packet)
+            return self._decoder.decode(packet)
         except EOFError:
             return []
         except (import_av().FFmpegError, OSError):

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, PngImagePlugin
 
 from processing_rice import MediaError, open_image, read_video
 from processing_rice import media_rice as media
@@ -132,6 +132,38 @@ class TestTransparency:
         for data in (grey8, grey16, rgb8, rgb16, encode(palette, "PNG", transparency=0)):
             assert np.asarray(open_image(data))[0].tolist() == [[255] * 3, [100] * 3]
 
+    @pytest.mark.parametrize(
+        "depth, row, levels", [(2, b"\x1b", [0, 255, 170, 255]), (4, b"\x01\x2f", [0, 255, 34, 255])]
+    )
+    def test_of_a_grey_level_of_few_bits(self, depth, row, levels):
+        """Level 1 of 3 or of 15 is transparent; PIL scales the pixels to 8 bits, but not the level."""
+        data = png(depth, 0, [row], 4, struct.pack(">H", 1))
+        opened = Image.open(io.BytesIO(data))
+        for source in (data, opened, opened):
+            assert np.asarray(open_image(source))[0, :, 0].tolist() == levels
+
+    def test_around_a_gif_frame_that_is_smaller_than_the_whole(self):
+        picture = Image.new("P", (4, 4), 1)
+        picture.putpalette([0, 255, 0, 200, 10, 10])
+        data = bytearray(encode(picture, "GIF"))
+        data[6:10] = struct.pack("<HH", 8, 6)
+        for source in (bytes(data), Image.open(io.BytesIO(data))):
+            image = open_image(source)
+            assert image.size == (8, 6) and image.getpixel((0, 0)) == (200, 10, 10)
+            assert image.getpixel((5, 1)) == image.getpixel((1, 5)) == (255, 255, 255)
+
+
+def tiff(values: np.ndarray, photometric: int, sample_format: int) -> bytes:
+    """An uncompressed grey TIFF; `sample_format` is 1 for unsigned, 2 for signed integers, 3 for floats."""
+    height, width = values.shape
+    numbers = {
+        **{256: width, 257: height, 258: 8 * values.itemsize, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height},
+        **{279: values.nbytes, 339: sample_format},
+    }
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, number) for tag, number in numbers.items())
+    directory = struct.pack("<H", len(numbers)) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + values.nbytes) + values.tobytes() + directory
+
 
 class TestDepth:
     LEVELS = np.arange(256, dtype=np.uint16).reshape(16, 16)
@@ -162,6 +194,15 @@ class TestDepth:
         for data in (Image.fromarray(values), encode(Image.fromarray(values), "TIFF")):
             with pytest.raises(MediaError, match=r"not all in 0\.\.(1|65,535), so black and white are unknown"):
                 open_image(data)
+
+    @pytest.mark.parametrize("kind, full", [(1, 255), (1, 65535), (3, 1.0)])
+    def test_a_tiff_whose_zero_is_white(self, kind, full):
+        values = (full - self.LEVELS * (full / 255)).astype({255: "u1", 65535: "<u2", 1.0: "<f4"}[full])
+        assert np.array_equal(np.asarray(open_image(tiff(values, 0, kind)))[..., 0], self.LEVELS)
+
+    def test_signed_integers_of_16_bits_are_refused(self):
+        with pytest.raises(MediaError, match="its 16-bit integers are signed, so black and white are unknown"):
+            open_image(tiff(self.LEVELS.astype("<i2"), 1, 2))
 
     @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"])
     def test_other_modes(self, mode):
@@ -199,6 +240,24 @@ class TestOrientation:
         assert file_format == "TIFF" or opened.size == (64, 32), "the caller's picture is changed"
         assert image_header(data)[1:] == (upright.shape[1], upright.shape[0])
         assert np.array_equal(picture_tensor(opened).movedim(0, -1), image)
+
+    @pytest.mark.parametrize("kind, value", [(3, b"\x09\0"), (3, b"\xff\xff"), (3, b"\0\0"), (1, b"\6"), (2, b"6\0")])
+    def test_a_value_that_means_nothing(self, kind, value):
+        """Out of range, or no number; the header and the pixels agree."""
+        entry = struct.pack("<HHHI", 1, 0x0112, kind, len(value) if kind != 3 else 1) + value.ljust(4, b"\0")
+        data = encode(Image.new("RGB", (64, 32)), exif=b"Exif\0\0II*\0\x08\0\0\0" + entry + bytes(4))
+        assert open_image(data).size == (64, 32)
+        assert image_header(data)[1:] == (64, 32)
+
+    @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+    def test_in_xmp_only(self, file_format):
+        xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        options = {"PNG": {"pnginfo": text}, "TIFF": {"tiffinfo": {700: xmp}}}.get(file_format, {"xmp": xmp})
+        data = encode(Image.new("RGB", (64, 32)), file_format, **options)
+        assert open_image(data).size == open_image(Image.open(io.BytesIO(data))).size == (32, 64)
+        assert image_header(data)[1:] == (32, 64)
 
     def test_survives_a_change_of_mode_and_is_not_applied_twice(self):
         exif = Image.Exif()
