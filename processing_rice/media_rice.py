@@ -26,6 +26,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")
 MAX_PIXELS = 100_000_000
 """Images and frames with more pixels than this after reduction are refused; they would need gigabytes."""
 
+MAX_ASPECT = 500
+"""Images and frames with one side more than this many times the other are refused. Resized by their shorter side, they
+would need gigabytes."""
+
 REDUCTION_MARGIN = 1.2
 """A reduced image keeps this many times the target's sides. With less, the mean difference to full decoding can exceed
 2 of 255 grey levels (docs/LOG.md has the measurements)."""
@@ -168,8 +172,8 @@ def open_image(
             it.
 
     Raises:
-        MediaError: if it is missing (`MissingMediaError`), empty, no image, damaged, larger than `MAX_PIXELS`, or has
-            floats outside 0..1.
+        MediaError: if it is missing (`MissingMediaError`), empty, no image, damaged, larger than `MAX_PIXELS`, longer
+            than `MAX_ASPECT`, or has floats outside 0..1.
     """
     if isinstance(source, Image.Image):
         with _named(name or getattr(source, "filename", "") or "<picture>"):
@@ -296,10 +300,15 @@ def _clear_around_first_frame(image: Image.Image) -> Image.Image:
 
 
 def check_pixels(width: int, height: int, max_pixels: int | None = None) -> None:
-    """Raises `ValueError` for more pixels than `max_pixels`, by default `MAX_PIXELS`."""
+    """
+    Raises:
+        ValueError: for more than `max_pixels` pixels, by default `MAX_PIXELS`, and for a strip, see `MAX_ASPECT`.
+    """
     limit = MAX_PIXELS if max_pixels is None else max_pixels
     if width * height > limit:
         raise ValueError(f"{width} x {height} pixels, more than the {limit:,} that are read")
+    if max(width, height) > MAX_ASPECT * max(1, min(width, height)):
+        raise ValueError(f"{width} x {height} pixels, one side more than {MAX_ASPECT} times the other")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -403,6 +412,8 @@ def picture_tensor(
     except (TypeError, ValueError, RuntimeError):
         kind = getattr(picture, "dtype", type(picture).__name__)
         raise ValueError(f"{name} must be an image, a path, or hold uint8 or floats in 0..1, got {kind}.") from None
+    if values.is_meta or values.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor that holds values; it is sparse, or on the device `meta`.")
     if values.dtype != torch.uint8 and not values.is_floating_point():
         raise ValueError(f"{name} must hold uint8 or floats in 0..1, got {values.dtype}; convert it to uint8.")
     if values.dim() == 2:
@@ -414,6 +425,9 @@ def picture_tensor(
         raise ValueError(
             f"{name} has shape {tuple(values.shape)}, which does not fit `input_data_format` {str(layout)!r}."
         )
+    height, width = values.movedim(channels, 0).shape[1:]
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"{name} has shape {tuple(values.shape)}, one side more than {MAX_ASPECT} times the other.")
     if values.is_floating_point() and not any_range and not in_unit_range(values):
         low, high = values.min().item(), values.max().item()
         raise ValueError(
@@ -428,6 +442,7 @@ def picture_tensor(
 
 __all__ = [
     "FORMATS",
+    "MAX_ASPECT",
     "MAX_PIXELS",
     "MediaError",
     "MissingMediaError",

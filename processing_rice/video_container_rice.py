@@ -39,7 +39,7 @@ _UNSPECIFIED = 2
 # FFmpeg's own decoders of these codecs leave out the transparency.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # ISO files that hold pictures or sequences of pictures: AVIF and HEIF.
-_PICTURE_BRANDS = {"avif", "avis", "mif1", "msf1", "heic", "heix", "hevc", "hevx", "heim", "heis"}
+PICTURE_BRANDS = {"avif", "avis", "mif1", "msf1", "heic", "heix", "hevc", "hevx", "heim", "heis"}
 _PLAYLIST = re.compile(
     rb"(\xef\xbb\xbf)?\s*(#EXTM3U|ffconcat\s|v=0\s|\[playlist\]|\[reference\]|"
     rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(\w+:)?(MPD|SmoothStreamingMedia|CompositionPlaylist|AssetMap|asx|smil)\b)",
@@ -95,7 +95,7 @@ def open_container(path: str | os.PathLike):
         raise media_error("video", name, f"cannot be read ({_reason(error)})") from error
     container = _open_media(file, name)
     is_picture = container.format.name.endswith("_pipe") or container.format.name == "ico"
-    if is_picture or container.metadata.get("major_brand") in _PICTURE_BRANDS:
+    if is_picture or container.metadata.get("major_brand") in PICTURE_BRANDS:
         container.close()
         raise media_error("video", name, "is a picture and holds no video")
     return container
@@ -349,6 +349,7 @@ __all__ = [
     "BACK_S",
     "LEAP_S",
     "NO_TIME_STAMPS",
+    "PICTURE_BRANDS",
     "Clock",
     "clock_leaps",
     "decoded_frames",

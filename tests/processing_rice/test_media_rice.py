@@ -292,6 +292,8 @@ class TestNumbers:
             (np.zeros((0, 5, 3), np.uint8), "got shape"),
             (np.array(["a"]), "must be an image, a path, or hold uint8"),
             (None, "got NoneType"),
+            (torch.empty(3, 6, 5, device="meta"), "must be a dense tensor that holds values"),
+            (torch.eye(3).to_sparse(), "must be a dense tensor that holds values"),
         ],
     )
     def test_arrays_that_are_not_pictures_get_one_sentence(self, values, message):
@@ -414,6 +416,19 @@ class TestDamaged:
     def test_bombs_are_refused_before_they_are_decoded(self, width, height):
         with pytest.raises(MediaError, match="cannot be decoded .*(pixels|bomb)"):
             open_image(entry(png_of_size(width, height)))
+
+    @pytest.mark.parametrize("size", [(1, 501), (501, 1), (2, 65_535)])
+    def test_strips_are_refused(self, size):
+        """Resized to a shorter side of 224 pixels, the last one has 1.6 billion pixels."""
+        picture = Image.new("L", size)
+        for source in (picture, encode(picture, "PNG"), encode(picture)):
+            with pytest.raises(
+                MediaError, match=rf"{size[0]} x {size[1]} pixels, one side more than 500 times the other"
+            ):
+                open_image(source)
+        with pytest.raises(ValueError, match="Image 3 has shape .*, one side more than 500 times the other"):
+            picture_tensor(np.zeros((*size, 3), np.uint8), "Image 3")
+        assert open_image(Image.new("L", (1, 500))).size == (1, 500)
 
     def test_the_limit_counts_pixels_after_reduction(self, monkeypatch):
         monkeypatch.setattr(media, "MAX_PIXELS", 100_000)

@@ -168,6 +168,9 @@ class TestTimes:
         assert read_video(path, 3).shape == (3, 48, 64, 3)
         assert probe_video(path).seconds == pytest.approx(0.348)
 
+    def test_more_frames_than_a_clock_of_milliseconds_can_tell_apart(self, write):
+        assert shown(write("fast.mkv", 20, rate=2000, b_frames=0))[0] == list(range(20))
+
     def test_frames_without_time_stamps_follow_each_other(self, write):
         numbers, times = shown(write("raw.h264"))
         assert numbers == list(range(60)) and times[:3] == [0.0, 0.04, 0.08]

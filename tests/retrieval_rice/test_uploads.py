@@ -82,6 +82,17 @@ def test_large_pictures_are_reduced(folder):
     assert Image.open(io.BytesIO(upload.frames[0])).size == (640, 320)
 
 
+def test_an_avif_is_a_picture_although_its_container_is_that_of_videos(folder):
+    upload = read_upload([picture(folder / "a.avif"), picture(folder / "b.avif", BLUE)], folder)
+    assert [max(range(3), key=colour.__getitem__) for colour in colours(upload)] == [0, 2]
+
+
+def test_a_quicktime_file_that_begins_with_an_empty_atom(folder, make_video):
+    path = make_video()
+    path.write_bytes(b"\0\0\0\x08wide" + path.read_bytes())
+    assert len(read_upload([str(path)], folder).frames) == 20
+
+
 def test_content_decides_and_not_the_extension(folder):
     Image.new("RGB", (8, 8), RED).save(folder / "really_jpeg.png", format="JPEG")
     assert len(read_upload([str(folder / "really_jpeg.png")], folder).frames) == 1
