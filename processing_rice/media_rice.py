@@ -319,7 +319,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = _from_floats(image)
     elif image.has_transparency_data:
         image = _with_alpha(image)
-    elif image.mode == "P":
+    elif image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("RGB")
     image = to_srgb(image, info)
     return flatten(image) if image.has_transparency_data else image if image.mode == "RGB" else image.convert("RGB")

@@ -173,8 +173,10 @@ def _holds_pictures(stream) -> bool:
 
 
 def sound_stream(container):
-    """The first audio stream of a PyAV container that can be decoded; `None` if there is none."""
-    return next((stream for stream in container.streams.audio if stream.codec_context is not None), None)
+    """The audio stream of a PyAV container that a player plays, the default or the first one; `None` for no sound."""
+    default = import_av().stream.Disposition.default
+    streams = [stream for stream in container.streams.audio if stream.codec_context is not None]
+    return min(streams, key=lambda stream: not stream.disposition & default, default=None)
 
 
 def start_of(container) -> float:

@@ -42,6 +42,8 @@ _NEAR = 50
 # How much earlier to search for a key frame, in seconds, tried in this order.
 _STEPS_BACK = (0, 2, 10, 60)
 _KEPT_TABLES = 16
+# Later times, infinity too, are those after the end of any file; FFmpeg counts ticks in 64 bits.
+_LONGEST_S = 1e9
 
 
 class VideoInfo(NamedTuple):
@@ -530,7 +532,7 @@ def _clip_range(source: str | os.PathLike | Mapping[str, Any]) -> tuple[str, flo
         value = entry.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float, np.number, type(None))) or value != value:
             raise MediaError(f"`{name}` of the video {printable(path)} must be a number of seconds, got {value!r}.")
-        bounds.append(None if value is None or value < 0 else float(value))
+        bounds.append(None if value is None or value < 0 else float(min(value, _LONGEST_S)))
     return os.fspath(path), *bounds
 
 

@@ -204,7 +204,7 @@ def _read_picture(path: Path, limits: UploadLimits, deadline: float) -> Image.Im
     try:
         return open_image(path)
     except MediaError as error:
-        raise UploadError(f"{path.name} is damaged and cannot be read.") from error
+        raise UploadError(f"{path.name} {error.reason}.") from error
 
 
 def _read_video(path: Path, limits: UploadLimits, deadline: float, num_frames: int | None, keep: Callable) -> Upload:

@@ -110,6 +110,13 @@ class TestProfiles:
         np.testing.assert_allclose(color(picture), (30, 200, 40), atol=6)
         assert color(picture, (24, 8)) == [255, 255, 255]
 
+    @pytest.mark.parametrize("mode", ["YCbCr", "HSV"])
+    def test_modes_that_become_rgb_first(self, mode):
+        picture = Image.new("RGB", (32, 32), (200, 30, 40)).convert(mode)
+        picture.info["icc_profile"] = SWAPPED
+        for source in (picture, open_image(picture)):
+            np.testing.assert_allclose(color(source), (30, 200, 40), atol=10)
+
     @pytest.mark.parametrize("mode, alpha", [("L", 255), ("LA", 128)])
     def test_grey(self, mode, alpha):
         """The linear value 55 is 128 in sRGB; half of it over white is 191."""

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from processing_rice import MediaError, read_video
+from processing_rice.video_container_rice import sound_stream
 from processing_rice.video_media_rice import VideoReader, probe_video
 
 av = pytest.importorskip("av")
@@ -167,6 +168,20 @@ class TestStreams:
         ]
         path = self.join(tmp_path / "a.mkv", *paths, defaults=defaults)
         assert abs(read_video(path).mean() - level) < 4
+
+
+@pytest.mark.parametrize("defaults, chosen", [((), 0), ((1,), 1), ((0, 1), 0)])
+def test_the_default_sound_is_heard(tmp_path, defaults, chosen):
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        streams = [container.add_stream("pcm_s16le", rate=8000, layout="mono") for _ in range(2)]
+        for number, stream in enumerate(streams):
+            stream.disposition = av.stream.Disposition.default if number in defaults else 0
+        for stream in streams:
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
+            samples.sample_rate = 8000
+            container.mux(stream.encode(samples))
+    with av.open(str(tmp_path / "a.mkv")) as container:
+        assert sound_stream(container).index == chosen
 
 
 @pytest.mark.parametrize("file_format", ["AVIF", "ICO"])

@@ -362,6 +362,10 @@ class TestRefusals:
         assert shown({"path": path, "start": 3.6, "end": -1.0})[0] == [18, 19]
         assert list(sample_video({"path": path, "start": 0.0, "end": 99.0}, 2)) == [0, 10]
         assert list(sample_video({"path": path, "start": 1.0, "end": 3.0}, 3, "train")) == [0, 4, 9]
+        assert shown({"path": path, "start": 3.6, "end": float("inf")})[0] == [18, 19]
+        for start in (float("inf"), 1e300, 10**400):
+            with pytest.raises(MediaError, match=r"holds no frame, since its video ends at 4 s; give another range"):
+                read_video({"path": path, "start": start})
         for start, end in ((4.0, 5.0), (2.0, 1.0), (2.0, 2.0)):
             with pytest.raises(
                 ValueError, match=rf"range {start}..{end} s of .*clip.mp4 holds no frame, since its video"

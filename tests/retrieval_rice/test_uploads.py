@@ -87,9 +87,15 @@ def test_an_avif_is_a_picture_although_its_container_is_that_of_videos(folder):
     assert [max(range(3), key=colour.__getitem__) for colour in colours(upload)] == [0, 2]
 
 
+def test_the_reason_is_told_for_a_picture_that_cannot_be_used(folder):
+    message = refusal([picture(folder / "strip.png", size=(2, 2000))], folder)
+    assert message.startswith("strip.png cannot be decoded (2 x 2000 pixels, one side more than 500 times the other)")
+
+
 def test_a_quicktime_file_that_begins_with_an_empty_atom(folder, make_video):
     path = make_video()
-    path.write_bytes(b"\0\0\0\x08wide" + path.read_bytes())
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + b"wide" + data[8:])
     assert len(read_upload([str(path)], folder).frames) == 20
 
 
