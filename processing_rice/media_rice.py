@@ -284,7 +284,7 @@ def _rescale_transparent_level(image: Image.Image) -> None:
     """Scales the transparent grey level of a PNG of 2 or 4 bits to 8 bits, as PIL will scale its pixels."""
     transparent = image.info.get("transparency")
     is_stored = image.format == "PNG" and image.mode == "L" and isinstance(transparent, int) and image.tile
-    scale = {"L;2": 85, "L;4": 17}.get(image.tile[0].args) if is_stored else None
+    scale = {"L;2": 85, "L;4": 17}.get(image.tile[0][3]) if is_stored else None
     if scale is not None:
         image.info["transparency"] = transparent * scale
 

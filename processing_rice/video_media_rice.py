@@ -212,7 +212,7 @@ class VideoReader:
         end_s: End of the last frame that was read, in seconds.
         num_missing: Frames that the header lists but a truncated file lacks; 0 if unknown.
         num_decoded: Packets given to the decoder so far.
-        num_damaged: Packets that could not be decoded so far.
+        num_damaged: Packets that could not be decoded, and frames that were replaced or left out, so far.
 
     Raises:
         MediaError: if the file is missing (`MissingMediaError`), holds no video, cannot be decoded or has too many
@@ -468,11 +468,13 @@ class VideoReader:
                 continue
             while waiting and table.pts[table.shown[waiting[0]]] < frame.pts:
                 place = waiting.popleft()
+                self.num_damaged += 1
                 if before is not None:
                     yield place, before
             if waiting and table.pts[table.shown[waiting[0]]] == frame.pts:
                 yield waiting.popleft(), frame
             before = frame
+        self.num_damaged += len(waiting)
         if before is not None:
             yield from ((place, before) for place in waiting)
 

@@ -36,7 +36,7 @@ _HIGH = re.compile(rb"[\x80-\xff]+")
 _CLOCK = r"(-?)(?:(\d+):)?(\d+):(\d+)(?:[,.\uff0c](\d+))?"
 _TIMES = re.compile(rf"[ \t]*{_CLOCK}[ \t]*-->[ \t]*{_CLOCK}(.*)")
 # So many whole characters of UTF-8 per damaged one are no accident.
-_WHOLE = 10
+_WHOLE = 4
 
 
 def captions(name: str, source: str | os.PathLike, notify: Callable[[str], None] = logger.warning):

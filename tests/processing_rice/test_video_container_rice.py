@@ -86,6 +86,11 @@ class TestColors:
         path = write("a.mkv", [frame_of(to_yuv(patches(width, height) / 255, matrix), "yuv444p")])
         assert np.abs(levels(read_video(path)[0]) - PATCHES).max() <= 3
 
+    def test_motion_jpeg_has_one_matrix_in_every_size(self, write):
+        frame = frame_of(to_yuv(patches(1296, 64) / 255, BT601, full=True), "yuvj444p")
+        path = write("a.avi", [frame], "mjpeg", {"qmin": "1", "q": "1"})
+        assert np.abs(levels(read_video(path)[0]) - PATCHES).max() <= 6
+
     @pytest.mark.parametrize("transfer", ["PQ", "HLG"])
     def test_high_dynamic_range(self, write, transfer):
         """White of 203 candelas per square metre, as BT.2408 places it; greys are exact, colours nearly so."""

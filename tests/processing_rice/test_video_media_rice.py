@@ -74,7 +74,9 @@ def write(tmp_path):
 def shown(source):
     """Numbers of the drawn frames, and their times."""
     with VideoReader(source) as video:
-        return [number_of(frame.picture) for frame in video.frames()], [round(time_s, 3) for time_s in video.times]
+        numbers = [number_of(frame.picture) for frame in video.frames()]
+        assert video.num_damaged == 0
+        return numbers, [round(time_s, 3) for time_s in video.times]
 
 
 class TestTimes:
@@ -293,6 +295,18 @@ class TestDamage:
         with VideoReader(path) as video:
             numbers = [(frame.number, number_of(frame.picture)) for frame in video.frames([24, 25, 30])]
         assert numbers == [(24, 24), (25, 24), (30, 30)] and video.num_damaged >= 1
+
+    def test_frames_that_are_lost_without_an_error_are_counted(self, write):
+        path = write("a.mkv", b_frames=0)
+        with av.open(str(path)) as container:
+            packet = [packet for packet in container.demux(video=0) if packet.size][20]
+        data = bytearray(path.read_bytes())
+        data[packet.pos : packet.pos + packet.size // 2] = bytes(packet.size // 2)
+        path.write_bytes(data)
+        with VideoReader(path) as video:
+            assert [frame.number for frame in video.frames([19, 40])] == [19, 40] and video.num_damaged == 0
+            frames = [number_of(frame.picture) for frame in video.frames([22])]
+            assert frames != [22] and video.num_damaged > 0
 
 
 class TestRefusals:
