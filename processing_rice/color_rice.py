@@ -1,6 +1,7 @@
 """Converts the colours of an image to sRGB, by its colour profile or its gamma."""
 
 import io
+from collections.abc import Callable
 from functools import lru_cache
 
 from PIL import Image, ImageCms
@@ -41,7 +42,7 @@ def to_srgb(image: Image.Image, info: dict) -> Image.Image:
     return image
 
 
-def _colors(image: Image.Image, change) -> Image.Image:
+def _colors(image: Image.Image, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
     """An image with changed colours and the same alpha."""
     if not image.mode.endswith("A"):
         changed = change(image)
@@ -62,14 +63,14 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         if _MODES.get(source.profile.xcolor_space.strip()) != mode:
             return None
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except (ImageCms.PyCMSError, OSError):
+    except (ImageCms.PyCMSError, OSError, ValueError):
         return None
     if mode == "CMYK":
         return transform
-    samples = Image.new(mode, (16, 16 if mode == "L" else 256))
     if mode == "L":
-        samples.putdata(range(256))
+        samples = Image.linear_gradient("L")
     else:
+        samples = Image.new("RGB", (16, 256))
         samples.putdata([(17 * r, 17 * g, 17 * b) for r in range(16) for g in range(16) for b in range(16)])
     changed = ImageCms.applyTransform(samples, transform)
     pairs = zip(samples.convert("RGB").tobytes(), changed.tobytes())
