@@ -18,11 +18,17 @@ import torch
 import torchvision.transforms.v2.functional as tvF
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from .color_rice import to_srgb
+
 # The formats of shops and livestreams. Some other formats of PIL run external programs or read other files.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")
 
 MAX_PIXELS = 100_000_000
 """Images and frames with more pixels than this after reduction are refused; they would need gigabytes."""
+
+MAX_ASPECT = 500
+"""Images and frames with one side more than this many times the other are refused. Resized by their shorter side, they
+would need gigabytes."""
 
 REDUCTION_MARGIN = 1.2
 """A reduced image keeps this many times the target's sides. With less, the mean difference to full decoding can exceed
@@ -151,7 +157,8 @@ def open_image(
     Reads an image as an upright 8-bit RGB image. The format of a file is detected by its content.
 
     Orientation (EXIF, XMP) is applied. Transparent images are laid over white. 16-bit values are scaled from
-    0..65,535, and floats from 0..1. Other colour modes are converted as in PIL.
+    0..65,535, and floats from 0..1. Colours are converted to sRGB by the colour profile, or the gamma of a PNG. Other
+    colour modes are converted as in PIL.
 
     Args:
         source: Path, member of a tar file (see [`tar_member_path`]), encoded bytes, PIL image, or `{"path", "bytes"}`
@@ -165,8 +172,8 @@ def open_image(
             it.
 
     Raises:
-        MediaError: if it is missing (`MissingMediaError`), empty, no image, damaged, larger than `MAX_PIXELS`, or has
-            floats outside 0..1.
+        MediaError: if it is missing (`MissingMediaError`), empty, no image, damaged, larger than `MAX_PIXELS`, longer
+            than `MAX_ASPECT`, or has floats outside 0..1.
     """
     if isinstance(source, Image.Image):
         with _named(name or getattr(source, "filename", "") or "<picture>"):
@@ -231,8 +238,9 @@ def _named(name: str):
         raise media_error("image", name, f"cannot be decoded (it is none of {kinds}, or damaged)") from error
     # PIL's readers raise many kinds of errors for damaged bytes.
     except Exception as error:
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        raise media_error("image", name, f"cannot be decoded ({kind}{error})") from error
+        kind = "" if type(error) is ValueError else type(error).__name__
+        reason = ": ".join(filter(None, (kind, str(error))))
+        raise media_error("image", name, f"cannot be decoded ({reason})") from error
 
 
 @cache
@@ -243,12 +251,15 @@ def readable_formats() -> tuple[str, ...]:
 
 
 def _orientation(image: Image.Image) -> int:
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
+    """1 to 8; a value of another kind means nothing."""
+    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return int(value) if value in range(1, 9) else 1
 
 
 def _lies_on_its_side(image: Image.Image) -> bool:
-    # For TIFF, PIL already returns the upright size.
-    return image.format != "TIFF" and _orientation(image) >= 5
+    # PIL returns the upright size of a TIFF with this tag before its pixels are turned.
+    is_upright = image.format == "TIFF" and ExifTags.Base.Orientation in image.tag_v2
+    return not is_upright and _orientation(image) >= 5
 
 
 def _reduce_scale(image: Image.Image, target: tuple[float, float]) -> None:
@@ -261,28 +272,56 @@ def _reduce_scale(image: Image.Image, target: tuple[float, float]) -> None:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     check_pixels(*image.size)
+    _rescale_transparent_level(image)
     image.load()
+    if image.format == "GIF":
+        image = _clear_around_first_frame(image)
     # `exif_transpose` would copy an image that is already upright.
     return _to_rgb(image if _orientation(image) == 1 else ImageOps.exif_transpose(image))
 
 
+def _rescale_transparent_level(image: Image.Image) -> None:
+    """Scales the transparent grey level of a PNG of 2 or 4 bits to 8 bits, as PIL will scale its pixels."""
+    transparent = image.info.get("transparency")
+    is_stored = image.format == "PNG" and image.mode == "L" and isinstance(transparent, int) and image.tile
+    scale = {"L;2": 85, "L;4": 17}.get(image.tile[0][3]) if is_stored else None
+    if scale is not None:
+        image.info["transparency"] = transparent * scale
+
+
+def _clear_around_first_frame(image: Image.Image) -> Image.Image:
+    """A GIF whose first frame is smaller than the whole, which PIL fills with colour 0, is transparent around it."""
+    box = getattr(image, "dispose_extent", None)
+    if box in (None, (0, 0, *image.size)) or image.tell() or image.has_transparency_data:
+        return image
+    cleared = Image.new("RGBA", image.size)
+    cleared.paste(image.convert("RGB").crop(box), box)
+    return cleared
+
+
 def check_pixels(width: int, height: int, max_pixels: int | None = None) -> None:
-    """Raises `ValueError` for more pixels than `max_pixels`, by default `MAX_PIXELS`."""
+    """
+    Raises:
+        ValueError: for more than `max_pixels` pixels, by default `MAX_PIXELS`, and for a strip, see `MAX_ASPECT`.
+    """
     limit = MAX_PIXELS if max_pixels is None else max_pixels
     if width * height > limit:
         raise ValueError(f"{width} x {height} pixels, more than the {limit:,} that are read")
+    if max(width, height) > MAX_ASPECT * max(1, min(width, height)):
+        raise ValueError(f"{width} x {height} pixels, one side more than {MAX_ASPECT} times the other")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    info = image.info
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return _from_16_bits(image)
-    if image.mode == "F":
-        values = np.asarray(image)
-        if not in_unit_range(torch.from_numpy(values.copy())):
-            raise ValueError("its floats are not all in 0..1, so black and white are unknown")
-        return Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8)).convert("RGB")
-    if image.mode == "La":
-        image = image.convert("LA")
+        image = _from_16_bits(image)
+    elif image.mode == "F":
+        image = _from_floats(image)
+    elif image.has_transparency_data:
+        image = _with_alpha(image)
+    elif image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("RGB")
+    image = to_srgb(image, info)
     return flatten(image) if image.has_transparency_data else image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -290,22 +329,53 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("its integers are not all in 0..65,535, so black and white are unknown")
+    if _is_signed_16(image):
+        raise ValueError("its 16-bit integers are signed, so black and white are unknown")
     # Rounded to the nearest of 256 levels.
     levels = ((values * 255 + 32767) // 65535).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         levels[values == transparent] = 255
-    return Image.fromarray(levels).convert("RGB")
+    return Image.fromarray(255 - levels if _is_white_zero(image) else levels)
 
 
-def flatten(image: Image.Image) -> Image.Image:
-    """An image with transparency as RGB over white; the colour of transparent pixels is ignored."""
+def _from_floats(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if not in_unit_range(torch.from_numpy(values.copy())):
+        raise ValueError("its floats are not all in 0..1, so black and white are unknown")
+    levels = (values.clip(0, 1) * 255).round().astype(np.uint8)
+    return Image.fromarray(255 - levels if _is_white_zero(image) else levels)
+
+
+def _is_white_zero(image: Image.Image) -> bool:
+    """Whether 0 is white in a TIFF; PIL considers it only in 8 bits."""
+    return _tiff_tag(image, ExifTags.Base.PhotometricInterpretation) == 0
+
+
+def _is_signed_16(image: Image.Image) -> bool:
+    tags = (ExifTags.Base.SampleFormat, ExifTags.Base.BitsPerSample)
+    return [_tiff_tag(image, tag) for tag in tags] == [2, 16]
+
+
+def _tiff_tag(image: Image.Image, tag: int) -> int | None:
+    value = getattr(image, "tag_v2", {}).get(tag)
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _with_alpha(image: Image.Image) -> Image.Image:
+    """An image with transparency as LA or RGBA."""
     transparent = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:
         # PIL reduces 16-bit pixels to their upper eight bits, but not the colour that marks transparent pixels.
         image = image.copy()
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
-    image = image.convert("RGBA")
+    mode = "LA" if image.mode in ("1", "L", "LA", "La") else "RGBA"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """An image with transparency as RGB over white; the colour of transparent pixels is ignored."""
+    image = _with_alpha(image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
@@ -342,6 +412,8 @@ def picture_tensor(
     except (TypeError, ValueError, RuntimeError):
         kind = getattr(picture, "dtype", type(picture).__name__)
         raise ValueError(f"{name} must be an image, a path, or hold uint8 or floats in 0..1, got {kind}.") from None
+    if values.is_meta or values.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor that holds values; it is sparse, or on the device `meta`.")
     if values.dtype != torch.uint8 and not values.is_floating_point():
         raise ValueError(f"{name} must hold uint8 or floats in 0..1, got {values.dtype}; convert it to uint8.")
     if values.dim() == 2:
@@ -353,6 +425,9 @@ def picture_tensor(
         raise ValueError(
             f"{name} has shape {tuple(values.shape)}, which does not fit `input_data_format` {str(layout)!r}."
         )
+    height, width = values.movedim(channels, 0).shape[1:]
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"{name} has shape {tuple(values.shape)}, one side more than {MAX_ASPECT} times the other.")
     if values.is_floating_point() and not any_range and not in_unit_range(values):
         low, high = values.min().item(), values.max().item()
         raise ValueError(
@@ -367,6 +442,7 @@ def picture_tensor(
 
 __all__ = [
     "FORMATS",
+    "MAX_ASPECT",
     "MAX_PIXELS",
     "MediaError",
     "MissingMediaError",

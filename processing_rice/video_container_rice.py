@@ -30,6 +30,16 @@ _LEAPING_FORMATS = 0x0200  # AVFMT_TS_DISCONT
 NO_TIME_STAMPS = 0x0080  # AVFMT_NOTIMESTAMPS
 _UNTIMED_FORMATS = {"image2", "image2pipe", "rawvideo", "yuv4mpegpipe"}
 _WIDEST_PIXEL = 4
+# Codecs of pictures: beside a video, such a stream is a cover even if it is not marked as one.
+_PICTURE_CODECS = {"bmp", "gif", "mjpeg", "png", "tiff", "webp"}
+# Codes of ITU-T H.273: transfer functions of HDR (PQ, HLG), and primaries wider than sRGB (BT.2020, P3).
+_HDR_TRANSFERS = {16, 18}
+_WIDE_PRIMARIES = {9, 11, 12}
+_UNSPECIFIED = 2
+# FFmpeg's own decoders of these codecs leave out the transparency.
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+# ISO files that hold pictures or sequences of pictures: AVIF and HEIF.
+PICTURE_BRANDS = {"avif", "avis", "mif1", "msf1", "heic", "heix", "hevc", "hevx", "heim", "heis"}
 _PLAYLIST = re.compile(
     rb"(\xef\xbb\xbf)?\s*(#EXTM3U|ffconcat\s|v=0\s|\[playlist\]|\[reference\]|"
     rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(\w+:)?(MPD|SmoothStreamingMedia|CompositionPlaylist|AssetMap|asx|smil)\b)",
@@ -84,7 +94,8 @@ def open_container(path: str | os.PathLike):
     except (OSError, ValueError) as error:
         raise media_error("video", name, f"cannot be read ({_reason(error)})") from error
     container = _open_media(file, name)
-    if container.format.name.endswith("_pipe"):
+    is_picture = container.format.name.endswith("_pipe") or container.format.name == "ico"
+    if is_picture or container.metadata.get("major_brand") in PICTURE_BRANDS:
         container.close()
         raise media_error("video", name, "is a picture and holds no video")
     return container
@@ -117,7 +128,7 @@ def _open_media(file, name: str, seekable: bool = True):
 
 def video_stream(container, name: object, max_pixels: int | None = None):
     """
-    The video stream of a container: the first one that is not a cover image.
+    The video stream of a container that a player shows: no cover image, and the default one if one is marked.
 
     Args:
         container: A container of PyAV.
@@ -130,10 +141,11 @@ def video_stream(container, name: object, max_pixels: int | None = None):
     """
     flags = import_av().stream.Disposition
     covers = flags.attached_pic | flags.timed_thumbnails
-    stream = next((stream for stream in container.streams.video if not stream.disposition & covers), None)
-    if stream is None:
+    streams = [stream for stream in container.streams.video if not stream.disposition & covers]
+    if not streams:
         beside = " but a cover picture" if container.streams.video else ""
         raise media_error("video", name, f"holds no video{beside}")
+    stream = min(streams, key=lambda stream: (_holds_pictures(stream), not stream.disposition & flags.default))
     context = stream.codec_context
     if context is None:
         raise media_error("video", name, "cannot be decoded (no decoder for its picture)")
@@ -146,9 +158,25 @@ def video_stream(container, name: object, max_pixels: int | None = None):
     return stream
 
 
+def decoder_of(stream):
+    """The decoder of a video stream, a codec context of PyAV."""
+    context = stream.codec_context
+    if stream.metadata.get("alpha_mode") != "1" or context.name not in _ALPHA_DECODERS:
+        return context
+    decoder = import_av().CodecContext.create(_ALPHA_DECODERS[context.name], "r")
+    decoder.options = context.options
+    return decoder
+
+
+def _holds_pictures(stream) -> bool:
+    return stream.codec_context is not None and stream.codec_context.name in _PICTURE_CODECS
+
+
 def sound_stream(container):
-    """The first audio stream of a PyAV container that can be decoded; `None` if there is none."""
-    return next((stream for stream in container.streams.audio if stream.codec_context is not None), None)
+    """The audio stream of a PyAV container that a player plays, the default or the first one; `None` for no sound."""
+    default = import_av().stream.Disposition.default
+    streams = [stream for stream in container.streams.audio if stream.codec_context is not None]
+    return min(streams, key=lambda stream: not stream.disposition & default, default=None)
 
 
 def start_of(container) -> float:
@@ -244,16 +272,24 @@ class Clock:
         return self.step_s
 
 
-def frame_picture(frame, stream) -> Image.Image:
-    """A decoded frame as a player shows it: upright, with square pixels, RGB, transparent parts white."""
-    size = {}
+def frame_picture(frame, stream, name: object) -> Image.Image:
+    """
+    A decoded frame as a player shows it: upright, with square pixels, sRGB, transparent parts white.
+
+    Raises:
+        MediaError: if its colours cannot be converted; `name` is that of the file.
+    """
+    settings = _colors_of(frame)
     ratio = stream.sample_aspect_ratio
     if ratio and ratio != 1 and 1 / _WIDEST_PIXEL <= ratio <= _WIDEST_PIXEL:
-        size = {"width": max(1, round(frame.width * ratio)), "height": frame.height}
-    if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
-        picture = flatten(Image.fromarray(frame.to_ndarray(format="rgba", **size)))
-    else:
-        picture = frame.to_image(**size)
+        settings |= {"width": max(1, round(frame.width * ratio)), "height": frame.height}
+    has_alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
+    try:
+        values = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", **settings)
+    except (import_av().FFmpegError, OSError, ValueError) as error:
+        kind = f"{frame.format.name}, colour space {frame.colorspace}"
+        raise media_error("video", name, f"has colours that cannot be converted ({kind})") from error
+    picture = flatten(Image.fromarray(values)) if has_alpha else Image.fromarray(values)
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return picture
@@ -264,6 +300,20 @@ def frame_picture(frame, stream) -> Image.Image:
     if a < 0:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM) if d < 0 else picture
+
+
+def _colors_of(frame) -> dict:
+    """Arguments of PyAV that convert a frame's colours to those of an ordinary screen."""
+    kinds, settings = import_av().video.reformatter, {}
+    is_large = frame.width >= 1280 or frame.height > 576
+    if frame.colorspace == _UNSPECIFIED and is_large and not frame.format.is_rgb:
+        # As players guess; FFmpeg takes BT.601 for all sizes.
+        settings["src_colorspace"] = kinds.Colorspace.ITU709
+    if frame.color_trc in _HDR_TRANSFERS:
+        settings["dst_color_trc"] = kinds.ColorTrc.IEC61966_2_1
+    if settings.get("dst_color_trc") or frame.color_primaries in _WIDE_PRIMARIES:
+        settings["dst_color_primaries"] = kinds.ColorPrimaries.BT709
+    return settings
 
 
 def decoded_frames(
@@ -278,7 +328,7 @@ def decoded_frames(
         on_break: Called with the reason if the container cannot be read to its end.
     """
     errors = (import_av().FFmpegError, OSError)
-    ended = False
+    decoder, ended = decoder_of(stream), False
     while not ended:
         try:
             packet = next(packets, None)
@@ -288,7 +338,7 @@ def decoded_frames(
         # After a read error the decoder still holds a few frames; at a normal end the last, empty packet flushes them.
         ended = packet is None
         try:
-            frames = stream.decode(None) if ended else packet.decode()
+            frames = decoder.decode(packet)
         except EOFError:
             frames = []
         except errors:
@@ -301,9 +351,11 @@ __all__ = [
     "BACK_S",
     "LEAP_S",
     "NO_TIME_STAMPS",
+    "PICTURE_BRANDS",
     "Clock",
     "clock_leaps",
     "decoded_frames",
+    "decoder_of",
     "frame_picture",
     "has_time_stamps",
     "import_av",

@@ -27,6 +27,7 @@ from .video_container_rice import (
     Clock,
     clock_leaps,
     decoded_frames,
+    decoder_of,
     frame_picture,
     import_av,
     open_container,
@@ -41,6 +42,8 @@ _NEAR = 50
 # How much earlier to search for a key frame, in seconds, tried in this order.
 _STEPS_BACK = (0, 2, 10, 60)
 _KEPT_TABLES = 16
+# Later times, infinity too, are those after the end of any file; FFmpeg counts ticks in 64 bits.
+_LONGEST_S = 1e9
 
 
 class VideoInfo(NamedTuple):
@@ -64,7 +67,7 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
         first = next(decoded_frames(container.demux(stream), stream, lambda: None, lambda reason: None), None)
         if first is None:
             raise media_error("video", path, "cannot be decoded (not one of its frames)")
-        size = frame_picture(first, stream).size
+        size = frame_picture(first, stream, printable(path)).size
         if _lists_frames(container, stream) and container.duration:
             return VideoInfo(*size, container.duration / 1e6)
     with VideoReader(path) as video:
@@ -209,7 +212,7 @@ class VideoReader:
         end_s: End of the last frame that was read, in seconds.
         num_missing: Frames that the header lists but a truncated file lacks; 0 if unknown.
         num_decoded: Packets given to the decoder so far.
-        num_damaged: Packets that could not be decoded so far.
+        num_damaged: Packets that could not be decoded, and frames that were replaced or left out, so far.
 
     Raises:
         MediaError: if the file is missing (`MissingMediaError`), holds no video, cannot be decoded or has too many
@@ -280,7 +283,8 @@ class VideoReader:
             )
         walk = self._count_to if self._table.is_decoded else self._jump_to
         for place, frame in walk([self._first + number for number in wanted]):
-            yield VideoFrame(place - self._first, self._table.times[place], frame_picture(frame, self._stream))
+            picture = frame_picture(frame, self._stream, self.name)
+            yield VideoFrame(place - self._first, self._table.times[place], picture)
 
     def affordable(self, numbers: Iterable[int], max_pixels: int) -> list[int]:
         """
@@ -316,6 +320,7 @@ class VideoReader:
         self.close()
         self._container = open_container(self.path)
         self._stream = video_stream(self._container, self.name, self.max_pixels)
+        self._decoder = decoder_of(self._stream)
         self._position = None
 
     def _packets(self) -> Iterator:
@@ -412,7 +417,7 @@ class VideoReader:
 
     def _choose_range(self) -> tuple[int, int]:
         times, start, end = self._table.times, self.start or 0.0, self.end
-        first = max(0, bisect_right(times, start + _ROUNDING_S) - 1)
+        first = max(0, bisect_right(times, start + _ROUNDING_S) - 1) if start > 0 else 0
         last = len(times) if end is None else bisect_left(times, end - _ROUNDING_S)
         if first < last and start < self._table.end_s - _ROUNDING_S and (end is None or start < end):
             return first, last
@@ -463,11 +468,13 @@ class VideoReader:
                 continue
             while waiting and table.pts[table.shown[waiting[0]]] < frame.pts:
                 place = waiting.popleft()
+                self.num_damaged += 1
                 if before is not None:
                     yield place, before
             if waiting and table.pts[table.shown[waiting[0]]] == frame.pts:
                 yield waiting.popleft(), frame
             before = frame
+        self.num_damaged += len(waiting)
         if before is not None:
             yield from ((place, before) for place in waiting)
 
@@ -484,13 +491,13 @@ class VideoReader:
             number = position
         # The decoder still holds reordered frames.
         yield from self._decode_packet(None)
-        self._stream.codec_context.flush_buffers()
+        self._decoder.flush_buffers()
         self._position = number + 1
 
     def _decode_packet(self, packet) -> list:
         self.num_decoded += packet is not None
         try:
-            return self._stream.decode(packet)
+            return self._decoder.decode(packet)
         except EOFError:
             return []
         except (import_av().FFmpegError, OSError):
@@ -527,7 +534,7 @@ def _clip_range(source: str | os.PathLike | Mapping[str, Any]) -> tuple[str, flo
         value = entry.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float, np.number, type(None))) or value != value:
             raise MediaError(f"`{name}` of the video {printable(path)} must be a number of seconds, got {value!r}.")
-        bounds.append(None if value is None or value < 0 else float(value))
+        bounds.append(None if value is None or value < 0 else float(min(value, _LONGEST_S)))
     return os.fspath(path), *bounds
 
 

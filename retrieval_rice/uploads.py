@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from data_rice.folders import natural_key
 from processing_rice import MediaError, open_image, sample_frame_indices
 from processing_rice.media_rice import FORMATS, image_header
-from processing_rice.video_container_rice import open_container
+from processing_rice.video_container_rice import PICTURE_BRANDS, open_container
 from processing_rice.video_media_rice import VideoReader
 
 from .stream.speech_sound import FILE_CHUNK_S, Block, FileSound, chunks
@@ -152,7 +152,10 @@ def video_format(path: str | Path) -> str | None:
     """The container format from a file's first bytes, `None` if it is not a supported video."""
     with open(path, "rb") as file:
         start = file.read(12)
-    if start[4:8] in (b"ftyp", b"moov", b"mdat"):
+    if start[4:8] == b"ftyp" and start[8:12].decode("latin-1") in PICTURE_BRANDS:
+        return None
+    # Old cameras begin with an empty atom.
+    if start[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
         return "mp4"
     if start[:4] == b"\x1a\x45\xdf\xa3":
         return "matroska"
@@ -201,7 +204,7 @@ def _read_picture(path: Path, limits: UploadLimits, deadline: float) -> Image.Im
     try:
         return open_image(path)
     except MediaError as error:
-        raise UploadError(f"{path.name} is damaged and cannot be read.") from error
+        raise UploadError(f"{path.name} {error.reason}.") from error
 
 
 def _read_video(path: Path, limits: UploadLimits, deadline: float, num_frames: int | None, keep: Callable) -> Upload:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from os import path as osp
 
 import datasets
+import numpy as np
 
 from .. import parsing
 from ..builder import ProblemLog, ViewBuilder, ViewConfig
@@ -267,7 +268,8 @@ def video_range(media: MediaRoot, row: dict) -> tuple[str, float, float]:
     video = media.path(row["video"], "video path")
     if start is None and end is None:
         return video, -1.0, -1.0
-    # A larger number is not a time in seconds. The value must fit the column's 32-bit float.
-    if not parsing.is_number(start) or not parsing.is_number(end) or not 0 <= start < end <= _LONGEST_VIDEO:
+    # A larger number is not a time in seconds. The columns are 32-bit floats, in which near numbers may be equal.
+    is_range = parsing.is_number(start) and parsing.is_number(end) and 0 <= start < end <= _LONGEST_VIDEO
+    if not is_range or np.float32(start) == np.float32(end):
         raise ValueError("start and end must be seconds with 0 <= start < end, and end at most a million")
     return video, float(start), float(end)

@@ -29,6 +29,7 @@ from processing_rice.video_container_rice import (
     open_container,
     open_pipe,
     sound_stream,
+    start_of,
     video_stream,
 )
 
@@ -267,18 +268,20 @@ class VideoStream:
         self.clock = StreamClock(source, now, notify, self._tell_leap)
         self._container = self._open()
         # Raised at once, not when frames are requested.
-        video_stream(self._container, source)
+        stream = video_stream(self._container, source)
         self.duration_s = _duration(self._container)
         self.live = is_address(source) and not _is_recording(self._container)
         if not is_address(source) and clock_leaps(self._container):
             # From the first and last time stamp, which is unreliable for joined recordings.
             self.duration_s = None
+        self._pictures_s = self.duration_s and _pictures_end(self._container, stream, self.duration_s)
         self._queue: deque[Frame] = deque()
         self._changed = threading.Condition()
         self._stopping = threading.Event()
         self._ended = False
         self._failure: Exception | None = None
         self._grid = _Grid(fps)
+        self._end_s = 0.0
         self._failed_in_a_row = 0
         self._told_s: dict[str, float] = {}
 
@@ -380,8 +383,10 @@ class VideoStream:
     def _hand_out(self, frame, stream, time_s: float) -> None:
         self.counts.available += 1
         self._failed_in_a_row = 0
+        # The last frame of a slide show may last for minutes.
+        self._end_s = time_s + float((frame.duration or 0) * (frame.time_base or 0))
         if self._grid.takes(time_s):
-            self._put(Frame(time_s, frame_picture(frame, stream)))
+            self._put(Frame(time_s, frame_picture(frame, stream, self.source)))
 
     def _put(self, frame: Frame) -> None:
         with self._changed:
@@ -417,9 +422,9 @@ class VideoStream:
     def _report_length(self, problem: str | None) -> None:
         if self.clock.last_s is None:
             raise ValueError(f"{self.source} holds no frame that can be decoded{f' ({problem})' if problem else ''}.")
-        length = self.duration_s
+        length = self._pictures_s
         # Sound is often slightly longer than the pictures.
-        if problem or (length is not None and self.clock.last_s < length - max(2.0, 0.02 * length)):
+        if problem or (length is not None and self._end_s < length - max(2.0, 0.02 * length)):
             of = f" of {length:.1f} s" if length is not None else ""
             why = f" ({problem})" if problem else ""
             self.notify(f"{self.source} is cut short{why}: {self.clock.last_s:.1f} s{of} could be read and are used")
@@ -452,8 +457,20 @@ class VideoStream:
 
 
 def _duration(container) -> float | None:
-    """Length in seconds from a container's header; PyAV counts microseconds."""
-    return container.duration / 1e6 if container.duration else None
+    """Length in seconds from the header, or `None`; PyAV counts microseconds."""
+    if not container.duration:
+        return None
+    length_s = container.duration / 1e6
+    # FFmpeg writes the time stamp of the end into a Matroska file, others the length.
+    start_s = start_of(container) if "matroska" in container.format.name else 0.0
+    return length_s - start_s if length_s > start_s else length_s
+
+
+def _pictures_end(container, stream, length_s: float) -> float:
+    """Seconds at which the pictures end, by the header; the sound may go on until `length_s`."""
+    if not stream.duration:
+        return length_s
+    return float(((stream.start_time or 0) + stream.duration) * stream.time_base) - start_of(container)
 
 
 def _is_recording(container) -> bool:

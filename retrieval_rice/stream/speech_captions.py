@@ -30,8 +30,13 @@ _LARGEST_FILE = 100_000_000
 # An ASS event has eight fields, then the text.
 _FIELDS = 8
 _STYLES = re.compile(r"\{[^}]*\}")
+_DRAWING = re.compile(r"\{[^}]*\\p[1-9][^}]*\}.*?(?=\{[^}]*\\p0|$)")
 _BREAKS = re.compile(r"\\[Nnh]")
 _HIGH = re.compile(rb"[\x80-\xff]+")
+_CLOCK = r"(-?)(?:(\d+):)?(\d+):(\d+)(?:[,.\uff0c](\d+))?"
+_TIMES = re.compile(rf"[ \t]*{_CLOCK}[ \t]*-->[ \t]*{_CLOCK}(.*)")
+# So many whole characters of UTF-8 per damaged one are no accident.
+_WHOLE = 4
 
 
 def captions(name: str, source: str | os.PathLike, notify: Callable[[str], None] = logger.warning):
@@ -115,7 +120,9 @@ class Subtitles:
             self.notify(f"{self.name} is not in UTF-8 or UTF-16; it is read as {encoding}")
         av = import_av()
         try:
-            return av.open(io.BytesIO(_plain_lines(text).encode()), container_options={"protocol_whitelist": "none"})
+            plain = _plain_lines(text)
+            plain = plain if plain.lstrip().startswith("WEBVTT") else _full_times(plain)
+            return av.open(io.BytesIO(plain.encode()), container_options={"protocol_whitelist": "none"})
         except (av.FFmpegError, OSError, ValueError):
             raise ValueError(f"{self.name} holds no subtitles; give an SRT or WebVTT file.") from None
 
@@ -159,17 +166,38 @@ def _plain_lines(text: str) -> str:
     return text.replace("\0", "").replace("\r\n", "\n").replace("\r", "\n")
 
 
+def _full_times(text: str) -> str:
+    """
+    SRT in the form that FFmpeg reads: cues with numbers, times with hours and milliseconds. A time before the start
+    becomes the start. Other formats do not change.
+    """
+    lines = []
+    for line in text.split("\n"):
+        times = _TIMES.fullmatch(line)
+        if times is not None:
+            if not (lines and lines[-1].strip().isdecimal()):
+                lines += ["", str(len(lines) + 1)]
+            *clocks, rest = times.groups()
+            line = f"{_full_time(*clocks[:5])} --> {_full_time(*clocks[5:])}{rest}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _full_time(sign: str, hours: str | None, minutes: str, seconds: str, parts: str | None) -> str:
+    return "00:00:00,000" if sign else f"{hours or '00'}:{minutes}:{seconds},{parts or '000'}"
+
+
 def _is_text(stream) -> bool:
     """Whether a subtitle stream has a text decoder; subtitles of discs are pictures."""
     return stream.codec_context is not None and stream.codec_context.codec.text_sub
 
 
 def _event_text(event) -> str:
-    """The text of an ASS event, without styles and line breaks."""
+    """The text of an ASS event, without styles, drawings and line breaks."""
     line = bytes(getattr(event, "ass", b"") or b"").decode("utf-8", "replace")
     text = line.split(",", _FIELDS)[-1] if line else ""
     # FFmpeg decodes some entities of WebVTT, and none of SRT.
-    return " ".join(html.unescape(_BREAKS.sub(" ", _STYLES.sub("", text))).split())
+    return " ".join(html.unescape(_BREAKS.sub(" ", _STYLES.sub("", _DRAWING.sub("", text)))).split())
 
 
 def decode_subtitles(data: bytes, path: str | os.PathLike) -> tuple[str, str | None]:
@@ -184,6 +212,9 @@ def decode_subtitles(data: bytes, path: str | os.PathLike) -> tuple[str, str | N
     except ValueError:
         # It is none of the encodings that can be detected with certainty.
         runs = [len(run) for run in _HIGH.findall(data)]
+    text = data.decode("utf-8", "replace")
+    if sum(character > "\x7f" for character in text) > (_WHOLE + 1) * text.count("\ufffd"):
+        return text.removeprefix("\ufeff"), "UTF-8 with damaged characters"
     # Chinese characters are pairs of bytes; letters of western Europe are mostly single bytes.
     if sum(length if length % 2 == 0 else -length for length in runs) > 0:
         try:

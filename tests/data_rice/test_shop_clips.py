@@ -159,6 +159,7 @@ def test_split_without_a_usable_row(shop, load):
         ({"frames": None, "video": "/v.mp4"}, "leads out of the data folder"),
         ({"frames": None, "video": "v.mp4", "start": 3, "end": 2}, "0 <= start < end"),
         ({"frames": None, "video": "v.mp4", "start": 3}, "0 <= start < end"),
+        ({"frames": None, "video": "v.mp4", "start": 900, "end": 900.00001}, "0 <= start < end"),
         ({"gt_gallery_ids": ["g7"]}, "the relevant image 'g7' is not in gallery.jsonl"),
         ({"gt_gallery_ids": "g0"}, "must be a list"),
         ({"gt_gallery_ids": [["g0"]]}, "is not in gallery.jsonl"),

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, PngImagePlugin
 
 from processing_rice import MediaError, open_image, read_video
 from processing_rice import media_rice as media
@@ -132,6 +132,38 @@ class TestTransparency:
         for data in (grey8, grey16, rgb8, rgb16, encode(palette, "PNG", transparency=0)):
             assert np.asarray(open_image(data))[0].tolist() == [[255] * 3, [100] * 3]
 
+    @pytest.mark.parametrize(
+        "depth, row, levels", [(2, b"\x1b", [0, 255, 170, 255]), (4, b"\x01\x2f", [0, 255, 34, 255])]
+    )
+    def test_of_a_grey_level_of_few_bits(self, depth, row, levels):
+        """Level 1 of 3 or of 15 is transparent; PIL scales the pixels to 8 bits, but not the level."""
+        data = png(depth, 0, [row], 4, struct.pack(">H", 1))
+        opened = Image.open(io.BytesIO(data))
+        for source in (data, opened, opened):
+            assert np.asarray(open_image(source))[0, :, 0].tolist() == levels
+
+    def test_around_a_gif_frame_that_is_smaller_than_the_whole(self):
+        picture = Image.new("P", (4, 4), 1)
+        picture.putpalette([0, 255, 0, 200, 10, 10])
+        data = bytearray(encode(picture, "GIF"))
+        data[6:10] = struct.pack("<HH", 8, 6)
+        for source in (bytes(data), Image.open(io.BytesIO(data))):
+            image = open_image(source)
+            assert image.size == (8, 6) and image.getpixel((0, 0)) == (200, 10, 10)
+            assert image.getpixel((5, 1)) == image.getpixel((1, 5)) == (255, 255, 255)
+
+
+def tiff(values: np.ndarray, photometric: int, sample_format: int) -> bytes:
+    """An uncompressed grey TIFF; `sample_format` is 1 for unsigned, 2 for signed integers, 3 for floats."""
+    height, width = values.shape
+    numbers = {
+        **{256: width, 257: height, 258: 8 * values.itemsize, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height},
+        **{279: values.nbytes, 339: sample_format},
+    }
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, number) for tag, number in numbers.items())
+    directory = struct.pack("<H", len(numbers)) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + values.nbytes) + values.tobytes() + directory
+
 
 class TestDepth:
     LEVELS = np.arange(256, dtype=np.uint16).reshape(16, 16)
@@ -162,6 +194,15 @@ class TestDepth:
         for data in (Image.fromarray(values), encode(Image.fromarray(values), "TIFF")):
             with pytest.raises(MediaError, match=r"not all in 0\.\.(1|65,535), so black and white are unknown"):
                 open_image(data)
+
+    @pytest.mark.parametrize("kind, full", [(1, 255), (1, 65535), (3, 1.0)])
+    def test_a_tiff_whose_zero_is_white(self, kind, full):
+        values = (full - self.LEVELS * (full / 255)).astype({255: "u1", 65535: "<u2", 1.0: "<f4"}[full])
+        assert np.array_equal(np.asarray(open_image(tiff(values, 0, kind)))[..., 0], self.LEVELS)
+
+    def test_signed_integers_of_16_bits_are_refused(self):
+        with pytest.raises(MediaError, match="its 16-bit integers are signed, so black and white are unknown"):
+            open_image(tiff(self.LEVELS.astype("<i2"), 1, 2))
 
     @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"])
     def test_other_modes(self, mode):
@@ -200,6 +241,24 @@ class TestOrientation:
         assert image_header(data)[1:] == (upright.shape[1], upright.shape[0])
         assert np.array_equal(picture_tensor(opened).movedim(0, -1), image)
 
+    @pytest.mark.parametrize("kind, value", [(3, b"\x09\0"), (3, b"\xff\xff"), (3, b"\0\0"), (1, b"\6"), (2, b"6\0")])
+    def test_a_value_that_means_nothing(self, kind, value):
+        """Out of range, or no number; the header and the pixels agree."""
+        entry = struct.pack("<HHHI", 1, 0x0112, kind, len(value) if kind != 3 else 1) + value.ljust(4, b"\0")
+        data = encode(Image.new("RGB", (64, 32)), exif=b"Exif\0\0II*\0\x08\0\0\0" + entry + bytes(4))
+        assert open_image(data).size == (64, 32)
+        assert image_header(data)[1:] == (64, 32)
+
+    @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+    def test_in_xmp_only(self, file_format):
+        xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        options = {"PNG": {"pnginfo": text}, "TIFF": {"tiffinfo": {700: xmp}}}.get(file_format, {"xmp": xmp})
+        data = encode(Image.new("RGB", (64, 32)), file_format, **options)
+        assert open_image(data).size == open_image(Image.open(io.BytesIO(data))).size == (32, 64)
+        assert image_header(data)[1:] == (32, 64)
+
     def test_survives_a_change_of_mode_and_is_not_applied_twice(self):
         exif = Image.Exif()
         exif[0x0112] = 6
@@ -233,6 +292,8 @@ class TestNumbers:
             (np.zeros((0, 5, 3), np.uint8), "got shape"),
             (np.array(["a"]), "must be an image, a path, or hold uint8"),
             (None, "got NoneType"),
+            (torch.empty(3, 6, 5, device="meta"), "must be a dense tensor that holds values"),
+            (torch.eye(3).to_sparse(), "must be a dense tensor that holds values"),
         ],
     )
     def test_arrays_that_are_not_pictures_get_one_sentence(self, values, message):
@@ -355,6 +416,19 @@ class TestDamaged:
     def test_bombs_are_refused_before_they_are_decoded(self, width, height):
         with pytest.raises(MediaError, match="cannot be decoded .*(pixels|bomb)"):
             open_image(entry(png_of_size(width, height)))
+
+    @pytest.mark.parametrize("size", [(1, 501), (501, 1), (2, 65_000)])
+    def test_strips_are_refused(self, size):
+        """Resized to a shorter side of 224 pixels, the last one has 1.6 billion pixels."""
+        picture = Image.new("L", size)
+        for source in (picture, encode(picture, "PNG"), encode(picture)):
+            with pytest.raises(
+                MediaError, match=rf"{size[0]} x {size[1]} pixels, one side more than 500 times the other"
+            ):
+                open_image(source)
+        with pytest.raises(ValueError, match="Image 3 has shape .*, one side more than 500 times the other"):
+            picture_tensor(np.zeros((*size, 3), np.uint8), "Image 3")
+        assert open_image(Image.new("L", (1, 500))).size == (1, 500)
 
     def test_the_limit_counts_pixels_after_reduction(self, monkeypatch):
         monkeypatch.setattr(media, "MAX_PIXELS", 100_000)

@@ -74,7 +74,9 @@ def write(tmp_path):
 def shown(source):
     """Numbers of the drawn frames, and their times."""
     with VideoReader(source) as video:
-        return [number_of(frame.picture) for frame in video.frames()], [round(time_s, 3) for time_s in video.times]
+        numbers = [number_of(frame.picture) for frame in video.frames()]
+        assert video.num_damaged == 0
+        return numbers, [round(time_s, 3) for time_s in video.times]
 
 
 class TestTimes:
@@ -167,6 +169,9 @@ class TestTimes:
         assert shown(path) == ([0, 1, 2, 3, 4, 5], [stamp / 1000 for stamp in stamps])
         assert read_video(path, 3).shape == (3, 48, 64, 3)
         assert probe_video(path).seconds == pytest.approx(0.348)
+
+    def test_more_frames_than_a_clock_of_milliseconds_can_tell_apart(self, write):
+        assert shown(write("fast.mkv", 20, rate=2000, b_frames=0))[0] == list(range(20))
 
     def test_frames_without_time_stamps_follow_each_other(self, write):
         numbers, times = shown(write("raw.h264"))
@@ -291,6 +296,18 @@ class TestDamage:
             numbers = [(frame.number, number_of(frame.picture)) for frame in video.frames([24, 25, 30])]
         assert numbers == [(24, 24), (25, 24), (30, 30)] and video.num_damaged >= 1
 
+    def test_frames_that_are_lost_without_an_error_are_counted(self, write):
+        path = write("a.mkv", b_frames=0)
+        with av.open(str(path)) as container:
+            packet = [packet for packet in container.demux(video=0) if packet.size][20]
+        data = bytearray(path.read_bytes())
+        data[packet.pos : packet.pos + packet.size // 2] = bytes(packet.size // 2)
+        path.write_bytes(data)
+        with VideoReader(path) as video:
+            assert [frame.number for frame in video.frames([19, 40])] == [19, 40] and video.num_damaged == 0
+            frames = [number_of(frame.picture) for frame in video.frames([22])]
+            assert frames != [22] and video.num_damaged > 0
+
 
 class TestRefusals:
     def test_covers_are_not_videos(self, write, tmp_path):
@@ -359,6 +376,10 @@ class TestRefusals:
         assert shown({"path": path, "start": 3.6, "end": -1.0})[0] == [18, 19]
         assert list(sample_video({"path": path, "start": 0.0, "end": 99.0}, 2)) == [0, 10]
         assert list(sample_video({"path": path, "start": 1.0, "end": 3.0}, 3, "train")) == [0, 4, 9]
+        assert shown({"path": path, "start": 3.6, "end": float("inf")})[0] == [18, 19]
+        for start in (float("inf"), 1e300, 10**400):
+            with pytest.raises(MediaError, match=r"holds no frame, since its video ends at 4 s; give another range"):
+                read_video({"path": path, "start": start})
         for start, end in ((4.0, 5.0), (2.0, 1.0), (2.0, 2.0)):
             with pytest.raises(
                 ValueError, match=rf"range {start}..{end} s of .*clip.mp4 holds no frame, since its video"

@@ -82,6 +82,23 @@ def test_large_pictures_are_reduced(folder):
     assert Image.open(io.BytesIO(upload.frames[0])).size == (640, 320)
 
 
+def test_an_avif_is_a_picture_although_its_container_is_that_of_videos(folder):
+    upload = read_upload([picture(folder / "a.avif"), picture(folder / "b.avif", BLUE)], folder)
+    assert [max(range(3), key=colour.__getitem__) for colour in colours(upload)] == [0, 2]
+
+
+def test_the_reason_is_told_for_a_picture_that_cannot_be_used(folder):
+    message = refusal([picture(folder / "strip.png", size=(2, 2000))], folder)
+    assert message.startswith("strip.png cannot be decoded (2 x 2000 pixels, one side more than 500 times the other)")
+
+
+def test_a_quicktime_file_that_begins_with_an_empty_atom(folder, make_video):
+    path = make_video()
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + b"wide" + data[8:])
+    assert len(read_upload([str(path)], folder).frames) == 10
+
+
 def test_content_decides_and_not_the_extension(folder):
     Image.new("RGB", (8, 8), RED).save(folder / "really_jpeg.png", format="JPEG")
     assert len(read_upload([str(folder / "really_jpeg.png")], folder).frames) == 1

@@ -129,6 +129,30 @@ def test_damage_in_the_middle_is_counted(tmp_path):
     assert stream.counts.damaged == 0 or any("damaged" in notice for notice in notices)
 
 
+@pytest.mark.parametrize(
+    "name, rate, first, sound_s, length_s",
+    [("late.mkv", 10, 36_000, 0, 1.0), ("slow.mp4", Fraction(1, 10), 0, 0, 100.0), ("talk.mp4", 10, 0, 12, 12.0)],
+)
+def test_a_whole_file_is_not_called_cut_short(tmp_path, name, rate, first, sound_s, length_s):
+    """A clock that starts late, a last frame that lasts long, and sound that goes on."""
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        sound = container.add_stream("aac", rate=8000, layout="mono") if sound_s else None
+        for i in range(10):
+            frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+            frame.pts, frame.time_base = first + i, 1 / Fraction(rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        for i in range(round(sound_s * 8000 / 1024) + 1 if sound_s else 0):
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            samples.sample_rate, samples.pts = 8000, 1024 * i
+            container.mux(sound.encode(samples))
+    stream, frames, notices = read(tmp_path / name)
+    assert len(frames) == 10 and notices == []
+    assert stream.duration_s == pytest.approx(length_s, abs=0.2)
+
+
 def test_a_video_of_damage_only_is_refused():
     stream = VideoStream("x.mp4", opener=FakeSource([[]], duration=5_000_000))
     with pytest.raises(ValueError, match="x.mp4 holds no frame"):
@@ -259,10 +283,13 @@ class FakeSource:
         video = SimpleNamespace(
             average_rate=Fraction(10),
             thread_type=None,
-            decode=lambda packet: [],
             disposition=av.stream.Disposition(0),
-            codec_context=SimpleNamespace(width=2, height=2, is_open=True),
+            codec_context=SimpleNamespace(
+                width=2, height=2, is_open=True, name="h264", decode=lambda packet: [packet] if packet else []
+            ),
             sample_aspect_ratio=None,
+            metadata={},
+            duration=None,
         )
         return SimpleNamespace(
             streams=SimpleNamespace(video=[video]),
@@ -280,9 +307,19 @@ class FakeSource:
             if callable(stamp):
                 stamp()
                 continue
-            pixels = SimpleNamespace(has_palette=False, components=[])
-            frame = SimpleNamespace(time=stamp, format=pixels, side_data={}, to_image=lambda: self.picture)
-            yield SimpleNamespace(decode=lambda frame=frame: [frame])
+            yield SimpleNamespace(
+                time=stamp,
+                time_base=None,
+                duration=0,
+                width=2,
+                height=2,
+                format=SimpleNamespace(has_palette=False, components=[], is_rgb=True),
+                colorspace=0,
+                color_trc=1,
+                color_primaries=1,
+                side_data={},
+                to_ndarray=lambda **settings: np.asarray(self.picture),
+            )
 
 
 def live(containers, **settings):

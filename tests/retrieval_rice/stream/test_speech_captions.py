@@ -82,6 +82,47 @@ def test_guessed_encodings_are_reported(tmp_path, encoding, said, name):
     assert notices == [f"{tmp_path / 'a.srt'} is not in UTF-8 or UTF-16; it is read as {name}"]
 
 
+def test_utf_8_with_a_damaged_character(tmp_path):
+    data = SRT.replace("two", "这个红色的杯子很好看").encode().replace("很".encode(), b"\xe5\xbe")
+    (tmp_path / "a.srt").write_bytes(data)
+    found, notices = read(tmp_path / "a.srt")
+    assert found[2].text == "这个红色的杯子\ufffd好看 lines"
+    assert notices == [f"{tmp_path / 'a.srt'} is not in UTF-8 or UTF-16; it is read as UTF-8 with damaged characters"]
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "00:00:01,000 --> 00:00:02,000",
+        "1\n00:00:01 --> 00:00:02",
+        "1\n00:01,000 --> 00:02,000",
+        "00:01.000-->00:02.000",
+        "1\n00:00:01\uff0c000 --> 00:00:02\uff0c000",
+        "1\n0:0:1,000 --> 0:0:2,000 X1:1 X2:2",
+    ],
+)
+def test_times_and_cues_that_are_not_quite_srt(tmp_path, first):
+    """Without numbers, milliseconds or hours, and with the comma of Chinese."""
+    text = f"{first}\nred\n\n2\n00:00:03,000 --> 00:00:04,000\nmug\n\n{first}\nblue\n"
+    found, _ = read(write(tmp_path / "a.srt", text))
+    assert found == [Word(1.0, 2.0, "red"), Word(1.0, 2.0, "blue"), Word(3.0, 4.0, "mug")]
+
+
+def test_times_before_the_start_and_after_99_hours(tmp_path):
+    text = "1\n-00:00:01,000 --> 00:00:02,000\nred\n\n2\n123:00:01,000 --> 123:00:02,000\nmug\n"
+    assert read(write(tmp_path / "a.srt", text))[0] == [Word(0.0, 2.0, "red"), Word(442801.0, 442802.0, "mug")]
+
+
+def test_drawings_are_no_words(tmp_path):
+    text = (
+        "[Script Info]\nScriptType: v4.00+\n\n[Events]\n"
+        "Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text\n"
+        "Dialogue: 0,0:00:01.00,0:00:02.00,,,0,0,0,,{\\pos(1,2)\\p1}m 0 0 l 9 0{\\p0}a {\\b1}red{\\b0} mug\n"
+        "Dialogue: 0,0:00:03.00,0:00:04.00,,,0,0,0,,{\\p2}m 0 0 l 9 0\n"
+    )
+    assert read(write(tmp_path / "a.ass", text))[0] == [Word(1.0, 2.0, "a red mug")]
+
+
 def test_webvtt(tmp_path):
     text = (
         "WEBVTT\n\nNOTE nothing\n\nintro\n00:01.000 --> 00:03.000 align:start\n<v Ann>Hello <b>red</b> &lt;3\n\n"
