@@ -153,16 +153,22 @@ class Loading:
 
 @contextmanager
 def evaluating(model):
-    """The model in eval mode without gradients; its former mode is restored afterwards, so training can continue."""
-    training = getattr(model, "training", False)
-    if training:
+    """
+    The model in eval mode without gradients. Afterwards each of its modules has its former mode, so training can
+    continue, also with parts that are frozen in eval mode.
+    """
+    modes = [(module, module.training) for module in model.modules()] if hasattr(model, "modules") else []
+    trains = any(training for _, training in modes)
+    if trains:
         model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        if training:
-            model.train()
+        if trains:
+            model.train(modes[0][1])
+            for module, training in modes:
+                module.training = training
 
 
 def _encode_gallery(retriever, task: RetrievalTask, gallery, loading: Loading):

@@ -111,6 +111,7 @@ class RiceObjective:
     training: bool
     image_tokens: Any
     clip_tokens: Any
+    require_eval_mode: Any
     gather_texts: Any
     text_loss: Any
 
@@ -317,13 +318,15 @@ class RiceObjective:
             1 only with `reconstruction_softmax`.
 
         Raises:
-            ValueError: if the model has no reconstruction head, or images and clips differ in number.
+            ValueError: if the model has no reconstruction head, or images and clips differ in number; in training mode
+                if that changes the maps.
         """
         if self.reconstruction_head is None:
             raise ValueError(
                 "This model has no reconstruction head, so it has no reconstruction maps; train one with "
                 "`use_reconstruction=True`."
             )
+        self.require_eval_mode("reconstruction_maps")
         images, clips = self._pair_tokens(pixel_values, pixel_values_videos, batch)
         tokens_per_frame, frames = images.tokens.shape[1], clips.tokens.shape[1]
         weights = self.reconstruction_weights(images.states, clips.keys, clips.mask, tokens_per_frame)
@@ -349,12 +352,14 @@ class RiceObjective:
             patches. The rest up to a sum of 1 is attention to the class tokens of frames and to an ASR token.
 
         Raises:
-            ValueError: if the model has no decoder, or images and clips differ in number.
+            ValueError: if the model has no decoder, or images and clips differ in number; in training mode if that
+                changes the maps.
         """
         if self.decoder is None:
             raise ValueError(
                 "This model has no matching decoder, so it has no attention maps; train one with `use_decoder=True`."
             )
+        self.require_eval_mode("attention_maps")
         images, clips = self._pair_tokens(pixel_values, pixel_values_videos, batch)
         tokens_per_frame, frames = images.tokens.shape[1], clips.tokens.shape[1]
         attention = self.decoder.positive_attention(images.states, clips.keys, clips.mask).mean(dim=1)

@@ -136,6 +136,25 @@ def test_evaluate_retrieval_restores_training_mode_and_stays_quiet(model, collat
     assert list(only) == ["embedding"]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("whole", [True, False])
+def test_each_part_of_a_model_gets_its_own_mode_back(model, collator, shop, whole, fails):
+    """A part may be frozen by eval mode while the rest trains, and a part may train alone."""
+    model.norm = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+    model.train(whole).norm.train(not whole)
+    modes = [module.training for module in model.modules()]
+    if fails:
+        collator.collate_queries = None
+    encode, seen = model.encode_clips, []
+    model.encode_clips = lambda **inputs: seen.append(any(m.training for m in model.modules())) or encode(**inputs)
+    try:
+        evaluate_retrieval(model, None, shop.queries, shop.gallery, collator=collator, quiet=True)
+    except TypeError:
+        assert fails
+    assert [module.training for module in model.modules()] == modes
+    assert any(modes) and not any(seen) and bool(seen) is not fails
+
+
 def test_fit_fusion_counts_unreadable_clips_as_misses(model, collator, shop):
     queries, gallery = shop.queries, shop.gallery
     task = RetrievalTask.from_datasets(queries, gallery, "live")
