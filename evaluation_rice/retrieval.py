@@ -185,7 +185,7 @@ def _encode_gallery(retriever, task: RetrievalTask, gallery, loading: Loading):
         if not waiting:
             break
         for loaded, inputs, failed in loading.batches(gallery, list(waiting), retriever.load_gallery, "gallery"):
-            failures += [{"kind": "gallery", **failure} for failure in failed]
+            failures += [{"kind": "gallery", **failure, "id": str(failure["id"])} for failure in failed]
             if loaded:
                 parts.append(retriever.encode_gallery(inputs))
                 places.update((waiting[row], len(places)) for row in loaded)
@@ -224,6 +224,8 @@ def iter_scores(
     rows.sort(key=lambda i: scope_order[task.query_scopes[i]])
     current, shop, kept = None, None, []
     for loaded, inputs, failed in loading.batches(queries, rows, retriever.load_clips, "clips"):
+        # Ids of the task are texts, those of the rows may be numbers.
+        failed = [{**failure, "id": str(failure["id"])} for failure in failed]
         failures += [{"kind": "query", **failure} for failure in failed]
         if not loaded:
             continue
