@@ -9,6 +9,8 @@ from modeling_rice.scoring_rice import FusionWeights, z_scores
 from .recall import standard_error
 
 TEXT_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
+EMBEDDING_TEXT = "weight of the text in the embedding score"
+"""Name of the weight with the grid `TEXT_WEIGHTS`, for messages."""
 FUSED_TEXT_WEIGHTS = (0.0, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20.0, 30.0, 50.0)
 """For raw cosines beside z-scores: the spread of cosines over a gallery is much smaller than 1."""
 DEFAULT_WEIGHTS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
