@@ -36,8 +36,8 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Argume
     method.add_argument("--baseline", help=f"{names}, or the id or folder of a vision model of transformers")
     add("--baseline_model", help="id or folder for the family named by --baseline; default: its published model")
     add("--trust_remote_code", action="store_true", help="run the Python files of the model of --baseline")
-    add("--dataset", required=True, help="mini_lpr4m, lpr4m, shop_clips, a folder in one of their layouts, or a "
-        "published data set: its folder, or its id on the Hub")  # fmt: skip
+    add("--dataset", required=True, help="mini_lpr4m, lpr4m, moving_fashion, shop_clips, a folder in one of their "
+        "layouts, or a published data set: its folder, or its id on the Hub")  # fmt: skip
     add("--data_dir", help="folder of the data set's files")
     add("--split", default="test", choices=("validation", "test"), help="split to measure (default: %(default)s)")
     add("--output_dir", required=True, help="folder for results.json, rankings.jsonl, matches.png and README.md")
@@ -57,7 +57,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Argume
     add("--num_frames", type=positive, help="frames per clip; default: that of the checkpoint's processor")
     add("--fusion_weight", type=fusion_weight, default="auto", help="weight of matching in the fused score: a number "
         "above 0; auto (default): the checkpoint's weight, else fitted on the validation split, else 1; fit: always "
-        "fitted on the validation split. Fitting it also fits the weight of the text")  # fmt: skip
+        "fitted on the validation split. Fitting it also fits the weights of alignment and text")  # fmt: skip
     add("--fit_data_dir", help="with --fusion_weight fit: folder with the validation split, if not --data_dir")
     add("--baselines", nargs="*", default=["color_histogram", "chance"], choices=BASELINE_NAMES, help="baselines that "
         "are also measured (default: color_histogram chance)")  # fmt: skip

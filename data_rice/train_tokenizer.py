@@ -81,7 +81,11 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Argume
         prog="python -m data_rice.train_tokenizer", description="Trains a tokenizer on a data set's titles and ASR."
     )
     add = parser.add_argument
-    add("--dataset", required=True, help="mini_lpr4m, lpr4m, shop_clips, or a folder in one of their layouts")
+    add(
+        "--dataset",
+        required=True,
+        help="mini_lpr4m, lpr4m, moving_fashion, shop_clips, or a folder in one of their layouts",
+    )
     add("--data_dir", help="folder of the data set's files")
     add("--cache_dir", help="where the data set's tables are cached")
     add("--split", default="train", choices=("train", "validation"), help="split of the texts (default train)")

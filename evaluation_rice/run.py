@@ -119,9 +119,10 @@ def _rank_by(options: argparse.Namespace, model) -> str:
         return "embedding" if model is None else default_ranking(model.config)
     kinds = pair_kinds(model)
     if options.rank_by not in ("embedding", *kinds, *["fused"][: len(kinds)]):
-        needed = "an alignment" if options.rank_by == "alignment" else "a matching decoder"
+        needs = {"matching": "a matching decoder", "alignment": "an alignment"}
+        needed = needs.get(options.rank_by, " or ".join(needs.values()))
         name = options.model or options.baseline
-        raise ValueError(f"--rank_by {options.rank_by} needs {needed}, which {name} does not have.")
+        raise ValueError(f"--rank_by {options.rank_by} needs {needed}, which {name} does not have; leave it out.")
     return options.rank_by
 
 

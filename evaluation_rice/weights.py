@@ -104,9 +104,10 @@ def _fit(
         queries, gallery = load_views("validation", folder)
         task = RetrievalTask.from_datasets(queries, gallery, scope)
     except (ValueError, OSError) as error:
+        reason = one_line(error).rstrip(".")
         if options.fusion_weight == "fit":
-            raise ValueError(f"--fusion_weight fit: the weight cannot be fitted ({one_line(error)})") from error
-        print(f"fusion weight 1: the checkpoint has none, and it cannot be fitted ({one_line(error)})")
+            raise ValueError(f"--fusion_weight fit: the weight cannot be fitted ({reason}).") from error
+        print(f"fusion weight 1: the checkpoint has none, and it cannot be fitted ({reason})")
         return None, {"source": "default", "source_words": "the weight is the default, not fitted"}
     fitted = fit_fusion(retriever, task, queries, gallery, loading=loading)
     where = f" of {folder}" if options.fit_data_dir else ""

@@ -9,6 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 from packaging.version import InvalidVersion, Version
 from safetensors import SafetensorError, safe_open
 
+from data_rice.commands import one_line
 from data_rice.parsing import file_sha256, read_json_object
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -20,7 +21,7 @@ def may_be_hub_id(path: str) -> bool:
 
 
 def check_checkpoint(path: str | os.PathLike, made_by: str = "train_rice.py") -> None:
-    """Refuses a folder that is no complete checkpoint. A Hub id that is no local folder passes.
+    """Refuses a folder that is not a complete checkpoint. A Hub id that is not a local folder passes.
 
     Args:
         path: Folder, or id of a published model.
@@ -39,14 +40,13 @@ def check_checkpoint(path: str | os.PathLike, made_by: str = "train_rice.py") ->
             raise FileNotFoundError(f"there is no checkpoint folder {path}: train one with {made_by}.")
         return
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{path} is no checkpoint, since it has no config.json: name another folder.")
+        raise FileNotFoundError(f"{path} is not a checkpoint, because it has no config.json: name another folder.")
     try:
         read_json_object(folder / "config.json")
         files = weight_files(folder)
     except ValueError as error:
-        raise ValueError(
-            f"{path} is an incomplete checkpoint: its JSON cannot be read ({error}), so save it again."
-        ) from error
+        reason = one_line(error).rstrip(".")
+        raise ValueError(f"{path} is an incomplete checkpoint: save it again ({reason}).") from error
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{path} is an incomplete checkpoint: {file.name} is missing, so save it again.")
@@ -117,7 +117,7 @@ def saved_by_newer(path: str | os.PathLike) -> str | None:
 
 
 def weights_fingerprint(path: str | os.PathLike) -> str | None:
-    """SHA-256 over the hashes of a folder's `weight_files`; `None` if `path` is no folder or has no weights."""
+    """SHA-256 over the hashes of a folder's `weight_files`; `None` if `path` is not a folder or has no weights."""
     files = weight_files(path) if os.path.isdir(path) else []
     if not files or not all(file.is_file() for file in files):
         return None

@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     """
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        FileExistsError: if the output folder is in use.
+        FileExistsError: if the output folder is not empty.
         ValueError: if the checkpoint has no official layout; the message lists the keys.
     """
     from modeling_rice.convert_rice_original_to_hf import convert_original_checkpoint, load_original_state_dict

@@ -31,7 +31,7 @@ def load_configs(
     """
     if not (Path(data_dir) / MINI_LPR4M_MANIFEST).is_file():
         raise FileNotFoundError(
-            f"{data_dir} has no {MINI_LPR4M_MANIFEST}, and this command publishes rendered data only: render it by "
+            f"{data_dir} has no {MINI_LPR4M_MANIFEST}, and this command publishes rendered data only: render it with "
             f"`python -m data_rice.mini_lpr4m --output_dir {data_dir}`."
         )
     loaded = {}

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """
     Raises:
-        FileExistsError: if the output folder is in use.
+        FileExistsError: if the output folder is not empty.
         ValueError: as [`load_encoder`].
     """
     from .files import new_folder

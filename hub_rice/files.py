@@ -51,7 +51,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} is in use; name a new or empty folder.")
+        raise FileExistsError(f"{path} already exists; name a new or empty folder.")
     from safetensors import SafetensorError
 
     temporary = None

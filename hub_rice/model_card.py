@@ -151,7 +151,7 @@ def model_card(
     Raises:
         FileNotFoundError: if there is no template.
         ValueError: if `results` lacks an entry that the card shows, if both `results` and `model_id` are missing, or
-            if the licence is no identifier.
+            if the licence is not an identifier.
     """
     if not Path(template).is_file():
         raise FileNotFoundError(f"there is no card template {template}: restore it or name another one.")
@@ -165,7 +165,7 @@ def model_card(
     record = read_training_record(run_dir)
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
         raise ValueError(
-            f"the license {license!r} is no identifier of the Hub: give one such as apache-2.0 or cc-by-nc-sa-4.0."
+            f"{license!r} is not a licence identifier of the Hub: give one such as apache-2.0 or cc-by-nc-sa-4.0."
         )
     if results is not None:
         results = {**complete(results), "scores": best_first(results["scores"])}

@@ -80,7 +80,7 @@ def find_results(run_dir: Path, folder: Path) -> Path:
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise FileNotFoundError(
-            f"{run_dir} has no results.json: make it by `python eval_rice.py --model {folder} --dataset NAME "
+            f"{run_dir} has no results.json: make it with `python eval_rice.py --model {folder} --dataset NAME "
             f"--output_dir {folder / 'eval'}`, or pass --without_results."
         )
     return found

@@ -118,8 +118,8 @@ def publication(
     files = published_files(folder)
     if license is None and license_of(folder) is None:
         raise ValueError(
-            f"the licence of the training data of {folder} is not known: give the model's licence by --license, such "
-            f"as cc-by-4.0 (in training by --hub_license)."
+            f"the licence of the training data of {folder} is not known: give the model's licence with --license, "
+            f"such as cc-by-4.0 (in training with --hub_license)."
         )
     if results is not None:
         results = portable_results(results, repo_id)
@@ -209,7 +209,7 @@ def upload(
         background: Return a `Future` of the commit immediately; files may be moved or removed meanwhile.
 
     Raises:
-        ValueError: if a file holds an access token, or `repo_id` is no valid name.
+        ValueError: if a file holds an access token, or `repo_id` is not a valid name.
         PermissionError, FileNotFoundError, ConnectionError: for errors of the Hub, as `hub_errors`.
     """
     _check_secrets(files, token)
@@ -291,7 +291,7 @@ def explain(error: BaseException, name: str) -> OSError | ValueError | None:
             f"is private."
         )
     if first(HFValidationError):
-        return ValueError(f"{name!r} is no valid name of a repository: give one of the form owner/name.")
+        return ValueError(f"{name!r} is not a valid name of a repository: give one of the form owner/name.")
     if status == 401:
         return PermissionError(f"the Hub refuses the access token (401) for {name}: log in again by `hf auth login`.")
     if status == 403:

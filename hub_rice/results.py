@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from data_rice.commands import one_line
 from data_rice.parsing import is_number, read_json_object
 
 from .privacy import cut, is_local, last_part, paths_in, portable
@@ -105,7 +106,8 @@ def read_results(results_file: str | os.PathLike, needed: Iterable[str] = NEEDED
     try:
         results = read_json_object(path)
     except ValueError as error:
-        raise ValueError(f"{path} is no complete results file ({error}): run eval_rice.py again.") from error
+        reason = one_line(error).rstrip(".")
+        raise ValueError(f"{path} is not a complete results file: run eval_rice.py again ({reason}).") from error
     missing = [name for name in needed if results.get(name) is None]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: run eval_rice.py again.")

@@ -77,7 +77,7 @@ def read_config(folder: str | os.PathLike, name: str) -> RiceConfig:
     settings = read_json_object(path)
     model_type = settings.get("model_type")
     if model_type != RiceConfig.model_type:
-        raise ValueError(f"{name} holds a {model_type} model, no RICE checkpoint: name a RICE checkpoint.")
+        raise ValueError(f"{name} holds a {model_type} model, not a RICE checkpoint: name a RICE checkpoint.")
     _check_numbers(settings, path)
     for part, section in settings.items():
         # transformers would prompt the user whether to run it.

@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import DatasetCard
 from transformers import TrainingArguments
 
+from data_rice.commands import one_line
 from data_rice.parsing import is_number, read_json_object
 from data_rice.views import MINI_LPR4M_MANIFEST
 
@@ -148,7 +149,8 @@ def _read(path: Path) -> dict:
     try:
         content = read_json_object(path)
     except ValueError as error:
-        raise ValueError(f"{path} is no complete JSON file ({error}): train again, or remove it.") from error
+        reason = one_line(error).rstrip(".")
+        raise ValueError(f"{path} is not a complete JSON file: train again, or remove it ({reason}).") from error
     for name, (kind, words) in _KINDS.items():
         value = content.get(name)
         fits = is_number(value) if kind is float else isinstance(value, kind) and value is not True
@@ -184,7 +186,7 @@ def _emissions(path: Path) -> dict | None:
         found = {"emissions": round(1000 * float(last["emissions"]), 3), "source": "codecarbon"}
     except (IndexError, KeyError, ValueError) as error:
         raise ValueError(
-            f"{path} is no emissions file of codecarbon: remove it, or let codecarbon write it."
+            f"{path} is not an emissions file of codecarbon: remove it, or let codecarbon write it."
         ) from error
     return found | {"training_type": "training"} | ({"hardware_used": without_paths(gpu)} if gpu else {})
 

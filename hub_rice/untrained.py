@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     """
     Raises:
         FileNotFoundError: if encoder, shop or clips are missing.
-        FileExistsError: if the output folder is in use.
+        FileExistsError: if the output folder is not empty.
         ValueError: for an encoder that RICE cannot use, malformed or unreadable files, or an argument out of range.
     """
     from data_rice.unlabelled import clip_frames, shop_pictures

@@ -409,7 +409,7 @@ class RiceConfig(PreTrainedConfig):
         for name in ("decoder_hidden_act", "pooler_act"):
             if getattr(self, name) not in ACT2FN:
                 raise ValueError(
-                    f"`{name}={getattr(self, name)!r}` is no activation of transformers; choose one such as 'gelu'."
+                    f"`{name}={getattr(self, name)!r}` is not an activation of transformers; use one such as 'gelu'."
                 )
         for name in ("projection_dropout", "decoder_dropout"):
             if not 0 <= getattr(self, name) < 1:

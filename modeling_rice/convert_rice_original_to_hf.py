@@ -301,7 +301,7 @@ def load_original_state_dict(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    # The unpickler can fail in many ways on a file that is no checkpoint.
+    # The unpickler can fail in many ways on a file that is not a checkpoint.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"The checkpoint {path} cannot be read ({reason}); it must hold plain tensors.") from error

@@ -61,13 +61,13 @@ class PatchLayout:
         Rows and columns of `num_tokens` tokens of an image of any size with the native aspect ratio.
 
         Raises:
-            ValueError: if the tokens are no such grid.
+            ValueError: if the tokens are not such a grid.
         """
         count = num_tokens - self.num_prefix_tokens
         rows = round(math.sqrt(max(count, 0) * self.grid[0] / self.grid[1]))
         columns = round(rows * self.grid[1] / self.grid[0])
         if rows < 1 or rows * columns != count:
-            raise ValueError(f"{num_tokens} tokens are no grid of patches with the aspect ratio of {self.grid}.")
+            raise ValueError(f"{num_tokens} tokens are not a grid of patches with the aspect ratio of {self.grid}.")
         return rows, columns
 
     def states(self, tokens: Tensor) -> Tensor:
@@ -86,8 +86,8 @@ class EncoderLayout:
     Attributes:
         image_size: Native height and width of its input images, in pixels.
         patches: Layout of its output.
-        hidden: Layout of each hidden state, `None` for one that is no grid of patches; empty if the encoder returns no
-            hidden states.
+        hidden: Layout of each hidden state, `None` for one that is not a grid of patches; empty if the encoder returns
+            no hidden states.
         pooler_width: Width of its own global feature, `None` if it has none.
         has_class_token: Whether its first token is a global feature.
         skips_final_norm: Whether its output has not passed its `post_layernorm`, as in CLIP.
@@ -127,7 +127,7 @@ class EncoderLayout:
         if chosen is None:
             grids = [str(number) for number, patches in enumerate(self.hidden) if patches]
             raise ValueError(
-                f"`vision_feature_layer={layer}` is no hidden state with a grid of patches; the encoder has "
+                f"`vision_feature_layer={layer}` is not a hidden state with a grid of patches; the encoder has "
                 f"{', '.join(grids) or 'none'}."
             )
         return chosen
@@ -358,7 +358,7 @@ def _grid(num_tokens: int, encoder: nn.Module, size: tuple[int, int]) -> tuple[t
         columns = round(rows * size[1] / size[0])
         if rows and rows * columns == num_tokens - prefix:
             return (rows, columns), prefix
-    raise ValueError(f"its {num_tokens} tokens are no grid of patches of a {size[0]} x {size[1]} image")
+    raise ValueError(f"its {num_tokens} tokens are not a grid of patches of a {size[0]} x {size[1]} image")
 
 
 def _refusal(config: PreTrainedConfig, reason: Exception | str) -> str:

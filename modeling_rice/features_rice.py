@@ -32,7 +32,7 @@ _GENERIC_KEYS = (
 def refuse_unknown(method: str, arguments: dict) -> None:
     """
     Raises:
-        TypeError: for an argument of a model's `method` that is no key of a batch.
+        TypeError: for an argument of a model's `method` that is not a key of a batch.
         ValueError: if hidden states or attentions are requested.
     """
     for name in ("output_attentions", "output_hidden_states"):
@@ -49,7 +49,7 @@ def refuse_unknown(method: str, arguments: dict) -> None:
 def require_tensor(name: str, value: object) -> Tensor:
     """
     Raises:
-        ValueError: for a value that is no tensor, such as images that were not processed.
+        ValueError: for a value that is not a tensor, such as images that were not processed.
     """
     if not isinstance(value, Tensor):
         kind = type(value).__name__

@@ -95,7 +95,7 @@ class RiceIdentity(nn.Module):
         return super().train(mode)
 
     def refuse_foreign(self, **encodings: Any) -> None:
-        """Raises `ValueError` for arguments that are no encodings, or that another model is known to have encoded."""
+        """Raises `ValueError` for arguments that are not encodings, or that another model is known to have encoded."""
         own = self.fingerprint()
         for name, features in encodings.items():
             if not hasattr(features, "model_fingerprint"):

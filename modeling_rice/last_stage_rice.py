@@ -145,7 +145,7 @@ def _find(encoder: nn.Module, layout: EncoderLayout) -> LastStage:
     # Some encoders also list their output before the final norm, which starts no stage.
     for number in (len(layout.hidden) - 2, len(layout.hidden) - 3):
         if number < 0 or layout.hidden[number] is None:
-            raise ValueError("the hidden state before its last stage is missing or no grid of patches")
+            raise ValueError("the hidden state before its last stage is missing or is not a grid of patches")
         stage = _stage_after(encoder, layout, number)
         if any(stage.owns(name) and weight.ndim > 1 for name, weight in weights.items()):
             _try(encoder, layout, stage)

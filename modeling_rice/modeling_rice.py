@@ -337,7 +337,7 @@ class RiceModel(
             `pooler_output` `(n, D)`, L2-normalised; `last_hidden_state` `(n, 1 + P, d)`, global token first.
 
         Raises:
-            TypeError: for an argument that is no key of a batch.
+            TypeError: for an argument that is not a key of a batch.
         """
         refuse_unknown("get_image_features", kwargs)
         encoded = self._embed_images(pixel_values)
@@ -357,7 +357,7 @@ class RiceModel(
             `pooler_output` `(B, D)`, L2-normalised; `last_hidden_state` `(B, T, 1 + P, d)`, zero at padded frames.
 
         Raises:
-            TypeError: for an argument that is no key of a batch.
+            TypeError: for an argument that is not a key of a batch.
             ValueError: for wrong shapes.
         """
         refuse_unknown("get_video_features", kwargs)
@@ -386,7 +386,7 @@ class RiceModel(
             kwargs: Other entries of a batch (of clips), which are ignored.
 
         Raises:
-            TypeError: for an argument that is no key of a batch.
+            TypeError: for an argument that is not a key of a batch.
             ValueError: for an empty batch, or in training mode if that changes encodings.
         """
         refuse_unknown("encode_gallery", kwargs)
@@ -487,7 +487,7 @@ class RiceModel(
                 returns a tuple.
 
         Raises:
-            TypeError: for an argument that is no key of a batch.
+            TypeError: for an argument that is not a key of a batch.
             ValueError: for wrong shapes, a batch too small to mine negatives from, a request for hidden states or
                 attentions (which are not returned), or if there is nothing to encode.
         """

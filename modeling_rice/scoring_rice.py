@@ -243,7 +243,7 @@ def best_first(scores: Tensor, top_k: int | None = None) -> list[int]:
     images that were not scored; they are left out.
 
     Raises:
-        ValueError: for a `top_k` that is no integer of at least 1.
+        ValueError: for a `top_k` that is not an integer of at least 1.
     """
     check_count("top_k", top_k)
     order = scores.argsort(descending=True, stable=True)

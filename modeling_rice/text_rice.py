@@ -58,7 +58,7 @@ class RiceTextEncoder(nn.Module):
             Features `(n, W)`, and `(n,)` bool, `False` for missing texts.
 
         Raises:
-            ValueError: for values that are no ids, a mask of another shape, or texts longer than the encoder supports.
+            ValueError: for values other than ids, a mask of another shape, or texts longer than the encoder supports.
         """
         ids = require_tensor("input_ids", input_ids)
         if ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
@@ -163,7 +163,7 @@ class RiceTextSide:
             score-level text term if the model has one, otherwise the encoder's pooled states.
 
         Raises:
-            TypeError: for an argument that is no key of a batch.
+            TypeError: for an argument that is not a key of a batch.
             ValueError: if nothing is given, or more than one kind, or if the model has no text encoder.
         """
         refuse_unknown("get_text_features", kwargs)

@@ -45,7 +45,7 @@ class MediaError(ValueError):
 
     @classmethod
     def of(cls, message: str, reason: str) -> "MediaError":
-        """An error with a reason. It is no second argument of the class, since an OSError would interpret it."""
+        """An error with a reason. It is not a second argument of the class, since an OSError would interpret it."""
         error = cls(message)
         error.reason = reason
         return error
@@ -56,7 +56,7 @@ class MissingMediaError(MediaError, FileNotFoundError):
 
 
 def printable(name: object) -> str:
-    """A path as printable text, also if its bytes are no valid text."""
+    """A path as printable text, also if its bytes are not valid text."""
     return str(name).encode(errors="replace").decode()
 
 
@@ -87,7 +87,7 @@ def check_is_file(path: str | os.PathLike) -> None:
         OSError: for a pipe or a device, which might never end.
     """
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise OSError("it is no file")
+        raise OSError("it is not a file")
 
 
 def read_media(entry: Mapping[str, Any]) -> bytes:

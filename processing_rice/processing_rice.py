@@ -86,8 +86,8 @@ class RiceProcessor(ProcessorMixin):
 
         Raises:
             ValueError: if nothing was given; if numbers of entries differ; for a text that is a number or bytes; for a
-                setting that is unknown, unsupported, or applies to none of the inputs; for numbers that are no image;
-                for a missing or unreadable file (`MediaError`, if missing also a `FileNotFoundError`).
+                setting that is unknown, unsupported, or applies to none of the inputs; for numbers that are not an
+                image; for a missing or unreadable file (`MediaError`, if missing also a `FileNotFoundError`).
         """
         if all(value is None for value in (images, text, videos, titles, asr)):
             raise ValueError("There is nothing to process; give `images`, `videos`, `titles`, `asr` or `text`.")

@@ -32,7 +32,7 @@ def sample_frame_indices(num_frames: int, max_frames: int, mode: str = "eval") -
         Ascending indices; all indices if `num_frames <= max_frames` and nothing is dropped.
 
     Raises:
-        ValueError: for numbers that are no integers or below 1, and for an unknown mode.
+        ValueError: for numbers that are not integers or below 1, and for an unknown mode.
     """
     for name, value in (("num_frames", num_frames), ("max_frames", max_frames)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):

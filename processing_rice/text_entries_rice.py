@@ -22,7 +22,7 @@ def read_text(value) -> str:
     A text of a table, "" if it is missing. Halves of surrogate pairs are joined, or replaced by U+FFFD.
 
     Raises:
-        ValueError: if it is no text. The message starts with "is"; the caller puts the name of the entry before it.
+        ValueError: if it is not text. The message starts with "is"; the caller puts the name of the entry before it.
     """
     if is_missing(value):
         return ""
@@ -46,7 +46,7 @@ def read_texts(values, name: str) -> list[str]:
         name: Name of the argument, for the error message.
 
     Raises:
-        ValueError: if an entry is no text, or if `values` is bytes, a mapping, a set, or has several columns.
+        ValueError: if an entry is not text, or if `values` is bytes, a mapping, a set, or has several columns.
     """
     if isinstance(values, str) or is_missing(values):
         values = [values]

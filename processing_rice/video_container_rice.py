@@ -117,7 +117,7 @@ def _open_media(file, name: str, seekable: bool = True):
 
 def video_stream(container, name: object, max_pixels: int | None = None):
     """
-    The video stream of a container: the first one that is no cover image.
+    The video stream of a container: the first one that is not a cover image.
 
     Args:
         container: A container of PyAV.

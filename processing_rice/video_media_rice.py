@@ -132,7 +132,7 @@ def _read_packets(container, stream, packets: Iterator, until_s: float) -> tuple
         if pts is None:
             return None
         behind = 0 if latest is None else latest - pts
-        # Packets that are shown before earlier-stored ones are behind too, but are no key frames.
+        # Packets that are shown before earlier-stored ones are behind too, but are not key frames.
         if (is_key and behind > back) or behind > leap or (leaps and behind < -leap):
             part, begun, latest = part + 1, False, None
         if packet.dts is not None and float(packet.dts * stream.time_base) - start_s > until_s and visible:

@@ -239,7 +239,9 @@ class Recogniser:
         known = self.index.live_ids()
         if live_id not in known:
             shown = ", ".join(known[:3]) + (", ..." if len(known) > 3 else "")
-            raise ValueError(f"the index has no images of livestream {live_id!r} (it has: {shown or 'none'}).")
+            raise ValueError(
+                f"the index has no images of livestream {live_id!r} (it has: {shown or 'none'}); name another one."
+            )
 
     def _process(self, clips: Sequence[Sequence], boxes: Sequence, asr: list[str] | None = None) -> dict:
         """Model inputs of clips and their boxes."""

@@ -132,7 +132,7 @@ def _run_verify(options: dict) -> int:
     for kind, number in result.bad.items():
         print(f"{number} {kind}")
     where = f"; see {os.path.join(output_dir, 'missing.jsonl')}" if result.bad else ""
-    print("whole" if result.whole else f"not whole{where}")
+    print("complete" if result.whole else f"not complete{where}")
     return 0 if result.whole else 1
 
 

@@ -232,7 +232,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--model", required=True, help="checkpoint folder, or the id of a published model")
-    add("--dataset", required=True, help="mini_lpr4m, lpr4m, shop_clips, or a folder in one of their layouts")
+    add(
+        "--dataset",
+        required=True,
+        help="mini_lpr4m, lpr4m, moving_fashion, shop_clips, or a folder in one of their layouts",
+    )
     add("--data_dir", help="folder of the data set's files")
     add("--cache_dir", help="folder for the cached tables of the data set")
     add("--split", default="test", choices=("validation", "test"))

@@ -63,7 +63,7 @@ def read_study(path: str | Path) -> Study:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no study {path}")
+        raise FileNotFoundError(f"there is no study {path}: name a YAML file such as configs/ablation_mini.yaml.")
     try:
         # All scalars as text, so that `no`, `1e-3` and `007` reach the command line as written.
         content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
@@ -74,7 +74,7 @@ def read_study(path: str | Path) -> Study:
     _check_keys(content, _KEYS, f"the study {path}")
     for key in ("recipe", "arms"):
         if not content.get(key):
-            raise ValueError(f"the study {path} lacks {key!r}")
+            raise ValueError(f"the study {path} lacks {key!r}: add it.")
     where = f"the study {path}"
     seeds = _seeds(content.get("seeds", ["0", "1", "2"]), where)
     arms = _arms(content["arms"], path, seeds)

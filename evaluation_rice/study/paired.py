@@ -113,7 +113,7 @@ def paired_difference(
     """
     seeds = sorted(set(left) & set(right))
     if not seeds:
-        raise ValueError("the two methods have no seed in common, so they cannot be paired.")
+        raise ValueError("the two methods have no seed in common: evaluate both with the same seeds.")
     ours, theirs = (_stack({seed: side[seed] for seed in seeds}) for side in (left, right))
     if ours.shape != theirs.shape:
         raise ValueError(

@@ -29,7 +29,7 @@ def read_description(folder: Path) -> dict:
     """
     path = folder / DESCRIPTION
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {DESCRIPTION}: write it by `rice export MODEL_DIR {folder}`.")
+        raise FileNotFoundError(f"{folder} has no {DESCRIPTION}: write it with `rice export MODEL_DIR {folder}`.")
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         files = [part[name] for part in about["parts"].values() for name in ("file", "int8_file") if name in part]

@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     """
     Raises:
         FileNotFoundError: the checkpoint, data set or shop does not exist.
-        FileExistsError: the folder of the Space is in use.
+        FileExistsError: the folder of the Space is not empty.
         ValueError: Gradio is not installed, or an argument cannot be used.
         OSError: the port is in use.
     """

@@ -70,12 +70,12 @@ def write_space(
 
     Raises:
         FileNotFoundError: the checkpoint folder does not exist.
-        FileExistsError: the folder is in use.
+        FileExistsError: the folder is not empty.
         ValueError: there is no example clip, or a picture cannot be read.
     """
     folder, model = Path(folder), Path(model)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is in use; name a new or empty folder for the Space.")
+        raise FileExistsError(f"{folder} already exists; name a new or empty folder for the Space.")
     checkpoints = {"model": model} if detector is None else {"model": model, "detector": Path(detector)}
     for path in checkpoints.values():
         if not (path / "config.json").is_file():
@@ -112,7 +112,7 @@ def _gradio_version() -> str:
     try:
         return version("gradio")
     except PackageNotFoundError:
-        raise ValueError("a Space needs the version of Gradio; install it: pip install gradio.") from None
+        raise ValueError("a Space names the version of Gradio, which is not installed: pip install gradio.") from None
 
 
 def _save(picture: Image.Image, path: Path) -> None:

@@ -72,7 +72,9 @@ class Settings:
             )
         code = self.code_bytes or max(1, width // 8)
         if width % code:
-            raise ValueError(f"code_bytes is {code}, which does not divide the {width} embedding numbers.")
+            raise ValueError(
+                f"code_bytes is {code}, which does not divide the {width} numbers of an embedding; choose a divisor."
+            )
         return lancedb().index.IvfPq(
             distance_type="cosine",
             num_partitions=self._lists(count),

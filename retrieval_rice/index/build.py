@@ -373,7 +373,10 @@ def process_group() -> tuple[int, int]:
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU", default=not torch.cuda.is_available())
     state = PartialState(cpu=cpu, timeout=timedelta(days=2))
     if state.num_processes < started:
-        raise ValueError(f"{started} processes were started, but this one sees {state.num_processes}: it is alone.")
+        raise ValueError(
+            f"{started} processes were started, but this one sees {state.num_processes}; on a CPU start them with "
+            f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {started}."
+        )
     return state.process_index, state.num_processes
 
 

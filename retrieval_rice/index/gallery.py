@@ -178,7 +178,9 @@ class GalleryIndex:
         group = process_group() if num_processes is None else None
         index, count = group or (process_index or 0, num_processes or 1)
         if not 0 <= index < count:
-            raise ValueError(f"process {index} of {count} is not possible.")
+            raise ValueError(
+                f"process_index must be from 0 to num_processes - 1, got {index} with num_processes {count}."
+            )
         if output_dir is None and count > 1:
             raise ValueError("several processes need a common folder; pass output_dir.")
         table = ShopTable(output_dir)

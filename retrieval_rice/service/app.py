@@ -100,7 +100,10 @@ def _tell_mistakes(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:
-        words = {404: "There is no such address here; see /openapi.json.", 405: "This address needs another method."}
+        words = {
+            404: "There is no such address here; see /openapi.json.",
+            405: "This address needs another method; see /openapi.json.",
+        }
         # The client also gets the message of the form parser.
         sentence = words.get(error.status_code, f"{str(error.detail).rstrip('.')}.")
         # A header names the methods of an address.

@@ -91,7 +91,9 @@ def expect_titles(transcriber: Any, titles: Iterable[str], asked: str | None = N
     """
     takes_hints, titles = hasattr(transcriber, "expecting"), [] if asked == "none" else list(titles)
     if asked == "titles" and not takes_hints:
-        raise ValueError("--asr_hints titles needs a faster-whisper model; leave it out with another one.")
+        raise ValueError(
+            "--asr_hints titles works with faster-whisper models only; leave it out, or name such a model with --asr."
+        )
     language = getattr(transcriber, "language", None) or ""
     hints = hint_titles(titles, language) if takes_hints else []
     if asked == "titles" and not hints:

@@ -194,13 +194,13 @@ def load_transcriber(name: str, language: str = "auto", device: str | None = Non
     if os.path.isdir(name):
         config = Path(name) / "config.json"
         if not config.is_file():
-            raise ValueError(f"{name} holds no speech model: it has no config.json.")
+            raise ValueError(f"{name} holds no speech model, because it has no config.json; name another folder.")
         try:
             values = json.loads(config.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{config} is not valid JSON ({error}); fetch the model again.") from None
     elif os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"There is no folder {name} with a speech model.")
+        raise FileNotFoundError(f"There is no folder {name} with a speech model; check the path.")
     else:
         values = _hub_config(name)
     kind = PipelineTranscriber if "model_type" in values else WhisperTranscriber

@@ -137,7 +137,7 @@ def test_fetch_then_verify(shop, fetch, capfd):
     assert "others.txt: 12 of 12 pictures fetched, 0 failed" in output
     assert shop.verify() == 0
     output = capfd.readouterr().out
-    assert "training clips: 4" in output and "gallery images: 2" in output and output.endswith("whole\n")
+    assert "training clips: 4" in output and "gallery images: 2" in output and output.endswith("\ncomplete\n")
     assert shop.listed() == []
     row = load_dataset_view("lpr4m", "pairs", "train", data_dir=shop.root, cache_dir=shop.cache)[0]
     assert all(".tar#" in entry["path"] for entry in row["frames"])
@@ -224,7 +224,7 @@ def test_wrong_counts_fail_the_verification(shop, fetch, tmp_path, capfd):
     capfd.readouterr()
     assert shop.verify(expect=str(path)) == 1
     output = capfd.readouterr().out
-    assert "training clips: 4 (expected 5)" in output and output.endswith("not whole\n")
+    assert "training clips: 4 (expected 5)" in output and output.endswith("not complete\n")
     assert shop.verify(expect="full") == 1
     assert PUBLISHED_COUNTS["full"]["training clips"] == 4_013_617
     summary = json.loads((shop.root / "verify" / "verify.json").read_text())
@@ -354,4 +354,4 @@ def test_as_a_program(shop):
         [*command, "--cache_dir", str(shop.cache)], capture_output=True, text=True, env=environment, timeout=300
     )
     assert result.returncode == 1 and "Warning" not in result.stderr
-    assert "24 missing" in result.stdout and "not whole; see" in result.stdout
+    assert "24 missing" in result.stdout and "not complete; see" in result.stdout

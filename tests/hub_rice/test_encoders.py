@@ -111,4 +111,4 @@ def test_unknown_names_and_folders_in_use_are_refused(tmp_path):
     assert "there is no encoder 'resnet'; choose one of efficientnet_lite0, " in message
     (tmp_path / "note.txt").write_text("mine")
     message = refusal(NAME, tmp_path)
-    assert f"{tmp_path} is in use" in message and (tmp_path / "note.txt").read_text() == "mine"
+    assert f"{tmp_path} already exists; name" in message and (tmp_path / "note.txt").read_text() == "mine"

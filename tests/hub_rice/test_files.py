@@ -36,7 +36,7 @@ def test_a_failure_leaves_no_files(tmp_path, raised, expected):
 
 def test_a_file_in_the_way_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(FileExistsError, match="file is in use; name a new or empty folder"):
+    with pytest.raises(FileExistsError, match="file already exists; name a new or empty folder"):
         with new_folder(tmp_path / "file"):
             raise RuntimeError("not reached")
     with pytest.raises(OSError, match="was not written"):

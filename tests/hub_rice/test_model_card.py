@@ -159,7 +159,7 @@ def test_a_rendered_folder_has_the_licence_of_the_renderer(tiny_mini):
 
 
 def test_an_invalid_licence_identifier_is_refused():
-    with pytest.raises(ValueError, match="the license 'Apache 2.0' is no identifier of the Hub"):
+    with pytest.raises(ValueError, match="'Apache 2.0' is not a licence identifier of the Hub"):
         model_card(RESULTS, license="Apache 2.0")
 
 
@@ -244,7 +244,7 @@ def test_emissions_are_shown_only_if_logged(run_dir):
     assert "1.25 g of CO2 equivalent" in text
     assert ModelCard(text).data.co2_eq_emissions["emissions"] == 1.25
     (run_dir / "emissions.csv").write_text("nothing\n")
-    with pytest.raises(ValueError, match="emissions.csv is no emissions file"):
+    with pytest.raises(ValueError, match="emissions.csv is not an emissions file"):
         model_card(RESULTS, run_dir=run_dir)
 
 
@@ -293,7 +293,13 @@ def test_missing_entries_and_template_are_named(tmp_path):
         model_card(RESULTS, tmp_path / "gone.md")
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
     assert card_from_file(tmp_path / "results.json") == model_card(RESULTS)
-    for content, words in ((json.dumps(RESULTS)[:50], "no complete results file"), ("[]", "expected a JSON object")):
+    for content, words in (
+        (
+            json.dumps(RESULTS)[:50],
+            r"is not a complete results file: run eval_rice.py again \(.*; restore the file\)\.$",
+        ),
+        ("[]", r"expected a JSON object, found a list; restore the file\)\.$"),
+    ):
         (tmp_path / "results.json").write_text(content)
         with pytest.raises(ValueError, match=words):
             read_results(tmp_path / "results.json")

@@ -144,8 +144,10 @@ def test_a_local_path_in_any_field_is_not_published(hub, client, run_folder):
 def test_a_licence_is_required_if_that_of_the_data_is_unknown(hub, client, run_folder):
     arguments = json.loads((run_folder / "train_arguments.json").read_text())
     (run_folder / "train_arguments.json").write_text(json.dumps({**arguments, "dataset": "lpr4m"}))
-    assert "give the model's licence by --license" in refusal(client, run_folder, "someone/unlicensed")
-    assert "no identifier of the Hub" in refusal(client, run_folder, "someone/unlicensed", "--license", "My Own")
+    assert "give the model's licence with --license" in refusal(client, run_folder, "someone/unlicensed")
+    assert "not a licence identifier of the Hub" in refusal(
+        client, run_folder, "someone/unlicensed", "--license", "My Own"
+    )
     assert ("models", "someone/unlicensed") not in hub.repos
     publish(client, run_folder, "someone/licensed", "--license", "cc-by-nc-4.0")
     assert b"license: cc-by-nc-4.0" in hub.files("someone/licensed")["README.md"]
@@ -276,9 +278,9 @@ def test_refusals_of_the_folder(hub, client, run_folder, tmp_path):
     (run_folder / "results.json").write_text(json.dumps({"scores": {}}))
     says("results.json lacks protocol, num_queries")
     (run_folder / "results.json").write_text(whole[:100])
-    says("results.json is no complete results file")
+    says("results.json is not a complete results file")
     (run_folder / "results.json").unlink()
-    says("make it by `python eval_rice.py --model")
+    says("make it with `python eval_rice.py --model")
     config = json.loads((run_folder / "config.json").read_text())
 
     def with_config(words: str, **changes):

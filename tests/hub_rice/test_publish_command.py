@@ -53,7 +53,7 @@ def test_results_must_be_of_these_weights(checkpoint):
         (lambda folder: shutil.rmtree(folder), "there is no folder"),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "cut short"),
-        (lambda folder: None, "make it by `python eval_rice.py --model"),
+        (lambda folder: None, "make it with `python eval_rice.py --model"),
     ],
 )
 def test_refusals(checkpoint, capsys, damage, words):

@@ -46,7 +46,7 @@ def test_a_whole_config_is_read(folder):
 @pytest.mark.parametrize(
     "fields, words",
     [
-        ({"model_type": "bert"}, "x holds a bert model, no RICE checkpoint"),
+        ({"model_type": "bert"}, "x holds a bert model, not a RICE checkpoint"),
         ({"model_type": None}, "x holds a None model"),
         ({"projection_dim": "32"}, "config.json: Field 'projection_dim' expected int, got str"),
         ({"vision_config": []}, "vision_config"),

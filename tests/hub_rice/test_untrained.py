@@ -209,7 +209,7 @@ def test_bad_input_is_refused_in_one_sentence(encoder, shop, tmp_path, capsys, m
     assert "there is no encoder folder nowhere: write one with `rice encoder" in refusal(capsys, "nowhere", *with_shop)
     (tmp_path / "in_use").mkdir()
     (tmp_path / "in_use" / "file").write_text("x")
-    assert "in use; name a new or empty folder" in refusal(
+    assert "already exists; name a new or empty folder" in refusal(
         capsys, encoder, "--shop", shop, "--output", tmp_path / "in_use"
     )
     assert "has no clips_val.jsonl" in refusal(capsys, encoder, *with_shop, "--clips", shop, "--clips_split", "val")
@@ -218,7 +218,7 @@ def test_bad_input_is_refused_in_one_sentence(encoder, shop, tmp_path, capsys, m
     assert "--alignment_strength must be in 0..1" in refusal(capsys, encoder, *with_shop, "--alignment_strength", 2)
     assert "--max_pictures must be at least 1" in refusal(capsys, encoder, *with_shop, "--max_pictures", 0)
     assert "has no matching decoder" in refusal(capsys, encoder, *with_shop, "--keep_decoder")
-    assert "is no hidden state" in refusal(capsys, encoder, *with_shop, "--vision_feature_layer", 99)
+    assert "is not a hidden state" in refusal(capsys, encoder, *with_shop, "--vision_feature_layer", 99)
     weights = (encoder / "model.safetensors").read_bytes()
     (encoder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     assert "cut short or damaged" in refusal(capsys, encoder, *with_shop)

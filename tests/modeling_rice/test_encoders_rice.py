@@ -255,7 +255,9 @@ def test_layers_are_counted_from_either_end():
     layout = find_layout(AutoConfig.for_model("swin", **FAST["swin"][0]))
     assert [patches.grid[0] for patches in layout.hidden] == [16, 8, 4, 4]
     assert layout.at(None) is layout.patches and layout.at(-4) is layout.at(0) is layout.hidden[0]
-    with pytest.raises(ValueError, match=r"^`vision_feature_layer=4` is no hidden .*; the encoder has 0, 1, 2, 3\.$"):
+    with pytest.raises(
+        ValueError, match=r"^`vision_feature_layer=4` is not a hidden .*; the encoder has 0, 1, 2, 3\.$"
+    ):
         layout.at(4)
 
 
@@ -275,7 +277,7 @@ def test_encoders_of_stages_take_pictures_of_any_size():
             "it takes input_ids, not images",
         ),
         ("pvt", {**STAGES, "num_attention_heads": [1, 2, 5, 8]}, "hidden size .32. is not a multiple of the number"),
-        ("yolos", {**TOKENS, "image_size": [64, 64]}, "117 tokens are no grid of patches of a 64 x 64 image"),
+        ("yolos", {**TOKENS, "image_size": [64, 64]}, "117 tokens are not a grid of patches of a 64 x 64 image"),
         # Never built: it would take 27 GB.
         ("llama", {}, "it takes input_ids, not images"),
         ("pe_video_encoder", {}, "it takes pixel_values_videos, not images"),

@@ -10,7 +10,7 @@ from modeling_rice.last_stage_rice import find_last_stage
 from tests.modeling_rice.test_encoders_rice import FAST, SLOW
 
 # Hidden states that are none of its own, or windows that are no pictures.
-REFUSED = {"maskformer-swin": "is missing or no grid of patches", "lw_detr_vit": "cannot run on its own"}
+REFUSED = {"maskformer-swin": "is missing or is not a grid of patches", "lw_detr_vit": "cannot run on its own"}
 
 
 def build(name: str, settings: dict):
@@ -102,7 +102,7 @@ def test_pictures_of_another_size():
     torch.testing.assert_close(
         stage.run(encoder, entered[0], layout).last_hidden_state, expected, rtol=1e-4, atol=1e-5
     )
-    with pytest.raises(ValueError, match="7 tokens are no grid of patches"):
+    with pytest.raises(ValueError, match="7 tokens are not a grid of patches"):
         stage.run(encoder, entered[0][:, :7], layout)
 
 

@@ -138,9 +138,9 @@ def test_the_global_feature_is_that_of_the_encoder(vision, pooling):
         ({"vision_config": POOLFORMER, "vision_pooling": "pooler"}, "'poolformer' has no pooler; .*=\"mean\"`"),
         ({"vision_config": SIGLIP, "vision_pooling": "cls"}, 'set `vision_pooling="pooler" or "mean"`'),
         ({"vision_config": {"model_type": "vit_mae"}}, "'vit_mae' cannot be RICE's encoder .it drops patches"),
-        ({"vision_config": {"model_type": "yolos"}}, "tokens are no grid of patches"),
-        ({"vision_feature_layer": 13}, "`vision_feature_layer=13` is no hidden state .* has 0, 1, .*, 12"),
-        ({"vision_feature_layer": -14}, "`vision_feature_layer=-14` is no hidden state"),
+        ({"vision_config": {"model_type": "yolos"}}, "tokens are not a grid of patches"),
+        ({"vision_feature_layer": 13}, "`vision_feature_layer=13` is not a hidden state .* has 0, 1, .*, 12"),
+        ({"vision_feature_layer": -14}, "`vision_feature_layer=-14` is not a hidden state"),
     ],
 )
 def test_missing_encoder_outputs_are_refused_at_construction(settings, message):

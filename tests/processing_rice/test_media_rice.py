@@ -347,7 +347,7 @@ class TestDamaged:
         os.mkfifo(tmp_path / "pipe")
         for path in (tmp_path / "pipe", "/dev/zero"):
             for read in (open_image, read_video):
-                with pytest.raises(MediaError, match="cannot be read .it is no file."):
+                with pytest.raises(MediaError, match="cannot be read .it is not a file."):
                     read(path)
 
     @pytest.mark.filterwarnings("ignore")

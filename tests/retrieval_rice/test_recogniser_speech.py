@@ -292,7 +292,7 @@ def test_hints_for_a_speech_model_without_hints(shop, write_show, capsys, monkey
     path = write_show("bare.mkv", [GREY] * 2)
     with pytest.raises(SystemExit) as end:
         rice(shop, path, "--asr", "ear", "--asr_hints", "titles")
-    assert end.value.code == 2 and "--asr_hints titles needs a faster-whisper model" in capsys.readouterr().err
+    assert end.value.code == 2 and "--asr_hints titles works with faster-whisper" in capsys.readouterr().err
 
 
 def test_the_command_reads_subtitles(shop, write_show, tmp_path, capsys):

@@ -183,7 +183,7 @@ class TestModel:
 
     def test_checkpoint_of_another_model(self, clip_vision_config, tmp_path):
         CLIPVisionModel(clip_vision_config).save_pretrained(tmp_path / "clip")
-        with pytest.raises(ValueError, match="holds a clip_vision_model model, no RICE checkpoint"):
+        with pytest.raises(ValueError, match="holds a clip_vision_model model, not a RICE checkpoint"):
             build_model(ModelArguments(model_name_or_path=str(tmp_path / "clip"), model={}))
 
     def test_two_starting_points(self, saved):

@@ -272,7 +272,7 @@ def test_seeds_of_an_arm_on_other_clips_are_not_averaged(finished):
         ("query_ranks.jsonl", None, "query_ranks.jsonl is missing: run eval_rice.py again."),
         ("query_ranks.jsonl", '{"query_id": "a", "embedding": 1}\n{"quer', "line 2: not valid JSON"),
         ("query_ranks.jsonl", '{"query_id": "a"}\n', "lacks the embedding of a clip"),
-        ("results.json", '{"protocol": [', "results.json is no complete results file"),
+        ("results.json", '{"protocol": [', "results.json is not a complete results file"),
     ],
 )
 def test_a_cell_with_unreadable_results_is_reported(finished, name, content, words):

@@ -175,7 +175,7 @@ def test_the_command_writes_the_table_and_reports_mistakes(write, tmp_path, caps
     (tmp_path / "cut" / "results.json").write_text('{"protocol": {')
     for arguments, words in (
         ([str(tmp_path / "gone")], "has no results.json"),
-        ([str(tmp_path / "cut")], "no complete results file"),
+        ([str(tmp_path / "cut")], "not a complete results file"),
         ([f"Later={tmp_path / 'gone'}"], "there is no result yet"),
         ([folder, "--output", str(tmp_path)], f"--output {tmp_path} is a folder: name a file in it."),
         ([folder, "--output", f"{folder}/results.json/a/b.md"], f"{folder}/results.json is a file: name another"),

@@ -216,7 +216,7 @@ def test_a_graph_that_differs_is_refused(exported, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_export, "difference", lambda *_: float("nan"))
     with pytest.raises(ValueError, match="differs from torch by nan, more than 1e-04"):
         onnx_export.export(exported[0], exported[1], tmp_path / "onnx", quiet=True)
-    with pytest.raises(FileNotFoundError, match="has no onnx.json: write it by `rice export"):
+    with pytest.raises(FileNotFoundError, match="has no onnx.json: write it with `rice export"):
         OnnxRice(tmp_path / "onnx")
 
 

@@ -105,7 +105,7 @@ def test_mistakes_are_reported_in_one_sentence(shop_folder, tmp_path, capsys, mo
     assert "nowhere" in refusal(capsys, "--model", model, "--shop", tmp_path / "nowhere")
     assert "from 1 to 65535" in refusal(capsys, "--model", model, "--port", 0)
     words = refusal(capsys, "--model", model, "--dataset", shop, "--space", shop)
-    assert words.endswith("is in use; name a new or empty folder for the Space.")
+    assert words.endswith("already exists; name a new or empty folder for the Space.")
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "retrieval_rice.demo.app", raising=False)
     assert "pip install gradio" in refusal(capsys, "--model", model, "--dataset", shop)

@@ -279,7 +279,7 @@ def test_numbers_that_do_not_fit_half_precision_are_listed(build, shop, monkeypa
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"commit_every": 0}, "commit_every must be at least 1"),
         ({"num_processes": 2}, "pass output_dir"),
-        ({"process_index": 3, "num_processes": 2}, "process 3 of 2"),
+        ({"process_index": 3, "num_processes": 2}, "process_index must be .* got 3 with num_processes 2"),
     ],
 )
 def test_mistakes_get_one_sentence(build, change, words):

@@ -122,7 +122,10 @@ def test_unknown_addresses_and_methods_get_a_sentence(make_service):
     assert refusal(client.get("/"), 404) == "There is no such address here; see /openapi.json."
     assert refusal(client.get("/docs"), 404)
     answer = client.get("/v1/recognise")
-    assert refusal(answer, 405) == "This address needs another method." and answer.headers["allow"] == "POST"
+    assert (
+        refusal(answer, 405) == "This address needs another method; see /openapi.json."
+        and answer.headers["allow"] == "POST"
+    )
     # Behind a proxy a redirection would lead to an address of the service's own, without TLS.
     assert refusal(client.post("/v1/recognise/", follow_redirects=False), 404)
     assert client.get("/healthz", params={"seen": "1"}).status_code == 200

