@@ -74,7 +74,7 @@ def load_published(
 
     Raises:
         FileNotFoundError, ValueError: as `published_files`; ValueError also if a file is damaged, lacks a column or
-            has ids that are neither texts nor whole numbers, or if there are ``options``.
+            has ids that are neither strings nor integers, or if there are ``options``.
     """
     refuse_options(dataset if data_dir is None else data_dir, options or {})
     files = published_files(dataset, data_dir, view, split)
@@ -91,7 +91,7 @@ def load_published(
         dtype = str(getattr(getattr(kind, "feature", kind), "dtype", "other"))
         if not dtype.startswith(_ID_TYPES):
             raise ValueError(
-                f"{files[0]}: the column {name!r} holds {dtype} values, but an id is a text or a whole number; "
+                f"{files[0]}: the column {name!r} holds {dtype} values, but an id is a string or an integer; "
                 f"publish the data set again."
             )
     return rows.select_columns(list(features)).cast(features)

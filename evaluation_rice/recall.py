@@ -69,7 +69,7 @@ def _read_lists(name: str, lists: Mapping[str, Sequence[str]], ordered: bool) ->
     for query, ids in lists.items():
         own = str(query) if isinstance(query, Integral) else query
         if own in result:
-            raise ValueError(f"{name} holds the query {own!r} twice, as a text and as a number: give it once.")
+            raise ValueError(f"{name} holds the query {own!r} twice, as a string and as an integer: give it once.")
         result[own] = read_ids(f"{name}[{query!r}]", ids, ordered)
     return result
 

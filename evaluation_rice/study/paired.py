@@ -44,7 +44,7 @@ def read_ranks(folder: str | Path) -> QueryRanks:
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: it is damaged or empty, a query occurs twice, or a rank is no rank.
+        ValueError: it is damaged or empty, a query occurs twice, or an id or a rank has another type.
     """
     path = Path(folder) / "query_ranks.jsonl"
     if not path.is_file():
@@ -59,7 +59,7 @@ def read_ranks(folder: str | Path) -> QueryRanks:
             for kind in KINDS:
                 rank = row.get(kind)
                 if rank is not None and (type(rank) is not int or rank < 1):
-                    raise ValueError(f"{path}, line {number}: the {kind} rank {rank!r} is no number of 1 or more")
+                    raise ValueError(f"{path}, line {number}: the {kind} rank {rank!r} must be an integer from 1 on")
             rows[query] = shop, row
     except ValueError as error:
         raise ValueError(f"{str(error).rstrip('.')}: run eval_rice.py again.") from error
@@ -71,11 +71,11 @@ def read_ranks(folder: str | Path) -> QueryRanks:
 
 
 def _id(value: object, where: str) -> str | None:
-    """An id as text, `None` if there is none. Raises `ValueError` unless it is a text or a whole number."""
+    """An id as text, `None` if there is none. Raises `ValueError` unless it is a string or an integer."""
     if value is None or isinstance(value, str):
         return value
     if type(value) is not int:
-        raise ValueError(f"{where} is {value!r}, but an id is a text or a whole number")
+        raise ValueError(f"{where} is {value!r}, but an id is a string or an integer")
     return str(value)
 
 

@@ -88,7 +88,12 @@ def test_counts_positions_misses_and_several_relevant():
         ({"q": ["a"]}, {"q": ["a"]}, (np.True_,), "ks holds"),
         ({"q": ["a"]}, {"q": ["a"]}, (np.array(2.5),), "ks holds"),
         ({"q": ["a"]}, {"q": ["a"]}, (1, torch.tensor(2.5)), "ks holds"),
-        ({7: ["a"], "7": ["b"]}, {7: ["a"]}, (1,), "rankings holds the query '7' twice, as a text and as a number"),
+        (
+            {7: ["a"], "7": ["b"]},
+            {7: ["a"]},
+            (1,),
+            "rankings holds the query '7' twice, as a string and as an integer",
+        ),
         ({}, {"7": ["b"], np.int64(7): ["a"]}, (1,), "relevant holds the query '7' twice"),
         ({"q": ["a"]}, {"q": ["a"]}, (), "ks is empty"),
         ({"q": ["a"]}, {"q": ["a"]}, 5, "ks must be a sequence"),

@@ -118,10 +118,10 @@ def test_ranks_include_their_shops(tmp_path, lives, shops):
         ('{"query_id": "a"}\n' * 2, "line 2: 'a' twice"),
         ("[]", "line 1: expected a JSON object"),
         ('{"embedding": 1}', "line 1: no query_id"),
-        ('{"query_id": 1.0}', "line 1: query_id is 1.0, but an id is a text or a whole number"),
+        ('{"query_id": 1.0}', "line 1: query_id is 1.0, but an id is a string or an integer"),
         ('{"query_id": 7}\n{"query_id": "7"}', "line 2: '7' twice"),
         ('{"query_id": "a", "live_id": true}', "line 1: live_id is True, but"),
-        ('{"query_id": "a", "fused": true}', "line 1: the fused rank True is no number of 1 or more"),
+        ('{"query_id": "a", "fused": true}', "line 1: the fused rank True must be an integer from 1 on"),
         ('{"query_id": "a", "embedding": 0}', "line 1: the embedding rank 0"),
     ],
 )
