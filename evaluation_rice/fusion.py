@@ -6,8 +6,6 @@ import numpy as np
 
 from modeling_rice.scoring_rice import FusionWeights, z_scores
 
-from .recall import standard_error
-
 TEXT_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
 EMBEDDING_TEXT = "weight of the text in the embedding score"
 """Name of the weight with the grid `TEXT_WEIGHTS`, for messages."""
@@ -92,7 +90,7 @@ def fit_fusion_weight(
         np.asarray(other) + weights[:, None] * z_scores(matching).numpy()
         for other, matching in zip(others, matching_scores)
     )
-    return _best_weight(weights, fused, relevant)[:2]
+    return _best_weight(weights, fused, relevant)
 
 
 def fit_text_weight(
@@ -100,13 +98,12 @@ def fit_text_weight(
     text_scores: Sequence[np.ndarray],
     relevant: Sequence[Sequence[int]],
     weights: Sequence[float] = TEXT_WEIGHTS,
-    shops: Sequence[str] | None = None,
 ) -> tuple[float, list[dict[str, float]]]:
     """The smallest weight w of `visual + w * text` whose R@1 is within one standard error of the best.
 
     A small weight limits the harm on data whose ASR is worse than that of validation. This is the one-standard-error
     rule of Breiman et al., Classification and Regression Trees, 1984. The standard error is that of the best weight's
-    R@1 over shops (`evaluation_rice.recall.standard_error`).
+    R@1 as a share of `len(relevant)` queries.
 
     Scores are not normalised per query: a query without words keeps its visual ranking, and an image without a title
     keeps its visual score. Visual scores are cosines, as those of the text, or fused scores with
@@ -116,7 +113,6 @@ def fit_text_weight(
         visual_scores, text_scores: per query, a float array `(num_images,)` over its gallery.
         relevant: as `fit_fusion_weight`.
         weights: the candidates, 0 or more.
-        shops: per query, its shop, as in `evaluation_rice.recall.bootstrap_interval`.
 
     Returns:
         as `fit_fusion_weight`.
@@ -131,29 +127,25 @@ def fit_text_weight(
         np.asarray(visual, dtype=np.float64) + weights[:, None] * np.asarray(text, dtype=np.float64)
         for visual, text in zip(visual_scores, text_scores)
     )
-    _, curve, hits = _best_weight(weights, summed, relevant)
-    best = hits[hits.sum(axis=1).argmax()]
-    least = best.mean() - standard_error(best, shops)
-    return next(point["weight"] for point in curve if point["R@1"] >= least), curve
+    _, curve = _best_weight(weights, summed, relevant)
+    best_recall = max(point["R@1"] for point in curve)
+    standard_error = (best_recall * (1 - best_recall) / len(relevant)) ** 0.5
+    return next(point["weight"] for point in curve if point["R@1"] >= best_recall - standard_error), curve
 
 
 def _best_weight(
     weights: np.ndarray, scores: Iterable[np.ndarray], relevant: Sequence[Sequence[int]]
-) -> tuple[float, list[dict[str, float]], np.ndarray]:
-    """
-    The best weight, the curve, and the hits at 1 as bool `(num_weights, num_queries)`; `scores` per query are
-    `(num_weights, num_images)`, weights ascending.
-    """
-    hits, reciprocal = np.zeros((weights.size, len(relevant)), dtype=bool), np.zeros(weights.size)
-    for query, (rows, wanted) in enumerate(zip(scores, relevant)):
+) -> tuple[float, list[dict[str, float]]]:
+    """The best weight and the curve; `scores` per query are `(num_weights, num_images)`, weights ascending."""
+    hits, reciprocal = np.zeros(weights.size), np.zeros(weights.size)
+    for rows, wanted in zip(scores, relevant):
         rank = first_relevant_rank(rows, wanted)
-        hits[:, query] = rank == 1
+        hits += rank == 1
         reciprocal += np.where(rank > 0, 1 / np.maximum(rank, 1), 0.0)
-    counts = hits.sum(axis=1)
     # The sum of reciprocals depends on their order in the last digits, which must not decide the weight.
-    best = min(range(weights.size), key=lambda i: (-counts[i], -round(reciprocal[i], 9), weights[i]))
+    best = min(range(weights.size), key=lambda i: (-hits[i], -round(reciprocal[i], 9), weights[i]))
     curve = [
         {"weight": float(w), "R@1": float(h / len(relevant)), "MRR": float(r / len(relevant))}
-        for w, h, r in zip(weights, counts, reciprocal)
+        for w, h, r in zip(weights, hits, reciprocal)
     ]
-    return float(weights[best]), curve, hits
+    return float(weights[best]), curve

@@ -220,24 +220,6 @@ def _num_shops(groups: Sequence[str]) -> int:
     return len(set(_shop_names(groups)))
 
 
-def standard_error(values: Sequence[float], groups: Sequence[str] | None = None) -> float:
-    """Standard error of the mean over queries.
-
-    With several shops it is that of a mean over clusters (a ratio estimate): the deviations are summed per shop, since
-    clips of one shop are not independent. With one shop it is that of independent queries.
-
-    Args:
-        values, groups: as `bootstrap_interval`.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    deviations = values - values.mean()
-    shops = np.unique(np.zeros(values.size) if groups is None else _shop_names(groups), return_inverse=True)[1]
-    sums = np.bincount(shops, deviations)
-    if len(sums) < 2:
-        return float(values.std() / sqrt(values.size))
-    return float(sqrt(len(sums) / (len(sums) - 1) * np.square(sums).sum()) / values.size)
-
-
 def hit_interval(values: Sequence[float], groups: Sequence[str] | None = None, lowest: float = 0.0) -> list[float]:
     """95 % interval of R@1, or of a difference of R@1.
 

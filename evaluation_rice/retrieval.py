@@ -476,8 +476,7 @@ def add_text_scores(
     if not texts:
         return scores, None
     visual = [scores[query]["visual"] for query in texts]
-    relevant, shops = [task.relevant_positions(query) for query in texts], [task.shops[query] for query in texts]
-    weight, _ = fit_text_weight(visual, list(texts.values()), relevant, shops=shops)
+    weight, _ = fit_text_weight(visual, list(texts.values()), [task.relevant_positions(query) for query in texts])
     joined = {
         query: {**scores[query], "embedding": scores[query]["visual"] + weight * text} for query, text in texts.items()
     }
@@ -525,6 +524,6 @@ def _fit(
     if any("text" in values for values in rows):
         fused = [fuse(values, weights) for values in silent]
         texts = [values.get("text", torch.zeros(len(row))) for values, row in zip(rows, fused)]
-        text_weight, text_curve = fit_text_weight(fused, texts, relevant, FUSED_TEXT_WEIGHTS, task.shops)
+        text_weight, text_curve = fit_text_weight(fused, texts, relevant, FUSED_TEXT_WEIGHTS)
         weights = replace(weights, fused_text_weight=text_weight)
     return FittedFusion(weights, curves.get("matching"), text_curve, curves.get("alignment"))

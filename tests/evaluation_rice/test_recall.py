@@ -17,7 +17,6 @@ from evaluation_rice.recall import (
     interval_words,
     metric_path,
     recall_at_k,
-    standard_error,
     wilson_interval,
 )
 
@@ -279,24 +278,6 @@ def test_shops_without_a_name_or_with_a_number_are_shops():
     named = bootstrap_interval(values, ["", "7", "x"] * 20)
     assert bootstrap_interval(values, [None, 7, "x"] * 20) == named
     assert interval_words([None, 7, "x", "7", ""]).startswith("percentile bootstrap over 3 shops")
-
-
-def test_standard_errors_by_hand():
-    halves = [1.0] * 50 + [0.0] * 50
-    assert standard_error(halves) == standard_error(halves, ["a"] * 100) == pytest.approx(0.05)
-    # Two shops, each of one kind: the deviations of a shop add up to 25, and its mean to half a point.
-    assert standard_error(halves, ["a"] * 50 + ["b"] * 50) == pytest.approx(math.sqrt(2 * 2 * 25**2) / 100)
-    assert standard_error(halves, ["a", "b"] * 50) == pytest.approx(0.0)
-    assert standard_error(halves, np.arange(100)) == pytest.approx(0.05 * math.sqrt(100 / 99))
-
-
-def test_the_standard_error_over_shops_is_that_of_their_bootstrap():
-    rng = np.random.default_rng(0)
-    groups = np.repeat([f"s{i}" for i in range(40)], rng.integers(2, 30, size=40))
-    values = (rng.random(len(groups)) < rng.random(40)[np.unique(groups, return_inverse=True)[1]]).astype(float)
-    low, high = bootstrap_interval(values, groups)
-    assert 2 * 1.96 * standard_error(values, groups) == pytest.approx(high - low, rel=0.15)
-    assert standard_error(values, groups) > 2 * standard_error(values)
 
 
 def test_wilson_interval():
