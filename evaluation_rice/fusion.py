@@ -103,7 +103,8 @@ def fit_text_weight(
 
     A small weight limits the harm on data whose ASR is worse than that of validation. This is the one-standard-error
     rule of Breiman et al., Classification and Regression Trees, 1984. The standard error is that of the best weight's
-    R@1 as a share of `len(relevant)` queries.
+    R@1 as a share of `len(relevant)` queries. It is that over queries, also with several shops: all weights are
+    compared on the same queries, so what makes one shop easier than another is common to all of them.
 
     Scores are not normalised per query: a query without words keeps its visual ranking, and an image without a title
     keeps its visual score. Visual scores are cosines, as those of the text, or fused scores with
