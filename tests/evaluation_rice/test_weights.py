@@ -7,11 +7,11 @@ from evaluation_rice.weights import choose_fusion
 MIDDLE = {"fusion_weight": 0.35, "alignment_weight": 2.0, "fused_text_weight": 3.0, "text_score_weight": 0.3}
 
 
-def edges(fusion_weight="auto", text=True, **weights):
+def edges(asked="auto", text=True, **weights):
     """The weights that an evaluation reports at an end of their grid, for the weights of a checkpoint."""
     config = SimpleNamespace(use_decoder=True, text_config={}, **{**MIDDLE, **weights})
     model = SimpleNamespace(config=config, match=None, align=None)
-    options = SimpleNamespace(fusion_weight=fusion_weight, text=text, model="folder")
+    options = SimpleNamespace(fusion_weight=asked, text=text, model="folder")
     _, fusion = choose_fusion(options, SimpleNamespace(model=model), "live", None, None)
     assert fusion["at_edge"] is bool(fusion["edge_words"])
     return [words.partition(" lies at the ")[0] for words in fusion["edge_words"]]
