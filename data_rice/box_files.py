@@ -35,6 +35,7 @@ _NAMED_CLIPS = 10
 # Other data differ in most clips, so a sample is enough. Reading all pictures would take a large part of an epoch.
 _COMPARED_CLIPS = 100
 _VIDEO_ENDS = 64 * 1024
+_HEADER_TEXTS = ("dataset", "detector", "detector_sha256")
 # `processing_rice` has the same tolerance: boxes of detectors may exceed the frame by a little.
 _TOLERANCE = 0.05
 
@@ -121,6 +122,10 @@ class BoxFile:
                 f"{self.path} does not begin like a box file ({json.dumps(FORMAT)}); write it with "
                 "python -m retrieval_rice.detector run."
             )
+        try:
+            _check_header(self.header)
+        except ValueError as error:
+            raise row_error(self.path, 1, f"{error}.") from None
         for number, entry in lines:
             try:
                 key, clip = _parse_clip(entry)
@@ -193,6 +198,20 @@ class BoxFile:
 
 def _frames(number: int | None) -> str:
     return "a video" if number is None else f"{number} frames"
+
+
+def _check_header(header: dict) -> None:
+    """Raises `ValueError` for a known field of the wrong kind. All may be missing or null."""
+    frames, labels = header.get("frames_per_clip"), header.get("labels")
+    is_count = frames in (None, "all") or (type(frames) is int and frames > 0)
+    is_list = labels is None or (isinstance(labels, list) and all(isinstance(label, str) for label in labels))
+    checks = {name: (isinstance(header.get(name, ""), str | None), "text") for name in _HEADER_TEXTS}
+    checks["threshold"] = header.get("threshold") is None or is_number(header["threshold"]), "a number"
+    checks["labels"] = is_list, "a list of texts"
+    checks["frames_per_clip"] = is_count, 'a whole number above 0 or "all"'
+    for name, (fits, kind) in checks.items():
+        if not fits:
+            raise ValueError(f"{name!r} is not {kind}; correct it, or leave it out")
 
 
 def _parse_clip(entry: dict) -> tuple[tuple[str, str], _Clip]:

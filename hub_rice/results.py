@@ -39,7 +39,7 @@ FIELDS = {
         "asr": TEXT,
         "detector": {
             **{"detector": TEXT, "detector_sha256": TEXT, "threshold": NUMBER, "labels": TEXTS},
-            **{"frames_per_clip": NUMBER, "boxes": NUMBER, "frames": NUMBER},
+            **{"frames_per_clip": (NUMBER, "all"), "boxes": NUMBER, "frames": NUMBER},
         },
         "fusion": {
             **{"rule": TEXT, "text_weight": NUMBER, "source": TEXT, "source_words": TEXT, "at_edge": FLAG},
@@ -71,7 +71,7 @@ FIELDS = {
     "ties": {EACH: {"share": NUMBER, "R@1_ties_at_random": NUMBER}},
     "command": TEXT,
 }
-"""Every published field and its kind: one of the kinds above, a choice of words, an object, or a list of kinds."""
+"""Every published field and its kind: one of the kinds above, a choice of words or a number, an object, or a list."""
 
 _OR_NULL = {"fusion_weight", "alignment_weight", "fused_text_weight", "baseline", "baseline.model", "model_sha256"}
 _OR_NULL |= {"parameters", "protocol.task_sha256", "protocol.num_frames", "protocol.text.score_weight"}
@@ -193,7 +193,8 @@ def _allowed(value, kind, file: str, where: str):
         _check(fits, "a list" if len(kind) == 1 else f"a list of {len(kind)}", file, where)
         return [_allowed(item, kind[0], file, where) for item in value]
     if isinstance(kind, tuple):
-        _check(isinstance(value, str) and value in kind, f"one of {', '.join(kind)}", file, where)
+        fits = value in kind if isinstance(value, str) else NUMBER in kind and is_number(value)
+        _check(fits, f"one of {', '.join(kind)}", file, where)
     elif kind == NUMBER:
         _check(is_number(value), kind, file, where)
     else:

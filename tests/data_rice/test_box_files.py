@@ -126,6 +126,26 @@ def test_other_files_are_refused(tmp_path):
         BoxFile(path)
 
 
+@pytest.mark.parametrize(
+    "field, value, kind",
+    [
+        ("detector", 7, "text"),
+        ("threshold", "0.5", "a number"),
+        ("labels", ["mug", 3], "a list of texts"),
+        ("frames_per_clip", 0, 'a whole number above 0 or "all"'),
+        ("frames_per_clip", "some", 'a whole number above 0 or "all"'),
+    ],
+)
+def test_a_first_line_that_results_could_not_repeat_is_refused(tmp_path, field, value, kind):
+    path = tmp_path / "boxes.jsonl"
+    path.write_text(json.dumps({**FORMAT, field: value}) + "\n")
+    with pytest.raises(ValueError, match=f"boxes.jsonl, line 1: '{field}' is not {kind}; correct it, or leave it out"):
+        BoxFile(path)
+    for fine in ({field: None}, {"frames_per_clip": "all"}, {"frames_per_clip": 3}):
+        path.write_text(json.dumps({**FORMAT, **fine}) + "\n")
+        assert BoxFile(path).header[next(iter(fine))] == next(iter(fine.values()))
+
+
 def test_frames_with_boxes_of_a_video_are_numbered(tmp_path):
     path = tmp_path / "boxes.jsonl"
     path.write_text(HEADER + box_line("test", "v", None, [8, 3, 5], [BOX, [0, 0, 1, 1], None], [0.5, 0.5, None]))

@@ -13,6 +13,7 @@ from data_rice import load_dataset_view
 from data_rice.box_files import BoxFile
 from data_rice.mini_lpr4m import render_mini_lpr4m
 from evaluation_rice.retrieval import ModelRetriever
+from hub_rice.results import read_results
 from modeling_rice import RiceConfig, RiceModel
 from processing_rice import build_processor, train_tokenizer
 from retrieval_rice.detector import evaluation, frames, training
@@ -422,6 +423,7 @@ class TestEvaluation:
             "cpu",
         ]
         eval_rice.main([str(a) for a in [*arguments, "--cache_dir", cache, "--baselines", "chance", *more]])
+        read_results(output / "results.json")
         return json.loads((output / "results.json").read_text())
 
     @pytest.mark.parametrize("name", ["clip", "pooling"])
