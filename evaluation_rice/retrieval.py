@@ -153,16 +153,22 @@ class Loading:
 
 @contextmanager
 def evaluating(model):
-    """The model in eval mode without gradients; its former mode is restored afterwards, so training can continue."""
-    training = getattr(model, "training", False)
-    if training:
+    """
+    The model in eval mode without gradients. Afterwards each of its modules has its former mode, so training can
+    continue, also with parts that are frozen in eval mode.
+    """
+    modes = [(module, module.training) for module in model.modules()] if hasattr(model, "modules") else []
+    trains = any(training for _, training in modes)
+    if trains:
         model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        if training:
-            model.train()
+        if trains:
+            model.train(modes[0][1])
+            for module, training in modes:
+                module.training = training
 
 
 def _encode_gallery(retriever, task: RetrievalTask, gallery, loading: Loading):
@@ -179,7 +185,7 @@ def _encode_gallery(retriever, task: RetrievalTask, gallery, loading: Loading):
         if not waiting:
             break
         for loaded, inputs, failed in loading.batches(gallery, list(waiting), retriever.load_gallery, "gallery"):
-            failures += [{"kind": "gallery", **failure} for failure in failed]
+            failures += [{"kind": "gallery", **failure, "id": str(failure["id"])} for failure in failed]
             if loaded:
                 parts.append(retriever.encode_gallery(inputs))
                 places.update((waiting[row], len(places)) for row in loaded)
@@ -218,6 +224,8 @@ def iter_scores(
     rows.sort(key=lambda i: scope_order[task.query_scopes[i]])
     current, shop, kept = None, None, []
     for loaded, inputs, failed in loading.batches(queries, rows, retriever.load_clips, "clips"):
+        # Ids of the task are texts, those of the rows may be numbers.
+        failed = [{**failure, "id": str(failure["id"])} for failure in failed]
         failures += [{"kind": "query", **failure} for failure in failed]
         if not loaded:
             continue

@@ -85,9 +85,11 @@ class RiceAlignment(nn.Module):
         # One picture has no statistics, but the axes must still be chosen if the rank is below the width.
         trust = view.count / (view.count + prior) if view.count > 1 else 0.0
         mean = view.patches.mean()
-        self.patch_mean.copy_(trust * mean)
         moment = view.patches.covariance() + (1 - trust) ** 2 * mean[:, None] * mean
-        self.patch_projection.copy_(whitening(moment, self.patch_projection.shape[1], trust * strength, shrinkage))
+        # Before the first change, because the decomposition may fail.
+        projection = whitening(moment, self.patch_projection.shape[1], trust * strength, shrinkage)
+        self.patch_mean.copy_(trust * mean)
+        self.patch_projection.copy_(projection)
         if not center:
             return None
         self.image_mean.zero_()
@@ -103,9 +105,10 @@ class RiceAlignment(nn.Module):
 
     def project(self, patches: Tensor) -> Tensor:
         """Patches `(..., C)` of either view -> `(..., R)`, whitened and L2-normalised."""
-        # The scales of the axes differ too much for half precision.
+        # The scales of the axes differ too much for half precision, also under autocast.
         patches, mean, projection = (t.float() for t in (patches, self.patch_mean, self.patch_projection))
-        return l2_normalize((patches - mean) @ projection)
+        with torch.autocast(patches.device.type, enabled=False):
+            return l2_normalize((patches - mean) @ projection)
 
     def center(self, features: Tensor, is_clip: bool) -> Tensor:
         """Global features `(..., D)` of one view minus the mean of the view."""
@@ -304,10 +307,12 @@ def align_patches(
         )
     if video_mask is None:
         video_mask = torch.ones(video_patches.shape[:3], dtype=torch.bool, device=video_patches.device)
-    rows = [
-        _align_clip(image_patches, patches, mask.expand(patches.shape[:2]), max_memory)
-        for patches, mask in zip(video_patches, video_mask, strict=True)
-    ]
+    # Autocast would compute the means in half precision, which makes ties.
+    with torch.autocast(video_patches.device.type, enabled=False):
+        rows = [
+            _align_clip(image_patches, patches, mask.expand(patches.shape[:2]), max_memory)
+            for patches, mask in zip(video_patches, video_mask, strict=True)
+        ]
     return torch.stack(rows) if rows else image_patches.new_zeros(0, len(image_patches), dtype=torch.float32)
 
 

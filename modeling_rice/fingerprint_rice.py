@@ -109,9 +109,12 @@ class RiceIdentity(nn.Module):
                     f"it again with this model."
                 )
 
-    def require_eval_mode(self, method: str) -> None:
-        """Raises `ValueError` if training mode would change the results of `method`, or the model while it runs."""
-        if any(changes_in_training(module) for module in self.modules()):
+    def require_eval_mode(self, method: str, part: nn.Module | None = None) -> None:
+        """
+        Raises `ValueError` if training mode would change the results of `method`, or the model while it runs. `part`
+        is the part of the model that the method runs; all of it by default.
+        """
+        if any(changes_in_training(module) for module in (self if part is None else part).modules()):
             raise ValueError(
                 f"`{method}` needs the model in eval mode, since dropout or batch normalisation is active in training "
                 f"mode; call `model.eval()` first."

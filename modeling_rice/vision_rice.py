@@ -62,6 +62,7 @@ class RiceVisionSide:
     patch_saliency: Any
     decoder: Any
     alignment: Any
+    require_eval_mode: Any
 
     def split_last_stage(self) -> LastStage:
         """
@@ -119,9 +120,11 @@ class RiceVisionSide:
             `(n, F)`, in the precision of the weights: the states of `kept_states`, in that order.
 
         Raises:
-            ValueError: for images or a mask that the encoder does not support.
+            ValueError: for images or a mask that the encoder does not support; for an encoder in training mode if that
+                changes its outputs.
         """
         patch_mask = check_patch_mask(pixel_values, patch_mask)
+        self.require_eval_mode("encode_pictures", self.vision_model)
         if self.last_stage is None:
             kept = self._encoder_output(pixel_values, patch_mask)._asdict()
         else:
