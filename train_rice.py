@@ -29,7 +29,7 @@ from training_rice.arguments import (
     parse_arguments,
     program_name,
 )
-from training_rice.checkpoints import is_trained, newest_whole, writing
+from training_rice.checkpoints import holds_checkpoints, is_trained, newest_whole, writing
 from training_rice.feature_cache_encoding import cache_features
 from training_rice.monitor import run_figures, summary_table
 from training_rice.processes import failing_together, is_told, on_first_process
@@ -118,7 +118,9 @@ def train(
         return
     with ExitStack() as while_running:
         checkpoint, finished = on_first_process(partial(_claim, training_arguments, while_running))
-        record = partial(record_arguments, *arguments, resuming=finished or checkpoint is not None)
+        # Also if no checkpoint is usable: other arguments must not start over in the folder of a run.
+        resuming = finished or checkpoint is not None or holds_checkpoints(training_arguments.output_dir)
+        record = partial(record_arguments, *arguments, resuming=resuming)
         with failing_together(), writing("the arguments", training_arguments.output_dir):
             record()
         if finished:

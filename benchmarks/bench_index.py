@@ -105,7 +105,7 @@ def run_rice(options: argparse.Namespace, files: list[Path], side: str) -> list[
     """Wall-clock and CPU seconds of `rice index`."""
     from retrieval_rice.index import GalleryIndex
     from retrieval_rice.index.table import lancedb
-    from retrieval_rice.options import load_encoder
+    from retrieval_rice.options import open_model
 
     lancedb()
     is_exported = side in ("rice onnx fp32", "rice int8")
@@ -115,7 +115,7 @@ def run_rice(options: argparse.Namespace, files: list[Path], side: str) -> list[
         precision=side.split()[-1],
         towers=options.folder / "towers" if is_exported else None,
     )
-    model, processor = load_encoder(chosen)
+    model, processor = open_model(chosen)
     rows = [{"image_id": file.name, "image": str(file)} for file in files]
     start = clock()
     settings = {"batch_size": options.batch_size, "num_workers": options.num_workers, "progress": False}

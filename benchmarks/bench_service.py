@@ -103,7 +103,7 @@ def run_loop(options: argparse.Namespace) -> dict[str, object]:
     import torch
 
     from processing_rice import open_image
-    from retrieval_rice.options import load_encoder, open_index
+    from retrieval_rice.options import open_index, open_model
     from retrieval_rice.recogniser import Recogniser
 
     torch.set_num_threads(options.threads)
@@ -114,7 +114,7 @@ def run_loop(options: argparse.Namespace) -> dict[str, object]:
         precision=options.precision,
         towers=None,
     )
-    model, processor = load_encoder(chosen)
+    model, processor = open_model(chosen)
     recogniser = Recogniser(model, processor, open_index(chosen, model, processor))
     clips, times = make_clips(options), []
     for clip in clips[:2]:

@@ -17,6 +17,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from .features import view_features
 from .prepare_shards import check_parquet
 
+# Columns of ids, and the beginnings of their types. As text, 7.0 would be another id than 7.
+_IDS = {"clip_id", "live_id", "product_id", "image_id", "frame_id", "relevant"}
+_ID_TYPES = ("string", "large_string", "int", "uint", "null")
 _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
@@ -70,8 +73,8 @@ def load_published(
         options: builder options, which are refused because the rows are fixed.
 
     Raises:
-        FileNotFoundError, ValueError: as `published_files`; ValueError also if a file is damaged or lacks a column, or
-            if there are ``options``.
+        FileNotFoundError, ValueError: as `published_files`; ValueError also if a file is damaged, lacks a column or
+            has ids that are neither strings nor integers, or if there are ``options``.
     """
     refuse_options(dataset if data_dir is None else data_dir, options or {})
     files = published_files(dataset, data_dir, view, split)
@@ -83,6 +86,14 @@ def load_published(
     missing = [name for name in features if name not in rows.column_names]
     if missing:
         raise ValueError(f"{files[0]}: the column {missing[0]!r} is missing; publish the data set again.")
+    for name in _IDS.intersection(features):
+        kind = rows.features[name]
+        dtype = str(getattr(getattr(kind, "feature", kind), "dtype", "other"))
+        if not dtype.startswith(_ID_TYPES):
+            raise ValueError(
+                f"{files[0]}: the column {name!r} holds {dtype} values, but an id is a string or an integer; "
+                f"publish the data set again."
+            )
     return rows.select_columns(list(features)).cast(features)
 
 

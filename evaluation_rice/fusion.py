@@ -7,6 +7,8 @@ import numpy as np
 from modeling_rice.scoring_rice import FusionWeights, z_scores
 
 TEXT_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
+EMBEDDING_TEXT = "weight of the text in the embedding score"
+"""Name of the weight with the grid `TEXT_WEIGHTS`, for messages."""
 FUSED_TEXT_WEIGHTS = (0.0, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20.0, 30.0, 50.0)
 """For raw cosines beside z-scores: the spread of cosines over a gallery is much smaller than 1."""
 DEFAULT_WEIGHTS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
@@ -101,7 +103,8 @@ def fit_text_weight(
 
     A small weight limits the harm on data whose ASR is worse than that of validation. This is the one-standard-error
     rule of Breiman et al., Classification and Regression Trees, 1984. The standard error is that of the best weight's
-    R@1 as a share of `len(relevant)` queries.
+    R@1 as a share of `len(relevant)` queries. It is that over queries, also with several shops: all weights are
+    compared on the same queries, so what makes one shop easier than another is common to all of them.
 
     Scores are not normalised per query: a query without words keeps its visual ranking, and an image without a title
     keeps its visual score. Visual scores are cosines, as those of the text, or fused scores with

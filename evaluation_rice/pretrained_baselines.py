@@ -71,7 +71,7 @@ def choose_model(baseline: str, baseline_model: str | None) -> tuple[str | None,
     return None, baseline
 
 
-def load_encoder(
+def load_pretrained(
     path: str, family: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, BaseImageProcessor, bool]:
     """
@@ -145,10 +145,10 @@ def load_baseline(
         use_boxes: use only the part of each frame inside its box.
         batch_size: number of pictures encoded at once.
         to_device: moves a model to its device.
-        trust_remote_code: as `load_encoder`.
+        trust_remote_code: as `load_pretrained`.
 
     Raises:
-        OSError, ValueError: as `choose_model` and `load_encoder`.
+        OSError, ValueError: as `choose_model` and `load_pretrained`.
     """
     if baseline == "chance":
         raise ValueError("chance is computed and part of every result: name another baseline.")
@@ -160,7 +160,7 @@ def load_baseline(
             )
         return BaselineRetriever(descriptor(num_frames or 10, use_boxes)), {"name": baseline, "model": None}
     family, path = choose_model(baseline, baseline_model)
-    model, processor, untrained_pooler = load_encoder(path, family, trust_remote_code)
+    model, processor, untrained_pooler = load_pretrained(path, family, trust_remote_code)
     retriever = FrozenEncoder(to_device(model), processor, num_frames, use_boxes, batch_size, untrained_pooler)
     # For timm networks this is the model type of the wrapper.
     kind = getattr(model.config, "architecture", model.config.model_type)

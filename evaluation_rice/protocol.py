@@ -63,8 +63,10 @@ class RetrievalTask:
             raise ValueError("the query view has no rows: evaluation needs at least one query.")
         if len(gallery) == 0:
             raise ValueError("the gallery is empty: it needs at least one image to retrieve.")
-        query_ids, by_live = list(queries["clip_id"]), scope == "live"
-        relevant = {query: read_ids("relevant", ids) for query, ids in zip(query_ids, queries["relevant"])}
+        query_ids, by_live = read_ids("clip_id", queries["clip_id"]), scope == "live"
+        relevant = {
+            query: read_ids(f"relevant of {query!r}", ids) for query, ids in zip(query_ids, queries["relevant"])
+        }
         if len(relevant) != len(query_ids):
             twice = next(query for query, count in Counter(query_ids).items() if count > 1)
             raise ValueError(f"clip id {twice!r} occurs twice in the query view: clip ids must be unique.")

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from math import comb, sqrt
+from numbers import Integral
 from pathlib import Path
 from types import ModuleType
 
@@ -64,7 +65,13 @@ def read_ids(name: str, ids: Iterable[str | int], ordered: bool = False) -> list
 def _read_lists(name: str, lists: Mapping[str, Sequence[str]], ordered: bool) -> dict[str, list[str]]:
     if not isinstance(lists, Mapping):
         raise ValueError(f"{name} must map a query id to a list of image ids, but is a {type(lists).__name__}.")
-    return {query: read_ids(f"{name}[{query!r}]", ids, ordered) for query, ids in lists.items()}
+    result: dict[str, list[str]] = {}
+    for query, ids in lists.items():
+        own = str(query) if isinstance(query, Integral) else query
+        if own in result:
+            raise ValueError(f"{name} holds the query {own!r} twice, as a string and as an integer: give it once.")
+        result[own] = read_ids(f"{name}[{query!r}]", ids, ordered)
+    return result
 
 
 def recall_at_k(
@@ -78,7 +85,7 @@ def recall_at_k(
 
     Args:
         rankings: query id -> image ids, best first. A ranking may be empty or shorter than k. An id that occurs twice
-            takes two positions. An id is a text or a whole number, and 7 is the same id as "7".
+            takes two positions. An id, also that of a query, is a text or a whole number, and 7 is the same id as "7".
         relevant: query id -> the images that count as a hit. Its queries are the denominator. A query without a
             ranking, or with an empty list, is a miss.
         ks: the cut-offs.
@@ -88,7 +95,8 @@ def recall_at_k(
 
     Raises:
         ValueError: `relevant` is empty, a value is a string instead of a list or holds other values than ids, a query
-            of `rankings` is not in `relevant`, or a k is not a whole number of at least 1.
+            of `rankings` is not in `relevant`, a query occurs as a text and as a number, or a k is not a whole number
+            of at least 1.
     """
     ks = check_ks(ks)
     rankings = _read_lists("rankings", rankings, ordered=True)
@@ -145,7 +153,8 @@ def bootstrap_interval(
 
     Args:
         values: one number per query, such as 1.0 for a hit and 0.0 for a miss, or a paired difference.
-        groups: per query, its shop (the livestream's id); `None` means one shop.
+        groups: per query, its shop (the livestream's id); `None` means one shop. Queries without an id (None or "")
+            are one shop together.
         num_resamples: number of resamples.
         seed: seed of the generator; the same values, shops and seed give the same interval.
         confidence: probability of the interval, in (0, 1).
@@ -160,7 +169,7 @@ def bootstrap_interval(
         raise ValueError(f"confidence is {confidence!r}: it must lie between 0 and 1.")
     if groups is not None and len(groups) != values.size:
         raise ValueError(f"groups has {len(groups)} entries for {values.size} queries: give each its shop.")
-    _, shops = np.unique(np.zeros(values.size) if groups is None else groups, return_inverse=True)
+    _, shops = np.unique(np.zeros(values.size) if groups is None else _shop_names(groups), return_inverse=True)
     rng = np.random.default_rng(seed)
     order = np.lexsort((values, shops))
     # Shops with equal values are drawn as one kind. There are few kinds, even if each query has its own shop.
@@ -196,20 +205,39 @@ def interval_words(groups: Sequence[str] | None) -> str:
             f"percentile bootstrap over clips as if they were independent, since the files name no shops: run "
             f"eval_rice.py again ({resamples})"
         )
-    shops = len(set(groups))
+    shops = _num_shops(groups)
     if shops < 2:
         return f"percentile bootstrap over clips, since the data has no separate shops ({resamples})"
     return f"percentile bootstrap over {shops} shops, then over the clips of each ({resamples})"
 
 
-def hit_interval(hits: Sequence[float], groups: Sequence[str] | None = None) -> list[float]:
-    """95 % interval of R@1, from one value in [0, 1] per query (its share of hits over seeds).
+def _shop_names(groups: Sequence[str]) -> list[str]:
+    # As ids: a number is its text. Numbers beside texts or None have no order.
+    return ["" if name is None else str(name) for name in groups]
 
-    This is `bootstrap_interval`. If all queries are hits or all are misses, resampling has no spread, so it is
-    `wilson_interval` over queries.
+
+def _num_shops(groups: Sequence[str]) -> int:
+    return len(set(_shop_names(groups)))
+
+
+def hit_interval(values: Sequence[float], groups: Sequence[str] | None = None, lowest: float = 0.0) -> list[float]:
+    """95 % interval of R@1, or of a difference of R@1.
+
+    This is `bootstrap_interval`. If all values are equal, as when all queries are hits, resampling has no spread.
+    Then `wilson_interval` gives the least share of queries that have this value, and the others may have any value.
+    Its trials are the shops if there are several, since clips of one shop are not independent, else the queries.
+
+    Args:
+        values: one value from `lowest` to 1 per query: its share of hits over seeds, or a difference of such shares.
+        groups: as `bootstrap_interval`.
+        lowest: 0 for hits, -1 for differences.
     """
-    share = float(np.mean(hits)) if len(hits) else 0.5
-    return list(wilson_interval(share, len(hits))) if share in (0, 1) else bootstrap_interval(hits, groups)
+    if not len(values) or np.ptp(values) > 0:
+        return bootstrap_interval(values, groups)
+    shops = 1 if groups is None else _num_shops(groups)
+    other = 1 - wilson_interval(1.0, shops if shops > 1 else len(values))[0]
+    value = float(values[0])
+    return [value - other * (value - lowest), value + other * (1 - value)]
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:

@@ -153,16 +153,22 @@ class Loading:
 
 @contextmanager
 def evaluating(model):
-    """The model in eval mode without gradients; its former mode is restored afterwards, so training can continue."""
-    training = getattr(model, "training", False)
-    if training:
+    """
+    The model in eval mode without gradients. Afterwards each of its modules has its former mode, so training can
+    continue, also with parts that are frozen in eval mode.
+    """
+    modes = [(module, module.training) for module in model.modules()] if hasattr(model, "modules") else []
+    trains = any(training for _, training in modes)
+    if trains:
         model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        if training:
-            model.train()
+        if trains:
+            model.train(modes[0][1])
+            for module, training in modes:
+                module.training = training
 
 
 def _encode_gallery(retriever, task: RetrievalTask, gallery, loading: Loading):
@@ -179,7 +185,7 @@ def _encode_gallery(retriever, task: RetrievalTask, gallery, loading: Loading):
         if not waiting:
             break
         for loaded, inputs, failed in loading.batches(gallery, list(waiting), retriever.load_gallery, "gallery"):
-            failures += [{"kind": "gallery", **failure} for failure in failed]
+            failures += [{"kind": "gallery", **failure, "id": str(failure["id"])} for failure in failed]
             if loaded:
                 parts.append(retriever.encode_gallery(inputs))
                 places.update((waiting[row], len(places)) for row in loaded)
@@ -218,6 +224,8 @@ def iter_scores(
     rows.sort(key=lambda i: scope_order[task.query_scopes[i]])
     current, shop, kept = None, None, []
     for loaded, inputs, failed in loading.batches(queries, rows, retriever.load_clips, "clips"):
+        # Ids of the task are texts, those of the rows may be numbers.
+        failed = [{**failure, "id": str(failure["id"])} for failure in failed]
         failures += [{"kind": "query", **failure} for failure in failed]
         if not loaded:
             continue
@@ -435,14 +443,10 @@ def rank_scores(
     task: RetrievalTask,
     scores: dict[int, dict[str, torch.Tensor]],
     ks=DEFAULT_KS,
-    own: FusionWeights = FusionWeights(),
 ) -> tuple[dict[str, Rankings], FittedFusion | None]:
-    """The result of `validate` from the scores of all queries (`all_scores`).
-
-    An `alignment_weight` of `own` is kept and not fitted.
-    """
-    fitted = _fit(task, scores, own) if _to_fit(scores, own) else None
-    weights = own if fitted is None else fitted.weights
+    """The result of `validate` from the scores of all queries (`all_scores`)."""
+    fitted = _fit(task, scores) if _to_fit(scores) else None
+    weights = FusionWeights() if fitted is None else fitted.weights
     rankings: dict[str, Rankings] = {"embedding": Rankings(task, ks)}
     for query, values in scores.items():
         for kind, row in with_fused(values, weights).items():
@@ -488,15 +492,12 @@ def all_scores(
 _FITTED = {"alignment": ("alignment_weight", ALIGNMENT_WEIGHTS), "matching": ("fusion_weight", DEFAULT_WEIGHTS)}
 
 
-def _to_fit(scores: dict[int, dict[str, torch.Tensor]], own: FusionWeights) -> list[str]:
-    kept = ["alignment"] * (own.alignment_weight is not None)
-    return [kind for kind in _FITTED if kind not in kept and any(kind in values for values in scores.values())]
+def _to_fit(scores: dict[int, dict[str, torch.Tensor]]) -> list[str]:
+    return [kind for kind in _FITTED if any(kind in values for values in scores.values())]
 
 
-def _fit(
-    task: RetrievalTask, scores: dict[int, dict[str, torch.Tensor]], own: FusionWeights = FusionWeights(), **options
-) -> FittedFusion:
-    kinds = _to_fit(scores, own)
+def _fit(task: RetrievalTask, scores: dict[int, dict[str, torch.Tensor]], **options) -> FittedFusion:
+    kinds = _to_fit(scores)
     if not kinds:
         raise ValueError("the model has neither matching nor alignment scores, so there is no fusion weight to fit.")
     rows = [scores.get(i, {}) for i in range(len(task.query_ids))]
@@ -505,7 +506,7 @@ def _fit(
     relevant = [task.relevant_positions(i) if len(values[kinds[0]]) else [] for i, values in enumerate(rows)]
     # Without text, see `fit_fusion`.
     silent = [{**values, "embedding": values.get("visual", values["embedding"])} for values in rows]
-    weights, curves = FusionWeights(alignment_weight=own.alignment_weight), {}
+    weights, curves = FusionWeights(), {}
     for kind in kinds:
         name, grid = _FITTED[kind]
         others = [fuse(values, weights) for values in silent]

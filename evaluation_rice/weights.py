@@ -9,7 +9,14 @@ from typing import Any
 from data_rice.commands import one_line
 from modeling_rice.scoring_rice import FusionWeights, pair_kinds
 
-from .fusion import DEFAULT_WEIGHTS, FUSED_TEXT_WEIGHTS, edge_words
+from .fusion import (
+    ALIGNMENT_WEIGHTS,
+    DEFAULT_WEIGHTS,
+    EMBEDDING_TEXT,
+    FUSED_TEXT_WEIGHTS,
+    TEXT_WEIGHTS,
+    edge_words,
+)
 from .protocol import RetrievalTask
 from .retrieval import FittedFusion, Loading, Retriever, fit_fusion
 
@@ -42,18 +49,13 @@ def choose_fusion(
             f"--fusion_weight {options.fusion_weight:g} is the weight of matching, but {options.model} has no "
             f"matching decoder; leave it out, or use fit to fit the weight of the alignment."
         )
-    edges: list[str | None] = []
+    fitted = None
     if options.fusion_weight == "fit" or (options.fusion_weight == "auto" and not is_fitted):
         fitted, record = _fit(options, retriever, scope, loading, load_views)
         weights = replace(weights, fusion_weight=1.0) if fitted is None else fitted.weights
-        edges = [] if fitted is None else fitted.edges()
     elif options.fusion_weight == "auto":
         words = "the weight is the checkpoint's own" + ", fitted when it was trained" * has_matching
         record = {"source": "checkpoint", "source_words": words}
-        if weights.fusion_weight is not None:
-            edges.append(edge_words("fusion weight", weights.fusion_weight, DEFAULT_WEIGHTS))
-        if weights.fused_text_weight is not None:
-            edges.append(edge_words("text weight in the fused score", weights.fused_text_weight, FUSED_TEXT_WEIGHTS))
     else:
         weights = replace(weights, fusion_weight=options.fusion_weight)
         record = {"source": "argument", "source_words": "the weight was given by hand"}
@@ -61,9 +63,27 @@ def choose_fusion(
         weights = replace(weights, fused_text_weight=None)
     elif weights.fused_text_weight is None:
         record["source_words"] += "; text has no separate weight, because it is part of the embedding score"
+    edges = _edges(weights, fitted, record["source"])
+    if _reads_text_score(options, config):
+        edges.append(edge_words(EMBEDDING_TEXT, config.text_score_weight, TEXT_WEIGHTS))
     edges = [words for words in edges if words]
     record |= {"at_edge": bool(edges), "edge_words": edges}
     return weights, {"rule": weights.rule(), "text_weight": weights.fused_text_weight, **record}
+
+
+def _edges(weights: FusionWeights, fitted: FittedFusion | None, source: str) -> list[str | None]:
+    """Warnings for weights at an end of their grid, except for a weight that was given by hand or is the default."""
+    if fitted is not None:
+        return list(fitted.edges())
+    grids = {
+        "fusion_weight": ("fusion weight", DEFAULT_WEIGHTS),
+        "alignment_weight": ("alignment weight", ALIGNMENT_WEIGHTS),
+        "fused_text_weight": ("text weight in the fused score", FUSED_TEXT_WEIGHTS),
+    }
+    if source != "checkpoint":
+        del grids["fusion_weight"]
+    values = {name: getattr(weights, name) for name in grids}
+    return [edge_words(words, values[name], grid) for name, (words, grid) in grids.items() if values[name] is not None]
 
 
 def _reads_text_score(options: argparse.Namespace, config) -> bool:

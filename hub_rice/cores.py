@@ -27,7 +27,7 @@ def map_on_cores(work: Callable[[Any], Any], items: Iterable, device: torch.devi
 
     Args:
         work: Safe to call from several threads, such as encoding by a model in eval mode. It runs with the caller's
-            gradient mode.
+            gradient mode and autocast.
         items: Read in the calling thread, at most one item per thread ahead.
         device: Device of the model.
     """
@@ -36,10 +36,11 @@ def map_on_cores(work: Callable[[Any], Any], items: Iterable, device: torch.devi
         yield from map(work, items)
         return
     has_gradients = torch.is_grad_enabled()
+    is_cast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
     def run(item: Any) -> Any:
-        # Each thread has its own gradient mode.
-        with torch.set_grad_enabled(has_gradients):
+        # Each thread has its own gradient mode and autocast.
+        with torch.set_grad_enabled(has_gradients), torch.autocast("cpu", dtype, enabled=is_cast):
             return work(item)
 
     items = iter(items)

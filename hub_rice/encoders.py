@@ -69,12 +69,12 @@ def run(options: argparse.Namespace) -> None:
     """
     Raises:
         FileExistsError: if the output folder is not empty.
-        ValueError: as [`load_encoder`].
+        ValueError: as [`load_packaged_encoder`].
     """
     from .files import new_folder
 
     with new_folder(options.output) as folder:
-        model = load_encoder(options.name)
+        model = load_packaged_encoder(options.name)
         model.save_pretrained(folder)
         build_image_processor(options.name).save_pretrained(folder)
         (folder / "README.md").write_text(_card(options.name), encoding="utf-8")
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
     )
 
 
-def load_encoder(name: str) -> "TimmWrapperModel":
+def load_packaged_encoder(name: str) -> "TimmWrapperModel":
     """
     The encoder of an installed package, in float32 and eval mode.
 

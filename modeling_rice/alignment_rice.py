@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .features_rice import require_pairs
+from .loss_rice import l2_normalize
+
 # Bytes of cosines held at a time: what fits into the cache of a CPU core, and what keeps a GPU busy.
 _MEMORY = {"cpu": 2**20, "cuda": 2**30}
 # Minimum number of images whose scores are computed together; one by one would cost more than the maxima.
@@ -82,9 +85,11 @@ class RiceAlignment(nn.Module):
         # One picture has no statistics, but the axes must still be chosen if the rank is below the width.
         trust = view.count / (view.count + prior) if view.count > 1 else 0.0
         mean = view.patches.mean()
-        self.patch_mean.copy_(trust * mean)
         moment = view.patches.covariance() + (1 - trust) ** 2 * mean[:, None] * mean
-        self.patch_projection.copy_(whitening(moment, self.patch_projection.shape[1], trust * strength, shrinkage))
+        # Before the first change, because the decomposition may fail.
+        projection = whitening(moment, self.patch_projection.shape[1], trust * strength, shrinkage)
+        self.patch_mean.copy_(trust * mean)
+        self.patch_projection.copy_(projection)
         if not center:
             return None
         self.image_mean.zero_()
@@ -100,9 +105,10 @@ class RiceAlignment(nn.Module):
 
     def project(self, patches: Tensor) -> Tensor:
         """Patches `(..., C)` of either view -> `(..., R)`, whitened and L2-normalised."""
-        # The scales of the axes differ too much for half precision.
+        # The scales of the axes differ too much for half precision, also under autocast.
         patches, mean, projection = (t.float() for t in (patches, self.patch_mean, self.patch_projection))
-        return nn.functional.normalize((patches - mean) @ projection, dim=-1)
+        with torch.autocast(patches.device.type, enabled=False):
+            return l2_normalize((patches - mean) @ projection)
 
     def center(self, features: Tensor, is_clip: bool) -> Tensor:
         """Global features `(..., D)` of one view minus the mean of the view."""
@@ -178,8 +184,7 @@ class RiceAlignmentSide:
         """
         if self.alignment is None:
             raise ValueError("This model has no alignment, so it has no maps of it; make one with `rice init`.")
-        if len(pixel_values) != len(pixel_values_videos):
-            raise ValueError(f"There are {len(pixel_values)} images and {len(pixel_values_videos)} clips; give pairs.")
+        require_pairs(pixel_values, pixel_values_videos)
         gallery = self.encode_gallery(pixel_values)
         clips = self.encode_clips(pixel_values_videos, **batch)
         cosines = torch.einsum("bpr,btqr->bptq", gallery.patches.float(), clips.patches.float())
@@ -302,10 +307,12 @@ def align_patches(
         )
     if video_mask is None:
         video_mask = torch.ones(video_patches.shape[:3], dtype=torch.bool, device=video_patches.device)
-    rows = [
-        _align_clip(image_patches, patches, mask.expand(patches.shape[:2]), max_memory)
-        for patches, mask in zip(video_patches, video_mask, strict=True)
-    ]
+    # Autocast would compute the means in half precision, which makes ties.
+    with torch.autocast(video_patches.device.type, enabled=False):
+        rows = [
+            _align_clip(image_patches, patches, mask.expand(patches.shape[:2]), max_memory)
+            for patches, mask in zip(video_patches, video_mask, strict=True)
+        ]
     return torch.stack(rows) if rows else image_patches.new_zeros(0, len(image_patches), dtype=torch.float32)
 
 

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from .alignment_rice import align_patches
 from .features_rice import RiceClips, RiceGallery
+from .fingerprint_rice import require_encodings
 from .loss_rice import cosines
 from .scoring_rice import best_first, ranked_scores
 
@@ -39,10 +40,10 @@ class RiceComparison:
             text_weight: By default `config.text_score_weight`.
 
         Raises:
-            ValueError: for features that another model encoded.
+            ValueError: for features that another model encoded, or of another kind.
         """
         self.refuse_foreign(clips=clips, gallery=gallery)
-        scores = cosines(clips.embeds.float(), gallery.embeds.float())
+        scores = self._cosines(clips.embeds, gallery.embeds)
         texts = self.text_similarity(clips, gallery)
         weight = self.config.text_score_weight if text_weight is None else text_weight
         return scores if texts is None or not weight else scores + weight * texts
@@ -51,10 +52,23 @@ class RiceComparison:
         """
         Cosine of every clip's ASR with every title, `(num_clips, num_images)`, 0 where either is missing. `None` if
         the model has no score-level text term, or if clips or gallery were encoded without text.
+
+        Raises:
+            ValueError: for arguments that are not such encodings.
         """
+        require_encodings(clips=clips, gallery=gallery)
         if clips.text_embeds is None or gallery.text_embeds is None:
             return None
-        return cosines(clips.text_embeds.float(), gallery.text_embeds.float())
+        return self._cosines(clips.text_embeds, gallery.text_embeds)
+
+    def _cosines(self, clips: Tensor, images: Tensor) -> Tensor:
+        """Cosines `(c, n)` float32 of embeddings `(c, D)` and `(n, D)`, on the model's device."""
+        if clips.shape[-1] != images.shape[-1]:
+            raise ValueError(
+                f"The embeddings of clips have width {clips.shape[-1]} and those of images {images.shape[-1]}; encode "
+                f"both with one model."
+            )
+        return cosines(clips.to(self.device, torch.float32), images.to(self.device, torch.float32))
 
     @torch.no_grad()
     def match(self, clips: RiceClips, gallery: RiceGallery, max_memory: int = 512 * 2**20) -> Tensor:
@@ -76,9 +90,7 @@ class RiceComparison:
         if self.decoder is None:
             raise ValueError("This model has no matching decoder (`use_decoder=False`); rank by `similarity` instead.")
         self.require_eval_mode("match")
-        if not hasattr(gallery, "states") or not hasattr(clips, "keys"):
-            kinds = f"{type(clips).__name__} and {type(gallery).__name__}"
-            raise ValueError(f"`match` compares RiceClips with a RiceGallery, in this order, got {kinds}.")
+        require_encodings(clips=clips, gallery=gallery)
         if gallery.states is None or clips.keys is None or clips.values is None or clips.mask is None:
             raise ValueError("The features come from a model without a matching decoder; encode them with this one.")
         self.refuse_foreign(clips=clips, gallery=gallery)
@@ -116,6 +128,7 @@ class RiceComparison:
                 "This model has no alignment (`alignment_weight`); make one with `rice init`, or rank by `similarity` "
                 "instead."
             )
+        require_encodings(clips=clips, gallery=gallery)
         if gallery.patches is None or clips.patches is None:
             raise ValueError(
                 "The features hold no patches to align, since they come from a model without alignment or in training "
@@ -155,6 +168,10 @@ class RiceComparison:
         Raises:
             ValueError: as `match`; for a score that the model does not have; for inputs that `processor` refuses.
         """
+        if titles is not None and _read_gallery(images) is not None:
+            raise ValueError(
+                "`titles` belong to shop images, and a gallery was given, which has its own; leave them out."
+            )
         gallery = encode_candidates(self, processor, images, titles)
         clips = self.encode_clips(**processor(videos=[clip], asr=None if asr is None else [asr]))
         scores, _ = ranked_scores(self, clips, gallery, rank_by)
@@ -184,12 +201,9 @@ def encode_candidates(model, processor, candidates, titles: list[str] | None = N
         ValueError: no candidates, another number of titles than candidates, an image or gallery that cannot be read.
         FileNotFoundError: a missing file.
     """
-    if hasattr(candidates, "embeds"):
-        gallery = candidates
-    elif isinstance(candidates, (str, os.PathLike)) and os.fspath(candidates).endswith(".safetensors"):
-        gallery = RiceGallery.load(candidates)
-    else:
-        gallery, candidates = None, list_candidates(candidates)
+    gallery = _read_gallery(candidates)
+    if gallery is None:
+        candidates = list_candidates(candidates)
     count = len(candidates if gallery is None else gallery)
     if count == 0:
         raise ValueError("`candidates` is empty; give at least one shop image.")
@@ -206,6 +220,14 @@ def encode_candidates(model, processor, candidates, titles: list[str] | None = N
         inputs = processor(images=candidates[rows], titles=None if titles is None else titles[rows])
         parts.append(model.encode_gallery(**inputs.to(model.device)))
     return type(parts[0]).cat(parts)
+
+
+def _read_gallery(candidates) -> RiceGallery | None:
+    """The gallery that was given, or that of a path; `None` for images."""
+    if hasattr(candidates, "embeds"):
+        return candidates
+    is_path = isinstance(candidates, (str, os.PathLike)) and os.fspath(candidates).endswith(".safetensors")
+    return RiceGallery.load(candidates) if is_path else None
 
 
 def list_candidates(candidates) -> list:

@@ -1,5 +1,7 @@
 """Configuration of RICE: a vision encoder shared by clips and images, a matching decoder, a reconstruction head."""
 
+import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -16,6 +18,24 @@ if tuple(map(int, transformers_version.split(".")[:2])) < (5, 18):
     PATCH_MASK_ENCODERS = tuple(name for name in PATCH_MASK_ENCODERS if name != "dinov2")
 
 _VIT_B_32 = {"patch_size": 32, "image_size": 224}
+
+_AT_LEAST_ONE = ("projection_dim", "decoder_num_heads", "decoder_intermediate_size", "decoder_max_position_embeddings")
+_AT_LEAST_ONE += ("num_hard_negatives", "text_embed_dim", "alignment_rank")
+_ABOVE_ZERO = ("logit_scale_init_value", "logit_scale_max", "matching_scale", "text_logit_scale_init_value")
+_ABOVE_ZERO += ("fusion_weight",)
+_AT_LEAST_ZERO = ("decoder_num_self_layers", "decoder_layer_norm_eps", "decoder_self_layer_norm_eps")
+_AT_LEAST_ZERO += ("contrastive_loss_weight", "matching_loss_weight", "reconstruction_loss_weight", "text_loss_weight")
+_AT_LEAST_ZERO += ("text_score_weight", "fused_text_weight", "alignment_weight", "frame_consensus_scale")
+_AT_LEAST_ZERO += ("initializer_range",)
+# Ranges of the numbers; `None` is always in range where a field allows it.
+_RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
+    (_AT_LEAST_ONE, "at least 1", lambda value: value >= 1),
+    (_ABOVE_ZERO, "above 0", lambda value: value > 0),
+    (_AT_LEAST_ZERO, "0 or more", lambda value: value >= 0),
+    (("alignment_strength", "alignment_shrinkage"), "in 0..1", lambda value: 0 <= value <= 1),
+    (("projection_dropout", "decoder_dropout"), "in 0..1 (1 excluded)", lambda value: 0 <= value < 1),
+    (("logit_bias_init_value",), "finite", math.isfinite),
+)
 
 # The two published variants differ in these settings only. `clip4clip` is the older code base, `mmf` the newer one.
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -268,6 +288,10 @@ class RiceConfig(PreTrainedConfig):
             self.text_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         if getattr(self.text_config, "text_config", None) is not None:
             self.text_config = self.text_config.text_config
+        for part in (self.vision_config, self.text_config):
+            if part is not None:
+                # The model reads the outputs of its encoders by name.
+                part.return_dict = True
         super().__post_init__(**kwargs)
         # Called here too: errors from the strict dataclass's own call are wrapped and are no ValueError.
         self.validate_architecture()
@@ -370,19 +394,18 @@ class RiceConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Raises `ValueError` for settings that do not work together. Runs at construction."""
+        for names, words, fits in _RANGES:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not math.isfinite(value):
+                    raise ValueError(f"`{name}` must be a finite number, got {value}.")
+                if value is not None and not fits(value):
+                    raise ValueError(f"`{name}` must be {words}, got {value}.")
         self._validate_encoder()
-        for name in ("projection_dim", "decoder_num_heads", "num_hard_negatives"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.decoder_num_self_layers < 0:
-            raise ValueError(f"`decoder_num_self_layers` must be 0 or more, got {self.decoder_num_self_layers}.")
-        for name in ("logit_scale_init_value", "matching_scale"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
         bound = self.logit_scale_max
-        if bound is not None and (bound <= 0 or (self.learn_logit_scale and self.logit_scale_init_value > bound)):
+        if bound is not None and self.learn_logit_scale and self.logit_scale_init_value > bound:
             raise ValueError(
-                f"`logit_scale_max={bound}` must be above 0 and, for a learnt scale, at least "
+                f"`logit_scale_max={bound}` must be, for a learnt scale, at least "
                 f"`logit_scale_init_value={self.logit_scale_init_value}`; raise it, or set it to None."
             )
         if self.matching_targets == "multi_positive" and self.matching_negatives == "hardest":
@@ -411,9 +434,6 @@ class RiceConfig(PreTrainedConfig):
                 raise ValueError(
                     f"`{name}={getattr(self, name)!r}` is not an activation of transformers; use one such as 'gelu'."
                 )
-        for name in ("projection_dropout", "decoder_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be in 0..1 (1 excluded), got {getattr(self, name)}.")
         if self.temporal_pooling == "transformer" and self.projection_dim % self.decoder_num_heads:
             raise ValueError(
                 f'`temporal_pooling="transformer"` needs `projection_dim={self.projection_dim}` to be a multiple of '
@@ -458,20 +478,8 @@ class RiceConfig(PreTrainedConfig):
                 )
         if self.text_score_weight is not None and self.text_width is None:
             raise ValueError("`text_score_weight` needs text features; set `text_config` or `text_embed_dim`.")
-        for name in ("text_score_weight", "fused_text_weight", "alignment_weight", "frame_consensus_scale"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")
-        if self.text_logit_scale_init_value <= 0:
-            raise ValueError(f"`text_logit_scale_init_value` must be above 0, got {self.text_logit_scale_init_value}.")
 
     def _validate_ranking(self):
-        if self.alignment_rank < 1:
-            raise ValueError(f"`alignment_rank` must be at least 1, got {self.alignment_rank}.")
-        for name in ("alignment_strength", "alignment_shrinkage"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must be in 0..1, got {getattr(self, name)}.")
-        if self.fusion_weight is not None and self.fusion_weight <= 0:
-            raise ValueError(f"`fusion_weight` must be above 0, got {self.fusion_weight}.")
         has_alignment = self.alignment_weight is not None
         needed = {
             "matching": (self.use_decoder, "`use_decoder=True`"),

@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_rice import RiceConfig
+from .loss_rice import at_least_single, l2_normalize
 
 
 def eager_attention_forward(
@@ -139,24 +140,41 @@ class RiceDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
 
+class RiceMatchingScore(nn.Linear):
+    """
+    States `(..., d)` -> scores `(..., 1)` in at least single precision: a linear layer, or the cosine with its weight.
+
+    Args:
+        width: Width d of the states.
+        is_cosine: Whether scores are cosines; these have no bias.
+    """
+
+    def __init__(self, width: int, is_cosine: bool):
+        super().__init__(width, 1, bias=not is_cosine)
+        self.is_cosine = is_cosine
+
+    def forward(self, states: Tensor) -> Tensor:
+        precise = l2_normalize if self.is_cosine else at_least_single
+        bias = None if self.bias is None else at_least_single(self.bias)
+        # Never autocast: at a scale of 100, half precision would create ties.
+        with torch.autocast(states.device.type, enabled=False):
+            return nn.functional.linear(precise(states), precise(self.weight), bias)
+
+
 class RiceMatchingHead(nn.Module):
     """Class-token state -> score: norm, linear layer, activation, then a linear or a cosine score."""
 
     def __init__(self, config: RiceConfig):
         super().__init__()
         width = config.decoder_hidden_size
-        self.cosine = config.matching_score == "cosine"
         self.layer_norm = nn.LayerNorm(width, eps=config.decoder_layer_norm_eps)
         self.dense = nn.Linear(width, width, bias=config.pooler_bias)
         self.activation = ACT2FN[config.pooler_act]
-        self.score = nn.Linear(width, 1, bias=not self.cosine)
+        self.score = RiceMatchingScore(width, config.matching_score == "cosine")
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        pooled = self.activation(self.dense(self.layer_norm(hidden_states)))
-        if self.cosine:
-            pooled = nn.functional.normalize(pooled, dim=-1)
-            return (pooled @ nn.functional.normalize(self.score.weight, dim=-1).T).squeeze(-1)
-        return self.score(pooled).squeeze(-1)
+        """States `(..., d)` -> scores `(...)`."""
+        return self.score(self.activation(self.dense(self.layer_norm(hidden_states)))).squeeze(-1)
 
 
 class RiceDecoder(nn.Module):

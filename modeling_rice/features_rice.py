@@ -57,6 +57,12 @@ def require_tensor(name: str, value: object) -> Tensor:
     return value
 
 
+def require_pairs(images: Tensor, clips: Tensor) -> None:
+    """Raises `ValueError` unless there are as many images as clips."""
+    if len(images) != len(clips):
+        raise ValueError(f"There are {len(images)} images and {len(clips)} clips; give one clip per image.")
+
+
 @dataclass
 class _RiceFeatures:
     """

@@ -46,6 +46,9 @@ _TRAINING_FIELDS = (
 _TRAINING_WEIGHTS = ("logit_", "reconstruction_head.", "text_logit_")
 _SAMPLES_PER_WEIGHT = 1024
 
+# A field that only one kind of encodings has.
+_OWN_FIELDS = {"gallery": "states", "clips": "keys", "frames": "features"}
+
 # PEFT's names for the layer that adapters are attached to.
 _ORIGINALS = ("base_layer", "original_module")
 
@@ -95,12 +98,10 @@ class RiceIdentity(nn.Module):
         return super().train(mode)
 
     def refuse_foreign(self, **encodings: Any) -> None:
-        """Raises `ValueError` for arguments that are not encodings, or that another model is known to have encoded."""
+        """Raises `ValueError` as [`require_encodings`], and for what another model is known to have encoded."""
+        require_encodings(**encodings)
         own = self.fingerprint()
         for name, features in encodings.items():
-            if not hasattr(features, "model_fingerprint"):
-                kind = type(features).__name__
-                raise ValueError(f"`{name}` is a {kind}; give what `encode_{name}` of this model returns.")
             if not same_state(own, features.model_fingerprint):
                 raise ValueError(
                     f"`{name}` was encoded by another model, or by this one before its weights changed or its "
@@ -108,13 +109,25 @@ class RiceIdentity(nn.Module):
                     f"it again with this model."
                 )
 
-    def require_eval_mode(self, method: str) -> None:
-        """Raises `ValueError` if training mode would change the results of `method`, or the model while it runs."""
-        if any(changes_in_training(module) for module in self.modules()):
+    def require_eval_mode(self, method: str, part: nn.Module | None = None) -> None:
+        """
+        Raises `ValueError` if training mode would change the results of `method`, or the model while it runs. `part`
+        is the part of the model that the method runs; all of it by default.
+        """
+        if any(changes_in_training(module) for module in (self if part is None else part).modules()):
             raise ValueError(
                 f"`{method}` needs the model in eval mode, since dropout or batch normalisation is active in training "
                 f"mode; call `model.eval()` first."
             )
+
+
+def require_encodings(**encodings: Any) -> None:
+    """Raises `ValueError` for a `gallery`, `clips` or `frames` that are not encodings of that kind."""
+    for name, features in encodings.items():
+        # By a field, since the classes of remote code are others than those of the package.
+        if not hasattr(features, _OWN_FIELDS[name]):
+            kind = type(features).__name__
+            raise ValueError(f"`{name}` is a {kind}; give what `encode_{name}` of this model returns.")
 
 
 def changes_in_training(module: nn.Module) -> bool:

@@ -114,7 +114,8 @@ def find_last_stage(encoder: nn.Module, layout: EncoderLayout) -> LastStage:
     Raises:
         ValueError: if no last stage can run on its own.
     """
-    was_training = encoder.training
+    # One by one, since a user may have frozen some of them by eval mode.
+    modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     try:
         with torch.no_grad():
@@ -126,7 +127,8 @@ def find_last_stage(encoder: nn.Module, layout: EncoderLayout) -> LastStage:
             f"train the whole encoder, or none of it."
         ) from error
     finally:
-        encoder.train(was_training)
+        for module, mode in modes:
+            module.training = mode
 
 
 @dataclass

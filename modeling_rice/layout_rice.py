@@ -71,7 +71,8 @@ def write_layout(folder: str | os.PathLike) -> None:
     for name, content in _FILES.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     lines = []
-    for path in sorted([*folder.glob("model.safetensors"), *folder.glob("model-*-of-*.safetensors")]):
+    # One file, shards, or those of a `variant`.
+    for path in sorted(folder.glob("model*.safetensors")):
         with open(path, "rb") as file:
             lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
     (folder / HASHES).write_text("".join(lines), encoding="utf-8")

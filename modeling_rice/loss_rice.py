@@ -27,6 +27,16 @@ class Memory(Protocol):
     def push(self, image_embeds: Tensor, video_embeds: Tensor, product_ids: Tensor | None) -> None: ...
 
 
+def at_least_single(tensor: Tensor) -> Tensor:
+    """The tensor in single precision, or in its own if that is higher."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def l2_normalize(vectors: Tensor) -> Tensor:
+    """Vectors `(..., D)` L2-normalised in at least single precision; in float16 a zero vector would become NaN."""
+    return nn.functional.normalize(at_least_single(vectors), dim=-1)
+
+
 def cosines(rows: Tensor, columns: Tensor) -> Tensor:
     """Cosines of normalised rows, never autocast: at a scale of 100, half precision would create ties."""
     with torch.autocast(rows.device.type, enabled=False):
@@ -265,5 +275,4 @@ def reconstruction_loss(weights: Tensor, clip_tokens: Tensor, image_tokens: Tens
         image_tokens (`(B, P, d)`): Image patches.
     """
     reconstruction = weights @ clip_tokens.detach().to(weights.dtype)
-    precision = torch.promote_types(reconstruction.dtype, torch.float32)
-    return nn.functional.mse_loss(reconstruction.to(precision), image_tokens.detach().to(precision))
+    return nn.functional.mse_loss(at_least_single(reconstruction), at_least_single(image_tokens.detach()))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .features_rice import RiceClips, RiceGallery, require_tensor
+from .features_rice import RiceClips, RiceGallery, refuse_unknown, require_pairs, require_tensor
 from .loss_rice import (
     Memory,
     contrastive_loss,
@@ -109,6 +109,7 @@ class RiceObjective:
     text_logit_scale: Any
     device: Any
     training: bool
+    require_eval_mode: Any
     image_tokens: Any
     clip_tokens: Any
     gather_texts: Any
@@ -142,8 +143,7 @@ class RiceObjective:
             ValueError: for unequal numbers of images and clips, for ids of the wrong shape, or for a batch too small
                 to mine negatives from.
         """
-        if len(images.embeds) != len(clips.embeds):
-            raise ValueError(f"The losses need pairs, got {len(images.embeds)} images and {len(clips.embeds)} clips.")
+        require_pairs(images.embeds, clips.embeds)
         for name, given in (("product_ids", product_ids), ("asr_is_noise", asr_is_noise)):
             if given is not None and require_tensor(name, given).shape != (len(clips.embeds),):
                 raise ValueError(f"`{name}` must have one entry per pair, got shape {tuple(given.shape)}.")
@@ -317,14 +317,16 @@ class RiceObjective:
             1 only with `reconstruction_softmax`.
 
         Raises:
-            ValueError: if the model has no reconstruction head, or images and clips differ in number.
+            TypeError: for an argument that is not a key of a batch.
+            ValueError: if the model has no reconstruction head, if images and clips differ in number, or in training
+                mode if that changes the maps.
         """
         if self.reconstruction_head is None:
             raise ValueError(
                 "This model has no reconstruction head, so it has no reconstruction maps; train one with "
                 "`use_reconstruction=True`."
             )
-        images, clips = self._pair_tokens(pixel_values, pixel_values_videos, batch)
+        images, clips = self._pair_tokens("reconstruction_maps", pixel_values, pixel_values_videos, batch)
         tokens_per_frame, frames = images.tokens.shape[1], clips.tokens.shape[1]
         weights = self.reconstruction_weights(images.states, clips.keys, clips.mask, tokens_per_frame)
         if self.config.reconstruction_include_cls:
@@ -349,13 +351,15 @@ class RiceObjective:
             patches. The rest up to a sum of 1 is attention to the class tokens of frames and to an ASR token.
 
         Raises:
-            ValueError: if the model has no decoder, or images and clips differ in number.
+            TypeError: for an argument that is not a key of a batch.
+            ValueError: if the model has no decoder, if images and clips differ in number, or in training mode if that
+                changes the maps.
         """
         if self.decoder is None:
             raise ValueError(
                 "This model has no matching decoder, so it has no attention maps; train one with `use_decoder=True`."
             )
-        images, clips = self._pair_tokens(pixel_values, pixel_values_videos, batch)
+        images, clips = self._pair_tokens("attention_maps", pixel_values, pixel_values_videos, batch)
         tokens_per_frame, frames = images.tokens.shape[1], clips.tokens.shape[1]
         attention = self.decoder.positive_attention(images.states, clips.keys, clips.mask).mean(dim=1)
         # The title token is the last of the image, the ASR token the last of the clip.
@@ -363,14 +367,12 @@ class RiceObjective:
         return _drop_class_keys(attention, tokens_per_frame).unflatten(-1, (frames, -1))
 
     def _pair_tokens(
-        self, pixel_values: Tensor, pixel_values_videos: Tensor, batch: dict
+        self, method: str, pixel_values: Tensor, pixel_values_videos: Tensor, batch: dict
     ) -> tuple[ImageTokens, ClipTokens]:
-        """Encodes pairs of images and clips on the model's device."""
-        if len(pixel_values) != len(pixel_values_videos):
-            raise ValueError(
-                f"The maps need pairs, got {len(pixel_values)} images and {len(pixel_values_videos)} clips; give one "
-                f"clip per image."
-            )
+        """Encodes pairs of images and clips on the model's device, for the named method."""
+        refuse_unknown(method, batch)
+        self.require_eval_mode(method)
+        require_pairs(pixel_values, pixel_values_videos)
         batch = {"pixel_values": pixel_values, "pixel_values_videos": pixel_values_videos, **batch}
         batch = {name: value.to(self.device) if hasattr(value, "to") else value for name, value in batch.items()}
         return self.image_tokens(**batch), self.clip_tokens(**batch)

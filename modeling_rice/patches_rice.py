@@ -1,11 +1,11 @@
-"""Pools the patches of a frame into its feature, weighted by a box mask or by a learnt saliency."""
+"""Weights of patches: box masks, and a learnt saliency."""
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 from .configuration_rice import RiceConfig
+from .features_rice import require_tensor
 
 
 class RiceSaliencyScore(nn.Linear):
@@ -56,9 +56,16 @@ def resize_patch_mask(patch_mask: Tensor, num_patches: int) -> Tensor:
     return grid.reshape(*mask.shape[:-1], num_patches)
 
 
-def pool_patches(patches: Tensor, weights: Tensor | None) -> Tensor:
-    """Mean `(n, W)` of patches `(n, P, W)`, weighted by `(n, P)` of at least 0; zero if all weights are 0."""
-    if weights is None:
-        return patches.mean(dim=1)
-    weights = weights[..., None].to(patches.dtype)
-    return (patches * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=torch.finfo(patches.dtype).tiny)
+def check_patch_mask(pixel_values: Tensor, patch_mask: Tensor | None) -> Tensor | None:
+    """
+    The patch mask `(n, P)` of `n` images or frames as bool.
+
+    Raises:
+        ValueError: for a mask that is not a tensor, or has another number of rows or axes.
+    """
+    if patch_mask is None:
+        return None
+    count = require_tensor("pixel_values", pixel_values).shape[0]
+    if require_tensor("patch_mask", patch_mask).dim() != 2 or patch_mask.shape[0] != count:
+        raise ValueError(f"`patch_mask` must be (n, P) with n = {count} images, got shape {tuple(patch_mask.shape)}.")
+    return patch_mask.bool()

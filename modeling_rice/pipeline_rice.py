@@ -20,7 +20,7 @@ CUSTOM_PIPELINES = {
 class ProductRetrievalPipeline(Pipeline):
     """
     Ranks a shop's images for livestream clips. The embeddings select the most similar images; these are then ranked by
-    the model's default score, `config.ranking`.
+    the model's default score, `config.ranking`. The pipeline puts its model in eval mode and leaves it so.
 
     Examples:
 

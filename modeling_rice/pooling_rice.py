@@ -8,19 +8,25 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_rice import RiceConfig
+from .loss_rice import at_least_single, l2_normalize
 
 
-def masked_mean(features: Tensor, mask: Tensor) -> Tensor:
-    """Mean over real frames, as published; zero for a clip without any."""
-    weights = mask[..., None].to(features.dtype)
-    return (features * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+def weighted_mean(states: Tensor, weights: Tensor) -> Tensor:
+    """
+    Mean `(B, W)` of states `(B, L, W)`, weighted by `(B, L)` bool or of at least 0; zero if all weights are 0.
+
+    Sums are taken in at least single precision, since a sum over many patches overflows in half precision.
+    """
+    weights = at_least_single(weights)[..., None]
+    total = weights.sum(dim=1).clamp(min=torch.finfo(weights.dtype).tiny)
+    return ((states * weights).sum(dim=1) / total).to(states.dtype)
 
 
 def consensus(features: Tensor, mask: Tensor) -> Tensor:
     """Cosine `(B, T)` of each frame with the mean direction of its clip's real frames."""
-    directions = nn.functional.normalize(features, dim=-1)
-    common = nn.functional.normalize(masked_mean(directions, mask), dim=-1)
-    return (directions @ common[..., None]).squeeze(-1)
+    directions = l2_normalize(features)
+    common = l2_normalize(weighted_mean(directions, mask))
+    return (directions @ common[..., None]).squeeze(-1).to(features.dtype)
 
 
 class RiceZeroLinear(nn.Linear):
@@ -53,7 +59,7 @@ class RiceTemporalPooling(nn.Module):
             scores = agreement if scores is None else scores + agreement
         states = self.contextualise(features, mask)
         if scores is None:
-            return masked_mean(states, mask)
+            return weighted_mean(states, mask)
         weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=1)
         return (weights[..., None] * states).sum(dim=1)
 

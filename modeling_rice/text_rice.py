@@ -16,7 +16,8 @@ from transformers.utils import can_return_tuple
 from .configuration_rice import RiceConfig
 from .encoders_rice import encoder_class, use_what_it_has
 from .features_rice import refuse_unknown, require_tensor
-from .loss_rice import Targets, cosines, pair_masks
+from .loss_rice import Targets, cosines, l2_normalize, pair_masks
+from .pooling_rice import weighted_mean
 
 
 @dataclass
@@ -47,6 +48,7 @@ class RiceTextEncoder(nn.Module):
         if getattr(self.model, "pooler", None) is not None:
             # It would get no gradient, since the last hidden states are pooled here.
             self.model.pooler = None
+        self.max_length = _max_length(self.model)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """
@@ -68,24 +70,28 @@ class RiceTextEncoder(nn.Module):
                 f"`attention_mask` must have the shape of the ids, {tuple(ids.shape)}, got shape "
                 f"{tuple(attention_mask.shape)}."
             )
-        longest = getattr(self.config.text_config, "max_position_embeddings", None)
-        if longest is not None and input_ids.shape[1] > longest:
+        if self.max_length is not None and ids.shape[1] > self.max_length:
             raise ValueError(
-                f"The texts have {input_ids.shape[1]} tokens, but the text encoder {longest} positions; set the "
-                f"tokenizer's `model_max_length` to at most {longest}."
+                f"The texts have {ids.shape[1]} tokens, but the text encoder {self.max_length} positions; set the "
+                f"tokenizer's `model_max_length` to at most {self.max_length}."
             )
         if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+            attention_mask = torch.ones_like(ids)
         present = attention_mask.any(dim=1)
         # Softmax is not defined for a row without tokens; its output is not used.
         keep = attention_mask.bool() | ~present[:, None]
-        states = self.model(input_ids=input_ids, attention_mask=keep.to(input_ids.dtype)).last_hidden_state
-        if self.config.text_pooling == "cls":
-            features = states[:, 0]
-        else:
-            weights = keep[..., None].to(states.dtype)
-            features = (states * weights).sum(dim=1) / weights.sum(dim=1)
+        states = self.model(input_ids=ids, attention_mask=keep.to(ids.dtype)).last_hidden_state
+        features = states[:, 0] if self.config.text_pooling == "cls" else weighted_mean(states, keep)
         return features.masked_fill(~present[:, None], 0.0), present
+
+
+def _max_length(model: nn.Module) -> int | None:
+    """Maximum number of tokens of a text encoder's input, `None` if it has no limit."""
+    for name, module in model.named_modules():
+        # RoBERTa and its relatives count positions from the padding index.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return getattr(model.config, "max_position_embeddings", None)
 
 
 class RiceTextSide:
@@ -97,6 +103,7 @@ class RiceTextSide:
     text_model: Any
     text_projection: Any
     text_logit_scale: Any
+    visual_projection: Any
 
     def encode_text(
         self, kind: str, vectors: Tensor | None, input_ids: Tensor | None, attention_mask: Tensor | None
@@ -112,7 +119,7 @@ class RiceTextSide:
             The encoded texts, or `None` if there are no texts or no text encoder.
 
         Raises:
-            ValueError: for vectors given to a model without text, or vectors of another width.
+            ValueError: for vectors given to a model without text, and for vectors that are not `(n, text_width)`.
         """
         width = self.config.text_width
         if vectors is not None:
@@ -120,10 +127,10 @@ class RiceTextSide:
                 raise ValueError(
                     f"`{kind}_embeds` was given, but the model has no `text_embed_dim`; set it in the config."
                 )
-            if vectors.shape[-1] != width:
+            if require_tensor(f"{kind}_embeds", vectors).dim() != 2 or vectors.shape[1] != width:
                 raise ValueError(
-                    f"`{kind}_embeds` has width {vectors.shape[-1]}, but the model takes {width}; give vectors of "
-                    f"width {width}."
+                    f"`{kind}_embeds` must be (n, {width}), the width that the model takes, got shape "
+                    f"{tuple(vectors.shape)}."
                 )
             features, present = vectors, present_texts(vectors)
         elif input_ids is not None and self.text_model is not None:
@@ -132,9 +139,12 @@ class RiceTextSide:
             return None
         embeds = None
         if self.config.text_score_weight is not None:
-            embeds = features if self.text_projection is None else self.text_projection(features)
-            embeds = embeds.to(torch.promote_types(embeds.dtype, torch.float32))
-            embeds = nn.functional.normalize(embeds, dim=-1).masked_fill(~present[:, None], 0.0)
+            embeds = features
+            if self.text_projection is not None:
+                embeds = self.text_projection(features.to(self.text_projection.weight.dtype))
+            # Also from a higher precision, so that titles and ASR have the same.
+            embeds = embeds.to(torch.promote_types(self.visual_projection.weight.dtype, torch.float32))
+            embeds = l2_normalize(embeds).masked_fill(~present[:, None], 0.0)
         return EncodedText(features, present, embeds)
 
     @can_return_tuple
@@ -183,7 +193,7 @@ class RiceTextSide:
             raise ValueError(
                 "The model has no text encoder (`text_config` is None), so it encodes no texts; leave them out."
             )
-        embeds = nn.functional.normalize(encoded.features, dim=-1) if encoded.embeds is None else encoded.embeds
+        embeds = l2_normalize(encoded.features) if encoded.embeds is None else encoded.embeds
         return BaseModelOutputWithPooling(pooler_output=embeds)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:

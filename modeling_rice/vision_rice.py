@@ -12,7 +12,8 @@ from .decoder_rice import additive_mask
 from .encoders_rice import EncoderLayout, encoder_inputs, last_states, parts_to_compile
 from .features_rice import require_tensor
 from .last_stage_rice import LastStage, find_last_stage
-from .patches_rice import pool_patches, resize_patch_mask
+from .patches_rice import check_patch_mask, resize_patch_mask
+from .pooling_rice import weighted_mean
 
 
 class EncoderStates(NamedTuple):
@@ -61,6 +62,7 @@ class RiceVisionSide:
     patch_saliency: Any
     decoder: Any
     alignment: Any
+    require_eval_mode: Any
 
     def split_last_stage(self) -> LastStage:
         """
@@ -118,8 +120,11 @@ class RiceVisionSide:
             `(n, F)`, in the precision of the weights: the states of `kept_states`, in that order.
 
         Raises:
-            ValueError: for images or a mask that the encoder does not support.
+            ValueError: for images or a mask that the encoder does not support; for an encoder in training mode if that
+                changes its outputs.
         """
+        patch_mask = check_patch_mask(pixel_values, patch_mask)
+        self.require_eval_mode("encode_pictures", self.vision_model)
         if self.last_stage is None:
             kept = self._encoder_output(pixel_values, patch_mask)._asdict()
         else:
@@ -214,7 +219,9 @@ class RiceVisionSide:
             return states[:, 0]
         if self.feature_pooling == "pooler":
             return output.pooler_output.flatten(1)
-        return pool_patches(patches, None if patch_mask is None else resize_patch_mask(patch_mask, patches.shape[1]))
+        if patch_mask is None:
+            return patches.mean(dim=1)
+        return weighted_mean(patches, resize_patch_mask(patch_mask, patches.shape[1]))
 
     def _encoder_mask(self, patch_mask: Tensor, pixel_values: Tensor) -> Tensor:
         config, patches = self.config, self.layout.patches
@@ -229,7 +236,7 @@ class RiceVisionSide:
                 f"`patch_mask` has {patch_mask.shape[-1]} patches per frame, but the encoder has "
                 f"{patches.num_patches}; set the video processor's size and patch size to those of the model."
             )
-        keep = nn.functional.pad(patch_mask.bool(), (patches.num_prefix_tokens, 0), value=True)
+        keep = nn.functional.pad(patch_mask, (patches.num_prefix_tokens, 0), value=True)
         dtype = self.visual_projection.weight.dtype
         if torch.is_autocast_enabled(pixel_values.device.type):
             dtype = torch.get_autocast_dtype(pixel_values.device.type)
@@ -255,7 +262,7 @@ class RiceVisionSide:
             weights = self.patch_saliency(last)
             if patch_mask is not None:
                 weights = resize_patch_mask(patch_mask, last.shape[1]) * weights
-            features = pool_patches(last, weights)
+            features = weighted_mean(last, weights)
         if self.decoder is None:
             has_patches = last is not None and last.shape[-1] == features.shape[-1]
             tokens = torch.cat([features[:, None], last], dim=1) if has_patches else features[:, None]

@@ -6,7 +6,7 @@ from .image_processing_rice import RicePillowImageProcessor
 from .media_rice import MediaError, open_image
 from .processing_rice import RiceProcessor, build_processor
 from .text_entries_rice import is_missing, read_text, read_texts
-from .tokenization_rice import train_tokenizer
+from .tokenization_rice import fold_texts, train_tokenizer
 from .video_media_rice import read_video
 from .video_processing_rice import RiceVideoProcessor, boxes_to_patch_mask, sample_frame_indices
 

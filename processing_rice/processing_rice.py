@@ -306,14 +306,19 @@ def build_processor(
         patch_size: Side of the encoder's patches in pixels.
         num_frames: Maximum number of frames sampled per clip.
         resize_backend: `"torchvision"`, or `"pillow"` for the exact grey levels of the official code.
+
+    Raises:
+        ValueError: for a setting that no clip could be processed with.
     """
     size = {"height": image_size, "width": image_size}
+    video_processor = RiceVideoProcessor(
+        size=size, patch_size=patch_size, num_frames=num_frames, resize_backend=resize_backend
+    )
+    video_processor.check_settings()
     image_processor_class = RicePillowImageProcessor if resize_backend == "pillow" else CLIPImageProcessor
     return RiceProcessor(
         image_processor=image_processor_class(size=size, do_center_crop=False, default_to_square=True),
-        video_processor=RiceVideoProcessor(
-            size=size, patch_size=patch_size, num_frames=num_frames, resize_backend=resize_backend
-        ),
+        video_processor=video_processor,
         tokenizer=tokenizer,
     )
 

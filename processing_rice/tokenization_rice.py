@@ -60,7 +60,16 @@ def fold_texts(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     Returns a copy of a tokenizer of `train_tokenizer` that reads texts as with `fold`. Its ids keep their meaning. A
     model trained on lower-case texts without punctuation, as many speech recognisers write them, can then read texts
     that have both.
+
+    Raises:
+        ValueError: for another tokenizer, whose own rules would be lost.
     """
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    # Both of its normalizers end with the same rules for whitespace.
+    if not repr(normalizer).endswith(repr(_normalizer(fold=False)).partition("[")[2]):
+        raise ValueError(
+            f"The {type(tokenizer).__name__} is not one of `train_tokenizer`; train one with `fold=True`."
+        )
     folding = copy.deepcopy(tokenizer)
     folding.backend_tokenizer.normalizer = _normalizer(fold=True)
     return folding

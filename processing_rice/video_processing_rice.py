@@ -240,6 +240,10 @@ class RiceVideoProcessor(BaseVideoProcessor):
         data = {name: values.to(settings["device"]) for name, values in data.items()}
         return BatchFeature(data, tensor_type=settings["return_tensors"])
 
+    def check_settings(self) -> None:
+        """Raises `ValueError` for an attribute that no clip could be processed with."""
+        self._settings({})
+
     def _settings(self, kwargs: dict) -> dict:
         names = (*self.valid_kwargs.__annotations__, *VideosKwargs.__annotations__)
         unknown = [name for name in kwargs if name not in names]

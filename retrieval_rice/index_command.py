@@ -16,7 +16,7 @@ import os
 
 from hub_rice.precision import AUTO, PRECISIONS
 
-from .options import add_precision_and_towers, load_encoder
+from .options import add_precision_and_towers, open_model
 
 _LISTED = 5
 
@@ -105,7 +105,7 @@ def _build(options: argparse.Namespace, rows, left_out: str | None) -> None:
     from .index.job import estimate
     from .index.table import ShopTable
 
-    model, processor = load_encoder(options, auto=_precision_there(options.output))
+    model, processor = open_model(options, auto=_precision_there(options.output))
     if options.num_workers is None:
         # On a CPU the cores that encode are those that decode.
         cores = os.cpu_count() or 1

@@ -43,7 +43,7 @@ def check_asr(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name} belongs to --asr; give both, or leave it out.")
 
 
-def load_encoder(options: argparse.Namespace, auto: str = AUTO) -> tuple[Any, Any]:
+def open_model(options: argparse.Namespace, auto: str = AUTO) -> tuple[Any, Any]:
     """
     Model and processor for `--model`, `--device`, `--precision` and `--towers`; prints the precision.
 
@@ -89,7 +89,7 @@ def open_index(options: argparse.Namespace, model: Any, processor: Any = None, *
 
     Args:
         options: Options of the command.
-        model, processor: From `load_encoder`.
+        model, processor: From `open_model`.
         settings: Arguments of `GalleryIndex.load`.
 
     Raises:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from .options import add_hints, add_precision_and_towers, check_asr, load_encoder, open_index
+from .options import add_hints, add_precision_and_towers, check_asr, open_index, open_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
     from .stream.source import open_stream
     from .stream.timeline import clock, name_of
 
-    model, processor = load_encoder(options)
+    model, processor = open_model(options)
     index = open_index(options, model)
     detector = None
     if options.detector is not None:

@@ -58,6 +58,22 @@ def test_hub_files_are_flat_and_import_siblings_alone():
     assert not wrong, wrong
 
 
+def test_every_exported_name_exists():
+    wrong = []
+    for path in (path for name in floors() for path in sources(name)):
+        bound, exported = set(), []
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                bound |= {alias.asname or alias.name for alias in node.names}
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                bound |= {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+                exported = ast.literal_eval(node.value) if ast.unparse(node).startswith("__all__ =") else exported
+            else:
+                bound.add(getattr(node, "name", None))
+        wrong += [f"{path.relative_to(REPOSITORY)} exports {name}" for name in exported if name not in bound]
+    assert not wrong, wrong
+
+
 def test_no_file_is_longer_than_600_lines():
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for name in floors() for path in sources(name)}
     assert not {path.name: count for path, count in lines.items() if count > 600}

@@ -9,6 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 AVERAGED_FILE = "averaged.safetensors"
+# Statistics that validation fits to the averaged weights. They stay as fitted: an average of several fits, or the
+# statistics from before the fit, would not belong to any weights.
+_FITTED = "alignment."
 
 
 class AveragedWeights:
@@ -82,12 +85,14 @@ def load_averaged(model: nn.Module, folder: str | os.PathLike) -> bool:
 
 
 def _averaged_names(model: nn.Module) -> list[str]:
-    """Names of trained parameters and of running statistics that are part of a checkpoint."""
+    """Names of trained parameters, and of running statistics that are part of a checkpoint."""
     kept = model.state_dict(keep_vars=True)
     return [
         name
         for name, value in kept.items()
-        if value.is_floating_point() and (value.requires_grad or not isinstance(value, nn.Parameter))
+        if value.is_floating_point()
+        and not name.startswith(_FITTED)
+        and (value.requires_grad or not isinstance(value, nn.Parameter))
     ]
 
 

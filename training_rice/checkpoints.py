@@ -33,6 +33,17 @@ def numbered_checkpoints(folder: str | os.PathLike) -> Iterator[Path]:
     yield from sorted(found, key=lambda path: int(_step_of(path)), reverse=True)
 
 
+def holds_checkpoints(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds checkpoints of a run, intact or not."""
+    return next(numbered_checkpoints(folder), None) is not None
+
+
+def num_processes(checkpoint: str | os.PathLike) -> int:
+    """Number of processes that wrote a checkpoint, by their random states."""
+    ranks = [path.stem.removeprefix("rng_state_") for path in Path(checkpoint).glob("rng_state_*.pth")]
+    return 1 + max((int(rank) for rank in ranks if rank.isdecimal()), default=0)
+
+
 def _step_of(checkpoint: Path) -> str:
     return checkpoint.name.removeprefix("checkpoint-")
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from modeling_rice import RiceConfig, RiceModel
+from modeling_rice.features_rice import require_pairs
 from modeling_rice.modeling_rice import RiceOutput
 
 Batch = dict[str, Tensor]
@@ -82,10 +83,7 @@ class GradCache:
         if torch.is_autocast_enabled(device.type):
             raise ValueError("GradCache must be called outside autocast; pass the context as `autocast`.")
         refuse_text_term(model.config)
-        if size != len(batch["pixel_values_videos"]):
-            raise ValueError(
-                f"The losses need pairs, got {size} images and {len(batch['pixel_values_videos'])} clips."
-            )
+        require_pairs(batch["pixel_values"], batch["pixel_values_videos"])
         chunks = [
             {name: value[start : start + self.chunk_size] for name, value in batch.items() if value is not None}
             for start in range(0, size, self.chunk_size)

@@ -25,7 +25,14 @@ from modeling_rice import RiceConfig, RiceModel
 from processing_rice import RiceProcessor, build_processor
 
 from .arguments import DataArguments, ModelArguments, RiceTrainingArguments
-from .checkpoints import RESULTS_FILE, holds_finished_run, newest_whole, numbered_checkpoints, why_broken
+from .checkpoints import (
+    RESULTS_FILE,
+    holds_checkpoints,
+    holds_finished_run,
+    newest_whole,
+    num_processes,
+    why_broken,
+)
 from .pretrained import start_from
 from .text import build_tokenizer, complete_text_settings, load_text_encoder
 
@@ -328,12 +335,12 @@ def find_checkpoint(arguments: RiceTrainingArguments) -> str | None:
     `resume_from_checkpoint` false a new run starts, and the folder must not hold a run.
 
     Raises:
-        FileNotFoundError, ValueError: the requested checkpoint is missing, incomplete or damaged, or the folder holds
-            a run.
+        FileNotFoundError, ValueError: the requested checkpoint is missing, incomplete, damaged or of another number of
+            processes, or the folder holds a run.
     """
     asked, folder = arguments.resume_from_checkpoint, arguments.output_dir
     if asked in _NEVER:
-        if next(numbered_checkpoints(folder), None) or (Path(folder) / RESULTS_FILE).is_file():
+        if holds_checkpoints(folder) or (Path(folder) / RESULTS_FILE).is_file():
             raise ValueError(
                 f"resume_from_checkpoint is false, but {folder} holds a run; choose another output_dir, or remove "
                 f"that folder."
@@ -342,6 +349,12 @@ def find_checkpoint(arguments: RiceTrainingArguments) -> str | None:
     if asked not in (None, *_NEWEST):
         if not os.path.isdir(asked):
             raise FileNotFoundError(f"resume_from_checkpoint: there is no folder {asked}.")
+        if (former := num_processes(asked)) != arguments.world_size:
+            raise ValueError(
+                f"resume_from_checkpoint: {asked} was written by {former} process(es), but {arguments.world_size} "
+                f"were started, so the run could not continue exactly; start {former}, or begin a new run from its "
+                f"weights with model_name_or_path."
+            )
         if reason := why_broken(asked, arguments.world_size):
             raise ValueError(
                 f"resume_from_checkpoint: {asked} is incomplete or damaged ({reason}); choose an earlier one."

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 from hub_rice.checkpoint import check_checkpoint
 from hub_rice.repository import hub_errors
 from modeling_rice import RiceConfig, RiceModel
+from modeling_rice.text_rice import RiceTextEncoder
 from processing_rice import train_tokenizer
 
 from .arguments import DataArguments, ModelArguments
@@ -78,11 +79,11 @@ def build_tokenizer(
         tokenizer = train_tokenizer(texts or ["rice"], vocab_size=data.vocab_size, fold=True)
     else:
         tokenizer = _read_tokenizer(path, "tokenizer" if data.tokenizer else "init_text_from")
-    limits = [data.text_length, getattr(config.text_config, "max_position_embeddings", None) or data.text_length]
-    if getattr(config.text_config, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
-        # Their positions start after the padding token.
-        limits[1] -= 2
-    tokenizer.model_max_length = min(limits)
+    tokenizer.model_max_length = data.text_length
+    if config.text_config is not None:
+        with torch.device("meta"):
+            longest = RiceTextEncoder(config).max_length
+        tokenizer.model_max_length = min(data.text_length, longest or data.text_length)
     return tokenizer
 
 

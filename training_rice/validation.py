@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from evaluation_rice.fusion import TEXT_WEIGHTS, edge_words
+from evaluation_rice.fusion import EMBEDDING_TEXT, TEXT_WEIGHTS, edge_words
 from evaluation_rice.protocol import RetrievalTask
 from evaluation_rice.recall import DEFAULT_KS
 from evaluation_rice.retrieval import Loading, ModelRetriever, add_text_scores, all_scores, rank_scores
@@ -116,7 +116,7 @@ def _measure(task: RetrievalTask, scores: dict[int, dict[str, np.ndarray]]) -> t
     edges = []
     if text_weight is not None:
         metrics["text_score_weight"] = text_weight
-        edges.append(edge_words("weight of the text in the embedding score", text_weight, TEXT_WEIGHTS))
+        edges.append(edge_words(EMBEDDING_TEXT, text_weight, TEXT_WEIGHTS))
     if fitted is not None:
         edges += fitted.edges()
         for name in ("fused_text_weight", "alignment_weight"):

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from data_rice.parsing import read_json_lines
+from modeling_rice.scoring_rice import KINDS
 
-from ..recall import bootstrap_interval, hit_interval, interval_words
+from ..recall import hit_interval, interval_words
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def read_ranks(folder: str | Path) -> QueryRanks:
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: it is damaged or empty, or a query occurs twice.
+        ValueError: it is damaged or empty, a query occurs twice, or an id or a rank has another type.
     """
     path = Path(folder) / "query_ranks.jsonl"
     if not path.is_file():
@@ -51,19 +52,31 @@ def read_ranks(folder: str | Path) -> QueryRanks:
     rows = {}
     try:
         for number, row in read_json_lines(path):
-            query = row.pop("query_id", None)
-            if not isinstance(query, str) or query in rows:
-                raise ValueError(
-                    f"{path}, line {number}: {'no query_id' if query not in rows else f'{query!r} twice'}"
-                )
-            rows[query] = row
+            query = _id(row.pop("query_id", None), f"{path}, line {number}: query_id")
+            if query is None or query in rows:
+                raise ValueError(f"{path}, line {number}: {'no query_id' if query is None else f'{query!r} twice'}")
+            shop = _id(row.pop("live_id", None), f"{path}, line {number}: live_id")
+            for kind in KINDS:
+                rank = row.get(kind)
+                if rank is not None and (type(rank) is not int or rank < 1):
+                    raise ValueError(f"{path}, line {number}: the {kind} rank {rank!r} must be an integer from 1 on")
+            rows[query] = shop, row
     except ValueError as error:
         raise ValueError(f"{str(error).rstrip('.')}: run eval_rice.py again.") from error
     if not rows:
         raise ValueError(f"{path} holds no clips: run eval_rice.py again.")
     rows = dict(sorted(rows.items()))
-    shops = [row.pop("live_id", None) for row in rows.values()]
-    return QueryRanks(list(rows), None if None in shops else list(map(str, shops)), list(rows.values()))
+    shops = [shop for shop, _ in rows.values()]
+    return QueryRanks(list(rows), None if None in shops else shops, [ranks for _, ranks in rows.values()])
+
+
+def _id(value: object, where: str) -> str | None:
+    """An id as text, `None` if there is none. Raises `ValueError` unless it is a string or an integer."""
+    if value is None or isinstance(value, str):
+        return value
+    if type(value) is not int:
+        raise ValueError(f"{where} is {value!r}, but an id is a string or an integer")
+    return str(value)
 
 
 def mean_interval(hits: Mapping[int, np.ndarray], shops: Sequence[str] | None = None) -> tuple[float, list[float]]:
@@ -109,7 +122,7 @@ def paired_difference(
     gaps = ours - theirs
     return {
         "difference": float(gaps.mean()),
-        "ci95": bootstrap_interval(gaps.mean(axis=0), shops),
+        "ci95": hit_interval(gaps.mean(axis=0), shops, lowest=-1.0),
         "interval": interval_words(shops),
         "by_seed": [float(gap.mean()) for gap in gaps],
         "seeds": seeds,

@@ -123,10 +123,11 @@ def check_ks(ks):
     ks = tuple(ks)
     if not ks:
         raise ValueError("ks is empty: name at least one k, such as (1, 5).")
-    for k in ks:
-        if isinstance(k, bool) or not hasattr(k, "__index__") or k < 1:
+    numbers = [_whole_number(k) for k in ks]
+    for k, number in zip(ks, numbers):
+        if number is None or number < 1:
             raise ValueError(f"ks holds {k!r}: every k must be an integer of at least 1.")
-    return tuple(int(k) for k in ks)
+    return tuple(numbers)
 
 
 def read_ids(where, value, ordered=False):
@@ -161,11 +162,21 @@ def _read_id(where, entry):
         return str(entry)
     if isinstance(entry, (list, tuple, dict, set)) or getattr(entry, "ndim", 0):
         raise ValueError(f"{where} holds {_short(entry)}: give image ids alone, without scores.")
+    number = _whole_number(entry)
+    if number is None:
+        raise ValueError(f"{where} holds {_short(entry)}: an id is a string or an integer.")
+    return str(number)
+
+
+def _whole_number(value):
+    """The value as an integer, also one of an array; `None` for anything else."""
+    # Booleans have `__index__` too, also those of arrays.
+    if "bool" in str(getattr(value, "dtype", type(value))):
+        return None
     try:
-        # Booleans have `__index__` too, also those of arrays.
-        return str((None if "bool" in str(getattr(entry, "dtype", type(entry))) else entry).__index__())
+        return value.__index__()
     except (AttributeError, TypeError):
-        raise ValueError(f"{where} holds {_short(entry)}: an id is a string or an integer.") from None
+        return None
 
 
 def _read_names(where, value):

@@ -9,7 +9,7 @@ import argparse
 import signal
 from pathlib import Path
 
-from ..options import add_hints, add_precision_and_towers, check_asr, load_encoder, open_index, port
+from ..options import add_hints, add_precision_and_towers, check_asr, open_index, open_model, port
 
 DEFAULT_MODEL = "runs/demo/model"
 
@@ -110,7 +110,7 @@ def load_demo(options: argparse.Namespace):
     from .page import Demo
 
     queries, gallery = load_rows(options)
-    model, processor = load_encoder(options)
+    model, processor = open_model(options)
     detector = None
     if options.detector is not None:
         from ..detector.product_detector import ProductDetector

@@ -25,7 +25,7 @@ EVEN_ODDS = 0.5
 as much as a wrong one costs, and "no product" does neither."""
 
 FOLDS = 5
-# Bounds of the temperature, which would go to zero if all clips are ranked correctly.
+# Bounds of a stored temperature.
 _COLDEST, _HOTTEST = 1e-6, 1e6
 _ABOVE_ONE = math.nextafter(1, 2)
 _FEWEST = 10
@@ -385,19 +385,32 @@ def _fit_temperature(clips: Sequence[ScoredClip]) -> float:
     relevant = pad_sequence([relevant for _, relevant in rows], batch_first=True)
     there = pad_sequence([torch.ones_like(relevant) for _, relevant in rows], batch_first=True)
     log_temperature = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    unit = _typical_lead(scores.masked_fill(~there, -torch.inf))
 
     def loss() -> torch.Tensor:
-        cooled = scores / _temperature(log_temperature)
+        cooled = scores / (unit * _temperature(log_temperature))
         right = cooled.masked_fill(~relevant, -torch.inf).logsumexp(dim=1)
         everything = cooled.masked_fill(~there, -torch.inf).logsumexp(dim=1)
         return (everything - right).mean() + _PENALTY * log_temperature.square().sum()
 
     _minimise(loss, log_temperature)
-    return float(_temperature(log_temperature.detach()))
+    return float((unit * _temperature(log_temperature.detach())).clamp(_COLDEST, _HOTTEST))
+
+
+def _typical_lead(scores: torch.Tensor) -> torch.Tensor:
+    """
+    Mean lead of the best score `(n, k)` over the next, as the unit of temperatures: cosines differ by hundredths, the
+    scores of a decoder by whole numbers.
+    """
+    best = scores.topk(min(2, scores.shape[1]), dim=1).values
+    leads = (best[:, 0] - best[:, -1])[best[:, -1] > -torch.inf]
+    lead = leads.mean() if len(leads) else scores.new_zeros(())
+    return torch.where(lead > 0, lead, 1.0)
 
 
 def _temperature(log_temperature: torch.Tensor) -> torch.Tensor:
-    # Bounded, because it would go to zero if all clips are ranked correctly.
+    # Bounded, because it would go to zero if all clips are ranked correctly. At these bounds, the best candidate's
+    # share hardly changes any more.
     return log_temperature.clamp(-4, 6).exp()
 
 

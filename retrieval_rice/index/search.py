@@ -76,7 +76,7 @@ def nearest(model: Any, clips: Any, pieces: Iterable[Piece], k: int) -> list[np.
     places = [np.zeros(0, dtype=np.int64)] * len(clips)
     best = [np.zeros(0, dtype=np.int64)] * len(clips)
     for where, names, features in pieces:
-        block = model.similarity(clips, _beside(features, clips)).float().cpu()
+        block = model.similarity(clips, features).float().cpu()
         for i in range(len(clips)):
             kept = best_rows(block[i], k).numpy()
             scores[i] = np.concatenate([scores[i], block[i].numpy()[kept]])
@@ -85,14 +85,6 @@ def nearest(model: Any, clips: Any, pieces: Iterable[Piece], k: int) -> list[np.
             order = np.lexsort((places[i], -scores[i]))[:k]
             scores[i], places[i], best[i] = scores[i][order], places[i][order], best[i][order]
     return best
-
-
-def _beside(features, clips):
-    """The encodings on the clips' device; only the compared fields are moved."""
-    if features.embeds.device == clips.embeds.device:
-        return features
-    needed = {name: getattr(features, name) for name in compared(features.fields)}
-    return type(features)(model_fingerprint=features.model_fingerprint, **needed).to(clips.embeds.device)
 
 
 def compared(names: Iterable[str]) -> list[str]:

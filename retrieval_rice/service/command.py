@@ -10,7 +10,7 @@ import argparse
 import signal
 from typing import Any
 
-from ..options import add_precision_and_towers, load_encoder, open_index, port
+from ..options import add_precision_and_towers, open_index, open_model, port
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,7 +114,7 @@ def load_service(options: argparse.Namespace, sources: dict[str, str]):
     from .fetching import Fetcher
     from .work import Service
 
-    model, processor = load_encoder(options)
+    model, processor = open_model(options)
     index = open_index(options, model, processor, refresh_s=options.refresh)
     limits = UploadLimits()
     return Service(

@@ -53,7 +53,7 @@ def save(name, folder):
 @pytest.fixture
 def encoder(tmp_path):
     def load(name, **options):
-        model, processor, _ = baselines.load_encoder(save(name, tmp_path / name))
+        model, processor, _ = baselines.load_pretrained(save(name, tmp_path / name))
         return baselines.FrozenEncoder(model, processor, **options)
 
     return load
@@ -153,7 +153,7 @@ def test_an_untrained_pooler_is_not_used(tmp_path):
     model = t.ViTModel(t.ViTConfig(**VISION), add_pooling_layer=False)
     model.save_pretrained(tmp_path / "vit")
     t.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
-    loaded, processor, untrained = baselines.load_encoder(str(tmp_path / "vit"))
+    loaded, processor, untrained = baselines.load_pretrained(str(tmp_path / "vit"))
     assert untrained
     retriever = baselines.FrozenEncoder(loaded, processor, untrained_pooler=untrained)
     inputs = processor(picture(0), return_tensors="pt")
@@ -188,10 +188,10 @@ def test_names_and_models():
 def test_the_wrong_models_are_refused(tmp_path):
     folder = save("swin", tmp_path / "swin")
     with pytest.raises(ValueError, match="'swin' does not belong to --baseline clip"):
-        baselines.load_encoder(folder, "clip")
+        baselines.load_pretrained(folder, "clip")
     os.remove(os.path.join(folder, "preprocessor_config.json"))
     with pytest.raises(ValueError, match="has no image processor"):
-        baselines.load_encoder(folder)
+        baselines.load_pretrained(folder)
     (tmp_path / "rice").mkdir()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "rice" / name).write_bytes((tmp_path / "swin" / name).read_bytes())
@@ -199,9 +199,9 @@ def test_the_wrong_models_are_refused(tmp_path):
     config |= {"model_type": "vivit", "num_frames": 4}
     (tmp_path / "rice" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="only timesformer and videomae are supported"):
-        baselines.load_encoder(str(tmp_path / "rice"))
+        baselines.load_pretrained(str(tmp_path / "rice"))
     with pytest.raises(OSError, match="HF_HUB_OFFLINE"):
-        baselines.load_encoder("openai/clip-vit-base-patch32")
+        baselines.load_pretrained("openai/clip-vit-base-patch32")
 
 
 def test_lost_weights_are_refused(tmp_path):
@@ -212,7 +212,7 @@ def test_lost_weights_are_refused(tmp_path):
     weights.pop("visual_projection.weight")
     save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
     with pytest.raises(ValueError, match="lacks 1 weights of its model, such as visual_projection.weight"):
-        baselines.load_encoder(folder)
+        baselines.load_pretrained(folder)
 
 
 def test_a_network_of_timm_is_called_by_its_architecture(tmp_path):

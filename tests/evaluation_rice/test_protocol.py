@@ -128,6 +128,23 @@ def test_ids_may_be_whole_numbers_on_one_side():
     assert ranked.recall()["R@1"] == ranked.hits_at_1().mean() == 0.5
 
 
+def test_clips_named_by_numbers_have_the_names_of_texts():
+    gallery = Dataset.from_dict({"image_id": ["8"], "live_id": [""]})
+    ids = {"live_id": ["", ""], "relevant": [[8], [9]]}
+    task, same = (
+        RetrievalTask.from_datasets(Dataset.from_dict({"clip_id": clips, **ids}), gallery, "all")
+        for clips in ([5, 0], ["5", "0"])
+    )
+    assert task.query_ids == ["5", "0"] and task.fingerprint() == same.fingerprint()
+    for clips, words in (([5, None], "clip_id holds None"), ([1.0, 2.0], "clip_id holds 1.0: an id is a string")):
+        with pytest.raises(ValueError, match=words):
+            RetrievalTask.from_datasets(Dataset.from_dict({"clip_id": clips, **ids}), gallery, "all")
+    with pytest.raises(ValueError, match="relevant of '5' holds 1.5: an id is"):
+        RetrievalTask.from_datasets(
+            Dataset.from_dict({"clip_id": [5], "live_id": [""], "relevant": [[1.5]]}), gallery, "all"
+        )
+
+
 def test_chance_is_exact_per_gallery(task):
     assert chance_recall(task, (1, 3, 100)) == {
         "R@1": pytest.approx((3 / 4 + 2 / 3) / 5),

@@ -84,6 +84,16 @@ def test_counts_positions_misses_and_several_relevant():
         ({"q": ["a"]}, {"q": [["a"]]}, (1,), r"relevant\['q'\] holds \['a'\]"),
         ({"q": ["a"]}, {"q": ["a"]}, (0, 1), "ks holds 0"),
         ({"q": ["a"]}, {"q": ["a"]}, (True,), "ks holds True"),
+        ({"q": ["a"]}, {"q": ["a"]}, (np.True_,), "ks holds"),
+        ({"q": ["a"]}, {"q": ["a"]}, (np.array(2.5),), "ks holds"),
+        ({"q": ["a"]}, {"q": ["a"]}, (1, torch.tensor(2.5)), "ks holds"),
+        (
+            {7: ["a"], "7": ["b"]},
+            {7: ["a"]},
+            (1,),
+            "rankings holds the query '7' twice, as a string and as an integer",
+        ),
+        ({}, {"7": ["b"], np.int64(7): ["a"]}, (1,), "relevant holds the query '7' twice"),
         ({"q": ["a"]}, {"q": ["a"]}, (), "ks is empty"),
         ({"q": ["a"]}, {"q": ["a"]}, 5, "ks must be a sequence"),
         ([["a"]], {"q": ["a"]}, (1,), "rankings must map"),
@@ -123,6 +133,12 @@ def test_ranks_and_recall_are_those_of_a_plain_count():
 @pytest.mark.parametrize("ranking", [["1", "2"], [1, 2], np.array([1, 2]), torch.tensor([1, 2]), ["1", 2]])
 def test_whole_numbers_and_texts_are_the_same_ids(ranking, wanted):
     assert recall_at_k({"q": ranking}, {"q": wanted}, (1, 2)) == {"R@1": 0.0, "R@2": 1.0}
+
+
+@pytest.mark.parametrize("ranked", [7, "7", np.int64(7)])
+@pytest.mark.parametrize("wanted", [7, "7", np.int32(7)])
+def test_queries_are_named_by_texts_and_whole_numbers_alike(ranked, wanted):
+    assert recall_at_k({ranked: ["a"]}, {wanted: ["a"], 8: ["a"]}, (1,)) == {"R@1": 0.5}
 
 
 @pytest.mark.parametrize("entry", [float("nan"), 2.0, None, True, b"2", np.float32(2)])
@@ -233,11 +249,35 @@ def test_the_rule_is_named():
 
 
 def test_all_hits_or_all_misses_have_wilsons_interval():
-    assert hit_interval([1.0] * 5, ["a", "a", "b", "b", "b"]) == list(wilson_interval(1.0, 5))
-    assert hit_interval([0.0] * 5) == list(wilson_interval(0.0, 5))
+    assert hit_interval([0.0] * 5) == pytest.approx(wilson_interval(0.0, 5))
+    assert hit_interval([1.0] * 5, ["a"] * 5) == pytest.approx(wilson_interval(1.0, 5))
     assert hit_interval([1.0, 0.0, 1.0], ["a", "a", "b"]) == bootstrap_interval([1.0, 0.0, 1.0], ["a", "a", "b"])
     with pytest.raises(ValueError, match="at least one query"):
         hit_interval([])
+
+
+def test_all_hits_of_several_shops_say_as_much_as_the_shops():
+    """A thousand clips of three shops are no thousand independent trials."""
+    shops = ["a"] * 500 + ["b"] * 499 + ["c"]
+    assert hit_interval([1.0] * 1000, shops) == pytest.approx(wilson_interval(1.0, 3))
+    assert hit_interval([0.0] * 1000, shops) == pytest.approx(wilson_interval(0.0, 3))
+    assert hit_interval([1.0] * 4, "abcd") == pytest.approx(wilson_interval(1.0, 4))
+
+
+@pytest.mark.parametrize("value", [-1.0, -0.5, 0.0, 0.25, 1.0])
+def test_equal_differences_have_an_interval_too(value):
+    low, high = hit_interval([value] * 3, lowest=-1.0)
+    other = wilson_interval(0.0, 3)[1]
+    # With the largest share of other values, all of them the lowest or all of them the highest.
+    assert low == pytest.approx((1 - other) * value - other) and high == pytest.approx((1 - other) * value + other)
+    assert -1.0 <= low <= value <= high <= 1.0
+
+
+def test_shops_without_a_name_or_with_a_number_are_shops():
+    values = (np.random.default_rng(0).random(60) < 0.5).astype(float)
+    named = bootstrap_interval(values, ["", "7", "x"] * 20)
+    assert bootstrap_interval(values, [None, 7, "x"] * 20) == named
+    assert interval_words([None, 7, "x", "7", ""]).startswith("percentile bootstrap over 3 shops")
 
 
 def test_wilson_interval():

@@ -1,6 +1,9 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, Value
 
 from evaluation_rice import retrieval
 from evaluation_rice.fusion import fit_fusion_weight
@@ -14,7 +17,8 @@ from evaluation_rice.retrieval import (
     rank_scores,
     retrieve,
 )
-from modeling_rice.scoring_rice import FusionWeights, fuse, z_scores
+from modeling_rice.scoring_rice import FusionWeights, z_scores
+from tests.evaluation_rice.conftest import QUERY
 
 
 def run(model, collator, shop, scope="live", batch_size=2, num_workers=0, **options):
@@ -61,6 +65,25 @@ def test_an_unreadable_clip_is_a_listed_miss(model, collator, shop):
     assert rankings["embedding"].rankings["c"] == [] and rankings["matching"].rankings["c"] == []
     assert rankings["matching"].recall()["R@10"] == pytest.approx(4 / 5)
     assert [(failure["kind"], failure["id"]) for failure in failures] == [("query", "c")]
+
+
+def test_an_unreadable_clip_named_by_a_number_is_a_listed_miss(model, collator, shop):
+    (shop.folder / "c1.png").write_bytes(b"no image")
+    rows = [{**row, "clip_id": number} for number, row in enumerate(shop.queries)]
+    numbered = SimpleNamespace(
+        queries=Dataset.from_list(rows, Features({**QUERY, "clip_id": Value("int64")})), gallery=shop.gallery
+    )
+
+    class Forgiving(type(collator)):
+        """As the collator of the project, it reads a damaged clip with what is left of it."""
+
+        def collate_queries(self, rows):
+            inputs, loaded, failures = super().collate_queries(rows)
+            return inputs, loaded, [*failures, {"id": rows[0]["clip_id"], "file": "f", "reason": "r"}]
+
+    rankings, failures = run(model, Forgiving(), numbered, batch_size=5)
+    assert {query for query, ranking in rankings["matching"].rankings.items() if not ranking} == {"0", "2"}
+    assert sorted(failure["id"] for failure in failures) == ["0", "2"]
 
 
 @pytest.mark.parametrize(("outcome", "found"), [("replaced", 4), ("left out", 4), ("skipped", 0), (None, 0)])
@@ -134,6 +157,25 @@ def test_evaluate_retrieval_restores_training_mode_and_stays_quiet(model, collat
     assert capsys.readouterr().err == ""
     only = evaluate_retrieval(model, None, shop.queries, shop.gallery, collator=collator, matching=False, quiet=True)
     assert list(only) == ["embedding"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("whole", [True, False])
+def test_each_part_of_a_model_gets_its_own_mode_back(model, collator, shop, whole, fails):
+    """A part may be frozen by eval mode while the rest trains, and a part may train alone."""
+    model.norm = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+    model.train(whole).norm.train(not whole)
+    modes = [module.training for module in model.modules()]
+    if fails:
+        collator.collate_queries = None
+    encode, seen = model.encode_clips, []
+    model.encode_clips = lambda **inputs: seen.append(any(m.training for m in model.modules())) or encode(**inputs)
+    try:
+        evaluate_retrieval(model, None, shop.queries, shop.gallery, collator=collator, quiet=True)
+    except TypeError:
+        assert fails
+    assert [module.training for module in model.modules()] == modes
+    assert any(modes) and not any(seen) and bool(seen) is not fails
 
 
 def test_fit_fusion_counts_unreadable_clips_as_misses(model, collator, shop):
@@ -233,29 +275,6 @@ def test_the_text_weight_is_fitted_after_that_of_matching(shop):
     assert all(share < 3 / 5 for weight, share in hits.items() if weight < fitted.weights.fused_text_weight)
     assert embedding_weight is not None and set(rankings) == {"embedding", "matching", "fused"}
     assert joined[3].keys() == {"embedding"} and joined[0]["visual"].max() == 1.0
-
-
-def test_the_models_own_weight_of_alignment_is_kept_while_matching_is_fitted(shop):
-    task = RetrievalTask.from_datasets(shop.queries, shop.gallery, "live")
-    generator = torch.Generator().manual_seed(0)
-    scores = {
-        query: {
-            kind: torch.randn(len(task.gallery_of(query)), generator=generator)
-            for kind in ("embedding", "matching", "alignment")
-        }
-        for query in range(5)
-    }
-    rankings, fitted = rank_scores(task, scores, own=FusionWeights(3.0, 2.0))
-    assert fitted.weights.alignment_weight == 2.0 and set(rankings) == {"embedding", "matching", "alignment", "fused"}
-    hits = {}
-    for weight in (point["weight"] for point in fitted.curve):
-        fused = {query: fuse(values, FusionWeights(weight, 2.0)) for query, values in scores.items()}
-        hits[weight] = np.mean([int(row.argmax()) in task.relevant_positions(query) for query, row in fused.items()])
-    assert {point["weight"]: point["R@1"] for point in fitted.curve} == hits
-    assert rankings["fused"].recall()["R@1"] == hits[fitted.weights.fusion_weight]
-    without = {query: {"embedding": v["embedding"], "alignment": v["alignment"]} for query, v in scores.items()}
-    rankings, fitted = rank_scores(task, without, own=FusionWeights(None, 2.0))
-    assert fitted is None and set(rankings) == {"embedding", "alignment", "fused"}
 
 
 def test_alignment_is_a_third_score_with_a_fitted_weight(shop):

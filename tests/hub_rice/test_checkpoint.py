@@ -95,3 +95,5 @@ def test_hashes_are_in_the_format_of_sha256sum(tiny_checkpoint, tmp_path):
     (tmp_path / files[0]).write_bytes(b"other")
     with pytest.raises(ValueError, match=f"{files[0]} is not what was saved"):
         check_hashes(tmp_path)
+    model.save_pretrained(tmp_path / "half", variant="fp16")
+    assert (tmp_path / "half/model.sha256").read_text().endswith("  model.fp16.safetensors\n")

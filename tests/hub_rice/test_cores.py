@@ -53,6 +53,15 @@ def test_gradient_mode_is_that_of_the_caller(three_threads, enabled):
         assert set(map_on_cores(lambda item: torch.is_grad_enabled(), range(5))) == {enabled}
 
 
+def test_autocast_is_that_of_the_caller(three_threads):
+    layer, batches = torch.nn.Linear(4, 4), [torch.randn(2, 4) for _ in range(5)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = list(map_on_cores(layer, batches))
+        assert all(map(torch.equal, found, map(layer, batches)))
+    assert {result.dtype for result in found} == {torch.bfloat16}
+    assert {result.dtype for result in map_on_cores(layer, batches)} == {torch.float32}
+
+
 def test_caller_reads_with_one_thread_and_uses_results_with_all(three_threads):
     reading = []
     items = (reading.append(torch.get_num_threads()) for _ in range(9))

@@ -62,7 +62,7 @@ def test_outputs_equal_those_of_the_original_network(tmp_path, capsys):
 def test_every_encoder_of_the_table_loads(name):
     pytest.importorskip("timm")
     pytest.importorskip(encoders.ENCODERS[name].package.replace("-", "_"))
-    model = encoders.load_encoder(name)
+    model = encoders.load_packaged_encoder(name)
     assert not model.training and model.dtype == torch.float32
     size = encoders.build_image_processor(name).crop_size
     with torch.no_grad():

@@ -43,6 +43,13 @@ def test_equals_the_definition(masked_clips, max_memory):
     torch.testing.assert_close(align_patches(images, clips, mask, max_memory), expected, atol=1e-5, rtol=0)
 
 
+def test_autocast_changes_no_score(masked_clips):
+    images, (clips, mask) = patches(7, 6, 5), masked_clips
+    expected = align_patches(images, clips, mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(align_patches(images, clips, mask), expected)
+
+
 def test_without_a_mask_every_patch_counts():
     images, clips = patches(4, 6, 5), patches(2, 3, 9, 5)
     expected = plain_alignment(images, clips, torch.ones(2, 3, 9, dtype=torch.bool))
@@ -238,6 +245,27 @@ def test_numbers_that_are_not_finite_are_refused():
     broken[1][0][0, 0] = float("nan")
     with pytest.raises(ValueError, match="numbers that are not finite"):
         fitted(broken, pictures(3, shift=1.0))
+
+
+def test_patches_are_projected_in_single_precision_also_under_autocast():
+    module = RiceAlignment(8, 4, 5)
+    module.patch_projection.copy_(torch.diag(10.0 ** torch.arange(-3, 5))[:, :4])
+    vectors = torch.randn(6, 8)
+    expected = module.project(vectors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module.project(vectors), expected)
+
+
+def test_a_fit_that_fails_changes_nothing(monkeypatch):
+    module, views = RiceAlignment(4, 4, 3), [ViewStatistics(4, 3) for _ in range(2)]
+    for view in views:
+        view.update(torch.randn(5, 6, 4), torch.randn(5, 3))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    error = torch.linalg.LinAlgError("The algorithm failed to converge.")
+    monkeypatch.setattr(torch.linalg, "eigh", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(torch.linalg.LinAlgError):
+        module.fit(*views, strength=1.0, shrinkage=0.1)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
 def test_statistics_are_saved_with_the_weights():

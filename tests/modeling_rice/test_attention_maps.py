@@ -68,3 +68,5 @@ def test_refuses_models_without_maps(make_model, make_batch):
         make_model(use_decoder=False, use_reconstruction=False).attention_maps(**batch)
     with pytest.raises(ValueError, match="1 images and 2 clips"):
         make_model().attention_maps(batch["pixel_values"][:1], batch["pixel_values_videos"])
+    with pytest.raises(TypeError, match="`attention_maps` takes no argument 'frame_maks'"):
+        make_model().attention_maps(**batch, frame_maks=batch["frame_mask"])

@@ -209,14 +209,23 @@ def test_the_towers_compile_without_graph_breaks(make_model, make_batch, preset)
             "decoder": "disk",
             "reconstruction_head": "cpu",
         },
+        {
+            "vision_model": "disk",
+            "visual_projection": "disk",
+            "logit_scale": "cpu",
+            "decoder": "disk",
+            "reconstruction_head": "cpu",
+        },
     ],
-    ids=["cpu", "auto", "decoder on disk"],
+    ids=["cpu", "auto", "decoder on disk", "encoder on disk"],
 )
-def test_weights_may_be_spread_over_devices(make_model, make_batch, device_map, tmp_path):
-    model, batch = make_model(), make_batch()
+@pytest.mark.parametrize("preset", ["clip4clip", "mmf"])
+def test_weights_may_be_spread_over_devices(make_model, make_batch, preset, device_map, tmp_path):
+    model, batch = make_model(preset), make_batch()
     model.save_pretrained(tmp_path / "model")
     loaded = RiceModel.from_pretrained(tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload")
     clips = loaded.encode_clips(batch["pixel_values_videos"], batch["frame_mask"])
+    assert loaded.device == clips.embeds.device == torch.device("cpu")
     scores = loaded.match(clips, loaded.encode_gallery(batch["pixel_values"]))
     theirs = model.encode_clips(batch["pixel_values_videos"], batch["frame_mask"])
     torch.testing.assert_close(scores, model.match(theirs, model.encode_gallery(batch["pixel_values"])))

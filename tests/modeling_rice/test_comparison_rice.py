@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
+from modeling_rice import comparison_rice
 from modeling_rice.comparison_rice import encode_candidates
 from modeling_rice.scoring_rice import ranked_scores
 
@@ -64,6 +65,16 @@ def test_invalid_candidates_are_refused(encoded, tmp_path):
         encode_candidates(model, Processor(), str(tmp_path / "none.safetensors"))
 
 
+def test_encodings_on_other_devices_are_moved_to_the_model(make_model, make_batch, monkeypatch):
+    """The meta device stands for a GPU; it has no autocast."""
+    monkeypatch.setattr(comparison_rice, "cosines", lambda rows, columns: rows @ columns.T)
+    model, batch = make_model(text_embed_dim=4, text_score_weight=0.5), make_batch(text_dim=4)
+    gallery, clips = model.encode_gallery(**batch), model.encode_clips(**batch)
+    model.to("meta")
+    assert model.similarity(clips, gallery.to("meta")).is_meta
+    assert model.text_similarity(clips, gallery).is_meta
+
+
 def test_rank_lists_images_as_a_cross_encoder_does(encoded):
     model, batch, gallery, _ = encoded
     clip = batch["pixel_values_videos"][:1]
@@ -74,6 +85,8 @@ def test_rank_lists_images_as_a_cross_encoder_does(encoded):
     assert [entry["corpus_id"] for entry in model.rank(clip, gallery, 2, processor=Processor())] == [
         entry["corpus_id"] for entry in ranked[:2]
     ]
+    with pytest.raises(ValueError, match="`titles` belong to shop images, and a gallery was given"):
+        model.rank(clip, gallery, processor=Processor(), titles=["a"] * len(gallery))
 
 
 @pytest.mark.parametrize("settings", [{"use_decoder": False}, {"fusion_weight": 0.7}, {"ranking": "embedding"}])

@@ -1,6 +1,10 @@
 """Defaults, presets, round trips and refusals of the configuration."""
 
+import dataclasses
+import math
+
 import pytest
+import torch
 from transformers import (
     AutoConfig,
     CLIPConfig,
@@ -84,6 +88,16 @@ def test_vision_config_may_be_a_dictionary_or_a_two_tower_config():
     assert two_towers.vision_config.model_type == "clip_vision_model" and two_towers.vision_hidden_size == 64
 
 
+def test_encoders_that_would_return_tuples(make_batch):
+    text = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "return_dict": False}
+    vision = CLIPVisionConfig(
+        **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8},
+        **{"image_size": 32, "patch_size": 8, "return_dict": False},
+    )
+    model = RiceModel(RiceConfig(vision_config=vision, text_config=text)).eval()
+    assert model(**make_batch(), title_input_ids=torch.ones(5, 3, dtype=torch.long)).loss.isfinite()
+
+
 def test_sizes_follow_the_encoder():
     vision = SwinConfig(embed_dim=24, depths=[1, 1], num_heads=[2, 2])
     swin = RiceConfig(vision_config=vision, vision_pooling="mean", use_decoder=False)
@@ -111,7 +125,14 @@ def test_sizes_follow_the_encoder():
         ({"decoder_dropout": 1.5}, "`decoder_dropout` must be in 0..1"),
         ({"matching_targets": "multi_positive"}, 'needs `matching_negatives="all"`'),
         ({"learn_logit_scale": True, "logit_scale_max": 50.0}, "for a learnt scale, at least"),
-        ({"logit_scale_max": 0.0}, "`logit_scale_max=0.0` must be above 0"),
+        ({"logit_scale_max": 0.0}, "`logit_scale_max` must be above 0, got 0.0"),
+        ({"decoder_intermediate_size": 0}, "`decoder_intermediate_size` must be at least 1, got 0"),
+        ({"decoder_max_position_embeddings": 0}, "`decoder_max_position_embeddings` must be at least 1"),
+        ({"text_embed_dim": 0}, "`text_embed_dim` must be at least 1"),
+        ({"decoder_layer_norm_eps": -1e-5}, "`decoder_layer_norm_eps` must be 0 or more"),
+        ({"initializer_range": -0.02}, "`initializer_range` must be 0 or more"),
+        ({"contrastive_loss_weight": -1.0}, "`contrastive_loss_weight` must be 0 or more, got -1.0"),
+        ({"text_loss_weight": -1}, "`text_loss_weight` must be 0 or more, got -1"),
         ({"fusion_weight": 0}, "`fusion_weight` must be above 0, got 0"),
         ({"alignment_weight": -1.0}, "`alignment_weight` must be 0 or more, got -1.0"),
         ({"use_decoder": False, "ranking": "matching"}, "`ranking='matching'` needs `use_decoder=True`"),
@@ -123,6 +144,15 @@ def test_sizes_follow_the_encoder():
 def test_bad_combinations_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         RiceConfig(**settings)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_refused(value):
+    numbers = [field.name for field in dataclasses.fields(RiceConfig) if "float" in str(field.type)]
+    assert len(numbers) > 20
+    for name in numbers:
+        with pytest.raises(ValueError, match=f"`{name}` must be a finite number, got {value}"):
+            RiceConfig(**{name: value})
 
 
 @pytest.mark.parametrize(

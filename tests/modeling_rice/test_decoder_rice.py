@@ -367,6 +367,27 @@ def test_dropout_acts_in_training_only(make_model, make_batch):
     assert not torch.equal(model(**batch).matching_logits, model(**batch).matching_logits)
 
 
+@pytest.mark.parametrize("preset", ["clip4clip", "mmf"])
+def test_matching_scores_have_no_ties_in_half_precision(make_model, preset):
+    head, states = make_model(preset).decoder.head, torch.randn(500, 16 if preset == "clip4clip" else 32)
+    with torch.no_grad():
+        exact = head(states)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            autocast = head(states)
+        half = head.bfloat16()(states.bfloat16())
+    for scores in (autocast, half):
+        assert scores.dtype == torch.float32 and scores.unique().numel() > 490
+        torch.testing.assert_close(scores, exact, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_cosine_with_a_state_of_zeros_is_zero(make_model, dtype):
+    head = make_model("mmf", dtype=dtype).decoder.head
+    with torch.no_grad():
+        head.dense.weight.zero_()
+    assert head(torch.randn(3, 32, dtype=dtype)).tolist() == [0, 0, 0]
+
+
 def test_eager_and_sdpa_agree(make_model, make_batch):
     model, batch = make_model(dtype=DOUBLE), make_batch(4, dtype=DOUBLE, patch_mask=True)
     sdpa = model(**batch)

@@ -252,12 +252,27 @@ def test_training_mode_is_refused_where_it_changes_encodings(make_model, make_ba
             lambda: model.encode_gallery(batch["pixel_values"]),
             lambda: model.match(clips, gallery),
             lambda: model.rank(None, gallery, processor=lambda **_: {"pixel_values_videos": clips}),
+            lambda: model.attention_maps(**batch),
+            lambda: model.reconstruction_maps(**batch),
         ):
             with pytest.raises(ValueError, match=r"needs the model in eval mode.* call `model.eval\(\)` first"):
                 call()
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
         model.eval()
     torch.testing.assert_close(encode(model, batch)[1].embeds, gallery.embeds)
+
+
+def test_pictures_are_stored_only_of_an_encoder_in_eval_mode(make_model, make_batch):
+    model, pixels = make_model(**NORMS), make_batch(2)["pixel_values"]
+    expected = model.encode_pictures(pixels)
+    # The rest of the model takes no part.
+    model.train().vision_model.eval()
+    assert torch.equal(model.encode_pictures(pixels), expected)
+    model.vision_model.train()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"`encode_pictures` needs the model in eval mode"):
+        model.encode_pictures(pixels)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 def test_training_mode_is_allowed_where_it_changes_nothing(make_model, make_batch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import BertConfig
 
-from modeling_rice import RiceModel
+from modeling_rice import RiceGallery, RiceModel
 from modeling_rice.comparison_rice import list_candidates
 from modeling_rice.scoring_rice import best_first
 
@@ -57,6 +57,10 @@ def test_a_tuple_holds_the_set_outputs_in_order(make_model, make_batch):
     assert torch.equal(model.get_video_features(**batch, return_dict=False)[1], whole.video_embeds)
     model.config.return_dict = False
     assert type(model(**batch)) is tuple
+    clip = {name: value for name, value in batch.items() if name != "pixel_values"}
+    for alone, embeds in (({"pixel_values": batch["pixel_values"]}, whole.image_embeds), (clip, whole.video_embeds)):
+        values = model(**alone)
+        assert type(values) is tuple and all(torch.equal(value, embeds) for value in values)
 
 
 def test_unset_arguments_of_other_models_are_accepted(make_model, make_batch):
@@ -108,13 +112,24 @@ def test_counts_are_whole_numbers_of_at_least_one(make_model, make_batch, count)
 
 def test_arguments_that_are_not_encodings_are_named(make_model, make_batch):
     model, batch = make_model(), make_batch()
+    images = {"pixel_values": batch["pixel_values"]}
     gallery, clips = model.encode_gallery(**batch), model.encode_clips(**batch)
     with pytest.raises(ValueError, match="`clips` is a NoneType; give what `encode_clips`"):
         model.similarity(None, gallery)
     with pytest.raises(ValueError, match="`gallery` is a Tensor; give what `encode_gallery`"):
         model.similarity(clips, gallery.embeds)
-    with pytest.raises(ValueError, match="compares RiceClips with a RiceGallery, in this order, got RiceGallery"):
-        model.match(gallery, clips)
+    model = make_model(alignment_weight=1.0)
+    gallery, clips, frames = model.encode_gallery(**batch), model.encode_clips(**batch), model.encode_frames(**images)
+    for compare in (model.similarity, model.text_similarity, model.match, model.align):
+        with pytest.raises(ValueError, match="`clips` is a RiceGallery; give what `encode_clips` of this model"):
+            compare(gallery, clips)
+        with pytest.raises(ValueError, match="`clips` is a RiceFrames; give what `encode_clips`"):
+            compare(frames, gallery)
+        with pytest.raises(ValueError, match="`gallery` is a NoneType; give what `encode_gallery`"):
+            compare(clips, None)
+    narrow = RiceGallery(gallery.embeds[:, :8])
+    with pytest.raises(ValueError, match="embeddings of clips have width 16 and those of images 8; encode both with"):
+        model.similarity(clips, narrow)
     with pytest.raises(ValueError, match=r"`pixel_values` must be \(n, 3, H, W\), got shape \(3, 32, 32\)"):
         model.encode_gallery(batch["pixel_values"][0])
     with pytest.raises(ValueError, match="`pixel_values` must be a tensor, got a list"):
@@ -148,7 +163,14 @@ def test_arguments_of_wrong_type_or_shape_are_named(make_model, make_batch):
         (lambda: model.encode_clips(clips, mask.numpy()), "`frame_mask` must be a tensor, got a ndarray"),
         (lambda: model.encode_clips(clips, mask[:2]), "`frame_mask` has 2 rows, but `pixel_values_videos` has 5"),
         (lambda: model.get_video_features(clips, patch_mask=[1]), "`patch_mask` must be a tensor, got a list"),
-        (lambda: model.pool_frames(images), "`frames` is a Tensor; give what `encode_frames` returns"),
+        (lambda: model.encode_frames(images, torch.ones(1, 16)), r"`patch_mask` must be \(n, P\) with n = 5 images"),
+        (lambda: model.encode_pictures(images, torch.ones(2, 16)), r"n = 5 images, got shape \(2, 16\)"),
+        (lambda: model.encode_pictures(images, [[True] * 16] * 5), "`patch_mask` must be a tensor, got a list"),
+        (
+            lambda: model.encode_clips(clips, patch_mask=torch.ones(5, 3, 4, 4)),
+            r"must be \(B, T, P\) .*\(5, 3, 4, 4\)",
+        ),
+        (lambda: model.pool_frames(images), "`frames` is a Tensor; give what `encode_frames` of this"),
         (lambda: model.pool_frames(frames, [[True] * 5]), "`frame_mask` must be a tensor, got a list"),
         (lambda: model(pixel_values=images[:, :1]), r"must be \(n, 3, H, W\), got shape \(5, 1, 32, 32\)"),
         (lambda: model(pixel_values=images[:0]), "There is nothing to encode: the batch is empty"),

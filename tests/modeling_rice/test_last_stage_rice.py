@@ -108,10 +108,13 @@ def test_pictures_of_another_size():
 
 def test_the_encoder_is_left_unchanged():
     encoder, layout = build("vit", SLOW["vit"][0])
-    encoder.train()
+    # One part is frozen, which the search must not undo.
+    encoder.train().layers[0].eval()
+    modes = [module.training for module in encoder.modules()]
     hooks = sum(len(module._forward_pre_hooks) for module in encoder.modules())
     stage = find_last_stage(encoder, layout)
     stage.run(encoder, torch.rand(2, 17, 32), layout)
-    assert encoder.training and not any(weight.is_meta for weight in encoder.parameters())
+    assert [module.training for module in encoder.modules()] == modes
+    assert not any(weight.is_meta for weight in encoder.parameters())
     assert sum(len(module._forward_pre_hooks) for module in encoder.modules()) == hooks
     assert isinstance(encoder.config, ViTConfig)

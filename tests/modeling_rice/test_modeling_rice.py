@@ -225,8 +225,14 @@ def test_without_a_frame_mask_every_frame_is_real(make_model, make_batch):
             lambda batch: batch.update(frame_mask=batch["frame_mask"][:, :2]),
             r"`frame_mask` must be \(B, T\) = \(4, 3\)",
         ),
-        (lambda batch: batch.update(patch_mask=torch.ones(4, 2, 16)), r"`patch_mask` must start with \(B, T\)"),
-        (lambda batch: batch.update(pixel_values=batch["pixel_values"][:3]), "need pairs, got 3 images and 4 clips"),
+        (
+            lambda batch: batch.update(patch_mask=torch.ones(4, 2, 16)),
+            r"`patch_mask` must be \(B, T, P\) with \(B, T\) = \(4, 3\)",
+        ),
+        (
+            lambda batch: batch.update(pixel_values=batch["pixel_values"][:3]),
+            "There are 3 images and 4 clips; give one clip per",
+        ),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(make_model, make_batch, change, message):
@@ -378,6 +384,9 @@ def test_bfloat16_model_works(make_model, make_batch, preset, negatives):
     output = half(**batch)
     output.loss.backward()
     assert half.visual_projection.weight.grad.isfinite().all()
+    for name in ("loss", "contrastive_loss", "matching_loss", "reconstruction_loss", "matching_logits"):
+        assert output[name].dtype == torch.float32, name
+    assert half(**batch, return_loss=False).matching_logits.dtype == torch.float32
     assert (full(**batch).image_embeds - output.image_embeds.float()).abs().max() < 0.1
     gallery, clips = half.encode_gallery(batch["pixel_values"]), half.encode_clips(**video_inputs(batch))
     assert gallery.embeds.dtype == clips.embeds.dtype == torch.float32, "normalised in single precision"
@@ -409,6 +418,9 @@ def test_encoding_in_training_mode_is_refused(make_model, make_batch):
         model.encode_gallery(batch["pixel_values"])
     with pytest.raises(ValueError, match="encode_clips.*eval"):
         model.encode_clips(**video_inputs(batch))
+    for maps in (model.attention_maps, model.reconstruction_maps):
+        with pytest.raises(ValueError, match=f"`{maps.__name__}` needs the model in eval mode"):
+            maps(**batch)
 
 
 @pytest.mark.parametrize("preset", ["clip4clip", "mmf"])
@@ -435,10 +447,10 @@ def test_similarity_is_the_cosine(make_model, make_batch):
 
 def test_batch_size_of_encoding_changes_nothing(make_model, make_batch):
     model, batch = make_model(), make_batch(5)
-    whole, parts = (model.encode_gallery(batch["pixel_values"], batch_size=n) for n in (64, 2))
+    whole, parts = (model.encode_gallery(batch["pixel_values"], batch_size=n) for n in (None, 2))
     torch.testing.assert_close(whole.embeds, parts.embeds)
     torch.testing.assert_close(whole.states, parts.states, rtol=1e-4, atol=1e-5)
-    whole, parts = (model.encode_clips(**video_inputs(batch), batch_size=n) for n in (16, 2))
+    whole, parts = (model.encode_clips(**video_inputs(batch), batch_size=n) for n in (None, 2))
     torch.testing.assert_close(whole.keys, parts.keys, rtol=1e-4, atol=1e-5)
     assert torch.equal(whole.mask, parts.mask)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling_rice import RiceConfig, RiceModel
-from modeling_rice.patches_rice import RicePatchSaliency, pool_patches, resize_patch_mask
+from modeling_rice.patches_rice import RicePatchSaliency, resize_patch_mask
 
 RESNET = {
     "model_type": "resnet",
@@ -54,13 +54,6 @@ class TestResizing:
     def test_other_grids_are_refused(self):
         with pytest.raises(ValueError, match="8 patches per frame and the encoder 16, which are not both square"):
             resize_patch_mask(torch.ones(1, 8), 16)
-
-
-def test_pooling_is_a_weighted_mean():
-    patches = torch.tensor([[[1.0], [2.0], [5.0]]])
-    assert pool_patches(patches, None).item() == pytest.approx(8 / 3)
-    assert pool_patches(patches, torch.tensor([[0.5, 0.0, 0.25]])).item() == pytest.approx((0.5 + 1.25) / 0.75)
-    assert pool_patches(patches, torch.zeros(1, 3)).item() == 0
 
 
 class TestMaskPooling:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling_rice import RiceModel
-from modeling_rice.pooling_rice import POOLINGS, consensus, masked_mean, time_positions
+from modeling_rice.pooling_rice import POOLINGS, consensus, time_positions, weighted_mean
 from training_rice.arguments import ModelArguments
 from training_rice.setup import build_model
 
@@ -76,11 +76,22 @@ def test_a_weighted_single_frame_is_unchanged(make_pooling, features):
         torch.testing.assert_close(pooled[1], features[1, 0])
 
 
+def test_a_weighted_mean():
+    states = torch.tensor([[[1.0], [2.0], [5.0]]])
+    assert weighted_mean(states, torch.tensor([[0.5, 0.0, 0.25]])).item() == pytest.approx((0.5 + 1.25) / 0.75)
+    assert weighted_mean(states, torch.zeros(1, 3)).item() == 0
+    # 256 patches of a large activation: their sum is beyond half precision, their mean is not.
+    large = torch.full((1, 256, 1), 1000.0, dtype=torch.float16)
+    for weights in (torch.ones(1, 256), torch.full((1, 256), 1e-7)):
+        mean = weighted_mean(large, weights)
+        assert mean.dtype == torch.float16 and mean.item() == 1000
+
+
 def test_the_mean_is_that_of_the_published_model(make_pooling, features):
     weights = MASK[..., None].double()
     published = (features * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
     assert torch.equal(make_pooling("mean")(features, MASK), published)
-    assert torch.equal(masked_mean(features, MASK), published)
+    assert torch.equal(weighted_mean(features, MASK), published)
     assert not list(make_pooling("mean").parameters())
 
 
@@ -136,6 +147,15 @@ def test_a_saved_pooling_is_restored_and_may_be_replaced(make_model, make_batch,
     following = LEARNT[(LEARNT.index(name) + 1) % len(LEARNT)]
     other = build_model(ModelArguments(model_name_or_path=str(tmp_path), model={"temporal_pooling": following})).eval()
     torch.testing.assert_close(other(**batch).video_embeds, mean(**batch).video_embeds)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_padded_frames_do_not_spread_nan_in_half_precision(make_model, make_batch, dtype):
+    batch = make_batch()
+    settings = {"temporal_pooling": "attention", "frame_consensus_scale": 4.0}
+    embeds = make_model(**settings, dtype=dtype)(**batch, return_loss=False).video_embeds
+    expected = make_model(**settings)(**batch, return_loss=False).video_embeds
+    assert ((embeds * expected).sum(dim=1) > 0.99).all()
 
 
 def test_a_half_precision_model_pools_too(make_model, make_batch):

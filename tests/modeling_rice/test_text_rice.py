@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import BertConfig, DistilBertConfig, RobertaConfig
+from transformers import BertConfig, DistilBertConfig, MPNetConfig, RobertaConfig
 
 from modeling_rice import RiceConfig, RiceGallery, RiceModel
 from modeling_rice.loss_rice import contrastive_loss
@@ -77,6 +77,13 @@ class TestEncoder:
         ids = torch.ones(2, 13, dtype=torch.long)
         with pytest.raises(ValueError, match="The texts have 13 tokens, but the text encoder 12 positions"):
             model.encode_gallery(batch["pixel_values"], title_input_ids=ids)
+
+    @pytest.mark.parametrize("config_class", [RobertaConfig, MPNetConfig])
+    def test_positions_counted_from_the_padding_index_are_fewer(self, make_model, config_class):
+        model = make_model(text_config=config_class(**TINY, pad_token_id=1))
+        assert model.get_text_features(torch.full((1, 10), 5)).pooler_output.isfinite().all()
+        with pytest.raises(ValueError, match="11 tokens, but the text encoder 10 positions; .* to at most 10"):
+            model.get_text_features(torch.full((1, 11), 5))
 
     def test_the_text_side_of_a_two_tower_model_is_used(self, make_config):
         config = make_config(text_config={"model_type": "clip", "text_config": {"hidden_size": 24}})
@@ -324,6 +331,21 @@ def test_settings_that_cannot_work(make_config, settings, message):
         make_config(**settings)
 
 
-def test_vectors_of_another_width_are_refused(make_model, make_batch):
-    with pytest.raises(ValueError, match="`title_embeds` has width 5, but the model takes 6"):
-        make_model(text_embed_dim=6)(**make_batch(text_dim=5))
+@pytest.mark.parametrize("vectors", [torch.ones(5, 5), torch.ones(5, 1, 6), torch.ones(6)])
+def test_vectors_of_another_shape_are_refused(make_model, make_batch, vectors):
+    with pytest.raises(ValueError, match=r"`title_embeds` must be \(n, 6\), .* got shape"):
+        make_model(text_embed_dim=6)(**make_batch(), title_embeds=vectors)
+    with pytest.raises(ValueError, match="`asr_embeds` must be a tensor, got a ndarray"):
+        make_model(text_embed_dim=6)(**make_batch(), asr_embeds=vectors.numpy())
+
+
+def test_titles_and_asr_may_differ_in_precision(make_model, make_batch):
+    model, batch = make_model(text_embed_dim=6, text_score_weight=0.5), make_batch(text_dim=6)
+    mixed = {**batch, "title_embeds": batch["title_embeds"].double(), "asr_embeds": batch["asr_embeds"].half()}
+    torch.testing.assert_close(model(**mixed).loss, model(**batch).loss, rtol=1e-2, atol=1e-2)
+    vectors = torch.randn(3, 12)
+    half = make_model(**TEXT, dtype=torch.float16)
+    expected = make_model(**TEXT).get_text_features(title_embeds=vectors).pooler_output
+    torch.testing.assert_close(
+        half.get_text_features(title_embeds=vectors).pooler_output, expected, rtol=1e-2, atol=1e-2
+    )

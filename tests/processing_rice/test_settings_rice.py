@@ -301,3 +301,17 @@ def test_settings_of_loading_act_on_everything(processor, make_picture, tmp_path
     assert raw["pixel_values"].max() > 10 and raw["pixel_values_videos"].max() > 10
     with pytest.raises(ValueError, match="`fps` is not supported"):
         AutoProcessor.from_pretrained(tmp_path, fps=2)(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resize_backend": "pil"}, '`resize_backend` must be "torchvision" or "pillow", got'),
+        ({"image_size": 0}, "`size` must be at least 1 pixel"),
+        ({"num_frames": 0}, "`num_frames` must be at least 1, got 0"),
+        ({"patch_size": 0}, "`patch_size` must be at least 1 pixel, got 0"),
+    ],
+)
+def test_a_processor_that_could_process_no_clip_is_not_built(tokenizer, settings, message):
+    with pytest.raises(ValueError, match=message):
+        build_processor(tokenizer, **settings)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import sentencepiece
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertTokenizer
 
 from processing_rice.tokenization_rice import fold_texts, train_sentencepiece, train_tokenizer, wrap_sentencepiece
 
@@ -193,6 +193,18 @@ def test_a_tokenizer_can_be_made_to_fold_with_the_same_vocabulary(tokenizer, tmp
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert dict(loaded("Black DRESS.")) == dict(folding("Black DRESS.")) == dict(tokenizer("black dress"))
     assert loaded.model_max_length == tokenizer.model_max_length
+
+
+def test_only_its_own_tokenizers_can_be_made_to_fold(tokenizer):
+    twice = fold_texts(fold_texts(tokenizer))
+    assert twice("Black DRESS.")["input_ids"] == fold_texts(tokenizer)("Black DRESS.")["input_ids"]
+    other = BertTokenizer(
+        vocab={word: number for number, word in enumerate(["[UNK]", "[PAD]", "[CLS]", "[SEP]", "a"])}
+    )
+    with pytest.raises(
+        ValueError, match="The BertTokenizer is not one of `train_tokenizer`; train one with `fold=True`"
+    ):
+        fold_texts(other)
 
 
 def test_texts_of_punctuation_only_are_not_training_texts():

@@ -83,6 +83,17 @@ class TestInterruption:
         after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in copied.rglob("*") if path.is_file()}
         assert after == before
 
+    def test_other_arguments_where_no_checkpoint_is_usable(self, refusal, copied):
+        """As with another number of processes, each of which lacks its random state: nothing may start over."""
+        for name in ("model.safetensors", "train_results.json"):
+            (copied / name).unlink()
+        for checkpoint in copied.glob("checkpoint-*"):
+            (checkpoint / "rng_state.pth").unlink()
+        arguments = (copied / "train_arguments.json").read_bytes()
+        message = refusal("--learning_rate", "0.5", output_dir=copied)
+        assert f"{copied} holds a run with learning_rate=0.01, not 0.5; choose another output_dir" in message
+        assert (copied / "train_arguments.json").read_bytes() == arguments
+
     def test_other_arguments(self, refusal, copied):
         message = refusal("--learning_rate", "0.5", output_dir=copied)
         assert f"{copied} holds a run with learning_rate=0.01, not 0.5; choose another output_dir" in message

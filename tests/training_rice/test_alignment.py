@@ -40,6 +40,16 @@ def test_statistics_are_those_of_the_training_frames(make_trainer, settings, val
     assert not alignment.image_mean.any() and not alignment.video_mean.any()
 
 
+def test_averaged_weights_keep_the_statistics_that_validation_fitted(make_trainer, settings):
+    """Else a run ended by the trainer, or a checkpoint, would align by the statistics of a new model."""
+    data = {"train_num_frames": 2}
+    options = {"freeze_vision": False, "ema_decay": 0.5, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = make_trainer(settings | ALIGNED, cached=False, data=data, **options)
+    trainer.train()
+    patches = training_patches(trainer)
+    torch.testing.assert_close(trainer.model.alignment.patch_mean, patches.mean(dim=0))
+
+
 def test_the_rest_of_the_model_is_trained_as_without_one(make_trainer, settings):
     plain = run(make_trainer(settings | ALIGNED | {"alignment_weight": None}, cached=False))
     trainer = make_trainer(settings | ALIGNED, cached=False)

@@ -55,6 +55,14 @@ class TestCheckpoints:
         older, _ = write_checkpoint(4), write_checkpoint(6)
         assert find_checkpoint(dataclasses.replace(training, resume_from_checkpoint=older)) == older
 
+    def test_asked_for_and_of_another_number_of_processes(self, training, write_checkpoint):
+        asked = write_checkpoint(4)
+        for rank in (0, 1):
+            shutil.copyfile(f"{asked}/rng_state.pth", f"{asked}/rng_state_{rank}.pth")
+        os.remove(f"{asked}/rng_state.pth")
+        with pytest.raises(ValueError, match=r"was written by 2 process\(es\), but 1 were started.*; start 2, or"):
+            find_checkpoint(dataclasses.replace(training, resume_from_checkpoint=asked))
+
     def test_asked_for_and_half_written(self, training, write_checkpoint):
         write_checkpoint(4)
         asked = write_checkpoint(6)

@@ -37,6 +37,14 @@ class TestSetup:
         said, heard = processor(asr=["red dress"]), processor(asr=["Red Dress!"])
         assert said["asr_input_ids"].tolist() == heard["asr_input_ids"].tolist()
 
+    @pytest.mark.parametrize("kind", ["roberta", "mpnet"])
+    def test_positions_counted_from_the_padding_index_are_fewer(self, model_settings, kind):
+        text = TEXT | {"model_type": kind, "max_position_embeddings": 24, "pad_token_id": 1}
+        arguments = ModelArguments(model=model_settings | {"text_config": text})
+        data = DataArguments(vocab_size=450, use_text=True, text_length=30)
+        processor = build_rice_processor(arguments, data, build_model(arguments, data).config, WORDS)
+        assert processor.tokenizer.model_max_length == 22
+
     def test_a_pretrained_text_encoder_includes_its_tokenizer(self, model_settings, tmp_path):
         tokenizer = train_tokenizer(["other words"] * 9, vocab_size=400)
         source = BertModel(BertConfig(vocab_size=400, **TEXT))

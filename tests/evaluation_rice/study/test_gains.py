@@ -65,7 +65,10 @@ def test_groups_of_several_shops_resample_shops():
     shops = ["x", "x", "x", "y", "y", "y"]
     rows = group_gains(left, right, {"category": ["a"] * 6, "half": ["b", "b", "b", "c", "c", "c"]}, shops)
     intervals = {row["group"]: row["ci95"] for row in rows}
-    assert intervals == {"a": [0.0, 1.0], "b": [0.0, 0.0], "c": [1.0, 1.0]}
+    assert intervals["a"] == [0.0, 1.0]
+    # Three equal clips: Wilson's share of others is 0.561, with differences from -1 to 1.
+    assert intervals["b"] == pytest.approx([-0.561, 0.561], abs=1e-3)
+    assert intervals["c"] == pytest.approx([1 - 2 * 0.561, 1.0], abs=2e-3)
 
 
 def test_clips_that_only_one_side_gets_right():
@@ -112,7 +115,7 @@ def test_each_side_has_its_own_score(write, capsys):
     folder = write("one", [1, 1, 0, 1])
     gains.main([folder, folder, "--right_score", "fused"])
     text = capsys.readouterr().out
-    assert "| category | mug | 2 | 100.0 | 0.0 | +100.0 | +100.0 to +100.0 |" in text
+    assert "| category | mug | 2 | 100.0 | 0.0 | +100.0 | -31.5 to +100.0 |" in text
     assert "only left 3, only right 0, neither 1" in text
     assert "clips that only left gets right: 3; first, with seeds: q0 (1), q1 (1), q3 (1)" in text
 

@@ -58,6 +58,13 @@ def test_shops_are_drawn_before_their_clips():
     assert verdict(clips) == "better" and "as if they were independent" in clips["interval"]
 
 
+@pytest.mark.parametrize(("count", "shops", "words"), [(3, None, "no"), (4, None, "better"), (40, SHOPS, "no")])
+def test_equal_gains_of_a_few_clips_or_shops_show_no_difference(count, shops, words):
+    """Resampling alone gives them an interval of one point."""
+    result = paired_difference({0: np.ones(count)}, {0: np.zeros(count)}, shops)
+    assert result["ci95"][0] < 1 == result["ci95"][1] and verdict(result).startswith(words)
+
+
 def test_no_difference():
     values = np.array([1.0, 0, 1, 0])
     assert verdict(paired_difference({0: values}, {0: values})) == "no difference shown"
@@ -87,6 +94,12 @@ def test_ranks_are_in_order_of_the_ids(tmp_path):
     assert ranks.hits("fused") is None
 
 
+def test_queries_named_by_numbers_have_the_names_of_texts(tmp_path):
+    (tmp_path / "query_ranks.jsonl").write_text('{"query_id": 10, "fused": 1}\n{"query_id": "9", "fused": null}\n')
+    ranks = read_ranks(tmp_path)
+    assert ranks.query_ids == ["10", "9"] and ranks.hits("fused").tolist() == [1.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("lives", "shops"),
     [(['"x"', '"y"'], ["y", "x"]), (["7", '"y"'], ["y", "7"]), (['""', '""'], ["", ""]), (["null", '"y"'], None)],
@@ -104,6 +117,12 @@ def test_ranks_include_their_shops(tmp_path, lives, shops):
         ("", "holds no clips"),
         ('{"query_id": "a"}\n' * 2, "line 2: 'a' twice"),
         ("[]", "line 1: expected a JSON object"),
+        ('{"embedding": 1}', "line 1: no query_id"),
+        ('{"query_id": 1.0}', "line 1: query_id is 1.0, but an id is a string or an integer"),
+        ('{"query_id": 7}\n{"query_id": "7"}', "line 2: '7' twice"),
+        ('{"query_id": "a", "live_id": true}', "line 1: live_id is True, but"),
+        ('{"query_id": "a", "fused": true}', "line 1: the fused rank True must be an integer from 1 on"),
+        ('{"query_id": "a", "embedding": 0}', "line 1: the embedding rank 0"),
     ],
 )
 def test_damaged_ranks_are_refused(tmp_path, content, words):

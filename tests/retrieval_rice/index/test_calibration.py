@@ -150,6 +150,21 @@ def test_galleries_of_unequal_sizes_are_fitted_together():
     assert mixed.report == pytest.approx(alone.report) and mixed.report["answered"] > 0.3
 
 
+@pytest.mark.parametrize("unit", [1e-3, 0.02, 1000.0])
+def test_the_unit_of_the_scores_does_not_matter(unit):
+    """Cosines differ by hundredths: the temperature that they need must not lie beyond the bounds of the fit."""
+    clips, other = (simulate(600, np.random.default_rng(seed), 0.9) for seed in (0, 1))
+    scaled = [ScoredClip(unit * c.embedding, None, unit * c.ranked_by, c.relevant, c.products, c.group) for c in clips]
+    plain, fitted = fit_calibration(clips), fit_calibration(scaled)
+    assert fitted.temperature == pytest.approx(unit * plain.temperature, rel=1e-4)
+    assert fitted.temperature == pytest.approx(unit * 0.5, rel=0.15)
+    assert fitted.report == pytest.approx(plain.report, rel=1e-4)
+    expected, right = answers(plain, other)
+    confidence = [fitted.confidences(unit * c.embedding, None, unit * c.ranked_by, c.products).max() for c in other]
+    np.testing.assert_allclose(confidence, expected, rtol=1e-4)
+    assert calibration_error(expected, right) < 0.08
+
+
 def test_scores_that_are_not_finite_are_refused():
     clips = simulate(200, np.random.default_rng(0))
     clips[5].ranked_by = clips[5].embedding = np.where(np.arange(8) == 2, np.nan, clips[5].embedding)
