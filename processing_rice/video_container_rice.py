@@ -7,6 +7,7 @@ import math
 import os
 import re
 import struct
+import threading
 from collections.abc import Callable, Iterator
 
 from PIL import Image
@@ -36,6 +37,7 @@ _PICTURE_CODECS = {"bmp", "gif", "mjpeg", "png", "tiff", "webp"}
 _HDR_TRANSFERS = {16, 18}
 _WIDE_PRIMARIES = {9, 11, 12}
 _UNSPECIFIED = 2
+_LOCAL = threading.local()
 # FFmpeg's own decoders of these codecs leave out the transparency.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # ISO files that hold pictures or sequences of pictures: AVIF and HEIF.
@@ -285,7 +287,11 @@ def frame_picture(frame, stream, name: object) -> Image.Image:
         settings |= {"width": max(1, round(frame.width * ratio)), "height": frame.height}
     has_alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
     try:
-        values = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", **settings)
+        settings["format"] = "rgba" if has_alpha else "rgb24"
+        if "dst_color_primaries" in settings:
+            values = _shared_reformatter().reformat(frame, **settings).to_ndarray()
+        else:
+            values = frame.to_ndarray(**settings)
     except (import_av().FFmpegError, OSError, ValueError) as error:
         kind = f"{frame.format.name}, colour space {frame.colorspace}"
         raise media_error("video", name, f"has colours that cannot be converted ({kind})") from error
@@ -300,6 +306,13 @@ def frame_picture(frame, stream, name: object) -> Image.Image:
     if a < 0:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM) if d < 0 else picture
+
+
+def _shared_reformatter():
+    """The converter of a thread, which keeps the slowly built table of a conversion; that of a frame would not."""
+    if not hasattr(_LOCAL, "reformatter"):
+        _LOCAL.reformatter = import_av().video.reformatter.VideoReformatter()
+    return _LOCAL.reformatter
 
 
 def _colors_of(frame) -> dict:
