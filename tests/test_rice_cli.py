@@ -121,7 +121,7 @@ def test_an_output_folder_in_use_is_not_changed(newer_weights, tmp_path, capsys)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")
     for output in (tmp_path / "mine", tmp_path / "mine" / "config.json"):
-        assert "in use" in fails(capsys, "convert", tmp_path / "official.safetensors", output)
+        assert "already exists; name a new" in fails(capsys, "convert", tmp_path / "official.safetensors", output)
     assert json.loads((tmp_path / "mine" / "config.json").read_text()) == {}
 
 

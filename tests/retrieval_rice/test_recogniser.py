@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import tracemalloc
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -395,9 +396,9 @@ class Camera:
         video = SimpleNamespace(
             average_rate=10,
             thread_type=None,
-            decode=lambda packet: [],
             disposition=av.stream.Disposition(0),
-            codec_context=SimpleNamespace(width=8, height=8, is_open=True),
+            metadata={},
+            codec_context=SimpleNamespace(width=8, height=8, is_open=True, name="rawvideo", decode=self.decode),
             sample_aspect_ratio=None,
         )
         return SimpleNamespace(
@@ -413,12 +414,16 @@ class Camera:
         for i in range(self.count):
             if i == self.interrupt_after:
                 os.kill(os.getpid(), signal.SIGINT)
-            pixels = SimpleNamespace(has_palette=False, components=[])
-            frame = SimpleNamespace(time=i / 10, format=pixels, side_data={}, to_image=lambda: picture("green"))
-            yield SimpleNamespace(decode=lambda frame=frame: [frame])
+            frame = av.VideoFrame.from_image(picture("green"))
+            frame.pts, frame.time_base = i, Fraction(1, 10)
+            yield SimpleNamespace(frame=frame)
             # Not faster than the model, and slow enough to be stopped.
             threading.Event().wait(0.002)
         raise ConnectionResetError("gone")
+
+    @staticmethod
+    def decode(packet):
+        return [] if packet is None else [packet.frame]
 
 
 def test_a_lost_camera_is_an_error_after_everything_is_written(shop, tmp_path, capsys, monkeypatch):

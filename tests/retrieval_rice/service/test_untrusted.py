@@ -19,7 +19,6 @@ def encoded(picture: Image.Image, kind: str) -> bytes:
 
 PICTURES = {
     "1 pixel": png(Image.new("RGB", (1, 1))),
-    "a line": png(Image.new("1", (1, 300_000))),
     "16 bits": png(Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 200)),
     "transparent": png(Image.new("RGBA", (8, 8))),
     "a palette": png(Image.new("P", (8, 8))),
@@ -28,6 +27,7 @@ PICTURES = {
     "webp": encoded(Image.new("RGB", (8, 8)), "WEBP"),
 }
 FILES = {
+    "a line": png(Image.new("1", (1, 300_000))),
     "floats beyond white": encoded(Image.fromarray(np.full((8, 8), 7.5, np.float32)), "TIFF"),
     "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
     "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
