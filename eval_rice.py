@@ -22,6 +22,7 @@ from data_rice.commands import mistakes_end
 def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """The parser, whose `error` exits with one sentence and status 2, and the options."""
     from data_rice.asr_noise import ASR_MODES
+    from data_rice.views import DATASET_NAMES
     from evaluation_rice.baselines import BASELINE_NAMES, BASELINES
     from evaluation_rice.options import fusion_weight, not_negative, positive
     from evaluation_rice.pretrained_baselines import FAMILIES
@@ -36,8 +37,8 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Argume
     method.add_argument("--baseline", help=f"{names}, or the id or folder of a vision model of transformers")
     add("--baseline_model", help="id or folder for the family named by --baseline; default: its published model")
     add("--trust_remote_code", action="store_true", help="run the Python files of the model of --baseline")
-    add("--dataset", required=True, help="mini_lpr4m, lpr4m, moving_fashion, shop_clips, a folder in one of their "
-        "layouts, or a published data set: its folder, or its id on the Hub")  # fmt: skip
+    add("--dataset", required=True, help=f"{DATASET_NAMES}, a folder in one of their layouts, or a published data "
+        "set: its folder, or its id on the Hub")  # fmt: skip
     add("--data_dir", help="folder of the data set's files")
     add("--split", default="test", choices=("validation", "test"), help="split to measure (default: %(default)s)")
     add("--output_dir", required=True, help="folder for results.json, rankings.jsonl, matches.png and README.md")

@@ -17,6 +17,7 @@ from plain import measure
 
 from data_rice import gallery_scope, load_dataset_view
 from data_rice.collator import RiceCollator
+from data_rice.views import DATASET_NAMES
 from evaluation_rice.protocol import RetrievalTask
 from evaluation_rice.retrieval import Loading, ModelRetriever, retrieve
 from hub_rice.export.onnx_encoder import with_towers
@@ -31,7 +32,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", required=True, help="checkpoint folder")
-    add("--dataset", required=True, help="mini_lpr4m, shop_clips, or a folder in one of their layouts")
+    add("--dataset", required=True, help=f"{DATASET_NAMES}, or a folder in one of their layouts")
     add("--data_dir", help="folder of the data set's files")
     add("--split", default="test", choices=("validation", "test"))
     add("--towers", help="folder that `rice export MODEL DIR --int8` wrote")

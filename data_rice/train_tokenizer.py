@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from .commands import mistakes_end, print_anywhere
-from .views import load_dataset_view
+from .views import DATASET_NAMES, load_dataset_view
 
 _AT_ONCE = 10_000
 
@@ -81,11 +81,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Argume
         prog="python -m data_rice.train_tokenizer", description="Trains a tokenizer on a data set's titles and ASR."
     )
     add = parser.add_argument
-    add(
-        "--dataset",
-        required=True,
-        help="mini_lpr4m, lpr4m, moving_fashion, shop_clips, or a folder in one of their layouts",
-    )
+    add("--dataset", required=True, help=f"{DATASET_NAMES}, or a folder in one of their layouts")
     add("--data_dir", help="folder of the data set's files")
     add("--cache_dir", help="where the data set's tables are cached")
     add("--split", default="train", choices=("train", "validation"), help="split of the texts (default train)")

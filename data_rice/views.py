@@ -15,6 +15,8 @@ from .published import is_published, load_published, published_scope
 from .shop_clips import ShopClips, carries_live_ids
 
 DATASETS = ("mini_lpr4m", "lpr4m", "moving_fashion", "shop_clips")
+DATASET_NAMES = ", ".join(DATASETS)
+"""For messages and help texts."""
 _BUILDERS = {"lpr4m": Lpr4m, "moving_fashion": MovingFashion, "shop_clips": ShopClips}
 MINI_LPR4M_DIR = os.path.join("data", "mini_lpr4m")
 MINI_LPR4M_MANIFEST = "mini_lpr4m.json"
@@ -39,7 +41,7 @@ def resolve(dataset: str, data_dir: str | os.PathLike | None) -> tuple[type[View
         return _BUILDERS[dataset], os.fspath(data_dir), {}
     if not os.path.isdir(dataset):
         raise FileNotFoundError(
-            f"{dataset!r} is neither a data set ({', '.join(DATASETS)}), nor a folder, nor an id on the Hub such as "
+            f"{dataset!r} is neither a data set ({DATASET_NAMES}), nor a folder, nor an id on the Hub such as "
             "someone/mini-lpr4m; check the spelling."
         )
     if data_dir is not None and os.path.realpath(data_dir) != os.path.realpath(dataset):

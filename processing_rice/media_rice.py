@@ -307,8 +307,12 @@ def check_pixels(width: int, height: int, max_pixels: int | None = None) -> None
     limit = MAX_PIXELS if max_pixels is None else max_pixels
     if width * height > limit:
         raise ValueError(f"{width} x {height} pixels, more than the {limit:,} that are read")
-    if max(width, height) > MAX_ASPECT * max(1, min(width, height)):
+    if _is_strip(width, height):
         raise ValueError(f"{width} x {height} pixels, one side more than {MAX_ASPECT} times the other")
+
+
+def _is_strip(width: int, height: int) -> bool:
+    return max(width, height) > MAX_ASPECT * max(1, min(width, height))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -336,7 +340,7 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         levels[values == transparent] = 255
-    return Image.fromarray(255 - levels if _is_white_zero(image) else levels)
+    return _grey(levels, image)
 
 
 def _from_floats(image: Image.Image) -> Image.Image:
@@ -344,12 +348,13 @@ def _from_floats(image: Image.Image) -> Image.Image:
     if not in_unit_range(torch.from_numpy(values.copy())):
         raise ValueError("its floats are not all in 0..1, so black and white are unknown")
     levels = (values.clip(0, 1) * 255).round().astype(np.uint8)
-    return Image.fromarray(255 - levels if _is_white_zero(image) else levels)
+    return _grey(levels, image)
 
 
-def _is_white_zero(image: Image.Image) -> bool:
-    """Whether 0 is white in a TIFF; PIL considers it only in 8 bits."""
-    return _tiff_tag(image, ExifTags.Base.PhotometricInterpretation) == 0
+def _grey(levels: np.ndarray, image: Image.Image) -> Image.Image:
+    """An image of mode L of the grey levels of an image. If 0 is white in a TIFF, PIL inverts 8 bits only."""
+    is_white_zero = _tiff_tag(image, ExifTags.Base.PhotometricInterpretation) == 0
+    return Image.fromarray(255 - levels if is_white_zero else levels)
 
 
 def _is_signed_16(image: Image.Image) -> bool:
@@ -426,7 +431,7 @@ def picture_tensor(
             f"{name} has shape {tuple(values.shape)}, which does not fit `input_data_format` {str(layout)!r}."
         )
     height, width = values.movedim(channels, 0).shape[1:]
-    if max(width, height) > MAX_ASPECT * min(width, height):
+    if _is_strip(width, height):
         raise ValueError(f"{name} has shape {tuple(values.shape)}, one side more than {MAX_ASPECT} times the other.")
     if values.is_floating_point() and not any_range and not in_unit_range(values):
         low, high = values.min().item(), values.max().item()

@@ -14,6 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import is_tensorboard_available, is_wandb_available
 
 from data_rice.commands import mistakes_end
+from data_rice.views import DATASET_NAMES
 
 from .compilation import compile_settings
 from .recipe import check_model_fields, read_recipe, suggest, take_model_overrides, to_argv
@@ -61,8 +62,8 @@ class DataArguments:
     dataset: str = field(
         default="mini_lpr4m",
         metadata={
-            "help": "mini_lpr4m, lpr4m, moving_fashion, shop_clips, a folder in one of their layouts, or a "
-            "data set of rice publish-dataset: its folder, or its id on the Hub."
+            "help": f"{DATASET_NAMES}, a folder in one of their layouts, or a data set of "
+            "rice publish-dataset: its folder, or its id on the Hub."
         },
     )
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set."})

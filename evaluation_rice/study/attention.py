@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from data_rice.collator import failure_words
 from data_rice.commands import mistakes_end, print_anywhere
+from data_rice.views import DATASET_NAMES
 from hub_rice.files import check_output, write_output
 from hub_rice.tables import percent
 from modeling_rice.scoring_rice import pair_kinds
@@ -232,11 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--model", required=True, help="checkpoint folder, or the id of a published model")
-    add(
-        "--dataset",
-        required=True,
-        help="mini_lpr4m, lpr4m, moving_fashion, shop_clips, or a folder in one of their layouts",
-    )
+    add("--dataset", required=True, help=f"{DATASET_NAMES}, or a folder in one of their layouts")
     add("--data_dir", help="folder of the data set's files")
     add("--cache_dir", help="folder for the cached tables of the data set")
     add("--split", default="test", choices=("validation", "test"))
